@@ -1,0 +1,159 @@
+"""What the probe costs: throughput of one engine under four configurations, as ratios to stock SGLang.
+
+    python bench/overhead.py [--rounds 5] [--out docs/benchmarks.md]
+
+Each measurement is a fresh engine in a process of its own. A round measures every configuration once, in shuffled
+order; a ratio is taken within its round, so that a slow minute of a shared machine hits both sides alike.
+
+* stock: the probe's general plugin is not loaded (`SGLANG_PLUGINS` names only the CPU platform).
+* installed: the plugin is loaded, without a config.
+* ledger: spans, forwards and requests are recorded.
+* ledger + rows: and the residual stream of two layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.paths import shipped
+from sglang_probe.platform.environment import prepare_this_process
+
+HOOK_POINTS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+MODES = {"stock": None, "installed": None, "ledger": [], "ledger + rows": HOOK_POINTS}
+GOALS = {"installed": "no difference beyond noise", "ledger": ">= 0.97", "ledger + rows": ">= 0.90"}
+CONCURRENT, PROMPT, OUTPUT, PASSES = 32, 256, 128, 3
+
+
+def measure(mode: str) -> dict[str, float]:
+    """Start an engine under `mode` and time it. Runs in a process of its own."""
+    prepare_this_process()
+    with tempfile.TemporaryDirectory() as folder:
+        if mode == "stock":
+            os.environ["SGLANG_PLUGINS"] = "sglang_probe_cpu"
+        hook_points = MODES[mode]
+        if hook_points is not None:
+            config = Path(folder) / "probe.yaml"
+            config.write_text(EngineProbeConfig(run=Path(folder), hook_points=hook_points).model_dump_json())
+            os.environ["SGLANG_PROBE"] = str(config)
+        import sglang
+
+        engine = sglang.Engine(
+            model_path=str(shipped("models/probe-text/checkpoint")),
+            device="cpu",
+            attention_backend="torch_native",
+            max_total_tokens=65536,
+            log_level="error",
+        )
+        rng = random.Random(0)
+
+        def one_pass(count: int, output: int) -> float:
+            # Fresh prompts each time: nothing is served from the cache.
+            prompts = [[rng.randrange(100, 3000) for _ in range(PROMPT)] for _ in range(count)]
+            params = {"max_new_tokens": output, "temperature": 0.0, "ignore_eos": True}
+            began = time.perf_counter()
+            engine.generate(input_ids=prompts, sampling_params=params)
+            return time.perf_counter() - began
+
+        one_pass(CONCURRENT, 16)
+        seconds = [one_pass(CONCURRENT, OUTPUT) for _ in range(PASSES)]
+        prefill = [one_pass(CONCURRENT, 1) for _ in range(PASSES)]
+        engine.shutdown()
+    return {
+        "decode": CONCURRENT * OUTPUT / statistics.median(seconds),
+        "prefill": CONCURRENT * PROMPT / statistics.median(prefill),
+    }
+
+
+def run_rounds(rounds: int) -> list[dict[str, dict[str, float]]]:
+    """All measurements, one dictionary a round."""
+    results = []
+    rng = random.Random(1)
+    for i in range(rounds):
+        order = list(MODES)
+        rng.shuffle(order)
+        results.append({})
+        for mode in order:
+            out = subprocess.run(
+                [sys.executable, __file__, "--one", mode], capture_output=True, text=True, check=False, timeout=600
+            )
+            lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                raise SystemExit(f"{mode} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
+            results[-1][mode] = json.loads(lines[-1].removeprefix("RESULT "))
+            r = results[-1][mode]
+            print(
+                f"round {i + 1}/{rounds} {mode}: {r['decode']:,.0f} decode, {r['prefill']:,.0f} prefill tok/s",
+                flush=True,
+            )
+    return results
+
+
+def table(results: list[dict[str, dict[str, float]]]) -> str:
+    """Markdown: per configuration the median throughput, and the median and range of the within-round ratios."""
+    lines = [
+        "| configuration | decode tok/s | ratio to stock (range) | prefill tok/s | ratio to stock (range) | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mode in MODES:
+        cells = [mode]
+        for what in ("decode", "prefill"):
+            ratios = [r[mode][what] / r["stock"][what] for r in results]
+            cells.append(f"{statistics.median(r[mode][what] for r in results):,.0f}")
+            cells.append(
+                "1"
+                if mode == "stock"
+                else f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
+            )
+        lines.append("| " + " | ".join([*cells, GOALS.get(mode, "")]) + " |")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--one", choices=list(MODES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(measure(args.one)))
+        return
+    results = run_rounds(args.rounds)
+    text = (
+        "# Benchmarks\n\n"
+        "Written by `make bench`; do not edit.\n\n"
+        "## Cost of recording\n\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores of {cpu_name()}, no GPU, Python "
+        f"{platform.python_version()}. Model `probe-text` (3.7 M parameters) on the CPU reference platform, "
+        f"{CONCURRENT} concurrent requests of {PROMPT} prompt tokens; decode: {OUTPUT} output tokens each (its rate "
+        f"includes their prefill), prefill: 1 output token. {args.rounds} rounds, each configuration once a round in "
+        f"shuffled order in a fresh engine, median of {PASSES} passes; ratios are taken within a round.\n\n"
+        f"{table(results)}\n\n"
+        "With so small a model a decode step takes milliseconds, so fixed costs per step weigh more than on any model "
+        "in production.\n"
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

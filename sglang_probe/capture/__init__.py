@@ -1,0 +1,1 @@
+"""Captured rows: taps' buffers, the writer, the reader."""

@@ -1,0 +1,85 @@
+"""The journal: one JSON line for every part that is safely on disk, so that a run survives `kill -9`.
+
+A *part* is everything committed since the part before: one shard of rows per hook point and one Parquet file per
+ledger table. Its files are written under temporary names, synced and renamed; then its line is appended and synced.
+Files that no line names are left-overs of a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+NAME = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One durable part of a run. `files` maps paths relative to the run directory to their SHA-256."""
+
+    number: int
+    session: int
+    forwards_end: int  # one past the last forward of this part
+    rows_end: int  # one past the last row of this part
+    rows: int
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def read(run: Path) -> list[Part]:
+    """Parts of a run, in order. A torn last line (a crash while appending) is ignored."""
+    path = run / NAME
+    if not path.exists():
+        return []
+    parts = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            parts.append(Part(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            break
+    return parts
+
+
+def append(run: Path, part: Part) -> None:
+    """Append a part and wait until it is on disk."""
+    with open(run / NAME, "a", encoding="utf-8") as f:
+        f.write(json.dumps(asdict(part)) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> str:
+    """Write a file through a temporary name, sync, rename. Returns its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    return digest
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_durably(path, write)
+
+
+def discard_leftovers(run: Path) -> list[str]:
+    """Delete files under `ledger/` and `rows/` that no journal line names. Returns their relative paths."""
+    named = {name for part in read(run) for name in part.files}
+    removed = []
+    for folder in ("ledger", "rows"):
+        for path in sorted((run / folder).rglob("*")) if (run / folder).exists() else []:
+            relative = path.relative_to(run).as_posix()
+            if path.is_file() and relative not in named:
+                path.unlink()
+                removed.append(relative)
+    return removed

@@ -1,0 +1,69 @@
+"""Taps: one preallocated buffer per hook point, written by a copy inside the forward pass.
+
+A copy into a fixed buffer is what a replayed graph can contain (Python does not run at replay), and it protects
+against fused kernels that later overwrite the tensor. The CPU path uses the same code.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_probe.errors import LedgerError
+
+
+class Tap:
+    """The buffer `[capacity, width]` of one hook point, on the model's device, in the model's dtype."""
+
+    def __init__(self, hook_point: str) -> None:
+        self.hook_point = hook_point
+        self.buffer: torch.Tensor | None = None
+        self.written = -1
+
+    def write(self, x_ND: torch.Tensor, capacity: int) -> None:
+        """Copy `x_ND` to the head of the buffer. Only here may a recorded graph touch the probe."""
+        n, width = x_ND.shape
+        if self.buffer is None or self.buffer.shape[0] < n:
+            self.buffer = torch.empty((max(n, capacity), width), dtype=x_ND.dtype, device=x_ND.device)
+        self.buffer[:n].copy_(x_ND)
+        self.written = n
+
+
+class Taps:
+    """All taps of one model.
+
+    Args:
+        hook_points: names in capture order.
+        capacity: rows to reserve at first use; a larger eager forward grows the buffer.
+    """
+
+    def __init__(self, hook_points: list[str], capacity: int) -> None:
+        self._taps = {h: Tap(h) for h in hook_points}
+        self._capacity = capacity
+
+    def __getitem__(self, hook_point: str) -> Tap:
+        return self._taps[hook_point]
+
+    def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
+        self._taps[hook_point].write(x_ND, self._capacity)
+
+    def arm(self) -> None:
+        """Forget what was written, so that a tap that does not fire in the coming forward is noticed."""
+        for tap in self._taps.values():
+            tap.written = -1
+
+    def take(self, tokens: int, *, replayed: bool) -> dict[str, torch.Tensor]:
+        """Rows `[tokens, width]` of the forward that just ran, as host tensors of their own.
+
+        Raises:
+            LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
+                only the capacity can be checked, because rows behind the real batch are padding.
+        """
+        rows = {}
+        for tap in self._taps.values():
+            if tap.buffer is None or tap.buffer.shape[0] < tokens or (not replayed and tap.written != tokens):
+                raise LedgerError(
+                    f"hook point {tap.hook_point} saw {max(tap.written, 0)} rows in a forward of {tokens} tokens"
+                )
+            # A copy, not a view: the next forward overwrites the buffer before the writer has seen this one.
+            rows[tap.hook_point] = tap.buffer[:tokens].to("cpu", copy=True)
+        return rows

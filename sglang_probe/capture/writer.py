@@ -1,0 +1,166 @@
+"""The writer thread: takes commits off the scheduler thread and puts them on disk in parts (see `journal`)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from sglang_probe.capture import journal
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.coalesce import coalesce
+from sglang_probe.ledger.recorder import Commit
+
+ROWS_KEY = "rows"
+"""Name of the one tensor in a shard."""
+
+_SHARD_BYTES = 64 << 20
+_PART_FACTS = 200_000
+
+
+class Writer:
+    """Sink of the recorder. `put` blocks while `depth` commits are waiting: back-pressure, nothing is dropped.
+
+    Args:
+        run: the run directory.
+        session: number of this engine process within the run, 0 for the first.
+        first_part, first_forward, first_row: where a resumed run goes on.
+        part_seconds: longest time between two parts while commits come.
+        depth: commits that may wait before `put` blocks.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        session: int = 0,
+        first_part: int = 0,
+        first_forward: int = 0,
+        first_row: int = 0,
+        part_seconds: float = 20.0,
+        depth: int = 256,
+    ) -> None:
+        self._run = run
+        self._part_seconds = part_seconds
+        self._session = session
+        self._part = first_part
+        self._forwards_end = first_forward
+        self._rows_end = first_row
+        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=depth)
+        self._error: BaseException | None = None
+        self._clear()
+        self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, commit: Commit) -> None:
+        """Hand over a commit.
+
+        Raises:
+            OSError: writing failed earlier; the capture must stop.
+        """
+        self._raise_error()
+        self._queue.put(commit)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything handed over is on disk.
+
+        Raises:
+            OSError: writing failed. TimeoutError: it took longer than `timeout` seconds.
+        """
+        self._raise_error()
+        done = threading.Event()
+        self._queue.put(done)
+        if not done.wait(timeout):
+            raise TimeoutError(f"the writer did not finish within {timeout} s")
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise OSError(f"the writer stopped: {self._error}") from self._error
+
+    def _work(self) -> None:
+        while True:
+            item = self._queue.get()
+            try:
+                if self._error is None:
+                    if isinstance(item, Commit):
+                        self._take(item)
+                    else:
+                        self._write_part()
+            except BaseException as e:  # the scheduler thread must learn of it, whatever it is
+                self._error = e
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _take(self, commit: Commit) -> None:
+        if commit.forward is not None:
+            self._forwards.append(commit.forward)
+        self._spans += commit.spans
+        self._requests += commit.requests
+        if commit.rows:
+            for hook_point, rows in commit.rows.items():
+                self._rows.setdefault(hook_point, []).append(rows)
+                self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
+        full = len(self._spans) + len(self._forwards) >= _PART_FACTS
+        full = full or max(self._bytes.values(), default=0) >= _SHARD_BYTES
+        if full or time.monotonic() - self._opened >= self._part_seconds:
+            self._write_part()
+
+    def _write_part(self) -> None:
+        if not (self._forwards or self._spans or self._requests):
+            return
+        files: dict[str, str] = {}
+        rows = 0
+        for hook_point, pieces in self._rows.items():
+            tensor = torch.cat(pieces)
+            rows = tensor.shape[0]
+            name = f"rows/{hook_point}/shard-{self._part:05d}.safetensors"
+            files[name] = self._save_rows(name, tensor)
+        for table, table_schema, facts in (
+            ("spans", schema.SPANS, self._spans),
+            ("forwards", schema.FORWARDS, self._forwards),
+            ("requests", schema.ENGINE_REQUESTS, self._requests),
+        ):
+            if facts:
+                name = f"ledger/{table}-{self._part:05d}.parquet"
+                table_of_facts = _table(table_schema, facts)
+                if table == "spans":
+                    table_of_facts = coalesce(table_of_facts)
+                files[name] = self._save_table(name, table_of_facts)
+        self._rows_end += rows
+        if self._forwards:
+            self._forwards_end = self._forwards[-1][0] + 1
+        journal.append(
+            self._run, journal.Part(self._part, self._session, self._forwards_end, self._rows_end, rows, files)
+        )
+        self._part += 1
+        self._clear()
+
+    def _save_rows(self, name: str, tensor: torch.Tensor) -> str:
+        first = str(self._rows_end)
+        return journal.write_durably(
+            self._run / name, lambda path: save_file({ROWS_KEY: tensor}, path, metadata={"row_start": first})
+        )
+
+    def _save_table(self, name: str, table: pa.Table) -> str:
+        return journal.write_durably(self._run / name, lambda path: pq.write_table(table, path, compression="zstd"))
+
+    def _clear(self) -> None:
+        self._forwards: list[tuple[Any, ...]] = []
+        self._spans: list[tuple[Any, ...]] = []
+        self._requests: list[tuple[Any, ...]] = []
+        self._rows: dict[str, list[torch.Tensor]] = {}
+        self._bytes: dict[str, int] = {}
+        self._opened = time.monotonic()
+
+
+def _table(table_schema: pa.Schema, facts: list[tuple[Any, ...]]) -> pa.Table:
+    arrays = [pa.array(column, type=f.type) for column, f in zip(zip(*facts, strict=True), table_schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=table_schema)

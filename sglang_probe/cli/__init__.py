@@ -1,0 +1,39 @@
+"""The command line. One file per command; each is thin and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sglang_probe.cli import ab, doctor, harvest, verify
+
+app = typer.Typer(
+    name="sglang-probe",
+    help="Exact accounting of what SGLang computed: which tokens of a harvest were run, and which came from the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command("harvest")(harvest.command)
+app.command("ab")(ab.command)
+app.command("verify")(verify.command)
+app.command("doctor")(doctor.command)
+
+
+def main() -> None:
+    """Entry point. Errors meant for users are printed without a traceback; exit code 2, or 130 after Ctrl-C."""
+    from sglang_probe.errors import ProbeError
+
+    try:
+        app()
+    except ProbeError as e:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        console.print("[bold red]error[/]", end=" ")
+        console.print(str(e), markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

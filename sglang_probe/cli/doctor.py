@@ -1,0 +1,52 @@
+"""`sglang-probe doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    write: Annotated[
+        bool, typer.Option(help="Draft an inventory for the installed release from the newest one, to be reviewed.")
+    ] = False,
+) -> None:
+    """Show the installed SGLang and the state of every place the probe touches: fine, changed or missing.
+
+    Exit code 0 if all are as reviewed, 1 if not.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from sglang_probe.hooks import inventory
+    from sglang_probe.paths import shipped
+    from sglang_probe.platform.environment import accelerator_present
+
+    console = Console()
+    version = inventory.installed_version()
+    known = inventory.known_versions()
+    console.print(f"SGLang [bold]{version}[/]; reviewed releases: {', '.join(known)}")
+    console.print(
+        "platform: an accelerator is present, SGLang's own platform is used"
+        if accelerator_present()
+        else "platform: no accelerator found, the CPU reference platform (torch_native) is used"
+    )
+    if write:
+        path = inventory.draft(Path(shipped("patches")), version)
+        console.print(f"drafted [bold]{path}[/]: review every target before you rely on it")
+    table = Table(box=None, padding=(0, 1))
+    for column in ("state", "how", "feature", "target (under sglang.srt)"):
+        table.add_column(column, overflow="fold")
+    findings = list(inventory.examine(inventory.load_inventory()))
+    style = {"fine": "green", "changed": "bold yellow", "missing": "bold red"}
+    for f in findings:
+        name = f.target.target.removeprefix("sglang.srt.")
+        if f.state != "fine":
+            name += f"\n  reviewed {f.target.fingerprint}, installed {f.found or 'nothing'}"
+        table.add_row(f"[{style[f.state]}]{f.state}[/]", f.target.hook, f.target.feature, name)
+    console.print(table)
+    bad = sum(f.state != "fine" for f in findings)
+    console.print(f"{len(findings)} targets, {bad} not as reviewed")
+    raise typer.Exit(1 if bad else 0)

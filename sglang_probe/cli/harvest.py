@@ -1,0 +1,47 @@
+"""`sglang-probe harvest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="YAML: model, workload, hook points, arm. See experiments/.")],
+    output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
+    resume: Annotated[bool, typer.Option(help="Finish an interrupted run: only missing requests are served.")] = False,
+) -> None:
+    """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
+
+    Every token position of every request is accounted for: computed or reused from the prefix cache, in which forward
+    pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
+    `sglang-probe verify`.
+    """
+    from rich.console import Console
+
+    from sglang_probe.config import load_config
+    from sglang_probe.harvest.card import write_card
+    from sglang_probe.harvest.config import HarvestConfig
+    from sglang_probe.harvest.progress import Terminal
+    from sglang_probe.harvest.session import Prepared, harvest
+    from sglang_probe.study.coverage import coverage_by_segment
+
+    console = Console()
+    cfg = load_config(config, HarvestConfig)
+    name = cfg.name or config.stem
+    path = output or cfg.output / name
+    terminal = Terminal(console)
+    with terminal.stage("checking model and workload"):
+        prepared = Prepared(cfg, {"arm": cfg.arm})
+    run = harvest(prepared, path, cfg.arm, arm_name=name, overwrite=overwrite, resume=resume, reporter=terminal)
+    write_card(run)
+
+    from sglang_probe.cli.output import print_frame
+
+    print_frame(console, coverage_by_segment(run.tokens()), "coverage by segment")
+    if prepared.workload.skipped:
+        console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
+    console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}")

@@ -1,0 +1,63 @@
+"""`sglang-probe verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model folder to take embeddings from; default: the hashes that the run carries."),
+    ] = None,
+    transformers: Annotated[
+        int, typer.Option(help="Also recompute this many requests with `transformers` and compare every hook point.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
+) -> None:
+    """Check the invariants of a run directory. Exit code 0 if all hold, 1 if not; the first violation is named.
+
+    Needs no SGLang: it works on data copied from another machine.
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from sglang_probe.ledger.ownership import load_embedding
+    from sglang_probe.ledger.run import load_run
+    from sglang_probe.ledger.verify import verify
+
+    opened = load_run(run)
+    checks = verify(opened, embedding=load_embedding(model) if model else None)
+    if transformers:
+        from sglang_probe.study.reference import check_against_transformers
+
+        checks.append(
+            check_against_transformers(opened, str(model or opened.manifest["model_path"]), requests=transformers)
+        )
+    complete = opened.complete
+    ok = complete and all(c.holds for c in checks)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"run": str(run), "complete": complete, "ok": ok, "checks": [asdict(c) for c in checks]}, indent=2
+            )
+        )
+        raise typer.Exit(0 if ok else 1)
+    console = Console()
+    for c in checks:
+        mark = "[green]holds[/]" if c.holds else "[bold red]VIOLATED[/]"
+        console.print(f"{mark}  [bold]{c.name}[/]: {c.claim} ({c.covered:,} {c.unit})")
+        if c.violation:
+            console.print(f"          {c.violation}", markup=False)
+        if c.note:
+            console.print(f"          note: {c.note}", markup=False)
+    if not complete:
+        why = opened.manifest.get("fault") or "the run was interrupted; finish it with --resume"
+        console.print(f"[bold red]INCOMPLETE[/]  {why}")
+    raise typer.Exit(0 if ok else 1)

@@ -1,0 +1,1 @@
+"""Running an engine over a workload, and writing the run directory."""

@@ -1,0 +1,110 @@
+"""The dataset card of a run: what it holds, what it does not, and how to read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from sglang_probe.capture import journal
+from sglang_probe.ledger.run import Run
+from sglang_probe.study.coverage import coverage_by_segment, totals
+
+_CARD = """# {name}
+
+{status} Recorded by sglang-probe {probe} on SGLang {sglang}, {created}.
+
+| | |
+|---|---|
+| model | {model} ({architecture}), rows in {dtype} |
+| arm | {arm}: `{policy}` |
+| requests | {requests} of {expected} |
+| hook points | {hook_points} |
+| rows | {rows:,}, {dropped} dropped |
+| prompt tokens | {prompt_tokens:,}: {computed:,} computed, {reused:,} reused from the prefix cache |
+| generated tokens | {generated:,} |
+
+## Coverage of prompt tokens
+
+{coverage}
+
+A reused position has no captured row: the engine skipped its forward pass. Positions whose coverage is low are
+under-sampled in the rows of this run relative to traffic.
+
+## Known gaps
+
+{gaps}
+
+## Personal data
+
+Token ids of prompts and outputs are stored in `requests.parquet`, and rows can be inverted to text in part. Treat this
+directory like the text it came from.
+
+## Reading it
+
+```python
+import sglang_probe
+run = sglang_probe.load_run("{path}")
+tokens = run.tokens()                       # one row per position: status, phase, segment, forward pass, row
+rows = run.rows("{first_hook}", tokens["row"][tokens["row"] >= 0])
+```
+"""
+
+
+def write_card(run: Run) -> None:
+    """Write `README.md` into the run directory."""
+    m = run.manifest
+    tokens = run.tokens()
+    t = totals(run, tokens)
+    text = _CARD.format(
+        name=m["name"],
+        status="Complete." if run.complete else "**Incomplete.**",
+        probe=m["versions"]["sglang-probe"],
+        sglang=m["versions"]["sglang"],
+        created=m["created"],
+        model=m["model"]["name"],
+        architecture=m["model"]["architecture"],
+        dtype=m["rows_dtype"] or m["dtype"],
+        arm=m["arm"],
+        policy=m["policy"],
+        requests=int(t["requests"]),
+        expected=m["requests_expected"],
+        hook_points=", ".join(f"`{h}`" for h in run.hook_points) or "none",
+        rows=m["rows"],
+        dropped=m["rows_dropped"],
+        prompt_tokens=int(t["prompt_tokens"]),
+        computed=int(t["computed"]),
+        reused=int(t["reused"]),
+        generated=int(t["generated"]),
+        coverage=markdown_table(coverage_by_segment(tokens)),
+        gaps=_gaps(m, t),
+        path=run.path.name,
+        first_hook=run.hook_points[0] if run.hook_points else "hook_embed",
+    )
+    journal.write_text_durably(run.path / "README.md", text)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; floats in percent."""
+    header = "| " + " | ".join(str(c) for c in frame.columns) + " |"
+    rule = "|" + "---|" * len(frame.columns)
+    rows = [
+        "| "
+        + " | ".join(f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in r)
+        + " |"
+        for r in frame.itertuples(index=False)
+    ]
+    return "\n".join([header, rule, *rows])
+
+
+def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
+    gaps = ["the last sampled token of a request has no KV entry and no row"]
+    if t["overshoot"]:
+        gaps.append(f"{int(t['overshoot'])} discarded decode steps (overshoot) have rows and no output token")
+    if t["recomputed"]:
+        gaps.append(f"{int(t['recomputed'])} positions were computed again after a retraction")
+    if manifest["lines_skipped"]:
+        gaps.append(f"{manifest['lines_skipped']} malformed workload lines were skipped")
+    if manifest["status"] != "complete":
+        gaps.append(manifest.get("fault") or "the run was interrupted")
+    return "\n".join(f"* {g}" for g in gaps)

@@ -1,0 +1,63 @@
+"""The YAML of `sglang-probe harvest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from sglang_probe.capture.hook_points import EMBED, parse_hook_point
+from sglang_probe.config import Config
+from sglang_probe.paths import BUILT_IN_MODEL
+from sglang_probe.policy.arm import Arm
+from sglang_probe.workload.build import WorkloadConfig
+
+
+class Recording(Config):
+    """What a harvest and an experiment have in common: model, workload, and what to record."""
+
+    model: str = BUILT_IN_MODEL
+    """`probe-text` (built in), a local path, or a hub id."""
+    dtype: str = "auto"
+    workload: WorkloadConfig
+    sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
+    """Default sampling parameters; a request may carry its own."""
+    hook_points: list[str] = Field(default_factory=lambda: [EMBED])
+    """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone."""
+    server: dict[str, Any] = Field(default_factory=dict)
+    """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests in flight at once."""
+    checkpoint_seconds: float = Field(default=20.0, gt=0)
+    """How often what is known is made durable: the most work that a crash can cost."""
+    output: Path = Path("runs")
+    """Folder in which the run directory is made."""
+
+    @field_validator("hook_points")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            parse_hook_point(name)
+        return list(dict.fromkeys(names))
+
+
+class HarvestConfig(Recording):
+    """One run under one arm."""
+
+    name: str | None = None
+    """Name of the run directory; by default the name of the YAML file."""
+    arm: Arm = Arm()
+
+
+class ExperimentConfig(Recording):
+    """Several arms over the same requests with the same output tokens."""
+
+    name: str | None = None
+    """Name of the experiment's folder; by default the name of the YAML file."""
+    arms: dict[str, Arm] = Field(
+        default_factory=lambda: {"cache_on": Arm(), "cache_off": Arm(cache="off")}, min_length=2
+    )
+    """The first arm samples; the decode of all others is forced to its tokens."""
+    repeat: bool = True
+    """Run every arm a second time: the difference of an arm to itself is the floor beside every effect."""

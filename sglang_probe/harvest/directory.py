@@ -1,0 +1,145 @@
+"""Making, resuming and closing a run directory."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sglang_probe.capture import journal
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run
+from sglang_probe.workload.request import Request
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an engine process begins to write: all zero in a new run."""
+
+    session: int = 0
+    part: int = 0
+    forward: int = 0
+    row: int = 0
+
+
+def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, resume: bool) -> Start:
+    """Prepare `path` and write a manifest that says `incomplete`.
+
+    Raises:
+        RunDirectoryError: it exists and neither `overwrite` nor `resume` was asked; or it belongs to another
+            configuration and cannot be resumed.
+    """
+    start = Start()
+    if path.exists() and any(path.iterdir()):
+        if not (path / MANIFEST).exists():
+            raise RunDirectoryError(f"{path} exists and is not a run directory", fix="choose another output")
+        if resume:
+            start = _resume_point(path, manifest)
+        elif overwrite:
+            shutil.rmtree(path)
+        else:
+            raise RunDirectoryError(
+                f"{path} exists already", fix="--overwrite replaces it, --resume finishes an interrupted run"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    write_manifest(path, {**manifest, "status": "incomplete"})
+    return start
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Replace the manifest in one step."""
+    journal.write_text_durably(path / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+def new_manifest(**fields: Any) -> dict[str, Any]:
+    """The fields of every manifest: versions and machine, then `fields`."""
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in ("sglang-probe", "sglang", "torch", "transformers")},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **fields,
+    }
+
+
+def served(path: Path) -> set[str]:
+    """Request ids whose whole record is on disk."""
+    return set(Run(path).engine_requests()["rid"])
+
+
+def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
+    """Join the workload with what the engine recorded, as `requests.parquet`.
+
+    Returns the number of requests by finish reason.
+    """
+    ended = {r["rid"]: r for r in run.engine_requests().to_dict("records")}
+    seen = set(run.spans()["rid"])
+    by_rid = {r.rid: r for r in requests}
+    records = []
+    for rid in sorted(seen | set(ended)):
+        request = by_rid.get(rid.split("~")[0])
+        if request is None:  # not of the workload: the engine's own warm-up
+            continue
+        end = ended.get(rid)
+        prompt = list(request.prompt_ids)
+        records.append(
+            {
+                "rid": rid,
+                "prompt_len": len(prompt),
+                "output_len": end["output_len"] if end else 0,
+                "cached_tokens": end["cached_tokens"] if end else None,
+                "retractions": end["retractions"] if end else None,
+                "finish_reason": end["finish_reason"] if end else schema.INTERRUPTED,
+                "output_ids": end["output_ids"] if end else None,
+                "index": request.index,
+                "family": request.family,
+                "prompt_ids": prompt,
+                "segments": [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans],
+                "sampling_params": json.dumps(
+                    {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
+                ),
+            }
+        )
+    records.sort(key=lambda r: (r["index"], r["rid"]))
+    table = pa.Table.from_pylist(records, schema=schema.REQUESTS)
+    journal.write_durably(run.path / REQUESTS_FILE, lambda p: pq.write_table(table, p, compression="zstd"))
+    counts: dict[str, int] = {}
+    for r in records:
+        counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
+    return counts
+
+
+def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
+    old = Run(path)
+    if old.complete:
+        raise RunDirectoryError(f"{path} is complete; there is nothing to resume", fix="--overwrite runs it again")
+    for key in ("workload_digest", "model", "hook_points", "server_given", "forced_from"):
+        if old.manifest.get(key) != json.loads(json.dumps(manifest.get(key), default=str)):
+            raise RunDirectoryError(
+                f"{path} was started with another `{key}` and cannot be resumed",
+                fix="use the original configuration, or --overwrite",
+            )
+    journal.discard_leftovers(path)
+    parts = journal.read(path)
+    (path / "fault.txt").unlink(missing_ok=True)
+    if not parts:
+        return Start()
+    last = parts[-1]
+    return Start(session=last.session + 1, part=last.number + 1, forward=last.forwards_end, row=last.rows_end)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

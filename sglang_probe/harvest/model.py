@@ -1,0 +1,84 @@
+"""What must be known of a model before an engine is started: where it is, its layers, its context, its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.paths import BUILT_IN_MODEL, shipped
+
+
+@dataclass(frozen=True)
+class Model:
+    """A resolved model. `path` is a local folder or a hub id that `transformers` can load."""
+
+    name: str
+    path: str
+    layers: int
+    context_length: int
+    architecture: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as `transformers` loads it."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """Identity for the manifest: name, architecture, and hashes of weights and tokenizer where files are local."""
+        folder = Path(self.path)
+        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+        return {
+            "name": self.name,
+            "architecture": self.architecture,
+            "layers": self.layers,
+            "context_length": self.context_length,
+            "weights_sha256": {p.name: _sha256(p) for p in weights} or None,
+            "tokenizer_sha256": _sha256(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None,
+        }
+
+
+def resolve_model(name: str) -> Model:
+    """Find a model and read its configuration.
+
+    Raises:
+        ConfigError: no such model, or its folder has no readable `config.json`.
+    """
+    path = str(shipped("models/probe-text/checkpoint")) if name == BUILT_IN_MODEL else name
+    looks_local = name.startswith((".", "/", "~")) or Path(path).expanduser().exists()
+    if looks_local:
+        path = str(Path(path).expanduser())
+        if not (Path(path) / "config.json").exists():
+            raise ConfigError(
+                f"no model at {path}: there is no config.json",
+                fix="give a folder in Hugging Face format, a hub id, or `probe-text`",
+            )
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, json.JSONDecodeError) as e:
+        first = str(e).splitlines()[0]
+        raise ConfigError(
+            f"cannot read the configuration of model `{name}`: {first}",
+            fix="give a folder in Hugging Face format, a hub id that can be reached, or `probe-text`",
+        ) from e
+    text = config.get_text_config()
+    return Model(
+        name=name,
+        path=path,
+        layers=int(text.num_hidden_layers),
+        context_length=int(getattr(text, "max_position_embeddings", 1 << 30)),
+        architecture=(config.architectures or [type(config).__name__])[0],
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

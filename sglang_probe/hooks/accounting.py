@@ -1,0 +1,129 @@
+"""Launch, commit and finish of forward passes, read from the scheduler's host lists.
+
+SGLang: `managers/scheduler.py` (`run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.supported import refuse_unsupported
+from sglang_probe.ledger.recorder import ForwardPlan, RequestEnd
+
+
+def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
+    refuse_unsupported(server_args)
+    probe.active().open()
+
+
+def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler.run_batch`: note the plan before the forward runs."""
+    _launch(scheduler, batch)
+    result = original(scheduler, batch, *args, **kwargs)
+    _launched()
+    return result
+
+
+def process_batch_result(
+    original: Callable[..., Any], scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND `Scheduler.process_batch_result`: commit the forward after the engine has processed its result."""
+    finished_before = {r.rid for r in batch.reqs if r.finished()}
+    value = original(scheduler, batch, result, *args, **kwargs)
+    _commit(batch, result, finished_before)
+    return value
+
+
+@probe.guarded
+def _launch(scheduler: Any, batch: Any) -> None:
+    session = probe.active()
+    session.current = session.forced = None
+    if not batch.reqs:
+        return
+    plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
+    assert session.recorder is not None
+    session.recorder.launch(plan)
+    session.current = plan
+    if session.config.forced_outputs:
+        session.forced = forced_tokens(batch.reqs, plan)
+
+
+@probe.guarded
+def _launched() -> None:
+    probe.active().current = None
+
+
+@probe.guarded
+def _commit(batch: Any, result: Any, finished_before: set[str]) -> None:
+    if not batch.reqs:
+        return
+    ended = [end_of(r) for r in batch.reqs if r.finished() and r.rid not in finished_before]
+    recorder = probe.active().recorder
+    assert recorder is not None
+    recorder.commit(batch.forward_iter, graph=bool(result.can_run_cuda_graph), ended=ended)
+
+
+def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
+    """The positions that a `ScheduleBatch` is about to compute, from host integers only.
+
+    Extend: `prefix_lens[i] .. prefix_lens[i] + extend_lens[i]`. Decode: the one position that `prepare_for_decode`
+    has just reserved, `kv_committed_len - 1`; `len(output_ids)` would lag one step under overlap scheduling. Mixed:
+    the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
+    """
+    reqs = batch.reqs
+    if batch.forward_mode.is_decode():
+        starts = [r.kv.kv_committed_len - 1 for r in reqs]
+        ends = [s + 1 for s in starts]
+        decoding = [True] * len(reqs)
+    else:
+        starts = list(batch.prefix_lens)
+        ends = [s + n for s, n in zip(starts, batch.extend_lens, strict=True)]
+        prefills = len(reqs) - (len(batch.decoding_reqs) if batch.forward_mode.is_mixed() else 0)
+        decoding = [False] * prefills + [True] * (len(reqs) - prefills)
+    return ForwardPlan(
+        tag=tag,
+        mode="decode" if batch.forward_mode.is_decode() else "mixed" if batch.forward_mode.is_mixed() else "extend",
+        rids=[r.rid for r in reqs],
+        starts=starts,
+        ends=ends,
+        decoding=decoding,
+        attempts=[r.retraction_count for r in reqs],
+        prompt_lens=[len(r.origin_input_ids) for r in reqs],
+        waiting=waiting,
+    )
+
+
+def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:
+    """Rows of this forward whose sampled token is prescribed, and the tokens.
+
+    A forward that ends at position `end` samples output number `end - prompt_len`; a prefill chunk before the last
+    ends inside the prompt and its sample is discarded by the engine.
+    """
+    rows, tokens = [], []
+    for i, req in enumerate(reqs):
+        params = req.sampling_params.custom_params
+        force = params.get("probe", {}).get("force") if params else None
+        if force is None:
+            continue
+        n = plan.ends[i] - plan.prompt_lens[i]
+        if 0 <= n < len(force):
+            rows.append(i)
+            tokens.append(force[n])
+    return (rows, tokens) if rows else None
+
+
+def end_of(req: Any) -> RequestEnd:
+    """What the engine says of a finished `Req`."""
+    reason = req.finished_reason.to_json()
+    return RequestEnd(
+        rid=req.rid,
+        prompt_len=len(req.origin_input_ids),
+        output_len=len(req.output_ids),
+        cached_tokens=req.cached_tokens,
+        retractions=req.retraction_count,
+        finish_reason=reason["type"],
+        output_ids=req.output_ids.tolist(),
+    )

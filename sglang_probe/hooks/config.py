@@ -1,0 +1,48 @@
+"""What the probe does inside the engine: the YAML that `SGLANG_PROBE` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from sglang_probe.capture.hook_points import parse_hook_point
+from sglang_probe.config import Config
+
+
+class EngineProbeConfig(Config):
+    """Configuration of one engine process.
+
+    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
+    fields are set by `sglang-probe harvest` to continue an interrupted run.
+    """
+
+    run: Path
+    hook_points: list[str] = Field(default_factory=list)
+    session: int = 0
+    first_part: int = 0
+    first_forward: int = 0
+    first_row: int = 0
+    checkpoint_seconds: float = 20.0
+    """Longest time between two durable parts while forwards run."""
+    forced_outputs: bool = False
+    """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
+    ignore_interrupt: bool = False
+    """Leave Ctrl-C to the process that started the engine, so that it can close the run first."""
+
+    @field_validator("hook_points")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            parse_hook_point(name)
+        return names
+
+    @property
+    def features(self) -> list[str]:
+        """Features of the patch inventory that this config needs."""
+        features = ["accounting", "control"]
+        if self.hook_points:
+            features.append("rows")
+        if self.forced_outputs:
+            features.append("forced decoding")
+        return features

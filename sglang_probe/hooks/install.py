@@ -1,0 +1,87 @@
+"""Reads the config, checks the inventory, registers the hooks that the config needs, and proves that they took."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.config import load_config
+from sglang_probe.errors import InventoryError
+from sglang_probe.hooks import inventory
+from sglang_probe.hooks.config import EngineProbeConfig
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+
+
+def install(path: str) -> None:
+    """Install the hooks in this process.
+
+    Every process checks config and inventory. Hooks are registered only where the scheduler is loaded: in its own
+    process, and harmlessly in the one that starts it; the detokenizer is spared the imports.
+
+    Raises:
+        ConfigError: the YAML is wrong. InventoryError: the installed SGLang is not as reviewed.
+    """
+    config = load_config(Path(path), EngineProbeConfig)
+    inventory.require(config.features)
+    if config.ignore_interrupt and multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _SCHEDULER not in sys.modules:
+        return
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_probe.hooks import session as probe
+
+    probe.session = probe.Session(config)
+    for target, hook, kind in _hooks(config):
+        HookRegistry.register(target, hook, HookType[kind])
+    # SGLang only logs a target that it cannot patch. Checked when the scheduler is built, after all plugins applied.
+    HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _verify_then_open(config), HookType.AFTER)
+
+
+def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str]]:
+    """(target, hook, kind) of everything this config needs; must agree with the inventory."""
+    from sglang_probe.hooks import accounting, control
+
+    hooks: list[tuple[str, Callable[..., Any], str]] = [
+        (f"{_SCHEDULER}.Scheduler.run_batch", accounting.run_batch, "AROUND"),
+        (f"{_SCHEDULER}.Scheduler.process_batch_result", accounting.process_batch_result, "AROUND"),
+        (f"{_CONTROLLER}._update_handlers", control.update_handlers, "AFTER"),
+    ]
+    if config.hook_points:
+        from sglang_probe.hooks import rows
+
+        hooks += [
+            (f"{_RUNNER}.load_model", rows.load_model, "AFTER"),
+            (f"{_RUNNER}.forward", rows.forward, "AROUND"),
+        ]
+    if config.forced_outputs:
+        from sglang_probe.hooks import forced
+
+        hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
+    return hooks
+
+
+def _verify_then_open(config: EngineProbeConfig) -> Callable[..., None]:
+    from sglang_probe.hooks import accounting
+
+    def hook(result: None, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        for target, _hook, _kind in _hooks(config):
+            if not _is_patched(target):
+                raise InventoryError(f"SGLang did not apply the hook on {target}", fix="see its log for the reason")
+        accounting.scheduler_init(result, scheduler, server_args, *args, **kwargs)
+
+    return hook
+
+
+def _is_patched(target: str) -> bool:
+    module, cls, name = target.rsplit(".", 2)
+    return hasattr(getattr(getattr(importlib.import_module(module), cls), name), "__wrapped__")

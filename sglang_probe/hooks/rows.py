@@ -1,0 +1,111 @@
+"""Taps in the model, and the rows of each forward pass.
+
+SGLang 0.5.22 and later keep the residual apart from the layer's output: `forward_batch.residual_stream.snapshot`
+gives their sum, `hook_resid_post`, without consuming it. Models that still return `(hidden, residual)` are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_probe.capture.hook_points import check_hook_points, parse_hook_point
+from sglang_probe.capture.taps import Taps
+from sglang_probe.errors import UnsupportedError
+from sglang_probe.hooks import session as probe
+
+
+def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `ModelRunner.load_model`: install the taps, before any graph is captured."""
+    if runner.is_draft_worker:
+        return
+    session = probe.active()
+    if runner.device != "cpu":
+        # The in-graph path is designed for, but has not been run; see the support table in the README.
+        raise UnsupportedError(
+            f"capturing rows on `{runner.device}` has not been proved yet",
+            fix="remove `hook_points` to record the ledger alone",
+        )
+    session.taps = Taps(session.config.hook_points, capacity=1024)
+    install_taps(runner.model, session.taps, session.config.hook_points)
+
+
+def install_taps(model: Any, taps: Taps, hook_points: list[str]) -> None:
+    """Hook the embedding and the decoder layers.
+
+    Raises:
+        UnsupportedError: the model does not have the usual `model.embed_tokens` and `model.layers`.
+        ConfigError: a layer does not exist.
+    """
+    body = getattr(model, "model", None)
+    layers = getattr(body, "layers", None)
+    embed = getattr(body, "embed_tokens", None)
+    if body is None or layers is None or embed is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no `model.layers` and `model.embed_tokens`",
+            fix="remove `hook_points` to record the ledger alone",
+        )
+    check_hook_points(hook_points, len(layers))
+    for name in hook_points:
+        layer = parse_hook_point(name).layer
+        if layer is None:
+            embed.register_forward_hook(_embed_hook(taps, name))
+        else:
+            layers[layer].register_forward_hook(_layer_hook(taps, name), with_kwargs=True)
+
+
+def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `ModelRunner.forward`: take the rows that the taps wrote."""
+    _arm()
+    output = original(runner, forward_batch, *args, **kwargs)
+    if not runner.is_draft_worker:
+        _take(output)
+    return output
+
+
+@probe.guarded
+def _arm() -> None:
+    taps = probe.active().taps
+    if taps is not None:
+        taps.arm()
+
+
+@probe.guarded
+def _take(output: Any) -> None:
+    session = probe.active()
+    if session.current is not None and session.taps is not None:
+        session.current.rows = session.taps.take(session.current.tokens, replayed=output.can_run_graph)
+
+
+def _embed_hook(taps: Taps, name: str) -> Callable[..., None]:
+    def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        taps.write(name, output)
+
+    return hook
+
+
+def _layer_hook(taps: Taps, name: str) -> Callable[..., None]:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        taps.write(name, _residual_post(output, _forward_batch(args, kwargs)))
+
+    return hook
+
+
+def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if "forward_batch" in kwargs:
+        return kwargs["forward_batch"]
+    return next(a for a in args if hasattr(a, "forward_mode"))
+
+
+def _residual_post(output: Any, forward_batch: Any) -> torch.Tensor:
+    stream = getattr(forward_batch, "residual_stream", None)
+    if stream is not None:
+        snapshot: torch.Tensor = stream.snapshot(output)
+        return snapshot
+    if isinstance(output, tuple):
+        hidden, residual = output[0], output[1]
+        return hidden if residual is None else hidden + residual
+    tensor: torch.Tensor = output
+    return tensor

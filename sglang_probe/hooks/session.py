@@ -1,0 +1,93 @@
+"""The state of the probe in one scheduler process, and the guard that keeps its faults away from requests."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from sglang_probe.capture import journal
+from sglang_probe.capture.taps import Taps
+from sglang_probe.capture.writer import Writer
+from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.ledger.recorder import ForwardPlan, Recorder
+
+logger = logging.getLogger("sglang_probe")
+P = ParamSpec("P")
+
+FAULT_FILE = "fault.txt"
+"""Written into the run directory when the probe stopped itself; its content says why."""
+
+
+class Session:
+    """One engine process being recorded. Exists from plugin load; `open` is called once the scheduler is built."""
+
+    def __init__(self, config: EngineProbeConfig) -> None:
+        self.config = config
+        self.recorder: Recorder | None = None
+        self.writer: Writer | None = None
+        self.taps: Taps | None = None
+        self.current: ForwardPlan | None = None
+        """The forward being launched, from `run_batch` to its return."""
+        self.forced: tuple[list[int], list[int]] | None = None
+        """Batch rows of the forward being launched, and the tokens that they must yield."""
+
+    def open(self) -> None:
+        c = self.config
+        self.writer = Writer(
+            c.run,
+            session=c.session,
+            first_part=c.first_part,
+            first_forward=c.first_forward,
+            first_row=c.first_row,
+            part_seconds=c.checkpoint_seconds,
+        )
+        self.recorder = Recorder(
+            self.writer, captures_rows=bool(c.hook_points), first_forward=c.first_forward, first_row=c.first_row
+        )
+
+    def close(self) -> None:
+        """Write everything that is known. The recorder stays usable."""
+        if self.recorder is not None and self.writer is not None:
+            self.recorder.drain()
+            self.writer.flush()
+
+    def fail(self, where: str, error: BaseException) -> None:
+        """Stop recording for good, loudly. Requests go on."""
+        self.recorder = self.taps = self.current = self.forced = None
+        message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
+        logger.critical(message, exc_info=error)
+        try:
+            journal.write_text_durably(self.config.run / FAULT_FILE, message + "\n")
+        except OSError:
+            logger.critical("sglang-probe could not write %s", FAULT_FILE)
+
+
+session: Session | None = None
+"""The session of this process; None while the probe is inert."""
+
+
+def guarded(observe: Callable[P, Any]) -> Callable[P, Any]:
+    """Wrap an observation so that a fault in it stops the recording, never the request (design rule 4).
+
+    Returns None when the probe is not recording, or when it just failed.
+    """
+
+    @functools.wraps(observe)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+        if session is None or session.recorder is None:
+            return None
+        try:
+            return observe(*args, **kwargs)
+        except Exception as e:
+            session.fail(observe.__qualname__, e)
+            return None
+
+    return wrapper
+
+
+def active() -> Session:
+    """The session, inside guarded code."""
+    assert session is not None
+    return session

@@ -1,0 +1,1 @@
+"""The ledger: who computed, reused or lost every token position."""

@@ -1,0 +1,21 @@
+"""The result of checking one invariant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of one invariant: `violation` is None if it holds; `covered` says over how many `unit`s."""
+
+    name: str
+    claim: str
+    covered: int
+    unit: str
+    violation: str | None = None
+    note: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.violation is None

@@ -1,0 +1,193 @@
+"""Reading a run directory. Needs neither SGLang nor a GPU; works on data copied from another machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sglang_probe.capture import journal
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.ledger import schema
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+REQUESTS_FILE = "requests.parquet"
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run directory.
+
+    Raises:
+        RunDirectoryError: there is no manifest, or it was written by a newer schema.
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """One recorded run. Frames are plain pandas; columns are documented in `sglang_probe.ledger.schema`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        file = path / MANIFEST
+        if not file.exists():
+            raise RunDirectoryError(
+                f"{path} is not a run directory: it has no {MANIFEST}", fix="see `sglang-probe harvest`"
+            )
+        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if self.manifest["schema_version"] > schema.SCHEMA_VERSION:
+            raise RunDirectoryError(
+                f"{path} has schema version {self.manifest['schema_version']}; "
+                f"this package reads up to {schema.SCHEMA_VERSION}",
+                fix="upgrade sglang-probe",
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request of the workload was served and everything is on disk."""
+        return bool(self.manifest["status"] == "complete")
+
+    @property
+    def hook_points(self) -> list[str]:
+        return list(self.manifest["hook_points"])
+
+    def spans(self) -> pd.DataFrame:
+        """One row per span: consecutive positions of one request with the same fate (`schema.SPANS`)."""
+        return self._table("spans", schema.SPANS)
+
+    def forwards(self) -> pd.DataFrame:
+        """One row per forward pass (`schema.FORWARDS`)."""
+        return self._table("forwards", schema.FORWARDS)
+
+    def requests(self) -> pd.DataFrame:
+        """One row per request, in workload order (`schema.REQUESTS`)."""
+        path = self.path / REQUESTS_FILE
+        if not path.exists():
+            raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
+        return pq.read_table(path).to_pandas()
+
+    def engine_requests(self) -> pd.DataFrame:
+        """What the engine said of each finished request (`schema.ENGINE_REQUESTS`); survives an interrupted run."""
+        return self._table("requests", schema.ENGINE_REQUESTS)
+
+    def last_attempt(self) -> pd.DataFrame:
+        """Spans of each request's last attempt: the ones that tile its positions."""
+        spans = self.spans()
+        return spans[spans["attempt"] == spans.groupby("rid")["attempt"].transform("max")]
+
+    def tokens(self) -> pd.DataFrame:
+        """One row per position of each request's last attempt.
+
+        Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
+        phase, forward_id, row (-1: none). Token ids of discarded overshoot positions are those of the last output.
+        """
+        spans = self.last_attempt().sort_values(["rid", "start"], kind="stable")
+        lengths = (spans["end"] - spans["start"]).to_numpy()
+        inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        steps = np.where(spans["phase"].isin(schema.STEP_PHASES), 1, 0)
+        row_start = np.repeat(spans["row_start"].to_numpy(), lengths)
+        out = pd.DataFrame(
+            {
+                "rid": np.repeat(spans["rid"].to_numpy(), lengths),
+                "position": np.repeat(spans["start"].to_numpy(), lengths) + inside,
+                "status": np.repeat(spans["status"].to_numpy(), lengths),
+                "phase": np.repeat(spans["phase"].to_numpy(), lengths),
+                "forward_id": np.repeat(spans["forward_id"].to_numpy(), lengths) + np.repeat(steps, lengths) * inside,
+                "row": np.where(
+                    row_start >= 0, row_start + np.repeat(spans["row_step"].to_numpy(), lengths) * inside, -1
+                ),
+            }
+        )
+        labels = self._labels()
+        return out.merge(labels, on=["rid", "position"], how="left", validate="many_to_one")
+
+    def rows(self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any]) -> torch.Tensor:
+        """Captured rows by their index in the row store, `[len(indices), width]`, in the model's dtype.
+
+        Raises:
+            RunDirectoryError: the hook point was not captured, or an index is outside the store.
+        """
+        import torch
+
+        shards = self._shards(hook_point)
+        wanted = np.asarray(indices, dtype=np.int64)
+        pieces: list[tuple[np.ndarray[Any, Any], torch.Tensor]] = []
+        found = 0
+        for start, end, path in shards:
+            mask = (wanted >= start) & (wanted < end)
+            if mask.any():
+                at = np.nonzero(mask)[0]
+                pieces.append((at, _shard(path)[torch.from_numpy(wanted[at] - start)]))
+                found += len(at)
+        if found != len(wanted):
+            raise RunDirectoryError(
+                f"{self.path}: {len(wanted) - found} of the asked rows of {hook_point} do not exist"
+            )
+        if not pieces:
+            width = _shard(shards[0][2]).shape[1] if shards else 0
+            return torch.empty((0, width))
+        out = torch.empty((len(wanted), pieces[0][1].shape[1]), dtype=pieces[0][1].dtype)
+        for at, values in pieces:
+            out[torch.from_numpy(at)] = values
+        return out
+
+    def iter_shards(self, hook_point: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every shard of a hook point as `(index of its first row, rows [n, width])`."""
+        for start, _end, path in self._shards(hook_point):
+            yield start, _shard(path)
+
+    def parts(self) -> list[journal.Part]:
+        """Durable parts of the run."""
+        return journal.read(self.path)
+
+    def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
+        files = [self.path / f for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
+        tables = [pq.read_table(f, schema=table_schema) for f in files]
+        return (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
+
+    def _shards(self, hook_point: str) -> list[tuple[int, int, Path]]:
+        shards = []
+        for part in self.parts():
+            name = f"rows/{hook_point}/shard-{part.number:05d}.safetensors"
+            if name in part.files:
+                shards.append((part.rows_end - part.rows, part.rows_end, self.path / name))
+        if not shards:
+            raise RunDirectoryError(
+                f"{self.path} has no rows of `{hook_point}`",
+                fix=f"captured hook points: {', '.join(self.hook_points) or 'none'}",
+            )
+        return shards
+
+    def _labels(self) -> pd.DataFrame:
+        """Token id and segment of every position of every request."""
+        frames = []
+        for r in self.requests().itertuples():
+            output = [] if r.output_ids is None else list(r.output_ids)
+            ids = [*r.prompt_ids, *output]
+            segment = np.full(len(ids), "generated", dtype=object)
+            for s in r.segments:
+                segment[s["start"] : s["end"]] = s["name"]
+            frames.append(
+                pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
+            )
+        if not frames:
+            return pd.DataFrame({"rid": [], "position": [], "token_id": [], "segment": []})
+        return pd.concat(frames, ignore_index=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _shard(path: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    from sglang_probe.capture.writer import ROWS_KEY
+
+    return load_file(path)[ROWS_KEY]

@@ -1,0 +1,79 @@
+"""Tables of the ledger and their columns. One source of truth for writer, reader and checks."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+COMPUTED = "computed"
+REUSED = "reused"
+UNREQUESTED = "unrequested"
+
+PREFILL = "prefill"
+DECODE = "decode"
+RECOMPUTE = "recompute"
+OVERSHOOT = "overshoot"
+
+STEP_PHASES = (DECODE, OVERSHOOT)
+"""Phases in which each position of a span has a forward pass of its own, numbered consecutively."""
+
+SPANS = pa.schema(
+    [
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),  # 0, and one more after each retraction
+        ("start", pa.int32()),  # token positions [start, end) of prompt + output
+        ("end", pa.int32()),
+        ("status", pa.string()),  # computed | reused | unrequested
+        ("phase", pa.string()),  # prefill | decode | recompute | overshoot
+        # computed: the forward pass of position `start`. In decode and overshoot, position start + i was computed by
+        # forward_id + i; in prefill all positions by the same one. reused: the forward that first attended to it.
+        ("forward_id", pa.int64()),
+        ("chunk", pa.int32()),  # number of the prefill chunk within the attempt; -1 in decode
+        ("tier", pa.string()),  # device for reused spans, else null
+        # Row of position start + i in the row store is row_start + i * row_step; -1: no rows were captured.
+        ("row_start", pa.int64()),
+        ("row_step", pa.int32()),
+    ]
+)
+
+FORWARDS = pa.schema(
+    [
+        ("forward_id", pa.int64()),
+        ("mode", pa.string()),  # extend | mixed | decode
+        ("requests", pa.int32()),
+        ("prefill_tokens", pa.int32()),
+        ("decode_tokens", pa.int32()),
+        ("graph", pa.bool_()),  # replayed from a graph, else eager
+        ("launched", pa.float64()),  # unix seconds
+        ("seconds", pa.float64()),  # launch to result processed
+        ("waiting", pa.int32()),  # queue length at launch
+        ("row_start", pa.int64()),
+    ]
+)
+
+ENGINE_REQUESTS = pa.schema(
+    [
+        ("rid", pa.string()),
+        ("prompt_len", pa.int32()),
+        ("output_len", pa.int32()),
+        ("cached_tokens", pa.int32()),  # SGLang's own count
+        ("retractions", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("output_ids", pa.list_(pa.int32())),
+    ]
+)
+
+REQUESTS = pa.schema(
+    [
+        *ENGINE_REQUESTS,
+        ("index", pa.int64()),  # number of the request in the workload
+        ("family", pa.string()),  # requests that share a prefix by design
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("segments", pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))),
+        ("sampling_params", pa.string()),  # JSON
+    ]
+)
+
+INTERRUPTED = "interrupted"
+"""Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""

@@ -1,0 +1,162 @@
+"""The invariants of the ledger, checked on any run directory without SGLang.
+
+Each check is a function of a `Run` that returns the first violation in words, or None. What a check covered is
+counted, because a check of nothing proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.capture.hook_points import EMBED
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.check import Check
+from sglang_probe.ledger.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
+    """Check every invariant; `embedding` as in `sglang_probe.ledger.ownership.rows_match_tokens`."""
+    from sglang_probe.ledger.ownership import rows_match_tokens
+
+    intact = files_intact(run)
+    if not intact.holds:
+        return [intact]  # what else could be read is not what was recorded
+    checks: list[Callable[[Run], Check]] = [spans_tile, reuse_reconciles, forwards_add_up, rows_owned_once]
+    results = [intact, *(check(run) for check in checks)]
+    if EMBED in run.hook_points and results[-1].holds:  # content is asked only of rows that have one owner
+        results.append(rows_match_tokens(run, embedding=embedding))
+    return results
+
+
+def files_intact(run: Run) -> Check:
+    """Every file of every part is present with its recorded hash."""
+    name, claim = "files", "every file has the SHA-256 that was recorded when it was written"
+    files = [(f, digest) for part in run.parts() for f, digest in part.files.items()]
+    for f, digest in files:
+        path = run.path / f
+        if not path.exists():
+            return Check(name, claim, len(files), "files", f"{f} is missing")
+        with open(path, "rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+                return Check(name, claim, len(files), "files", f"{f} was changed after it was written")
+    return Check(name, claim, len(files), "files")
+
+
+def spans_tile(run: Run) -> Check:
+    """Spans of each request's last attempt tile its positions, without gap or overlap."""
+    name = "tiling"
+    claim = "spans tile [0, prompt + output - 1); the last sampled token has no KV unless a discarded step computed it"
+    spans = run.last_attempt().sort_values(["rid", "start"], kind="stable")
+    previous_end = spans.groupby("rid")["end"].shift(fill_value=0)
+    wrong = spans[spans["start"] != previous_end]
+    requests = run.requests()
+    unit, covered = "requests", len(requests)
+    if len(wrong):
+        r = wrong.iloc[0]
+        kind = "gap" if r["start"] > previous_end[wrong.index[0]] else "overlap"
+        return Check(
+            name,
+            claim,
+            covered,
+            unit,
+            f"{kind} in {r['rid']} at position {min(r['start'], previous_end[wrong.index[0]])}",
+        )
+    ends = spans.groupby("rid")["end"].max()
+    overshoot = spans[spans["phase"] == schema.OVERSHOOT].groupby("rid").size()
+    for r in requests.itertuples():
+        if r.finish_reason == schema.INTERRUPTED:
+            continue
+        expected = r.prompt_len + max(r.output_len - 1, 0) + int(overshoot.get(r.rid, 0))
+        if int(ends.get(r.rid, 0)) != expected:
+            return Check(
+                name, claim, covered, unit, f"{r.rid}: spans end at {int(ends.get(r.rid, 0))}, expected {expected}"
+            )
+    missing = int(run.manifest["requests_expected"]) - requests["index"].nunique()
+    note = f"{missing} requests of the workload were never served" if missing else None
+    return Check(name, claim, covered, unit, note=note)
+
+
+def reuse_reconciles(run: Run) -> Check:
+    """Per request, reused positions of the first attempt equal SGLang's `cached_tokens`, which counts only those."""
+    name, claim = "reuse", "reused positions per request equal SGLang's own cached_tokens"
+    spans = run.spans()
+    reused = spans[(spans["status"] == schema.REUSED) & (spans["attempt"] == 0)]
+    per_request = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
+    requests = run.engine_requests()
+    ours = requests["rid"].map(per_request).fillna(0).astype(int)
+    wrong = requests[ours != requests["cached_tokens"]]
+    disagreements = run.manifest.get("cached_tokens_disagreements") or []
+    retracted = int((requests["retractions"] > 0).sum())
+    note = f"{retracted} requests were retracted; SGLang counts their first attempt only" if retracted else None
+    violation = None
+    if len(wrong):
+        r = wrong.iloc[0]
+        violation = f"{r['rid']}: {int(ours[wrong.index[0]])} reused in the ledger, {r['cached_tokens']} by SGLang"
+    elif disagreements:
+        violation = f"{disagreements[0]}: the API's cached_tokens differs from the scheduler's"
+    return Check(name, claim, len(requests), "requests", violation, note)
+
+
+def forwards_add_up(run: Run) -> Check:
+    """The computed spans of each forward pass sum to its token count."""
+    name, claim = "forwards", "computed spans of a forward pass sum to its token count"
+    forwards = run.forwards()
+    if forwards.empty:
+        return Check(name, claim, 0, "forwards")
+    first = int(forwards["forward_id"].min())
+    counted = computed_per_forward(run.spans(), first, int(forwards["forward_id"].max()) - first + 1)
+    expected = (forwards["prefill_tokens"] + forwards["decode_tokens"]).to_numpy()
+    ours = counted[forwards["forward_id"].to_numpy() - first]
+    bad = np.nonzero(ours != expected)[0]
+    violation = None
+    if len(bad):
+        f = forwards.iloc[bad[0]]
+        violation = (
+            f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, the engine computed {expected[bad[0]]}"
+        )
+    return Check(name, claim, len(forwards), "forwards", violation)
+
+
+def computed_per_forward(spans: pd.DataFrame, first: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Computed tokens of forwards `first .. first + count`, `[count]`. Step spans spread over consecutive forwards."""
+    computed = spans[spans["status"] == schema.COMPUTED]
+    length = (computed["end"] - computed["start"]).to_numpy()
+    forward = computed["forward_id"].to_numpy() - first
+    steps = computed["phase"].isin(schema.STEP_PHASES).to_numpy()
+    total = np.bincount(forward[~steps], weights=length[~steps], minlength=count).astype(np.int64)
+    edges = np.zeros(count + 1, dtype=np.int64)
+    np.add.at(edges, forward[steps], 1)
+    np.add.at(edges, forward[steps] + length[steps], -1)
+    return np.asarray(total[:count] + np.cumsum(edges)[:count])
+
+
+def rows_owned_once(run: Run) -> Check:
+    """Every captured row belongs to exactly one computed position."""
+    name, claim = "row ownership", "every captured row belongs to exactly one computed position"
+    spans = run.spans()
+    with_rows = spans[spans["row_start"] >= 0]
+    total = max((p.rows_end for p in run.parts()), default=0)
+    if with_rows.empty:
+        violation = f"{total} rows were captured and no span has any" if total else None
+        return Check(name, claim, total, "rows", violation)
+    lengths = (with_rows["end"] - with_rows["start"]).to_numpy()
+    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = (
+        np.repeat(with_rows["row_start"].to_numpy(), lengths)
+        + np.repeat(with_rows["row_step"].to_numpy(), lengths) * inside
+    )
+    owners = np.bincount(rows, minlength=total)
+    violation = None
+    if len(owners) > total:
+        violation = f"a span claims row {len(owners) - 1}, but only {total} exist"
+    elif (bad := np.nonzero(owners != 1)[0]).size:
+        violation = f"row {bad[0]} has {owners[bad[0]]} owners"
+    return Check(name, claim, total, "rows", violation)

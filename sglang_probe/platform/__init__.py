@@ -1,0 +1,1 @@
+"""The CPU reference platform: stock SGLang on a machine without an accelerator."""

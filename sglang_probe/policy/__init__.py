@@ -1,0 +1,1 @@
+"""Arms: named policies under which a workload is run."""

@@ -1,0 +1,107 @@
+"""A page of results: title, headline tiles, facts, and sections with text, figures and tables, as one HTML file.
+
+The file needs nothing but itself: no script, no font, no image, and its content security policy forbids loading any.
+All text is escaped; the only markup understood is `code` in backquotes and **bold**.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup, escape
+
+from sglang_probe.report.figures import Figure
+from sglang_probe.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number: what it is, the number as text, and what it means in a short sentence."""
+
+    label: str
+    value: str
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what belongs to it. `text`: paragraphs, separated by blank lines; `notes`: caveats, small."""
+
+    heading: str
+    text: str = ""
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole report. `facts` are (name, value) pairs that say what was measured: model, versions, seeds, arms."""
+
+    title: str
+    lead: str = ""
+    tiles: Sequence[Tile] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    sections: Sequence[Section] = ()
+    footer: str = ""
+
+
+def render(page: Page) -> str:
+    """The page as one HTML document."""
+    return _environment().get_template("page.html.j2").render(page=page)
+
+
+def write(page: Page, path: Path | str) -> None:
+    """Render to `path`; a reader sees the old file or the whole new one, never a part."""
+    path = Path(path)
+    html = render(page)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(html)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def inline(text: str) -> Markup:
+    """Escaped text in which `code` and **bold** are marked up."""
+    plain, *rest = re.split(r"`([^`\n]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*", text)
+    html = escape(plain)
+    for code, bold, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        html += Markup("<code>{}</code>").format(code) if code else Markup("<strong>{}</strong>").format(bold)
+        html += escape(after)
+    return html
+
+
+def paragraphs(text: str) -> Markup:
+    """Blank lines separate paragraphs."""
+    blocks = [b.strip() for b in re.split(r"\n\s*\n", text) if b.strip()]
+    return Markup("\n").join(Markup("<p>{}</p>").format(inline(b)) for b in blocks)
+
+
+def _csv_link(frame: pd.DataFrame) -> str:
+    """The frame at full precision, as a link that holds its own data."""
+    return "data:text/csv;charset=utf-8," + quote(frame.to_csv(index=any(n is not None for n in frame.index.names)))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(inline=inline, paragraphs=paragraphs, csv_link=_csv_link)
+    environment.globals.update(Table=Table)
+    return environment

@@ -1,0 +1,1 @@
+"""Studies: what the recordings say. Nothing here imports SGLang."""

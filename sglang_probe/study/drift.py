@@ -1,0 +1,96 @@
+"""Drift: how far the rows of two runs differ at positions that both computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sglang_probe.errors import ProbeError
+from sglang_probe.ledger.run import Run
+
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Positions that both runs computed with a captured row, and the distance of their rows per hook point.
+
+    `positions` has columns index (request), position, segment, phase, row_a, row_b; the arrays align with it.
+    """
+
+    positions: pd.DataFrame
+    relative_l2: dict[str, np.ndarray[Any, Any]]
+    cosine: dict[str, np.ndarray[Any, Any]]
+
+
+def compare_runs(a: Run, b: Run, a_tokens: pd.DataFrame, b_tokens: pd.DataFrame) -> Compared:
+    """Compare two runs of the same requests with the same output tokens, `b` being the reference.
+
+    Raises:
+        ProbeError: a position holds different tokens in the two runs.
+    """
+    joined = _rows_of(a, a_tokens).merge(_rows_of(b, b_tokens), on=["index", "position"], suffixes=("_a", "_b"))
+    wrong = joined[joined["token_id_a"] != joined["token_id_b"]]
+    if len(wrong):
+        w = wrong.iloc[0]
+        raise ProbeError(
+            f"{a.path} and {b.path} hold different tokens at request {w['index']}, position {w['position']}; "
+            "their rows cannot be compared"
+        )
+    joined = joined[joined["phase_a"] == joined["phase_b"]].reset_index(drop=True)
+    positions = joined.rename(columns={"phase_a": "phase", "segment_a": "segment"})[
+        ["index", "position", "segment", "phase", "row_a", "row_b"]
+    ]
+    l2: dict[str, np.ndarray[Any, Any]] = {}
+    cosine: dict[str, np.ndarray[Any, Any]] = {}
+    for hook_point in a.hook_points:
+        pairs = [
+            row_distance(a.rows(hook_point, part["row_a"].to_numpy()), b.rows(hook_point, part["row_b"].to_numpy()))
+            for part in (positions.iloc[i : i + _CHUNK] for i in range(0, len(positions), _CHUNK))
+        ]
+        l2[hook_point] = np.concatenate([p[0] for p in pairs]) if pairs else np.empty(0)
+        cosine[hook_point] = np.concatenate([p[1] for p in pairs]) if pairs else np.empty(0)
+    return Compared(positions, l2, cosine)
+
+
+def row_distance(a_ND: torch.Tensor, b_ND: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Relative L2 `‖a - b‖ / ‖b‖` and cosine of rows, each `[n]` in float64. Identical rows give exactly 0 and 1."""
+    a, b = a_ND.double(), b_ND.double()
+    norm = b.norm(dim=1)
+    l2 = (a - b).norm(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(max=1.0)
+    same = (a_ND == b_ND).all(dim=1)
+    return np.asarray(torch.where(same, 0.0, l2)), np.asarray(torch.where(same, 1.0, cosine))
+
+
+def drift_table(compared: Compared) -> pd.DataFrame:
+    """Per hook point and phase: positions, share bit-identical, relative L2 (median, p99, max), lowest cosine."""
+    rows = []
+    for hook_point, l2 in compared.relative_l2.items():
+        for phase, at in compared.positions.groupby("phase", sort=False).indices.items():
+            values = l2[at]
+            rows.append(
+                {
+                    "hook_point": hook_point,
+                    "phase": phase,
+                    "positions": len(at),
+                    "identical": float((values == 0).mean()),
+                    "l2_median": float(np.median(values)),
+                    "l2_p99": float(np.quantile(values, 0.99)),
+                    "l2_max": float(values.max()),
+                    "cosine_min": float(compared.cosine[hook_point][at].min()),
+                }
+            )
+    columns = ["hook_point", "phase", "positions", "identical", "l2_median", "l2_p99", "l2_max", "cosine_min"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _rows_of(run: Run, tokens: pd.DataFrame) -> pd.DataFrame:
+    """Positions with a captured row: index, position, token_id, segment, phase, row."""
+    index = run.requests().set_index("rid")["index"]
+    kept = tokens[(tokens["row"] >= 0) & (tokens["phase"] != "overshoot") & tokens["token_id"].notna()]
+    return kept.assign(index=kept["rid"].map(index))[["index", "position", "token_id", "segment", "phase", "row"]]

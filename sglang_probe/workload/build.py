@@ -1,0 +1,110 @@
+"""From a workload's configuration to its requests: `build_requests`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from sglang_probe.errors import WorkloadError
+from sglang_probe.workload.jsonl import Jsonl
+from sglang_probe.workload.render import Renderer
+from sglang_probe.workload.request import Conversation, Request
+from sglang_probe.workload.shared_prefix import SharedPrefix
+from sglang_probe.workload.sharegpt import ShareGpt
+from sglang_probe.workload.sources import SourceReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WorkloadConfig = Annotated[SharedPrefix | Jsonl | ShareGpt, Field(discriminator="source")]
+
+# SGLang 0.5.23, srt/sampling/sampling_params.py: what it generates when a request does not say.
+_DEFAULT_NEW_TOKENS = 128
+# SGLang 0.5.23 never fills the context: it silently shortens an output that would (`Scheduler.init_req_max_new_tokens`)
+# and refuses a prompt that leaves less room than this (`TpModelWorker`: `max_req_input_len`).
+_UNUSED_POSITIONS = 2
+_LEAST_ROOM = 5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The requests of a run, and what is recorded about where they came from."""
+
+    requests: list[Request]
+    skipped: int
+    """Bad records of the source that were passed over."""
+    corpus_digest: str | None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over prompt ids and sampling parameters in order: equal digests mean equal work."""
+        h = hashlib.sha256()
+        for r in self.requests:
+            h.update(json.dumps([r.prompt_ids, r.sampling_params], sort_keys=True).encode() + b"\n")
+        return h.hexdigest()
+
+
+def build_requests(
+    config: WorkloadConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int | None,
+    default_sampling: Mapping[str, Any],
+) -> Workload:
+    """All requests of a workload.
+
+    Raises:
+        WorkloadError: the source cannot be read, a request cannot be rendered or does not fit into the context, or
+            there is no request at all.
+    """
+    report = SourceReport()
+    conversations = config.conversations(report)
+    requests = list(
+        iter_requests(conversations, tokenizer, context_length=context_length, default_sampling=default_sampling)
+    )
+    if not requests:
+        raise WorkloadError(f"the workload has no requests ({report.skipped} bad records were skipped)")
+    return Workload(requests, report.skipped, report.corpus_digest)
+
+
+def iter_requests(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int | None,
+    default_sampling: Mapping[str, Any],
+) -> Iterator[Request]:
+    """Render conversations one by one. A conversation's own sampling parameters overrule the default ones."""
+    renderer = Renderer(tokenizer)
+    for index, conversation in enumerate(conversations):
+        try:
+            rendered = renderer.render(conversation)
+            sampling = {**default_sampling, **conversation.sampling_params}
+            _check_fits(len(rendered.prompt_ids), sampling, context_length)
+        except WorkloadError as e:
+            raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
+        yield Request(index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling)
+
+
+def _check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
+    new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
+    if new is None:  # until the context is full
+        new = 0
+    if not isinstance(new, int) or new < 0:
+        raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
+    if context_length is None:
+        return
+    usable = context_length - _UNUSED_POSITIONS
+    if prompt + max(new, _LEAST_ROOM) > usable:
+        raise WorkloadError(
+            f"{prompt} prompt tokens and {new} new ones do not fit into the context of {context_length}, "
+            f"of which SGLang uses {usable} (and wants room for {_LEAST_ROOM} new ones)",
+            fix="shorten the prompt (for `shared_prefix`: fewer `exemplars`, `turns` or `document_chars`), "
+            "lower `max_new_tokens`, or use a model with a longer context",
+        )

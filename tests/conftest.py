@@ -1,0 +1,52 @@
+"""Shared helpers: the command line in a subprocess, and experiments small enough for a laptop."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run `sglang-probe` as a user would, in a process of its own."""
+
+    def run(*args: str | Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sglang_probe", *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "COLUMNS": "160", **env},
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_yaml(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a harvest or experiment YAML: a small shared-prefix workload, overridden by keyword."""
+
+    def write(name: str, **fields: Any) -> Path:
+        workload = {
+            "source": "shared_prefix",
+            "families": 2,
+            "requests_per_family": 5,
+            "exemplars": 2,
+            **fields.pop("workload", {}),
+        }
+        path = tmp_path_factory.mktemp("config") / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"workload": workload, "concurrency": 3, **fields}))
+        return path
+
+    return write

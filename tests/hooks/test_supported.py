@@ -1,0 +1,29 @@
+"""Paths whose accounting is not proved are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_probe.errors import UnsupportedError
+from sglang_probe.hooks.supported import refuse_unsupported
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "named"),
+    [
+        ("speculative_algorithm", "EAGLE", "speculative decoding"),
+        ("tp_size", 2, "tensor parallelism"),
+        ("dp_size", 2, "data parallelism"),
+        ("enable_hierarchical_cache", True, "hierarchical cache"),
+        ("disaggregation_mode", "prefill", "disaggregation"),
+        ("enable_torch_compile", True, "torch.compile"),
+        ("enable_lora", True, "LoRA"),
+    ],
+)
+def test_refused(argument: str, value: object, named: str) -> None:
+    with pytest.raises(UnsupportedError, match=named):
+        refuse_unsupported({argument: value})
+
+
+def test_defaults_and_ordinary_arguments_pass() -> None:
+    refuse_unsupported({"tp_size": 1, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": None})

@@ -1,0 +1,90 @@
+"""A small run directory made by the real recorder and writer, with a made-up engine behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sglang_probe.capture.writer import Writer
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.recorder import ForwardPlan, Recorder, RequestEnd
+from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run, load_run
+
+EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+PROMPTS = {"a": [3, 4, 5, 6, 7, 8], "b": [3, 4, 5, 6, 9, 10]}
+OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step."""
+
+    def make(name: str = "run") -> Run:
+        path = tmp_path / name
+        path.mkdir()
+        writer = Writer(path)
+        recorder = Recorder(writer, captures_rows=True)
+
+        def launch(tag: int, mode: str, *rows: tuple[str, int, int]) -> None:
+            plan = ForwardPlan(
+                tag,
+                mode,
+                [r for r, _, _ in rows],
+                [s for _, s, _ in rows],
+                [e for _, _, e in rows],
+                [mode == "decode"] * len(rows),
+                [0] * len(rows),
+                [6] * len(rows),
+            )
+            recorder.launch(plan)
+            ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]
+            plan.rows = {"hook_embed": EMBEDDING[ids]}
+
+        def end(rid: str, cached: int, reason: str) -> RequestEnd:
+            return RequestEnd(rid, 6, len(OUTPUTS[rid]), cached, 0, reason, OUTPUTS[rid])
+
+        launch(1, "extend", ("a", 0, 6))
+        recorder.commit(1, graph=False)
+        launch(2, "extend", ("b", 4, 6))
+        recorder.commit(2, graph=False)
+        launch(3, "decode", ("a", 6, 7), ("b", 6, 7))
+        launch(4, "decode", ("a", 7, 8), ("b", 7, 8))
+        recorder.commit(3, graph=False, ended=[end("b", 4, "stop")])
+        recorder.commit(4, graph=False, ended=[end("a", 0, "length")])
+        writer.flush(timeout=30)
+
+        segments = [{"name": "system", "start": 0, "end": 4}, {"name": "user", "start": 4, "end": 6}]
+        records = [
+            {
+                "rid": rid,
+                "prompt_len": 6,
+                "output_len": len(OUTPUTS[rid]),
+                "cached_tokens": 4 if rid == "b" else 0,
+                "retractions": 0,
+                "finish_reason": "stop" if rid == "b" else "length",
+                "output_ids": OUTPUTS[rid],
+                "index": index,
+                "family": "f",
+                "prompt_ids": PROMPTS[rid],
+                "segments": segments,
+                "sampling_params": "{}",
+            }
+            for index, rid in enumerate("ab")
+        ]
+        pq.write_table(pa.Table.from_pylist(records, schema=schema.REQUESTS), path / REQUESTS_FILE)
+        manifest = {
+            "schema_version": 1,
+            "status": "complete",
+            "hook_points": {"hook_embed": ""},
+            "requests_expected": 2,
+        }
+        (path / MANIFEST).write_text(json.dumps(manifest))
+        return load_run(path)
+
+    return make

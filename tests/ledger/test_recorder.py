@@ -1,0 +1,142 @@
+"""Spans from launches and commits, on the smallest sequences in which each rule matters."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_probe.errors import LedgerError
+from sglang_probe.ledger.recorder import Commit, ForwardPlan, Recorder, RequestEnd
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.commits: list[Commit] = []
+
+    def put(self, commit: Commit) -> None:
+        self.commits.append(commit)
+
+    def spans(self, rid: str) -> list[tuple[int, int, str, str | None, int]]:
+        """(start, end, status, phase, forward) of a request's spans."""
+        return [(s[2], s[3], s[4], s[5], s[6]) for c in self.commits for s in c.spans if s[0] == rid]
+
+
+def extend(tag: int, rid: str, start: int, end: int, *, attempt: int = 0, prompt: int = 10) -> ForwardPlan:
+    return ForwardPlan(tag, "extend", [rid], [start], [end], [False], [attempt], [prompt])
+
+
+def decode(tag: int, *at: tuple[str, int], attempt: int = 0) -> ForwardPlan:
+    rids, positions = [r for r, _ in at], [p for _, p in at]
+    n = len(at)
+    return ForwardPlan(tag, "decode", rids, positions, [p + 1 for p in positions], [True] * n, [attempt] * n, [10] * n)
+
+
+def end(rid: str, *, prompt: int = 10, output: int = 1, reason: str = "length") -> RequestEnd:
+    return RequestEnd(rid, prompt, output, 0, 0, reason, list(range(output)))
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+@pytest.fixture
+def recorder(sink: Sink) -> Recorder:
+    return Recorder(sink, captures_rows=False)
+
+
+def test_positions_below_the_first_computed_one_are_reused(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 6, 10))
+    recorder.commit(1, graph=False)
+    assert sink.spans("a") == [(0, 6, "reused", None, 0), (6, 10, "computed", "prefill", 0)]
+
+
+def test_a_continued_chunk_reuses_nothing(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 4))
+    recorder.commit(1, graph=False)
+    recorder.launch(extend(2, "a", 4, 10))
+    recorder.commit(2, graph=False)
+    assert sink.spans("a") == [(0, 4, "computed", "prefill", 0), (4, 10, "computed", "prefill", 1)]
+
+
+def test_a_step_in_flight_when_its_request_stops_is_an_overshoot(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(decode(2, ("a", 10)))
+    recorder.launch(decode(3, ("a", 11)))  # overlap scheduling: launched before the result of 2 is seen
+    recorder.commit(2, graph=False, ended=[end("a", output=2, reason="stop")])
+    recorder.commit(3, graph=False)
+    assert sink.spans("a")[1:] == [(10, 11, "computed", "decode", 1), (11, 12, "computed", "overshoot", 2)]
+
+
+def test_a_length_finish_has_no_overshoot(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(decode(2, ("a", 10)))
+    recorder.commit(2, graph=False, ended=[end("a", output=2)])
+    assert sink.spans("a")[1:] == [(10, 11, "computed", "decode", 1)]
+
+
+def test_a_retracted_request_starts_a_new_attempt_and_overwrites_nothing(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(extend(2, "a", 4, 11, attempt=1))
+    recorder.commit(2, graph=False)
+    attempts = [(s[1], s[2], s[3], s[4], s[5]) for c in sink.commits for s in c.spans]
+    assert attempts == [
+        (0, 0, 10, "computed", "prefill"),
+        (1, 0, 4, "reused", None),
+        (1, 4, 11, "computed", "recompute"),
+    ]
+
+
+def test_what_an_aborted_prompt_never_reached_is_unrequested(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 4))
+    recorder.commit(1, graph=False, ended=[end("a", output=0, reason="abort")])
+    assert sink.spans("a") == [(0, 4, "computed", "prefill", 0), (4, 10, "unrequested", None, -1)]
+
+
+def test_commits_out_of_launch_order_are_refused(recorder: Recorder) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.launch(extend(2, "b", 0, 10))
+    with pytest.raises(LedgerError, match="out of launch order"):
+        recorder.commit(2, graph=False)
+
+
+def test_a_position_computed_twice_in_one_attempt_is_refused(recorder: Recorder) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(extend(2, "a", 9, 12))
+    with pytest.raises(LedgerError, match="launched again"):
+        recorder.commit(2, graph=False)
+
+
+def test_a_skipped_decode_position_is_refused(recorder: Recorder) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(decode(2, ("a", 11)))
+    with pytest.raises(LedgerError, match="decode of position 11"):
+        recorder.commit(2, graph=False)
+
+
+def test_rows_are_numbered_in_batch_order_across_forwards(sink: Sink) -> None:
+    recorder = Recorder(sink, captures_rows=True, first_row=100)
+    prefill = ForwardPlan(1, "extend", ["a", "b"], [2, 0], [10, 10], [False, False], [0, 0], [10, 10])
+    for plan in (prefill, decode(2, ("b", 10), ("a", 10))):
+        recorder.launch(plan)
+        plan.rows = {}
+        recorder.commit(plan.tag, graph=False)
+    rows = {(s[0], s[2]): s[9] for c in sink.commits for s in c.spans}
+    assert rows == {("a", 0): -1, ("a", 2): 100, ("b", 0): 108, ("b", 10): 118, ("a", 10): 119}
+
+
+def test_a_forward_without_its_rows_is_refused(sink: Sink) -> None:
+    recorder = Recorder(sink, captures_rows=True)
+    recorder.launch(extend(1, "a", 0, 10))
+    with pytest.raises(LedgerError, match="no captured rows"):
+        recorder.commit(1, graph=False)
+
+
+def test_closing_accounts_for_what_is_in_flight(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.drain()
+    assert sink.spans("a") == [(0, 10, "computed", "prefill", 0)]

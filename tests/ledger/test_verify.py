@@ -1,0 +1,134 @@
+"""Each invariant holds on a good run, and each way to break it is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sglang_probe.capture import journal
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.ownership import hash_rows, write_oracle
+from sglang_probe.ledger.run import Run
+from sglang_probe.ledger.verify import verify
+from tests.ledger.conftest import EMBEDDING
+
+
+def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..., Run]) -> None:
+    checks = verify(make_run(), embedding=EMBEDDING)
+    assert {c.name: (c.covered, c.violation) for c in checks} == {
+        "files": (4, None),
+        "tiling": (2, None),
+        "reuse": (2, None),
+        "forwards": (4, None),
+        "row ownership": (12, None),
+        "content": (12, None),
+    }
+
+
+def test_tokens_expand_every_position_once(make_run: Callable[..., Run]) -> None:
+    tokens = make_run().tokens()
+    b = tokens[tokens["rid"] == "b"].sort_values("position")
+    assert b["status"].tolist() == ["reused"] * 4 + ["computed"] * 4
+    assert b["phase"].iloc[4:].tolist() == ["prefill", "prefill", "decode", "overshoot"]
+    assert b["segment"].tolist() == ["system"] * 4 + ["user"] * 2 + ["generated"] * 2
+    assert b["token_id"].tolist() == [3, 4, 5, 6, 9, 10, 14, 1]
+    assert b["forward_id"].tolist() == [1, 1, 1, 1, 1, 1, 2, 3]
+    assert b["row"].tolist() == [-1, -1, -1, -1, 6, 7, 9, 11]
+
+
+def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None:
+    rows = make_run().rows("hook_embed", [11, 0, 6])
+    assert rows.equal(EMBEDDING[[1, 3, 9]])
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (lambda s: s[s["status"] != "reused"], ("tiling", "gap in b at position 0")),
+        (lambda s: _set(s, s["status"] == "reused", end=5), ("tiling", "overlap in b at position 4")),
+        (lambda s: _set(s, s["phase"] == "overshoot", phase="decode"), ("tiling", "b: spans end at 8, expected 7")),
+        (lambda s: s[~((s["rid"] == "a") & (s["phase"] == "decode"))], ("tiling", "a: spans end at 6, expected 8")),
+        (lambda s: _set(s, s["phase"] == "prefill", forward_id=0), ("forwards", "forward 0: spans hold 8 tokens")),
+        (
+            lambda s: _set(s, (s["rid"] == "b") & (s["phase"] == "prefill"), row_start=0),
+            ("row ownership", "row 0 has 2"),
+        ),
+        (lambda s: _set(s, s["phase"] == "overshoot", row_start=99), ("row ownership", "claims row 99, but only 12")),
+        (lambda s: _set(s, s["status"] == "reused", end=3), ("reuse", "b: 3 reused in the ledger, 4 by SGLang")),
+    ],
+    ids=["gap", "overlap", "hidden overshoot", "lost decode", "wrong forward", "two owners", "no such row", "reuse"],
+)
+def test_a_broken_ledger_is_found(make_run: Callable[..., Run], broken: Any, named: tuple[str, str]) -> None:
+    run = make_run()
+    _rewrite_spans(run.path, broken)
+    violations = {c.name: c.violation for c in verify(run) if not c.holds}
+    name, words = named
+    assert words in (violations.get(name) or ""), violations
+
+
+def test_two_requests_with_swapped_rows_are_found_by_content_alone(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    spans = run.spans()
+    a = spans[(spans["rid"] == "a") & (spans["phase"] == "decode")]["row_start"].iloc[0]
+    b = spans[(spans["rid"] == "b") & (spans["phase"] == "decode")]["row_start"].iloc[0]
+
+    def swap(s: pd.DataFrame) -> pd.DataFrame:
+        # Row 8 and 9 belong to the first decode step of a and b; cut a's run so that only this step is swapped.
+        decode_a = s[(s["rid"] == "a") & (s["phase"] == "decode")].iloc[0]
+        tail = decode_a.copy()
+        tail["start"], tail["forward_id"], tail["row_start"] = decode_a["start"] + 1, decode_a["forward_id"] + 1, 10
+        s = _set(s, (s["rid"] == "a") & (s["phase"] == "decode"), end=decode_a["start"] + 1, row_start=b)
+        s = _set(s, (s["rid"] == "b") & (s["phase"] == "decode"), row_start=a)
+        return pd.concat([s, tail.to_frame().T])
+
+    _rewrite_spans(run.path, swap)
+    assert all(c.holds for c in verify(run)), "tokens that occur once cannot be told apart by consistency"
+    from_matrix = verify(run, embedding=EMBEDDING)
+    write_oracle(run, EMBEDDING, range(50))
+    for checks in (from_matrix, verify(run)):
+        assert [c.name for c in checks if not c.holds] == ["content"]
+        assert "2 of 12 rows are wrong" in str(checks[-1].violation)
+
+
+def test_a_changed_and_a_missing_file_are_found(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    shard = run.path / "rows/hook_embed/shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    assert "was changed" in str(verify(run)[0].violation)
+    run = make_run("second")
+    (run.path / "ledger/forwards-00000.parquet").unlink()
+    assert [c.violation for c in verify(run)] == ["ledger/forwards-00000.parquet is missing"]
+
+
+def test_the_hash_of_a_row_depends_on_every_bit_and_not_on_its_neighbours() -> None:
+    hashes = hash_rows(EMBEDDING)
+    assert len(set(hashes.tolist())) == 50
+    assert hash_rows(EMBEDDING[[7]])[0] == hashes[7]
+    flipped = EMBEDDING.clone()
+    flipped.view(torch.int16)[7, 3] ^= 1
+    assert hash_rows(flipped)[7] != hashes[7]
+
+
+def _set(spans: pd.DataFrame, where: Any, **values: Any) -> pd.DataFrame:
+    spans = spans.copy()
+    for column, value in values.items():
+        spans.loc[where, column] = value
+    return spans
+
+
+def _rewrite_spans(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Change the spans on disk and their recorded hash, as a bug in the recorder would have."""
+    (part,) = journal.read(path)
+    file = path / "ledger/spans-00000.parquet"
+    changed = change(pq.read_table(file).to_pandas())
+    table = pa.Table.from_pandas(changed, schema=schema.SPANS, preserve_index=False)
+    part.files["ledger/spans-00000.parquet"] = journal.write_durably(file, lambda p: pq.write_table(table, p))
+    (path / journal.NAME).unlink()
+    journal.append(path, part)

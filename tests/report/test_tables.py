@@ -1,0 +1,128 @@
+"""Numbers never claim more than they are; tables hold every value, escaped."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sglang_probe.report.tables import MISSING, Kind, Table, format_number
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (0.08, "percent", "8.0%"),
+        (1.0, "percent", "100%"),
+        (0, "percent", "0%"),
+        (0.99970, "percent", ">99.9%"),
+        (0.0003, "percent", "<0.1%"),
+        (-0.0003, "percent", ">-0.1%"),
+        (1.0003, "percent", ">100%"),
+        (1.5, "percent", "150.0%"),
+        (-0.25, "percent", "-25.0%"),
+        (sum([0.1] * 10), "percent", "100%"),  # 0.9999999999999999: rounding of the mean, not a missing token
+        (1284032, "integer", "1,284,032"),
+        (np.int64(1284032), "auto", "1,284,032"),
+        (2**60 + 1, "auto", "1,152,921,504,606,846,977"),
+        (3.7, "integer", "3.7"),
+        (4.0, "integer", "4"),
+        (0.62, "decimal", "0.620"),
+        (0.00003, "decimal", "3.00e-05"),
+        (0.0, "decimal", "0.000"),
+        (-0.0, "decimal", "0.000"),
+        (3.14159e-8, "auto", "3.14e-08"),
+        (np.float32(0.5), "auto", "0.5"),
+        (0.123456, "auto", "0.1235"),
+        (1234.56, "auto", "1,235"),
+        (0.0, "scientific", "0"),
+        (4.2e-7, "scientific", "4.20e-07"),
+        (1234567, "text", "1234567"),
+        ("req-1", "auto", "req-1"),
+        (True, "auto", "yes"),
+        (np.bool_(False), "auto", "no"),
+        (float("inf"), "percent", "∞"),
+        (float("-inf"), "auto", "-∞"),
+    ],
+)
+def test_numbers_are_printed_exactly_like_this(value: object, kind: Kind, text: str) -> None:
+    assert format_number(value, kind) == text
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), np.float64("nan"), pd.NA, pd.NaT])
+@pytest.mark.parametrize("kind", ["auto", "percent", "text"])
+def test_every_kind_of_missing_value_is_an_en_dash(value: object, kind: Kind) -> None:
+    assert format_number(value, kind) == MISSING == "\u2013"
+
+
+def test_digits_narrow_a_percentage_without_rounding_to_the_ends() -> None:
+    texts = [format_number(x, "percent", digits=0) for x in (0.0, 0.001, 0.126, 0.999, 1.0)]
+    assert texts == ["0%", "<1%", "13%", ">99%", "100%"]
+
+
+def test_a_table_holds_every_cell_in_order() -> None:
+    frame = pd.DataFrame({"arm": ["cache_on", "cache_off"], "tokens": [1200, 99000], "coverage": [0.314, None]})
+    cells = _cells(Table(frame, formats={"coverage": "percent"}).to_html())
+    assert cells == [
+        ["arm", "tokens", "coverage"],
+        ["cache_on", "1,200", "31.4%"],
+        ["cache_off", "99,000", MISSING],
+    ]
+
+
+def test_numbers_are_aligned_right_and_text_is_not() -> None:
+    html = Table(pd.DataFrame({"name": ["a"], "n": [1], "rid": [7]}), formats={"rid": "text"}).to_html()
+    assert '<td>a</td><td class="n">1</td><td>7</td>' in html
+
+
+def test_a_named_index_is_printed_and_an_unnamed_one_is_not() -> None:
+    frame = pd.DataFrame({"n": [3]}, index=["left out"])
+    assert _cells(Table(frame).to_html()) == [["n"], ["3"]]
+    assert _cells(Table(frame.rename_axis("arm")).to_html()) == [["arm", "n"], ["left out", "3"]]
+
+
+def test_equal_column_names_keep_their_own_values() -> None:
+    frame = pd.DataFrame([[1, 2]], columns=["n", "n"])
+    assert _cells(Table(frame).to_html()) == [["n", "n"], ["1", "2"]]
+
+
+def test_empty_tables_say_so() -> None:
+    assert "no data" in Table(pd.DataFrame()).to_html()
+    assert _cells(Table(pd.DataFrame({"a": [], "b": []})).to_html()) == [["a", "b"], ["no data"]]
+
+
+def test_names_cells_and_caption_are_escaped() -> None:
+    evil = '"><script>x</script>'
+    html = Table(pd.DataFrame({evil: [evil]}), caption=evil).to_html()
+    assert "<script" not in html
+    assert _cells(html) == [[evil], [evil]]
+
+
+def _cells(html: str) -> list[list[str]]:
+    parser = _Cells()
+    parser.feed(html)
+    return parser.rows
+
+
+class _Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self._inside = tag in ("td", "th")
+        if self._inside:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.rows[-1][-1] += data
