@@ -103,6 +103,7 @@ class Writer:
         if commit.forward is not None:
             self._forwards.append(commit.forward)
         self._spans += commit.spans
+        self._rebinds += commit.rebinds
         self._requests += commit.requests
         if commit.rows:
             for hook_point, rows in commit.rows.items():
@@ -126,6 +127,7 @@ class Writer:
         for table, table_schema, facts in (
             ("spans", schema.SPANS, self._spans),
             ("forwards", schema.FORWARDS, self._forwards),
+            ("rebinds", schema.REBINDS, self._rebinds),
             ("requests", schema.ENGINE_REQUESTS, self._requests),
         ):
             if facts:
@@ -155,6 +157,7 @@ class Writer:
     def _clear(self) -> None:
         self._forwards: list[tuple[Any, ...]] = []
         self._spans: list[tuple[Any, ...]] = []
+        self._rebinds: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}

@@ -10,13 +10,13 @@ from typing import Any
 
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.supported import refuse_unsupported
-from sglang_probe.ledger.recorder import ForwardPlan, RequestEnd
+from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
 
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
     refuse_unsupported(server_args)
-    probe.active().open()
+    probe.active().open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +35,19 @@ def process_batch_result(
     value = original(scheduler, batch, result, *args, **kwargs)
     _commit(batch, result, finished_before)
     return value
+
+
+def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `_make_abort_req`, which the scheduler calls for every request that it drops outside a forward's result:
+    waiting, in the middle of its prompt, or retracted for good."""
+    _aborted(req)
+
+
+@probe.guarded
+def _aborted(req: Any) -> None:
+    recorder = probe.active().recorder
+    assert recorder is not None
+    recorder.end(end_of(req, reason="abort"))
 
 
 @probe.guarded
@@ -92,8 +105,14 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         decoding=decoding,
         attempts=[r.retraction_count for r in reqs],
         prompt_lens=[len(r.origin_input_ids) for r in reqs],
+        contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
         waiting=waiting,
     )
+
+
+def context_of(req: Any) -> Context:
+    """What identifies a request's prefix in the radix tree (`RadixKey`)."""
+    return Context(req.full_untruncated_fill_ids, (req.extra_key, req.cache_salt))
 
 
 def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:
@@ -115,15 +134,14 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
     return (rows, tokens) if rows else None
 
 
-def end_of(req: Any) -> RequestEnd:
-    """What the engine says of a finished `Req`."""
-    reason = req.finished_reason.to_json()
+def end_of(req: Any, reason: str | None = None) -> RequestEnd:
+    """What the engine says of a finished `Req`; `reason` for one that was dropped without a finish reason."""
     return RequestEnd(
         rid=req.rid,
         prompt_len=len(req.origin_input_ids),
         output_len=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         retractions=req.retraction_count,
-        finish_reason=reason["type"],
+        finish_reason=reason or req.finished_reason.to_json()["type"],
         output_ids=req.output_ids.tolist(),
     )

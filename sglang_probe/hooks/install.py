@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from sglang_probe.hooks.config import EngineProbeConfig
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 
@@ -49,11 +50,15 @@ def install(path: str) -> None:
 
 def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str]]:
     """(target, hook, kind) of everything this config needs; must agree with the inventory."""
-    from sglang_probe.hooks import accounting, control
+    from sglang_probe.hooks import accounting, control, lineage
 
     hooks: list[tuple[str, Callable[..., Any], str]] = [
         (f"{_SCHEDULER}.Scheduler.run_batch", accounting.run_batch, "AROUND"),
         (f"{_SCHEDULER}.Scheduler.process_batch_result", accounting.process_batch_result, "AROUND"),
+        (f"{_SCHEDULER}._make_abort_req", accounting.make_abort_req, "AFTER"),
+        (f"{_TREE}.checkpoint_into_tree", lineage.checkpoint_into_tree, "AROUND"),
+        (f"{_TREE}.insert", lineage.insert, "AFTER"),
+        (f"{_TREE}.reset", lineage.reset, "AFTER"),
         (f"{_CONTROLLER}._update_handlers", control.update_handlers, "AFTER"),
     ]
     if config.hook_points:
@@ -74,14 +79,19 @@ def _verify_then_open(config: EngineProbeConfig) -> Callable[..., None]:
     from sglang_probe.hooks import accounting
 
     def hook(result: None, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        for target, _hook, _kind in _hooks(config):
-            if not _is_patched(target):
+        for target, patch, _kind in _hooks(config):
+            if not _is_patched(target, patch):
                 raise InventoryError(f"SGLang did not apply the hook on {target}", fix="see its log for the reason")
         accounting.scheduler_init(result, scheduler, server_args, *args, **kwargs)
 
     return hook
 
 
-def _is_patched(target: str) -> bool:
-    module, cls, name = target.rsplit(".", 2)
-    return hasattr(getattr(getattr(importlib.import_module(module), cls), name), "__wrapped__")
+def _is_patched(target: str, hook: Callable[..., Any]) -> bool:
+    """Whether `hook` is somewhere in the chain of wrappers around a target; SGLang's own decorators wrap some too."""
+    function: Any = pkgutil.resolve_name(target)
+    while function is not None:
+        if any(cell.cell_contents is hook for cell in getattr(function, "__closure__", None) or ()):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

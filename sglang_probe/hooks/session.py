@@ -11,6 +11,7 @@ from sglang_probe.capture import journal
 from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
 from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
 
 logger = logging.getLogger("sglang_probe")
@@ -30,10 +31,17 @@ class Session:
         self.taps: Taps | None = None
         self.current: ForwardPlan | None = None
         """The forward being launched, from `run_batch` to its return."""
+        self.publishing: Any = None
+        """The request whose entries the radix tree is about to take."""
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
 
-    def open(self) -> None:
+    def open(self, *, page_size: int, pool_tokens: int) -> None:
+        """Start recording.
+
+        Args:
+            page_size, pool_tokens: of SGLang's KV pool; twice its pages bound the lineage's memory.
+        """
         c = self.config
         self.writer = Writer(
             c.run,
@@ -44,7 +52,11 @@ class Session:
             part_seconds=c.checkpoint_seconds,
         )
         self.recorder = Recorder(
-            self.writer, captures_rows=bool(c.hook_points), first_forward=c.first_forward, first_row=c.first_row
+            self.writer,
+            lineage=Lineage(page_size, 2 * pool_tokens // page_size),
+            captures_rows=bool(c.hook_points),
+            first_forward=c.first_forward,
+            first_row=c.first_row,
         )
 
     def close(self) -> None:
@@ -55,7 +67,7 @@ class Session:
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
-        self.recorder = self.taps = self.current = self.forced = None
+        self.recorder = self.taps = self.current = self.forced = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         try:

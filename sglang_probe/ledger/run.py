@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sglang_probe.capture import journal
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.ledger import schema
+from sglang_probe.ledger import batches, positions, schema
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,11 @@ class Run:
         """What the engine said of each finished request (`schema.ENGINE_REQUESTS`); survives an interrupted run."""
         return self._table("requests", schema.ENGINE_REQUESTS)
 
+    def rebinds(self) -> pd.DataFrame:
+        """Positions that a request computed itself and whose KV entry was later replaced by another request's
+        (`schema.REBINDS`)."""
+        return self._table("rebinds", schema.REBINDS)
+
     def last_attempt(self) -> pd.DataFrame:
         """Spans of each request's last attempt: the ones that tile its positions."""
         spans = self.spans()
@@ -88,27 +93,29 @@ class Run:
         """One row per position of each request's last attempt.
 
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
-        phase, forward_id, row (-1: none). Token ids of discarded overshoot positions are those of the last output.
+        phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
+        reused position; null: computed before the recording), and source_row (its own row, or the row of its origin;
+        -1: none). Token ids of discarded overshoot positions are those of the last output.
         """
-        spans = self.last_attempt().sort_values(["rid", "start"], kind="stable")
-        lengths = (spans["end"] - spans["start"]).to_numpy()
-        inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        steps = np.where(spans["phase"].isin(schema.STEP_PHASES), 1, 0)
-        row_start = np.repeat(spans["row_start"].to_numpy(), lengths)
-        out = pd.DataFrame(
-            {
-                "rid": np.repeat(spans["rid"].to_numpy(), lengths),
-                "position": np.repeat(spans["start"].to_numpy(), lengths) + inside,
-                "status": np.repeat(spans["status"].to_numpy(), lengths),
-                "phase": np.repeat(spans["phase"].to_numpy(), lengths),
-                "forward_id": np.repeat(spans["forward_id"].to_numpy(), lengths) + np.repeat(steps, lengths) * inside,
-                "row": np.where(
-                    row_start >= 0, row_start + np.repeat(spans["row_step"].to_numpy(), lengths) * inside, -1
-                ),
-            }
-        )
-        labels = self._labels()
-        return out.merge(labels, on=["rid", "position"], how="left", validate="many_to_one")
+        tokens = self._positions(self.last_attempt())
+        return tokens.merge(self._labels(), on=["rid", "position"], how="left", validate="many_to_one")
+
+    def tokens_of(self, rid: str) -> pd.DataFrame:
+        """As `tokens()` for one request, without token ids and segments.
+
+        Raises:
+            RunDirectoryError: there is no such request.
+        """
+        spans = self.last_attempt()
+        mine = spans[spans["rid"] == rid]
+        if mine.empty:
+            raise RunDirectoryError(f"{self.path} has no request `{rid}`", fix="`run.requests()` lists them")
+        return self._positions(mine)
+
+    def _positions(self, spans: pd.DataFrame) -> pd.DataFrame:
+        tokens = positions.expand(spans)
+        tokens["source_row"] = positions.source_rows(tokens, self.spans())
+        return tokens
 
     def rows(self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any]) -> torch.Tensor:
         """Captured rows by their index in the row store, `[len(indices), width]`, in the model's dtype.
@@ -139,6 +146,39 @@ class Run:
         for at, values in pieces:
             out[torch.from_numpy(at)] = values
         return out
+
+    def activations(self, rid: str, hook_point: str, *, missing: Literal["raise", "nan"] = "raise") -> torch.Tensor:
+        """All activations of one request, `[positions, width]`, reused positions gathered from their origins' rows.
+
+        Covers every position that has a KV entry: prompt and output but the last sampled token (and without a
+        discarded overshoot step).
+
+        Raises:
+            RunDirectoryError: no such request; or a position has no row anywhere in the run, e.g. because its entry was
+                computed before the recording began. With `missing="nan"` such rows are NaN instead.
+        """
+        return batches.activations(self, rid, hook_point, missing=missing)
+
+    def iter_batches(
+        self,
+        hook_point: str,
+        *,
+        batch_size: int,
+        where: str | Callable[[pd.DataFrame], Any] | None = None,
+        weight: Literal["unique", "traffic"] = "unique",
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> Iterator[torch.Tensor]:
+        """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly.
+
+        Args:
+            where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.
+            weight: `unique` gives every captured row once. `traffic` gives a row as often as its position occurred in
+                traffic, reused occurrences included.
+        """
+        return batches.iter_batches(
+            self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed
+        )
 
     def iter_shards(self, hook_point: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Every shard of a hook point as `(index of its first row, rows [n, width])`."""

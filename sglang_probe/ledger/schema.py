@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 COMPUTED = "computed"
 REUSED = "reused"
@@ -34,6 +34,22 @@ SPANS = pa.schema(
         # Row of position start + i in the row store is row_start + i * row_step; -1: no rows were captured.
         ("row_start", pa.int64()),
         ("row_step", pa.int32()),
+        # reused: the request and attempt that computed the entry, at the same positions; null: before the recording.
+        ("origin_rid", pa.string()),
+        ("origin_attempt", pa.int32()),
+    ]
+)
+
+REBINDS = pa.schema(
+    [
+        # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("at_forward", pa.int64()),
+        ("origin_rid", pa.string()),
+        ("origin_attempt", pa.int32()),
     ]
 )
 

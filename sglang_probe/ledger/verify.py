@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.capture.hook_points import EMBED
-from sglang_probe.ledger import schema
+from sglang_probe.ledger import positions, schema
 from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 
@@ -29,7 +29,13 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
     intact = files_intact(run)
     if not intact.holds:
         return [intact]  # what else could be read is not what was recorded
-    checks: list[Callable[[Run], Check]] = [spans_tile, reuse_reconciles, forwards_add_up, rows_owned_once]
+    checks: list[Callable[[Run], Check]] = [
+        spans_tile,
+        reuse_reconciles,
+        forwards_add_up,
+        origins_hold,
+        rows_owned_once,
+    ]
     results = [intact, *(check(run) for check in checks)]
     if EMBED in run.hook_points and results[-1].holds:  # content is asked only of rows that have one owner
         results.append(rows_match_tokens(run, embedding=embedding))
@@ -136,6 +142,41 @@ def computed_per_forward(spans: pd.DataFrame, first: int, count: int) -> np.ndar
     np.add.at(edges, forward[steps], 1)
     np.add.at(edges, forward[steps] + length[steps], -1)
     return np.asarray(total[:count] + np.cumsum(edges)[:count])
+
+
+def origins_hold(run: Run) -> Check:
+    """Every reused span's origin is a computed span with the same tokens over the same prefix."""
+    name = "lineage"
+    claim = "the origin of every reused position computed it, at the same position behind the same tokens"
+    spans = run.spans()
+    reused = spans[spans["status"] == schema.REUSED]
+    known = reused[reused["origin_rid"].notna()]
+    before = int((reused["end"] - reused["start"]).sum() - (known["end"] - known["start"]).sum())
+    note = f"{before} reused positions were computed before the recording" if before else None
+    covered = int((known["end"] - known["start"]).sum())
+    tokens = positions.expand(known)
+    at = positions.find_computed(
+        spans, tokens["origin_rid"], tokens["origin_attempt"].to_numpy(np.int64), tokens["position"].to_numpy()
+    )
+    if (at < 0).any():
+        bad = tokens.iloc[int(np.argmax(at < 0))]
+        violation = f"{bad['rid']} position {bad['position']}: {bad['origin_rid']} never computed it"
+        return Check(name, claim, covered, "positions", violation, note)
+    ids = {r.rid: _all_ids(r) for r in run.requests().itertuples()}
+    for s in known.itertuples():
+        mine, theirs = ids.get(s.rid), ids.get(s.origin_rid)
+        if mine is None or theirs is None:
+            continue  # not a request of the workload, or interrupted: its output is unknown
+        common = min(s.end, len(mine), len(theirs))
+        if not np.array_equal(mine[:common], theirs[:common]):
+            violation = f"{s.rid} positions {s.start} to {s.end}: the tokens of origin {s.origin_rid} differ"
+            return Check(name, claim, covered, "positions", violation, note)
+    return Check(name, claim, covered, "positions", None, note)
+
+
+def _all_ids(request: Any) -> np.ndarray[Any, Any]:
+    output = [] if request.output_ids is None else request.output_ids
+    return np.concatenate([request.prompt_ids, output]).astype(np.int64)
 
 
 def rows_owned_once(run: Run) -> Check:

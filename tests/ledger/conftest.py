@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 from sglang_probe.capture.writer import Writer
 from sglang_probe.ledger import schema
-from sglang_probe.ledger.recorder import ForwardPlan, Recorder, RequestEnd
+from sglang_probe.ledger.lineage import Lineage
+from sglang_probe.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run, load_run
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -29,7 +31,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         path = tmp_path / name
         path.mkdir()
         writer = Writer(path)
-        recorder = Recorder(writer, captures_rows=True)
+        recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
 
         def launch(tag: int, mode: str, *rows: tuple[str, int, int]) -> None:
             plan = ForwardPlan(
@@ -41,6 +43,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
                 [mode == "decode"] * len(rows),
                 [0] * len(rows),
                 [6] * len(rows),
+                [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in rows],
             )
             recorder.launch(plan)
             ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]
@@ -51,6 +54,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
         launch(1, "extend", ("a", 0, 6))
         recorder.commit(1, graph=False)
+        recorder.publish("a", 0, Context(np.array(PROMPTS["a"]), None), length=6, first_new=0, protected=0)
         launch(2, "extend", ("b", 4, 6))
         recorder.commit(2, graph=False)
         launch(3, "decode", ("a", 6, 7), ("b", 6, 7))

@@ -11,7 +11,21 @@ from sglang_probe.ledger.coalesce import coalesce
 
 
 def step(rid: str, position: int, forward: int, row: int, phase: str = schema.DECODE) -> tuple:
-    return (rid, 0, position, position + 1, schema.COMPUTED, phase, forward, -1, None, row, 1 if row >= 0 else 0)
+    return (
+        rid,
+        0,
+        position,
+        position + 1,
+        schema.COMPUTED,
+        phase,
+        forward,
+        -1,
+        None,
+        row,
+        1 if row >= 0 else 0,
+        None,
+        None,
+    )
 
 
 def table(facts: list[tuple]) -> pa.Table:
@@ -49,7 +63,7 @@ def test_an_overshoot_is_not_joined_to_the_decode_before_it() -> None:
 
 
 def test_prefill_spans_pass_through() -> None:
-    prefill = ("a", 0, 0, 10, schema.COMPUTED, schema.PREFILL, 0, 0, None, 0, 1)
+    prefill = ("a", 0, 0, 10, schema.COMPUTED, schema.PREFILL, 0, 0, None, 0, 1, None, None)
     spans = coalesce(table([prefill, step("a", 10, 1, 10), step("a", 11, 2, 11)]))
     assert expand(spans) == expand(table([prefill, step("a", 10, 1, 10), step("a", 11, 2, 11)]))
     assert spans.num_rows == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from sglang_probe.errors import LedgerError
-from sglang_probe.ledger.recorder import Commit, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.ledger.lineage import Lineage
+from sglang_probe.ledger.recorder import Commit, Context, ForwardPlan, Recorder, RequestEnd
 
 
 class Sink:
@@ -20,14 +22,19 @@ class Sink:
         return [(s[2], s[3], s[4], s[5], s[6]) for c in self.commits for s in c.spans if s[0] == rid]
 
 
+TOKENS = np.arange(100, 200)
+
+
 def extend(tag: int, rid: str, start: int, end: int, *, attempt: int = 0, prompt: int = 10) -> ForwardPlan:
-    return ForwardPlan(tag, "extend", [rid], [start], [end], [False], [attempt], [prompt])
+    return ForwardPlan(tag, "extend", [rid], [start], [end], [False], [attempt], [prompt], [Context(TOKENS, None)])
 
 
 def decode(tag: int, *at: tuple[str, int], attempt: int = 0) -> ForwardPlan:
     rids, positions = [r for r, _ in at], [p for _, p in at]
     n = len(at)
-    return ForwardPlan(tag, "decode", rids, positions, [p + 1 for p in positions], [True] * n, [attempt] * n, [10] * n)
+    return ForwardPlan(
+        tag, "decode", rids, positions, [p + 1 for p in positions], [True] * n, [attempt] * n, [10] * n, [None] * n
+    )
 
 
 def end(rid: str, *, prompt: int = 10, output: int = 1, reason: str = "length") -> RequestEnd:
@@ -41,7 +48,7 @@ def sink() -> Sink:
 
 @pytest.fixture
 def recorder(sink: Sink) -> Recorder:
-    return Recorder(sink, captures_rows=False)
+    return Recorder(sink, lineage=Lineage(1, 1000), captures_rows=False)
 
 
 def test_positions_below_the_first_computed_one_are_reused(recorder: Recorder, sink: Sink) -> None:
@@ -119,8 +126,10 @@ def test_a_skipped_decode_position_is_refused(recorder: Recorder) -> None:
 
 
 def test_rows_are_numbered_in_batch_order_across_forwards(sink: Sink) -> None:
-    recorder = Recorder(sink, captures_rows=True, first_row=100)
-    prefill = ForwardPlan(1, "extend", ["a", "b"], [2, 0], [10, 10], [False, False], [0, 0], [10, 10])
+    recorder = Recorder(sink, lineage=Lineage(1, 1000), captures_rows=True, first_row=100)
+    prefill = ForwardPlan(
+        1, "extend", ["a", "b"], [2, 0], [10, 10], [False, False], [0, 0], [10, 10], [Context(TOKENS, None)] * 2
+    )
     for plan in (prefill, decode(2, ("b", 10), ("a", 10))):
         recorder.launch(plan)
         plan.rows = {}
@@ -130,7 +139,7 @@ def test_rows_are_numbered_in_batch_order_across_forwards(sink: Sink) -> None:
 
 
 def test_a_forward_without_its_rows_is_refused(sink: Sink) -> None:
-    recorder = Recorder(sink, captures_rows=True)
+    recorder = Recorder(sink, lineage=Lineage(1, 1000), captures_rows=True)
     recorder.launch(extend(1, "a", 0, 10))
     with pytest.raises(LedgerError, match="no captured rows"):
         recorder.commit(1, graph=False)
@@ -140,3 +149,50 @@ def test_closing_accounts_for_what_is_in_flight(recorder: Recorder, sink: Sink) 
     recorder.launch(extend(1, "a", 0, 10))
     recorder.drain()
     assert sink.spans("a") == [(0, 10, "computed", "prefill", 0)]
+
+
+def test_reused_spans_are_cut_where_their_origin_changes(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 4, prompt=4))
+    recorder.commit(1, graph=False)
+    recorder.publish("a", 0, Context(TOKENS, None), length=4, first_new=0, protected=0)
+    recorder.launch(extend(2, "b", 4, 7, prompt=7))
+    recorder.commit(2, graph=False)
+    recorder.publish("b", 0, Context(TOKENS, None), length=7, first_new=4, protected=4)
+    recorder.launch(extend(3, "c", 7, 10))
+    recorder.commit(3, graph=False)
+    spans = [(s[2], s[3], s[4], s[11]) for c in sink.commits for s in c.spans if s[0] == "c"]
+    assert spans == [(0, 4, "reused", "a"), (4, 7, "reused", "b"), (7, 10, "computed", None)]
+
+
+def test_what_was_in_the_tree_before_the_recording_has_no_origin(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 6, 10))
+    recorder.commit(1, graph=False)
+    assert next((s[2], s[3], s[11], s[12]) for c in sink.commits for s in c.spans) == (0, 6, None, None)
+
+
+def test_a_duplicate_in_one_batch_is_rebound_to_the_first(recorder: Recorder, sink: Sink) -> None:
+    both = ForwardPlan(
+        1, "extend", ["a", "b"], [0, 0], [10, 10], [False] * 2, [0, 0], [10, 10], [Context(TOKENS, None)] * 2
+    )
+    recorder.launch(both)
+    recorder.publish("a", 0, Context(TOKENS, None), length=10, first_new=0, protected=0)
+    recorder.publish("b", 0, Context(TOKENS, None), length=10, first_new=10, protected=0)
+    recorder.commit(1, graph=False)
+    assert [r for c in sink.commits for r in c.rebinds] == [("b", 0, 0, 10, 1, "a", 0)]
+    assert [s[4] for c in sink.commits for s in c.spans] == ["computed", "computed"]
+
+
+def test_an_abort_in_the_middle_of_a_prompt_keeps_the_chunk_in_flight(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 4))
+    recorder.commit(1, graph=False)
+    recorder.launch(extend(2, "a", 4, 8))
+    recorder.end(end("a", output=0, reason="abort"))
+    recorder.commit(2, graph=False)
+    spans = sink.spans("a")
+    assert sorted(spans)[1:] == [(4, 8, "computed", "prefill", 1), (8, 10, "unrequested", None, -1)]
+
+
+def test_a_request_dropped_from_the_queue_is_unrequested_whole(recorder: Recorder, sink: Sink) -> None:
+    recorder.end(end("a", output=0, reason="abort"))
+    recorder.drain()
+    assert sink.spans("a") == [(0, 10, "unrequested", None, -1)]

@@ -27,6 +27,7 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
         "tiling": (2, None),
         "reuse": (2, None),
         "forwards": (4, None),
+        "lineage": (4, None),
         "row ownership": (12, None),
         "content": (12, None),
     }

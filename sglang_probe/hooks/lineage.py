@@ -1,0 +1,61 @@
+"""What the radix tree takes and gives back, for the lineage.
+
+SGLang: `mem_cache/unified_radix_cache.py`. `checkpoint_into_tree` inserts a request's entries once, and then a second
+time only to split the leaf at the end of the prompt; the first insertion says what the tree had already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_probe.hooks import session as probe
+from sglang_probe.ledger.recorder import Context
+
+
+def checkpoint_into_tree(original: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `UnifiedRadixCache.checkpoint_into_tree`: whose entries the next insertion publishes."""
+    _publishing(req)
+    try:
+        return original(tree, req, *args, **kwargs)
+    finally:
+        _publishing(None)
+
+
+def insert(result: Any, _tree: Any, params: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `UnifiedRadixCache.insert`: what was new to the tree, and what the request now shares."""
+    _published(result, params)
+
+
+def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `UnifiedRadixCache.reset`: the tree is empty."""
+    _forget()
+
+
+@probe.guarded
+def _publishing(req: Any) -> None:
+    probe.active().publishing = req
+
+
+@probe.guarded
+def _published(result: Any, params: Any) -> None:
+    session = probe.active()
+    req, session.publishing = session.publishing, None
+    if req is None or session.recorder is None:
+        return
+    key = params.key
+    session.recorder.publish(
+        req.rid,
+        req.retraction_count,
+        Context(key.raw_token_ids(), (key.extra_key, key.cache_salt)),
+        length=len(key),
+        first_new=result.prefix_len,
+        protected=params.prev_prefix_len,
+    )
+
+
+@probe.guarded
+def _forget() -> None:
+    recorder = probe.active().recorder
+    if recorder is not None and recorder.lineage is not None:
+        recorder.lineage.forget_tree()
