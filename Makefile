@@ -31,11 +31,13 @@ lint: setup
 
 setup: $(VENV)/.ready
 
+# uv goes into the virtual environment, because a system Python may refuse packages (PEP 668).
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@command -v uv >/dev/null || $(PYTHON) -m pip install --quiet uv
-	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
-	test -x $(BIN)/python || $$UV venv --python $$($(PYTHON) -c 'import sys; print(sys.executable)') $(VENV); \
-	$$UV pip install --python $(BIN)/python --constraint constraints.txt --editable '.[engine,dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[engine,dev]'
 	@touch $@
 
 clean:

@@ -10,8 +10,8 @@ BUILT_IN_MODEL = "probe-text"
 
 def shipped(relative: str) -> Path:
     """Path of a shipped file or folder, e.g. `patches` or `models/probe-text/checkpoint`."""
-    checkout = _PACKAGE.parent / relative
-    return checkout if checkout.exists() else _PACKAGE / "_shipped" / relative
+    inside = _PACKAGE / "_shipped" / relative
+    return inside if inside.exists() else _PACKAGE.parent / relative
 
 
 def cache_dir() -> Path:

@@ -30,7 +30,7 @@ def test_only_the_engine_side_imports_sglang(path: Path) -> None:
     assert allowed or "sglang" not in _imports(path)
 
 
-@pytest.mark.parametrize("folder", ["study", "stats", "report", "ledger", "capture", "workload"])
+@pytest.mark.parametrize("folder", ["study", "report", "ledger", "capture", "workload"])
 def test_stations_behind_the_run_directory_do_not_reach_back_to_the_engine(folder: str) -> None:
     for path in (PACKAGE / folder).rglob("*.py"):
         text = path.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, UnsupportedError
 
 EMBED = "hook_embed"
 _RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
@@ -33,6 +33,23 @@ def parse_hook_point(name: str) -> HookPoint:
         f"unknown hook point `{name}`",
         fix="use `hook_embed` or `blocks.<layer>.hook_resid_post`, e.g. blocks.0.hook_resid_post",
     )
+
+
+REVIEWED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures whose captured residual stream was compared with `transformers` (tests/engine/test_models.py)."""
+
+
+def check_architecture(name: str) -> None:
+    """Refuse to capture rows of an architecture that was not compared with a reference.
+
+    Raises:
+        UnsupportedError: names the reviewed ones.
+    """
+    if name not in REVIEWED_ARCHITECTURES:
+        raise UnsupportedError(
+            f"capturing rows of {name} has not been compared with a reference, so they could be another tensor",
+            fix=f"set `hook_points: []` to record the ledger alone; reviewed: {', '.join(REVIEWED_ARCHITECTURES)}",
+        )
 
 
 def available(layers: int) -> list[str]:

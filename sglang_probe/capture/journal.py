@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from sglang_probe.errors import RunDirectoryError
+
 NAME = "journal.jsonl"
 
 
@@ -30,25 +32,33 @@ class Part:
 
 
 def read(run: Path) -> list[Part]:
-    """Parts of a run, in order. A torn last line (a crash while appending) is ignored."""
+    """Parts of a run, in order. A torn last line (a crash while appending) is ignored.
+
+    Raises:
+        RunDirectoryError: a line that is not the last cannot be read.
+    """
     path = run / NAME
     if not path.exists():
         return []
-    parts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            parts.append(Part(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
-    return parts
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [Part(**json.loads(line)) for line in lines]
+    except (json.JSONDecodeError, TypeError) as e:
+        raise RunDirectoryError(
+            f"{path} is damaged: {e}", fix="restore it; parts that it does not name are unknown"
+        ) from e
 
 
 def append(run: Path, part: Part) -> None:
-    """Append a part and wait until it is on disk."""
-    with open(run / NAME, "a", encoding="utf-8") as f:
-        f.write(json.dumps(asdict(part)) + "\n")
+    """Append a part and wait until it is on disk. A torn last line of an earlier crash is cut off first."""
+    with open(run / NAME, "a+b") as f:
+        f.seek(0)
+        text = f.read()
+        f.truncate(text.rfind(b"\n") + 1)
+        f.write(json.dumps(asdict(part)).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
+    _sync_folder(run)
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> str:
@@ -60,7 +70,17 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> str:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    _sync_folder(path.parent)
     return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text_durably(path: Path, text: str) -> None:

@@ -26,14 +26,14 @@ _PART_FACTS = 200_000
 
 
 class Writer:
-    """Sink of the recorder. `put` blocks while `depth` commits are waiting: back-pressure, nothing is dropped.
+    """Sink of the recorder. `put` blocks while too much is waiting: back-pressure, nothing is dropped.
 
     Args:
         run: the run directory.
         session: number of this engine process within the run, 0 for the first.
         first_part, first_forward, first_row: where a resumed run goes on.
         part_seconds: longest time between two parts while commits come.
-        depth: commits that may wait before `put` blocks.
+        max_waiting_bytes: rows that may wait for the disk before `put` blocks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Writer:
         first_forward: int = 0,
         first_row: int = 0,
         part_seconds: float = 20.0,
-        depth: int = 256,
+        max_waiting_bytes: int = 1 << 30,
     ) -> None:
         self._run = run
         self._part_seconds = part_seconds
@@ -53,7 +53,10 @@ class Writer:
         self._part = first_part
         self._forwards_end = first_forward
         self._rows_end = first_row
-        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=4096)
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
+        self._room = threading.Condition()
         self._error: BaseException | None = None
         self._clear()
         self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
@@ -66,6 +69,13 @@ class Writer:
             OSError: writing failed earlier; the capture must stop.
         """
         self._raise_error()
+        size = _size(commit)
+        with self._room:
+            # One commit always fits, however large.
+            self._room.wait_for(
+                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= self._max_waiting_bytes
+            )
+            self._waiting_bytes += size
         self._queue.put(commit)
 
     def flush(self, timeout: float | None = None) -> None:
@@ -98,6 +108,10 @@ class Writer:
                 self._error = e
             if isinstance(item, threading.Event):
                 item.set()
+            else:
+                with self._room:
+                    self._waiting_bytes -= _size(item)
+                    self._room.notify()
 
     def _take(self, commit: Commit) -> None:
         if commit.forward is not None:
@@ -162,6 +176,10 @@ class Writer:
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._opened = time.monotonic()
+
+
+def _size(commit: Commit) -> int:
+    return sum(rows.nbytes for rows in commit.rows.values()) if commit.rows else 0
 
 
 def _table(table_schema: pa.Schema, facts: list[tuple[Any, ...]]) -> pa.Table:

@@ -12,6 +12,7 @@ def command(
     experiment: Annotated[Path, typer.Argument(help="YAML with model, workload and arms; see experiments/.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: `<output>/<name>`.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Run every arm again.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep complete arms, finish the interrupted one, run the rest.")] = False,
     report_only: Annotated[bool, typer.Option(help="Study the runs that are there; start no engine.")] = False,
 ) -> None:
@@ -25,10 +26,10 @@ def command(
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
     from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.config import ExperimentConfig
+    from sglang_probe.harvest.config import ExperimentConfig, with_skip_bad
     from sglang_probe.harvest.pair import run_names, run_pair
+    from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.harvest.session import Prepared
     from sglang_probe.ledger.run import load_run
     from sglang_probe.report.page import write
     from sglang_probe.report.pair import pair_page
@@ -36,7 +37,7 @@ def command(
 
     console = Console()
     terminal = Terminal(console)
-    config = load_config(experiment, ExperimentConfig)
+    config = with_skip_bad(load_config(experiment, ExperimentConfig), skip_bad)
     name = config.name or experiment.stem
     folder = output or config.output / name
     if report_only:

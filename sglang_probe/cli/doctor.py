@@ -39,7 +39,12 @@ def command(
     table = Table(box=None, padding=(0, 1))
     for column in ("state", "how", "feature", "target (under sglang.srt)"):
         table.add_column(column, overflow="fold")
-    findings = list(inventory.examine(inventory.load_inventory()))
+    reference = inventory.nearest_inventory(version)
+    if reference.sglang != version:
+        console.print(
+            f"[bold yellow]{version} has not been reviewed[/]; compared with the inventory of {reference.sglang}"
+        )
+    findings = list(inventory.examine(reference))
     style = {"fine": "green", "changed": "bold yellow", "missing": "bold red"}
     for f in findings:
         name = f.target.target.removeprefix("sglang.srt.")
@@ -49,4 +54,4 @@ def command(
     console.print(table)
     bad = sum(f.state != "fine" for f in findings)
     console.print(f"{len(findings)} targets, {bad} not as reviewed")
-    raise typer.Exit(1 if bad else 0)
+    raise typer.Exit(1 if bad or reference.sglang != version else 0)

@@ -12,6 +12,7 @@ def command(
     config: Annotated[Path, typer.Argument(help="YAML: model, workload, hook points, arm. See experiments/.")],
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
     resume: Annotated[bool, typer.Option(help="Finish an interrupted run: only missing requests are served.")] = False,
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
@@ -24,13 +25,14 @@ def command(
 
     from sglang_probe.config import load_config
     from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.config import HarvestConfig
+    from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
+    from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.harvest.session import Prepared, harvest
+    from sglang_probe.harvest.session import harvest
     from sglang_probe.study.coverage import coverage_by_segment
 
     console = Console()
-    cfg = load_config(config, HarvestConfig)
+    cfg = with_skip_bad(load_config(config, HarvestConfig), skip_bad)
     name = cfg.name or config.stem
     path = output or cfg.output / name
     terminal = Terminal(console)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, field_validator
 
 from sglang_probe.capture.hook_points import EMBED, parse_hook_point
 from sglang_probe.config import Config
+from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import WorkloadConfig
@@ -40,6 +41,22 @@ class Recording(Config):
         for name in names:
             parse_hook_point(name)
         return list(dict.fromkeys(names))
+
+
+R = TypeVar("R", bound=Recording)
+
+
+def with_skip_bad(config: R, skip_bad: bool) -> R:
+    """The configuration, reading past malformed lines if `skip_bad`.
+
+    Raises:
+        ConfigError: the workload is not read from a file.
+    """
+    if not skip_bad:
+        return config
+    if "skip_bad" not in type(config.workload).model_fields:
+        raise ConfigError(f"`--skip-bad` has no meaning for a `{config.workload.source}` workload: it reads no file")
+    return config.model_copy(update={"workload": config.workload.model_copy(update={"skip_bad": True})})
 
 
 class HarvestConfig(Recording):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,18 @@ from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run
 from sglang_probe.workload.request import Request
 
+CONFIGURATION = (
+    "workload_digest",
+    "model",
+    "dtype",
+    "hook_points",
+    "server_given",
+    "forced_from",
+    "submission_order",
+    "versions",
+)
+"""Manifest keys that must agree for two recordings to be of the same thing."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -29,6 +42,8 @@ class Start:
     part: int = 0
     forward: int = 0
     row: int = 0
+    sessions: tuple[dict[str, Any], ...] = ()
+    """Durations of earlier engine processes; `seconds` is None for one that was killed."""
 
 
 def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, resume: bool) -> Start:
@@ -45,7 +60,8 @@ def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, res
         if resume:
             start = _resume_point(path, manifest)
         elif overwrite:
-            shutil.rmtree(path)
+            discard_set_aside(path)
+            path.rename(_set_aside(path))
         else:
             raise RunDirectoryError(
                 f"{path} exists already", fix="--overwrite replaces it, --resume finishes an interrupted run"
@@ -53,6 +69,18 @@ def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, res
     path.mkdir(parents=True, exist_ok=True)
     write_manifest(path, {**manifest, "status": "incomplete"})
     return start
+
+
+def discard_set_aside(path: Path) -> None:
+    """Delete the run that `overwrite` replaced, once the new one is under way."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def restore_set_aside(path: Path) -> None:
+    """The new run did not come about: put back what it would have replaced, or leave nothing."""
+    shutil.rmtree(path)
+    if _set_aside(path).exists():
+        _set_aside(path).rename(path)
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -119,23 +147,39 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
     return counts
 
 
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], *, keys: Sequence[str] = CONFIGURATION) -> str | None:
+    """The first configuration key in which two manifests differ, if any."""
+    return next((k for k in keys if old.get(k) != json.loads(json.dumps(new.get(k), default=str))), None)
+
+
 def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     old = Run(path)
     if old.complete:
         raise RunDirectoryError(f"{path} is complete; there is nothing to resume", fix="--overwrite runs it again")
-    for key in ("workload_digest", "model", "hook_points", "server_given", "forced_from"):
-        if old.manifest.get(key) != json.loads(json.dumps(manifest.get(key), default=str)):
-            raise RunDirectoryError(
-                f"{path} was started with another `{key}` and cannot be resumed",
-                fix="use the original configuration, or --overwrite",
-            )
+    if key := difference(old.manifest, manifest):
+        raise RunDirectoryError(
+            f"{path} was started with another `{key}` and cannot be resumed",
+            fix="use the original configuration, or --overwrite",
+        )
     journal.discard_leftovers(path)
     parts = journal.read(path)
     (path / "fault.txt").unlink(missing_ok=True)
     if not parts:
         return Start()
     last = parts[-1]
-    return Start(session=last.session + 1, part=last.number + 1, forward=last.forwards_end, row=last.rows_end)
+    sessions = list(old.manifest.get("sessions", []))
+    sessions += [{"seconds": None, "requests": None}] * (last.session + 1 - len(sessions))
+    return Start(
+        session=last.session + 1,
+        part=last.number + 1,
+        forward=last.forwards_end,
+        row=last.rows_end,
+        sessions=tuple(sessions),
+    )
 
 
 def _version(name: str) -> str | None:

@@ -37,6 +37,22 @@ def default_server_args() -> dict[str, Any]:
     return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
 
 
+def server_argument_names() -> set[str]:
+    """Names that SGLang accepts as server arguments."""
+    prepare_this_process()
+    from sglang.srt.server_args import ServerArgs
+
+    return set(ServerArgs.__struct_fields__)
+
+
+def sampling_parameter_names() -> set[str]:
+    """Names that SGLang accepts as sampling parameters."""
+    prepare_this_process()
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    return set(SamplingParams.__struct_fields__)
+
+
 class ProbedEngine:
     """A running engine. Use as a context manager; leaving it closes the recording and ends the engine's processes.
 
@@ -58,6 +74,14 @@ class ProbedEngine:
         self._engine: Any = None
 
     def __enter__(self) -> ProbedEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the engine's processes; returns when it can serve."""
         path = self._probe.run / PROBE_FILE
         # JSON is YAML; the file is what the scheduler process reads.
         path.write_text(json.dumps(self._probe.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
@@ -69,9 +93,9 @@ class ProbedEngine:
         import sglang
 
         self._engine = sglang.Engine(**self._server)
-        return self
 
-    def __exit__(self, *_exc: object) -> None:
+    def stop(self) -> None:
+        """Close the recording, if that was not done, and end the engine's processes."""
         try:
             # A failed recording is seen by the caller as parts that are missing; shutting down comes first.
             with suppress(Exception):
@@ -93,10 +117,17 @@ class ProbedEngine:
         return self._engine.loop.run_until_complete(main)
 
     async def generate(self, rid: str, prompt_ids: Sequence[int], sampling_params: dict[str, Any]) -> Answer:
-        """Serve one request and wait for its end."""
-        out = await self._engine.async_generate(
-            input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=False
-        )
+        """Serve one request and wait for its end.
+
+        Raises:
+            ProbeError: SGLang refuses it.
+        """
+        try:
+            out = await self._engine.async_generate(
+                input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=False
+            )
+        except ValueError as e:
+            raise ProbeError(f"SGLang refuses request {rid}: {e}") from e
         return Answer(rid, list(out["output_ids"]), int(out["meta_info"]["cached_tokens"]))
 
     async def serve(

@@ -59,6 +59,8 @@ def resolve_model(name: str) -> Model:
                 f"no model at {path}: there is no config.json",
                 fix="give a folder in Hugging Face format, a hub id, or `probe-text`",
             )
+    else:
+        path = _download(name)
     from transformers import AutoConfig
 
     try:
@@ -77,6 +79,20 @@ def resolve_model(name: str) -> Model:
         context_length=int(getattr(text, "max_position_embeddings", 1 << 30)),
         architecture=(config.architectures or [type(config).__name__])[0],
     )
+
+
+def _download(name: str) -> str:
+    """Folder of a hub model, fetched if need be: weights that lie in a folder can be hashed and checked against."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except Exception as e:  # the hub's client raises many kinds: no such model, no access, no network
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ConfigError(
+            f"cannot get model `{name}` from the hub: {first}",
+            fix="give a folder in Hugging Face format, a hub id that can be reached, or `probe-text`",
+        ) from e
 
 
 def _sha256(path: Path) -> str:

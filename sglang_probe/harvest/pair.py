@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from sglang_probe.errors import RunDirectoryError
 from sglang_probe.harvest.config import ExperimentConfig
+from sglang_probe.harvest.directory import difference
+from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
-from sglang_probe.harvest.session import Prepared, harvest
+from sglang_probe.harvest.session import harvest, manifest_of
 from sglang_probe.ledger.run import MANIFEST, Run, load_run
 
 REPEAT = ".repeat"
@@ -38,7 +42,9 @@ def run_pair(
     reference: Run | None = None
     for name, arm in run_names(config):
         path = folder / name
-        if resume and _complete(path, prepared):
+        # The replicate submits the same requests in another order: its floor holds what batch composition alone does.
+        order = 1 if name != arm else None
+        if resume and _complete(path, manifest_of(prepared, path, config.arms[arm], name, reference, order)):
             run = load_run(path)
         else:
             run = harvest(
@@ -47,6 +53,7 @@ def run_pair(
                 config.arms[arm],
                 arm_name=name,
                 outputs_of=reference,
+                order_seed=order,
                 overwrite=overwrite,
                 resume=resume and path.exists(),
                 reporter=reporter,
@@ -56,8 +63,14 @@ def run_pair(
     return runs
 
 
-def _complete(path: Path, prepared: Prepared) -> bool:
-    if not (path / MANIFEST).exists():
+def _complete(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `path` holds a complete run of the wanted configuration.
+
+    Raises:
+        RunDirectoryError: it holds a complete run of another one.
+    """
+    if not (path / MANIFEST).exists() or not (run := load_run(path)).complete:
         return False
-    run = load_run(path)
-    return run.complete and run.manifest["workload_digest"] == prepared.workload.digest
+    if key := difference(run.manifest, wanted):
+        raise RunDirectoryError(f"{path} was recorded with another `{key}`", fix="--overwrite runs every arm again")
+    return True

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sglang_probe.capture import journal
-from sglang_probe.capture.hook_points import EMBED, check_hook_points, engine_module
+from sglang_probe.capture.hook_points import EMBED, engine_module
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
-from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import Answer, ProbedEngine, fault_of
-from sglang_probe.harvest.model import Model, resolve_model
+from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Quiet, Reporter
-from sglang_probe.hooks import inventory
 from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
-from sglang_probe.workload.build import Workload, build_requests
 
-_OURS = {"model_path", "dtype", "disable_radix_cache"}
-
-
-class Prepared:
-    """Everything that can be checked without an engine: model, workload, arguments.
-
-    Raises (on construction):
-        ProbeError: a child of it for every kind of bad input; nothing has been written by then.
-    """
-
-    def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
-        self.config = config
-        for server in (config.server, *(a.server for a in arms.values())):
-            refuse_unsupported(dict(server))
-            if taken := _OURS & set(server):
-                raise ConfigError(
-                    f"server argument `{min(taken)}` is set by the probe",
-                    fix="use `model`, `dtype` and the arm's `cache`",
-                )
-        self.inventory = inventory.require(["accounting", "control", "rows", "forced decoding", "platform"])
-        self.model: Model = resolve_model(config.model)
-        check_hook_points(config.hook_points, self.model.layers)
-        context = int(config.server.get("context_length") or self.model.context_length)
-        self.workload: Workload = build_requests(
-            config.workload, self.model.tokenizer, context_length=context, default_sampling=dict(config.sampling)
-        )
+Todo = list[tuple[str, Sequence[int], dict[str, Any]]]
+"""Requests to serve: rid, prompt, sampling parameters."""
 
 
 def harvest(
@@ -59,6 +32,7 @@ def harvest(
     *,
     arm_name: str = "harvest",
     outputs_of: Run | None = None,
+    order_seed: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -67,17 +41,73 @@ def harvest(
 
     Args:
         outputs_of: a run whose output tokens are forced here, so that both decode the same text.
+        order_seed: submit the requests in an order shuffled by this seed; None: in workload order.
         overwrite, resume: what to do if `path` exists.
 
     Raises:
         RunDirectoryError: `path` exists, or cannot be resumed.
-        ProbeError: the recording failed; the directory says `incomplete`, and why.
+        ProbeError: SGLang refused a request, or the recording failed; the directory says `incomplete`, and why.
         KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`.
     """
     reporter = reporter or Quiet()
+    manifest = manifest_of(prepared, path, arm, arm_name, outputs_of, order_seed)
+    start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
+    manifest["sessions"] = list(start.sessions)
+    engine = ProbedEngine(
+        prepared.model.path,
+        EngineProbeConfig(
+            run=path.resolve(),
+            hook_points=prepared.config.hook_points,
+            forced_outputs=outputs_of is not None,
+            session=start.session,
+            first_part=start.part,
+            first_forward=start.forward,
+            first_row=start.row,
+            checkpoint_seconds=prepared.config.checkpoint_seconds,
+            ignore_interrupt=True,
+        ),
+        manifest["server_given"],
+    )
+    try:
+        todo = _remaining(prepared, path, start, outputs_of, order_seed)
+        with reporter.stage(f"{arm_name}: starting SGLang"):
+            engine.start()
+    except BaseException as e:
+        if not start.session:
+            directory.restore_set_aside(path)
+        if isinstance(e, ValueError | TypeError):  # SGLang refuses an argument
+            raise ConfigError(f"SGLang refuses the server arguments: {e}") from e
+        raise
+    directory.discard_set_aside(path)
+    seconds, answers = 0.0, []
+    try:
+        with reporter.requests(f"{arm_name}: requests", len(todo)) as counter:
+            began = time.perf_counter()
+
+            async def serve() -> None:
+                async for answer in engine.serve(todo, prepared.config.concurrency):
+                    answers.append(answer)
+                    counter.advance(len(answer.output_ids))
+
+            try:
+                engine.run(serve())
+            finally:
+                seconds = time.perf_counter() - began
+        engine.close_recording()
+    finally:
+        manifest["server_resolved"] = engine.server_args
+        engine.stop()
+        manifest["sessions"] = [*start.sessions, {"seconds": round(seconds, 3), "requests": len(answers)}]
+        _close(path, manifest, prepared, answers)
+    return load_run(path)
+
+
+def manifest_of(
+    prepared: Prepared, path: Path, arm: Arm, arm_name: str, outputs_of: Run | None, order_seed: int | None
+) -> dict[str, Any]:
+    """What is known of a run before it starts."""
     config = prepared.config
-    server = {"dtype": config.dtype, **config.server, **arm.server_args()}
-    manifest = directory.new_manifest(
+    return directory.new_manifest(
         name=path.name,
         arm=arm_name,
         policy=arm.model_dump(mode="json"),
@@ -90,72 +120,29 @@ def harvest(
         corpus_digest=prepared.workload.corpus_digest,
         sampling=config.sampling,
         concurrency=config.concurrency,
-        server_given=server,
+        submission_order=order_seed,
+        server_given={"dtype": config.dtype, **config.server, **arm.server_args()},
         forced_from=None if outputs_of is None else outputs_of.manifest["name"],
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
         requests_expected=len(prepared.workload.requests),
         lines_skipped=prepared.workload.skipped,
         privacy="ids",
     )
-    start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
-    if start.session:
-        manifest["sessions"] = load_run(path).manifest.get("sessions", [])
-    probe = EngineProbeConfig(
-        run=path.resolve(),
-        hook_points=config.hook_points,
-        forced_outputs=outputs_of is not None,
-        session=start.session,
-        first_part=start.part,
-        first_forward=start.forward,
-        first_row=start.row,
-        checkpoint_seconds=config.checkpoint_seconds,
-        ignore_interrupt=True,
-    )
-    todo = _remaining(prepared, path, start, outputs_of)
-    try:
-        with reporter.stage(f"{arm_name}: starting SGLang"):
-            engine = ProbedEngine(prepared.model.path, probe, server).__enter__()
-    except (ValueError, TypeError) as e:  # SGLang refuses an argument
-        raise ConfigError(
-            f"SGLang refuses the server arguments: {e}", fix="see `python -m sglang.launch_server --help`"
-        ) from e
-    seconds, answers = 0.0, []
-    try:
-        with reporter.requests(f"{arm_name}: requests", len(todo)) as counter:
-            began = time.perf_counter()
-
-            async def serve() -> None:
-                async for answer in engine.serve(todo, config.concurrency):
-                    answers.append(answer)
-                    counter.advance(len(answer.output_ids))
-
-            try:
-                engine.run(serve())
-            finally:
-                seconds = time.perf_counter() - began
-        engine.close_recording()
-    finally:
-        resolved = engine.server_args
-        engine.__exit__()
-        manifest.setdefault("sessions", []).append({"seconds": round(seconds, 3), "requests": len(answers)})
-        manifest["server_resolved"] = resolved
-        _close(path, manifest, prepared, answers)
-    return load_run(path)
 
 
 def _remaining(
-    prepared: Prepared, path: Path, start: directory.Start, outputs_of: Run | None
-) -> list[tuple[str, Sequence[int], dict[str, Any]]]:
-    """Requests still to be served: (rid, prompt, sampling parameters with the forced outputs)."""
+    prepared: Prepared, path: Path, start: directory.Start, outputs_of: Run | None, order_seed: int | None
+) -> Todo:
+    """Requests still to be served, in submission order."""
     forced: dict[int, list[int]] = {}
     if outputs_of is not None:
-        served = outputs_of.requests()
-        forced = {r.index: r.output_ids.tolist() for r in served.itertuples() if r.output_ids is not None}
-    done: set[str] = set()
-    if start.session:
-        done = {rid.split("~")[0] for rid in directory.served(path)}
-    todo: list[tuple[str, Sequence[int], dict[str, Any]]] = []
-    for r in prepared.workload.requests:
+        forced = {r.index: r.output_ids.tolist() for r in outputs_of.requests().itertuples()}
+    done = {rid.split("~")[0] for rid in directory.served(path)} if start.session else set()
+    requests = list(prepared.workload.requests)
+    if order_seed is not None:
+        random.Random(order_seed).shuffle(requests)
+    todo: Todo = []
+    for r in requests:
         if r.rid in done:
             continue
         params = dict(r.sampling_params)
@@ -175,9 +162,9 @@ def _close(path: Path, manifest: dict[str, Any], prepared: Prepared, answers: li
     counts = directory.write_requests(run, prepared.workload.requests)
     rows = max((p.rows_end for p in run.parts()), default=0)
     if rows and EMBED in run.hook_points and (embedding := load_embedding(prepared.model.path)) is not None:
-        requests = run.requests()
+        requests = run.requests(interrupted=True)
         write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))
-    ended = run.engine_requests().set_index("rid")
+    ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
     served = {rid.split("~")[0] for rid in ended.index}
     fault = fault_of(path)
     disagreements = [

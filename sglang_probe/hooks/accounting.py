@@ -106,6 +106,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         attempts=[r.retraction_count for r in reqs],
         prompt_lens=[len(r.origin_input_ids) for r in reqs],
         contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
+        slots=batch.out_cache_loc.shape[0],
         waiting=waiting,
     )
 

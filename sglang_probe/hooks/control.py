@@ -1,6 +1,6 @@
 """Commands to the probe through SGLang's own `/set_internal_state`, which reaches every scheduler process.
 
-Keys: `probe_close` writes everything that is known. The reply is true only if nothing failed.
+Keys: `probe_close` ends the recording and writes everything that is known. The reply is true only if nothing failed.
 """
 
 from __future__ import annotations

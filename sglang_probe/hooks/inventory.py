@@ -70,7 +70,18 @@ def installed_version() -> str:
 def known_versions() -> list[str]:
     """SGLang releases that have an inventory."""
     names = [p.stem.removeprefix("sglang-") for p in shipped("patches").glob("sglang-*.yaml")]
-    return sorted(n for n in names if not n.endswith(".draft"))
+    return sorted((n for n in names if not n.endswith(".draft")), key=_version_order)
+
+
+def _version_order(version: str) -> tuple[tuple[int, str], ...]:
+    """0.5.9 before 0.5.23: numbers by value."""
+    parts = version.replace("post", ".post.").split(".")
+    return tuple((int(p), "") if p.isdigit() else (-1, p) for p in parts if p)
+
+
+def nearest_inventory(version: str) -> Inventory:
+    """The inventory of `version`, or of the newest reviewed release."""
+    return load_inventory(version if version in known_versions() else known_versions()[-1])
 
 
 def load_inventory(version: str | None = None) -> Inventory:
@@ -145,7 +156,7 @@ def fingerprint(dotted: str) -> str | None:
 
 def draft(folder: Path, version: str) -> Path:
     """Write `sglang-<version>.draft.yaml`: the targets of the newest inventory with the installed fingerprints."""
-    newest = load_inventory(version if version in known_versions() else known_versions()[-1])
+    newest = nearest_inventory(version)
     targets = [t.model_copy(update={"fingerprint": fingerprint(t.target) or "missing"}) for t in newest.targets]
     data = Inventory(sglang=version, version=newest.version, targets=targets).model_dump()
     path = folder / f"sglang-{version}.draft.yaml"

@@ -1,7 +1,9 @@
 """Taps in the model, and the rows of each forward pass.
 
-SGLang 0.5.22 and later keep the residual apart from the layer's output: `forward_batch.residual_stream.snapshot`
-gives their sum, `hook_resid_post`, without consuming it. Models that still return `(hidden, residual)` are summed.
+SGLang keeps the residual apart from the layer's output: `forward_batch.residual_stream.snapshot` gives their sum,
+`hook_resid_post`, without consuming it. Some models return pairs of other meanings instead (Cohere's second tensor is
+not a residual to be added), so only architectures that were compared with `transformers` are tapped
+(`capture/hook_points.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sglang_probe.capture.hook_points import check_hook_points, parse_hook_point
+from sglang_probe.capture.hook_points import check_architecture, check_hook_points, parse_hook_point
 from sglang_probe.capture.taps import Taps
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
@@ -29,31 +31,25 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
             fix="remove `hook_points` to record the ledger alone",
         )
     session.taps = Taps(session.config.hook_points, capacity=1024)
-    install_taps(runner.model, session.taps, session.config.hook_points)
+    install_taps(runner.model, session.config.hook_points)
 
 
-def install_taps(model: Any, taps: Taps, hook_points: list[str]) -> None:
+def install_taps(model: Any, hook_points: list[str]) -> None:
     """Hook the embedding and the decoder layers.
 
     Raises:
-        UnsupportedError: the model does not have the usual `model.embed_tokens` and `model.layers`.
+        UnsupportedError: rows of this architecture have not been compared with a reference.
         ConfigError: a layer does not exist.
     """
-    body = getattr(model, "model", None)
-    layers = getattr(body, "layers", None)
-    embed = getattr(body, "embed_tokens", None)
-    if body is None or layers is None or embed is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no `model.layers` and `model.embed_tokens`",
-            fix="remove `hook_points` to record the ledger alone",
-        )
+    check_architecture(type(model).__name__)
+    layers = model.model.layers
     check_hook_points(hook_points, len(layers))
     for name in hook_points:
         layer = parse_hook_point(name).layer
         if layer is None:
-            embed.register_forward_hook(_embed_hook(taps, name))
+            model.model.embed_tokens.register_forward_hook(_embed_hook(name))
         else:
-            layers[layer].register_forward_hook(_layer_hook(taps, name), with_kwargs=True)
+            layers[layer].register_forward_hook(_layer_hook(name), with_kwargs=True)
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,33 +75,27 @@ def _take(output: Any) -> None:
         session.current.rows = session.taps.take(session.current.tokens, replayed=output.can_run_graph)
 
 
-def _embed_hook(taps: Taps, name: str) -> Callable[..., None]:
-    def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
-        taps.write(name, output)
+def _embed_hook(name: str) -> Callable[..., None]:
+    @probe.guarded
+    def write_embedding(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        taps = probe.active().taps
+        if taps is not None:
+            taps.write(name, output)
 
-    return hook
+    return write_embedding
 
 
-def _layer_hook(taps: Taps, name: str) -> Callable[..., None]:
-    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        taps.write(name, _residual_post(output, _forward_batch(args, kwargs)))
+def _layer_hook(name: str) -> Callable[..., None]:
+    @probe.guarded
+    def write_residual(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        taps = probe.active().taps
+        if taps is not None:
+            taps.write(name, _forward_batch(args, kwargs).residual_stream.snapshot(output))
 
-    return hook
+    return write_residual
 
 
 def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "forward_batch" in kwargs:
         return kwargs["forward_batch"]
     return next(a for a in args if hasattr(a, "forward_mode"))
-
-
-def _residual_post(output: Any, forward_batch: Any) -> torch.Tensor:
-    stream = getattr(forward_batch, "residual_stream", None)
-    if stream is not None:
-        snapshot: torch.Tensor = stream.snapshot(output)
-        return snapshot
-    if isinstance(output, tuple):
-        hidden, residual = output[0], output[1]
-        return hidden if residual is None else hidden + residual
-    tensor: torch.Tensor = output
-    return tensor

@@ -21,6 +21,10 @@ FAULT_FILE = "fault.txt"
 """Written into the run directory when the probe stopped itself; its content says why."""
 
 
+_LINEAGE_PAGES = 1 << 18
+"""Pages that the lineage remembers at least, in each of two generations: about 30 MB."""
+
+
 class Session:
     """One engine process being recorded. Exists from plugin load; `open` is called once the scheduler is built."""
 
@@ -40,7 +44,9 @@ class Session:
         """Start recording.
 
         Args:
-            page_size, pool_tokens: of SGLang's KV pool; twice its pages bound the lineage's memory.
+            page_size, pool_tokens: of SGLang's KV pool. What the lineage remembers is a multiple of the pool: under
+                LRU eviction nothing that can still be matched is forgotten; LFU may keep an entry for longer, whose
+                origin is then unknown, never wrong.
         """
         c = self.config
         self.writer = Writer(
@@ -53,16 +59,17 @@ class Session:
         )
         self.recorder = Recorder(
             self.writer,
-            lineage=Lineage(page_size, 2 * pool_tokens // page_size),
+            lineage=Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size)),
             captures_rows=bool(c.hook_points),
             first_forward=c.first_forward,
             first_row=c.first_row,
         )
 
     def close(self) -> None:
-        """Write everything that is known. The recorder stays usable."""
+        """Stop recording for good and write everything that is known, forwards in flight included."""
         if self.recorder is not None and self.writer is not None:
-            self.recorder.drain()
+            recorder, self.recorder = self.recorder, None
+            recorder.drain()
             self.writer.flush()
 
     def fail(self, where: str, error: BaseException) -> None:

@@ -50,12 +50,12 @@ class Lineage:
 
     Args:
         page_size: SGLang's page size: entries are matched and published in whole pages.
-        capacity: pages to remember; twice the KV pool loses nothing under LRU eviction.
+        capacity: pages to remember in each of two generations.
     """
 
     def __init__(self, page_size: int, capacity: int) -> None:
         self._page = page_size
-        self._capacity = max(capacity, 1024)
+        self._capacity = capacity
         self._young: dict[int, Any] = {}
         self._old: dict[int, Any] = {}
         self._names: list[str] = []

@@ -23,36 +23,33 @@ if TYPE_CHECKING:
     import torch
 
 ORACLE_FILE = "embedding.parquet"
+_CHUNK = 16384
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Check:
-    """Compare every captured `hook_embed` row with its token's embedding.
+    """Compare the `hook_embed` row of every position whose token is known with that token's embedding.
+
+    Covers the last attempt of each request; rows of earlier attempts and interrupted outputs are counted in the note.
 
     Args:
         embedding: the model's matrix `[vocabulary, width]`; by default the hashes in the run are used. A run without
-            them (a model that could not be read when it was recorded) is checked for consistency only, which cannot
-            see an exchange between tokens that occur once.
+            them (a model that could not be read when it was recorded) is checked for consistency only, under the name
+            `consistency`; that cannot see an exchange between tokens that occur once.
     """
-    import torch
-
-    tokens = run.tokens()
-    tokens = tokens[(tokens["row"] >= 0) & tokens["token_id"].notna()]
+    tokens = run.tokens(interrupted=True)
+    tokens = tokens[(tokens["row"] >= 0) & tokens["token_id"].notna()].sort_values("row")
     ids = tokens["token_id"].to_numpy(np.int64)
-    rows = run.rows(EMBED, tokens["row"].to_numpy())
-    name, reference, note = "content", "embed(token_id)", None
-    if embedding is not None:
-        same = np.asarray((rows == embedding.to(rows.dtype)[torch.from_numpy(ids)]).all(dim=1))
+    hashes = _hash_captured(run, tokens["row"].to_numpy())
+    unchecked = max((p.rows_end for p in run.parts()), default=0) - len(tokens)
+    note = f"{unchecked} rows of earlier attempts or unknown tokens were not compared" if unchecked else None
+    if embedding is not None or (run.path / ORACLE_FILE).exists():
+        name, claim = "content", "the hook_embed row of a position equals embed(token_id), bit for bit"
+        same = hashes == (_oracle(run, ids) if embedding is None else _hash_tokens(run, embedding, ids))
     else:
-        hashes = hash_rows(rows)
-        expected = _oracle(run)
-        if expected is None:
-            reference = "the other rows of its token"
-            note = "the run holds no embedding oracle and no model is at hand: checked for consistency only"
-            same = hashes == _first_seen(ids, hashes)
-        else:
-            same = hashes == np.array([expected.get(int(i), 0) for i in ids], dtype=np.uint64)
-    claim = f"the hook_embed row of every captured position equals {reference}"
+        name, claim = "consistency", "hook_embed rows of one token are equal, of different tokens different"
+        note = "the run holds no embedding oracle and no model is at hand: exchanges of rare tokens go unseen"
+        same = hashes == _first_seen(ids, hashes)
     violation = None
     if not same.all():
         bad = tokens.iloc[int(np.argmin(same))]
@@ -101,12 +98,28 @@ def load_embedding(model_path: str | Path) -> torch.Tensor | None:
     return None
 
 
-def _oracle(run: Run) -> dict[int, int] | None:
-    path = run.path / ORACLE_FILE
-    if not path.exists():
-        return None
-    table = pq.read_table(path).to_pydict()
-    return dict(zip(table["token_id"], table["hash"], strict=True))
+def _hash_captured(run: Run, rows: np.ndarray[Any, Any]) -> Hashes:
+    """Hashes of the captured rows with these ascending indices, one shard in memory at a time."""
+    pieces = []
+    for start, shard in run.iter_shards(EMBED):
+        low, high = np.searchsorted(rows, [start, start + len(shard)])
+        at = rows[low:high] - start
+        pieces += [hash_rows(shard[at[i : i + _CHUNK].tolist()]) for i in range(0, len(at), _CHUNK)]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
+
+
+def _hash_tokens(run: Run, embedding: torch.Tensor, ids: np.ndarray[Any, Any]) -> Hashes:
+    dtype = run.rows(EMBED, [0]).dtype
+    unique, inverse = np.unique(ids, return_inverse=True)
+    return np.asarray(hash_rows(embedding[unique.tolist()].to(dtype))[inverse])
+
+
+def _oracle(run: Run, ids: np.ndarray[Any, Any]) -> Hashes:
+    """Recorded hash of each token's embedding; zero for a token that the oracle does not know."""
+    table = pq.read_table(run.path / ORACLE_FILE)
+    known, hashes = table["token_id"].to_numpy(), table["hash"].to_numpy()
+    at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.asarray(np.where(known[at] == ids, hashes[at], np.uint64(0)), dtype=np.uint64)
 
 
 def _first_seen(ids: np.ndarray[Any, Any], hashes: Hashes) -> Hashes:

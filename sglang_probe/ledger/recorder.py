@@ -44,6 +44,7 @@ class ForwardPlan:
     attempts: list[int]
     prompt_lens: list[int]
     contexts: list[Context | None]  # what identifies the prefix of each prefill row; None for decode rows
+    slots: int  # KV slots that the engine allocated for this forward
     waiting: int = 0
     launched: float = field(default_factory=time.time)
     forward_id: int = -1
@@ -202,6 +203,7 @@ class Recorder:
             len(plan.rids),
             plan.tokens - decode,
             decode,
+            plan.slots,
             graph,
             plan.launched,
             time.time() - plan.launched,

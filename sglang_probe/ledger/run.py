@@ -68,12 +68,17 @@ class Run:
         """One row per forward pass (`schema.FORWARDS`)."""
         return self._table("forwards", schema.FORWARDS)
 
-    def requests(self) -> pd.DataFrame:
-        """One row per request, in workload order (`schema.REQUESTS`)."""
+    def requests(self, *, interrupted: bool = False) -> pd.DataFrame:
+        """One row per request that was served, in workload order (`schema.REQUESTS`).
+
+        `interrupted` adds those that were in flight when their engine died; a resumed run asks them again under
+        another rid, so that counting both would count a request twice.
+        """
         path = self.path / REQUESTS_FILE
         if not path.exists():
             raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
-        return pq.read_table(path).to_pandas()
+        frame = pq.read_table(path).to_pandas()
+        return frame if interrupted else frame[frame["finish_reason"] != schema.INTERRUPTED].reset_index(drop=True)
 
     def engine_requests(self) -> pd.DataFrame:
         """What the engine said of each finished request (`schema.ENGINE_REQUESTS`); survives an interrupted run."""
@@ -89,16 +94,18 @@ class Run:
         spans = self.spans()
         return spans[spans["attempt"] == spans.groupby("rid")["attempt"].transform("max")]
 
-    def tokens(self) -> pd.DataFrame:
-        """One row per position of each request's last attempt.
+    def tokens(self, *, interrupted: bool = False) -> pd.DataFrame:
+        """One row per position of each served request's last attempt (`interrupted` as in `requests`).
 
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), and source_row (its own row, or the row of its origin;
         -1: none). Token ids of discarded overshoot positions are those of the last output.
         """
-        tokens = self._positions(self.last_attempt())
-        return tokens.merge(self._labels(), on=["rid", "position"], how="left", validate="many_to_one")
+        requests = self.requests(interrupted=interrupted)
+        spans = self.last_attempt()
+        tokens = self._positions(spans[spans["rid"].isin(requests["rid"])])
+        return tokens.merge(_labels(requests), on=["rid", "position"], how="left", validate="many_to_one")
 
     def tokens_of(self, rid: str) -> pd.DataFrame:
         """As `tokens()` for one request, without token ids and segments.
@@ -207,22 +214,6 @@ class Run:
             )
         return shards
 
-    def _labels(self) -> pd.DataFrame:
-        """Token id and segment of every position of every request."""
-        frames = []
-        for r in self.requests().itertuples():
-            output = [] if r.output_ids is None else list(r.output_ids)
-            ids = [*r.prompt_ids, *output]
-            segment = np.full(len(ids), "generated", dtype=object)
-            for s in r.segments:
-                segment[s["start"] : s["end"]] = s["name"]
-            frames.append(
-                pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
-            )
-        if not frames:
-            return pd.DataFrame({"rid": [], "position": [], "token_id": [], "segment": []})
-        return pd.concat(frames, ignore_index=True)
-
 
 @functools.lru_cache(maxsize=16)
 def _shard(path: Path) -> torch.Tensor:
@@ -231,3 +222,20 @@ def _shard(path: Path) -> torch.Tensor:
     from sglang_probe.capture.writer import ROWS_KEY
 
     return load_file(path)[ROWS_KEY]
+
+
+def _labels(requests: pd.DataFrame) -> pd.DataFrame:
+    """Token id and segment of every position of every request."""
+    frames = []
+    for r in requests.itertuples():
+        output = [] if r.output_ids is None else list(r.output_ids)
+        ids = [*r.prompt_ids, *output]
+        segment = np.full(len(ids), "generated", dtype=object)
+        for s in r.segments:
+            segment[s["start"] : s["end"]] = s["name"]
+        frames.append(
+            pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
+        )
+    if not frames:
+        return pd.DataFrame({"rid": [], "position": [], "token_id": [], "segment": []})
+    return pd.concat(frames, ignore_index=True)

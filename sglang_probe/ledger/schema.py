@@ -60,6 +60,7 @@ FORWARDS = pa.schema(
         ("requests", pa.int32()),
         ("prefill_tokens", pa.int32()),
         ("decode_tokens", pa.int32()),
+        ("slots", pa.int32()),  # KV slots that SGLang allocated for it: its own count of the tokens
         ("graph", pa.bool_()),  # replayed from a graph, else eager
         ("launched", pa.float64()),  # unix seconds
         ("seconds", pa.float64()),  # launch to result processed

@@ -63,7 +63,7 @@ def spans_tile(run: Run) -> Check:
     spans = run.last_attempt().sort_values(["rid", "start"], kind="stable")
     previous_end = spans.groupby("rid")["end"].shift(fill_value=0)
     wrong = spans[spans["start"] != previous_end]
-    requests = run.requests()
+    requests = run.requests(interrupted=True)
     unit, covered = "requests", len(requests)
     if len(wrong):
         r = wrong.iloc[0]
@@ -112,22 +112,20 @@ def reuse_reconciles(run: Run) -> Check:
 
 
 def forwards_add_up(run: Run) -> Check:
-    """The computed spans of each forward pass sum to its token count."""
-    name, claim = "forwards", "computed spans of a forward pass sum to its token count"
+    """The computed spans of each forward pass sum to the KV slots that SGLang allocated for it."""
+    name, claim = "forwards", "computed spans of a forward pass sum to the KV slots that SGLang allocated for it"
     forwards = run.forwards()
     if forwards.empty:
         return Check(name, claim, 0, "forwards")
     first = int(forwards["forward_id"].min())
     counted = computed_per_forward(run.spans(), first, int(forwards["forward_id"].max()) - first + 1)
-    expected = (forwards["prefill_tokens"] + forwards["decode_tokens"]).to_numpy()
+    expected = forwards["slots"].to_numpy()
     ours = counted[forwards["forward_id"].to_numpy() - first]
     bad = np.nonzero(ours != expected)[0]
     violation = None
     if len(bad):
         f = forwards.iloc[bad[0]]
-        violation = (
-            f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, the engine computed {expected[bad[0]]}"
-        )
+        violation = f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
     return Check(name, claim, len(forwards), "forwards", violation)
 
 
@@ -162,7 +160,7 @@ def origins_hold(run: Run) -> Check:
         bad = tokens.iloc[int(np.argmax(at < 0))]
         violation = f"{bad['rid']} position {bad['position']}: {bad['origin_rid']} never computed it"
         return Check(name, claim, covered, "positions", violation, note)
-    ids = {r.rid: _all_ids(r) for r in run.requests().itertuples()}
+    ids = {r.rid: _all_ids(r) for r in run.requests(interrupted=True).itertuples()}
     for s in known.itertuples():
         mine, theirs = ids.get(s.rid), ids.get(s.origin_rid)
         if mine is None or theirs is None:

@@ -42,13 +42,17 @@ def totals(run: Run, tokens: pd.DataFrame) -> dict[str, float]:
     decode), overshoot, recomputed, sglang_cached_tokens, requests_reconciled, seconds, tokens_per_second (prompt and
     generated tokens over wall time, engine start not included).
     """
-    spans = run.spans()
-    length = spans["end"] - spans["start"]
     requests = run.requests()
+    spans = run.spans()
+    spans = spans[spans["rid"].isin(requests["rid"])]
+    length = spans["end"] - spans["start"]
     reused = spans[(spans["status"] == schema.REUSED) & (spans["attempt"] == 0)]
     per_request = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
     ours = requests["rid"].map(per_request).fillna(0)
-    seconds = sum(s["seconds"] for s in run.manifest["sessions"])
+    sessions = run.manifest["sessions"]
+    # A session that was killed left no duration: speed is unknown then.
+    timed = all(s["seconds"] is not None for s in sessions)
+    seconds = sum(s["seconds"] for s in sessions) if timed else float("nan")
     prompt, generated = int(requests["prompt_len"].sum()), int(requests["output_len"].sum())
 
     def of(column: str, value: str) -> int:
@@ -66,7 +70,7 @@ def totals(run: Run, tokens: pd.DataFrame) -> dict[str, float]:
         "sglang_cached_tokens": int(requests["cached_tokens"].fillna(0).sum()),
         "requests_reconciled": int((ours == requests["cached_tokens"]).sum()),
         "seconds": seconds,
-        "tokens_per_second": (prompt + generated) / seconds if seconds else float("nan"),
+        "tokens_per_second": (prompt + generated) / seconds if seconds > 0 else float("nan"),
     }
 
 

@@ -62,6 +62,52 @@ def test_an_argument_that_the_probe_sets_itself(refuse: Callable) -> None:
     assert "disable_radix_cache" in refuse(server={"disable_radix_cache": True})
 
 
+def test_an_unknown_server_argument(refuse: Callable) -> None:
+    assert "did you mean `chunked_prefill_size`" in refuse(server={"chunk_prefill_size": 64})
+
+
+def test_an_unknown_sampling_parameter(refuse: Callable) -> None:
+    assert "did you mean `max_new_tokens`" in refuse(sampling={"max_new_token": 8})
+
+
+def test_several_outputs_of_one_request(refuse: Callable) -> None:
+    assert "several outputs" in refuse(sampling={"n": 2, "max_new_tokens": 8})
+
+
+def test_a_prompt_that_does_not_fit_into_the_kv_pool(refuse: Callable) -> None:
+    assert "do not fit into the context of 128" in refuse(server={"max_total_tokens": 128})
+
+
+def test_an_architecture_whose_rows_were_not_compared_with_a_reference(refuse: Callable, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    from sglang_probe.paths import shipped
+
+    model = tmp_path / "cohere"
+    shutil.copytree(shipped("models/probe-text/checkpoint"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "cohere", "architectures": ["CohereForCausalLM"]})
+    )
+    assert "rows of CohereForCausalLM" in refuse(model=str(model))
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_is_checked(
+    cli: Callable, write_yaml: Callable, tmp_path: Path
+) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "manifest.json").write_text("{}")
+    done = cli("harvest", write_yaml("bad", server={"chunk_prefill_size": 64}), "--output", old, "--overwrite")
+    assert done.returncode == 2
+    assert (old / "manifest.json").read_text() == "{}"
+
+
+def test_malformed_lines_can_be_skipped_only_where_lines_are_read(refuse: Callable) -> None:
+    assert "reads no file" in refuse("--skip-bad")
+
+
 def test_a_malformed_line_is_named_by_file_and_number(refuse: Callable, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": "def f"}\n{"prompt": \n')

@@ -91,7 +91,36 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     finished = requests[requests["finish_reason"] != "interrupted"]
     assert sorted(finished["index"]) == list(range(80))
     assert served <= set(finished["rid"])
+    assert len(run.manifest["sessions"]) == 3
     assert {p.session for p in run.parts()} == {0, 1, 2}
+
+
+def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, tmp_path: Path, cli: Callable) -> None:
+    """The first arm is killed on the way; its interrupted requests must not count twice, nor block the comparison."""
+    path = tmp_path / "experiment"
+    config = write_yaml(
+        "ab",
+        workload={"requests_per_family": 10, "exemplars": 1},
+        sampling={"max_new_tokens": 100, "temperature": 1.0, "ignore_eos": True},
+        checkpoint_seconds=0.5,
+        repeat=False,
+    )
+    first = _start(config, path, command="ab")
+    _wait_for_requests(first, path / "cache_on", 5)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait(60)
+    time.sleep(1)
+    done = cli("ab", config, "--output", path, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in 40 of 40 requests" in done.stdout
+    run = load_run(path / "cache_on")
+    assert [s["seconds"] is None for s in run.manifest["sessions"]] == [True, False]
+    assert run.tokens()["rid"].nunique() == 20
+
+    other = write_yaml("ab", workload={"requests_per_family": 10, "exemplars": 1}, dtype="float32", repeat=False)
+    refused = cli("ab", other, "--output", path, "--resume")
+    assert refused.returncode == 2
+    assert "was recorded with another" in refused.stderr
 
 
 def test_a_fault_of_the_probe_leaves_requests_alone_and_is_reported(tmp_path: Path) -> None:
@@ -124,9 +153,9 @@ def test_a_fault_of_the_probe_leaves_requests_alone_and_is_reported(tmp_path: Pa
     assert "sglang-probe stopped recording" in done.stderr + done.stdout
 
 
-def _start(config: Path, path: Path, *options: str) -> subprocess.Popen:
+def _start(config: Path, path: Path, *options: str, command: str = "harvest") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "sglang_probe", "harvest", str(config), "--output", str(path), *options],
+        [sys.executable, "-m", "sglang_probe", command, str(config), "--output", str(path), *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,

@@ -128,7 +128,7 @@ def test_rows_shifted_by_one_position_are_noticed(runs: dict[str, Run], tmp_path
     by_hash = verify(load_run(copy))
     (copy / ORACLE_FILE).unlink()
     by_consistency = verify(load_run(copy))
-    assert [c.name for c in (*by_hash, *by_consistency) if not c.holds] == ["content", "content"]
+    assert [c.name for c in (*by_hash, *by_consistency) if not c.holds] == ["content", "consistency"]
 
 
 def test_verify_names_the_first_violation_and_fails(cli: Callable, runs: dict[str, Run], tmp_path: Path) -> None:

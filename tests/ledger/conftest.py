@@ -44,6 +44,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
                 [0] * len(rows),
                 [6] * len(rows),
                 [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in rows],
+                sum(e - s for _, s, e in rows),
             )
             recorder.launch(plan)
             ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]

@@ -26,14 +26,16 @@ TOKENS = np.arange(100, 200)
 
 
 def extend(tag: int, rid: str, start: int, end: int, *, attempt: int = 0, prompt: int = 10) -> ForwardPlan:
-    return ForwardPlan(tag, "extend", [rid], [start], [end], [False], [attempt], [prompt], [Context(TOKENS, None)])
+    return ForwardPlan(
+        tag, "extend", [rid], [start], [end], [False], [attempt], [prompt], [Context(TOKENS, None)], end - start
+    )
 
 
 def decode(tag: int, *at: tuple[str, int], attempt: int = 0) -> ForwardPlan:
     rids, positions = [r for r, _ in at], [p for _, p in at]
     n = len(at)
     return ForwardPlan(
-        tag, "decode", rids, positions, [p + 1 for p in positions], [True] * n, [attempt] * n, [10] * n, [None] * n
+        tag, "decode", rids, positions, [p + 1 for p in positions], [True] * n, [attempt] * n, [10] * n, [None] * n, n
     )
 
 
@@ -128,7 +130,7 @@ def test_a_skipped_decode_position_is_refused(recorder: Recorder) -> None:
 def test_rows_are_numbered_in_batch_order_across_forwards(sink: Sink) -> None:
     recorder = Recorder(sink, lineage=Lineage(1, 1000), captures_rows=True, first_row=100)
     prefill = ForwardPlan(
-        1, "extend", ["a", "b"], [2, 0], [10, 10], [False, False], [0, 0], [10, 10], [Context(TOKENS, None)] * 2
+        1, "extend", ["a", "b"], [2, 0], [10, 10], [False, False], [0, 0], [10, 10], [Context(TOKENS, None)] * 2, 18
     )
     for plan in (prefill, decode(2, ("b", 10), ("a", 10))):
         recorder.launch(plan)
@@ -172,7 +174,7 @@ def test_what_was_in_the_tree_before_the_recording_has_no_origin(recorder: Recor
 
 def test_a_duplicate_in_one_batch_is_rebound_to_the_first(recorder: Recorder, sink: Sink) -> None:
     both = ForwardPlan(
-        1, "extend", ["a", "b"], [0, 0], [10, 10], [False] * 2, [0, 0], [10, 10], [Context(TOKENS, None)] * 2
+        1, "extend", ["a", "b"], [0, 0], [10, 10], [False] * 2, [0, 0], [10, 10], [Context(TOKENS, None)] * 2, 18
     )
     recorder.launch(both)
     recorder.publish("a", 0, Context(TOKENS, None), length=10, first_new=0, protected=0)

@@ -1,0 +1,84 @@
+"""Everything about a harvest that can be checked before an engine starts and before anything is written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from sglang_probe.capture.hook_points import check_architecture, check_hook_points
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.harvest.config import Recording
+from sglang_probe.harvest.engine import default_server_args, sampling_parameter_names, server_argument_names
+from sglang_probe.harvest.model import resolve_model
+from sglang_probe.hooks import inventory
+from sglang_probe.hooks.supported import refuse_unsupported
+from sglang_probe.platform.environment import accelerator_present
+from sglang_probe.policy.arm import Arm
+from sglang_probe.workload.build import build_requests
+from sglang_probe.workload.request import Request
+
+_SET_BY_US = {"model_path", "dtype", "disable_radix_cache"}
+
+
+class Prepared:
+    """A checked configuration: the inventory, the model, and the requests.
+
+    Raises (on construction):
+        ProbeError: a child of it for every kind of bad input.
+    """
+
+    def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
+        self.config = config
+        self.inventory = inventory.require(["accounting", "control", "rows", "forced decoding", "platform"])
+        servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
+        for server in servers:
+            _check_server(server)
+        self.model = resolve_model(config.model)
+        if config.hook_points:
+            check_hook_points(config.hook_points, self.model.layers)
+            check_architecture(self.model.architecture)
+            if accelerator_present():
+                raise UnsupportedError(
+                    "capturing rows on an accelerator has not been proved yet",
+                    fix="set `hook_points: []` to record the ledger alone, or use a machine without an accelerator",
+                )
+        room = [self.model.context_length]
+        for server in servers:
+            merged = {**default_server_args(), **config.server, **server}
+            # A request must fit into the KV pool as well as into the context.
+            room += [int(merged[k]) for k in ("context_length", "max_total_tokens") if merged.get(k)]
+        self.workload = build_requests(
+            config.workload, self.model.tokenizer, context_length=min(room), default_sampling=dict(config.sampling)
+        )
+        # Last, because SGLang must be imported to know its names.
+        for server in servers:
+            _check_names(server, server_argument_names(), "server argument")
+        _check_sampling(self.workload.requests)
+
+
+def _check_server(server: dict[str, object]) -> None:
+    refuse_unsupported(server)
+    if taken := _SET_BY_US & set(server):
+        raise ConfigError(
+            f"server argument `{min(taken)}` is set by the probe", fix="use `model`, `dtype` and the arm's `cache`"
+        )
+
+
+def _check_sampling(requests: list[Request]) -> None:
+    known = sampling_parameter_names()
+    for r in requests:
+        _check_names(r.sampling_params, known, f"request {r.index}: sampling parameter")
+        for name in ("n", "beam_width"):
+            if r.sampling_params.get(name) not in (None, 1):
+                raise UnsupportedError(
+                    f"request {r.index}: `{name}: {r.sampling_params[name]}` gives several outputs for one request",
+                    fix="repeat the request in the workload instead",
+                )
+
+
+def _check_names(given: Iterable[str], known: set[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"{what} `{name}` is unknown to SGLang{hint}")

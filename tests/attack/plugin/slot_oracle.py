@@ -1,0 +1,150 @@
+"""A second SGLang plugin, for tests: who really wrote each KV slot, against what the lineage believes.
+
+The truth is read from the device, which the probe itself never does: every forward writes the slots in
+`out_cache_loc` and attends to the slots in its rows of `req_to_token`. Loaded through `PYTHONPATH`, without being
+installed. `SLOT_ORACLE` names the file it reports to; `SLOT_ORACLE_SABOTAGE` disables one safeguard of the probe, to
+show that the comparison would notice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Oracle:
+    def __init__(self, report: Path) -> None:
+        self.report = report
+        self.owner: dict[int, tuple[str, int, int]] = {}  # slot -> (rid, attempt, position)
+        self.compared = self.wrong = self.unknown = self.forwards = 0
+        self.first: str | None = None
+
+    def before(self, runner: Any, batch: Any, recorder: Any, plan: Any) -> None:
+        """Compare every position that this forward attends to below its first new one."""
+        table = runner.req_to_token_pool.req_to_token
+        pools = batch.req_pool_indices.tolist()
+        for i, rid in enumerate(plan.rids):
+            slots = table[pools[i], : plan.starts[i]].tolist()
+            believed = _expand(recorder.lineage.owners(rid), rid, plan.attempts[i], len(slots))
+            for position, (slot, belief) in enumerate(zip(slots, believed, strict=True)):
+                self.compared += 1
+                truth = self.owner.get(slot)
+                if belief[0] is None:
+                    self.unknown += 1
+                elif truth is None or truth[2] != position or truth[:2] != belief:
+                    self.wrong += 1
+                    self.first = self.first or (
+                        f"forward {plan.forward_id}, {rid} position {position}: slot {slot} was written by {truth}, "
+                        f"the lineage says {belief}"
+                    )
+
+    def after(self, batch: Any, plan: Any) -> None:
+        """Note who wrote which slot."""
+        slots = iter(batch.out_cache_loc.tolist())
+        for rid, attempt, start, end in zip(plan.rids, plan.attempts, plan.starts, plan.ends, strict=True):
+            for position in range(start, end):
+                self.owner[next(slots)] = (rid, attempt, position)
+        self.forwards += 1
+        if self.forwards % 20 == 0:
+            self.write()
+
+    def write(self) -> None:
+        names = ("compared", "wrong", "unknown", "forwards", "first")
+        self.report.write_text(json.dumps({name: getattr(self, name) for name in names}))
+
+
+def _expand(origins: list[Any], rid: str, attempt: int, length: int) -> list[tuple[str | None, int]]:
+    """Believed owner of each position; positions above what the lineage was told are the request's own."""
+    out: list[tuple[str | None, int]] = []
+    for o in origins:
+        out += [(o.rid, o.attempt)] * (o.end - o.start)
+    return (out + [(rid, attempt)] * length)[:length]
+
+
+def register() -> None:
+    if "SLOT_ORACLE" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_probe.hooks import session as probe
+
+    oracle = Oracle(Path(os.environ["SLOT_ORACLE"]))
+
+    def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        session = probe.session
+        plan = session.current if session is not None else None
+        if plan is None or session is None or session.recorder is None:
+            return original(runner, batch, *args, **kwargs)
+        oracle.before(runner, batch, session.recorder, plan)
+        output = original(runner, batch, *args, **kwargs)
+        oracle.after(batch, plan)
+        return output
+
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.forward", forward, HookType.AROUND)
+    original_close = probe.Session.close
+
+    def close_and_report(session: Any) -> None:
+        original_close(session)
+        oracle.write()
+
+    probe.Session.close = close_and_report  # type: ignore[method-assign]
+    sabotage(os.environ.get("SLOT_ORACLE_SABOTAGE", ""))
+
+
+def sabotage(what: str) -> None:
+    """Disable one safeguard."""
+    from sglang_probe.ledger.lineage import Lineage
+    from sglang_probe.ledger.recorder import Recorder
+
+    if what == "ignore rebinds":
+        publish = Lineage.publish
+
+        def without_rebind(
+            self: Any, rid: str, tokens: Any, length: int, first_new: int, _protected: int, ns: Any
+        ) -> Any:
+            return publish(self, rid, tokens, length, first_new, first_new, ns)
+
+        Lineage.publish = without_rebind  # type: ignore[method-assign]
+    elif what == "ignore publications":
+        Recorder.publish = lambda self, *a, **k: None  # type: ignore[method-assign]
+    elif what == "token keys in pages":
+        init = Lineage.__init__
+
+        def with_page_of_one(self: Any, page_size: int, capacity: int) -> None:
+            init(self, 1, capacity * page_size)
+
+        Lineage.__init__ = with_page_of_one  # type: ignore[method-assign]
+    elif what == "keep the first owner":
+        # Entries of evicted nodes are inserted anew; whoever keeps the first owner is wrong from then on.
+        remember = Lineage._remember
+
+        def keep(self: Any, keys: list[int], values: Any) -> None:
+            new = [(k, v) for k, v in zip(keys, values, strict=True) if k not in self._young and k not in self._old]
+            remember(self, [k for k, _ in new], [v for _, v in new])
+
+        Lineage._remember = keep  # type: ignore[method-assign]
+    elif what == "no attempts":
+        from sglang_probe.hooks import accounting
+
+        plan_of = accounting.plan_of
+
+        def flat(batch: Any, **kwargs: Any) -> Any:
+            plan = plan_of(batch, **kwargs)
+            plan.attempts = [0] * len(plan.attempts)
+            return plan
+
+        accounting.plan_of = flat
+    elif what == "shift the rows":
+        from sglang_probe.capture.taps import Taps
+
+        take = Taps.take
+
+        def shifted(self: Any, tokens: int, *, replayed: bool) -> Any:
+            return {k: v.roll(1, 0) for k, v in take(self, tokens, replayed=replayed).items()}
+
+        Taps.take = shifted  # type: ignore[method-assign]
+    elif what:
+        raise ValueError(f"unknown sabotage {what!r}")
