@@ -23,6 +23,8 @@ ROWS_KEY = "rows"
 
 _SHARD_BYTES = 64 << 20
 _PART_FACTS = 200_000
+_BUNDLE_COMMITS = 64
+_BUNDLE_BYTES = 4 << 20
 
 
 class Writer:
@@ -53,10 +55,13 @@ class Writer:
         self._part = first_part
         self._forwards_end = first_forward
         self._rows_end = first_row
-        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=4096)
+        self._queue: queue.Queue[list[Commit] | threading.Event] = queue.Queue(maxsize=4096)
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._room = threading.Condition()
+        self._handing_over = threading.Lock()
+        self._bundle: list[Commit] = []
+        self._bundle_bytes = 0
         self._error: BaseException | None = None
         self._clear()
         self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
@@ -69,14 +74,11 @@ class Writer:
             OSError: writing failed earlier; the capture must stop.
         """
         self._raise_error()
-        size = _size(commit)
-        with self._room:
-            # One commit always fits, however large.
-            self._room.wait_for(
-                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= self._max_waiting_bytes
-            )
-            self._waiting_bytes += size
-        self._queue.put(commit)
+        with self._handing_over:
+            self._bundle.append(commit)
+            self._bundle_bytes += _size(commit)
+            if len(self._bundle) >= _BUNDLE_COMMITS or self._bundle_bytes >= _BUNDLE_BYTES:
+                self._hand_over()
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything handed over is on disk.
@@ -86,10 +88,26 @@ class Writer:
         """
         self._raise_error()
         done = threading.Event()
-        self._queue.put(done)
+        with self._handing_over:
+            self._hand_over()
+            self._queue.put(done)
         if not done.wait(timeout):
             raise TimeoutError(f"the writer did not finish within {timeout} s")
         self._raise_error()
+
+    def _hand_over(self) -> None:
+        """Wake the thread with a bundle of commits. Each wake-up costs the scheduler thread a turn of Python's lock."""
+        if not self._bundle:
+            return
+        bundle, size = self._bundle, self._bundle_bytes
+        self._bundle, self._bundle_bytes = [], 0
+        with self._room:
+            # One bundle always fits, however large.
+            self._room.wait_for(
+                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= self._max_waiting_bytes
+            )
+            self._waiting_bytes += size
+        self._queue.put(bundle)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -100,17 +118,18 @@ class Writer:
             item = self._queue.get()
             try:
                 if self._error is None:
-                    if isinstance(item, Commit):
-                        self._take(item)
-                    else:
+                    if isinstance(item, threading.Event):
                         self._write_part()
+                    else:
+                        for commit in item:
+                            self._take(commit)
             except BaseException as e:  # the scheduler thread must learn of it, whatever it is
                 self._error = e
             if isinstance(item, threading.Event):
                 item.set()
             else:
                 with self._room:
-                    self._waiting_bytes -= _size(item)
+                    self._waiting_bytes -= sum(map(_size, item))
                     self._room.notify()
 
     def _take(self, commit: Commit) -> None:

@@ -37,10 +37,9 @@ def test_rows_and_facts_of_a_part_end_together(tmp_path: Path) -> None:
 
 def test_a_part_is_closed_after_its_time_without_being_asked(tmp_path: Path) -> None:
     writer = Writer(tmp_path, part_seconds=0.05)
-    writer.put(commit(0))
-    time.sleep(0.2)
-    writer.put(commit(1))
-    writer.put(commit(2))
+    time.sleep(0.1)
+    for f in range(200):
+        writer.put(commit(f))
     deadline = time.time() + 10
     while not journal.read(tmp_path) and time.time() < deadline:
         time.sleep(0.02)
@@ -48,6 +47,7 @@ def test_a_part_is_closed_after_its_time_without_being_asked(tmp_path: Path) -> 
 
 
 def test_waiting_rows_are_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_probe.capture.writer._BUNDLE_COMMITS", 1)
     gate = threading.Event()
     monkeypatch.setattr(Writer, "_take", lambda self, c: gate.wait(10) and None)
     writer = Writer(tmp_path, max_waiting_bytes=3 * commit(0).rows["hook_embed"].nbytes)  # type: ignore[index]
