@@ -53,7 +53,9 @@ class Writer:
         self._part = first_part
         self._forwards_end = first_forward
         self._rows_end = first_row
-        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Commit | threading.Event | None] = queue.Queue(maxsize=depth)
+        self.bytes = 0
+        """Size of all durable parts."""
         self._error: BaseException | None = None
         self._clear()
         self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
@@ -67,6 +69,33 @@ class Writer:
         """
         self._raise_error()
         self._queue.put(commit)
+
+    def try_put(self, commit: Commit) -> bool:
+        """As `put`, but returns False where it would block.
+
+        Raises:
+            OSError: writing failed earlier; the capture must stop.
+        """
+        self._raise_error()
+        try:
+            self._queue.put_nowait(commit)
+        except queue.Full:
+            return False
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Commits that wait to be written."""
+        return self._queue.qsize()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why writing stopped."""
+        return self._error
+
+    def stop(self) -> None:
+        """End the thread after what was handed over; nothing may be put afterwards."""
+        self._queue.put(None)
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything handed over is on disk.
@@ -88,6 +117,8 @@ class Writer:
     def _work(self) -> None:
         while True:
             item = self._queue.get()
+            if item is None:
+                return
             try:
                 if self._error is None:
                     if isinstance(item, Commit):
@@ -105,6 +136,7 @@ class Writer:
         self._spans += commit.spans
         self._rebinds += commit.rebinds
         self._requests += commit.requests
+        self._prompts += commit.prompts
         if commit.rows:
             for hook_point, rows in commit.rows.items():
                 self._rows.setdefault(hook_point, []).append(rows)
@@ -129,6 +161,7 @@ class Writer:
             ("forwards", schema.FORWARDS, self._forwards),
             ("rebinds", schema.REBINDS, self._rebinds),
             ("requests", schema.ENGINE_REQUESTS, self._requests),
+            ("prompts", schema.PROMPTS, self._prompts),
         ):
             if facts:
                 name = f"ledger/{table}-{self._part:05d}.parquet"
@@ -143,6 +176,7 @@ class Writer:
             self._run, journal.Part(self._part, self._session, self._forwards_end, self._rows_end, rows, files)
         )
         self._part += 1
+        self.bytes += sum((self._run / name).stat().st_size for name in files)
         self._clear()
 
     def _save_rows(self, name: str, tensor: torch.Tensor) -> str:
@@ -159,6 +193,7 @@ class Writer:
         self._spans: list[tuple[Any, ...]] = []
         self._rebinds: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
+        self._prompts: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._opened = time.monotonic()

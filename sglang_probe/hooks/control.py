@@ -1,6 +1,7 @@
 """Commands to the probe through SGLang's own `/set_internal_state`, which reaches every scheduler process.
 
-Keys: `probe_close` writes everything that is known. The reply is true only if nothing failed.
+Keys: `probe_close` writes everything that is known; of a live server it has the current segment closed, without waiting
+for it. The reply is true only if nothing failed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.lineage import Lineage
-from sglang_probe.ledger.recorder import ForwardPlan, Recorder
+from sglang_probe.ledger.recorder import ForwardPlan, Recorder, Sink
+from sglang_probe.live.recording import LiveRecording
 
 logger = logging.getLogger("sglang_probe")
 P = ParamSpec("P")
@@ -28,6 +29,9 @@ class Session:
         self.config = config
         self.recorder: Recorder | None = None
         self.writer: Writer | None = None
+        self.live: LiveRecording | None = None
+        self.fault: str | None = None
+        """Why the probe stopped itself."""
         self.taps: Taps | None = None
         self.current: ForwardPlan | None = None
         """The forward being launched, from `run_batch` to its return."""
@@ -36,23 +40,28 @@ class Session:
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
 
-    def open(self, *, page_size: int, pool_tokens: int) -> None:
+    def open(self, *, page_size: int, pool_tokens: int, live: LiveRecording | None = None) -> None:
         """Start recording.
 
         Args:
             page_size, pool_tokens: of SGLang's KV pool; twice its pages bound the lineage's memory.
+            live: where to record to, if a live server is recorded.
         """
         c = self.config
-        self.writer = Writer(
-            c.run,
-            session=c.session,
-            first_part=c.first_part,
-            first_forward=c.first_forward,
-            first_row=c.first_row,
-            part_seconds=c.checkpoint_seconds,
-        )
+        self.live = live
+        if live is None:
+            self.writer = Writer(
+                c.run,
+                session=c.session,
+                first_part=c.first_part,
+                first_forward=c.first_forward,
+                first_row=c.first_row,
+                part_seconds=c.checkpoint_seconds,
+            )
+        sink: Sink | None = live or self.writer
+        assert sink is not None
         self.recorder = Recorder(
-            self.writer,
+            sink,
             lineage=Lineage(page_size, 2 * pool_tokens // page_size),
             captures_rows=bool(c.hook_points),
             first_forward=c.first_forward,
@@ -61,7 +70,9 @@ class Session:
 
     def close(self) -> None:
         """Write everything that is known. The recorder stays usable."""
-        if self.recorder is not None and self.writer is not None:
+        if self.live is not None:
+            self.live.ask_flush()
+        elif self.recorder is not None and self.writer is not None:
             self.recorder.drain()
             self.writer.flush()
 
@@ -70,6 +81,9 @@ class Session:
         self.recorder = self.taps = self.current = self.forced = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
+        self.fault = message
+        if self.live is not None:  # closes in its own thread; requests do not wait
+            self.live.close(status="incomplete", fault=message, timeout=0)
         try:
             journal.write_text_durably(self.config.run / FAULT_FILE, message + "\n")
         except OSError:

@@ -95,7 +95,8 @@ class Run:
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), and source_row (its own row, or the row of its origin;
-        -1: none). Token ids of discarded overshoot positions are those of the last output.
+        -1: none). Token ids of discarded overshoot positions are those of the last output;
+        -1 where a live recording kept no ids.
         """
         tokens = self._positions(self.last_attempt())
         return tokens.merge(self._labels(), on=["rid", "position"], how="left", validate="many_to_one")
@@ -211,8 +212,11 @@ class Run:
         """Token id and segment of every position of every request."""
         frames = []
         for r in self.requests().itertuples():
-            output = [] if r.output_ids is None else list(r.output_ids)
-            ids = [*r.prompt_ids, *output]
+            if r.prompt_ids is None:  # a live recording that kept no token ids
+                prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
+                ids = [-1] * (prompt + int(r.output_len))
+            else:
+                ids = [*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)]
             segment = np.full(len(ids), "generated", dtype=object)
             for s in r.segments:
                 segment[s["start"] : s["end"]] = s["name"]
