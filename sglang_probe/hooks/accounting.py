@@ -48,10 +48,10 @@ def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 
 @probe.guarded
 def _aborted(req: Any) -> None:
-    live_server.ending([req])
     recorder = probe.active().recorder
     assert recorder is not None
-    recorder.end(end_of(req, reason="abort"))
+    (end,) = live_server.ending([req], [end_of(req, reason="abort")])
+    recorder.end(end)
 
 
 @probe.guarded
@@ -62,6 +62,7 @@ def _launch(scheduler: Any, batch: Any) -> None:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
     assert session.recorder is not None
+    live_server.named(plan)
     session.recorder.launch(plan)
     live_server.launched(batch.reqs, plan)
     session.current = plan
@@ -79,8 +80,7 @@ def _commit(batch: Any, result: Any, finished_before: set[str]) -> None:
     if not batch.reqs:
         return
     finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
-    live_server.ending(finished)
-    ended = [end_of(r) for r in finished]
+    ended = live_server.ending(finished, [end_of(r) for r in finished])
     recorder = probe.active().recorder
     assert recorder is not None
     recorder.commit(batch.forward_iter, graph=bool(result.can_run_cuda_graph), ended=ended)

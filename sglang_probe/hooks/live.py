@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sglang_probe.capture.hook_points import engine_module
@@ -16,7 +17,7 @@ from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import inventory
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.ledger.recorder import ForwardPlan
+from sglang_probe.ledger.recorder import ForwardPlan, RequestEnd
 from sglang_probe.live import provenance
 from sglang_probe.live.metrics import Metrics
 from sglang_probe.live.recording import LiveRecording
@@ -93,16 +94,33 @@ def launched(reqs: Sequence[Any], plan: ForwardPlan) -> None:
     """A forward pass of these requests was launched. Runs inside guarded code."""
     live = probe.active().live
     if live is not None:
-        prefills = (r for r, c in zip(reqs, plan.contexts, strict=True) if c is not None)
-        live.launched(plan, {r.rid for r in prefills if provenance.wanted(r.sampling_params.custom_params)})
+        rows = zip(reqs, plan.rids, plan.contexts, strict=True)
+        prefills = ((r, rid) for r, rid, context in rows if context is not None)
+        live.launched(plan, {rid for r, rid in prefills if provenance.wanted(r.sampling_params.custom_params)})
 
 
-def ending(reqs: Sequence[Any]) -> None:
-    """These requests are about to end. Runs inside guarded code."""
+def named(plan: ForwardPlan) -> None:
+    """Give the requests of a plan their names in the ledger. Runs inside guarded code, before the launch."""
     live = probe.active().live
     if live is not None:
-        for r in reqs:
-            live.ending(r.rid, r.origin_input_ids)
+        live.names.launch(plan)
+
+
+def name_of(rid: str) -> str:
+    """The name of a running request in the ledger. Runs inside guarded code."""
+    live = probe.active().live
+    return rid if live is None else live.names.get(rid)
+
+
+def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
+    """These requests are about to end; returns `ends` under their names. Runs inside guarded code."""
+    live = probe.active().live
+    if live is None:
+        return list(ends)
+    named_ends = [replace(end, rid=live.names.end(end.rid)) for end in ends]
+    for r, end in zip(reqs, named_ends, strict=True):
+        live.ending(end.rid, r.origin_input_ids)
+    return named_ends
 
 
 def get_internal_state(result: Any, _controller: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from sglang_probe.ledger.recorder import Commit, ForwardPlan
 from sglang_probe.live import provenance, segments
 from sglang_probe.live.config import LiveConfig
 from sglang_probe.live.metrics import Metrics
+from sglang_probe.live.names import Names
 from sglang_probe.live.overflow import Overflow
 from sglang_probe.live.privacy import Redactor
 from sglang_probe.live.totals import Totals
@@ -59,11 +60,13 @@ class LiveRecording:
         self._part_seconds, self._drops, self._metrics, self._tick = part_seconds, drops, metrics, tick
         self._handle = segments.lock(root)
         self.totals = Totals(config.recent)
+        self.names = Names()
         self._redactor = Redactor(config.privacy)
         self._overflow = Overflow()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self._end: tuple[str, str | None] = ("complete", None)
         self._asked = self._done = 0
         self._last_closed: Path | None = None
         self._closed = 0
@@ -116,6 +119,7 @@ class LiveRecording:
 
     def provenance(self, rid: str) -> list[provenance.Span] | None:
         """Spans of a request that is just finishing; None if it did not ask."""
+        rid = self.names.get(rid)
         entry = self.totals.active.get(rid)
         if entry is None or entry.spans is None:
             return None
@@ -163,8 +167,8 @@ class LiveRecording:
         """Close the current segment and end. Called once, when the server ends or the probe has failed."""
         if self._closing:
             return
-        self._closing = True
         self._end = (status, fault)
+        self._closing = True
         self._wake.set()
         self._thread.join(timeout)
 
@@ -225,6 +229,7 @@ class LiveRecording:
             lengths = self._prompt_lens()
             self._path, self._number = path, self._number + 1
             self._begin(writer)
+            self.names.new_segment(rid for rid in carried if rid not in lengths)
         segments.note_carried(path, carried)
         self._finish(old_path, old_writer, "complete", late, lengths, None)
 

@@ -175,6 +175,14 @@ def test_a_request_cut_by_a_flush_is_continued_and_both_halves_verify(server: Li
     assert answer["meta_info"]["probe"][-1]["end"] == 461
 
 
+def test_a_client_that_uses_an_id_again_breaks_nothing(server: LiveServer) -> None:
+    for n in (3, 5):
+        server.generate([66, 67, 68, n], n, rid="same")
+    run = load_run(server.flush())
+    assert {"same": 3, "same~1": 5}.items() <= run.requests().set_index("rid")["output_len"].to_dict().items()
+    assert all(c.holds for c in verify(run))
+
+
 def test_an_aborted_request_is_accounted_for(server: LiveServer) -> None:
     with server.http.stream(
         "POST",

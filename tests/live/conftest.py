@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,18 @@ class FakeEngine:
 
     def end(self, *rids: str, reason: str = "length") -> None:
         """End requests with a last decode step."""
+        rows = [(r, len(self.tokens[r]) - 1, len(self.tokens[r])) for r in rids]
+        self._forward("decode", rows, ending=rids, reason=reason)
+
+    def _ends(self, rids: Sequence[str], reason: str) -> list[RequestEnd]:
         ended = []
         for r in rids:
-            self.live.ending(r, self.tokens[r][: self._prompt[r]])
+            name = self.live.names.end(r)
+            self.live.ending(name, self.tokens[r][: self._prompt[r]])
             n = len(self.tokens[r]) + 1 - self._prompt[r]
             output = [*self.tokens[r][self._prompt[r] :], 97]
-            ended.append(RequestEnd(r, self._prompt[r], n, self._cached[r], 0, reason, output))
-        self._forward("decode", [(r, len(self.tokens[r]) - 1, len(self.tokens[r])) for r in rids], ended=ended)
+            ended.append(RequestEnd(name, self._prompt[r], n, self._cached[r], 0, reason, output))
+        return ended
 
     def serve(self, rid: str, prompt: list[int], n: int = 3, reused: int = 0) -> None:
         """A whole request."""
@@ -75,10 +80,17 @@ class FakeEngine:
     def _publish(self, rid: str, protected: int) -> None:
         length = self._prompt[rid]
         context = Context(np.array(self.tokens[rid]), None)
-        self.recorder.publish(rid, 0, context, length=length, first_new=protected, protected=protected)
+        name = self.live.names.get(rid)
+        self.recorder.publish(name, 0, context, length=length, first_new=protected, protected=protected)
 
     def _forward(
-        self, mode: str, rows: list[tuple[str, int, int]], *, ended: Any = (), asking: set[str] | None = None
+        self,
+        mode: str,
+        rows: list[tuple[str, int, int]],
+        *,
+        ending: Sequence[str] = (),
+        reason: str = "",
+        asking: set[str] | None = None,
     ) -> None:
         self._tag += 1
         decoding = mode == "decode"
@@ -93,11 +105,12 @@ class FakeEngine:
             [self._prompt[r] for r, _, _ in rows],
             [None if decoding else Context(np.array(self.tokens[r]), None) for r, _, _ in rows],
         )
+        self.live.names.launch(plan)
         self.recorder.launch(plan)
         self.live.launched(plan, asking or set())
         if self._rows:
             plan.rows = {"hook_embed": EMBEDDING[[self.tokens[r][p] for r, s, e in rows for p in range(s, e)]]}
-        self.recorder.commit(self._tag, graph=False, ended=ended)
+        self.recorder.commit(self._tag, graph=False, ended=self._ends(ending, reason))
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -170,3 +170,16 @@ def test_closing_says_complete_and_a_fault_says_incomplete(make_engine: Callable
     assert load_run(good.live._root / "segment-00000").complete
     manifest = load_run(bad.live._root / "segment-00000").manifest
     assert (manifest["status"], manifest["fault"]) == ("incomplete", "why")
+
+
+def test_a_client_may_use_the_same_id_again(make_engine: Callable[..., FakeEngine]) -> None:
+    engine = make_engine()
+    engine.serve("retry", A)
+    engine.serve("retry", B, reused=4)
+    engine.serve("retry", [7, 8, 9])
+    run, checks = checked(engine.flush())
+    assert violations(checks) == []
+    assert run.requests()["rid"].tolist() == ["retry", "retry~1", "retry~2"]
+    assert run.requests()["prompt_len"].tolist() == [4, 6, 3]
+    engine.serve("retry", [7, 8])
+    assert load_run(engine.flush()).requests()["rid"].tolist() == ["retry"]
