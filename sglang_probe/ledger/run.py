@@ -72,6 +72,11 @@ class Run:
         """One row per request, in workload order (`schema.REQUESTS`)."""
         path = self.path / REQUESTS_FILE
         if not path.exists():
+            if "segment" in self.manifest:
+                raise RunDirectoryError(
+                    f"{path} is missing: the segment is being recorded, or its server died",
+                    fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
+                )
             raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
         return pq.read_table(path).to_pandas()
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_probe.capture import journal
@@ -90,23 +92,18 @@ def close_segment(
         prompt_lens: of the requests that are still in flight; None if that is not known (the server died).
     """
     run = load_run(path)
-    spans = run.spans()
-    records = _requests(run, set(spans["rid"]), prompt_lens)
-    table = pa.Table.from_pylist(records, schema=schema.LIVE_REQUESTS)
-    journal.write_durably(path / REQUESTS_FILE, lambda p: pq.write_table(table, p, compression="zstd"))
-    lengths = spans["end"] - spans["start"]
     manifest = run.manifest
+    seen, by_status, by_phase = _count_spans(run)
+    finish: Counter[str] = Counter()
+    journal.write_durably(path / REQUESTS_FILE, lambda p: _write_requests(run, p, seen, prompt_lens, finish))
     manifest["segment"]["closed"] = datetime.now(UTC).isoformat(timespec="seconds")
-    finish: dict[str, int] = {}
-    for r in records:
-        finish[r["finish_reason"]] = finish.get(r["finish_reason"], 0) + 1
     manifest.update(
         status=status,
         fault=fault,
-        requests_expected=len(records),
-        requests_by_finish=finish,
-        positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
-        positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
+        requests_expected=finish.total(),
+        requests_by_finish=dict(finish),
+        positions_by_status=dict(by_status),
+        positions_by_phase=dict(by_phase),
         rows=max((p.rows_end for p in run.parts()), default=0),
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
@@ -127,39 +124,61 @@ def recover(root: Path) -> list[Path]:
     return recovered
 
 
-def _requests(run: Run, seen: set[str], prompt_lens: Mapping[str, int] | None) -> list[dict[str, Any]]:
-    ended = {r["rid"]: r for r in run.engine_requests().to_dict("records")}
-    prompts = {r["rid"]: r for r in _prompts(run)}
-    records: list[dict[str, Any]] = []
-    for rid in [*ended, *sorted(seen - set(ended))]:
-        end, prompt = ended.get(rid), prompts.get(rid)
-        length = int(end["prompt_len"]) if end else (prompt_lens or {}).get(rid)
-        if end:
-            finish = end["finish_reason"]
-        elif prompt_lens is None:
-            finish = schema.INTERRUPTED
-        else:
-            finish = schema.CONTINUES if rid in prompt_lens else schema.ENDED_EARLIER
-        records.append(
-            {
-                "rid": rid,
-                "prompt_len": length,
-                "output_len": end["output_len"] if end else 0,
-                "cached_tokens": end["cached_tokens"] if end else None,
-                "retractions": end["retractions"] if end else None,
-                "finish_reason": finish,
-                "output_ids": end["output_ids"] if end else None,
-                "index": len(records),
-                "family": None,
-                "prompt_ids": prompt["prompt_ids"] if prompt else None,
-                "segments": [{"name": "prompt", "start": 0, "end": length}] if length is not None else [],
-                "sampling_params": None,
-                "prompt_hash": prompt["prompt_hash"] if prompt else None,
-            }
-        )
-    return records
+def _count_spans(run: Run) -> tuple[set[str], Counter[str], Counter[str]]:
+    """Requests that have spans, and positions by status and phase: one part at a time, outside Python where possible,
+    because this happens in a process that is serving."""
+    seen: set[str] = set()
+    by_status: Counter[str] = Counter()
+    by_phase: Counter[str] = Counter()
+    for table in _parts(run, "spans", schema.SPANS):
+        seen.update(pc.unique(table["rid"]).to_pylist())
+        lengths = table.append_column("positions", pc.subtract(table["end"], table["start"]))
+        for row in lengths.group_by(["status", "phase"]).aggregate([("positions", "sum")]).to_pylist():
+            by_status[row["status"]] += row["positions_sum"]
+            if row["phase"] is not None:
+                by_phase[row["phase"]] += row["positions_sum"]
+    return seen, by_status, by_phase
 
 
-def _prompts(run: Run) -> list[dict[str, Any]]:
-    files = [run.path / f for part in run.parts() for f in part.files if f.startswith("ledger/prompts-")]
-    return [record for f in files for record in pq.read_table(f, schema=schema.PROMPTS).to_pylist()]
+def _write_requests(
+    run: Run, path: Path, seen: set[str], prompt_lens: Mapping[str, int] | None, finish: Counter[str]
+) -> None:
+    """Write `requests.parquet` part by part; `finish` receives the number of requests by finish reason."""
+    with pq.ParquetWriter(path, schema.LIVE_REQUESTS, compression="zstd") as out:
+        for part, table in _numbered(run, "requests", schema.ENGINE_REQUESTS):
+            kept = {r["rid"]: r for _, t in _numbered(run, "prompts", schema.PROMPTS, part) for r in t.to_pylist()}
+            records = []
+            for end in table.to_pylist():
+                prompt = kept.get(end["rid"], {"prompt_ids": None, "prompt_hash": None})
+                records.append({**_unknown(finish.total(), end["prompt_len"]), **end, **prompt})
+                finish[end["finish_reason"]] += 1
+                seen.discard(end["rid"])
+            out.write_table(pa.Table.from_pylist(records, schema=schema.LIVE_REQUESTS))
+        records = []
+        for rid in sorted(seen):
+            if prompt_lens is None:
+                reason = schema.INTERRUPTED
+            else:
+                reason = schema.CONTINUES if rid in prompt_lens else schema.ENDED_EARLIER
+            length = (prompt_lens or {}).get(rid)
+            records.append({**_unknown(finish.total(), length), "rid": rid, "finish_reason": reason})
+            finish[reason] += 1
+        out.write_table(pa.Table.from_pylist(records, schema=schema.LIVE_REQUESTS))
+
+
+def _unknown(index: int, prompt_len: int | None) -> dict[str, Any]:
+    """A row of `requests.parquet` of which only the prompt's length may be known."""
+    row: dict[str, Any] = dict.fromkeys(schema.LIVE_REQUESTS.names)
+    segments = [] if prompt_len is None else [{"name": "prompt", "start": 0, "end": prompt_len}]
+    return {**row, "index": index, "prompt_len": prompt_len, "output_len": 0, "segments": segments}
+
+
+def _parts(run: Run, name: str, table_schema: pa.Schema) -> Iterator[pa.Table]:
+    return (table for _, table in _numbered(run, name, table_schema))
+
+
+def _numbered(run: Run, name: str, table_schema: pa.Schema, only: int | None = None) -> Iterator[tuple[int, pa.Table]]:
+    for part in run.parts():
+        for file in part.files:
+            if file.startswith(f"ledger/{name}-") and only in (None, part.number):
+                yield part.number, pq.read_table(run.path / file, schema=table_schema)
