@@ -25,6 +25,10 @@ _SHARD_BYTES = 64 << 20
 _PART_FACTS = 200_000
 
 
+class _Stop(threading.Event):
+    """The last thing in the queue."""
+
+
 class Writer:
     """Sink of the recorder. `put` blocks while `depth` commits are waiting: back-pressure, nothing is dropped.
 
@@ -48,14 +52,14 @@ class Writer:
         depth: int = 256,
     ) -> None:
         self._run = run
+        self.bytes = 0
+        """Size of all durable parts."""
         self._part_seconds = part_seconds
         self._session = session
         self._part = first_part
         self._forwards_end = first_forward
         self._rows_end = first_row
-        self._queue: queue.Queue[Commit | threading.Event | None] = queue.Queue(maxsize=depth)
-        self.bytes = 0
-        """Size of all durable parts."""
+        self._queue: queue.Queue[Commit | threading.Event] = queue.Queue(maxsize=depth)
         self._error: BaseException | None = None
         self._clear()
         self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
@@ -70,33 +74,6 @@ class Writer:
         self._raise_error()
         self._queue.put(commit)
 
-    def try_put(self, commit: Commit) -> bool:
-        """As `put`, but returns False where it would block.
-
-        Raises:
-            OSError: writing failed earlier; the capture must stop.
-        """
-        self._raise_error()
-        try:
-            self._queue.put_nowait(commit)
-        except queue.Full:
-            return False
-        return True
-
-    @property
-    def waiting(self) -> int:
-        """Commits that wait to be written."""
-        return self._queue.qsize()
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why writing stopped."""
-        return self._error
-
-    def stop(self) -> None:
-        """End the thread after what was handed over; nothing may be put afterwards."""
-        self._queue.put(None)
-
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything handed over is on disk.
 
@@ -110,15 +87,33 @@ class Writer:
             raise TimeoutError(f"the writer did not finish within {timeout} s")
         self._raise_error()
 
+    @property
+    def waiting(self) -> int:
+        """Commits that wait to be written."""
+        return self._queue.qsize()
+
+    @property
+    def capacity(self) -> int:
+        """Commits that may wait before `put` blocks."""
+        return self._queue.maxsize
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why writing stopped."""
+        return self._error
+
+    def stop(self) -> None:
+        """End the thread after what was handed over; nothing may be put afterwards."""
+        self._queue.put(_Stop())
+
     def _raise_error(self) -> None:
         if self._error is not None:
             raise OSError(f"the writer stopped: {self._error}") from self._error
 
     def _work(self) -> None:
-        while True:
+        item: object = None
+        while not isinstance(item, _Stop):
             item = self._queue.get()
-            if item is None:
-                return
             try:
                 if self._error is None:
                     if isinstance(item, Commit):

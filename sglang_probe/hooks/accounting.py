@@ -18,8 +18,9 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
     refuse_unsupported(server_args)
     session = probe.active()
-    live = live_server.start(session.config, server_args) if session.config.live is not None else None
-    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens, live=live)
+    if session.config.live is not None:
+        session.live = live_server.start(session.config, server_args)
+    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

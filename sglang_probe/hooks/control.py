@@ -1,7 +1,6 @@
 """Commands to the probe through SGLang's own `/set_internal_state`, which reaches every scheduler process.
 
-Keys: `probe_close` writes everything that is known; of a live server it has the current segment closed, without waiting
-for it. The reply is true only if nothing failed.
+Keys: `probe_close` writes everything that is known. The reply is true only if nothing failed.
 """
 
 from __future__ import annotations
@@ -28,5 +27,9 @@ def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any
 
 @probe.guarded
 def _close() -> bool:
-    probe.active().close()
+    session = probe.active()
+    if session.live is not None:  # goes on: the current segment is closed, and nobody waits for the disk here
+        session.live.ask_flush()
+    else:
+        session.close()
     return True

@@ -189,10 +189,7 @@ def _provenance(reqs: list[Any]) -> list[list[provenance.Span]] | None:
 @probe.guarded
 def _closed() -> None:
     session = probe.active()
-    assert session.recorder is not None
-    session.recorder.drain()
-    if session.live is not None:
-        session.live.close()
+    session.close()
     session.recorder = None
 
 

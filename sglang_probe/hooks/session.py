@@ -12,7 +12,7 @@ from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.lineage import Lineage
-from sglang_probe.ledger.recorder import ForwardPlan, Recorder, Sink
+from sglang_probe.ledger.recorder import ForwardPlan, Recorder
 from sglang_probe.live.recording import LiveRecording
 
 logger = logging.getLogger("sglang_probe")
@@ -28,8 +28,9 @@ class Session:
     def __init__(self, config: EngineProbeConfig) -> None:
         self.config = config
         self.recorder: Recorder | None = None
-        self.writer: Writer | None = None
+        self.writer: Writer | LiveRecording | None = None
         self.live: LiveRecording | None = None
+        """Set before `open` if a live server is recorded; takes the place of the writer."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.taps: Taps | None = None
@@ -40,28 +41,23 @@ class Session:
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
 
-    def open(self, *, page_size: int, pool_tokens: int, live: LiveRecording | None = None) -> None:
+    def open(self, *, page_size: int, pool_tokens: int) -> None:
         """Start recording.
 
         Args:
             page_size, pool_tokens: of SGLang's KV pool; twice its pages bound the lineage's memory.
-            live: where to record to, if a live server is recorded.
         """
         c = self.config
-        self.live = live
-        if live is None:
-            self.writer = Writer(
-                c.run,
-                session=c.session,
-                first_part=c.first_part,
-                first_forward=c.first_forward,
-                first_row=c.first_row,
-                part_seconds=c.checkpoint_seconds,
-            )
-        sink: Sink | None = live or self.writer
-        assert sink is not None
+        self.writer = self.live or Writer(
+            c.run,
+            session=c.session,
+            first_part=c.first_part,
+            first_forward=c.first_forward,
+            first_row=c.first_row,
+            part_seconds=c.checkpoint_seconds,
+        )
         self.recorder = Recorder(
-            sink,
+            self.writer,
             lineage=Lineage(page_size, 2 * pool_tokens // page_size),
             captures_rows=bool(c.hook_points),
             first_forward=c.first_forward,
@@ -70,9 +66,7 @@ class Session:
 
     def close(self) -> None:
         """Write everything that is known. The recorder stays usable."""
-        if self.live is not None:
-            self.live.ask_flush()
-        elif self.recorder is not None and self.writer is not None:
+        if self.recorder is not None and self.writer is not None:
             self.recorder.drain()
             self.writer.flush()
 

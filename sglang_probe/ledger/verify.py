@@ -174,8 +174,8 @@ def origins_hold(run: Run) -> Check:
         bad = tokens.iloc[int(np.argmax(lost))]
         violation = f"{bad['rid']} position {bad['position']}: {bad['origin_rid']} never computed it"
         return Check(name, claim, covered, "positions", violation, note)
-    ids = {r.rid: _all_ids(r) for r in run.requests().itertuples() if r.prompt_ids is not None}
-    if len(known) and not ids:
+    ids = {r.rid: _all_ids(r) for r in run.requests().itertuples()}
+    if len(known) and all(x is None for x in ids.values()):
         note = f"{note}; " if note else ""
         note += "token ids were not recorded, so that the tokens could not be compared"
     for s in known.itertuples():
@@ -189,7 +189,9 @@ def origins_hold(run: Run) -> Check:
     return Check(name, claim, covered, "positions", None, note)
 
 
-def _all_ids(request: Any) -> np.ndarray[Any, Any]:
+def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:
+    if request.prompt_ids is None:  # a live recording that kept none
+        return None
     output = [] if request.output_ids is None else request.output_ids
     return np.concatenate([request.prompt_ids, output]).astype(np.int64)
 

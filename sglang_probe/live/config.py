@@ -31,9 +31,10 @@ class LiveConfig(Config):
     prompts can be recognised within one server process. `none`: nothing. Text is never written."""
     segments: SegmentLimits = SegmentLimits()
     queue: int = Field(default=1024, ge=1)
-    """Forward passes that may wait for the disk: bounds the probe's memory."""
+    """Forward passes that may wait for the disk before facts are dropped: bounds the probe's memory."""
     when_full: Literal["block", "drop"] | None = None
-    """What happens when they are that many: wait for the disk, or lose facts and say so in the ledger. By default facts
-    are dropped, because requests come first; with hook points, whose rows cannot be dropped, the scheduler waits."""
+    """What happens when they are that many: lose facts and say so in the ledger, or wait for the disk once the writer's
+    own bound is reached. By default facts are dropped, because requests come first; with hook points, whose rows cannot
+    be dropped, the scheduler waits."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""

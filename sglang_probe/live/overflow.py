@@ -61,8 +61,3 @@ class Overflow:
         waiting, self._waiting, self._open = self._waiting, Commit(), {}
         waiting.spans = [tuple(s) for s in waiting.spans]
         return waiting if waiting.spans or waiting.requests or waiting.rebinds else None
-
-    def restore(self, commit: Commit) -> None:
-        """Put back what `release` gave and still found no room."""
-        self._waiting = commit
-        self._open = {}

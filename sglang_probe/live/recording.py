@@ -106,16 +106,14 @@ class LiveRecording:
             self._facts_in_segment += 1
             self._unflushed = True
             self._requests_in_segment += len(commit.requests)
-            if not self._drops:
-                self._writer.put(commit)
+            if self._drops and self._writer.error is None and self._writer.waiting >= self._room:
+                self.totals.dropped(commit)
+                self._overflow.absorb(commit)
                 return
             late = self._overflow.release()
-            if late is not None and not self._writer.try_put(late):
-                self._overflow.restore(late)
-            elif self._writer.try_put(commit):
-                return
-            self.totals.dropped(commit)
-            self._overflow.absorb(commit)
+            if late is not None:
+                self._writer.put(late)
+            self._writer.put(commit)
 
     def provenance(self, rid: str) -> list[provenance.Span] | None:
         """Spans of a request that is just finishing; None if it did not ask."""
@@ -153,7 +151,7 @@ class LiveRecording:
             "forwards_dropped": self._overflow.forwards,
             "rows": t.rows,
             "positions": dict(t.positions),
-            "queue": {"waiting": self._writer.waiting, "size": self._config.queue},
+            "queue": {"waiting": self._writer.waiting, "size": self._room},
             "write_errors": self.write_errors,
             "flush": {"asked": self._asked, "done": self._done, "segment": _text(self._last_closed)},
             "recent": t.recent(),
@@ -162,6 +160,10 @@ class LiveRecording:
     @property
     def write_errors(self) -> int:
         return self._keeper_errors + (self._writer.error is not None)
+
+    def flush(self) -> None:
+        """What the writer of a harvest does at its end: everything is on disk, and nothing more comes."""
+        self.close()
 
     def close(self, *, status: str = "complete", fault: str | None = None, timeout: float = 20.0) -> None:
         """Close the current segment and end. Called once, when the server ends or the probe has failed."""
@@ -258,6 +260,7 @@ class LiveRecording:
 
     def _begin(self, writer: Writer) -> None:
         self._writer = writer
+        self._room = min(self._config.queue, writer.capacity - 2)  # two puts may follow, and must not block
         self._opened = self._flushed = time.monotonic()
         self._due_since = None
         self._row_base = self.totals.rows
@@ -265,7 +268,7 @@ class LiveRecording:
         self._unflushed = False
 
     def _new_writer(self, path: Path) -> Writer:
-        return Writer(path, part_seconds=self._part_seconds, depth=self._config.queue)
+        return Writer(path, part_seconds=self._part_seconds)
 
     def _publish(self) -> None:
         if self._metrics is not None:
