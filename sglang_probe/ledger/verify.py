@@ -175,9 +175,6 @@ def origins_hold(run: Run) -> Check:
         violation = f"{bad['rid']} position {bad['position']}: {bad['origin_rid']} never computed it"
         return Check(name, claim, covered, "positions", violation, note)
     ids = {r.rid: _all_ids(r) for r in run.requests().itertuples()}
-    if len(known) and all(x is None for x in ids.values()):
-        note = f"{note}; " if note else ""
-        note += "token ids were not recorded, so that the tokens could not be compared"
     for s in known.itertuples():
         mine, theirs = ids.get(s.rid), ids.get(s.origin_rid)
         if mine is None or theirs is None:
@@ -186,6 +183,9 @@ def origins_hold(run: Run) -> Check:
         if not np.array_equal(mine[:common], theirs[:common]):
             violation = f"{s.rid} positions {s.start} to {s.end}: the tokens of origin {s.origin_rid} differ"
             return Check(name, claim, covered, "positions", violation, note)
+    if len(known) and all(x is None for x in ids.values()):
+        note = f"{note}; " if note else ""
+        note += "token ids were not recorded, so that the tokens could not be compared"
     return Check(name, claim, covered, "positions", None, note)
 
 
