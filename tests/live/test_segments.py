@@ -10,8 +10,9 @@ import pytest
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.ledger.run import MANIFEST, load_run
+from sglang_probe.ledger.verify import verify
 from sglang_probe.live import segments
-from tests.live.conftest import FakeEngine, checked, notes, violations
+from tests.live.conftest import EMBEDDING, FakeEngine, checked, notes, violations
 
 A, B = [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]
 
@@ -124,7 +125,8 @@ def test_rows_are_numbered_from_the_start_of_their_segment(make_engine: Callable
     engine.serve("a", A)
     engine.flush()
     engine.serve("b", B, reused=4)
-    run, checks = checked(engine.flush())
+    run = load_run(engine.flush())
+    checks = verify(run, embedding=EMBEDDING)
     assert violations(checks) == []
     assert next(c.covered for c in checks if c.name == "content") == run.manifest["rows"] == 4
 
