@@ -200,7 +200,7 @@ class LiveRecording:
         if asked > self._done or self._due():
             self._rotate()
             self._done = asked
-        elif self._unflushed and time.monotonic() - self._flushed > self._part_seconds:
+        elif self._unflushed and not self.totals.active and time.monotonic() - self._flushed > self._part_seconds:
             self._unflushed, self._flushed = False, time.monotonic()
             self._writer.flush(timeout=60)
         self._publish()
