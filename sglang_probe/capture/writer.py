@@ -27,6 +27,10 @@ _BUNDLE_COMMITS = 64
 _BUNDLE_BYTES = 4 << 20
 
 
+class _Stop(threading.Event):
+    """The last thing in the queue."""
+
+
 class Writer:
     """Sink of the recorder. `put` blocks while too much is waiting: back-pressure, nothing is dropped.
 
@@ -50,6 +54,8 @@ class Writer:
         max_waiting_bytes: int = 1 << 30,
     ) -> None:
         self._run = run
+        self.bytes = 0
+        """Size of all durable parts."""
         self._part_seconds = part_seconds
         self._session = session
         self._part = first_part
@@ -57,7 +63,7 @@ class Writer:
         self._rows_end = first_row
         self._queue: queue.Queue[list[Commit] | threading.Event] = queue.Queue(maxsize=4096)
         self._max_waiting_bytes = max_waiting_bytes
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._waiting_commits = 0
         self._room = threading.Condition()
         self._handing_over = threading.Lock()
         self._bundle: list[Commit] = []
@@ -107,14 +113,37 @@ class Writer:
                 lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= self._max_waiting_bytes
             )
             self._waiting_bytes += size
+            self._waiting_commits += len(bundle)
         self._queue.put(bundle)
+
+    @property
+    def waiting(self) -> int:
+        """Commits that wait to be written."""
+        return self._waiting_commits + len(self._bundle)
+
+    @property
+    def capacity(self) -> int:
+        """Commits that may wait before `put` blocks."""
+        return self._queue.maxsize
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why writing stopped."""
+        return self._error
+
+    def stop(self) -> None:
+        """End the thread after what was handed over; nothing may be put afterwards."""
+        with self._handing_over:
+            self._hand_over()
+            self._queue.put(_Stop())
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise OSError(f"the writer stopped: {self._error}") from self._error
 
     def _work(self) -> None:
-        while True:
+        item: object = None
+        while not isinstance(item, _Stop):
             item = self._queue.get()
             try:
                 if self._error is None:
@@ -130,6 +159,7 @@ class Writer:
             else:
                 with self._room:
                     self._waiting_bytes -= sum(map(_size, item))
+                    self._waiting_commits -= len(item)
                     self._room.notify()
 
     def _take(self, commit: Commit) -> None:
@@ -138,6 +168,7 @@ class Writer:
         self._spans += commit.spans
         self._rebinds += commit.rebinds
         self._requests += commit.requests
+        self._prompts += commit.prompts
         if commit.rows:
             for hook_point, rows in commit.rows.items():
                 self._rows.setdefault(hook_point, []).append(rows)
@@ -162,6 +193,7 @@ class Writer:
             ("forwards", schema.FORWARDS, self._forwards),
             ("rebinds", schema.REBINDS, self._rebinds),
             ("requests", schema.ENGINE_REQUESTS, self._requests),
+            ("prompts", schema.PROMPTS, self._prompts),
         ):
             if facts:
                 name = f"ledger/{table}-{self._part:05d}.parquet"
@@ -176,6 +208,7 @@ class Writer:
             self._run, journal.Part(self._part, self._session, self._forwards_end, self._rows_end, rows, files)
         )
         self._part += 1
+        self.bytes += sum((self._run / name).stat().st_size for name in files)
         self._clear()
 
     def _save_rows(self, name: str, tensor: torch.Tensor) -> str:
@@ -192,6 +225,7 @@ class Writer:
         self._spans: list[tuple[Any, ...]] = []
         self._rebinds: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
+        self._prompts: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._opened = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -16,7 +17,10 @@ from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
     refuse_unsupported(server_args)
-    probe.active().open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
+    session = probe.active()
+    if session.config.live is not None:
+        session.live = live_server.start(session.config, server_args)
+    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +51,8 @@ def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 def _aborted(req: Any) -> None:
     recorder = probe.active().recorder
     assert recorder is not None
-    recorder.end(end_of(req, reason="abort"))
+    (end,) = live_server.ending([req], [end_of(req, reason="abort")])
+    recorder.end(end)
 
 
 @probe.guarded
@@ -58,7 +63,9 @@ def _launch(scheduler: Any, batch: Any) -> None:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
     assert session.recorder is not None
+    live_server.named(plan)
     session.recorder.launch(plan)
+    live_server.launched(batch.reqs, plan)
     session.current = plan
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
@@ -73,7 +80,8 @@ def _launched() -> None:
 def _commit(batch: Any, result: Any, finished_before: set[str]) -> None:
     if not batch.reqs:
         return
-    ended = [end_of(r) for r in batch.reqs if r.finished() and r.rid not in finished_before]
+    finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
+    ended = live_server.ending(finished, [end_of(r) for r in finished])
     recorder = probe.active().recorder
     assert recorder is not None
     recorder.commit(batch.forward_iter, graph=bool(result.can_run_cuda_graph), ended=ended)

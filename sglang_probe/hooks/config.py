@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import parse_hook_point
 from sglang_probe.config import Config
+from sglang_probe.live.config import LiveConfig
 
 
 class EngineProbeConfig(Config):
@@ -19,6 +20,8 @@ class EngineProbeConfig(Config):
 
     run: Path
     hook_points: list[str] = Field(default_factory=list)
+    live: LiveConfig | None = None
+    """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0
     first_part: int = 0
     first_forward: int = 0
@@ -37,6 +40,15 @@ class EngineProbeConfig(Config):
             parse_hook_point(name)
         return names
 
+    @model_validator(mode="after")
+    def _fits(self) -> EngineProbeConfig:
+        if self.live is not None and self.hook_points:
+            if self.live.privacy != "ids":
+                raise ValueError("captured rows can be inverted to text: `hook_points` need `live: {privacy: ids}`")
+            if self.live.when_full == "drop":
+                raise ValueError("rows cannot be dropped: with `hook_points` set `live: {when_full: block}` or nothing")
+        return self
+
     @property
     def features(self) -> list[str]:
         """Features of the patch inventory that this config needs."""
@@ -45,4 +57,6 @@ class EngineProbeConfig(Config):
             features.append("rows")
         if self.forced_outputs:
             features.append("forced decoding")
+        if self.live is not None:
+            features.append("live")
         return features

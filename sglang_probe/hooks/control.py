@@ -27,5 +27,9 @@ def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any
 
 @probe.guarded
 def _close() -> bool:
-    probe.active().close()
+    session = probe.active()
+    if session.live is not None:  # goes on: the current segment is closed, and nobody waits for the disk here
+        session.live.ask_flush()
+    else:
+        session.close()
     return True

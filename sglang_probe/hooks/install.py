@@ -6,7 +6,7 @@ import multiprocessing
 import pkgutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sglang_probe.hooks import inventory
 from sglang_probe.hooks.config import EngineProbeConfig
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
+_HTTP = "sglang.srt.entrypoints.http_server"
+_WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -34,6 +36,12 @@ def install(path: str) -> None:
     inventory.require(config.features)
     if config.ignore_interrupt and multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if config.live is not None and _serves_http(sys.modules):
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        from sglang_probe.hooks import http
+
+        HookRegistry.register(http.TARGET, http.add_routes, HookType.BEFORE)
     if _SCHEDULER not in sys.modules:
         return
 
@@ -72,7 +80,26 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         from sglang_probe.hooks import forced
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
+    if config.live is not None:
+        from sglang_probe.hooks import live
+
+        hooks += [
+            (f"{_SCHEDULER}.Scheduler.get_output_streamer_class", live.output_streamer_class, "AFTER"),
+            (f"{_SCHEDULER}.Scheduler.run_event_loop", live.run_event_loop, "AROUND"),
+            (f"{_CONTROLLER}.get_internal_state", live.get_internal_state, "AFTER"),
+        ]
     return hooks
+
+
+def _serves_http(loaded: Container[str]) -> bool:
+    """Whether this process will serve HTTP, told from the SGLang modules loaded so far.
+
+    `launch_server` and `sglang serve` load plugins before anything else, an embedding script behind everything else;
+    schedulers, the detokenizer and the data parallel controller have been loaded to be run.
+    """
+    if _HTTP in loaded:
+        return True
+    return not any(name in loaded for name in (_SCHEDULER, *_WORKERS))
 
 
 def _verify_then_open(config: EngineProbeConfig) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.ledger.recorder import Context
 
@@ -45,7 +46,7 @@ def _published(result: Any, params: Any) -> None:
         return
     key = params.key
     session.recorder.publish(
-        req.rid,
+        live_server.name_of(req.rid),
         req.retraction_count,
         Context(key.raw_token_ids(), (key.extra_key, key.cache_salt)),
         length=len(key),

@@ -13,6 +13,7 @@ from sglang_probe.capture.writer import Writer
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
+from sglang_probe.live.recording import LiveRecording
 
 logger = logging.getLogger("sglang_probe")
 P = ParamSpec("P")
@@ -31,7 +32,11 @@ class Session:
     def __init__(self, config: EngineProbeConfig) -> None:
         self.config = config
         self.recorder: Recorder | None = None
-        self.writer: Writer | None = None
+        self.writer: Writer | LiveRecording | None = None
+        self.live: LiveRecording | None = None
+        """Set before `open` if a live server is recorded; takes the place of the writer."""
+        self.fault: str | None = None
+        """Why the probe stopped itself."""
         self.taps: Taps | None = None
         self.current: ForwardPlan | None = None
         """The forward being launched, from `run_batch` to its return."""
@@ -49,7 +54,7 @@ class Session:
                 origin is then unknown, never wrong.
         """
         c = self.config
-        self.writer = Writer(
+        self.writer = self.live or Writer(
             c.run,
             session=c.session,
             first_part=c.first_part,
@@ -77,6 +82,9 @@ class Session:
         self.recorder = self.taps = self.current = self.forced = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
+        self.fault = message
+        if self.live is not None:  # closes in its own thread; requests do not wait
+            self.live.close(status="incomplete", fault=message, timeout=0)
         try:
             journal.write_text_durably(self.config.run / FAULT_FILE, message + "\n")
         except OSError:

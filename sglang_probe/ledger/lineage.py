@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class Lineage:
         self._capacity = capacity
         self._young: dict[int, Any] = {}
         self._old: dict[int, Any] = {}
-        self._names: list[str] = []
+        self._names = _Names()
         self._running: dict[str, _Owners] = {}
 
     def launch(self, rid: str, attempt: int, start: int, end: int, tokens: Any, namespace: object) -> list[Origin]:
@@ -72,10 +72,9 @@ class Lineage:
         """
         own = self._running.get(rid)
         if own is None or own.attempt != attempt:
-            number = own.number if own is not None else len(self._names)
-            if own is None:
-                self._names.append(rid)
-            own = self._running[rid] = _Owners(number, attempt)
+            number = own.number if own is not None else self._names.new(rid)
+            published = own is not None and own.published
+            own = self._running[rid] = _Owners(number, attempt, published)
         known = own.length
         origins: list[Origin] = []
         if start > known:
@@ -110,6 +109,8 @@ class Lineage:
         if pages > first_page:
             keys = self._page_hashes(ids, namespace)[first_page:pages]
             codes = own.codes[first_page * self._page : pages * self._page]
+            self._names.keep(codes)
+            own.published = True
             self._remember(
                 keys.tolist(), codes.tolist() if self._page == 1 else list(codes.reshape(-1, self._page).copy())
             )
@@ -122,7 +123,9 @@ class Lineage:
 
     def end(self, rid: str) -> None:
         """The request is gone; what it published stays."""
-        self._running.pop(rid, None)
+        own = self._running.pop(rid, None)
+        if own is not None and not own.published:
+            self._names.forget(own.number)
 
     def forget_tree(self) -> None:
         """The tree was flushed."""
@@ -136,9 +139,10 @@ class Lineage:
         young, old = self._young, self._old
         missing = BEFORE if self._page == 1 else np.full(self._page, BEFORE, dtype=np.int64)
         found = [young[k] if k in young else old.get(k, missing) for k in keys]
-        if old:  # keep what is in use
-            self._remember(keys, found)
         codes = np.array(found, dtype=np.int64).reshape(-1)
+        if old:  # keep what is in use
+            self._names.keep(codes)
+            self._remember(keys, found)
         offset = start - first * self._page
         codes = codes[offset : offset + end - start]
         if len(codes) != end - start:
@@ -149,6 +153,7 @@ class Lineage:
         self._young.update(zip(keys, values, strict=True))
         if len(self._young) > self._capacity:
             self._old, self._young = self._young, {}
+            self._names.age(own.number for own in self._running.values())
 
     def _page_hashes(self, ids: Any, namespace: object) -> Hashes:
         """Hash of the prefix up to each page's end, `[len(ids) // page]`.
@@ -167,17 +172,59 @@ class Lineage:
         for a, b in itertools.pairwise([0, *cuts.tolist(), len(codes)]):
             if b > a:
                 code = int(codes[a])
-                name = None if code == BEFORE else self._names[code >> _ATTEMPT_BITS]
-                attempt = -1 if code == BEFORE else code & ((1 << _ATTEMPT_BITS) - 1)
+                name = None if code == BEFORE else self._names.get(code >> _ATTEMPT_BITS)
+                attempt = -1 if name is None else code & ((1 << _ATTEMPT_BITS) - 1)
                 yield Origin(start + a, start + b, name, attempt)
+
+
+class _Names:
+    """Request ids by number, for as long as an entry of theirs is remembered: two generations, like the map itself.
+
+    Otherwise a server would keep the name of every request it ever served.
+    """
+
+    def __init__(self) -> None:
+        self._young: dict[int, str] = {}
+        self._old: dict[int, str] = {}
+        self._next = 0
+
+    def new(self, rid: str) -> int:
+        number, self._next = self._next, self._next + 1
+        self._young[number] = rid
+        return number
+
+    def get(self, number: int) -> str | None:
+        return self._young.get(number) or self._old.get(number)
+
+    def forget(self, number: int) -> None:
+        """Nothing that this request computed was published."""
+        self._young.pop(number, None)
+        self._old.pop(number, None)
+
+    def keep(self, codes: Codes) -> None:
+        """Entries of these owners are being remembered anew."""
+        if not self._old:
+            return
+        changes = codes[np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))]
+        for code in changes.tolist():
+            number = code >> _ATTEMPT_BITS
+            if number in self._old and number not in self._young:
+                self._young[number] = self._old[number]
+
+    def age(self, running: Iterable[int]) -> None:
+        """A generation is over; names of running requests are kept in any case."""
+        names = {number: self.get(number) for number in running}
+        self._old = self._young
+        self._young = {number: name for number, name in names.items() if name is not None}
 
 
 class _Owners:
     """Owner codes of one running request's positions, in a growing array."""
 
-    __slots__ = ("attempt", "codes", "length", "number")
+    __slots__ = ("attempt", "codes", "length", "number", "published")
 
-    def __init__(self, number: int, attempt: int) -> None:
+    def __init__(self, number: int, attempt: int, published: bool) -> None:
+        self.published = published
         self.number = number
         self.attempt = attempt
         self.codes: Codes = np.empty(256, dtype=np.int64)

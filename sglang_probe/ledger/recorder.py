@@ -80,6 +80,7 @@ class Commit:
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
+    prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
 
 
 class Sink(Protocol):

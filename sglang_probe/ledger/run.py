@@ -76,6 +76,11 @@ class Run:
         """
         path = self.path / REQUESTS_FILE
         if not path.exists():
+            if "segment" in self.manifest:
+                raise RunDirectoryError(
+                    f"{path} is missing: the segment is being recorded, or its server died",
+                    fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
+                )
             raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
         frame = pq.read_table(path).to_pandas()
         return frame if interrupted else frame[frame["finish_reason"] != schema.INTERRUPTED].reset_index(drop=True)
@@ -100,7 +105,8 @@ class Run:
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), and source_row (its own row, or the row of its origin;
-        -1: none). Token ids of discarded overshoot positions are those of the last output.
+        -1: none). Token ids of discarded overshoot positions are those of the last output;
+        -1 where a live recording kept no ids.
         """
         requests = self.requests(interrupted=interrupted)
         spans = self.last_attempt()
@@ -228,8 +234,11 @@ def _labels(requests: pd.DataFrame) -> pd.DataFrame:
     """Token id and segment of every position of every request."""
     frames = []
     for r in requests.itertuples():
-        output = [] if r.output_ids is None else list(r.output_ids)
-        ids = [*r.prompt_ids, *output]
+        if r.prompt_ids is None:  # a live recording that kept no token ids
+            prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
+            ids = [-1] * (prompt + int(r.output_len))
+        else:
+            ids = [*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)]
         segment = np.full(len(ids), "generated", dtype=object)
         for s in r.segments:
             segment[s["start"] : s["end"]] = s["name"]

@@ -9,6 +9,8 @@ SCHEMA_VERSION = 2
 COMPUTED = "computed"
 REUSED = "reused"
 UNREQUESTED = "unrequested"
+DROPPED = "dropped"
+"""Positions whose facts were lost because the disk was slower than a live server."""
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -24,7 +26,7 @@ SPANS = pa.schema(
         ("attempt", pa.int32()),  # 0, and one more after each retraction
         ("start", pa.int32()),  # token positions [start, end) of prompt + output
         ("end", pa.int32()),
-        ("status", pa.string()),  # computed | reused | unrequested
+        ("status", pa.string()),  # computed | reused | unrequested | dropped
         ("phase", pa.string()),  # prefill | decode | recompute | overshoot
         # computed: the forward pass of position `start`. In decode and overshoot, position start + i was computed by
         # forward_id + i; in prefill all positions by the same one. reused: the forward that first attended to it.
@@ -81,6 +83,15 @@ ENGINE_REQUESTS = pa.schema(
     ]
 )
 
+PROMPTS = pa.schema(
+    [
+        # Of a live recording, as its privacy level allows: one of the two, or no such table.
+        ("rid", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt_hash", pa.string()),  # keyed: equal prompts have equal hashes within one server process
+    ]
+)
+
 REQUESTS = pa.schema(
     [
         *ENGINE_REQUESTS,
@@ -91,6 +102,15 @@ REQUESTS = pa.schema(
         ("sampling_params", pa.string()),  # JSON
     ]
 )
+
+LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
+"""`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
+
+CONTINUES = "continues"
+"""Finish reason of a request that was in flight when its segment was closed: the next segment goes on with it."""
+
+ENDED_EARLIER = "ended earlier"
+"""Finish reason of a request that ended in the segment before; a discarded step of it was still running."""
 
 INTERRUPTED = "interrupted"
 """Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""

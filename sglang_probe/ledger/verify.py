@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.capture.hook_points import EMBED
-from sglang_probe.ledger import positions, schema
+from sglang_probe.ledger import positions, schema, segment
 from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 
@@ -61,7 +61,8 @@ def spans_tile(run: Run) -> Check:
     name = "tiling"
     claim = "spans tile [0, prompt + output - 1); the last sampled token has no KV unless a discarded step computed it"
     spans = run.last_attempt().sort_values(["rid", "start"], kind="stable")
-    previous_end = spans.groupby("rid")["end"].shift(fill_value=0)
+    previous_end = spans.groupby("rid")["end"].shift()
+    previous_end = previous_end.fillna(segment.first_positions(run, spans)).astype(int)
     wrong = spans[spans["start"] != previous_end]
     requests = run.requests(interrupted=True)
     unit, covered = "requests", len(requests)
@@ -78,7 +79,7 @@ def spans_tile(run: Run) -> Check:
     ends = spans.groupby("rid")["end"].max()
     overshoot = spans[spans["phase"] == schema.OVERSHOOT].groupby("rid").size()
     for r in requests.itertuples():
-        if r.finish_reason == schema.INTERRUPTED:
+        if r.finish_reason in segment.OPEN_ENDED:
             continue
         expected = r.prompt_len + max(r.output_len - 1, 0) + int(overshoot.get(r.rid, 0))
         if int(ends.get(r.rid, 0)) != expected:
@@ -86,8 +87,8 @@ def spans_tile(run: Run) -> Check:
                 name, claim, covered, unit, f"{r.rid}: spans end at {int(ends.get(r.rid, 0))}, expected {expected}"
             )
     missing = int(run.manifest["requests_expected"]) - requests["index"].nunique()
-    note = f"{missing} requests of the workload were never served" if missing else None
-    return Check(name, claim, covered, unit, note=note)
+    notes = [f"{missing} requests of the workload were never served" if missing else None, segment.note(run)]
+    return Check(name, claim, covered, unit, note="; ".join(n for n in notes if n) or None)
 
 
 def reuse_reconciles(run: Run) -> Check:
@@ -97,11 +98,16 @@ def reuse_reconciles(run: Run) -> Check:
     reused = spans[(spans["status"] == schema.REUSED) & (spans["attempt"] == 0)]
     per_request = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
     requests = run.engine_requests()
+    elsewhere = requests["rid"].isin(segment.not_wholly_here(run))
+    requests = requests[~elsewhere]
     ours = requests["rid"].map(per_request).fillna(0).astype(int)
     wrong = requests[ours != requests["cached_tokens"]]
     disagreements = run.manifest.get("cached_tokens_disagreements") or []
     retracted = int((requests["retractions"] > 0).sum())
     note = f"{retracted} requests were retracted; SGLang counts their first attempt only" if retracted else None
+    if elsewhere.any():
+        note = f"{note}; " if note else ""
+        note += f"not asked of {int(elsewhere.sum())} requests that began in another segment or were dropped in part"
     violation = None
     if len(wrong):
         r = wrong.iloc[0]
@@ -156,8 +162,14 @@ def origins_hold(run: Run) -> Check:
     at = positions.find_computed(
         spans, tokens["origin_rid"], tokens["origin_attempt"].to_numpy(np.int64), tokens["position"].to_numpy()
     )
-    if (at < 0).any():
-        bad = tokens.iloc[int(np.argmax(at < 0))]
+    unseen = (at < 0) & segment.computed_elsewhere(run, tokens)
+    if unseen.any():
+        note = f"{note}; " if note else ""
+        note += f"{int(unseen.sum())} reused positions were computed in another segment, or their origin was dropped"
+        covered -= int(unseen.sum())
+    lost = (at < 0) & ~unseen
+    if lost.any():
+        bad = tokens.iloc[int(np.argmax(lost))]
         violation = f"{bad['rid']} position {bad['position']}: {bad['origin_rid']} never computed it"
         return Check(name, claim, covered, "positions", violation, note)
     ids = {r.rid: _all_ids(r) for r in run.requests(interrupted=True).itertuples()}
@@ -169,10 +181,15 @@ def origins_hold(run: Run) -> Check:
         if not np.array_equal(mine[:common], theirs[:common]):
             violation = f"{s.rid} positions {s.start} to {s.end}: the tokens of origin {s.origin_rid} differ"
             return Check(name, claim, covered, "positions", violation, note)
+    if len(known) and all(x is None for x in ids.values()):
+        note = f"{note}; " if note else ""
+        note += "token ids were not recorded, so that the tokens could not be compared"
     return Check(name, claim, covered, "positions", None, note)
 
 
-def _all_ids(request: Any) -> np.ndarray[Any, Any]:
+def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:
+    if request.prompt_ids is None:  # a live recording that kept none
+        return None
     output = [] if request.output_ids is None else request.output_ids
     return np.concatenate([request.prompt_ids, output]).astype(np.int64)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from sglang_probe.errors import InventoryError
-from sglang_probe.hooks import inventory
+from sglang_probe.hooks import http, inventory
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.hooks.install import _hooks
+from sglang_probe.live.config import LiveConfig
 
 
 @pytest.fixture
@@ -68,13 +69,16 @@ def test_every_target_is_as_reviewed_in_the_installed_release() -> None:
 
 
 def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
-    config = EngineProbeConfig(run=Path("x"), hook_points=["hook_embed"], forced_outputs=True)
+    config = EngineProbeConfig(
+        run=Path("x"), hook_points=["hook_embed"], forced_outputs=True, live=LiveConfig(privacy="ids")
+    )
     listed = {t.target: t for t in inventory.load_inventory().targets}
     for target, _hook, kind in _hooks(config):
         assert listed[target].hook == kind.lower()
         assert listed[target].feature in config.features
     patched = {t.target for t in listed.values() if t.hook in ("around", "after", "before")}
-    assert patched == {t for t, _, _ in _hooks(config)} | {"sglang.srt.managers.scheduler.Scheduler.__init__"}
+    elsewhere = {"sglang.srt.managers.scheduler.Scheduler.__init__", http.TARGET}
+    assert patched == {t for t, _, _ in _hooks(config)} | elsewhere
 
 
 def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:

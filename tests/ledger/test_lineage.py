@@ -114,3 +114,35 @@ def test_memory_is_bounded_and_what_is_in_use_is_kept() -> None:
             assert [o.rid for o in lineage.launch(f"u{i}", 0, 63, 64, A, None)] == ["a"]
     assert len(lineage._young) + len(lineage._old) <= 2 * (1024 + 256)
     assert [o.rid for o in lineage.launch("late", 0, 63, 64, A, None)] == [None], "forgotten is unknown, never wrong"
+
+
+def test_names_are_forgotten_with_the_entries_they_own() -> None:
+    """A server that runs for months must not keep the name of every request."""
+    lineage = Lineage(1, 1024)
+    for i in range(3000):
+        tokens = np.array([i, i + 1, i + 2, i + 3])
+        lineage.launch(f"r{i}", 0, 0, 4, tokens, None)
+        lineage.publish(f"r{i}", tokens, 4, 0, 0, None)
+        lineage.end(f"r{i}")
+    assert len(lineage._names._young) + len(lineage._names._old) < 600
+    for i in range(3000):  # computes nothing that the tree takes
+        lineage.launch(f"s{i}", 0, 0, 4, tokens, None)
+        lineage.publish(f"s{i}", tokens, 4, 4, 0, None)
+        lineage.end(f"s{i}")
+    assert len(lineage._names._young) + len(lineage._names._old) < 600
+    assert [o.rid for o in lineage.launch("x", 0, 3, 4, tokens, None)] == ["r2999"]
+
+
+def test_a_name_lives_as_long_as_its_entry_is_reused() -> None:
+    lineage = Lineage(1, 1024)
+    lineage.launch("a", 0, 0, 64, A, None)
+    lineage.publish("a", A, 64, 0, 0, None)
+    lineage.end("a")
+    for i in range(3000):
+        tokens = np.array([1000 + i, i + 1, i + 2, i + 3])
+        lineage.launch(f"r{i}", 0, 0, 4, tokens, None)
+        lineage.publish(f"r{i}", tokens, 4, 0, 0, None)
+        lineage.end(f"r{i}")
+        if i % 100 == 0:
+            assert [o.rid for o in lineage.launch(f"b{i}", 0, 32, 64, B, None)] == ["a"]
+            lineage.end(f"b{i}")
