@@ -36,8 +36,9 @@ def process_batch_result(
 ) -> Any:
     """AROUND `Scheduler.process_batch_result`: commit the forward after the engine has processed its result."""
     finished_before = {r.rid for r in batch.reqs if r.finished()}
+    retracted = {r.rid for r in batch.reqs if r.is_retracted}
     value = original(scheduler, batch, result, *args, **kwargs)
-    _commit(batch, result, finished_before)
+    _commit(batch, result, finished_before, retracted)
     return value
 
 
@@ -77,14 +78,19 @@ def _launched() -> None:
 
 
 @probe.guarded
-def _commit(batch: Any, result: Any, finished_before: set[str]) -> None:
+def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[str]) -> None:
     if not batch.reqs:
         return
     finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
     ended = live_server.ending(finished, [end_of(r) for r in finished])
     recorder = probe.active().recorder
     assert recorder is not None
-    recorder.commit(batch.forward_iter, graph=bool(result.can_run_cuda_graph), ended=ended)
+    recorder.commit(
+        batch.forward_iter,
+        graph=bool(result.can_run_cuda_graph),
+        ended=ended,
+        retracted={live_server.name_of(rid) for rid in retracted},
+    )
 
 
 def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:

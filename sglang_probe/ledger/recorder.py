@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -172,13 +172,16 @@ class Recorder:
         if self.lineage is not None:
             self.lineage.end(end.rid)
 
-    def commit(self, tag: int, *, graph: bool, ended: Sequence[RequestEnd] = ()) -> None:
+    def commit(
+        self, tag: int, *, graph: bool, ended: Sequence[RequestEnd] = (), retracted: Collection[str] = ()
+    ) -> None:
         """Account for the oldest launched forward, after the engine has processed its result.
 
         Args:
             tag: the scheduler's number of the forward, as given at launch.
             graph: whether it was replayed from a graph.
             ended: requests that finished with this result.
+            retracted: requests that were retracted while it was in flight: their output was discarded too.
 
         Raises:
             LedgerError: commits are out of launch order, or positions of a request do not follow each other.
@@ -187,6 +190,7 @@ class Recorder:
             expected = self._pending[0].tag if self._pending else "none"
             raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
         plan = self._pending.popleft()
+        plan.discarded.update(retracted)
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
         commit = Commit(rows=plan.rows)

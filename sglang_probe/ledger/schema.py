@@ -16,6 +16,8 @@ PREFILL = "prefill"
 DECODE = "decode"
 RECOMPUTE = "recompute"
 OVERSHOOT = "overshoot"
+"""A decode step whose output SGLang discarded, because its request had stopped (its KV is published) or was retracted
+(its KV is freed)."""
 
 STEP_PHASES = (DECODE, OVERSHOOT)
 """Phases in which each position of a span has a forward pass of its own, numbered consecutively."""

@@ -27,6 +27,8 @@ from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
 
 VOCABULARY = 3072
+_PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
+"""A workload that fits into any KV pool; the requests are replaced."""
 
 
 @dataclass
@@ -153,7 +155,7 @@ def main() -> None:
     os.environ.update(plan.env)
 
     config = HarvestConfig.model_validate(
-        {"workload": {"source": "shared_prefix"}, "concurrency": plan.concurrency, "server": plan.server}
+        {"workload": _PLACEHOLDER, "concurrency": plan.concurrency, "server": plan.server}
     )
     prepared = Prepared(config, {"arm": config.arm})
     prepared.workload = Workload(make_requests(plan), 0, None)

@@ -77,6 +77,14 @@ def test_a_step_in_flight_when_its_request_stops_is_an_overshoot(recorder: Recor
     assert sink.spans("a")[1:] == [(10, 11, "computed", "decode", 1), (11, 12, "computed", "overshoot", 2)]
 
 
+def test_a_step_in_flight_when_its_request_is_retracted_is_an_overshoot_too(recorder: Recorder, sink: Sink) -> None:
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    recorder.launch(decode(2, ("a", 10)))
+    recorder.commit(2, graph=False, retracted={"a"})
+    assert sink.spans("a")[1:] == [(10, 11, "computed", "overshoot", 1)]
+
+
 def test_a_length_finish_has_no_overshoot(recorder: Recorder, sink: Sink) -> None:
     recorder.launch(extend(1, "a", 0, 10))
     recorder.commit(1, graph=False)
