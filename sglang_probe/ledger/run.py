@@ -246,5 +246,6 @@ def _labels(requests: pd.DataFrame) -> pd.DataFrame:
             pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
         )
     if not frames:
-        return pd.DataFrame({"rid": [], "position": [], "token_id": [], "segment": []})
+        empty = {"rid": "str", "position": "int64", "token_id": "int64", "segment": "str"}
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in empty.items()})
     return pd.concat(frames, ignore_index=True)

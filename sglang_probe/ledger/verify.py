@@ -37,7 +37,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         rows_owned_once,
     ]
     results = [intact, *(check(run) for check in checks)]
-    if EMBED in run.hook_points and results[-1].holds:  # content is asked only of rows that have one owner
+    # Content is asked only of rows that have one owner, and of a run that has any.
+    if EMBED in run.hook_points and results[-1].holds and results[-1].covered:
         results.append(rows_match_tokens(run, embedding=embedding))
     return results
 

@@ -44,6 +44,14 @@ def test_tokens_expand_every_position_once(make_run: Callable[..., Run]) -> None
     assert b["row"].tolist() == [-1, -1, -1, -1, 6, 7, 9, 11]
 
 
+def test_a_run_in_which_nothing_was_served_can_be_read(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    table = pq.read_table(run.path / "requests.parquet")
+    pq.write_table(table.slice(0, 0), run.path / "requests.parquet")
+    assert len(run.tokens()) == 0
+    assert list(run.tokens().columns) == list(make_run("other").tokens().columns)
+
+
 def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None:
     rows = make_run().rows("hook_embed", [11, 0, 6])
     assert rows.equal(EMBEDDING[[1, 3, 9]])
