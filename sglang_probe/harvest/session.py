@@ -160,7 +160,7 @@ def _close(path: Path, manifest: dict[str, Any], prepared: Prepared, answers: li
     """Write `requests.parquet` and the final manifest, and say why a run is incomplete."""
     run = load_run(path)
     counts = directory.write_requests(run, prepared.workload.requests)
-    rows = max((p.rows_end for p in run.parts()), default=0)
+    rows = run.row_count()
     if rows and EMBED in run.hook_points and (embedding := load_embedding(prepared.model.path)) is not None:
         requests = run.requests(interrupted=True)
         write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))

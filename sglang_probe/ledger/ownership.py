@@ -41,7 +41,7 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
     tokens = tokens[(tokens["row"] >= 0) & tokens["token_id"].notna()].sort_values("row")
     ids = tokens["token_id"].to_numpy(np.int64)
     hashes = _hash_captured(run, tokens["row"].to_numpy())
-    unchecked = max((p.rows_end for p in run.parts()), default=0) - len(tokens)
+    unchecked = run.row_count() - len(tokens)
     note = f"{unchecked} rows of earlier attempts or unknown tokens were not compared" if unchecked else None
     if embedding is not None or (run.path / ORACLE_FILE).exists():
         name, claim = "content", "the hook_embed row of a position equals embed(token_id), bit for bit"

@@ -202,6 +202,10 @@ class Run:
         """Durable parts of the run."""
         return journal.read(self.path)
 
+    def row_count(self) -> int:
+        """Rows captured at each hook point, over all parts."""
+        return max((p.rows_end for p in self.parts()), default=0)
+
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
         files = [self.path / f for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
         tables = [pq.read_table(f, schema=table_schema) for f in files]

@@ -200,16 +200,11 @@ def rows_owned_once(run: Run) -> Check:
     name, claim = "row ownership", "every captured row belongs to exactly one computed position"
     spans = run.spans()
     with_rows = spans[spans["row_start"] >= 0]
-    total = max((p.rows_end for p in run.parts()), default=0)
+    total = run.row_count()
     if with_rows.empty:
         violation = f"{total} rows were captured and no span has any" if total else None
         return Check(name, claim, total, "rows", violation)
-    lengths = (with_rows["end"] - with_rows["start"]).to_numpy()
-    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows = (
-        np.repeat(with_rows["row_start"].to_numpy(), lengths)
-        + np.repeat(with_rows["row_step"].to_numpy(), lengths) * inside
-    )
+    rows = positions.expand(with_rows)["row"].to_numpy()
     owners = np.bincount(rows, minlength=total)
     violation = None
     if len(owners) > total:

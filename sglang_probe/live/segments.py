@@ -104,7 +104,7 @@ def close_segment(
         requests_by_finish=dict(finish),
         positions_by_status=dict(by_status),
         positions_by_phase=dict(by_phase),
-        rows=max((p.rows_end for p in run.parts()), default=0),
+        rows=run.row_count(),
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
     write_manifest(path, manifest)
