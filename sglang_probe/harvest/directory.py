@@ -36,12 +36,9 @@ CONFIGURATION = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where an engine process begins to write: all zero in a new run."""
+    """What an engine process follows: nothing, in a new run."""
 
     session: int = 0
-    part: int = 0
-    forward: int = 0
-    row: int = 0
     sessions: tuple[dict[str, Any], ...] = ()
     """Durations of earlier engine processes; `seconds` is None for one that was killed."""
 
@@ -170,16 +167,10 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     (path / "fault.txt").unlink(missing_ok=True)
     if not parts:
         return Start()
-    last = parts[-1]
+    following = max(part.session for part in parts) + 1
     sessions = list(old.manifest.get("sessions", []))
-    sessions += [{"seconds": None, "requests": None}] * (last.session + 1 - len(sessions))
-    return Start(
-        session=last.session + 1,
-        part=last.number + 1,
-        forward=last.forwards_end,
-        row=last.rows_end,
-        sessions=tuple(sessions),
-    )
+    sessions += [{"seconds": None, "requests": None}] * (following - len(sessions))
+    return Start(session=following, sessions=tuple(sessions))
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from sglang_probe.errors import ProbeError
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.hooks.control import CLOSE
-from sglang_probe.platform.environment import accelerator_present, prepare_this_process
+from sglang_probe.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.plugin import CONFIG_VARIABLE
 
 PROBE_FILE = "probe.yaml"
@@ -90,6 +90,8 @@ class ProbedEngine:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         os.environ[CONFIG_VARIABLE] = str(path.resolve())
+        ranks = int(self._server.get("tp_size", 1)) * int(self._server.get("dp_size", 1))
+        bind_cpus(os.environ, ranks)
         import sglang
 
         self._engine = sglang.Engine(**self._server)

@@ -16,11 +16,16 @@ from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
+    from sglang.srt.runtime_context import get_parallel
+
     refuse_unsupported(server_args)
+    if get_parallel().tp_rank != 0:
+        return  # every tensor-parallel rank sees the same requests and plans; the first records them
     session = probe.active()
+    dp_rank = get_parallel().dp_rank or 0
     if session.config.live is not None:
-        session.live = live_server.start(session.config, server_args)
-    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
+        session.live = live_server.start(session.config, server_args, dp_rank)
+    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens, dp_rank=dp_rank)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

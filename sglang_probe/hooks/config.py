@@ -15,7 +15,7 @@ class EngineProbeConfig(Config):
     """Configuration of one engine process.
 
     `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
-    fields are set by `sglang-probe harvest` to continue an interrupted run.
+    fields are set by `sglang-probe harvest`.
     """
 
     run: Path
@@ -23,9 +23,7 @@ class EngineProbeConfig(Config):
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0
-    first_part: int = 0
-    first_forward: int = 0
-    first_row: int = 0
+    """Number of this engine within the run; a resumed run goes on behind what is on disk."""
     checkpoint_seconds: float = 20.0
     """Longest time between two durable parts while forwards run."""
     forced_outputs: bool = False

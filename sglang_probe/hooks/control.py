@@ -15,10 +15,12 @@ CLOSE = "probe_close"
 def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any]:
     """AFTER `SchedulerInternalStateController._update_handlers`: add the probe's keys."""
     from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+    from sglang.srt.runtime_context import get_parallel
 
     def validate(key: str, _value: Any) -> None:
         # Validation may refuse; `apply` may not. So the work is done here, and a failure is a refusal.
-        if _close() is None:
+        # SGLang hears the first tensor-parallel rank only, which is the one that records.
+        if get_parallel().tp_rank == 0 and _close() is None:
             raise UpdateRejected(f"{key}: the probe is not recording, or failed; see the scheduler's log")
 
     handlers[CLOSE] = _UpdateHandler(validate, lambda _key, _value: None)

@@ -38,6 +38,8 @@ class Session:
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.taps: Taps | None = None
+        self.tp_size = 1
+        """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None
         """The forward being launched, from `run_batch` to its return."""
         self.publishing: Any = None
@@ -45,29 +47,28 @@ class Session:
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
 
-    def open(self, *, page_size: int, pool_tokens: int) -> None:
+    def open(self, *, page_size: int, pool_tokens: int, dp_rank: int = 0) -> None:
         """Start recording.
 
         Args:
+            dp_rank: data-parallel rank of this process: each has its own cache, and its own ledger.
             page_size, pool_tokens: of SGLang's KV pool. What the lineage remembers is a multiple of the pool: under
                 LRU eviction nothing that can still be matched is forgotten; LFU may keep an entry for longer, whose
                 origin is then unknown, never wrong.
         """
         c = self.config
-        self.writer = self.live or Writer(
-            c.run,
-            session=c.session,
-            first_part=c.first_part,
-            first_forward=c.first_forward,
-            first_row=c.first_row,
-            part_seconds=c.checkpoint_seconds,
-        )
+        forward = row = 0
+        if self.live is not None:
+            self.writer = self.live
+        else:
+            self.writer = Writer(c.run, session=c.session, dp_rank=dp_rank, part_seconds=c.checkpoint_seconds)
+            forward, row = self.writer.forwards_end, self.writer.rows_end
         self.recorder = Recorder(
             self.writer,
             lineage=Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size)),
             captures_rows=bool(c.hook_points),
-            first_forward=c.first_forward,
-            first_row=c.first_row,
+            first_forward=forward,
+            first_row=row,
         )
 
     def close(self) -> None:

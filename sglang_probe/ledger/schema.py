@@ -19,6 +19,9 @@ OVERSHOOT = "overshoot"
 """A decode step whose output SGLang discarded, because its request had stopped (its KV is published) or was retracted
 (its KV is freed)."""
 
+RANK_SHIFT = 40
+"""Numbers of forwards and rows of data-parallel rank r begin at r << 40, so that each belongs to one ledger."""
+
 STEP_PHASES = (DECODE, OVERSHOOT)
 """Phases in which each position of a span has a forward pass of its own, numbered consecutively."""
 

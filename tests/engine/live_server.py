@@ -24,7 +24,7 @@ KEY, ADMIN_KEY = "secret", "admin-secret"
 class LiveServer:
     """`SGLANG_PROBE=probe.yaml python -m sglang.launch_server ...` on the CPU, bound to 127.0.0.1."""
 
-    def __init__(self, folder: Path, *arguments: str, **live: Any) -> None:
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, **live: Any) -> None:
         self.run = folder / "run"
         self.log = folder / "server.log"
         config = folder / "probe.yaml"
@@ -35,7 +35,7 @@ class LiveServer:
         command += ["--attention-backend", "torch_native", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--max-total-tokens", "65536", "--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1"}
+        env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1", **(environment or {})}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*command, *arguments],
