@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_probe.harvest.config import ExperimentConfig
 
 
 def command(
@@ -19,7 +24,8 @@ def command(
     """Run several policies over the same requests with the same output tokens, and compare them.
 
     The first arm samples its outputs; the others decode the same tokens through the real decode path. Each arm runs
-    twice, so that every difference stands beside the difference of an arm to itself. Writes `report.html`.
+    at least twice, so that every difference stands beside the difference of an arm to itself. What SGLang can change
+    while it runs is changed while it runs; the plan says for which runs it is started. Writes `report.html`.
     """
     from rich.console import Console
 
@@ -45,6 +51,7 @@ def command(
     else:
         with terminal.stage("checking model and workload"):
             prepared = Prepared(config, config.arms)
+        _print_plan(console, config, len(prepared.workload.requests))
         runs = run_pair(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
         for run in runs.values():
             write_card(run)
@@ -82,3 +89,35 @@ def command(
         console.print(f"[green]all invariants hold[/] ({covered:,} rows proved to belong to their tokens)")
     console.print(f"report: [bold]{folder / 'report.html'}[/]")
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _print_plan(console: Console, config: ExperimentConfig, requests: int) -> None:
+    """What will run in which order, what is changed in the running engine, and what needs a start of SGLang."""
+    import pandas as pd
+
+    from sglang_probe.cli.output import print_frame
+    from sglang_probe.harvest.plan import START_SECONDS, plan
+
+    rows = []
+    for p in plan(config):
+        arm = config.arms[p.arm]
+        set_now = arm.switches(config.server).model_dump(exclude_none=True)
+        told = {} if arm.bypass is None else {"requests": arm.bypass}
+        partners = {} if arm.partners is None else {"partners": f"{arm.partners.count} {arm.partners.draw}"}
+        started_with = {k: v for k, v in arm.start_args(config.server).items() if k not in config.server}
+        started_with |= {} if arm.dtype is None else {"dtype": arm.dtype}
+        rows.append(
+            {
+                "run": p.name,
+                "engine": "start" if p.starts_engine else "keep",
+                "started with": _text(started_with),
+                "set while it runs": _text({**set_now, **told, **partners}),
+            }
+        )
+    starts = sum(p.starts_engine for p in plan(config))
+    print_frame(console, pd.DataFrame(rows), f"plan: {len(rows)} runs of {requests} requests", {})
+    console.print(f"{starts} starts of SGLang, about {START_SECONDS} s each; the first run will tell about the rest")
+
+
+def _text(values: dict[str, object]) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in values.items())

@@ -75,6 +75,10 @@ class ExperimentConfig(Recording):
     arms: dict[str, Arm] = Field(
         default_factory=lambda: {"cache_on": Arm(), "cache_off": Arm(cache="off")}, min_length=2
     )
-    """The first arm samples; the decode of all others is forced to its tokens."""
-    repeat: bool = True
-    """Run every arm a second time: the difference of an arm to itself is the floor beside every effect."""
+    """The first arm samples; the decode of all others is forced to its tokens. Each name is a run's folder."""
+    replicates: int = Field(default=2, ge=1)
+    """How often each arm runs: the difference of an arm to itself is the floor beside every effect."""
+    order_seed: int = 0
+    """Of the order of the arms within each replicate."""
+    force_outputs: bool = True
+    """False: every arm samples its own outputs, and what is compared ends where they part."""

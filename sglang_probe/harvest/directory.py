@@ -27,8 +27,11 @@ CONFIGURATION = (
     "dtype",
     "hook_points",
     "server_given",
+    "switches",
+    "partners",
     "forced_from",
     "submission_order",
+    "policy",
     "versions",
 )
 """Manifest keys that must agree for two recordings to be of the same thing."""

@@ -19,13 +19,16 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     from sglang.srt.runtime_context import get_parallel
 
     refuse_unsupported(server_args)
-    if get_parallel().tp_rank != 0:
-        return  # every tensor-parallel rank sees the same requests and plans; the first records them
     session = probe.active()
-    dp_rank = get_parallel().dp_rank or 0
-    if session.config.live is not None:
-        session.live = live_server.start(session.config, server_args, dp_rank)
-    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens, dp_rank=dp_rank)
+    session.attach(
+        scheduler,
+        dp_rank=get_parallel().dp_rank or 0,
+        # Every tensor-parallel rank sees the same requests and plans; the first records them.
+        records=get_parallel().tp_rank == 0,
+    )
+    if session.records and session.config.live is not None:
+        session.live = live_server.start(session.config, server_args, session.dp_rank)
+    session.open()
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

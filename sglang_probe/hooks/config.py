@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from sglang_probe.capture.hook_points import parse_hook_point
 from sglang_probe.config import Config
 from sglang_probe.live.config import LiveConfig
+from sglang_probe.policy.switches import Switches
 
 
 class EngineProbeConfig(Config):
@@ -28,6 +29,10 @@ class EngineProbeConfig(Config):
     """Longest time between two durable parts while forwards run."""
     forced_outputs: bool = False
     """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
+    bypass: bool = False
+    """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    switches: Switches = Switches()
+    """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
     """Leave Ctrl-C to the process that started the engine, so that it can close the run first."""
 
@@ -55,6 +60,8 @@ class EngineProbeConfig(Config):
             features.append("rows")
         if self.forced_outputs:
             features.append("forced decoding")
+        if self.bypass:
+            features.append("bypass")
         if self.live is not None:
             features.append("live")
         return features

@@ -69,6 +69,8 @@ def prepare_this_process() -> None:
     """Apply the defaults to the running interpreter too, before it imports SGLang, and leave out what SGLang says at
     import about hardware that this machine does not have."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
+    # `Engine.shutdown` ends all child processes, Python's own among them, which is started anew.
+    warnings.filterwarnings("ignore", message="resource_tracker: process died unexpectedly")
     changed = set_process_defaults(os.environ)
     if "PYTHONPYCACHEPREFIX" in changed:
         sys.pycache_prefix = changed["PYTHONPYCACHEPREFIX"]
