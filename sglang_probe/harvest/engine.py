@@ -18,6 +18,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.hooks.control import CLOSE, OPEN
 from sglang_probe.platform.environment import accelerator_present, bind_cpus, prepare_this_process
+from sglang_probe.platform.limits import PROBE_TORCH
 from sglang_probe.plugin import CONFIG_VARIABLE
 
 PROBE_FILE = "probe.yaml"
@@ -37,7 +38,7 @@ def default_server_args() -> dict[str, Any]:
     if accelerator_present():
         return {}
     # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable.
-    return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
+    return {"device": "cpu", "attention_backend": PROBE_TORCH, "max_total_tokens": 65536}
 
 
 def server_argument_names() -> set[str]:

@@ -7,12 +7,18 @@ from typing import Any
 
 from sglang_probe.errors import UnsupportedError
 
+PROBE_TORCH = "probe_torch"
+"""Name of the attention backend in `sglang_probe.platform.attention`."""
+
+_TORCH_ONLY = "the reference platform has PyTorch's attention only (`torch_native`, `probe_torch`)"
+_ATTENTION = (None, "torch_native", PROBE_TORCH)
+
 _WITHOUT_GPU: dict[str, tuple[tuple[object, ...], str]] = {
     # server argument: (values that are fine, why no other is)
     "enable_deterministic_inference": ((None, False), "SGLang's batch-invariant operators are GPU kernels"),
-    "attention_backend": ((None, "torch_native"), "the reference platform has PyTorch's attention only"),
-    "prefill_attention_backend": ((None, "torch_native"), "the reference platform has PyTorch's attention only"),
-    "decode_attention_backend": ((None, "torch_native"), "the reference platform has PyTorch's attention only"),
+    "attention_backend": (_ATTENTION, _TORCH_ONLY),
+    "prefill_attention_backend": (_ATTENTION, _TORCH_ONLY),
+    "decode_attention_backend": (_ATTENTION, _TORCH_ONLY),
     "kv_cache_dtype": ((None, "auto", "bfloat16"), "8-bit KV caches need GPU kernels"),
     "quantization": ((None,), "quantized layers need GPU kernels"),
     "device": ((None, "cpu"), "no accelerator is present"),

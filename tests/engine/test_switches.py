@@ -55,9 +55,12 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same requests in an engine that was started without radix cache and with chunks of 64."""
+    """The same requests in an engine that was started without radix cache, with chunks of 64 and SGLang's own attention.
+
+    Chunks behind the first have a prefix, for which the default backend differs (`sglang_probe.platform.attention`).
+    """
     ours = prepared()
-    server = {"disable_radix_cache": True, "chunked_prefill_size": 64}
+    server = {"disable_radix_cache": True, "chunked_prefill_size": 64, "attention_backend": "torch_native"}
     ours.config = ours.config.model_copy(update={"server": server})
     return harvest(ours, tmp_path_factory.mktemp("started") / "run", Arm())
 
@@ -77,6 +80,8 @@ def test_a_switched_engine_computes_what_a_started_one_does(switched: dict[str, 
     ours = switched["off, chunks of 64"]
     assert _spans(ours) == _spans(started)
     assert ours.spans()["chunk"].max() >= 2
+    assert ours.manifest["server_resolved"]["attention_backend"] == "probe_torch"
+    assert started.manifest["server_resolved"]["attention_backend"] == "torch_native"
     for rid in ours.requests()["rid"]:
         assert torch.equal(ours.activations(rid, LAYER), started.activations(rid, LAYER))
 
