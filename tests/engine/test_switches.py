@@ -55,7 +55,7 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same requests in an engine that was started without radix cache, with chunks of 64 and SGLang's own attention.
+    """The same requests in an engine started without radix cache, with chunks of 64 and SGLang's own attention.
 
     Chunks behind the first have a prefix, for which the default backend differs (`sglang_probe.platform.attention`).
     """
