@@ -95,7 +95,7 @@ def floor_table(
         margin: see `MARGIN`.
 
     Returns:
-        arm, hook_point, phase, *by, positions, clusters; `identical_effect` and `identical_floor` (the lowest share over
+        arm, hook_point, phase, *by, positions, clusters; `identical_effect` and `identical_floor` (the lowest over
         replicates); `effect`, `floor` and `excess` (effect minus floor), means of the relative L2, each with `_low` and
         `_high` of its 95 % cluster bootstrap interval; `floor_of_arm`, the part of the floor that is the arm's own;
         `effect_min` and `effect_max` over replicates; `p` (sign-flip, one-sided) and `q` (Benjamini-Hochberg over the
