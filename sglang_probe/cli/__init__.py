@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import ab, doctor, harvest, lossless, verify
+from sglang_probe.cli import ab, doctor, harvest, lossless, phase, verify
 
 app = typer.Typer(
     name="sglang-probe",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("harvest")(harvest.command)
 app.command("ab")(ab.command)
 app.command("lossless")(lossless.command)
+app.command("phase")(phase.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 

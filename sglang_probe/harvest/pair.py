@@ -45,9 +45,9 @@ def run_pair(
         for p in plan(config):
             path, arm = folder / p.name, config.arms[p.arm]
             outputs_of = reference if config.force_outputs else None
-            if resume and _complete(path, manifest_of(prepared, path, arm, p.name, outputs_of, p.order_seed)):
-                run = load_run(path)
-            else:
+            wanted = manifest_of(prepared, path, arm, p.name, outputs_of, p.order_seed)
+            run = complete_run(path, wanted) if resume else None
+            if run is None:
                 run = harvest(
                     prepared,
                     path,
@@ -66,14 +66,14 @@ def run_pair(
     return runs
 
 
-def _complete(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `path` holds a complete run of the wanted configuration.
+def complete_run(path: Path, wanted: dict[str, Any]) -> Run | None:
+    """The run at `path`, if it is complete and of the wanted configuration; None if it is not complete.
 
     Raises:
-        RunDirectoryError: it holds a complete run of another one.
+        RunDirectoryError: it is a complete run of another one.
     """
     if not (path / MANIFEST).exists() or not (run := load_run(path)).complete:
-        return False
+        return None
     if key := difference(run.manifest, wanted):
         raise RunDirectoryError(f"{path} was recorded with another `{key}`", fix="--overwrite runs every arm again")
-    return True
+    return run
