@@ -1,7 +1,7 @@
 """How the harvested set departs from the traffic, class by class, and the weights that mend it.
 
-The harvested set is one row for each computed position. With the share of a class in traffic p and in the harvest q, its
-bias is log2(q / p): -1 means that the class has half the share in the harvest that it has in traffic. Intervals are
+The harvested set is one row for each computed position. With the share p of a class in traffic and q in the harvest,
+its bias is log2(q / p): -1 means that the class has half the share in the harvest that it has in traffic. Intervals are
 percentiles of a cluster bootstrap over prefix families. The weight of a class is the number of occurrences in traffic
 for each of its rows; rows so weighted have the class frequencies of the traffic, exactly.
 """
@@ -53,7 +53,9 @@ def bias_of(positions: Array, computed: Array, *, families: int, seed: int, resa
     if not rows:
         nothing = np.full(k, np.nan)
         lost = 1.0 if total else float("nan")
-        return Bias(traffic / max(total, 1), nothing, np.full(k, -np.inf), *[nothing] * 3, float("nan"), 0.0, lost)
+        return Bias(
+            traffic / max(total, 1), nothing, np.full(k, -np.inf), nothing, nothing, nothing, float("nan"), 0.0, lost
+        )
     low = high = np.full(k, np.nan)
     if families > 1:
         sums = np.concatenate([computed, positions], axis=1).astype(np.float64)
@@ -77,7 +79,7 @@ def bias_of(positions: Array, computed: Array, *, families: int, seed: int, resa
 
 
 def log2_ratios(sums: Array) -> Array:
-    """log2 of harvest share over traffic share, `[..., K]`, of summed counts (computed, then positions) `[..., 2 K]`."""
+    """log2 of harvest share over traffic share, `[..., K]`, from counts `[..., 2 K]`: computed, then positions."""
     k = sums.shape[-1] // 2
     harvest, traffic = sums[..., :k], sums[..., k:]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -41,7 +41,7 @@ def find_families(requests: Requests, traffic: Traffic, *, seed: int) -> Familie
         family, source = requests.family.astype(np.int64), "prefix families named by the workload"
     else:
         root = _roots(requests, traffic)
-        source = "prefix families by lineage: a request that reused half of its prompt joins the one it reused most from"
+        source = "prefix families by lineage: who reused half of its prompt joins the request it reused most from"
         if named.any():
             source = "prefix families named by the workload, and by lineage where it names none"
         family = np.where(named, requests.family.astype(np.int64), count + root)
@@ -68,9 +68,12 @@ def _roots(requests: Requests, traffic: Traffic) -> Array:
     enough = 2 * total[request] >= np.maximum(requests.prompt_len[request], 1)
     order = order[enough[order]]
     parent[request[order]] = origin[order]
-    # Two requests may each have reused from the other after an eviction: components, not chains.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(count, dtype=np.int8), (np.arange(count), parent)), shape=(count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+    # Smallest number of each connected component. Two requests may each have reused from the other, so following the
+    # parents might never end.
+    root = np.arange(count)
+    while True:
+        smaller = np.minimum(root, root[parent])
+        np.minimum.at(smaller, parent, smaller.copy())
+        if np.array_equal(smaller, root):
+            return root
+        root = smaller

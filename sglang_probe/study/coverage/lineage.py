@@ -34,7 +34,7 @@ def reuses_of(traffic: Traffic, spans: Spans) -> Reuses:
     count = len(traffic.end)
     last = np.zeros(count, dtype=np.int32)
     last[traffic.spans.request] = traffic.spans.attempt
-    reused = traffic.spans.where((traffic.spans.fate == REUSED))
+    reused = traffic.spans.where(traffic.spans.fate == REUSED)
     known = (reused.origin >= 0) & (reused.origin < count)
     known &= np.where(known, last[np.where(known, reused.origin, 0)] == reused.origin_attempt, False)
     counted = reused.where(known)
@@ -74,7 +74,9 @@ def not_in_run(traffic: Traffic, spans: Spans) -> dict[int, Ranges]:
         ranges = [(int(mine.start[span]), int(mine.end[span]))]
         if origin[i] >= 0 and mine.fate[span] == REUSED:
             first, behind = np.searchsorted(ends, low[i], side="right"), np.searchsorted(starts, high[i])
-            have = zip((starts[first:behind] - origin[i]).tolist(), (ends[first:behind] - origin[i]).tolist(), strict=True)
+            have = zip(
+                (starts[first:behind] - origin[i]).tolist(), (ends[first:behind] - origin[i]).tolist(), strict=True
+            )
             ranges = without(ranges, list(have))
         if ranges:
             missing.setdefault(int(mine.request[span]), []).extend(ranges)

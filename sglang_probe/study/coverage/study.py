@@ -36,9 +36,9 @@ class Map:
     axes: tuple[str, ...]
     classes: pd.DataFrame
     """One row per class that occurs; columns: one per axis; positions (occurrences in traffic), computed, reused,
-    dropped, unrequested; coverage (computed share); contexts (unique), contexts_in_run, context_coverage; traffic_share,
-    harvest_share, log2_ratio (of the shares) with its interval low and high; weight (occurrences that a computed
-    position of the class stands for)."""
+    dropped, unrequested; coverage (computed share); contexts (unique), contexts_in_run, context_coverage;
+    traffic_share, harvest_share, log2_ratio (of the shares) with its interval low and high; weight (occurrences that
+    a computed position of the class stands for)."""
     multiplicity: pd.DataFrame
     """One row per class and bin: the axes, multiplicity (occurrences in traffic that one computed position stands for),
     rows (computed positions)."""
@@ -95,14 +95,14 @@ class Study:
         made = {spec: self._usable(spec, sources) for spec in dict.fromkeys([*axes, *([by] if by else [])])}
         found = {spec: axis for spec, axis in made.items() if axis is not None}
         self.axes = list(found.values())
-        self._plans = [(found[spec],) for spec in dict.fromkeys(axes) if spec in found]
+        self._plans: list[tuple[Axis, ...]] = [(found[spec],) for spec in dict.fromkeys(axes) if spec in found]
         if by in found:
             self._plans += [(found[spec], found[by]) for spec in dict.fromkeys(axes) if spec in found and spec != by]
 
     def _usable(self, spec: str, sources: Sources) -> Axis | None:
         axis = make_axis(spec, sources)
         if axis.needs_ids and not self.has_ids:
-            self.missing[axis.name] = "it reads token ids, and the recording kept none (`live: {privacy: ids}` keeps them)"
+            self.missing[axis.name] = _NO_IDS
             return None
         return axis
 
@@ -166,9 +166,7 @@ class Study:
             offsets, ids, complete = _complete(step, whole)
             counted[step.low : step.high] = complete
             builder.add(offsets, ids)
-        trie = builder.build(
-            lambda: ((s.low, *_complete(s, whole)[:2]) for s in walk.steps(ids=True))
-        )
+        trie = builder.build(lambda: ((s.low, *_complete(s, whole)[:2]) for s in walk.steps(ids=True)))
         missing = lineage.not_in_run(walk.traffic, walk.spans)
         never = lineage.never_in_run({r: m for r, m in missing.items() if counted[r]}, trie)
         return trie.new_from, counted, never
@@ -211,6 +209,7 @@ def study_coverage(
     return study.measure(seed=seed)
 
 
+_NO_IDS = "it reads token ids, and the recording kept none (`live: {privacy: ids}` keeps them)"
 _BIN_OF = np.array([0, 0, *(int(m - 1).bit_length() for m in range(2, 1 << 12))], dtype=np.uint8)
 
 
@@ -280,7 +279,8 @@ def _map(tally: Tally, seed: int, resamples: int, families: int, *, known: bool)
     present = np.argwhere(fates.sum(axis=-1) > 0)
     at = tuple(present.T)
     names = {
-        axis.name: pd.Categorical.from_codes(present[:, i], categories=axis.classes) for i, axis in enumerate(tally.axes)
+        axis.name: pd.Categorical.from_codes(present[:, i], categories=axis.classes)
+        for i, axis in enumerate(tally.axes)
     }
     cell = np.ravel_multi_index(at, fates.shape[:-1])
     positions, computed = (a[:, cell] for a in tally.per_group())

@@ -2,8 +2,8 @@
 
     rid, start, end, weight
 
-Positions `[start, end)` of the request count `weight` each. Positions that no row of the file names (reused, dropped) have
-no captured row. `Run.iter_batches(weight=PATH)` draws each row as often as its weight says.
+Positions `[start, end)` of the request count `weight` each. Positions that no row of the file names (reused, dropped)
+have no captured row. `Run.iter_batches(weight=PATH)` draws each row as often as its weight says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sglang_probe.capture import journal
 from sglang_probe.study.coverage.lineage import COMPUTED
 from sglang_probe.study.coverage.study import Map, Study
 from sglang_probe.study.coverage.walk import Step
@@ -40,7 +39,7 @@ def write_weights(study: Study, maps: list[Map], folder: Path) -> dict[str, Path
         for writer in writers.values():
             writer.close()
     for name, path in files.items():
-        journal.write_durably(path, lambda p, name=name: temporary[name].replace(p))
+        temporary[name].replace(path)
     return files
 
 

@@ -59,7 +59,7 @@ class Batch:
 
     @cached_property
     def depth(self) -> Array:
-        """int32 [N]: number of the generated token, from 0; negative in the prompt. Meaningless without `prompt_len`."""
+        """int32 [N]: number of the generated token, from 0; negative in the prompt. Wrong without `prompt_len`."""
         return self.position - self.each(self.prompt_len)
 
     @cached_property

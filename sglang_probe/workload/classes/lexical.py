@@ -46,9 +46,7 @@ class Lexical(Axis):
         super().__init__("lexical", list(CLASSES))
         kinds = [
             kind_of(piece, special=bool(special), fallback=bool(fallback))
-            for piece, special, fallback in zip(
-                vocabulary.pieces, vocabulary.special, vocabulary.fallback, strict=True
-            )
+            for piece, special, fallback in zip(vocabulary.pieces, vocabulary.special, vocabulary.fallback, strict=True)
         ]
         # The last entry is for unknown tokens (-1) and those beyond the vocabulary.
         self._table = np.array([CLASSES.index(k) for k in [*kinds, UNKNOWN]], dtype=np.uint16)
