@@ -6,7 +6,8 @@ of `Run.tokens()` that the paired study uses.
 """
 
 from sglang_probe.study.coverage.prompts import GENERATED, coverage_by_position, coverage_by_segment, totals
-from sglang_probe.study.coverage.study import Coverage, Map, Study, study_coverage
+from sglang_probe.study.coverage.result import Coverage, Map
+from sglang_probe.study.coverage.study import Study, study_coverage
 from sglang_probe.study.coverage.weights import write_weights
 
 __all__ = [

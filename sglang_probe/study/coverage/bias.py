@@ -59,7 +59,8 @@ def bias_of(positions: Array, computed: Array, *, families: int, seed: int, resa
     low = high = np.full(k, np.nan)
     if families > 1:
         sums = np.concatenate([computed, positions], axis=1).astype(np.float64)
-        interval = cluster_bootstrap(sums, log2_ratios, resamples=resamples, seed=seed)
+        with np.errstate(invalid="ignore"):  # a resample may have nothing of a class
+            interval = cluster_bootstrap(sums, log2_ratios, resamples=resamples, seed=seed)
         defined = np.isfinite(interval.low) & np.isfinite(interval.high)
         low, high = (np.where(defined, x, np.nan) for x in (interval.low, interval.high))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -74,10 +74,8 @@ def not_in_run(traffic: Traffic, spans: Spans) -> dict[int, Ranges]:
         ranges = [(int(mine.start[span]), int(mine.end[span]))]
         if origin[i] >= 0 and mine.fate[span] == REUSED:
             first, behind = np.searchsorted(ends, low[i], side="right"), np.searchsorted(starts, high[i])
-            have = zip(
-                (starts[first:behind] - origin[i]).tolist(), (ends[first:behind] - origin[i]).tolist(), strict=True
-            )
-            ranges = without(ranges, list(have))
+            have = np.stack([starts[first:behind], ends[first:behind]], axis=1) - origin[i]
+            ranges = without(ranges, [(int(a), int(b)) for a, b in have])
         if ranges:
             missing.setdefault(int(mine.request[span]), []).extend(ranges)
     return missing

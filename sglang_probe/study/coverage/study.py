@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.ledger import schema
-from sglang_probe.ledger.columns import FATES
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.coverage import lineage
-from sglang_probe.study.coverage.bias import Bias, bias_of
 from sglang_probe.study.coverage.contexts import TrieBuilder
 from sglang_probe.study.coverage.families import find_families
 from sglang_probe.study.coverage.lineage import COMPUTED
-from sglang_probe.study.coverage.tally import BINS, FIRST, NEVER, SEEN, UNKNOWN, Tally
+from sglang_probe.study.coverage.result import Coverage, map_of, totals_of
+from sglang_probe.study.coverage.tally import FIRST, NEVER, SEEN, UNKNOWN, Tally
 from sglang_probe.study.coverage.walk import Step, Walk
 from sglang_probe.workload.classes.axes import make_axis
 from sglang_probe.workload.classes.axis import Axis, Sources
 
 Array = np.ndarray[Any, Any]
-
-MULTIPLICITIES = ["1", "2", *(f"{(1 << i) + 1:,}–{1 << (i + 1):,}" for i in range(1, BINS - 1))]
-
-
-@dataclass(frozen=True)
-class Map:
-    """Coverage along one axis, or two crossed."""
-
-    axes: tuple[str, ...]
-    classes: pd.DataFrame
-    """One row per class that occurs; columns: one per axis; positions (occurrences in traffic), computed, reused,
-    dropped, unrequested; coverage (computed share); contexts (unique), contexts_in_run, context_coverage;
-    traffic_share, harvest_share, log2_ratio (of the shares) with its interval low and high; weight (occurrences that
-    a computed position of the class stands for)."""
-    multiplicity: pd.DataFrame
-    """One row per class and bin: the axes, multiplicity (occurrences in traffic that one computed position stands for),
-    rows (computed positions)."""
-    bias: Bias
-
-    @property
-    def name(self) -> str:
-        return " x ".join(self.axes)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """The study of one run."""
-
-    run: str
-    totals: dict[str, float]
-    """positions, requests, computed, reused, dropped, unrequested, coverage, contexts, contexts_in_run,
-    context_coverage, effective_rows (of the computed positions, each weighted by the occurrences it stands for),
-    families."""
-    maps: list[Map]
-    notes: list[str] = field(default_factory=list)
-    families: str = ""
-    missing_axes: dict[str, str] = field(default_factory=dict)
-    """Axes that could not be used on this run, and why."""
-
-    def map(self, name: str) -> Map:
-        """The map of an axis, or of two crossed (`position x segment`)."""
-        return next(m for m in self.maps if m.name == name)
 
 
 class Study:
@@ -114,6 +68,18 @@ class Study:
                 break
         return False
 
+    def require_axes(self) -> None:
+        """Refuse to go on with nothing to study.
+
+        Raises:
+            ConfigError: none of the axes can be used on this run.
+        """
+        if not self._plans and self.missing:
+            why = "; ".join(f"`{name}`: {reason}" for name, reason in self.missing.items())
+            raise ConfigError(
+                f"{self.run.path}: no axis can be used: {why}", fix="try `segment`, `position` or `phase`"
+            )
+
     def measure(self, *, seed: int = 0, resamples: int = 2000) -> Coverage:
         """Walk over the run and count."""
         walk = self.walk
@@ -135,8 +101,8 @@ class Study:
                 tally.add([labels[a.name] for a in tally.axes], group, state, computed, bins)
         return Coverage(
             run=str(self.run.manifest.get("name", self.run.path.name)),
-            totals=_totals(whole, moments, len(walk.requests), families.count, known=bool(counted.any())),
-            maps=[_map(t, seed, resamples, families.count, known=bool(counted.any())) for t in tallies],
+            totals=totals_of(whole, moments, len(walk.requests), families.count, known=bool(counted.any())),
+            maps=[map_of(t, seed, resamples, families.count, known=bool(counted.any())) for t in tallies],
             notes=self._notes(reuses.elsewhere, counted),
             families=families.source,
             missing_axes=self.missing,
@@ -203,9 +169,7 @@ def study_coverage(
         ConfigError: no such axis, or none of them can be used on this run.
     """
     study = Study(run, axes, by=by, model=model)
-    if not study.axes and study.missing:
-        name, why = next(iter(study.missing.items()))
-        raise ConfigError(f"{run.path}: axis `{name}` cannot be used: {why}", fix="choose `segment`, `position`, ...")
+    study.require_axes()
     return study.measure(seed=seed)
 
 
@@ -253,59 +217,3 @@ def _multiplicity(step: Step, reuses: lineage.Reuses, walk: Walk) -> Array:
     edges = np.concatenate([[0], at, [len(step.batch)]])
     level = 1 + np.concatenate([[0], np.cumsum(reuses.step[a:b])])
     return np.repeat(level, np.diff(edges))
-
-
-def _totals(whole: Tally, moments: Array, requests: int, families: int, *, known: bool) -> dict[str, float]:
-    fates = whole.by_fate()
-    contexts = whole.by_context()
-    unique = float(contexts[FIRST] + contexts[NEVER]) if known else float("nan")
-    in_run = float(contexts[FIRST]) if known else float("nan")
-    positions = int(fates.sum())
-    return {
-        "requests": requests,
-        "families": families,
-        "positions": positions,
-        **{name: int(fates[i]) for i, name in enumerate(FATES)},
-        "coverage": _share(fates[COMPUTED], positions),
-        "contexts": unique,
-        "contexts_in_run": in_run,
-        "context_coverage": in_run / unique if known and unique else float("nan"),
-        "effective_rows": float(moments[0] ** 2 / moments[1]) if moments[1] else 0.0,
-    }
-
-
-def _map(tally: Tally, seed: int, resamples: int, families: int, *, known: bool) -> Map:
-    fates, contexts = tally.by_fate(), tally.by_context()
-    present = np.argwhere(fates.sum(axis=-1) > 0)
-    at = tuple(present.T)
-    names = {
-        axis.name: pd.Categorical.from_codes(present[:, i], categories=axis.classes)
-        for i, axis in enumerate(tally.axes)
-    }
-    cell = np.ravel_multi_index(at, fates.shape[:-1])
-    positions, computed = (a[:, cell] for a in tally.per_group())
-    bias = bias_of(positions, computed, families=families, seed=seed, resamples=resamples)
-    frame = pd.DataFrame(names)
-    frame["positions"] = positions.sum(axis=0)
-    for i, name in enumerate(FATES):
-        frame[name] = fates[(*at, i)]
-    frame["coverage"] = frame[schema.COMPUTED] / frame["positions"]
-    first, never = contexts[(*at, FIRST)], contexts[(*at, NEVER)]
-    unique = np.where(known, first + never, np.nan)
-    frame["contexts"] = pd.array(unique, dtype="Int64") if known else np.nan
-    frame["contexts_in_run"] = pd.array(first, dtype="Int64") if known else np.nan
-    with np.errstate(invalid="ignore", divide="ignore"):
-        frame["context_coverage"] = np.where(unique > 0, first / unique, np.nan)
-    for name in ("traffic_share", "harvest_share", "log2_ratio", "low", "high", "weight"):
-        frame[name] = getattr(bias, name)
-    counts = tally.multiplicity[at]
-    which, bins = np.nonzero(counts)
-    spread = {n: c[which] for n, c in names.items()}
-    multiplicity = pd.DataFrame(
-        {**spread, "multiplicity": [MULTIPLICITIES[b] for b in bins], "rows": counts[which, bins]}
-    )
-    return Map(tuple(a.name for a in tally.axes), frame, multiplicity, bias)
-
-
-def _share(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole else float("nan")

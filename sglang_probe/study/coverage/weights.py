@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_probe.study.coverage.lineage import COMPUTED
-from sglang_probe.study.coverage.study import Map, Study
+from sglang_probe.study.coverage.result import Map
+from sglang_probe.study.coverage.study import Study
 from sglang_probe.study.coverage.walk import Step
 
 Array = np.ndarray[Any, Any]

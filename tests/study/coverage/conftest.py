@@ -103,7 +103,8 @@ def _attempt(
             continue
         source = rng.choice(sources)
         end = at
-        while end < min(shared, len(r["prompt_ids"]) - 1) and end in computed[source]:
+        elsewhere = rng.random() < 0.2  # parts of the origin are in another segment
+        while end < min(shared, len(r["prompt_ids"]) - 1) and (elsewhere or end in computed[source]):
             end += 1
         if end > at:
             span(end, status="reused", origin_rid=source[0], origin_attempt=source[1])

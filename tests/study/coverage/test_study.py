@@ -11,6 +11,7 @@ import pytest
 from sglang_probe.errors import LedgerError
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.coverage import Map, study_coverage
+from sglang_probe.study.coverage import result as result_module
 from sglang_probe.study.coverage import study as study_module
 from sglang_probe.study.coverage import walk as walk_module
 from tests.study.coverage.conftest import random_traffic
@@ -179,5 +180,5 @@ def test_a_run_in_which_nothing_was_served_has_no_classes(write_run: Callable[..
 
 
 def test_multiplicities_have_a_name_for_every_bin() -> None:
-    assert study_module.MULTIPLICITIES[:4] == ["1", "2", "3–4", "5–8"]
+    assert result_module.MULTIPLICITIES[:4] == ["1", "2", "3–4", "5–8"]
     assert study_module._BIN_OF[[1, 2, 3, 4, 5, 8, 9]].tolist() == [0, 1, 2, 2, 3, 3, 4]
