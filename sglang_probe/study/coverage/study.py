@@ -61,12 +61,7 @@ class Study:
         return axis
 
     def _has_ids(self) -> bool:
-        for step in self.walk.steps(ids=True):
-            if len(step.batch.ids) and int(step.batch.ids.max()) >= 0:
-                return True
-            if step.low > 0:  # requests in flight at a border have none; a whole batch of those there is not
-                break
-        return False
+        return any(int(step.batch.ids.max(initial=-1)) >= 0 for step in self.walk.steps(ids=True))
 
     def require_axes(self) -> None:
         """Refuse to go on with nothing to study.

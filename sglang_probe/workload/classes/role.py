@@ -11,8 +11,10 @@ Where a template separates roles by ordinary text only, there is nothing to reco
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +51,8 @@ class Role(Axis):
 
     def __init__(self, tokenizer: Any) -> None:
         self._headers, self._enders, special = read_template(tokenizer)
+        # Few tokens stand behind headers.
+        self._text: Callable[[int], str] = functools.lru_cache(4096)(lambda i: str(tokenizer.decode([i])))
         super().__init__("role", [*self._headers, TEMPLATE, SPECIAL, PLAIN, UNKNOWN])
         self._special = np.zeros(1 + max(special), dtype=bool)
         self._special[list(special)] = True
@@ -62,16 +66,13 @@ class Role(Axis):
         codes = np.full(n, template, dtype=np.uint16)
         written: list[tuple[int, int]] = []
         chats = np.zeros(len(batch.offsets) - 1, dtype=bool)
-        for role, (key, rest) in enumerate(self._headers.values()):
+        for role, (key, space) in enumerate(self._headers.values()):
             for at in find(ids, key).tolist():
                 request = int(np.searchsorted(batch.offsets, at, side="right")) - 1
                 limit, end = int(batch.offsets[request + 1]), at + len(key)
                 if end > limit:
                     continue  # the match runs into the next request
-                for token in rest:
-                    if end == limit or ids[end] != token:
-                        break
-                    end += 1
+                end += self._space_tokens(ids[end : min(limit, end + 8)], space)
                 written.append((at, end))
                 events[end] = 1 + role
                 chats[request] = True
@@ -89,6 +90,15 @@ class Role(Axis):
         codes[ids < 0] = template + 3
         return codes
 
+    def _space_tokens(self, ids: Array, space: str) -> int:
+        """How many tokens make up the white space that ends a header; the last may hold more white space."""
+        for n, token in enumerate(ids.tolist()):
+            text = self._text(token)
+            if not space or not text.isspace() or not (text.startswith(space) or space.startswith(text)):
+                return n
+            space = space[len(text) :]
+        return len(ids)
+
 
 def find(ids: Array, key: Ids) -> Array:
     """Where `key` begins in `ids`."""
@@ -98,7 +108,7 @@ def find(ids: Array, key: Ids) -> Array:
     return at
 
 
-def read_template(tokenizer: Any) -> tuple[dict[str, tuple[Ids, Ids]], list[int], set[int]]:
+def read_template(tokenizer: Any) -> tuple[dict[str, tuple[Ids, str]], list[int], set[int]]:
     """Headers by role as (key, white space behind it), special tokens that end a message, and all special tokens."""
     if tokenizer.chat_template is None:
         raise ConfigError(
@@ -158,9 +168,9 @@ def _key(role: str, headers: dict[str, Ids], special: set[int]) -> Ids | None:
     return None
 
 
-def _without_space(tokenizer: Any, header: Ids) -> tuple[Ids, Ids]:
-    """Header and the white space at its end, which may melt into the content's first token."""
+def _without_space(tokenizer: Any, header: Ids) -> tuple[Ids, str]:
+    """Header, and the white space at its end, which may be cut into other tokens when a content follows."""
     n = len(header)
     while n > 1 and tokenizer.decode([header[n - 1]]).isspace():
         n -= 1
-    return header[:n], header[n:]
+    return header[:n], str(tokenizer.decode(list(header[n:])))
