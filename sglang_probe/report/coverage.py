@@ -10,10 +10,11 @@ import pandas as pd
 from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Kind, Table, format_number
-from sglang_probe.study.coverage.result import Coverage, Map
+from sglang_probe.study.coverage.result import Coverage
 from sglang_probe.study.coverage.words import paragraph, worst_in_words
 
-_COUNTS = ["positions", "computed", "reused", "dropped", "unrequested", "coverage"]
+_COUNTS = ["positions", "computed", "reused", "coverage"]
+_RARE = ["dropped", "unrequested"]
 _CONTEXTS = ["contexts", "contexts_in_run", "context_coverage"]
 _BIAS = ["traffic_share", "harvest_share", "log2_ratio", "low", "high", "weight"]
 _FORMATS: dict[str, Kind] = {
@@ -110,8 +111,8 @@ def _axis(studies: Sequence[Coverage], name: str) -> Section:
                 "bootstrap over prefix families, where there are at least two.",
             )
         )
-    figures += [_multiplicity(c, name) for c in studies if len(c.map(name).multiplicity)]
-    tables = [Table(_plain(c.map(name)), f"{c.run}: every class", _FORMATS) for c in studies]
+    figures += [_multiplicity(c, name) for c in studies if c.totals["reused"] and c.totals["computed"]]
+    tables = [t for c in studies for t in _tables(c, name)]
     facts = [
         f"`{c.run}`: divergence {format_number(c.map(name).bias.divergence, 'decimal')} bits, "
         f"{format_number(int(c.map(name).bias.effective_rows))} effective rows under the correction weights. "
@@ -150,9 +151,8 @@ def _crossed(studies: Sequence[Coverage], name: str) -> Section:
         )
         for c in studies
     ]
-    tables = [Table(_plain(c.map(name)), f"{c.run}: every cell", _FORMATS) for c in studies]
     text = " ".join(f"`{c.run}`: {worst_in_words(c.map(name))}" for c in studies if c.totals["computed"])
-    return Section(heading=f"By {first} and {second}", text=text, figures=figures, tables=tables)
+    return Section(heading=f"By {first} and {second}", text=text, figures=figures)
 
 
 def _methods(studies: Sequence[Coverage]) -> Section:
@@ -167,8 +167,13 @@ def _together(studies: Sequence[Coverage], name: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _plain(m: Map) -> pd.DataFrame:
-    return m.classes[[*m.axes, *_COUNTS, *_CONTEXTS, *_BIAS]]
+def _tables(c: Coverage, name: str) -> list[Table]:
+    frame = c.map(name).classes
+    counts = [*_COUNTS, *(k for k in _RARE if frame[k].any()), *_CONTEXTS]
+    return [
+        Table(frame[[name, *counts]], f"{c.run}: counts by {name}", _FORMATS),
+        Table(frame[[name, *_BIAS]], f"{c.run}: bias by {name}, and the weight that mends it", _FORMATS),
+    ]
 
 
 def _ordered(frame: pd.DataFrame, column: str) -> pd.DataFrame:

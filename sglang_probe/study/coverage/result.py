@@ -113,7 +113,11 @@ def map_of(tally: Tally, seed: int, resamples: int, families: int, *, known: boo
     which, bins = np.nonzero(counts)
     spread = {n: c[which] for n, c in names.items()}
     multiplicity = pd.DataFrame(
-        {**spread, "multiplicity": [MULTIPLICITIES[b] for b in bins], "rows": counts[which, bins]}
+        {
+            **spread,
+            "multiplicity": pd.Categorical.from_codes(bins, categories=MULTIPLICITIES),
+            "rows": counts[which, bins],
+        }
     )
     return Map(tuple(a.name for a in tally.axes), frame, multiplicity, bias)
 

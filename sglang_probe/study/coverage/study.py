@@ -17,7 +17,7 @@ from sglang_probe.study.coverage.lineage import COMPUTED
 from sglang_probe.study.coverage.result import Coverage, map_of, totals_of
 from sglang_probe.study.coverage.tally import FIRST, NEVER, SEEN, UNKNOWN, Tally
 from sglang_probe.study.coverage.walk import Step, Walk
-from sglang_probe.workload.classes.axes import make_axis
+from sglang_probe.workload.classes.axes import make_axis, needs_ids
 from sglang_probe.workload.classes.axis import Axis, Sources
 
 Array = np.ndarray[Any, Any]
@@ -54,11 +54,10 @@ class Study:
             self._plans += [(found[spec], found[by]) for spec in dict.fromkeys(axes) if spec in found and spec != by]
 
     def _usable(self, spec: str, sources: Sources) -> Axis | None:
-        axis = make_axis(spec, sources)
-        if axis.needs_ids and not self.has_ids:
-            self.missing[axis.name] = _NO_IDS
+        if not self.has_ids and needs_ids(spec, sources):
+            self.missing[spec] = _NO_IDS
             return None
-        return axis
+        return make_axis(spec, sources)
 
     def _has_ids(self) -> bool:
         return any(int(step.batch.ids.max(initial=-1)) >= 0 for step in self.walk.steps(ids=True))

@@ -10,14 +10,19 @@ import pandas as pd
 
 from sglang_probe.study.coverage.result import Coverage, Map
 
+FEW = 20
+"""With fewer clusters the percentile bootstrap is known to be too narrow (Cameron, Gelbach and Miller 2008)."""
 RARE = 1e-3
 """Classes with a smaller share of the traffic are not named as the worst covered."""
 
 
 def worst_class(m: Map) -> pd.Series | None:
-    """The class whose share in the harvest is smallest relative to its share in traffic; None if none is too small."""
+    """The class whose share in the harvest is smallest relative to its share in traffic.
+
+    Rare classes, and those whose interval includes equal shares, are passed over; None if no class is left.
+    """
     common = m.classes[m.classes["traffic_share"] >= RARE]
-    under = common[common["log2_ratio"] < 0]
+    under = common[(common["log2_ratio"] < 0) & ~(common["high"] >= 0)]
     if under.empty:
         return None
     return under.sort_values(["log2_ratio", "positions"], ascending=[True, False]).iloc[0]
@@ -27,7 +32,7 @@ def worst_in_words(m: Map) -> str:
     """A sentence that names the worst covered class."""
     worst = worst_class(m)
     if worst is None:
-        return f"Along {_axes(m)} no class is under-represented."
+        return f"Along {_axes(m)} no class is under-represented beyond chance."
     name = _name(m, worst)
     if not worst["computed"]:
         return f"Along {_axes(m)}, {name} is missing: none of its {worst['positions']:,} occurrences was computed."
@@ -78,6 +83,8 @@ def paragraph(c: Coverage) -> str:
         )
     if any(m.classes["low"].notna().any() for m in c.maps):
         said.append(f"Intervals: cluster bootstrap over {t['families']:,} families ({c.families}).")
+        if t["families"] < FEW:
+            said.append("So few clusters make intervals that are too narrow.")
     return " ".join(said)
 
 

@@ -18,15 +18,15 @@ from sglang_probe.workload.classes.repeat import Repeat
 from sglang_probe.workload.classes.role import Role
 from sglang_probe.workload.classes.segment import Labelled, Segment
 
-AXES: dict[str, Callable[[Sources], Axis]] = {
-    "segment": lambda s: Segment(s.segments),
-    "role": lambda s: Role(s.tokenizer),
-    "lexical": lambda s: Lexical(s.vocabulary),
-    "frequency": lambda _: Frequency(),
-    "repeat": lambda _: Repeat(),
-    "position": lambda _: Position(),
-    "phase": lambda _: Phase(),
-    "depth": lambda _: Depth(),
+AXES: dict[str, tuple[type[Axis], Callable[[Sources], Axis]]] = {
+    "segment": (Segment, lambda s: Segment(s.segments)),
+    "role": (Role, lambda s: Role(s.tokenizer)),
+    "lexical": (Lexical, lambda s: Lexical(s.vocabulary)),
+    "frequency": (Frequency, lambda _: Frequency()),
+    "repeat": (Repeat, lambda _: Repeat()),
+    "position": (Position, lambda _: Position()),
+    "phase": (Phase, lambda _: Phase()),
+    "depth": (Depth, lambda _: Depth()),
 }
 _PATTERN = re.compile(r"([A-Za-z][\w-]*)=~(.+)", re.DOTALL)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -45,7 +45,7 @@ def make_axis(spec: str, sources: Sources) -> Axis:
     if spec in sources.labels:
         return Labelled(spec, sources.labels[spec])
     if spec in AXES:
-        return AXES[spec](sources)
+        return AXES[spec][1](sources)
     if match := _PATTERN.fullmatch(spec):
         return Pattern(match[1], match[2], sources.vocabulary)
     if _FUNCTION.fullmatch(spec):
@@ -56,3 +56,12 @@ def make_axis(spec: str, sources: Sources) -> Axis:
         f"unknown axis `{spec}`" + (f"; did you mean `{near[0]}`?" if near else ""),
         fix=f"one of {', '.join(known)}, `NAME=~REGEX`, or `module:function`",
     )
+
+
+def needs_ids(spec: str, sources: Sources) -> bool:
+    """Whether an axis reads token ids, known before anything that it is made from is read."""
+    if spec in sources.labels:
+        return False
+    if spec in AXES:
+        return AXES[spec][0].needs_ids
+    return make_axis(spec, sources).needs_ids if _FUNCTION.fullmatch(spec) else bool(_PATTERN.fullmatch(spec))
