@@ -22,7 +22,8 @@ from sglang_probe.capture import journal
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE
 
-TEMPLATE, VOCABULARY, FAMILY_SIZE, EVICTED, PIECE = 24, 32_000, 100, 0.02, 48
+TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
+VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`
 NAMES = ["template", "system", "exemplar", "user"]
 
 
@@ -37,17 +38,17 @@ def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
     own = 8 + rng.geometric(1 / 80, requests)
     output = 1 + rng.integers(1, 209, requests)
     prompt = shared[family] + own
-    prefix_ids = rng.integers(0, VOCABULARY, (families, int(shared.max())), dtype=np.int32)
+    prefix_ids = rng.integers(*VOCABULARY, (families, int(shared.max())), dtype=np.int32)
     prefix_ids[:, :TEMPLATE] = prefix_ids[0, :TEMPLATE]
 
     # Prompts: the family's prefix, then random tokens.
     offsets = np.concatenate([[0], np.cumsum(prompt)])
-    ids = rng.integers(0, VOCABULARY, int(offsets[-1]), dtype=np.int32)
+    ids = rng.integers(*VOCABULARY, int(offsets[-1]), dtype=np.int32)
     for r in range(requests):
         n = int(shared[family[r]])
         ids[offsets[r] : offsets[r] + n] = prefix_ids[family[r], :n]
     out_offsets = np.concatenate([[0], np.cumsum(output)])
-    out_ids = rng.integers(0, VOCABULARY, int(out_offsets[-1]), dtype=np.int32)
+    out_ids = rng.integers(*VOCABULARY, int(out_offsets[-1]), dtype=np.int32)
     rid = pa.array([f"r{i:06d}" for i in range(requests)])
     edges = np.stack(
         [np.zeros(requests, int), np.full(requests, TEMPLATE), TEMPLATE + system[family], shared[family], prompt]

@@ -38,7 +38,7 @@ def test_the_weights_of_a_coverage_study_make_rows_look_like_the_traffic(
     files = write_weights(study, found.maps, tmp_path)
     for name in ("segment", "segment x position"):
         assert pd.read_parquet(files[name]).columns.tolist() == ["rid", "start", "end", "weight"]
-    # `a` computed tokens 3 to 6 as `system`, `b` reused them: each stands for two. The two user tokens of each were run.
+    # `a` computed tokens 3 to 6 as `system`, `b` reused them: each stands for two. All user tokens were run.
     assert drawn(run, files["segment"]) == {3: 2, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1, 9: 1, 10: 1, 11: 1, 12: 1, 14: 1}
     assert drawn(run, str(files["segment"])) == drawn(run, files["segment"])
     tokens = run.tokens()

@@ -15,7 +15,7 @@ PREFILL, DECODE, RECOMPUTE, NONE = 0, 1, 2, 4
 
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """A batch of requests given as lists of token ids; all of a request is prompt unless `prompt_len` says otherwise."""
+    """A batch of requests given as lists of token ids; a request is all prompt unless `prompt_len` says otherwise."""
 
     def make(
         *requests: Sequence[int],
