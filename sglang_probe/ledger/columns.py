@@ -100,8 +100,9 @@ def read_requests(run: Run) -> Requests:
     if "labels" in present:
         axis, everything = _structs(table["labels"], "axis"), _structs(table["labels"], "name")
         for code, name in enumerate(axis.names):
-            of_axis = axis.code == code
-            axes[name] = Intervals(everything.names, *(getattr(everything, f)[of_axis] for f in _FIELDS))
+            request, start, end, number = (getattr(everything, f)[axis.code == code] for f in _FIELDS)
+            used, number = np.unique(number, return_inverse=True)
+            axes[name] = Intervals(tuple(everything.names[i] for i in used), request, start, end, number)
     return Requests(
         rid=table["rid"].combine_chunks(),
         file_row=kept,

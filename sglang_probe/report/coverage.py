@@ -15,7 +15,7 @@ from sglang_probe.study.coverage.words import paragraph, worst_in_words
 
 _COUNTS = ["positions", "computed", "reused", "coverage"]
 _RARE = ["dropped", "unrequested"]
-_CONTEXTS = ["contexts", "contexts_in_run", "context_coverage"]
+_CONTEXTS = ["contexts", "context_coverage"]
 _BIAS = ["traffic_share", "harvest_share", "log2_ratio", "low", "high", "weight"]
 _FORMATS: dict[str, Kind] = {
     **dict.fromkeys(["coverage", "context_coverage", "traffic_share", "harvest_share"], "percent"),

@@ -1,15 +1,20 @@
-"""The coverage study on runs of real SGLang: its numbers are those of the naive loop, its roles those of the renderer."""
+"""The coverage study on runs of real SGLang: its numbers are a naive loop's, its roles the renderer's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from openai import OpenAI
 
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.weighting import weights_of
 from sglang_probe.study.coverage import Study, coverage_by_segment, study_coverage, write_weights
+from tests.conftest import Cli
+from tests.engine.live_server import ADMIN_KEY, KEY, LiveServer
 from tests.study.coverage.naive import naive
 from tests.study.coverage.test_study import bin_of, compare, segment_of
 
@@ -69,3 +74,39 @@ def test_weighted_rows_have_the_class_frequencies_of_the_traffic(runs: dict[str,
 
 def test_the_card_has_the_paragraph(runs: dict[str, Run]) -> None:
     assert "is under-represented most" in (runs["cache_on"].path / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    started = LiveServer(tmp_path_factory.mktemp("live"), "--admin-api-key", ADMIN_KEY, privacy="ids")
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.kill()
+
+
+def test_roles_of_what_a_server_served_come_from_the_ids_alone(server: LiveServer, cli: Cli) -> None:
+    server.flush()  # the server's own warm-up
+    client = OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    asked: dict[str, Any] = {"model": "m", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    system = {"role": "system", "content": "You write Python. " * 20}
+    said: list[Any] = [system]
+    for turn in range(3):
+        said.append({"role": "user", "content": f"Write `def f{turn}(x)`."})
+        answer = client.chat.completions.create(messages=said, max_tokens=8, **asked)
+        said.append({"role": "assistant", "content": answer.choices[0].message.content})
+    client.completions.create(prompt="def is_empty(self):", max_tokens=4, **asked)
+    segment = server.flush()
+    done = cli("coverage", segment, "--axis", "role", "--axis", "segment", "--output", segment.parent / "study")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = study_coverage(Run(segment), ["role"])
+    role = found.map("role").classes.set_index("role")
+    assert set(role.index) == {"system", "user", "assistant", "template", "special", "plain"}
+    lengths = Run(segment).requests()["prompt_len"].tolist()
+    assert role.loc["system", "positions"] % 3 == 0
+    assert role.loc["system", "computed"] * 3 == role.loc["system", "positions"], "computed once, reused twice"
+    assert role.loc["plain", "positions"] == lengths[3] + 4 - 1
+    assert role["positions"].sum() == sum(lengths) + 3 * 7 + 3
+    assert found.totals["context_coverage"] == 1
+    assert found.totals["families"] == 2, "the turns of the chat, and the completion"
