@@ -106,8 +106,8 @@ def ratio_in_words(row: Mapping[str, Any]) -> str:
     """A class's log2 ratio with its interval."""
     if row["log2_ratio"] == -math.inf:
         return "none computed"
-    ratio = f"{row['log2_ratio']:.2f}".replace("-0.00", "0.00")
-    return ratio if math.isnan(row["low"]) else f"{ratio} ({row['low']:.2f} to {row['high']:.2f})"
+    ratio, low, high = (f"{row[k]:.2f}".replace("-0.00", "0.00") for k in ("log2_ratio", "low", "high"))
+    return ratio if math.isnan(row["low"]) else f"{ratio} ({low} to {high})"
 
 
 def card_text(c: Coverage) -> str:
