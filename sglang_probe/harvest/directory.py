@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -136,6 +136,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "sampling_params": json.dumps(
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),
+                "labels": [asdict(label) for label in request.labels] or None,
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))

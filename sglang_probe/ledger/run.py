@@ -181,7 +181,7 @@ class Run:
         *,
         batch_size: int,
         where: str | Callable[[pd.DataFrame], Any] | None = None,
-        weight: Literal["unique", "traffic"] = "unique",
+        weight: str | Path | pd.DataFrame = "unique",
         shuffle: bool = True,
         seed: int = 0,
     ) -> Iterator[torch.Tensor]:
@@ -190,7 +190,9 @@ class Run:
         Args:
             where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.
             weight: `unique` gives every captured row once. `traffic` gives a row as often as its position occurred in
-                traffic, reused occurrences included.
+                traffic, reused occurrences included. A weights file of `sglang-probe coverage`, or a frame with
+                columns rid, start, end and weight, gives a row as often as its weight says, on average, and leaves
+                out what it does not name.
         """
         return batches.iter_batches(
             self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed

@@ -97,6 +97,8 @@ PROMPTS = pa.schema(
     ]
 )
 
+_LABEL = [("axis", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
+
 REQUESTS = pa.schema(
     [
         *ENGINE_REQUESTS,
@@ -105,6 +107,8 @@ REQUESTS = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))),
         ("sampling_params", pa.string()),  # JSON
+        # Token classes along axes of the user's own; null in runs that have none.
+        ("labels", pa.list_(pa.struct(_LABEL))),
     ]
 )
 

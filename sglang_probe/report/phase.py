@@ -18,8 +18,8 @@ def phase_page(result: PhaseResult) -> Page:
     deepest = result.probes["hook_point"].iloc[-1]
     at = result.probes[result.probes["hook_point"] == deepest].set_index("contrast")
     lead = (
-        f"{result.texts} texts, each a prompt and a continuation, whose {format_number(result.positions)} positions were "
-        "computed three times: as human text prefilled, as the model's own text decoded, and as that text prefilled "
+        f"{result.texts} texts, each a prompt and a continuation, whose {format_number(result.positions)} positions "
+        "were computed three times: as human text prefilled, as the model's own text decoded, and as that text prefilled "
         f"again. At `{deepest}` a linear probe tells decoded rows from human ones with an AUC of "
         f"{at.loc['numerics and content', 'auc']:.3f}; the text alone gives {at.loc['content', 'auc']:.3f}, the path "
         f"through the engine alone {at.loc['numerics', 'auc']:.3f}."
@@ -28,9 +28,7 @@ def phase_page(result: PhaseResult) -> Page:
         title=f"Prefill and decode: {result.name}",
         lead=lead,
         tiles=[
-            Tile(
-                "content", f"{at.loc['content', 'auc']:.3f}", "AUC, the model's text against human text, both prefilled"
-            ),
+            Tile("content", f"{at.loc['content', 'auc']:.3f}", "AUC, the model's text against human text, prefilled"),
             Tile("numerics", f"{at.loc['numerics', 'auc']:.3f}", "AUC, the same tokens decoded against prefilled"),
         ],
         facts=[
@@ -83,6 +81,10 @@ def _moments(result: PhaseResult) -> Section:
     deep = [h for h in dict.fromkeys(result.moments["hook_point"]) if h != EMBED]
     frame = result.by_position[result.by_position["hook_point"] == (deep[-1] if deep else EMBED)]
     kinds: dict[str, Kind] = {"outliers": "percent", "outliers_low": "percent", "outliers_high": "percent"}
+    shown: tuple[tuple[str, Kind, str], ...] = (
+        ("norm", "auto", "Mean norm of the rows."),
+        ("outliers", "percent", "Entries outside the central 99.9 % of human rows of other texts."),
+    )
     curves = [
         lines(
             pd.DataFrame(frame),
@@ -91,21 +93,18 @@ def _moments(result: PhaseResult) -> Section:
             "kind",
             low=f"{column}_low",
             high=f"{column}_high",
-            title=f"{frame['hook_point'].iloc[0]}: {what} by position",
+            title=f"{frame['hook_point'].iloc[0]}: {column} by position",
             x_label="position behind the prompt (start of bin of 32)",
-            y_label=what,
+            y_label=column,
             kind=kind,
             caption=caption,
         )
-        for column, what, kind, caption in (
-            ("norm", "norm", "auto", "Mean norm of the rows."),
-            ("outliers", "outliers", "percent", "Entries outside the central 99.9 % of human rows of other texts."),
-        )
+        for column, kind, caption in shown
     ]
     return Section(
         heading="What the rows look like",
-        text="`mean` is the root mean square of the mean row, `variance` the mean over dimensions, `kurtosis` the median "
-        "excess kurtosis over dimensions, `outliers` the share of entries outside the central 99.9 % of the human rows "
+        text="`mean` is the root mean square of the mean row, `variance` the mean over dimensions, `kurtosis` the "
+        "median excess kurtosis over dimensions, `outliers` the share of entries outside the central 99.9 % of the human rows "
         "of other texts, dimension by dimension.",
         figures=curves,
         tables=[Table(result.moments, "Moments", kinds)],

@@ -90,7 +90,9 @@ def iter_requests(
             _check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
             raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
-        yield Request(index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling)
+        yield Request(
+            index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling, rendered.labels
+        )
 
 
 def _check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:

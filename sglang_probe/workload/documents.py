@@ -16,7 +16,7 @@ from sglang_probe.workload.sources import SourceReport
 
 
 class Documents(Config):
-    """Excerpts of a corpus, each from another document. Of `stdlib`, the held-out split of `probe-text` can be asked."""
+    """Excerpts of a corpus, each from another document."""
 
     source: Literal["documents"] = "documents"
     count: int = Field(default=64, ge=1)

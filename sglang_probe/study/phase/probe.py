@@ -32,8 +32,8 @@ def probe(a_TCD: Array, b_TCD: Array, *, seed: int = 0) -> ProbeResult:
     """Linear discriminant between two kinds of rows of the same texts.
 
     Folds are made of texts, so that no text is on both sides. The direction is `(S + shrinkage)^-1 (mean_a - mean_b)`
-    with the pooled within-class covariance S, shrunk towards its mean diagonal (Fisher 1936; Ledoit and Wolf 2004 with a
-    fixed weight). The interval draws texts with replacement. The null exchanges the two kinds within texts, each with
+    with the pooled within-class covariance S, shrunk towards its mean diagonal (Fisher 1936; Ledoit and Wolf 2004, with
+    a fixed weight). The interval draws texts with replacement. The null exchanges the two kinds within texts, each with
     probability one half, which keeps everything but the label; its range is that of ten draws.
 
     Args:

@@ -98,17 +98,17 @@ def study_phase(
     moments, by_position, probes, sums = [], [], [], []
     for hook_point in runs[HUMAN][0].hook_points:
         tell(f"comparing {hook_point}")
-        rows = {
+        by_kind = {
             kind: [read_rows(run, hook_point, w) for run, w in zip(runs[kind], where[kind], strict=True)]
             for kind in runs
         }
-        firsts = {kind: r[0] for kind, r in rows.items()}
+        firsts = {kind: r[0] for kind, r in by_kind.items()}
         moments += _moments(firsts, hook_point)
         by_position += _by_position(firsts, hook_point)
         for contrast, (a, b) in CONTRASTS.items():
             found = asdict(probe(firsts[a], firsts[b]))
             probes.append({"contrast": contrast, "hook_point": hook_point, **found})
-        sums.append(_numerics(rows, hook_point))
+        sums.append(_numerics(by_kind, hook_point))
     return PhaseResult(
         name=name,
         moments=pd.DataFrame(moments),
