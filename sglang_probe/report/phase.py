@@ -104,8 +104,8 @@ def _moments(result: PhaseResult) -> Section:
     return Section(
         heading="What the rows look like",
         text="`mean` is the root mean square of the mean row, `variance` the mean over dimensions, `kurtosis` the "
-        "median excess kurtosis over dimensions, `outliers` the share of entries outside the central 99.9 % of the human rows "
-        "of other texts, dimension by dimension.",
+        "median excess kurtosis over dimensions, `outliers` the share of entries outside the central 99.9 % of the "
+        "human rows of other texts, dimension by dimension.",
         figures=curves,
         tables=[Table(result.moments, "Moments", kinds)],
     )
