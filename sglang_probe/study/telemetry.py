@@ -96,8 +96,8 @@ def jump_prominence(a: Tensor, length: int, *, memory: int = 4) -> Tensor:
 def jump_null(a: Tensor, length: int, *, memory: int = 4, permutations: int = 100, seed: int = 0) -> Tensor:
     """`jump_prominence` of each head when the steps of the response are shuffled, `[permutations, ...]`.
 
-    Shuffling destroys the order and keeps every step's distribution. It has to be the prominence: in a shuffled response
-    with two phases every second step jumps, so the largest jump alone is as large as in the true order.
+    Shuffling destroys the order and keeps every step's distribution. It has to be the prominence: in a shuffled
+    response with two phases every second step jumps, so the largest jump alone is as large as in the true order.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(a.shape[-2], generator=generator) for _ in range(permutations)]

@@ -7,6 +7,7 @@ of window and decode queries Δ apart; 0 means that decode queries are as far fr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ class ExcessDrift:
     edges: Tensor
     """Bin x holds the distances `edges[x] <= Δ < edges[x + 1]`."""
     prompt_HX: Tensor
+    """Mean cosine of prompt pairs, weighted to the distances of the decode pairs in the bin."""
     decode_HX: Tensor
     prompt_pairs_X: Tensor
     decode_pairs_X: Tensor
+    """Pairs at distances that both sides have; others are not compared."""
 
     @property
     def excess_HX(self) -> Tensor:
@@ -50,17 +53,30 @@ def excess_drift(
     inside = prompt_at > prompt_at[-1] - window
     apart_prompt = prompt_at[None, :] - prompt_at[:, None]
     apart_decode = decode_at[None, :] - prompt_at[inside][:, None]
-    prompt_HX, prompt_pairs = _by_distance(p @ p.mT, apart_prompt, edges)
-    decode_HX, decode_pairs = _by_distance(p[..., inside, :] @ d.mT, apart_decode, edges)
-    return ExcessDrift(edges, prompt_HX, decode_HX, prompt_pairs, decode_pairs)
+    prompt_sum, prompt_pairs = _by_distance(p @ p.mT, apart_prompt, int(edges[-1]))
+    decode_sum, decode_pairs = _by_distance(p[..., inside, :] @ d.mT, apart_decode, int(edges[-1]))
+    # Few window-decode pairs are close and many prompt pairs are. Without equal weights per distance the bins would
+    # compare different distances, and a slow walk would seem to drift in excess.
+    both = (prompt_pairs > 0) & (decode_pairs > 0)
+    weight = (decode_pairs * both).to(prompt_sum.dtype) / prompt_pairs.clamp(min=1)
+    spans = list(pairwise(edges.tolist()))
+
+    def binned(x: Tensor) -> Tensor:
+        return torch.stack([x[..., low:high].sum(-1) for low, high in spans], -1)
+
+    pairs = binned(decode_pairs * both)
+    return ExcessDrift(
+        edges,
+        prompt_HX=binned(prompt_sum * weight) / torch.where(pairs > 0, pairs, torch.nan),
+        decode_HX=binned(decode_sum * both) / torch.where(pairs > 0, pairs, torch.nan),
+        prompt_pairs_X=binned(prompt_pairs * both),
+        decode_pairs_X=pairs,
+    )
 
 
-def _by_distance(cosine_HIJ: Tensor, apart_IJ: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the pairs of each bin, `[..., H, X]`, and numbers of pairs `[X]`."""
-    bins = len(edges) - 1
-    which = torch.bucketize(apart_IJ, edges, right=True) - 1
-    valid = (which >= 0) & (which < bins)
-    pairs = torch.bincount(which[valid], minlength=bins)
-    sums = cosine_HIJ.new_zeros(*cosine_HIJ.shape[:-2], bins)
-    sums.index_add_(-1, which[valid], cosine_HIJ[..., valid])
-    return torch.where(pairs > 0, sums / pairs, torch.nan), pairs
+def _by_distance(cosine_HIJ: Tensor, apart_IJ: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Sums of cosines `[..., H, end]` and numbers of pairs `[end]` at each distance from 1 to `end - 1`."""
+    valid = (apart_IJ >= 1) & (apart_IJ < end)
+    sums = cosine_HIJ.new_zeros(*cosine_HIJ.shape[:-2], end)
+    sums.index_add_(-1, apart_IJ[valid], cosine_HIJ[..., valid])
+    return sums, torch.bincount(apart_IJ[valid], minlength=end)
