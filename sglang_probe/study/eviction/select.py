@@ -44,12 +44,22 @@ def top_k(scores: Tensor, budgets: Tensor | int, protected: Tensor) -> Tensor:
     length = scores.shape[-1]
     budgets = torch.as_tensor(budgets, device=scores.device).clamp(max=length)
     protected = protected.to(scores.device).expand(scores.shape)
-    if bool((protected.sum(-1) > budgets).any()):
+    check_budget(budgets, protected)
+    return ranks(scores.masked_fill(protected, torch.inf)) < budgets[..., None]
+
+
+def check_budget(budgets: Tensor, protected: Tensor) -> None:
+    """Refuse budgets `[...]` that do not hold the protected positions `[..., L]`.
+
+    Raises:
+        ProbeError: with the numbers and what to change.
+    """
+    needed = protected.sum(-1)
+    if bool((needed > budgets).any()):
         raise ProbeError(
-            f"a budget of {int(budgets.min())} does not hold the {int(protected.sum(-1).max())} protected positions",
+            f"a budget of {int(budgets.min())} does not hold the {int(needed.max())} protected positions",
             fix="raise the budget, or lower `sinks`, `recent` or `window`",
         )
-    return ranks(scores.masked_fill(protected, torch.inf)) < budgets[..., None]
 
 
 def share_out(weights: Tensor, total: Tensor) -> Tensor:

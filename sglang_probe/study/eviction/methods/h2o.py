@@ -13,7 +13,10 @@ from sglang_probe.study.eviction.base import Method, Selection
 from sglang_probe.study.eviction.layer import Layer
 from sglang_probe.study.eviction.registry import register
 from sglang_probe.study.eviction.scoring import GroupReduction, reduce_group
-from sglang_probe.study.eviction.select import protected_mask
+from sglang_probe.study.eviction.select import check_budget, protected_mask
+
+_BLOCK = 256
+"""Rows whose logits are held at once."""
 
 
 @register("h2o", source="arXiv 2306.14048")
@@ -44,27 +47,28 @@ class H2O(Method):
         """As `eviction` says; `greedy` loops over the positions behind the budget, batched over everything else."""
         if self.eviction == "once" or budget >= layer.length:
             return super().select(layer, budget)
-        # Refuses a budget below the always-kept set, as every method does.
-        super().select(layer, budget)
-        q = layer.last_queries(layer.length)
-        logits = attention_logits(q, layer.k_LGD, layer.spec)
-        seen = visible(layer.length, layer.length, layer.spec, first=0, device=q.device)
-        logits = logits.masked_fill(~seen, -torch.inf)
-        total = reduce_group(torch.softmax(logits[..., :budget, :], -1).sum(-2), self.gqa)
+        check_budget(torch.tensor(budget), self.protected(layer, budget))
+        q, length, recent = layer.last_queries(layer.length), layer.length, self._recent(budget)
+        fixed = torch.arange(length, device=q.device) < self.sinks
         keep = torch.zeros(layer.shape_GL, dtype=torch.bool, device=q.device)
         keep[..., :budget] = True
-        fixed = torch.arange(layer.length, device=q.device) < self.sinks
-        for i in range(budget, layer.length):
-            keep[..., i] = True
-            row = logits[..., i, :].masked_fill(~keep[..., None, :], -torch.inf)
-            total = total + reduce_group(torch.softmax(row, -1), self.gqa)
-            safe = fixed.clone()
-            safe[max(0, i + 1 - self._recent(budget)) : i + 1] = True
-            # Of equal sums the later position goes: reversed, argmin finds it first.
-            candidates = total.masked_fill(~keep | safe, torch.inf).flip(-1)
-            keep.scatter_(-1, layer.length - 1 - candidates.argmin(-1, keepdim=True), False)
+        start = attention_received(q[..., :budget, :, :], layer.k_LGD, layer.spec, first=0)
+        total = reduce_group(start, self.gqa)
+        for first in range(budget, length, _BLOCK):
+            rows = q[..., first : first + _BLOCK, :, :]
+            logits = attention_logits(rows, layer.k_LGD, layer.spec)
+            seen = visible(rows.shape[-3], length, layer.spec, first=first, device=q.device)
+            logits = logits.masked_fill(~seen, -torch.inf)
+            for i in range(first, min(first + _BLOCK, length)):
+                keep[..., i] = True
+                row = logits[..., i - first, :].masked_fill(~keep[..., None, :], -torch.inf)
+                total = total + reduce_group(torch.softmax(row, -1), self.gqa)
+                safe = fixed.clone()
+                safe[max(0, i + 1 - recent) : i + 1] = True
+                # Of equal sums the later position goes: reversed, argmin finds it first.
+                candidates = total.masked_fill(~keep | safe, torch.inf).flip(-1)
+                keep.scatter_(-1, length - 1 - candidates.argmin(-1, keepdim=True), False)
         return Selection(keep.unsqueeze(-3), total.unsqueeze(-3), evicts=True)
 
     def _recent(self, budget: int) -> int:
-        # The newest position has to be keepable: a budget of nothing but heavy hitters would drop it at once.
         return max(self.recent, round(self.recent_share * budget))
