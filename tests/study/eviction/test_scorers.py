@@ -124,7 +124,10 @@ def test_lookahead_scorers_sum_lookahead_and_window_rows_under_their_own_masks(
     method = parse_method({"method": name, "window": window, "recent": 2, "kernel": 3})
     # Without a word about it, each uses its published window, pooling, softmax and reduction.
     defaults = parse_method(name).parameters()
-    assert (defaults["pooling"], defaults["gqa"], defaults["softmax"]) == (pooling, gqa, method.parameters()["softmax"])
+    assert (defaults["pooling"], defaults["gqa"]) == (pooling, gqa)
+    assert defaults["softmax"] == ("visible" if own_keys else "prompt")
+    published = {"laq": (8, 0, 32), "laq++": (8, 8, 32), "dapq": (32, 0, 0), "speckv": (32, 32, 32)}
+    assert (defaults["steps"], defaults["window"], defaults["recent"]) == published[name]
     heads = []
     for h in range(HEADS):
         rows = behind_rows(layer, layer.lookahead[method.parameters()["queries"]], h, own_keys=own_keys)
@@ -202,6 +205,9 @@ def test_protected_lru_scores_the_last_prompt_query_that_used_a_position() -> No
         expected.append(last)
     close(parse_method("protected_lru").scores(layer), expected)
     assert expected[0] != [float(j) for j in range(LENGTH)]
+    # Only the last queries count, and positions that none of them used keep their own index.
+    late = parse_method({"method": "protected_lru", "queries": 4}).scores(layer)
+    close(late, [[x if x >= LENGTH - 4 else float(j) for j, x in enumerate(row)] for row in expected])
 
 
 def test_criticalkv_multiplies_by_the_projected_value_in_l1() -> None:
@@ -273,7 +279,8 @@ def test_random_scores_depend_on_request_layer_and_seed_and_look_uniform() -> No
 
     base = draw(0, request=1, index=2)
     assert torch.equal(base, draw(0, request=1, index=2))
-    for other in (draw(1, request=1, index=2), draw(0, request=2, index=1), draw(0, request=2, index=2)):
+    for seed, request, index in ((1, 1, 2), (0, 1, 3), (0, 2, 2), (0, 2, 1)):
+        other = draw(seed, request=request, index=index)
         assert abs(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1]) < 0.1
     assert abs(torch.corrcoef(base)[0, 1]) < 0.1
     assert base.mean().item() == pytest.approx(0.5, abs=0.02)
