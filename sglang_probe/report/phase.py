@@ -19,7 +19,7 @@ def phase_page(result: PhaseResult) -> Page:
     at = result.probes[result.probes["hook_point"] == deepest].set_index("contrast")
     lead = (
         f"{result.texts} texts, each a prompt and a continuation, whose {format_number(result.positions)} positions "
-        "were computed three times: as human text prefilled, as the model's own text decoded, and as that text prefilled "
+        "were computed three times: as human text prefilled, as the model's own text decoded, and as that prefilled "
         f"again. At `{deepest}` a linear probe tells decoded rows from human ones with an AUC of "
         f"{at.loc['numerics and content', 'auc']:.3f}; the text alone gives {at.loc['content', 'auc']:.3f}, the path "
         f"through the engine alone {at.loc['numerics', 'auc']:.3f}."
