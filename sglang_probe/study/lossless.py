@@ -7,6 +7,7 @@ floor that explains the first; if it does not, something other than rounding was
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ class LosslessResult:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "coverage": self.coverage.to_dict("records"),
-            "distance": self.distance.to_dict("records"),
+            "coverage": json.loads(self.coverage.to_json(orient="records")),
+            "distance": json.loads(self.distance.to_json(orient="records")),
             "speedup": self.speedup,
         }
 

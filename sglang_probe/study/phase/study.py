@@ -7,6 +7,7 @@ answers compares, is both.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class PhaseResult:
             "ok": self.ok,
             "texts": self.texts,
             "positions": self.positions,
-            **{k: getattr(self, k).to_dict("records") for k in frames},
+            **{k: json.loads(getattr(self, k).to_json(orient="records")) for k in frames},
             "versions": self.manifest["versions"],
         }
 
