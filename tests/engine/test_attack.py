@@ -6,57 +6,13 @@ be replayed: `python -m tests.attack.driver --seed N --out DIR` (`PYTHONPATH` as
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sglang_probe.ledger.run import load_run
-from sglang_probe.ledger.verify import verify
+from tests.attack.outcome import Outcome, attack
 
 pytestmark = pytest.mark.engine
-ROOT = Path(__file__).parent.parent.parent
-
-
-@dataclass
-class Outcome:
-    """What an attack left behind."""
-
-    oracle: dict[str, Any]
-    violations: dict[str, str]
-    counts: dict[str, Any]
-    output: str
-
-
-def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", **server: Any) -> Outcome:
-    """Run the driver under the slot oracle, in processes of its own."""
-    report = path / "oracle.json"
-    command = [sys.executable, "-m", "tests.attack.driver", "--seed", str(seed), "--requests", str(requests)]
-    command += ["--out", str(path / "run"), "--server", json.dumps(server)]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/attack/plugin")]),
-        "SLOT_ORACLE": str(report),
-        "SLOT_ORACLE_SABOTAGE": sabotage,
-    }
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
-    output = done.stdout + done.stderr
-    counts = [line.removeprefix("DONE ") for line in done.stdout.splitlines() if line.startswith("DONE ")]
-    if not sabotage:
-        assert counts, output
-    run = load_run(path / "run")
-    violations = {c.name: str(c.violation) for c in verify(run) if not c.holds}
-    if run.manifest.get("fault"):
-        violations["fault"] = run.manifest["fault"]
-    # A recording that stopped at once leaves no report; an attack that compared nothing never counts as exact.
-    silent = {"compared": 0, "wrong": 0, "unknown": 0, "first": None}
-    oracle = json.loads(report.read_text()) if report.exists() else silent
-    return Outcome(oracle, violations, json.loads(counts[-1]) if counts else {}, output)
 
 
 def assert_exact(outcome: Outcome) -> None:

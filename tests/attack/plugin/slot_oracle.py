@@ -2,7 +2,7 @@
 
 The truth is read from the device, which the probe itself never does: every forward writes the slots in
 `out_cache_loc` and attends to the slots in its rows of `req_to_token`. Loaded through `PYTHONPATH`, without being
-installed. `SLOT_ORACLE` names the file it reports to; `SLOT_ORACLE_SABOTAGE` disables one safeguard of the probe, to
+installed. `SLOT_ORACLE` is how the files it reports to begin, one a process; `SLOT_ORACLE_SABOTAGE` disables one safeguard of the probe, to
 show that the comparison would notice.
 """
 
@@ -71,7 +71,8 @@ def register() -> None:
 
     from sglang_probe.hooks import session as probe
 
-    oracle = Oracle(Path(os.environ["SLOT_ORACLE"]))
+    # Every data-parallel rank is a process of its own, with slots of its own.
+    oracle = Oracle(Path(f"{os.environ['SLOT_ORACLE']}.{os.getpid()}.json"))
 
     def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         session = probe.session
@@ -88,7 +89,8 @@ def register() -> None:
 
     def close_and_report(session: Any) -> None:
         original_close(session)
-        oracle.write()
+        if oracle.forwards:  # a tensor-parallel rank that does not record compares nothing
+            oracle.write()
 
     probe.Session.close = close_and_report  # type: ignore[method-assign]
     sabotage(os.environ.get("SLOT_ORACLE_SABOTAGE", ""))
