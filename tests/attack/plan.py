@@ -15,7 +15,7 @@ VOCABULARY = 3072
 CACHE_USES = ("read_only", "write_only", "off")
 
 EVICTION = ("lru", "lfu", "slru", "priority", "tlru")
-# Not `priority`: SGLang has it among its choices and knows no such policy (`SchedulePolicy`, `Unknown schedule_policy`).
+# Not `priority`: it is among SGLang's choices, and its scheduler answers `Unknown schedule_policy`.
 SCHEDULE = ("fcfs", "lpm", "random", "dfs-weight", "lof", "routing-key", "hrrn", "shortest-prefill-first")
 PRIORITY_SCHEDULE = ("fcfs", "lof")
 """What SGLang accepts beside `enable_priority_scheduling`."""

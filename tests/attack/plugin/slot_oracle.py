@@ -2,8 +2,8 @@
 
 The truth is read from the device, which the probe itself never does: every forward writes the slots in
 `out_cache_loc` and attends to the slots in its rows of `req_to_token`. Loaded through `PYTHONPATH`, without being
-installed. `SLOT_ORACLE` is how the files it reports to begin, one a process; `SLOT_ORACLE_SABOTAGE` disables one safeguard of the probe, to
-show that the comparison would notice.
+installed. `SLOT_ORACLE` is how the names of its reports begin, one a process; `SLOT_ORACLE_SABOTAGE` disables one
+safeguard of the probe, to show that the comparison would notice.
 """
 
 from __future__ import annotations
