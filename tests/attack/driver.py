@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
+
 from sglang_probe.harvest import session
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.engine import Answer, ProbedEngine
@@ -83,7 +85,7 @@ class Attack:
                 timer = asyncio.get_running_loop().call_later(traffic.abort_after, self._abort, request.rid)
             try:
                 generated = await self._ask(request, traffic)
-            except ValueError:  # the engine answers an abort, and a request that cannot fit, with an error
+            except (ValueError, HTTPException):  # how SGLang answers an abort, a full queue, and what it refuses
                 self.counts["refused"] += 1
                 return None
             finally:
