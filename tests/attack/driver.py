@@ -26,13 +26,10 @@ from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
-from tests.attack.plan import Plan, Traffic, make_traffic, plan_of
+from tests.attack.plan import LONGEST, Plan, Traffic, make_traffic, plan_of
 
 _PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
 """A workload that fits into any KV pool; the requests are replaced."""
-
-_LONGEST = 900
-"""Tokens of a continuation's prompt at most, so that most fit into the smallest KV pool."""
 
 
 class Attack:
@@ -106,7 +103,7 @@ class Attack:
             return ours
         said = (*self.requests[traffic.follows].prompt_ids, *earlier.output_ids)
         prompt = (*said, *ours.prompt_ids[-traffic.tail :]) if traffic.tail else said
-        if len(prompt) > _LONGEST:
+        if len(prompt) > LONGEST:
             return ours
         self.counts["continued"] += 1
         return replace(ours, prompt_ids=prompt, spans=(SegmentSpan("prompt", 0, len(prompt)),))

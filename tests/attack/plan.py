@@ -12,6 +12,8 @@ from typing import Any
 from sglang_probe.workload.request import Request, SegmentSpan
 
 VOCABULARY = 3072
+LONGEST = 900
+"""Tokens of a continuation's prompt at most, so that most fit into the smallest KV pool."""
 CACHE_USES = ("read_only", "write_only", "off")
 
 EVICTION = ("lru", "lfu", "slru", "priority", "tlru")
@@ -53,12 +55,18 @@ class Plan:
     priorities: bool = False
     pauses: bool = False
     """Generation is paused and every running request retracted, now and then."""
+    refusals: bool = False
+    """Some requests ask what SGLang's scheduler refuses."""
 
     @property
     def options(self) -> dict[str, Any]:
         """What is not SGLang's default, for a table."""
         server = {k: v for k, v in self.server.items() if v not in (False, None)}
-        ours = {k: getattr(self, k) for k in ("cache", "bypass", "pauses") if getattr(self, k) not in ("on", False)}
+        ours = {
+            k: getattr(self, k)
+            for k in ("cache", "bypass", "pauses", "refusals")
+            if getattr(self, k) not in ("on", False)
+        }
         return {**server, **ours, **self.env}
 
 
@@ -108,6 +116,7 @@ def plan_of(seed: int, requests: int) -> Plan:
         bypass=rng.random() < 0.4,
         priorities=priorities or server["radix_eviction_policy"] == "priority",
         pauses=rng.random() < 0.2,
+        refusals=rng.random() < 0.2,
     )
 
 
@@ -168,6 +177,8 @@ def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: 
         options["extra_key"] = rng.choice("xyz")  # the same words: a salt is not a key
     elif kind < 0.38:
         options |= {"return_logprob": True, "logprob_start_len": rng.randrange(prompt_len)}
+    if plan.refusals and rng.random() < 0.1:
+        options |= {"return_logprob": True, "logprob_start_len": 2 * LONGEST}
     if plan.priorities and rng.random() < 0.9:
         options["priority"] = rng.randint(-4, 4)
     if plan.server["schedule_policy"] == "routing-key":
