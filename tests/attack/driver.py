@@ -142,11 +142,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--requests", type=int, default=150)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--server", type=json.loads, default={}, help="JSON: engine options over the drawn ones")
     parser.add_argument("--plan", type=json.loads, default={}, help="JSON: fields of `Plan` over the drawn ones")
     args = parser.parse_args()
     plan = replace(plan_of(args.seed, args.requests), **args.plan)
-    plan.server.update(args.server)
     print("ATTACK", json.dumps({"seed": plan.seed, "options": plan.options}), flush=True)
     os.environ.update(plan.env)
 

@@ -41,17 +41,16 @@ class Outcome:
         return found
 
 
-def attack(
-    path: Path, seed: int, requests: int, *, sabotage: str = "", plan: dict | None = None, **server: Any
-) -> Outcome:
+def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: dict[str, Any] | None = None) -> Outcome:
     """Run the driver.
 
     Args:
         path: an empty folder; the run is left in `path/run`.
-        plan, server: fields of `Plan` and engine options, over the drawn ones.
+        sabotage: a safeguard to disable (`tests/attack/plugin/slot_sabotage.py`).
+        plan: fields of `Plan`, over the drawn ones.
     """
-    command = driver_command(seed, requests, path / "run")
-    command += ["--server", json.dumps(server), "--plan", json.dumps(plan or {})]
+    command = [sys.executable, "-m", "tests.attack.driver", "--seed", str(seed), "--requests", str(requests)]
+    command += ["--out", str(path / "run"), "--plan", json.dumps(plan or {})]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/attack/plugin")]),
@@ -81,20 +80,6 @@ def attack(
             violations["fault"] = run.manifest["fault"]
     options = said.get("ATTACK", {}).get("options", {})
     return Outcome(_oracle(path), violations, said.get("DONE", {}), options, output)
-
-
-def driver_command(seed: int, requests: int, out: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "tests.attack.driver",
-        "--seed",
-        str(seed),
-        "--requests",
-        str(requests),
-        "--out",
-        str(out),
-    ]
 
 
 def _oracle(path: Path) -> dict[str, Any]:

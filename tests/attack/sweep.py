@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.attack.outcome import ROOT, Outcome, attack, driver_command
+from tests.attack.outcome import ROOT, Outcome, attack
 
 COLUMNS = {
     "requests": lambda r: r["requests"],
@@ -31,11 +31,37 @@ COLUMNS = {
     },
 }
 
+SHORT = {
+    "page_size": "page",
+    "chunked_prefill_size": "chunk",
+    "max_total_tokens": "KV",
+    "disable_overlap_schedule": "no overlap",
+    "enable_mixed_chunk": "mixed",
+    "radix_eviction_policy": "evict",
+    "schedule_policy": "order",
+    "schedule_conservativeness": "conservative",
+    "max_running_requests": "running",
+    "max_queued_requests": "queued",
+    "max_prefill_tokens": "prefill tokens",
+    "prefill_max_requests": "prefill requests",
+    "enable_priority_scheduling": "priority",
+    "schedule_low_priority_values_first": "low first",
+    "priority_scheduling_preemption_threshold": "threshold",
+    "disable_priority_preemption": "no preemption",
+    "retraction_policy": "retract by",
+    "tp_size": "tp",
+    "dp_size": "dp",
+    "SGLANG_TEST_RETRACT": "forced retraction",
+}
+"""Engine options in the table."""
+PLAIN = {"max_prefill_tokens": 16384, "schedule_conservativeness": 1.0, "retraction_policy": "length"}
+"""SGLang's defaults, which the table leaves out."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configs", type=int, default=50)
-    parser.add_argument("--requests", type=int, default=40, help="requests per configuration")
+    parser.add_argument("--configs", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=45, help="requests per configuration")
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -58,8 +84,8 @@ def main() -> int:
     print(table(records))
     wrong = [r for r in records if r["noticed"]]
     for r in wrong:
-        replay = " ".join(driver_command(r["seed"], r["requests"], args.out / "replay")[1:])
-        print(f"\nseed {r['seed']}: {'; '.join(r['noticed'])}\n  python {replay}")
+        replay = f"--configs 1 --first-seed {r['seed']} --requests {r['requests']} --out {args.out}-replay"
+        print(f"\nseed {r['seed']}: {'; '.join(r['noticed'])}\n  python -m tests.attack.sweep {replay}")
     return 1 if wrong else 0
 
 
@@ -67,12 +93,20 @@ def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table, one line per configuration and a last one of totals."""
     lines = ["| seed | options | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for r in records:
-        options = ", ".join(f"{k} {v}" if v is not True else k for k, v in r["options"].items())
         cells = " | ".join(f"{of(r):,}" for of in COLUMNS.values())
-        lines.append(f"| {r['seed']} | {options} | {cells} |")
+        lines.append(f"| {r['seed']} | {_words(r['options'])} | {cells} |")
     totals = " | ".join(f"{sum(map(of, records)):,}" for of in COLUMNS.values())
     lines.append(f"| **all** | {len(records)} configurations | {totals} |")
     return "\n".join(lines)
+
+
+def _words(options: dict[str, Any]) -> str:
+    said = []
+    for name, value in options.items():
+        if PLAIN.get(name) != value and name != "radix_eviction_policy_config":
+            short = SHORT.get(name, name)
+            said.append(short if value is True or value == "1" else f"{short} {value}")
+    return ", ".join(said)
 
 
 def _record(seed: int, requests: int, outcome: Outcome) -> dict[str, Any]:
