@@ -58,6 +58,7 @@ class Attack:
             await disturbing
             if self.rng.random() < 0.25:
                 self.counts["flushed"] += bool((await self.manager.flush_cache()).success)
+        await self.manager.flush_cache(timeout_s=30)  # waits for requests whose clients have gone away
 
     async def _disturb(self) -> None:
         """Pause and go on, or abort everything, in the middle of a wave."""
