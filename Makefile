@@ -24,7 +24,7 @@ test-all: setup ## slow tests too
 	$(BIN)/python -m pytest
 
 attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
-	$(BIN)/python -m tests.attack.sweep --out runs/attack
+	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
 
 bench: setup ## measure the overhead and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py

@@ -23,8 +23,8 @@ class Outcome:
     oracle: dict[str, Any]
     """Counts of the slot oracle, of all ranks together."""
     violations: dict[str, str]
-    """Invariants that do not hold, by name; `ends` if a request was launched and never ended, `fault` if the probe
-    stopped itself, `driver` if the attack did not end."""
+    """Invariants that do not hold, by name; `ends` if a request has none, `fault` if the probe stopped
+    itself, `driver` if the attack did not end."""
     counts: dict[str, Any]
     """What the driver counted."""
     options: dict[str, Any]
@@ -74,8 +74,9 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
     if (path / "run" / "manifest.json").exists():
         run = load_run(path / "run")
         violations |= {c.name: str(c.violation) for c in verify(run) if not c.holds}
-        if endless := set(run.spans()["rid"]) - set(run.engine_requests()["rid"]):
-            violations["ends"] = f"{min(endless)} was launched and never ended, like {len(endless) - 1} others"
+        ended = set(run.engine_requests()["rid"])
+        if endless := sorted({f"r{i:06d}" for i in range(requests)} - ended):
+            violations["ends"] = f"{len(endless)} of {requests} requests never ended, the first {endless[0]}"
         if run.manifest.get("fault"):
             violations["fault"] = run.manifest["fault"]
     options = said.get("ATTACK", {}).get("options", {})

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=45, help="requests per configuration")
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--document", type=Path, help="a Markdown file whose part behind `## The run` is written anew")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.configs)
@@ -82,6 +84,9 @@ def main() -> int:
     records = sorted((json.loads(p.read_text()) for p in args.out.glob("seed-*.json")), key=lambda r: r["seed"])
     (args.out / "sweep.json").write_text(json.dumps(_summary(records), indent=1) + "\n")
     print(table(records))
+    if args.document:
+        above, heading, _ = args.document.read_text().partition("## The run\n")
+        args.document.write_text(f"{above}{heading}\n{_in_words(records)}\n\n{table(records)}\n")
     wrong = [r for r in records if r["noticed"]]
     for r in wrong:
         replay = f"--configs 1 --first-seed {r['seed']} --requests {r['requests']} --out {args.out}-replay"
@@ -98,6 +103,24 @@ def table(records: list[dict[str, Any]]) -> str:
     totals = " | ".join(f"{sum(map(of, records)):,}" for of in COLUMNS.values())
     lines.append(f"| **all** | {len(records)} configurations | {totals} |")
     return "\n".join(lines)
+
+
+def _in_words(records: list[dict[str, Any]]) -> str:
+    totals = _summary(records)["totals"]
+
+    def counted(name: str) -> str:
+        counter: Counter[str] = Counter()
+        for r in records:
+            counter.update(r["counts"].get(name, {}))
+        return ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
+
+    return (
+        f"{len(records)} configurations, {totals['requests']:,} requests, {totals['forwards']:,} forward passes, "
+        f"{totals['compared']:,} comparisons of a slot's true owner with the lineage: {totals['wrong']} wrong, "
+        f"{totals['unknown']} unknown, {totals['violations']} violations.\n"
+        f"Requests by finish reason: {counted('finish')}. Computed positions: {counted('phases')}; reused: "
+        f"{totals['reused']:,}. SGLang's defaults are left out of the table; `KV` is the pool in tokens."
+    )
 
 
 def _words(options: dict[str, Any]) -> str:

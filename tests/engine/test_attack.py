@@ -73,16 +73,14 @@ SLOW = pytest.mark.slow
                 "hash the page alone": tight(),
                 "forget too soon": tight(),
                 "forget published names": tight(),
-                "take both insertions": tight(),
                 "no attempts": tight(RETRACT),
                 "decode rows as prefill": tight(),
                 "count outputs": tight(),
-                "ignore aborts": tight(),
+                "ignore aborts": tight(max_running_requests=2),
                 "ignore who had finished": tight(),
                 "ignore the discard at the end": tight(),
                 "ignore the discard at retraction": tight(RETRACT),
                 "believe a refused prompt": tight(refusals=True),
-                "ignore flushes": tight(),
                 "shift the rows": tight(),
             }.items()
         ),
@@ -91,3 +89,10 @@ SLOW = pytest.mark.slow
 def test_without_a_safeguard_the_attack_is_noticed(sabotage: str, plan: dict[str, Any], tmp_path: Path) -> None:
     outcome = attack(tmp_path, 2, 80, sabotage=sabotage, plan=plan)
     assert outcome.noticed, outcome.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", ["ignore flushes", "take both insertions"])
+def test_housekeeping_decides_nothing(sabotage: str, tmp_path: Path) -> None:
+    """What a flush removes is never matched before it is inserted anew; publishing the same entries twice is one."""
+    assert_exact(attack(tmp_path, 2, 80, sabotage=sabotage, plan=tight()))
