@@ -8,7 +8,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all bench lint setup clean
+.PHONY: demo test test-all attack bench lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -22,6 +22,9 @@ test: setup ## tests, a few minutes on two cores
 
 test-all: setup ## slow tests too
 	$(BIN)/python -m pytest
+
+attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
+	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
 
 bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py

@@ -120,6 +120,10 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
             continue
         end = ended.get(rid)
         prompt = list(request.prompt_ids)
+        segments = [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans]
+        reason = end["finish_reason"] if end else schema.INTERRUPTED
+        if reason == schema.REFUSED:  # what was served is not what was asked
+            prompt, segments = [schema.REFUSED_TOKEN], [{"name": schema.REFUSED, "start": 0, "end": 1}]
         records.append(
             {
                 "rid": rid,
@@ -127,12 +131,12 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "output_len": end["output_len"] if end else 0,
                 "cached_tokens": end["cached_tokens"] if end else None,
                 "retractions": end["retractions"] if end else None,
-                "finish_reason": end["finish_reason"] if end else schema.INTERRUPTED,
+                "finish_reason": reason,
                 "output_ids": end["output_ids"] if end else None,
                 "index": request.index,
                 "family": request.family,
                 "prompt_ids": prompt,
-                "segments": [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans],
+                "segments": segments,
                 "sampling_params": json.dumps(
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),

@@ -11,6 +11,7 @@ from typing import Any
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.supported import refuse_unsupported
+from sglang_probe.ledger import schema
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
 
 
@@ -159,12 +160,15 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
 
 def end_of(req: Any, reason: str | None = None) -> RequestEnd:
     """What the engine says of a finished `Req`; `reason` for one that was dropped without a finish reason."""
+    reason = reason or req.finished_reason.to_json()["type"]
+    if reason == "abort" and list(req.origin_input_ids) == [schema.REFUSED_TOKEN]:
+        reason = schema.REFUSED  # the prompt was replaced, or it was just this token
     return RequestEnd(
         rid=req.rid,
         prompt_len=len(req.origin_input_ids),
         output_len=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         retractions=req.retraction_count,
-        finish_reason=reason or req.finished_reason.to_json()["type"],
+        finish_reason=reason,
         output_ids=req.output_ids.tolist(),
     )

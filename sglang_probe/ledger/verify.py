@@ -16,6 +16,7 @@ import pandas as pd
 from sglang_probe.capture.hook_points import EMBED
 from sglang_probe.ledger import positions, schema, segment
 from sglang_probe.ledger.check import Check
+from sglang_probe.ledger.phases import phases_fit
 from sglang_probe.ledger.run import Run
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         return [intact]  # what else could be read is not what was recorded
     checks: list[Callable[[Run], Check]] = [
         spans_tile,
+        phases_fit,
         reuse_reconciles,
         forwards_add_up,
         origins_hold,
@@ -125,16 +127,29 @@ def forwards_add_up(run: Run) -> Check:
     for rank, mine in forwards.groupby("dp_rank"):
         first = int(mine["forward_id"].min())
         last = int(mine["forward_id"].max())
-        counted = computed_per_forward(spans[spans["dp_rank"] == rank], first, last - first + 1)
+        ours = spans[spans["dp_rank"] == rank]
+        unknown = _outside(ours, first, last)
+        if len(unknown):
+            s = unknown.iloc[0]
+            violation = f"{s['rid']} positions {s['start']} to {s['end']}: forward {s['forward_id']} is not in the run"
+            return Check(name, claim, len(forwards), "forwards", violation)
+        counted = computed_per_forward(ours, first, last - first + 1)
         expected = mine["slots"].to_numpy()
-        ours = counted[mine["forward_id"].to_numpy() - first]
-        if (bad := np.nonzero(ours != expected)[0]).size:
+        found = counted[mine["forward_id"].to_numpy() - first]
+        if (bad := np.nonzero(found != expected)[0]).size:
             f = mine.iloc[bad[0]]
             violation = (
-                f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
+                f"forward {f['forward_id']}: spans hold {found[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
             )
             return Check(name, claim, len(forwards), "forwards", violation)
     return Check(name, claim, len(forwards), "forwards")
+
+
+def _outside(spans: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
+    """Computed spans that name a forward pass before `first` or behind `last`."""
+    spans = spans[spans["status"] == schema.COMPUTED]
+    steps = np.where(spans["phase"].isin(schema.STEP_PHASES), spans["end"] - spans["start"] - 1, 0)
+    return spans[(spans["forward_id"] < first) | (spans["forward_id"] + steps > last)]
 
 
 def computed_per_forward(spans: pd.DataFrame, first: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:

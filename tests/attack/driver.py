@@ -1,9 +1,8 @@
 """Random traffic against a real engine with the probe: `python -m tests.attack.driver --seed 7 --out DIR`.
 
-Everything follows from the seed: engine options, tree-shaped prefixes, lengths, stops, salts, duplicates, prompts that
-are cached whole, log probabilities of the prompt, aborts at random moments, flushes. Which requests an abort hits
-depends on timing; the invariants must hold whatever happens. The seed is printed first, so that a failure can be
-replayed.
+Everything follows from the seed (`tests/attack/plan.py`). Which requests an abort hits, and what a continued request
+had answered, depends on timing; the invariants must hold whatever happens. The seed is printed first, so that a failure
+can be replayed.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from fastapi import HTTPException
 
 from sglang_probe.harvest import session
 from sglang_probe.harvest.config import HarvestConfig
@@ -25,121 +26,116 @@ from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
+from tests.attack.plan import LONGEST, Plan, Traffic, make_traffic, plan_of
 
-VOCABULARY = 3072
 _PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
 """A workload that fits into any KV pool; the requests are replaced."""
 
 
-@dataclass
-class Plan:
-    """What one seed means."""
-
-    seed: int
-    requests: int
-    server: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
-    concurrency: int = 8
-
-
-def plan_of(seed: int, requests: int) -> Plan:
-    """Draw engine options. Tight memory makes the engine evict and retract."""
-    rng = random.Random(seed)
-    page = rng.choice([1, 1, 16])
-    server: dict[str, Any] = {
-        "page_size": page,
-        "chunked_prefill_size": rng.choice([32, 64, 128, 4096]),
-        "max_total_tokens": rng.choice([1024, 1536, 2560, 8192]),
-        "disable_overlap_schedule": rng.random() < 0.3,
-        "enable_mixed_chunk": rng.random() < 0.4,
-        "radix_eviction_policy": rng.choice(["lru", "lru", "lfu"]),
-        "schedule_policy": rng.choice(["fcfs", "lpm", "random"]),
-        "schedule_conservativeness": rng.choice([0.1, 0.3, 1.0]),
-    }
-    env = {"SGLANG_TEST_RETRACT": "1"} if rng.random() < 0.3 else {}
-    return Plan(seed, requests, server, env, rng.choice([4, 8, 16]))
-
-
-def make_requests(plan: Plan) -> list[Request]:
-    """Prompts as paths through a random tree of token runs."""
-    rng = random.Random(plan.seed + 1)
-
-    def run_of(low: int, high: int) -> list[int]:
-        return [rng.randrange(10, VOCABULARY) for _ in range(rng.randint(low, high))]
-
-    tree: list[list[int]] = [run_of(5, 90)]
-    for _ in range(12):
-        tree.append(rng.choice(tree) + run_of(3, 60))
-    requests: list[Request] = []
-    for i in range(plan.requests):
-        kind = rng.random()
-        if kind < 0.15 and requests:
-            prompt = list(rng.choice(requests[-4:]).prompt_ids)  # a duplicate, likely in the same batch
-        elif kind < 0.25:
-            prompt = list(rng.choice(tree)) or [11]  # wholly inside the tree: cached to the last token but one
-        else:
-            prompt = rng.choice(tree) + run_of(1, 80)
-        params: dict[str, Any] = {"max_new_tokens": rng.choice([1, 2, 8, 24, 60]), "temperature": 1.0}
-        if rng.random() < 0.5:
-            params["stop_token_ids"] = rng.sample(range(VOCABULARY), 300)
-        else:
-            params["ignore_eos"] = True
-        spans = (SegmentSpan("prompt", 0, len(prompt)),)
-        requests.append(Request(i, f"r{i:06d}", tuple(prompt), spans, None, params))
-    return requests
-
-
 class Attack:
-    """Takes the place of `ProbedEngine.serve`: the same requests in waves, with aborts inside and flushes between."""
+    """Takes the place of `ProbedEngine.serve`: the same requests in waves, with aborts and pauses inside, and flushes
+    between."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, traffic: list[Traffic], requests: list[Request]) -> None:
+        self.plan = plan
+        self.traffic = traffic
+        self.requests = requests
         self.rng = random.Random(plan.seed + 2)
-        self.aborted = 0
-        self.flushed = 0
+        self.answers: dict[int, Answer] = {}
+        self.counts = dict.fromkeys(("served", "aborted", "left", "refused", "flushed", "paused", "continued"), 0)
 
-    async def serve(self, engine: ProbedEngine, todo: list[Any], concurrency: int) -> AsyncIterator[Answer]:
-        rest = list(todo)
+    async def serve(self, engine: ProbedEngine, concurrency: int) -> AsyncIterator[Answer]:
+        self.manager = engine._engine.tokenizer_manager
+        rest = list(self.traffic)
         while rest:
             size = self.rng.randint(8, 40)
             wave, rest = rest[:size], rest[size:]
             gate = asyncio.Semaphore(concurrency)
-            for answer in await asyncio.gather(*(self._one(engine, gate, *item) for item in wave)):
+            disturbing = asyncio.ensure_future(self._disturb())
+            for answer in await asyncio.gather(*(self._one(gate, t) for t in wave)):
                 if answer is not None:
                     yield answer
-            if self.rng.random() < 0.2:
-                await engine._engine.tokenizer_manager.flush_cache()
-                self.flushed += 1
+            await disturbing
+            if self.rng.random() < 0.25:
+                self.counts["flushed"] += bool((await self.manager.flush_cache()).success)
+        await self.manager.flush_cache(timeout_s=30)  # waits for requests whose clients have gone away
 
-    async def _one(
-        self, engine: ProbedEngine, gate: asyncio.Semaphore, rid: str, prompt: list[int], params: dict[str, Any]
-    ) -> Answer | None:
-        options: dict[str, Any] = {}
-        kind = self.rng.random()
-        if kind < 0.15:
-            options["cache_salt"] = self.rng.choice("xyz")
-        elif kind < 0.3:
-            options |= {"return_logprob": True, "logprob_start_len": self.rng.randrange(len(prompt))}
-        abort_after = self.rng.random() * 0.3 if self.rng.random() < 0.15 else None
+    async def _disturb(self) -> None:
+        """Pause and go on, or abort everything, in the middle of a wave."""
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+        if self.plan.pauses:
+            await asyncio.sleep(self.rng.random() * 0.5)
+            await self.manager.pause_generation(PauseGenerationReqInput(mode=self.rng.choice(["retract", "in_place"])))
+            await asyncio.sleep(0.05)
+            await self.manager.continue_generation(ContinueGenerationReqInput())
+            self.counts["paused"] += 1
+        if self.rng.random() < 0.1:
+            await asyncio.sleep(self.rng.random() * 0.5)
+            self.manager.abort_request(abort_all=True)
+
+    async def _one(self, gate: asyncio.Semaphore, traffic: Traffic) -> Answer | None:
         async with gate:
+            request = self._continued(traffic)
+            self.requests[request.index] = request
             timer = None
-            if abort_after is not None:
-                timer = asyncio.get_running_loop().call_later(abort_after, self._abort, engine, rid)
+            if traffic.abort_after is not None:
+                timer = asyncio.get_running_loop().call_later(traffic.abort_after, self._abort, request.rid)
             try:
-                generated = await engine._engine.async_generate(
-                    input_ids=list(prompt), sampling_params=params, rid=rid, stream=False, **options
-                )
-            except ValueError:  # the engine answers an abort, and a request that cannot fit, with an error
+                generated = await self._ask(request, traffic)
+            except (ValueError, HTTPException):  # how SGLang answers an abort, a full queue, and what it refuses
+                self.counts["refused"] += 1
                 return None
             finally:
                 if timer is not None:
                     timer.cancel()
-        if generated["meta_info"]["finish_reason"]["type"] == "abort":
+        if generated is None or (generated["meta_info"]["finish_reason"] or {}).get("type") == "abort":
             return None
-        return Answer(rid, list(generated["output_ids"]), int(generated["meta_info"]["cached_tokens"]))
+        answer = Answer(request.rid, list(generated["output_ids"]), int(generated["meta_info"]["cached_tokens"]))
+        self.answers[request.index] = answer
+        self.counts["served"] += 1
+        return answer
 
-    def _abort(self, engine: ProbedEngine, rid: str) -> None:
-        self.aborted += 1
-        engine._engine.tokenizer_manager.abort_request(rid=rid)
+    def _continued(self, traffic: Traffic) -> Request:
+        """The request, continuing an earlier one if that has been answered and leaves room."""
+        ours = traffic.request
+        earlier = self.answers.get(traffic.follows) if traffic.follows is not None else None
+        if earlier is None or traffic.follows is None:
+            return ours
+        said = (*self.requests[traffic.follows].prompt_ids, *earlier.output_ids)
+        prompt = (*said, *ours.prompt_ids[-traffic.tail :]) if traffic.tail else said
+        if len(prompt) > LONGEST:
+            return ours
+        self.counts["continued"] += 1
+        return replace(ours, prompt_ids=prompt, spans=(SegmentSpan("prompt", 0, len(prompt)),))
+
+    async def _ask(self, request: Request, traffic: Traffic) -> dict[str, Any] | None:
+        """Send it and read the answer; None if the client went away."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        options = dict(traffic.options)
+        stream = options.pop("stream", False) or traffic.reads is not None
+        asked = GenerateReqInput(
+            input_ids=list(request.prompt_ids),
+            sampling_params=dict(request.sampling_params),
+            rid=request.rid,
+            stream=stream,
+            **options,
+        )
+        last, pieces = None, 0
+        answer = self.manager.generate_request(asked, None)
+        async for last in answer:
+            pieces += 1
+            if pieces == traffic.reads and not last["meta_info"]["finish_reason"]:
+                self.counts["left"] += 1
+                self._abort(request.rid)  # as SGLang's HTTP server does when a client disconnects
+                await answer.aclose()
+                return None
+        return last
+
+    def _abort(self, rid: str) -> None:
+        self.counts["aborted"] += 1
+        self.manager.abort_request(rid=rid)
 
 
 def main() -> None:
@@ -147,26 +143,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--requests", type=int, default=150)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--server", type=json.loads, default={}, help="JSON: engine options over the drawn ones")
+    parser.add_argument("--plan", type=json.loads, default={}, help="JSON: fields of `Plan` over the drawn ones")
     args = parser.parse_args()
-    plan = plan_of(args.seed, args.requests)
-    plan.server.update(args.server)
-    print("ATTACK", json.dumps({"seed": plan.seed, "server": plan.server, "env": plan.env}), flush=True)
+    plan = replace(plan_of(args.seed, args.requests), **args.plan)
+    print("ATTACK", json.dumps({"seed": plan.seed, "options": plan.options}), flush=True)
     os.environ.update(plan.env)
 
     config = HarvestConfig.model_validate(
         {"workload": _PLACEHOLDER, "concurrency": plan.concurrency, "server": plan.server}
     )
     prepared = Prepared(config, {"arm": config.arm})
-    prepared.workload = Workload(make_requests(plan), 0, None)
-    attack = Attack(plan)
+    traffic = make_traffic(plan)
+    prepared.workload = Workload([t.request for t in traffic], 0, None)
+    attack = Attack(plan, traffic, prepared.workload.requests)
 
-    async def serve(engine: ProbedEngine, todo: list[Any], concurrency: int) -> AsyncIterator[Answer]:
-        async for answer in attack.serve(engine, todo, concurrency):
+    async def serve(engine: ProbedEngine, _todo: list[Any], concurrency: int) -> AsyncIterator[Answer]:
+        async for answer in attack.serve(engine, concurrency):
             yield answer
 
     ProbedEngine.serve = serve  # type: ignore[method-assign]
-    run = session.harvest(prepared, args.out, Arm(), overwrite=True)
+    hooks = session.Hooks(bypass=plan.bypass)
+    run = session.harvest(prepared, args.out, Arm(cache=plan.cache), overwrite=True, hooks=hooks)
     spans = run.spans()
     counts = {
         "finish": run.requests()["finish_reason"].value_counts().to_dict(),
@@ -174,8 +171,7 @@ def main() -> None:
         "reused": int((spans["end"] - spans["start"])[spans["status"] == "reused"].sum()),
         "rebinds": len(run.rebinds()),
         "retracted": int((run.engine_requests()["retractions"] > 0).sum()),
-        "aborted": attack.aborted,
-        "flushed": attack.flushed,
+        **attack.counts,
         "mixed": int((run.forwards()["mode"] == "mixed").sum()),
     }
     print("DONE", json.dumps(counts), flush=True)

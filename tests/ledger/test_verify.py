@@ -25,6 +25,7 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
     assert {c.name: (c.covered, c.violation) for c in checks} == {
         "files": (4, None),
         "tiling": (2, None),
+        "phases": (5, None),
         "reuse": (2, None),
         "forwards": (4, None),
         "lineage": (4, None),
@@ -74,8 +75,37 @@ def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None
             ("row ownership", "claims row 99, which does not exist; 12 do"),
         ),
         (lambda s: _set(s, s["status"] == "reused", end=3), ("reuse", "b: 3 reused in the ledger, 4 by SGLang")),
+        (
+            lambda s: _set(s, s["phase"] == "overshoot", forward_id=7),
+            ("forwards", "b positions 7 to 8: forward 7 is not in the run"),
+        ),
+        (
+            lambda s: _set(s, s["phase"] == "decode", phase="prefill"),
+            ("phases", "positions 6 to 8 of attempt 0 cannot be prefill"),
+        ),
+        (
+            lambda s: _set(s, s["phase"] == "prefill", phase="decode"),
+            ("phases", "a positions 0 to 6 of attempt 0 cannot be decode"),
+        ),
+        (
+            lambda s: pd.concat([s, _attempts("a", (0, 6, "recompute"), (6, 7, "decode"))]),
+            ("phases", "a: attempt 0 kept 8 positions, and attempt 1 prefills 6"),
+        ),
     ],
-    ids=["gap", "overlap", "hidden overshoot", "lost decode", "wrong forward", "two owners", "no such row", "reuse"],
+    ids=[
+        "gap",
+        "overlap",
+        "hidden overshoot",
+        "lost decode",
+        "wrong forward",
+        "two owners",
+        "no such row",
+        "reuse",
+        "no such forward",
+        "decode as prefill",
+        "prefill as decode",
+        "a step kept that was discarded",
+    ],
 )
 def test_a_broken_ledger_is_found(make_run: Callable[..., Run], broken: Any, named: tuple[str, str]) -> None:
     run = make_run()
@@ -128,6 +158,15 @@ def test_the_hash_of_a_row_depends_on_every_bit_and_not_on_its_neighbours() -> N
     flipped = EMBEDDING.clone()
     flipped.view(torch.int16)[7, 3] ^= 1
     assert hash_rows(flipped)[7] != hashes[7]
+
+
+def _attempts(rid: str, *computed: tuple[int, int, str]) -> pd.DataFrame:
+    """Computed spans of attempt 1."""
+    rows = [
+        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, 0, None, -1, 0, None, None), strict=True))
+        for a, b, p in computed
+    ]
+    return pd.DataFrame(rows)
 
 
 def _set(spans: pd.DataFrame, where: Any, **values: Any) -> pd.DataFrame:

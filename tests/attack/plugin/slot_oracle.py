@@ -2,8 +2,8 @@
 
 The truth is read from the device, which the probe itself never does: every forward writes the slots in
 `out_cache_loc` and attends to the slots in its rows of `req_to_token`. Loaded through `PYTHONPATH`, without being
-installed. `SLOT_ORACLE` names the file it reports to; `SLOT_ORACLE_SABOTAGE` disables one safeguard of the probe, to
-show that the comparison would notice.
+installed. `SLOT_ORACLE` is how the names of its reports begin, one a process; `SLOT_ORACLE_SABOTAGE` disables one
+safeguard of the probe, to show that the comparison would notice.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def register() -> None:
 
     from sglang_probe.hooks import session as probe
 
-    oracle = Oracle(Path(os.environ["SLOT_ORACLE"]))
+    # Every data-parallel rank is a process of its own, with slots of its own.
+    oracle = Oracle(Path(f"{os.environ['SLOT_ORACLE']}.{os.getpid()}.json"))
 
     def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         session = probe.session
@@ -88,63 +89,11 @@ def register() -> None:
 
     def close_and_report(session: Any) -> None:
         original_close(session)
-        oracle.write()
+        if oracle.forwards:  # a tensor-parallel rank that does not record compares nothing
+            oracle.write()
 
     probe.Session.close = close_and_report  # type: ignore[method-assign]
-    sabotage(os.environ.get("SLOT_ORACLE_SABOTAGE", ""))
+    if what := os.environ.get("SLOT_ORACLE_SABOTAGE"):
+        from slot_sabotage import sabotage
 
-
-def sabotage(what: str) -> None:
-    """Disable one safeguard."""
-    from sglang_probe.ledger.lineage import Lineage
-    from sglang_probe.ledger.recorder import Recorder
-
-    if what == "ignore rebinds":
-        publish = Lineage.publish
-
-        def without_rebind(
-            self: Any, rid: str, tokens: Any, length: int, first_new: int, _protected: int, ns: Any
-        ) -> Any:
-            return publish(self, rid, tokens, length, first_new, first_new, ns)
-
-        Lineage.publish = without_rebind  # type: ignore[method-assign]
-    elif what == "ignore publications":
-        Recorder.publish = lambda self, *a, **k: None  # type: ignore[method-assign]
-    elif what == "token keys in pages":
-        init = Lineage.__init__
-
-        def with_page_of_one(self: Any, page_size: int, capacity: int) -> None:
-            init(self, 1, capacity * page_size)
-
-        Lineage.__init__ = with_page_of_one  # type: ignore[method-assign]
-    elif what == "keep the first owner":
-        # Entries of evicted nodes are inserted anew; whoever keeps the first owner is wrong from then on.
-        remember = Lineage._remember
-
-        def keep(self: Any, keys: list[int], values: Any) -> None:
-            new = [(k, v) for k, v in zip(keys, values, strict=True) if k not in self._young and k not in self._old]
-            remember(self, [k for k, _ in new], [v for _, v in new])
-
-        Lineage._remember = keep  # type: ignore[method-assign]
-    elif what == "no attempts":
-        from sglang_probe.hooks import accounting
-
-        plan_of = accounting.plan_of
-
-        def flat(batch: Any, **kwargs: Any) -> Any:
-            plan = plan_of(batch, **kwargs)
-            plan.attempts = [0] * len(plan.attempts)
-            return plan
-
-        accounting.plan_of = flat
-    elif what == "shift the rows":
-        from sglang_probe.capture.taps import Taps
-
-        take = Taps.take
-
-        def shifted(self: Any, tokens: int, *, replayed: bool) -> Any:
-            return {k: v.roll(1, 0) for k, v in take(self, tokens, replayed=replayed).items()}
-
-        Taps.take = shifted  # type: ignore[method-assign]
-    elif what:
-        raise ValueError(f"unknown sabotage {what!r}")
+        sabotage(what)

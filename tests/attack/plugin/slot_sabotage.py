@@ -1,0 +1,246 @@
+"""Disables one safeguard of the probe at a time, to show that the attack would notice.
+
+Each function takes away one idea; its name, with spaces, is what `SLOT_ORACLE_SABOTAGE` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sglang_probe.capture.taps import Taps
+from sglang_probe.hooks import accounting, lineage
+from sglang_probe.hooks import session as probe
+from sglang_probe.ledger import lineage as shadow
+from sglang_probe.ledger.lineage import Lineage
+from sglang_probe.ledger.recorder import Recorder
+
+
+def sabotage(what: str) -> None:
+    SABOTAGES[what]()
+
+
+def ignore_rebinds() -> None:
+    publish = Lineage.publish
+
+    def without(self: Any, rid: str, tokens: Any, length: int, first_new: int, _protected: int, ns: Any) -> Any:
+        return publish(self, rid, tokens, length, first_new, first_new, ns)
+
+    Lineage.publish = without  # type: ignore[method-assign]
+
+
+def ignore_publications() -> None:
+    Recorder.publish = lambda self, *a, **k: None  # type: ignore[method-assign]
+
+
+def ignore_the_end_of_decode() -> None:
+    """What a request decoded is published as unknown."""
+    fill = shadow._Owners.fill
+    publish = Lineage.publish
+
+    def without(self: Any, *args: Any) -> Any:
+        shadow._Owners.fill = lambda own, end: own.extend(  # type: ignore[method-assign]
+            np.full(max(0, end - own.length), shadow.BEFORE, dtype=np.int64)
+        )
+        try:
+            return publish(self, *args)
+        finally:
+            shadow._Owners.fill = fill  # type: ignore[method-assign]
+
+    Lineage.publish = without  # type: ignore[method-assign]
+
+
+def token_keys_in_pages() -> None:
+    init = Lineage.__init__
+
+    def with_page_of_one(self: Any, page_size: int, capacity: int) -> None:
+        init(self, 1, capacity * page_size)
+
+    Lineage.__init__ = with_page_of_one  # type: ignore[method-assign]
+
+
+def keep_the_first_owner() -> None:
+    """Entries of evicted nodes are inserted anew; whoever keeps the first owner is wrong from then on."""
+    remember = Lineage._remember
+
+    def keep(self: Any, keys: list[int], values: Any) -> None:
+        new = [(k, v) for k, v in zip(keys, values, strict=True) if k not in self._young and k not in self._old]
+        remember(self, [k for k, _ in new], [v for _, v in new])
+
+    Lineage._remember = keep  # type: ignore[method-assign]
+
+
+def one_namespace() -> None:
+    """Salts and extra keys do not separate prefixes."""
+    shadow._seed = lambda _namespace: 0  # type: ignore[assignment]
+
+
+def hash_the_page_alone() -> None:
+    """The tokens before a page do not count."""
+
+    def alone(self: Any, ids: Any, namespace: object) -> Any:
+        usable = len(ids) // self._page * self._page
+        with np.errstate(over="ignore"):
+            words = shadow._mix(ids[:usable].astype(np.uint64)).reshape(-1, self._page)
+            return words.sum(axis=1, dtype=np.uint64) + np.uint64(shadow._seed(namespace))
+
+    Lineage._page_hashes = alone  # type: ignore[method-assign]
+
+
+def forget_too_soon() -> None:
+    """A memory much smaller than the KV pool."""
+    init = Lineage.__init__
+
+    def small(self: Any, page_size: int, _capacity: int) -> None:
+        init(self, page_size, 16)
+
+    Lineage.__init__ = small  # type: ignore[method-assign]
+
+
+def forget_published_names() -> None:
+    """A request's name goes when it ends, though its entries are remembered."""
+    end = Lineage.end
+
+    def without(self: Any, rid: str) -> None:
+        own = self._running.get(rid)
+        if own is not None:
+            own.published = False
+        end(self, rid)
+
+    Lineage.end = without  # type: ignore[method-assign]
+
+
+def ignore_flushes() -> None:
+    lineage._forget = lambda: None
+
+
+def take_both_insertions() -> None:
+    """A checkpoint inserts twice; the second time to split a leaf."""
+    published = lineage._published
+
+    def again(result: Any, params: Any) -> None:
+        session = probe.session
+        req = session.publishing if session is not None else None
+        published(result, params)
+        if session is not None:
+            session.publishing = req
+
+    lineage._published = again
+
+
+def no_attempts() -> None:
+    plan_of = accounting.plan_of
+
+    def flat(batch: Any, **kwargs: Any) -> Any:
+        plan = plan_of(batch, **kwargs)
+        plan.attempts = [0] * len(plan.attempts)
+        return plan
+
+    accounting.plan_of = flat
+
+
+def decode_rows_as_prefill() -> None:
+    """The decode rows of a mixed batch are not told from its prefill rows."""
+    plan_of = accounting.plan_of
+
+    def mixed(batch: Any, **kwargs: Any) -> Any:
+        plan = plan_of(batch, **kwargs)
+        if plan.mode == "mixed":
+            plan.decoding = [False] * len(plan.rids)
+            plan.contexts = [accounting.context_of(r) for r in batch.reqs]
+        return plan
+
+    accounting.plan_of = mixed
+
+
+def count_outputs() -> None:
+    """The decoded position from the length of the output, which lags one step behind under overlap scheduling."""
+    plan_of = accounting.plan_of
+
+    def lagging(batch: Any, **kwargs: Any) -> Any:
+        plan = plan_of(batch, **kwargs)
+        if plan.mode == "decode":
+            plan.starts = [len(r.origin_input_ids) + len(r.output_ids) - 1 for r in batch.reqs]
+            plan.ends = [s + 1 for s in plan.starts]
+        return plan
+
+    accounting.plan_of = lagging
+
+
+def ignore_aborts() -> None:
+    """Of requests that are dropped outside a forward's result."""
+    accounting._aborted = lambda _req: None
+
+
+def ignore_who_had_finished() -> None:
+    """A discarded step is taken for an output, and a request ends a second time."""
+    commit = accounting._commit
+    accounting._commit = lambda batch, result, _finished, retracted: commit(batch, result, set(), retracted)
+
+
+def ignore_the_discard_at_the_end() -> None:
+    end = Recorder.end
+
+    def without(self: Any, ended: Any) -> None:
+        pending, self._pending = self._pending, type(self._pending)()
+        try:
+            end(self, ended)
+        finally:
+            self._pending = pending
+
+    Recorder.end = without  # type: ignore[method-assign]
+
+
+def ignore_the_discard_at_retraction() -> None:
+    commit = accounting._commit
+    accounting._commit = lambda batch, result, finished, _retracted: commit(batch, result, finished, set())
+
+
+def believe_a_refused_prompt() -> None:
+    """SGLang served one token in its place."""
+    end_of = accounting.end_of
+
+    def as_abort(req: Any, reason: str | None = None) -> Any:
+        import dataclasses
+
+        end = end_of(req, reason)
+        return dataclasses.replace(end, finish_reason="abort") if end.finish_reason == "refused" else end
+
+    accounting.end_of = as_abort
+
+
+def shift_the_rows() -> None:
+    take = Taps.take
+
+    def shifted(self: Any, tokens: int, *, replayed: bool) -> Any:
+        return {k: v.roll(1, 0) for k, v in take(self, tokens, replayed=replayed).items()}
+
+    Taps.take = shifted  # type: ignore[method-assign]
+
+
+SABOTAGES = {
+    f.__name__.replace("_", " "): f
+    for f in (
+        ignore_rebinds,
+        ignore_publications,
+        ignore_the_end_of_decode,
+        token_keys_in_pages,
+        keep_the_first_owner,
+        one_namespace,
+        hash_the_page_alone,
+        forget_too_soon,
+        forget_published_names,
+        ignore_flushes,
+        take_both_insertions,
+        no_attempts,
+        decode_rows_as_prefill,
+        count_outputs,
+        ignore_aborts,
+        ignore_who_had_finished,
+        ignore_the_discard_at_the_end,
+        ignore_the_discard_at_retraction,
+        believe_a_refused_prompt,
+        shift_the_rows,
+    )
+}

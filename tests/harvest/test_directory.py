@@ -1,0 +1,40 @@
+"""`requests.parquet` says what the engine served, also where that is not what was asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sglang_probe.capture.writer import Writer
+from sglang_probe.harvest.directory import write_requests
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.lineage import Lineage
+from sglang_probe.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.ledger.run import MANIFEST, load_run
+from sglang_probe.ledger.verify import verify
+from sglang_probe.workload.request import Request, SegmentSpan
+
+
+def test_a_refused_request_is_in_the_ledger_with_the_placeholder_that_was_served(tmp_path: Path) -> None:
+    """SGLang runs one token in place of a prompt that its scheduler refuses (found by attack, seed 102)."""
+    embedding = torch.randn((50, 8), generator=torch.Generator().manual_seed(0))
+    writer = Writer(tmp_path)
+    recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
+    plan = ForwardPlan(1, "extend", ["a"], [0], [1], [False], [0], [1], [Context(np.array([0]), None)], 1)
+    recorder.launch(plan)
+    plan.rows = {"hook_embed": embedding[:1]}
+    recorder.commit(1, graph=False, ended=[RequestEnd("a", 1, 1, 0, 0, schema.REFUSED, [11])])
+    writer.flush(timeout=30)
+    manifest = {"schema_version": 1, "hook_points": {"hook_embed": ""}, "requests_expected": 1}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    run = load_run(tmp_path)
+
+    counts = write_requests(run, [Request(0, "a", (3, 4, 5, 6), (SegmentSpan("user", 0, 4),))])
+
+    assert counts == {schema.REFUSED: 1}
+    assert [str(c) for c in verify(run, embedding=embedding) if not c.holds] == []
+    first = run.tokens().iloc[0]
+    assert (first["token_id"], first["segment"]) == (0, schema.REFUSED)
