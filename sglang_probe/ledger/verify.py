@@ -69,6 +69,9 @@ def spans_tile(run: Run) -> Check:
     wrong = spans[spans["start"] != previous_end]
     requests = run.requests(interrupted=True)
     unit, covered = "requests", len(requests)
+    ended = run.engine_requests()["rid"]
+    if ended.duplicated().any():
+        return Check(name, claim, covered, unit, f"{ended[ended.duplicated()].iloc[0]} ended more than once")
     if len(wrong):
         r = wrong.iloc[0]
         kind = "gap" if r["start"] > previous_end[wrong.index[0]] else "overlap"

@@ -141,6 +141,13 @@ def test_two_requests_with_swapped_rows_are_found_by_content_alone(make_run: Cal
         assert "2 of 12 rows are wrong" in str(checks[-1].violation)
 
 
+def test_a_request_that_ends_twice_is_found(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    again = pa.concat_tables([pq.read_table(f) for f in sorted((run.path / "ledger").glob("requests-*.parquet"))] * 2)
+    _rewrite(run.path, "ledger/requests-00000.parquet", again)
+    assert "ended more than once" in str({c.name: c.violation for c in verify(run)}["tiling"])
+
+
 def test_a_changed_and_a_missing_file_are_found(make_run: Callable[..., Run]) -> None:
     run = make_run()
     shard = run.path / "rows/hook_embed/shard-00000.safetensors"
@@ -177,11 +184,16 @@ def _set(spans: pd.DataFrame, where: Any, **values: Any) -> pd.DataFrame:
 
 
 def _rewrite_spans(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """Change the spans on disk and their recorded hash, as a bug in the recorder would have."""
+    """Change the spans on disk, as a bug in the recorder would have."""
+    changed = change(pq.read_table(path / "ledger/spans-00000.parquet").to_pandas())
+    _rewrite(
+        path, "ledger/spans-00000.parquet", pa.Table.from_pandas(changed, schema=schema.SPANS, preserve_index=False)
+    )
+
+
+def _rewrite(path: Path, name: str, table: pa.Table) -> None:
+    """Replace a table on disk, and its recorded hash."""
     (part,) = journal.read(path)
-    file = path / "ledger/spans-00000.parquet"
-    changed = change(pq.read_table(file).to_pandas())
-    table = pa.Table.from_pandas(changed, schema=schema.SPANS, preserve_index=False)
-    part.files["ledger/spans-00000.parquet"] = journal.write_durably(file, lambda p: pq.write_table(table, p))
+    part.files[name] = journal.write_durably(path / name, lambda p: pq.write_table(table, p))
     (path / journal.NAME).unlink()
     journal.append(path, part)
