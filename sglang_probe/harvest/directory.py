@@ -119,7 +119,8 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
         if request is None:  # not of the workload: the engine's own warm-up
             continue
         end = ended.get(rid)
-        prompt = list(request.prompt_ids)
+        refused = end is not None and end["finish_reason"] == schema.REFUSED
+        prompt = [0] if refused else list(request.prompt_ids)
         records.append(
             {
                 "rid": rid,
@@ -132,7 +133,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "index": request.index,
                 "family": request.family,
                 "prompt_ids": prompt,
-                "segments": [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans],
+                "segments": [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans if not refused],
                 "sampling_params": json.dumps(
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),
