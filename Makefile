@@ -23,8 +23,9 @@ test: setup ## tests, a few minutes on two cores
 test-all: setup ## slow tests too
 	$(BIN)/python -m pytest
 
-bench: setup ## measure the overhead and write docs/benchmarks.md
+bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/coverage.py
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

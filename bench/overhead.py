@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+from page import machine, write_section
 
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.paths import shipped
@@ -133,13 +132,6 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -151,11 +143,7 @@ def main() -> None:
         return
     results = run_rounds(args.rounds)
     text = (
-        "# Benchmarks\n\n"
-        "Written by `make bench`; do not edit.\n\n"
-        "## Cost of recording\n\n"
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores of {cpu_name()}, no GPU, Python "
-        f"{platform.python_version()}. Model `probe-text` (3.7 M parameters) on the CPU reference platform, "
+        f"{machine()}. Model `probe-text` (3.7 M parameters) on the CPU reference platform, "
         f"{CONCURRENT} concurrent requests of {PROMPT} prompt tokens; decode: {OUTPUT} output tokens each (its rate "
         "includes their prefill), prefill: 1 output token; per CPU second: over the CPU time of the scheduler process. "
         f"{args.rounds} rounds, each configuration once a round in "
@@ -164,8 +152,7 @@ def main() -> None:
         "With so small a model a decode step takes milliseconds, so fixed costs per step weigh more than on any model "
         "in production.\n"
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
+    write_section(args.out, "Cost of recording", text)
     print(text)
 
 

@@ -3,6 +3,7 @@
 A *part* is everything committed since the part before: one shard of rows per hook point and one Parquet file per
 ledger table. Its files are written under temporary names, synced and renamed; then its line is appended and synced.
 Files that no line names are left-overs of a crash.
+Each data-parallel rank is a process of its own and keeps a journal of its own; the reader takes all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 from sglang_probe.errors import RunDirectoryError
 
 NAME = "journal.jsonl"
+"""The journal of data-parallel rank 0; rank n writes `journal-dp<n>.jsonl`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One durable part of a run. `files` maps paths relative to the run directory to their SHA-256."""
+    """One durable part of one rank's recording. `files` maps paths relative to the run directory to their SHA-256."""
 
     number: int
     session: int
@@ -29,15 +31,27 @@ class Part:
     rows_end: int  # one past the last row of this part
     rows: int
     files: dict[str, str] = field(default_factory=dict)
+    dp_rank: int = 0
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files end."""
+        return f"{self.number:05d}" if self.dp_rank == 0 else f"dp{self.dp_rank}-{self.number:05d}"
 
 
 def read(run: Path) -> list[Part]:
-    """Parts of a run, in order. A torn last line (a crash while appending) is ignored.
+    """Parts of a run, rank by rank, in order. A torn last line (a crash while appending) is ignored.
 
     Raises:
         RunDirectoryError: a line that is not the last cannot be read.
     """
-    path = run / NAME
+    ranks = {int(p.stem.rsplit("-dp", 1)[1]) for p in run.glob("journal-dp*.jsonl")}
+    return [part for rank in sorted(ranks | {0}) for part in read_rank(run, rank)]
+
+
+def read_rank(run: Path, dp_rank: int) -> list[Part]:
+    """Parts of one data-parallel rank; as `read`."""
+    path = run / _name(dp_rank)
     if not path.exists():
         return []
     *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -51,7 +65,7 @@ def read(run: Path) -> list[Part]:
 
 def append(run: Path, part: Part) -> None:
     """Append a part and wait until it is on disk. A torn last line of an earlier crash is cut off first."""
-    with open(run / NAME, "a+b") as f:
+    with open(run / _name(part.dp_rank), "a+b") as f:
         f.seek(0)
         text = f.read()
         f.truncate(text.rfind(b"\n") + 1)
@@ -59,6 +73,10 @@ def append(run: Path, part: Part) -> None:
         f.flush()
         os.fsync(f.fileno())
     _sync_folder(run)
+
+
+def _name(dp_rank: int) -> str:
+    return NAME if dp_rank == 0 else f"journal-dp{dp_rank}.jsonl"
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> str:

@@ -34,10 +34,12 @@ class _Stop(threading.Event):
 class Writer:
     """Sink of the recorder. `put` blocks while too much is waiting: back-pressure, nothing is dropped.
 
+    Goes on behind the durable parts of its rank, if the run has any.
+
     Args:
         run: the run directory.
         session: number of this engine process within the run, 0 for the first.
-        first_part, first_forward, first_row: where a resumed run goes on.
+        dp_rank: data-parallel rank of this process.
         part_seconds: longest time between two parts while commits come.
         max_waiting_bytes: rows that may wait for the disk before `put` blocks.
     """
@@ -47,9 +49,7 @@ class Writer:
         run: Path,
         *,
         session: int = 0,
-        first_part: int = 0,
-        first_forward: int = 0,
-        first_row: int = 0,
+        dp_rank: int = 0,
         part_seconds: float = 20.0,
         max_waiting_bytes: int = 1 << 30,
     ) -> None:
@@ -57,10 +57,13 @@ class Writer:
         self.bytes = 0
         """Size of all durable parts."""
         self._part_seconds = part_seconds
-        self._session = session
-        self._part = first_part
-        self._forwards_end = first_forward
-        self._rows_end = first_row
+        self._session, self._dp_rank = session, dp_rank
+        parts = journal.read_rank(run, dp_rank)
+        self._part = parts[-1].number + 1 if parts else 0
+        self.forwards_end = parts[-1].forwards_end if parts else dp_rank << schema.RANK_SHIFT
+        """One past the last durable forward pass."""
+        self.rows_end = parts[-1].rows_end if parts else dp_rank << schema.RANK_SHIFT
+        """One past the last durable row."""
         self._queue: queue.Queue[list[Commit] | threading.Event] = queue.Queue(maxsize=4096)
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = self._waiting_commits = 0
@@ -183,10 +186,11 @@ class Writer:
             return
         files: dict[str, str] = {}
         rows = 0
+        stem = journal.Part(self._part, 0, 0, 0, 0, dp_rank=self._dp_rank).stem
         for hook_point, pieces in self._rows.items():
             tensor = torch.cat(pieces)
             rows = tensor.shape[0]
-            name = f"rows/{hook_point}/shard-{self._part:05d}.safetensors"
+            name = f"rows/{hook_point}/shard-{stem}.safetensors"
             files[name] = self._save_rows(name, tensor)
         for table, table_schema, facts in (
             ("spans", schema.SPANS, self._spans),
@@ -196,23 +200,24 @@ class Writer:
             ("prompts", schema.PROMPTS, self._prompts),
         ):
             if facts:
-                name = f"ledger/{table}-{self._part:05d}.parquet"
+                name = f"ledger/{table}-{stem}.parquet"
                 table_of_facts = _table(table_schema, facts)
                 if table == "spans":
                     table_of_facts = coalesce(table_of_facts)
                 files[name] = self._save_table(name, table_of_facts)
-        self._rows_end += rows
+        self.rows_end += rows
         if self._forwards:
-            self._forwards_end = self._forwards[-1][0] + 1
-        journal.append(
-            self._run, journal.Part(self._part, self._session, self._forwards_end, self._rows_end, rows, files)
+            self.forwards_end = self._forwards[-1][0] + 1
+        part = journal.Part(
+            self._part, self._session, self.forwards_end, self.rows_end, rows, files, dp_rank=self._dp_rank
         )
+        journal.append(self._run, part)
         self._part += 1
         self.bytes += sum((self._run / name).stat().st_size for name in files)
         self._clear()
 
     def _save_rows(self, name: str, tensor: torch.Tensor) -> str:
-        first = str(self._rows_end)
+        first = str(self.rows_end)
         return journal.write_durably(
             self._run / name, lambda path: save_file({ROWS_KEY: tensor}, path, metadata={"row_start": first})
         )

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import ab, doctor, harvest, verify
+from sglang_probe.cli import ab, coverage, doctor, harvest, lossless, phase, verify
 
 app = typer.Typer(
     name="sglang-probe",
@@ -18,6 +18,9 @@ app = typer.Typer(
 )
 app.command("harvest")(harvest.command)
 app.command("ab")(ab.command)
+app.command("coverage")(coverage.command)
+app.command("lossless")(lossless.command)
+app.command("phase")(phase.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 

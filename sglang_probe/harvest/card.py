@@ -7,8 +7,10 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.capture import journal
+from sglang_probe.errors import LedgerError
 from sglang_probe.ledger.run import Run
-from sglang_probe.study.coverage import coverage_by_segment, totals
+from sglang_probe.study.coverage import coverage_by_segment, study_coverage, totals
+from sglang_probe.study.coverage.words import paragraph
 
 _CARD = """# {name}
 
@@ -29,7 +31,10 @@ _CARD = """# {name}
 {coverage}
 
 A reused position has no captured row: the engine skipped its forward pass. Positions whose coverage is low are
-under-sampled in the rows of this run relative to traffic.
+under-sampled in the rows of this run relative to traffic. `sglang-probe coverage` has other classes of tokens, the bias
+of each, and weights that correct it.
+
+{methods}
 
 ## Known gaps
 
@@ -77,6 +82,7 @@ def write_card(run: Run) -> None:
         reused=int(t["reused"]),
         generated=int(t["generated"]),
         coverage=markdown_table(coverage_by_segment(tokens)),
+        methods=_methods(run),
         gaps=_gaps(m, t),
         path=run.path.name,
         first_hook=run.hook_points[0] if run.hook_points else "hook_embed",
@@ -95,6 +101,13 @@ def markdown_table(frame: pd.DataFrame) -> str:
         for r in frame.itertuples(index=False)
     ]
     return "\n".join([header, rule, *rows])
+
+
+def _methods(run: Run) -> str:
+    try:
+        return paragraph(study_coverage(run))
+    except LedgerError as e:
+        return f"**The coverage of this run cannot be counted: {e.message}.**"
 
 
 def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:

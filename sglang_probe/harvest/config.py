@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import EMBED, parse_hook_point
 from sglang_probe.config import Config
@@ -75,6 +75,20 @@ class ExperimentConfig(Recording):
     arms: dict[str, Arm] = Field(
         default_factory=lambda: {"cache_on": Arm(), "cache_off": Arm(cache="off")}, min_length=2
     )
-    """The first arm samples; the decode of all others is forced to its tokens."""
-    repeat: bool = True
-    """Run every arm a second time: the difference of an arm to itself is the floor beside every effect."""
+    """The first arm samples; the decode of all others is forced to its tokens. Each name is a run's folder."""
+    replicates: int = Field(default=2, ge=1)
+    """How often each arm runs: the difference of an arm to itself is the floor beside every effect."""
+    order_seed: int = 0
+    """Of the order of the arms within each replicate."""
+    baseline: str | None = None
+    """The arm that the others are compared with; by default the first."""
+    margin: float = Field(default=1e-3, gt=0)
+    """By how much relative L2 an effect may exceed the floor and still be called equivalent; stated beforehand."""
+    force_outputs: bool = True
+    """False: every arm samples its own outputs, and what is compared ends where they part."""
+
+    @model_validator(mode="after")
+    def _baseline_is_an_arm(self) -> ExperimentConfig:
+        if self.baseline is not None and self.baseline not in self.arms:
+            raise ValueError(f"`baseline: {self.baseline}` is no arm; arms: {', '.join(self.arms)}")
+        return self

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,8 +27,11 @@ CONFIGURATION = (
     "dtype",
     "hook_points",
     "server_given",
+    "switches",
+    "partners",
     "forced_from",
     "submission_order",
+    "policy",
     "versions",
 )
 """Manifest keys that must agree for two recordings to be of the same thing."""
@@ -36,12 +39,9 @@ CONFIGURATION = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where an engine process begins to write: all zero in a new run."""
+    """What an engine process follows: nothing, in a new run."""
 
     session: int = 0
-    part: int = 0
-    forward: int = 0
-    row: int = 0
     sessions: tuple[dict[str, Any], ...] = ()
     """Durations of earlier engine processes; `seconds` is None for one that was killed."""
 
@@ -137,6 +137,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "sampling_params": json.dumps(
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),
+                "labels": [asdict(label) for label in request.labels] or None,
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))
@@ -171,16 +172,10 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     (path / "fault.txt").unlink(missing_ok=True)
     if not parts:
         return Start()
-    last = parts[-1]
+    following = max(part.session for part in parts) + 1
     sessions = list(old.manifest.get("sessions", []))
-    sessions += [{"seconds": None, "requests": None}] * (last.session + 1 - len(sessions))
-    return Start(
-        session=last.session + 1,
-        part=last.number + 1,
-        forward=last.forwards_end,
-        row=last.rows_end,
-        sessions=tuple(sessions),
-    )
+    sessions += [{"seconds": None, "requests": None}] * (following - len(sessions))
+    return Start(session=following, sessions=tuple(sessions))
 
 
 def _version(name: str) -> str | None:

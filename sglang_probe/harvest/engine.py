@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
+import time
+import typing
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +16,9 @@ from typing import Any
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.hooks.control import CLOSE
-from sglang_probe.platform.environment import accelerator_present, prepare_this_process
+from sglang_probe.hooks.control import CLOSE, OPEN
+from sglang_probe.platform.environment import accelerator_present, bind_cpus, prepare_this_process
+from sglang_probe.platform.limits import PROBE_TORCH
 from sglang_probe.plugin import CONFIG_VARIABLE
 
 PROBE_FILE = "probe.yaml"
@@ -34,7 +38,7 @@ def default_server_args() -> dict[str, Any]:
     if accelerator_present():
         return {}
     # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable.
-    return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
+    return {"device": "cpu", "attention_backend": PROBE_TORCH, "max_total_tokens": 65536}
 
 
 def server_argument_names() -> set[str]:
@@ -43,6 +47,19 @@ def server_argument_names() -> set[str]:
     from sglang.srt.server_args import ServerArgs
 
     return set(ServerArgs.__struct_fields__)
+
+
+def server_argument_choices() -> dict[str, list[Any]]:
+    """Values that SGLang accepts, for the server arguments that have a fixed set of them."""
+    prepare_this_process()
+    from sglang.srt.server_args import ServerArgs
+
+    choices = {}
+    for name, hint in typing.get_type_hints(ServerArgs, include_extras=True).items():
+        for extra in getattr(hint, "__metadata__", ()):
+            if getattr(extra, "choices", None):
+                choices[name] = list(extra.choices)
+    return choices
 
 
 def sampling_parameter_names() -> set[str]:
@@ -56,9 +73,11 @@ def sampling_parameter_names() -> set[str]:
 class ProbedEngine:
     """A running engine. Use as a context manager; leaving it closes the recording and ends the engine's processes.
 
+    One engine may make several recordings, one after the other (`begin`).
+
     Args:
         model_path: what SGLang loads.
-        probe: the engine-side configuration, written to the run directory as `probe.yaml`.
+        probe: the engine-side configuration of the first recording. Its hooks stay for all that follow.
         server: SGLang server arguments over the defaults.
     """
 
@@ -72,6 +91,8 @@ class ProbedEngine:
             **server,
         }
         self._engine: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._recordings = 0
 
     def __enter__(self) -> ProbedEngine:
         self.start()
@@ -82,17 +103,42 @@ class ProbedEngine:
 
     def start(self) -> None:
         """Start the engine's processes; returns when it can serve."""
-        path = self._probe.run / PROBE_FILE
-        # JSON is YAML; the file is what the scheduler process reads.
-        path.write_text(json.dumps(self._probe.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        self._folder = tempfile.TemporaryDirectory(prefix="sglang-probe-")
+        path = self._write_config(self._probe)
         prepare_this_process()
         # Loading bars and import-time warnings of every process would bury our own progress.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         os.environ[CONFIG_VARIABLE] = str(path.resolve())
+        ranks = int(self._server.get("tp_size", 1)) * int(self._server.get("dp_size", 1))
+        bind_cpus(os.environ, ranks)
         import sglang
 
         self._engine = sglang.Engine(**self._server)
+
+    def _write_config(self, probe: EngineProbeConfig) -> Path:
+        """Write what the scheduler process reads, and a copy into the run. JSON is YAML."""
+        assert self._folder is not None
+        text = json.dumps(probe.model_dump(mode="json"), indent=2) + "\n"
+        (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
+        path = Path(self._folder.name) / f"probe-{self._recordings}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def begin(self, probe: EngineProbeConfig, timeout: float = 60) -> None:
+        """Begin another recording in the running engine, under the policy that `probe.switches` names.
+
+        Raises:
+            ProbeError: the engine refuses; its log says why.
+        """
+        self._recordings += 1
+        self._write_config(probe)
+        deadline = time.monotonic() + timeout
+        while not all(self._tell(OPEN, self._recordings, timeout)):  # it may still be busy with the last discarded step
+            if time.monotonic() > deadline:
+                raise ProbeError("the engine refused to begin another recording; its log says why")
+            time.sleep(0.2)
+        self._probe = probe
 
     def stop(self) -> None:
         """Close the recording, if that was not done, and end the engine's processes."""
@@ -104,6 +150,8 @@ class ProbedEngine:
             os.environ.pop(CONFIG_VARIABLE, None)
             self._engine.shutdown()
             self._engine = None
+            if self._folder is not None:
+                self._folder.cleanup()
 
     @property
     def server_args(self) -> dict[str, Any]:
@@ -152,24 +200,37 @@ class ProbedEngine:
             for task in running:
                 task.cancel()
 
+    async def serve_groups(
+        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]]
+    ) -> AsyncIterator[Answer]:
+        """Serve groups of requests one after the other, those of a group together; answers come as they finish."""
+        for group in groups:
+            async for answer in self.serve(group, len(group)):
+                yield answer
+
     def close_recording(self, timeout: float = 120) -> None:
         """Have the probe write everything it knows.
 
         Raises:
             ProbeError: the probe had stopped recording, or does not answer.
         """
-        from sglang.srt.managers.io_struct import SetInternalStateReq
-
-        async def close() -> list[bool]:
-            request = SetInternalStateReq(server_args={CLOSE: 1})
-            return list(await asyncio.wait_for(self._engine.tokenizer_manager.set_internal_state(request), timeout))
-
         try:
-            replies = self.run(close())
+            replies = self._tell(CLOSE, 1, timeout)
         except TimeoutError:
             raise ProbeError(f"the engine did not confirm within {timeout} s that the recording is on disk") from None
         if not all(replies):
             raise ProbeError(fault_of(self._probe.run) or "the engine refused to close the recording")
+
+    def _tell(self, command: str, value: int, timeout: float) -> list[bool]:
+        """Send a command to every data-parallel rank (`sglang_probe.hooks.control`)."""
+        from sglang.srt.managers.io_struct import SetInternalStateReq
+
+        async def tell() -> list[bool]:
+            request = SetInternalStateReq(server_args={command: value})
+            return list(await asyncio.wait_for(self._engine.tokenizer_manager.set_internal_state(request), timeout))
+
+        replies: list[bool] = self.run(tell())
+        return replies
 
 
 def fault_of(run: Path) -> str | None:

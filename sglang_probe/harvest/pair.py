@@ -1,4 +1,4 @@
-"""The paired experiment: arms over the same requests, outputs forced to the first arm's, each arm run twice."""
+"""The experiment: arms over the same requests, each run several times, as `sglang_probe.harvest.plan` orders them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.harvest.config import ExperimentConfig
 from sglang_probe.harvest.directory import difference
+from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.plan import plan
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
-from sglang_probe.harvest.session import harvest, manifest_of
+from sglang_probe.harvest.session import Hooks, bypasses, harvest, manifest_of
 from sglang_probe.ledger.run import MANIFEST, Run, load_run
-
-REPEAT = ".repeat"
-"""Suffix of the second run of an arm."""
 
 
 def run_names(config: ExperimentConfig) -> list[tuple[str, str]]:
-    """(run, arm) in execution order: A B A' B'. Replicates lie apart, so a drifting machine shows."""
-    arms = list(config.arms)
-    return [(a, a) for a in arms] + ([(a + REPEAT, a) for a in arms] if config.repeat else [])
+    """(run, arm) in execution order."""
+    return [(p.name, p.arm) for p in plan(config)]
 
 
 def run_pair(
@@ -40,37 +38,42 @@ def run_pair(
     """
     runs: dict[str, Run] = {}
     reference: Run | None = None
-    for name, arm in run_names(config):
-        path = folder / name
-        # The replicate submits the same requests in another order: its floor holds what batch composition alone does.
-        order = 1 if name != arm else None
-        if resume and _complete(path, manifest_of(prepared, path, config.arms[arm], name, reference, order)):
-            run = load_run(path)
-        else:
-            run = harvest(
-                prepared,
-                path,
-                config.arms[arm],
-                arm_name=name,
-                outputs_of=reference,
-                order_seed=order,
-                overwrite=overwrite,
-                resume=resume and path.exists(),
-                reporter=reporter,
-            )
-        runs[name] = run
-        reference = reference or run
+    # Hooks are chosen when an engine starts, and arms share engines.
+    bypass = any(arm.bypass for arm in config.arms.values()) or any(map(bypasses, prepared.workload.requests))
+    hooks = Hooks(config.force_outputs, bypass)
+    with EngineHost() as host:
+        for p in plan(config):
+            path, arm = folder / p.name, config.arms[p.arm]
+            outputs_of = reference if config.force_outputs else None
+            wanted = manifest_of(prepared, path, arm, p.name, outputs_of, p.order_seed)
+            run = complete_run(path, wanted) if resume else None
+            if run is None:
+                run = harvest(
+                    prepared,
+                    path,
+                    arm,
+                    arm_name=p.name,
+                    outputs_of=outputs_of,
+                    order_seed=p.order_seed,
+                    overwrite=overwrite,
+                    resume=resume and path.exists(),
+                    reporter=reporter,
+                    host=host,
+                    hooks=hooks,
+                )
+            runs[p.name] = run
+            reference = reference or run
     return runs
 
 
-def _complete(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `path` holds a complete run of the wanted configuration.
+def complete_run(path: Path, wanted: dict[str, Any]) -> Run | None:
+    """The run at `path`, if it is complete and of the wanted configuration; None if it is not complete.
 
     Raises:
-        RunDirectoryError: it holds a complete run of another one.
+        RunDirectoryError: it is a complete run of another one.
     """
     if not (path / MANIFEST).exists() or not (run := load_run(path)).complete:
-        return False
+        return None
     if key := difference(run.manifest, wanted):
         raise RunDirectoryError(f"{path} was recorded with another `{key}`", fix="--overwrite runs every arm again")
-    return True
+    return run

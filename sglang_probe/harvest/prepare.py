@@ -8,11 +8,17 @@ from collections.abc import Iterable, Mapping
 from sglang_probe.capture.hook_points import check_architecture, check_hook_points
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
-from sglang_probe.harvest.engine import default_server_args, sampling_parameter_names, server_argument_names
+from sglang_probe.harvest.engine import (
+    default_server_args,
+    sampling_parameter_names,
+    server_argument_choices,
+    server_argument_names,
+)
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.hooks import inventory
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.platform.environment import accelerator_present
+from sglang_probe.platform.limits import refuse_without_gpu
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
@@ -33,6 +39,8 @@ class Prepared:
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
             _check_server(server)
+            if not accelerator_present():
+                refuse_without_gpu(server)
         self.model = resolve_model(config.model)
         if config.hook_points:
             check_hook_points(config.hook_points, self.model.layers)
@@ -53,6 +61,9 @@ class Prepared:
         # Last, because SGLang must be imported to know its names.
         for server in servers:
             _check_names(server, server_argument_names(), "server argument")
+            _check_choices(server, server_argument_choices())
+        for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
+            _check_choices({"dtype": dtype}, server_argument_choices())
         _check_sampling(self.workload.requests)
 
 
@@ -74,6 +85,15 @@ def _check_sampling(requests: list[Request]) -> None:
                     f"request {r.index}: `{name}: {r.sampling_params[name]}` gives several outputs for one request",
                     fix="repeat the request in the workload instead",
                 )
+
+
+def _check_choices(given: Mapping[str, object], choices: Mapping[str, list[object]]) -> None:
+    for name, value in given.items():
+        if value is not None and value not in choices.get(name, [value]):
+            raise ConfigError(
+                f"server argument `{name}: {value}` is not among SGLang's choices",
+                fix=", ".join(map(str, choices[name])),
+            )
 
 
 def _check_names(given: Iterable[str], known: set[str], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,27 @@ from sglang_probe.capture import journal
 from sglang_probe.capture.hook_points import EMBED, engine_module
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
-from sglang_probe.harvest.engine import Answer, ProbedEngine, fault_of
+from sglang_probe.harvest.engine import Answer, fault_of
+from sglang_probe.harvest.host import EngineHost, engine_key
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
+from sglang_probe.policy.partners import group
+from sglang_probe.workload.request import Request
 
 Todo = list[tuple[str, Sequence[int], dict[str, Any]]]
 """Requests to serve: rid, prompt, sampling parameters."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the hooks of an engine can do for the recordings that share it."""
+
+    forced_outputs: bool = False
+    bypass: bool = False
 
 
 def harvest(
@@ -36,6 +48,8 @@ def harvest(
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
+    host: EngineHost | None = None,
+    hooks: Hooks = Hooks(),
 ) -> Run:
     """Run an engine over the workload under `arm` and write the run directory `path`.
 
@@ -43,6 +57,8 @@ def harvest(
         outputs_of: a run whose output tokens are forced here, so that both decode the same text.
         order_seed: submit the requests in an order shuffled by this seed; None: in workload order.
         overwrite, resume: what to do if `path` exists.
+        host: keeps the engine for the next recording; None: an engine for this one alone.
+        hooks: what a shared engine must be able to do, beyond what this recording needs.
 
     Raises:
         RunDirectoryError: `path` exists, or cannot be resumed.
@@ -50,29 +66,29 @@ def harvest(
         KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`.
     """
     reporter = reporter or Quiet()
+    engines = host or EngineHost()
     manifest = manifest_of(prepared, path, arm, arm_name, outputs_of, order_seed)
     start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
     manifest["sessions"] = list(start.sessions)
-    engine = ProbedEngine(
-        prepared.model.path,
-        EngineProbeConfig(
-            run=path.resolve(),
-            hook_points=prepared.config.hook_points,
-            forced_outputs=outputs_of is not None,
-            session=start.session,
-            first_part=start.part,
-            first_forward=start.forward,
-            first_row=start.row,
-            checkpoint_seconds=prepared.config.checkpoint_seconds,
-            ignore_interrupt=True,
-        ),
-        manifest["server_given"],
+    probe = EngineProbeConfig(
+        run=path.resolve(),
+        hook_points=prepared.config.hook_points,
+        forced_outputs=hooks.forced_outputs or outputs_of is not None,
+        bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
+        switches=arm.switches(prepared.config.server),
+        session=start.session,
+        checkpoint_seconds=prepared.config.checkpoint_seconds,
+        ignore_interrupt=True,
     )
+    server = manifest["server_given"]
     try:
-        todo = _remaining(prepared, path, start, outputs_of, order_seed)
-        with reporter.stage(f"{arm_name}: starting SGLang"):
-            engine.start()
+        todo = _remaining(prepared, path, start, arm, outputs_of, order_seed)
+        kept = engines.serves(engine_key(prepared.model.path, server, probe))
+        with reporter.stage(f"{arm_name}: {'changing the policy' if kept else 'starting SGLang'}"):
+            engine = engines.open(prepared.model.path, server, probe)
+        manifest["server_resolved"] = engine.server_args
     except BaseException as e:
+        engines.stop()
         if not start.session:
             directory.restore_set_aside(path)
         if isinstance(e, ValueError | TypeError):  # SGLang refuses an argument
@@ -81,11 +97,12 @@ def harvest(
     directory.discard_set_aside(path)
     seconds, answers = 0.0, []
     try:
-        with reporter.requests(f"{arm_name}: requests", len(todo)) as counter:
+        with reporter.requests(f"{arm_name}: requests", sum(map(len, todo))) as counter:
             began = time.perf_counter()
 
             async def serve() -> None:
-                async for answer in engine.serve(todo, prepared.config.concurrency):
+                alone = engine.serve(list(chain(*todo)), prepared.config.concurrency)
+                async for answer in alone if arm.partners is None else engine.serve_groups(todo):
                     answers.append(answer)
                     counter.advance(len(answer.output_ids))
 
@@ -94,12 +111,20 @@ def harvest(
             finally:
                 seconds = time.perf_counter() - began
         engine.close_recording()
+        if host is None:
+            engines.stop()
+    except BaseException:
+        engines.stop()  # so that everything it still knows is on disk
+        raise
     finally:
-        manifest["server_resolved"] = engine.server_args
-        engine.stop()
         manifest["sessions"] = [*start.sessions, {"seconds": round(seconds, 3), "requests": len(answers)}]
         _close(path, manifest, prepared, answers)
     return load_run(path)
+
+
+def bypasses(request: Request) -> bool:
+    """Whether a request says itself how it uses the cache."""
+    return "cache" in ((request.sampling_params.get("custom_params") or {}).get("probe") or {})
 
 
 def manifest_of(
@@ -113,7 +138,7 @@ def manifest_of(
         policy=arm.model_dump(mode="json"),
         model=prepared.model.identity(),
         model_path=prepared.model.path,
-        dtype=config.dtype,
+        dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
         workload=config.workload.model_dump(mode="json"),
         workload_digest=prepared.workload.digest,
@@ -121,7 +146,9 @@ def manifest_of(
         sampling=config.sampling,
         concurrency=config.concurrency,
         submission_order=order_seed,
-        server_given={"dtype": config.dtype, **config.server, **arm.server_args()},
+        server_given={"dtype": arm.dtype or config.dtype, **arm.start_args(config.server)},
+        switches=arm.switches(config.server).model_dump(mode="json", exclude_none=True),
+        partners=None if arm.partners is None else arm.partners.model_dump(mode="json"),
         forced_from=None if outputs_of is None else outputs_of.manifest["name"],
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
         requests_expected=len(prepared.workload.requests),
@@ -131,29 +158,37 @@ def manifest_of(
 
 
 def _remaining(
-    prepared: Prepared, path: Path, start: directory.Start, outputs_of: Run | None, order_seed: int | None
-) -> Todo:
-    """Requests still to be served, in submission order."""
+    prepared: Prepared, path: Path, start: directory.Start, arm: Arm, outputs_of: Run | None, order_seed: int | None
+) -> list[Todo]:
+    """Requests still to be served, in submission order: in the arm's groups, or as one."""
     forced: dict[int, list[int]] = {}
     if outputs_of is not None:
         forced = {r.index: r.output_ids.tolist() for r in outputs_of.requests().itertuples()}
     done = {rid.split("~")[0] for rid in directory.served(path)} if start.session else set()
     requests = list(prepared.workload.requests)
-    if order_seed is not None:
-        random.Random(order_seed).shuffle(requests)
-    todo: Todo = []
-    for r in requests:
-        if r.rid in done:
-            continue
+    if arm.partners is not None:
+        groups = group(requests, arm.partners, order_seed)
+    else:
+        if order_seed is not None:
+            random.Random(order_seed).shuffle(requests)
+        groups = [requests]
+
+    def ask(r: Request) -> tuple[str, Sequence[int], dict[str, Any]]:
         params = dict(r.sampling_params)
+        probe: dict[str, Any] = {} if arm.bypass is None else {"cache": arm.bypass}
         if outputs_of is not None:
             if r.index not in forced:
                 raise ProbeError(
                     f"{outputs_of.path} has no output for request {r.index}", fix="finish it with --resume first"
                 )
-            params["custom_params"] = {"probe": {"force": forced[r.index]}}
-        todo.append((f"{r.rid}~{start.session}" if start.session else r.rid, r.prompt_ids, params))
-    return todo
+            probe["force"] = forced[r.index]
+        if probe:
+            own = params.get("custom_params") or {}
+            params["custom_params"] = {**own, "probe": {**own.get("probe", {}), **probe}}
+        return f"{r.rid}~{start.session}" if start.session else r.rid, r.prompt_ids, params
+
+    todo = [[ask(r) for r in g if r.rid not in done] for g in groups]
+    return [t for t in todo if t]
 
 
 def _close(path: Path, manifest: dict[str, Any], prepared: Prepared, answers: list[Answer]) -> None:

@@ -19,6 +19,8 @@ from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
+    from sglang.srt.runtime_context import get_parallel
+
     refuse_unsupported(server_args)
     refuse_other_trees(scheduler.tree_cache)
     if scheduler.model_config.is_multimodal:
@@ -27,9 +29,15 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
             fix="use a text model, or run without the probe",
         )
     session = probe.active()
-    if session.config.live is not None:
-        session.live = live_server.start(session.config, server_args)
-    session.open(page_size=scheduler.page_size, pool_tokens=scheduler.max_total_num_tokens)
+    session.attach(
+        scheduler,
+        dp_rank=get_parallel().dp_rank or 0,
+        # Every tensor-parallel rank sees the same requests and plans; the first records them.
+        records=get_parallel().tp_rank == 0,
+    )
+    if session.records and session.config.live is not None:
+        session.live = live_server.start(session.config, server_args, session.dp_rank)
+    session.open()
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,13 +9,14 @@ from pydantic import Field, field_validator, model_validator
 from sglang_probe.capture.hook_points import parse_hook_point
 from sglang_probe.config import Config
 from sglang_probe.live.config import LiveConfig
+from sglang_probe.policy.switches import Switches
 
 
 class EngineProbeConfig(Config):
     """Configuration of one engine process.
 
     `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
-    fields are set by `sglang-probe harvest` to continue an interrupted run.
+    fields are set by `sglang-probe harvest`.
     """
 
     run: Path
@@ -23,13 +24,15 @@ class EngineProbeConfig(Config):
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0
-    first_part: int = 0
-    first_forward: int = 0
-    first_row: int = 0
+    """Number of this engine within the run; a resumed run goes on behind what is on disk."""
     checkpoint_seconds: float = 20.0
     """Longest time between two durable parts while forwards run."""
     forced_outputs: bool = False
     """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
+    bypass: bool = False
+    """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    switches: Switches = Switches()
+    """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
     """Leave Ctrl-C to the process that started the engine, so that it can close the run first."""
 
@@ -57,6 +60,8 @@ class EngineProbeConfig(Config):
             features.append("rows")
         if self.forced_outputs:
             features.append("forced decoding")
+        if self.bypass:
+            features.append("bypass")
         if self.live is not None:
             features.append("live")
         return features

@@ -17,6 +17,7 @@ from typing import Any
 
 from sglang_probe.hooks.control import CLOSE
 from sglang_probe.hooks.live import STATE_KEY
+from sglang_probe.live.merge import merge_states
 
 logger = logging.getLogger("sglang_probe")
 
@@ -100,20 +101,29 @@ class Endpoints:
         if not all(await self._close()):
             state = await self._state()
             return JSONResponse({"flushed": False, "reason": state.get("reason")}, status_code=503)
-        state = await self._state()
-        asked = state["flush"]["asked"]
+        states = await self._each()
+        asked = [state["flush"]["asked"] for state in states]
         deadline = time.monotonic() + _FLUSH_SECONDS
-        while state["flush"]["done"] < asked:
+        while any(state["flush"]["done"] < n for state, n in zip(states, asked, strict=True)):
+            state = merge_states(states)
             if time.monotonic() > deadline or not state["recording"]:
                 return JSONResponse({"flushed": False, "reason": state["reason"] or "timeout"}, status_code=504)
             await asyncio.sleep(0.05)
-            state = await self._state()
-        return {"flushed": True, "segment": state["flush"]["segment"], "next": state["segment"]["path"]}
+            states = await self._each()
+        closed = [state["flush"]["segment"] for state in states]
+        following = [state["segment"]["path"] for state in states]
+        if len(states) == 1:
+            return {"flushed": True, "segment": closed[0], "next": following[0]}
+        return {"flushed": True, "segments": closed, "next": following}
 
     async def _state(self) -> dict[str, Any]:
-        states = await self._states()
-        state = states[0].get(STATE_KEY) if states else None
-        return state or {"recording": False, "reason": "the scheduler process has no probe"}
+        return merge_states(await self._each())
+
+    async def _each(self) -> list[dict[str, Any]]:
+        """The state of every data-parallel rank, in their order; they answer in any."""
+        silent = {"recording": False, "reason": "the scheduler process has no probe"}
+        states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
+        return sorted(states, key=lambda state: state.get("dp_rank", 0))
 
 
 def _closer(tokenizer_manager: Any) -> Callable[[], Awaitable[list[bool]]]:
@@ -126,8 +136,13 @@ def _closer(tokenizer_manager: Any) -> Callable[[], Awaitable[list[bool]]]:
 
 
 def _emptier(tokenizer_manager: Any) -> Callable[[float], Awaitable[bool]]:
+    from sglang.srt.managers.io_struct import FlushCacheReqInput
+
     async def empty(timeout: float) -> bool:
-        return bool((await tokenizer_manager.flush_cache(timeout_s=timeout)).success)
+        # SGLang's own `flush_cache` looks at the first data-parallel rank's answer only.
+        tokenizer_manager.auto_create_handle_loop()
+        replies = await tokenizer_manager.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout))
+        return all(reply.success for reply in replies)
 
     return empty
 

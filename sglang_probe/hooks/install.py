@@ -20,6 +20,7 @@ _HTTP = "sglang.srt.entrypoints.http_server"
 _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_CACHE = "sglang.srt.mem_cache.common"
 _CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 
@@ -80,6 +81,13 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         from sglang_probe.hooks import forced
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
+    if config.bypass:
+        from sglang_probe.hooks import policy
+
+        hooks += [
+            (f"{_CACHE}.match_kv_cache", policy.match_kv_cache, "AROUND"),
+            (f"{_SCHEDULER}.Scheduler._create_generation_req", policy.create_generation_req, "AFTER"),
+        ]
     if config.live is not None:
         from sglang_probe.hooks import live
 

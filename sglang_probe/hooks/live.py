@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from sglang_probe.capture.hook_points import engine_module
-from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import inventory
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.config import EngineProbeConfig
@@ -52,20 +51,16 @@ _ARGUMENTS = (
 )
 
 
-def start(config: EngineProbeConfig, server_args: Any) -> LiveRecording:
+def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveRecording:
     """Begin to record. Called once the scheduler is built.
 
+    Data-parallel ranks are servers of their own behind one door: rank n of several records into `dp<n>`.
+
     Raises:
-        UnsupportedError: more than one scheduler process would write.
         RunDirectoryError: another server records into the same directory.
     """
     assert config.live is not None
-    for name in ("tp_size", "dp_size", "pp_size"):
-        if getattr(server_args, name, 1) != 1:
-            raise UnsupportedError(
-                f"a live recording of several scheduler processes is not handled (`{name}`)",
-                fix="serve with one process, or record with `sglang-probe harvest`",
-            )
+    several = server_args.dp_size > 1
     reviewed = inventory.load_inventory()
     facts = {
         "kind": "live",
@@ -81,12 +76,12 @@ def start(config: EngineProbeConfig, server_args: Any) -> LiveRecording:
     }
     drops = config.live.when_full == "drop" or (config.live.when_full is None and not config.hook_points)
     return LiveRecording(
-        config.run.resolve(),
+        config.run.resolve() / f"dp{dp_rank}" if several else config.run.resolve(),
         config.live,
-        facts,
+        {**facts, "dp_rank": dp_rank},
         part_seconds=config.checkpoint_seconds,
         drops=drops,
-        metrics=_metrics(server_args),
+        metrics=_metrics(server_args, dp_rank if several else None),
     )
 
 
@@ -194,11 +189,11 @@ def _closed() -> None:
     session.recorder = None
 
 
-def _metrics(server_args: Any) -> Metrics | None:
+def _metrics(server_args: Any, dp_rank: int | None) -> Metrics | None:
     if not server_args.enable_metrics:
         return None
     try:
-        return Metrics(server_args.served_model_name or server_args.model_path)
+        return Metrics(server_args.served_model_name or server_args.model_path, dp_rank)
     except Exception:
         logger.exception("sglang-probe has no Prometheus series")
         return None

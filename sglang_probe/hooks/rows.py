@@ -21,9 +21,12 @@ from sglang_probe.hooks import session as probe
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `ModelRunner.load_model`: install the taps, before any graph is captured."""
+    from sglang.srt.runtime_context import get_parallel
+
     if runner.is_draft_worker:
         return
     session = probe.active()
+    session.tp_size = get_parallel().tp_size
     if runner.device != "cpu":
         # The in-graph path is designed for, but has not been run; see the support table in the README.
         raise UnsupportedError(
@@ -86,13 +89,35 @@ def _embed_hook(name: str) -> Callable[..., None]:
 
 
 def _layer_hook(name: str) -> Callable[..., None]:
-    @probe.guarded
     def write_residual(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        residual_ND = _residual(args, kwargs, output)
+        if residual_ND is not None:
+            write(residual_ND)
+
+    @probe.guarded
+    def write(residual_ND: torch.Tensor) -> None:
         taps = probe.active().taps
         if taps is not None:
-            taps.write(name, _forward_batch(args, kwargs).residual_stream.snapshot(output))
+            taps.write(name, residual_ND)
 
     return write_residual
+
+
+def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
+    """The residual stream behind a layer, or None where nobody needs it.
+
+    A sum over tensor-parallel ranks that the layer left open is completed here, by all of them. So a rank takes part
+    whether or not it records: one that stopped alone would leave the others waiting for ever.
+    """
+    session = probe.active()
+    if session.recorder is None and session.tp_size == 1:
+        return None
+    try:
+        residual_ND: torch.Tensor = _forward_batch(args, kwargs).residual_stream.snapshot(output)
+        return residual_ND
+    except Exception as e:
+        session.fail("_residual", e)
+        return None
 
 
 def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,10 +10,13 @@ from typing import Any, ParamSpec
 from sglang_probe.capture import journal
 from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
+from sglang_probe.errors import UnsupportedError
+from sglang_probe.hooks import policy
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
 from sglang_probe.live.recording import LiveRecording
+from sglang_probe.policy.switches import Switches
 
 logger = logging.getLogger("sglang_probe")
 P = ParamSpec("P")
@@ -35,9 +38,15 @@ class Session:
         self.writer: Writer | LiveRecording | None = None
         self.live: LiveRecording | None = None
         """Set before `open` if a live server is recorded; takes the place of the writer."""
+        self.dp_rank = 0
+        self.records = True
+        self.opened = 0
+        """Recordings begun in this engine."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.taps: Taps | None = None
+        self.tp_size = 1
+        """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None
         """The forward being launched, from `run_batch` to its return."""
         self.publishing: Any = None
@@ -45,30 +54,66 @@ class Session:
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
 
-    def open(self, *, page_size: int, pool_tokens: int) -> None:
-        """Start recording.
+    def attach(self, scheduler: Any, *, dp_rank: int, records: bool) -> None:
+        """Take note of the scheduler, once it is built.
 
         Args:
-            page_size, pool_tokens: of SGLang's KV pool. What the lineage remembers is a multiple of the pool: under
-                LRU eviction nothing that can still be matched is forgotten; LFU may keep an entry for longer, whose
-                origin is then unknown, never wrong.
+            dp_rank: data-parallel rank of this process: each has its own cache, and its own ledger.
+            records: whether this process writes. Others only follow what the recording asks of the engine.
         """
-        c = self.config
-        self.writer = self.live or Writer(
-            c.run,
-            session=c.session,
-            first_part=c.first_part,
-            first_forward=c.first_forward,
-            first_row=c.first_row,
-            part_seconds=c.checkpoint_seconds,
-        )
+        self._scheduler, self.dp_rank, self.records = scheduler, dp_rank, records
+        self._start = policy.started_with(scheduler)
+
+    def open(self) -> None:
+        """Set the policy and start recording.
+
+        What the lineage remembers is a multiple of the KV pool: under LRU eviction nothing that can still be matched is
+        forgotten; LFU may keep an entry for longer, whose origin is then unknown, never wrong.
+
+        Raises:
+            UnsupportedError: the policy cannot be set without a restart.
+        """
+        c, scheduler = self.config, self._scheduler
+        if c.switches != Switches() or self.opened:
+            policy.apply(scheduler, c.switches, self._start)
+        self.opened += 1
+        if not self.records:
+            return
+        page_size, pool_tokens = scheduler.page_size, scheduler.max_total_num_tokens
+        forward = row = 0
+        if self.live is not None:
+            self.writer = self.live
+        else:
+            self.writer = Writer(c.run, session=c.session, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
+            forward, row = self.writer.forwards_end, self.writer.rows_end
         self.recorder = Recorder(
             self.writer,
             lineage=Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size)),
             captures_rows=bool(c.hook_points),
-            first_forward=c.first_forward,
-            first_row=c.first_row,
+            first_forward=forward,
+            first_row=row,
         )
+
+    def reopen(self, config: EngineProbeConfig) -> None:
+        """Go on with another recording in the same engine: another run, perhaps another policy.
+
+        Raises:
+            UnsupportedError: requests are in flight, or the engine was not started for what `config` needs.
+        """
+        missing = set(config.features) - set(self.config.features)
+        if missing or config.hook_points != self.config.hook_points or self.live is not None or config.live is not None:
+            raise UnsupportedError("the engine was started with other hooks than this recording needs")
+        self.close()
+        if isinstance(self.writer, Writer):
+            self.writer.stop()
+        # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
+        self.config = config.model_copy(
+            update={"forced_outputs": self.config.forced_outputs, "bypass": self.config.bypass}
+        )
+        self.fault, self.current, self.forced, self.publishing = None, None, None, None
+        if config.hook_points:
+            self.taps = Taps(config.hook_points, capacity=1024)
+        self.open()
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""

@@ -8,9 +8,13 @@ from sglang_probe.errors import UnsupportedError
 
 _REFUSED: dict[str, tuple[Any, str]] = {
     # server argument: (value that is fine, what it turns on otherwise)
-    "tp_size": (1, "tensor parallelism"),
-    "dp_size": (1, "data parallelism"),
     "pp_size": (1, "pipeline parallelism"),
+    "enable_dp_attention": (False, "data-parallel attention"),
+    "ep_size": (1, "expert parallelism"),
+    "attn_cp_size": (1, "context parallelism"),
+    "dcp_size": (1, "decode context parallelism"),
+    "enable_prefill_cp": (False, "prefill context parallelism"),
+    "nnodes": (1, "serving over several machines"),
     "speculative_algorithm": (None, "speculative decoding"),
     "disaggregation_mode": ("null", "prefill-decode disaggregation"),
     "enable_hierarchical_cache": (False, "the hierarchical cache"),

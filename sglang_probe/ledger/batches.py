@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.ledger import schema
+from sglang_probe.ledger import schema, weighting
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def iter_batches(
     *,
     batch_size: int,
     where: str | Callable[[pd.DataFrame], Any] | None,
-    weight: Literal["unique", "traffic"],
+    weight: str | Path | pd.DataFrame,
     shuffle: bool,
     seed: int,
 ) -> Iterator[torch.Tensor]:
@@ -56,12 +57,14 @@ def iter_batches(
     tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
     if where is not None:
         tokens = tokens.query(where) if isinstance(where, str) else tokens[where(tokens)]
-    column = {"unique": "row", "traffic": "source_row"}.get(weight)
-    if column is None:
-        raise RunDirectoryError(f"unknown weight `{weight}`", fix="use `unique` or `traffic`")
-    rows = tokens[column].to_numpy()
-    rows = rows[rows >= 0]
+    rng = np.random.default_rng(seed)
+    if isinstance(weight, str) and weight in ("unique", "traffic"):
+        rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]].to_numpy()
+        rows = rows[rows >= 0]
+    else:
+        tokens = tokens[tokens["row"] >= 0]
+        rows = np.repeat(tokens["row"].to_numpy(), weighting.copies(weighting.weights_of(tokens, weight), rng))
     if shuffle:
-        rows = np.random.default_rng(seed).permutation(rows)
+        rows = rng.permutation(rows)
     for i in range(0, len(rows), batch_size):
         yield run.rows(hook_point, rows[i : i + batch_size])

@@ -34,7 +34,10 @@ def load_run(path: str | Path) -> Run:
 
 
 class Run:
-    """One recorded run. Frames are plain pandas; columns are documented in `sglang_probe.ledger.schema`."""
+    """One recorded run. Frames are plain pandas; columns are documented in `sglang_probe.ledger.schema`.
+
+    Every ledger table has the column `dp_rank` in front: the data-parallel rank whose ledger it comes from.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,7 +181,7 @@ class Run:
         *,
         batch_size: int,
         where: str | Callable[[pd.DataFrame], Any] | None = None,
-        weight: Literal["unique", "traffic"] = "unique",
+        weight: str | Path | pd.DataFrame = "unique",
         shuffle: bool = True,
         seed: int = 0,
     ) -> Iterator[torch.Tensor]:
@@ -187,7 +190,9 @@ class Run:
         Args:
             where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.
             weight: `unique` gives every captured row once. `traffic` gives a row as often as its position occurred in
-                traffic, reused occurrences included.
+                traffic, reused occurrences included. A weights file of `sglang-probe coverage`, or a frame with
+                columns rid, start, end and weight, gives a row as often as its weight says, on average, and leaves
+                out what it does not name.
         """
         return batches.iter_batches(
             self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed
@@ -204,17 +209,20 @@ class Run:
 
     def row_count(self) -> int:
         """Rows captured at each hook point, over all parts."""
-        return max((p.rows_end for p in self.parts()), default=0)
+        return sum(p.rows for p in self.parts())
 
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
-        files = [self.path / f for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
-        tables = [pq.read_table(f, schema=table_schema) for f in files]
-        return (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
+        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
+        tables = [pq.read_table(self.path / f, schema=table_schema) for _, f in files]
+        frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
+        ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)
+        frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))
+        return frame
 
     def _shards(self, hook_point: str) -> list[tuple[int, int, Path]]:
         shards = []
         for part in self.parts():
-            name = f"rows/{hook_point}/shard-{part.number:05d}.safetensors"
+            name = f"rows/{hook_point}/shard-{part.stem}.safetensors"
             if name in part.files:
                 shards.append((part.rows_end - part.rows, part.rows_end, self.path / name))
         if not shards:

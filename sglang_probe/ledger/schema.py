@@ -19,6 +19,9 @@ OVERSHOOT = "overshoot"
 """A decode step whose output SGLang discarded, because its request had stopped (its KV is published) or was retracted
 (its KV is freed)."""
 
+RANK_SHIFT = 40
+"""Numbers of forwards and rows of data-parallel rank r begin at r << 40, so that each belongs to one ledger."""
+
 STEP_PHASES = (DECODE, OVERSHOOT)
 """Phases in which each position of a span has a forward pass of its own, numbered consecutively."""
 
@@ -94,6 +97,8 @@ PROMPTS = pa.schema(
     ]
 )
 
+_LABEL = [("axis", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
+
 REQUESTS = pa.schema(
     [
         *ENGINE_REQUESTS,
@@ -102,6 +107,8 @@ REQUESTS = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))),
         ("sampling_params", pa.string()),  # JSON
+        # Token classes along axes of the user's own; null in runs that have none.
+        ("labels", pa.list_(pa.struct(_LABEL))),
     ]
 )
 

@@ -121,19 +121,20 @@ def reuse_reconciles(run: Run) -> Check:
 def forwards_add_up(run: Run) -> Check:
     """The computed spans of each forward pass sum to the KV slots that SGLang allocated for it."""
     name, claim = "forwards", "computed spans of a forward pass sum to the KV slots that SGLang allocated for it"
-    forwards = run.forwards()
-    if forwards.empty:
-        return Check(name, claim, 0, "forwards")
-    first = int(forwards["forward_id"].min())
-    counted = computed_per_forward(run.spans(), first, int(forwards["forward_id"].max()) - first + 1)
-    expected = forwards["slots"].to_numpy()
-    ours = counted[forwards["forward_id"].to_numpy() - first]
-    bad = np.nonzero(ours != expected)[0]
-    violation = None
-    if len(bad):
-        f = forwards.iloc[bad[0]]
-        violation = f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
-    return Check(name, claim, len(forwards), "forwards", violation)
+    forwards, spans = run.forwards(), run.spans()
+    for rank, mine in forwards.groupby("dp_rank"):
+        first = int(mine["forward_id"].min())
+        last = int(mine["forward_id"].max())
+        counted = computed_per_forward(spans[spans["dp_rank"] == rank], first, last - first + 1)
+        expected = mine["slots"].to_numpy()
+        ours = counted[mine["forward_id"].to_numpy() - first]
+        if (bad := np.nonzero(ours != expected)[0]).size:
+            f = mine.iloc[bad[0]]
+            violation = (
+                f"forward {f['forward_id']}: spans hold {ours[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
+            )
+            return Check(name, claim, len(forwards), "forwards", violation)
+    return Check(name, claim, len(forwards), "forwards")
 
 
 def computed_per_forward(spans: pd.DataFrame, first: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -204,11 +205,13 @@ def rows_owned_once(run: Run) -> Check:
     if with_rows.empty:
         violation = f"{total} rows were captured and no span has any" if total else None
         return Check(name, claim, total, "rows", violation)
-    rows = positions.expand(with_rows)["row"].to_numpy()
-    owners = np.bincount(rows, minlength=total)
+    claimed = positions.expand(with_rows)["row"].to_numpy()
+    captured = np.concatenate([np.arange(p.rows_end - p.rows, p.rows_end) for p in run.parts()])
+    owners = np.bincount(np.searchsorted(captured, claimed), minlength=total + 1)
+    unknown = claimed[~np.isin(claimed, captured)]
     violation = None
-    if len(owners) > total:
-        violation = f"a span claims row {len(owners) - 1}, but only {total} exist"
-    elif (bad := np.nonzero(owners != 1)[0]).size:
-        violation = f"row {bad[0]} has {owners[bad[0]]} owners"
+    if len(unknown):
+        violation = f"a span claims row {unknown[0]}, which does not exist; {total} do"
+    elif (bad := np.nonzero(owners[:total] != 1)[0]).size:
+        violation = f"row {captured[bad[0]]} has {owners[bad[0]]} owners"
     return Check(name, claim, total, "rows", violation)

@@ -11,13 +11,20 @@ from sglang_probe.live.totals import Totals
 
 
 class Metrics:
-    """Counters and gauges; construct it in the scheduler process only, after SGLang set up its metrics."""
+    """Counters and gauges; construct it in the scheduler process only, after SGLang set up its metrics.
 
-    def __init__(self, model: str) -> None:
+    Args:
+        model: as the server names it.
+        dp_rank: data-parallel rank, a label like SGLang's own where there are several.
+    """
+
+    def __init__(self, model: str, dp_rank: int | None = None) -> None:
         from prometheus_client import Counter, Gauge
 
+        labels = {"model_name": model} | ({} if dp_rank is None else {"dp_rank": str(dp_rank)})
+
         def counter(name: str, what: str) -> Counter:
-            return Counter(f"sglang_probe:{name}", what, ["model_name"]).labels(model)
+            return Counter(f"sglang_probe:{name}", what, list(labels)).labels(**labels)
 
         self._counters = {
             "computed": counter("computed_tokens", "Positions that a forward pass computed: prompts and decode steps."),
@@ -29,9 +36,9 @@ class Metrics:
         self._depth = Gauge(
             "sglang_probe:writer_queue_depth",
             "Commits that wait to be written.",
-            ["model_name"],
+            list(labels),
             multiprocess_mode="mostrecent",
-        ).labels(model)
+        ).labels(**labels)
         self._published = dict.fromkeys(self._counters, 0)
 
     def publish(self, totals: Totals, *, waiting: int, write_errors: int) -> None:

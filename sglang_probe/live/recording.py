@@ -135,6 +135,7 @@ class LiveRecording:
         t = self.totals
         return {
             "run": str(self._root),
+            "dp_rank": self._facts.get("dp_rank", 0),
             "privacy": self._config.privacy,
             "segment": {
                 "number": self._number,

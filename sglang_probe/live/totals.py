@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +34,11 @@ class Entry:
     counts: dict[str, int] = field(default_factory=dict)
     spans: list[provenance.Span] | None = None  # kept only for a request that asked for its provenance
     finish: str | None = None
+    ended: float = 0.0  # unix seconds
 
     def row(self, rid: str) -> dict[str, Any]:
         """For `GET /probe/coverage`."""
-        return {"rid": rid, "prompt": self.prompt_len, **self.counts, "finish": self.finish}
+        return {"rid": rid, "prompt": self.prompt_len, **self.counts, "finish": self.finish, "ended": self.ended}
 
 
 class Totals:
@@ -119,7 +121,7 @@ class Totals:
         self.requests += 1
         rid = request[_REQUEST_RID]
         entry = self.active.pop(rid, None) or Entry(request[schema.ENGINE_REQUESTS.get_field_index("prompt_len")])
-        entry.finish = request[_FINISH]
+        entry.finish, entry.ended = request[_FINISH], time.time()
         if entry.spans is not None:
             self.asking -= 1
             entry.spans = None

@@ -7,16 +7,37 @@ package does not carry. This one subclasses it and points at `torch_native` atte
 
 from __future__ import annotations
 
+from typing import Any
+
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities
 
+from sglang_probe.platform.limits import PROBE_TORCH
+
+if PROBE_TORCH not in ATTENTION_BACKEND_CHOICES:
+    add_attention_backend_choices([PROBE_TORCH])
+
 
 class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
-    """`CpuSRTPlatform` as an out-of-tree platform: PyTorch-only operators, eager execution."""
+    """`CpuSRTPlatform` as an out-of-tree platform: PyTorch-only operators, eager execution.
+
+    The default attention is SGLang's own; `--attention-backend probe_torch` chooses `sglang_probe.platform.attention`.
+    """
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities(graph_capture=False)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def init_backend(self) -> None:
+        """Register the attention backend; SGLang calls this when it imports its model runner."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        @register_attention_backend(PROBE_TORCH)  # type: ignore[untyped-decorator]
+        def create(runner: Any) -> Any:
+            from sglang_probe.platform.attention import ProbeTorchBackend
+
+            return ProbeTorchBackend(runner)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import warnings
 from collections.abc import MutableMapping
 
 from sglang_probe.paths import cache_dir
 
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/davinci[0-9]*", "/dev/dxg")
+
+_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 def accelerator_present() -> bool:
@@ -50,8 +53,24 @@ def set_process_defaults(env: MutableMapping[str, str]) -> dict[str, str]:
     return changed
 
 
+def bind_cpus(env: MutableMapping[str, str], ranks: int) -> None:
+    """Give each of several ranks its share of this machine's CPUs, unless the user said how (`0|1` for two).
+
+    SGLang binds a rank to a NUMA node otherwise, and refuses more ranks than there are nodes
+    (`utils/numa_utils.py`).
+    """
+    if ranks > 1 and _BINDING not in env and not accelerator_present():
+        cpus = sorted(os.sched_getaffinity(0))
+        shares = [cpus[i::ranks] or [cpus[i % len(cpus)]] for i in range(ranks)]
+        env[_BINDING] = "|".join(",".join(map(str, share)) for share in shares)
+
+
 def prepare_this_process() -> None:
-    """Apply the defaults to the running interpreter too, before it imports SGLang."""
+    """Apply the defaults to the running interpreter too, before it imports SGLang, and leave out what SGLang says at
+    import about hardware that this machine does not have."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
+    # `Engine.shutdown` ends all child processes, Python's own among them, which is started anew.
+    warnings.filterwarnings("ignore", message="resource_tracker: process died unexpectedly")
     changed = set_process_defaults(os.environ)
     if "PYTHONPYCACHEPREFIX" in changed:
         sys.pycache_prefix = changed["PYTHONPYCACHEPREFIX"]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from sglang_probe.report.figures import grouped_bars, lines, token_strip
+from sglang_probe.capture.hook_points import EMBED
+from sglang_probe.report.figures import Figure, grouped_bars, lines, token_strip
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Kind, Table, format_number
-from sglang_probe.study.pair import EFFECT, FLOOR, PairResult
+from sglang_probe.study.pair import BIN, PairResult
 
 
 def pair_page(result: PairResult) -> Page:
@@ -170,52 +171,94 @@ def _tokens(result: PairResult) -> Section:
 
 def _drift(result: PairResult) -> Section:
     columns = ["comparison", "kind", "hook_point", "phase", "positions", "identical", "l2_median", "l2_p99", "l2_max"]
-    effect = result.drift_by_position.assign(
-        series=result.drift_by_position["hook_point"] + " (" + result.drift_by_position["kind"] + ")"
+    floors = result.floors[result.floors["hook_point"] != EMBED]
+    deepest = floors[floors["hook_point"] == floors["hook_point"].iloc[-1]] if len(floors) else floors
+    text = (
+        "For positions that both runs computed: the distance of their captured rows, relative to the row's norm. An "
+        "effect means something only beside the floor, the distance of an arm to its own further runs in the same "
+        "session, which submit the requests in another order. Effects are taken within a replicate, so that both "
+        f"sides served the requests in one order; the baseline is `{result.baseline}`. Intervals are 95 % cluster "
+        "bootstrap intervals over prefix families; with fewer than six families there are none."
     )
-    effect = effect[effect["hook_point"] != "hook_embed"]
-    # One curve per hook point and kind: the largest over the comparisons of that kind.
-    curves = effect.groupby(["series", "start"], as_index=False)["l2_p99"].max()
-    has_floor = (result.drift["kind"] == FLOOR).any()
     return Section(
         heading="Drift: the same token, computed under another policy",
-        text="For positions that both runs computed: the distance of their captured rows, relative to the row's norm. "
-        "Output tokens were forced to be the same, through the real decode path. An effect means something only "
-        "beside the floor, the distance of an arm to its own second run in the same session. The second run submits "
-        "the requests in another order, so the floor includes what batch composition alone does.",
-        figures=[
-            lines(
-                curves,
-                "start",
-                "l2_p99",
-                "series",
-                title="Relative L2 by position, 99th percentile",
-                x_label="position (start of bin of 32)",
-                y_label="relative L2",
-                kind="scientific",
-                caption="Zero means bit-identical in 99 of 100 positions.",
-            )
-        ],
+        text=text,
+        figures=[*_effects(deepest), *_by_bin(result)],
         tables=[
+            Table(_floor_columns(result.floors), "Effect over floor, mean relative L2", _floor_formats()),
+            Table(_floor_columns(result.by_class, "segment"), "By class of token", _floor_formats()),
             Table(
-                result.drift_summary(),
-                "Effect beside floor (worst over the comparisons of each kind)",
-                _formats(result),
-            ),
-            Table(
-                result.drift[[*columns, "cosine_min"]].sort_values(["hook_point", "phase", "kind"]),
+                result.drift[[*columns, "cosine_min", "deviation_max"]].sort_values(["hook_point", "phase", "kind"]),
                 "Every comparison",
                 {"identical": "percent", "l2_median": "scientific", "l2_p99": "scientific", "l2_max": "scientific"},
             ),
+            *([Table(result.flips, "Where outputs part")] if len(result.flips) else []),
         ],
-        notes=[] if has_floor else [f"No {FLOOR} was measured (`repeat: false`), so no {EFFECT} can be claimed."],
+        notes=[] if result.floors["floor"].notna().any() else ["No floor was measured, so no effect can be claimed."],
     )
 
 
-def _formats(result: PairResult) -> dict[str, Kind]:
-    columns = [str(c) for c in result.drift_summary().columns]
-    kinds: dict[str, Kind] = {c: "scientific" for c in columns if " l2_" in c}
-    return kinds | {c: "percent" for c in columns if c.endswith("identical")}
+def _effects(floors: pd.DataFrame) -> list[Figure]:
+    """Effect and floor of every arm at the deepest hook point, one figure a phase."""
+    figures = []
+    for phase, part in floors.groupby("phase", sort=False):
+        long = pd.concat(
+            [
+                pd.DataFrame({"arm": part["arm"], "what": what, "l2": part[what], "low": part[low], "high": part[high]})
+                for what, low, high in (("effect", "effect_low", "effect_high"), ("floor", "floor_low", "floor_high"))
+            ]
+        )
+        whiskers = long["low"].notna().all()
+        figures.append(
+            grouped_bars(
+                long if whiskers else long.drop(columns=["low", "high"]),
+                "arm",
+                "what",
+                "l2",
+                title=f"{part['hook_point'].iloc[0]}, {phase}: effect beside floor",
+                kind="scientific",
+                low="low" if whiskers else None,
+                high="high" if whiskers else None,
+                caption="Mean relative L2 against the baseline, and of runs of the same arm against each other.",
+            )
+        )
+    return figures
+
+
+def _by_bin(result: PairResult) -> list[Figure]:
+    """How much effect exceeds floor along the sequence, per arm, at the deepest hook point."""
+    frame = result.by_bin
+    if frame.empty or frame["excess"].isna().all():
+        return []
+    frame = frame[(frame["hook_point"] == frame["hook_point"].iloc[-1]) & frame["excess"].notna()]
+    weighted = frame.assign(total=frame["excess"] * frame["positions"])
+    sums = weighted.groupby(["arm", "start"], sort=False, as_index=False)[["total", "positions"]].sum()
+    sums["excess"] = sums["total"] / sums["positions"]
+    return [
+        lines(
+            sums.sort_values(["arm", "start"]),
+            "start",
+            "excess",
+            "arm",
+            title=f"{frame['hook_point'].iloc[0]}: effect minus floor, by position",
+            x_label=f"position (start of bin of {BIN})",
+            y_label="relative L2",
+            kind="scientific",
+            caption="Below zero, two runs of one arm differ more than the arms do: submission order, not the policy.",
+        )
+    ]
+
+
+def _floor_columns(floors: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """What a reader needs of a floor table."""
+    columns = ["arm", "hook_point", "phase", *by, "positions", "identical_effect", "identical_floor", "effect", "floor"]
+    columns += ["excess_low", "excess_high", "q", "verdict"]
+    return floors[columns] if len(floors) else floors
+
+
+def _floor_formats() -> dict[str, Kind]:
+    scientific: dict[str, Kind] = dict.fromkeys(["effect", "floor", "excess_low", "excess_high"], "scientific")
+    return scientific | {"identical_effect": "percent", "identical_floor": "percent"}
 
 
 def _proof(result: PairResult) -> Section:

@@ -16,11 +16,11 @@ from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.study.coverage import coverage_by_position, coverage_by_segment, totals
-from sglang_probe.study.drift import Compared, compare_runs, drift_table
+from sglang_probe.study.drift import compare_runs, drift_table, first_divergence
+from sglang_probe.study.floor import MARGIN, cell_sums, comparisons, floor_table
 
-EFFECT = "effect"
-FLOOR = "floor"
-_BIN = 32
+BIN = 32
+"""Positions in a bin."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,23 @@ class PairResult:
     """arm, segment, positions, computed, reused, coverage."""
     by_position: pd.DataFrame
     """arm, start, end, positions, computed, reused, coverage."""
+    baseline: str
+    """The arm that the others are compared with."""
     drift: pd.DataFrame
-    """kind (effect | floor), comparison, and the columns of `drift_table`."""
-    drift_by_position: pd.DataFrame
-    """kind, comparison, hook_point, start, positions, l2_p99."""
+    """kind (effect | floor), arm, comparison, and the columns of `drift_table`."""
+    floors: pd.DataFrame
+    """Effect beside floor per arm, hook point and phase (`sglang_probe.study.floor.floor_table`)."""
+    by_class: pd.DataFrame
+    """The same per segment of the prompt, or `generated`."""
+    by_bin: pd.DataFrame
+    """The same per bin of positions, which begins at `start`."""
+    flips: pd.DataFrame
+    """Where outputs were not forced: per comparison the share of requests whose outputs part, and where."""
     checks: dict[str, list[Check]]
     """Invariants of each run."""
     manifests: dict[str, dict[str, Any]]
     example: dict[str, Any]
     """One request for the strip figure: rid, segments, and spans (start, end, fate) per arm."""
-
-    def drift_summary(self) -> pd.DataFrame:
-        """Per hook point and phase, effect beside floor: lowest identical share and largest 99th percentile and maximum
-        over the comparisons of each kind."""
-        worst = self.drift.groupby(["hook_point", "phase", "kind"], sort=False).agg(
-            identical=("identical", "min"), l2_p99=("l2_p99", "max"), l2_max=("l2_max", "max")
-        )
-        wide = worst.unstack("kind")
-        wide.columns = [f"{kind} {column}" for column, kind in wide.columns]
-        order = [f"{k} {c}" for c in ("identical", "l2_p99", "l2_max") for k in (EFFECT, FLOOR)]
-        return wide[[c for c in order if c in wide.columns]].reset_index()
 
     @property
     def ok(self) -> bool:
@@ -62,13 +59,21 @@ class PairResult:
 
 
 def study_pair(
-    runs: Mapping[str, Run], arms: Mapping[str, str], name: str, *, tell: Callable[[str], None] = lambda _: None
+    runs: Mapping[str, Run],
+    arms: Mapping[str, str],
+    name: str,
+    *,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> PairResult:
     """Compare the runs of an experiment.
 
     Args:
         runs: by name, in execution order; the first is the reference whose outputs the others were forced to.
-        arms: arm of each run; the second run of an arm gives its floor.
+        arms: arm of each run; further runs of an arm give its floor.
+        baseline: the arm that the others are compared with; None: the first.
+        margin: by how much an effect may exceed the floor and still be called equivalent.
         tell: called with what is being done.
 
     Raises:
@@ -81,26 +86,47 @@ def study_pair(
         tokens[run_name] = run.tokens()
         checks[run_name] = verify(run)
     reference = next(iter(runs))
-    for run_name in runs:
-        _check_same_outputs(runs[reference], runs[run_name])
+    forced = any(run.manifest.get("forced_from") for run in runs.values())
+    if forced:
+        for run_name in runs:
+            _check_same_outputs(runs[reference], runs[run_name])
 
     firsts = list(dict.fromkeys(arms.values()))
-    drift, by_position = [], []
-    for kind, a, b in _comparisons(arms):
-        tell(f"comparing {a} with {b}")
-        label = f"{a} vs {b}"
-        compared = compare_runs(runs[a], runs[b], tokens[a], tokens[b])
-        drift.append(drift_table(compared).assign(kind=kind, comparison=label))
-        by_position.append(_drift_by_position(compared).assign(kind=kind, comparison=label))
+    baseline = baseline or arms[reference]
+    drift: list[pd.DataFrame] = []
+    sums: dict[str, list[pd.DataFrame]] = {"all": [], "segment": [], "start": []}
+    flips = []
+    for c in comparisons(dict(arms), baseline):
+        tell(f"comparing {c.a} with {c.b}")
+        until = None if forced else first_divergence(runs[c.a], runs[c.b])
+        compared = compare_runs(runs[c.a], runs[c.b], tokens[c.a], tokens[c.b], until=until)
+        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label}
+        drift.append(drift_table(compared).assign(**what))
+        positions = compared.positions.assign(start=compared.positions["position"] // BIN * BIN)
+        for key, found in sums.items():
+            by = () if key == "all" else (key,)
+            found.append(cell_sums(positions, compared.relative_l2, by).assign(**what))
+        if until is not None:
+            flips.append({**what, **_flips(runs[c.b], until)})
+    tables = {
+        key: floor_table(
+            pd.concat(found, ignore_index=True), baseline, by=() if key == "all" else (key,), margin=margin
+        )
+        for key, found in sums.items()
+    }
     return PairResult(
         name=name,
         totals=pd.DataFrame([{"run": n, "arm": arms[n], **totals(r, tokens[n])} for n, r in runs.items()]),
         by_segment=pd.concat([coverage_by_segment(tokens[a]).assign(arm=a) for a in firsts], ignore_index=True),
         by_position=pd.concat(
-            [coverage_by_position(tokens[a], width=_BIN).assign(arm=a) for a in firsts], ignore_index=True
+            [coverage_by_position(tokens[a], width=BIN).assign(arm=a) for a in firsts], ignore_index=True
         ),
+        baseline=baseline,
         drift=pd.concat(drift, ignore_index=True),
-        drift_by_position=pd.concat(by_position, ignore_index=True),
+        floors=tables["all"],
+        by_class=tables["segment"],
+        by_bin=tables["start"],
+        flips=pd.DataFrame(flips),
         checks=checks,
         manifests={n: r.manifest for n, r in runs.items()},
         example=_example(runs, firsts),
@@ -112,9 +138,10 @@ def write_summary(result: PairResult, path: Path) -> None:
     data = {
         "name": result.name,
         "ok": result.ok,
+        "baseline": result.baseline,
         **{
             k: json.loads(getattr(result, k).to_json(orient="records"))
-            for k in ("totals", "by_segment", "by_position", "drift")
+            for k in ("totals", "by_segment", "by_position", "drift", "floors", "by_class", "flips")
         },
         "checks": {
             n: [{"name": c.name, "covered": c.covered, "unit": c.unit, "violation": c.violation} for c in cs]
@@ -123,14 +150,6 @@ def write_summary(result: PairResult, path: Path) -> None:
         "versions": next(iter(result.manifests.values()))["versions"],
     }
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _comparisons(arms: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(kind, a, b): every arm against the last arm, and every arm's second run against its first."""
-    firsts = {arm: run for run, arm in reversed(list(arms.items()))}
-    names = list(dict.fromkeys(arms.values()))
-    effects = [(EFFECT, firsts[a], firsts[names[-1]]) for a in names[:-1]]
-    return effects + [(FLOOR, run, firsts[arm]) for run, arm in arms.items() if run != firsts[arm]]
 
 
 def _check_same_outputs(a: Run, b: Run) -> None:
@@ -142,18 +161,21 @@ def _check_same_outputs(a: Run, b: Run) -> None:
             raise ProbeError(f"{b.path}: the output of request {index} differs from that of {a.path}")
 
 
-def _drift_by_position(compared: Compared) -> pd.DataFrame:
-    start = compared.positions["position"] // _BIN * _BIN
-    frames = []
-    for hook_point, l2 in compared.relative_l2.items():
-        grouped = pd.Series(l2, index=compared.positions.index).groupby(start)
-        frames.append(
-            pd.DataFrame({"positions": grouped.size(), "l2_p99": grouped.quantile(0.99)})
-            .rename_axis("start")
-            .reset_index()
-            .assign(hook_point=hook_point)
-        )
-    return pd.concat(frames, ignore_index=True)
+def _flips(reference: Run, until: pd.Series) -> dict[str, Any]:
+    """How many requests got other tokens, and after how many output tokens.
+
+    Args:
+        until: of `first_divergence`, by request index.
+    """
+    requests = reference.requests().set_index("index").loc[until.index]
+    agreed = until - requests["prompt_len"]
+    parted = agreed < requests["output_len"]
+    return {
+        "requests": len(until),
+        "parted": int(parted.sum()),
+        "tokens_before_median": float(agreed[parted].median()) if parted.any() else float("nan"),
+        "tokens_before_min": float(agreed[parted].min()) if parted.any() else float("nan"),
+    }
 
 
 def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from sglang_probe.errors import WorkloadError
+from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.jsonl import Jsonl
 from sglang_probe.workload.render import Renderer
 from sglang_probe.workload.request import Conversation, Request
@@ -22,7 +23,7 @@ from sglang_probe.workload.sources import SourceReport
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WorkloadConfig = Annotated[SharedPrefix | Jsonl | ShareGpt, Field(discriminator="source")]
+WorkloadConfig = Annotated[SharedPrefix | Documents | Jsonl | ShareGpt, Field(discriminator="source")]
 
 # SGLang 0.5.23, srt/sampling/sampling_params.py: what it generates when a request does not say.
 _DEFAULT_NEW_TOKENS = 128
@@ -89,7 +90,9 @@ def iter_requests(
             _check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
             raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
-        yield Request(index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling)
+        yield Request(
+            index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling, rendered.labels
+        )
 
 
 def _check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:

@@ -6,19 +6,20 @@ together again with the contents it must reproduce the real rendering to the cha
 
 A token belongs to whoever wrote its first character that is not white space (its first character, if all are white
 space). It is `special` if the tokenizer holds it special *and* the template or the tokenizer wrote it: a user's text
-that spells `<|end|>` becomes that very token in most tokenizers, and is still the user's.
+that spells `<|end|>` becomes that very token in most tokenizers, and is still the user's. The user's labels go by the
+same rule: a token has those of its first character that is not white space.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.errors import WorkloadError
-from sglang_probe.workload.request import SPECIAL, TEMPLATE, Conversation, Segment, SegmentSpan
+from sglang_probe.workload.request import SPECIAL, TEMPLATE, Conversation, LabelSpan, Segment, SegmentSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,10 +30,11 @@ _MARKER = re.compile("\ue000([0-9]+)\ue001")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as the engine receives it. `spans` tile `[0, len(prompt_ids))`."""
+    """A prompt as the engine receives it. `spans` tile `[0, len(prompt_ids))`; `labels` of one axis are disjoint."""
 
     prompt_ids: tuple[int, ...]
     spans: tuple[SegmentSpan, ...]
+    labels: tuple[LabelSpan, ...] = ()
 
 
 class Renderer:
@@ -59,8 +61,9 @@ class Renderer:
             WorkloadError: the segments are inconsistent, the template fails or changes a content beyond recognition,
                 or the prompt is empty.
         """
-        segments = conversation.segments
-        _check_segments(segments)
+        _check_segments(conversation.segments)
+        # Cut at the borders of labels, and name each piece by its number: whoever writes a token has its labels too.
+        segments, sources = _cut(conversation.segments)
         plain = all(s.role is None for s in segments)
         text, owners = _plain_text(segments) if plain else self._chat_text(segments)
         encoding = self._tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
@@ -73,7 +76,10 @@ class Renderer:
             self._class_of(token, start, end, text, owners)
             for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
-        return Rendered(tuple(ids), tuple(_spans(names)))
+        labels = [sources[int(n)].labels if n.isdecimal() else () for n in names]
+        names = [sources[int(n)].name if n.isdecimal() else n for n in names]
+        spans = tuple(SegmentSpan(str(name), a, b) for name, a, b in _runs(names))
+        return Rendered(tuple(ids), spans, tuple(_label_spans(labels)))
 
     def _chat_text(self, segments: tuple[Segment, ...]) -> tuple[str, list[str]]:
         """The rendered chat, and for each of its characters the segment that wrote it, or `template`."""
@@ -133,6 +139,26 @@ class Renderer:
             start = max(start - 1, 0)
         owner = owners[next((i for i in range(start, end) if not text[i].isspace()), start)]
         return SPECIAL if special and owner == TEMPLATE else owner
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a piece of text comes from: its segment's name, and (axis, class) of the labels over it."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+
+
+def _cut(segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], list[_Source]]:
+    pieces: list[Segment] = []
+    sources: list[_Source] = []
+    for s in segments:
+        edges = sorted({0, len(s.text), *(e for label in s.labels for e in (label.start, label.end))})
+        for a, b in pairwise(edges) if s.text else [(0, 0)]:
+            over = tuple((label.axis, label.name) for label in s.labels if label.start <= a and b <= label.end)
+            pieces.append(Segment(str(len(sources)), s.text[a:b], s.role, s.message))
+            sources.append(_Source(s.name, over))
+    return tuple(pieces), sources
 
 
 def _check_segments(segments: tuple[Segment, ...]) -> None:
@@ -198,9 +224,17 @@ def _written(content: str, literal: str, text: str, at: int) -> slice | None:
     return None
 
 
-def _spans(names: list[str]) -> Iterator[SegmentSpan]:
+def _runs(values: Sequence[object]) -> Iterator[tuple[object, int, int]]:
+    """Each value with the range in which it stands unchanged."""
     start = 0
-    for name, group in groupby(names):
+    for value, group in groupby(values):
         end = start + sum(1 for _ in group)
-        yield SegmentSpan(name, start, end)
+        yield value, start, end
         start = end
+
+
+def _label_spans(labels: list[tuple[tuple[str, str], ...]]) -> Iterator[LabelSpan]:
+    """Where labels of one axis overlap, the first one given counts."""
+    for axis in sorted({axis for found in labels for axis, _ in found}):
+        names = [next((name for a, name in found if a == axis), None) for found in labels]
+        yield from (LabelSpan(axis, str(name), a, b) for name, a, b in _runs(names) if name is not None)

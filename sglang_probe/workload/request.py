@@ -16,6 +16,16 @@ SPECIAL = "special"
 
 
 @dataclass(frozen=True)
+class Label:
+    """Characters `[start, end)` of a segment's text are of class `name` along the user's own axis `axis`."""
+
+    axis: str
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Segment:
     """A piece of a prompt with a name, e.g. `system`, `exemplar`, `document`, `user`, `assistant`.
 
@@ -27,6 +37,7 @@ class Segment:
     text: str
     role: str | None = None
     message: int = 0
+    labels: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,16 @@ class SegmentSpan:
 
 
 @dataclass(frozen=True)
+class LabelSpan:
+    """Token positions `[start, end)` of a prompt that are of class `name` along the user's axis `axis`."""
+
+    axis: str
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Request:
     """One request as the engine receives it. `spans` tile `[0, len(prompt_ids))` without gap or overlap."""
 
@@ -57,3 +78,4 @@ class Request:
     spans: tuple[SegmentSpan, ...]
     family: str | None = None
     sampling_params: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[LabelSpan, ...] = ()

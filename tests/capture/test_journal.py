@@ -51,3 +51,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         journal.write_durably(tmp_path / "a", fail)
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_ranks_keep_journals_of_their_own_and_are_read_together(tmp_path: Path) -> None:
+    one, ten = (Part(0, 0, 1, 1, 1, {}, dp_rank=rank) for rank in (1, 10))
+    for p in (ten, part(0), one):
+        journal.append(tmp_path, p)
+    assert journal.read(tmp_path) == [part(0), one, ten]
+    assert journal.read_rank(tmp_path, 10) == [ten]
+    assert [p.stem for p in (part(3), ten)] == ["00003", "dp10-00000"]

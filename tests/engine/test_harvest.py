@@ -103,7 +103,7 @@ def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, t
         workload={"requests_per_family": 10, "exemplars": 1},
         sampling={"max_new_tokens": 100, "temperature": 1.0, "ignore_eos": True},
         checkpoint_seconds=0.5,
-        repeat=False,
+        replicates=1,
     )
     first = _start(config, path, command="ab")
     _wait_for_requests(first, path / "cache_on", 5)
@@ -117,7 +117,7 @@ def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, t
     assert [s["seconds"] is None for s in run.manifest["sessions"]] == [True, False]
     assert run.tokens()["rid"].nunique() == 20
 
-    other = write_yaml("ab", workload={"requests_per_family": 10, "exemplars": 1}, dtype="float32", repeat=False)
+    other = write_yaml("ab", workload={"requests_per_family": 10, "exemplars": 1}, dtype="float32", replicates=1)
     refused = cli("ab", other, "--output", path, "--resume")
     assert refused.returncode == 2
     assert "was recorded with another" in refused.stderr

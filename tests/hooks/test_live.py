@@ -1,25 +1,13 @@
-"""What a live recording refuses, and what a broken probe does to a readback."""
+"""What the endpoints do without, and what a broken probe does to a readback."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import http, live
-from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.live.config import LiveConfig
-
-
-@pytest.mark.parametrize("name", ["tp_size", "dp_size", "pp_size"])
-def test_several_scheduler_processes_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    config = EngineProbeConfig(run=tmp_path, live=LiveConfig())
-    with pytest.raises(UnsupportedError, match=name):
-        live.start(config, SimpleNamespace(**{"tp_size": 1, "dp_size": 1, "pp_size": 1, name: 2}))
-    assert not list(tmp_path.iterdir())
 
 
 def test_several_http_processes_get_no_endpoints_and_a_word_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,9 @@ from sglang_probe.hooks.supported import refuse_unsupported
     ("argument", "value", "named"),
     [
         ("speculative_algorithm", "EAGLE", "speculative decoding"),
-        ("tp_size", 2, "tensor parallelism"),
-        ("dp_size", 2, "data parallelism"),
+        ("pp_size", 2, "pipeline parallelism"),
+        ("enable_dp_attention", True, "data-parallel attention"),
+        ("attn_cp_size", 2, "context parallelism"),
         ("enable_hierarchical_cache", True, "hierarchical cache"),
         ("disaggregation_mode", "prefill", "disaggregation"),
         ("enable_torch_compile", True, "torch.compile"),
@@ -26,4 +27,6 @@ def test_refused(argument: str, value: object, named: str) -> None:
 
 
 def test_defaults_and_ordinary_arguments_pass() -> None:
-    refuse_unsupported({"tp_size": 1, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": None})
+    refuse_unsupported(
+        {"tp_size": 2, "dp_size": 2, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": None}
+    )

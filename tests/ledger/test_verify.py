@@ -69,7 +69,10 @@ def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None
             lambda s: _set(s, (s["rid"] == "b") & (s["phase"] == "prefill"), row_start=0),
             ("row ownership", "row 0 has 2"),
         ),
-        (lambda s: _set(s, s["phase"] == "overshoot", row_start=99), ("row ownership", "claims row 99, but only 12")),
+        (
+            lambda s: _set(s, s["phase"] == "overshoot", row_start=99),
+            ("row ownership", "claims row 99, which does not exist; 12 do"),
+        ),
         (lambda s: _set(s, s["status"] == "reused", end=3), ("reuse", "b: 3 reused in the ledger, 4 by SGLang")),
     ],
     ids=["gap", "overlap", "hidden overshoot", "lost decode", "wrong forward", "two owners", "no such row", "reuse"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,9 @@ def test_totals_count_every_position_once(make_engine: Callable[..., FakeEngine]
     status = engine.live.status()
     assert {k: v for k, v in status["positions"].items() if v} == {"computed": 6, "reused": 4, "decode": 4}
     assert (status["requests"], status["requests_in_flight"], status["forwards"]) == (2, 0, 6)
-    assert status["recent"][0] == {"rid": "b", "prompt": 6, "reused": 4, "computed": 2, "decode": 2, "finish": "length"}
+    latest = status["recent"][0]
+    assert abs(latest.pop("ended") - time.time()) < 60
+    assert latest == {"rid": "b", "prompt": 6, "reused": 4, "computed": 2, "decode": 2, "finish": "length"}
 
 
 def test_memory_does_not_grow_with_ended_requests() -> None:

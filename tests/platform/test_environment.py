@@ -42,3 +42,15 @@ def test_the_users_settings_stay() -> None:
     env = {"OMP_NUM_THREADS": "7", "PYTHONPYCACHEPREFIX": "mine", "PYTHONDONTWRITEBYTECODE": "1"}
     assert environment.set_process_defaults(env) == {}
     assert env == {"OMP_NUM_THREADS": "7", "PYTHONPYCACHEPREFIX": "mine", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_ranks_share_the_cpus_unless_the_user_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "accelerator_present", lambda: False)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    for ranks, expected in ((1, None), (2, "0,2|1"), (4, "0|1|2|0")):
+        env: dict[str, str] = {}
+        environment.bind_cpus(env, ranks)
+        assert env.get("SGLANG_CPU_OMP_THREADS_BIND") == expected
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "7|8"}
+    environment.bind_cpus(env, 2)
+    assert env == {"SGLANG_CPU_OMP_THREADS_BIND": "7|8"}

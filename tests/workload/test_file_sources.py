@@ -11,7 +11,7 @@ import pytest
 
 from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.jsonl import Jsonl
-from sglang_probe.workload.request import Conversation, Segment
+from sglang_probe.workload.request import Conversation, Label, Segment
 from sglang_probe.workload.sharegpt import ShareGpt
 from sglang_probe.workload.sources import SourceReport
 
@@ -50,9 +50,23 @@ def test_text_parts_are_joined(write_lines: WriteLines) -> None:
     assert found.segments[0].text == "ab"
 
 
+def test_labels_are_character_spans_of_a_content_or_a_prompt(write_lines: WriteLines) -> None:
+    labels = {"entity": [[0, 3, "person"]]}
+    lines = [
+        {"messages": [{"role": "user", "content": "Ada wrote.", "labels": labels}]},
+        {"prompt": "Ada", "labels": labels},
+    ]
+    chat, plain = read(Jsonl(path=write_lines(lines)))
+    assert chat.segments[0].labels == plain.segments[0].labels == (Label("entity", "person", 0, 3),)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ({"prompt": "Ada", "labels": {"entity": [[0, 4, "person"]]}}, "no characters 0 to 4 in a text of 3"),
+        ({"prompt": "Ada", "labels": {"entity": [[1, 1, "person"]]}}, "no characters 1 to 1"),
+        ({"prompt": "Ada", "labels": {"position": [[0, 1, "x"]]}}, "`position` is an axis that every run has"),
+        ({"messages": [{"role": "user", "content": "a"}], "labels": {"e": []}}, "belong to its messages"),
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object, found list"),
         ({}, "give either `messages` or `prompt`"),

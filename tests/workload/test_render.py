@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.render import Rendered, Renderer
-from sglang_probe.workload.request import SPECIAL, TEMPLATE, Conversation, Segment
+from sglang_probe.workload.request import SPECIAL, TEMPLATE, Conversation, Label, LabelSpan, Segment
 
 WithTemplate = Callable[[str | None], PreTrainedTokenizerFast]
 
@@ -239,3 +239,22 @@ def _as_messages(conversation: Conversation) -> list[dict[str, str]]:
         message = messages.setdefault(s.message, {"role": str(s.role), "content": ""})
         message["content"] += s.text
     return list(messages.values())
+
+
+def test_labels_become_token_spans_and_change_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "Ada, née 1815, wrote."
+    chat = [Segment("system", "Be brief.", "system", 0), Segment("user", text, "user", 1)]
+    plain = Renderer(tokenizer).render(Conversation(tuple(chat)))
+    years, people = [Label("year", "year", 9, 13)], [Label("entity", "person", 0, 3), Label("entity", "date", 5, 13)]
+    chat[1] = Segment("user", text, "user", 1, (*years, *people))
+    found = Renderer(tokenizer).render(Conversation(tuple(chat)))
+    assert (found.prompt_ids, found.spans) == (plain.prompt_ids, plain.spans)
+    covered = {(s.axis, s.name): tokenizer.decode(found.prompt_ids[s.start : s.end]).strip() for s in found.labels}
+    assert covered == {("entity", "person"): "Ada", ("entity", "date"): "née 1815", ("year", "year"): "1815"}
+
+
+def test_of_overlapping_labels_the_first_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    marks = (Label("x", "a", 0, 3), Label("x", "b", 0, 7))
+    found = Renderer(tokenizer).render(Conversation((Segment("prompt", "one two", labels=marks),)))
+    assert found.labels[0] == LabelSpan("x", "a", 0, found.labels[0].end)
+    assert found.labels[1] == LabelSpan("x", "b", found.labels[0].end, len(found.prompt_ids))

@@ -1,0 +1,33 @@
+"""docs/benchmarks.md: one section a benchmark, each written by its own script."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+_HEAD = "# Benchmarks\n\nWritten by `make bench`; do not edit.\n"
+
+
+def write_section(path: Path, heading: str, text: str) -> None:
+    """Replace the section of that heading, or add it; the others stay."""
+    _, *sections = re.split(r"^## ", path.read_text() if path.exists() else _HEAD, flags=re.MULTILINE)
+    by_heading = {s.split("\n", 1)[0]: s.split("\n", 1)[1].strip() for s in sections}
+    by_heading[heading] = text.strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_HEAD + "".join(f"\n## {h}\n\n{t}\n" for h, t in by_heading.items()))
+
+
+def machine() -> str:
+    """Date, processor and Python."""
+    cores = f"{os.cpu_count()} cores of {cpu_name()}"
+    return f"{datetime.now(UTC):%Y-%m-%d}, {cores}, no GPU, Python {platform.python_version()}"
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,148 @@
+"""A made-up run directory of any size, with the structure of few-shot traffic on a cached server.
+
+    python bench/synthetic.py OUT [--requests 200000] [--seed 0]
+
+Every request is a short part that all share, a prefix of its family, a question of its own, and an output. The first
+request of a family computes the prefix, later ones reuse it; now and then it was evicted and is computed again. Token
+ids are drawn at random. The ledger's invariants hold; there are no captured rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sglang_probe.capture import journal
+from sglang_probe.ledger import schema
+from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE
+
+TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
+VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`
+NAMES = ["template", "system", "exemplar", "user"]
+
+
+def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
+    """Write the run; returns its number of positions (500 a request on average)."""
+    rng = np.random.default_rng(seed)
+    out.mkdir(parents=True)
+    families = max(1, requests // FAMILY_SIZE)
+    family = rng.permutation(np.arange(requests) % families)
+    system, exemplar = rng.integers(40, 120, families), rng.integers(60, 360, families)
+    shared = TEMPLATE + system + exemplar
+    own = 8 + rng.geometric(1 / 80, requests)
+    output = 1 + rng.integers(1, 209, requests)
+    prompt = shared[family] + own
+    prefix_ids = rng.integers(*VOCABULARY, (families, int(shared.max())), dtype=np.int32)
+    prefix_ids[:, :TEMPLATE] = prefix_ids[0, :TEMPLATE]
+
+    # Prompts: the family's prefix, then random tokens.
+    offsets = np.concatenate([[0], np.cumsum(prompt)])
+    ids = rng.integers(*VOCABULARY, int(offsets[-1]), dtype=np.int32)
+    for r in range(requests):
+        n = int(shared[family[r]])
+        ids[offsets[r] : offsets[r] + n] = prefix_ids[family[r], :n]
+    out_offsets = np.concatenate([[0], np.cumsum(output)])
+    out_ids = rng.integers(*VOCABULARY, int(out_offsets[-1]), dtype=np.int32)
+    rid = pa.array([f"r{i:06d}" for i in range(requests)])
+    edges = np.stack(
+        [np.zeros(requests, int), np.full(requests, TEMPLATE), TEMPLATE + system[family], shared[family], prompt]
+    )
+    segments = pa.StructArray.from_arrays(
+        [
+            pa.array(NAMES * requests),
+            pa.array(edges[:-1].T.ravel().astype(np.int32)),
+            pa.array(edges[1:].T.ravel().astype(np.int32)),
+        ],
+        names=["name", "start", "end"],
+    )
+    cached, spans = _spans(rng, family, shared, prompt, output, rid)
+    table = {
+        "rid": rid,
+        "prompt_len": pa.array(prompt.astype(np.int32)),
+        "output_len": pa.array(output.astype(np.int32)),
+        "cached_tokens": pa.array(cached.astype(np.int32)),
+        "retractions": pa.array(np.zeros(requests, np.int32)),
+        "finish_reason": pa.array(["length"] * requests),
+        "output_ids": pa.ListArray.from_arrays(pa.array(out_offsets.astype(np.int32)), pa.array(out_ids)),
+        "index": pa.array(np.arange(requests)),
+        "family": pa.array([f"f{f}" for f in family]),
+        "prompt_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids)),
+        "segments": pa.ListArray.from_arrays(pa.array(np.arange(requests + 1, dtype=np.int32) * len(NAMES)), segments),
+        "sampling_params": pa.array(["{}"] * requests),
+    }
+    names = [n for n in schema.REQUESTS.names if n in table]
+    written = pa.table({n: table[n] for n in names}, schema=pa.schema([schema.REQUESTS.field(n) for n in names]))
+    pq.write_table(written, out / REQUESTS_FILE, compression="zstd")
+    for number, (a, b) in enumerate(pairwise(np.linspace(0, len(spans), parts + 1).astype(int))):
+        file = f"ledger/spans-{number:05d}.parquet"
+        digest = journal.write_durably(out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p))
+        journal.append(out, journal.Part(number, 0, 0, 0, 0, {file: digest}))
+    manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name, "hook_points": {}}
+    (out / MANIFEST).write_text(json.dumps({**manifest, "requests_expected": requests}))
+    return int((prompt + output - 1).sum())
+
+
+def _spans(
+    rng: np.random.Generator,
+    family: np.ndarray,
+    shared: np.ndarray,
+    prompt: np.ndarray,
+    output: np.ndarray,
+    rid: pa.Array,
+) -> tuple[np.ndarray, pa.Table]:
+    """Cached tokens of each request, and the spans: reused and prefilled prompt, output in pieces of about PIECE."""
+    requests = len(family)
+    order = np.lexsort([np.arange(requests), family])
+    fresh = np.diff(family[order], prepend=-1) != 0
+    fresh |= rng.random(requests) < EVICTED
+    source = np.empty(requests, dtype=np.int64)
+    source[order] = order[np.maximum.accumulate(np.where(fresh, np.arange(requests), 0))]
+    reuses = source != np.arange(requests)
+    cached = np.where(reuses, shared[family], 0)
+    pieces = -(-(output - 1) // PIECE)
+    number = np.repeat(np.arange(requests), pieces)
+    nth = np.arange(len(number)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    reused, whole = np.flatnonzero(reuses), np.arange(requests)
+    end = prompt + output - 1
+    request = np.concatenate([reused, whole, number])
+    start = np.concatenate([np.zeros(len(reused), int), cached, prompt[number] + nth * PIECE])
+    stop = np.concatenate([cached[reused], prompt, np.minimum(prompt[number] + (nth + 1) * PIECE, end[number])])
+    kind = np.repeat([0, 1, 2], [len(reused), requests, len(number)])
+    rows = np.argsort(request, kind="stable")
+    origin = np.where(kind == 0, source[request], -1)
+    n = len(rows)
+    columns = {
+        "rid": rid.take(pa.array(request[rows])),
+        "attempt": pa.array(np.zeros(n, np.int32)),
+        "start": pa.array(start[rows].astype(np.int32)),
+        "end": pa.array(stop[rows].astype(np.int32)),
+        "status": pa.array(np.array(["reused", "computed", "computed"])[kind[rows]]),
+        "phase": pa.array(np.array(["", "prefill", "decode"])[kind[rows]], mask=kind[rows] == 0),
+        "forward_id": pa.array(request[rows] + nth.max(initial=0)),
+        "chunk": pa.array(np.where(kind[rows] == 2, -1, 0).astype(np.int32)),
+        "tier": pa.array(np.full(n, "device"), mask=kind[rows] != 0),
+        "row_start": pa.array(np.full(n, -1)),
+        "row_step": pa.array(np.zeros(n, np.int32)),
+        "origin_rid": rid.take(pa.array(origin[rows], mask=origin[rows] < 0)),
+        "origin_attempt": pa.array(np.zeros(n, np.int32), mask=origin[rows] < 0),
+    }
+    return cached, pa.table(columns, schema=schema.SPANS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(f"{generate(args.out, args.requests, args.seed):,} positions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Engines for a series of recordings: one at a time, kept as long as the next recording can use it."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from sglang_probe.harvest.engine import ProbedEngine
+from sglang_probe.hooks.config import EngineProbeConfig
+
+
+class EngineHost:
+    """Use as a context manager; leaving it ends the engine."""
+
+    def __init__(self) -> None:
+        self._engine: ProbedEngine | None = None
+        self._key: Any = None
+        self.starts = 0
+        """Engines started so far."""
+
+    def __enter__(self) -> EngineHost:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def serves(self, key: Any) -> bool:
+        """Whether the running engine was started with `key`."""
+        return self._engine is not None and self._key == key
+
+    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> ProbedEngine:
+        """An engine that was started with these server arguments and records as `probe` says.
+
+        Raises:
+            ProbeError: SGLang or the probe refuses.
+        """
+        key = engine_key(model_path, server, probe)
+        if self._engine is not None and self._key == key:
+            self._engine.begin(probe)
+            return self._engine
+        self.stop()
+        engine = ProbedEngine(model_path, probe, server)
+        engine.start()
+        self._engine, self._key = engine, key
+        self.starts += 1
+        return engine
+
+    def stop(self) -> None:
+        """End the engine, if there is one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop()
+
+
+def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> tuple[Any, ...]:
+    """What must be equal for two recordings to share an engine: what SGLang and the hooks are started with."""
+    return (model_path, sorted(server.items(), key=str), probe.hook_points, probe.forced_outputs, probe.bypass)

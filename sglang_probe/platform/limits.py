@@ -1,0 +1,36 @@
+"""What the CPU reference platform cannot do, said before an engine is started for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_probe.errors import UnsupportedError
+
+PROBE_TORCH = "probe_torch"
+"""Name of the attention backend in `sglang_probe.platform.attention`."""
+
+_TORCH_ONLY = "the reference platform has PyTorch's attention only (`torch_native`, `probe_torch`)"
+_ATTENTION = (None, "torch_native", PROBE_TORCH)
+
+_WITHOUT_GPU: dict[str, tuple[tuple[object, ...], str]] = {
+    # server argument: (values that are fine, why no other is)
+    "enable_deterministic_inference": ((None, False), "SGLang's batch-invariant operators are GPU kernels"),
+    "attention_backend": (_ATTENTION, _TORCH_ONLY),
+    "prefill_attention_backend": (_ATTENTION, _TORCH_ONLY),
+    "decode_attention_backend": (_ATTENTION, _TORCH_ONLY),
+    "kv_cache_dtype": ((None, "auto", "bfloat16"), "8-bit KV caches need GPU kernels"),
+    "quantization": ((None,), "quantized layers need GPU kernels"),
+    "device": ((None, "cpu"), "no accelerator is present"),
+}
+
+
+def refuse_without_gpu(server: Mapping[str, Any]) -> None:
+    """Refuse server arguments that need a GPU.
+
+    Raises:
+        UnsupportedError: names the argument and why.
+    """
+    for name, (fine, why) in _WITHOUT_GPU.items():
+        if name in server and server[name] not in fine:
+            raise UnsupportedError(f"`{name}: {server[name]}` cannot run on this machine: {why}")

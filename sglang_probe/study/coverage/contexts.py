@@ -1,0 +1,163 @@
+"""Unique contexts: tokens together with their whole prefix, each counted once.
+
+Two positions have the same context if their token ids from the beginning of the request up to them are equal: then the
+model computes the same for both, up to rounding. `cache_salt` and `extra_key` separate cache entries and not contexts:
+they say what SGLang may reuse, not what the model computes. (LoRA, which would, is refused when recording.)
+
+The requests are paths in a trie. A request's path leaves the paths of all earlier requests at one position, `new_from`;
+behind it every context is seen for the first time. So one integer per request says which positions are first
+occurrences, and no set of a hundred million contexts is ever held.
+
+`new_from` is found in two passes. The first compares whole blocks of 32 tokens by a 64-bit hash of the prefix up to the
+block's end (`sglang_probe.hashing`: for 1e8 positions, two different prefixes are taken for the same with probability
+3e-7). The second compares the block in which a request leaves the others token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_probe.hashing import GOLDEN, mix64
+
+Array = np.ndarray[Any, Any]
+BLOCK = 32
+
+Pass = Callable[[], Iterator[tuple[int, Array, Array]]]
+"""Gives batches of requests: number of the first, offsets `[n + 1]`, and token ids laid end to end."""
+
+
+@dataclass(frozen=True)
+class Trie:
+    """How the requests' paths branch."""
+
+    new_from: Array
+    """int64 [R]: positions from here on have contexts that no earlier request has."""
+    parent: Array
+    """int64 [R]: the earlier request that shares the positions below `new_from`; -1 where there are none."""
+
+
+def block_hashes(offsets: Array, ids: Array) -> tuple[Array, Array]:
+    """Hash of the prefix up to the end of each whole block, and the number of blocks of each request."""
+    lengths = np.diff(offsets)
+    position = np.arange(1, len(ids) + 1, dtype=np.uint64) - np.repeat(offsets[:-1].astype(np.uint64), lengths)
+    position *= GOLDEN
+    position += ids.astype(np.uint64)
+    sums = np.cumsum(mix64(position), dtype=np.uint64)
+    blocks = lengths // BLOCK
+    total = int(blocks.sum())
+    nth = np.arange(1, total + 1) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    at = np.repeat(offsets[:-1], blocks) + nth * BLOCK - 1
+    before = np.concatenate([np.zeros(1, dtype=np.uint64), sums])[offsets[:-1]]
+    return sums[at] - np.repeat(before, blocks), blocks
+
+
+class TrieBuilder:
+    """Builds a `Trie` from two passes over the same requests.
+
+    Feed every batch of the first pass to `add`, then call `build` with a way to make the second.
+    """
+
+    def __init__(self) -> None:
+        self._hashes: list[Array] = []
+        self._blocks: list[Array] = []
+        self._lengths: list[Array] = []
+
+    def add(self, offsets: Array, ids: Array) -> None:
+        """The next requests of the first pass; a request of length 0 takes no part."""
+        hashes, blocks = block_hashes(offsets, ids)
+        self._hashes.append(hashes)
+        self._blocks.append(blocks)
+        self._lengths.append(np.diff(offsets))
+
+    def build(self, second_pass: Pass) -> Trie:
+        """Compare tokens where requests part."""
+        lengths = _joined(self._lengths)
+        blocks = _joined(self._blocks)
+        hashes = _joined(self._hashes, np.uint64)
+        self._hashes, self._blocks, self._lengths = [], [], []
+        count = len(lengths)
+        owner = np.repeat(np.arange(count), blocks)
+        first_of = np.cumsum(blocks) - blocks
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        creator = first[inverse]  # for each block, the first one with the same prefix
+        seen = np.bincount(owner[creator < np.arange(len(creator))], minlength=count)
+        # Seen blocks come before unseen ones, because a prefix of a seen prefix is seen.
+        parent_block = np.where(seen > 0, creator[np.maximum(first_of + seen - 1, 0)] if len(creator) else 0, -1)
+
+        # Rows to compare: the first block of each request that is not seen, and, of the requests that were the first
+        # with the block before it, the block behind that.
+        leaving = np.flatnonzero(lengths > seen * BLOCK)
+        shared = np.unique(parent_block[leaving])
+        shared = shared[shared >= 0]
+        by = owner[shared] if len(shared) else np.empty(0, dtype=np.int64)
+        request = np.concatenate([leaving, by])
+        start = np.concatenate([seen[leaving], shared - first_of[by] + 1]) * BLOCK
+        group = np.concatenate([parent_block[leaving], shared])
+        rows = _gather(second_pass, request, start)
+        length, neighbour = _longest_shared(group, request, rows)
+
+        new_from = seen * BLOCK
+        parent = np.where(parent_block >= 0, owner[parent_block] if len(owner) else -1, -1)
+        mine = slice(0, len(leaving))
+        new_from[leaving] += np.maximum(length[mine], 0)
+        parent[leaving] = np.where(length[mine] > 0, neighbour[mine], parent[leaving])
+        return Trie(new_from, parent)
+
+
+def _joined(arrays: list[Array], dtype: Any = np.int64) -> Array:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
+
+
+def _gather(second_pass: Pass, request: Array, start: Array) -> Array:
+    """Tokens `[start, start + BLOCK)` of each row's request, plus one; 0 behind the request's end. `[rows, BLOCK]`."""
+    rows = np.zeros((len(request), BLOCK), dtype=np.int32)
+    order = np.argsort(request, kind="stable")
+    done = 0
+    step = np.arange(BLOCK)
+    for low, offsets, ids in second_pass():
+        until = int(np.searchsorted(request[order], low + len(offsets) - 1, side="left"))
+        chosen = order[done:until]
+        done = until
+        local = request[chosen] - low
+        at = (offsets[local] + start[chosen])[:, None] + step
+        inside = at < offsets[local + 1][:, None]
+        rows[chosen] = np.where(inside, ids[np.where(inside, at, 0)] + 1, 0) if len(ids) else 0
+    return rows
+
+
+def _longest_shared(group: Array, request: Array, rows: Array) -> tuple[Array, Array]:
+    """For each row the longest beginning that it shares with a row of the same group and an earlier request.
+
+    Returns the length (-1: no such row) and that row's request. In sorted order the best earlier row is a neighbour
+    once all later requests are taken out, so rows are taken out of a linked list, latest first.
+    """
+    count = len(group)
+    best, whom = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
+    if count < 2:
+        return best, whom
+    keyed = np.concatenate([(group + 2).astype(np.int32)[:, None], rows], axis=1)
+    order = np.argsort(np.ascontiguousarray(keyed).view(f"S{keyed.shape[1] * 4}").ravel())
+    same = (keyed[order[1:]] == keyed[order[:-1]]) & (keyed[order[1:]] > 0)
+    shared = np.where(same.all(axis=1), BLOCK, np.argmin(same, axis=1) - 1)  # column 0 is the group
+    left, right = list(range(-1, count - 1)), [*range(1, count), -1]
+    to_left = [-1, *shared.tolist()]  # what a row shares with its left neighbour; -1: another group
+    requests = request[order]
+    places, lengths, neighbours = [], [], []
+    for k in np.argsort(-requests, kind="stable").tolist():
+        a, b = left[k], right[k]
+        with_a, with_b = to_left[k], to_left[b] if b >= 0 else -1
+        if with_a >= 0 or with_b >= 0:
+            places.append(k)
+            lengths.append(max(with_a, with_b))
+            neighbours.append(a if with_a >= with_b else b)
+        if b >= 0:
+            left[b], to_left[b] = a, min(with_a, with_b)
+        if a >= 0:
+            right[a] = b
+    best[order[places]] = lengths
+    whom[order[places]] = requests[neighbours]
+    return best, whom

@@ -1,0 +1,123 @@
+"""Predictive horizon: for how many decode steps an observation window is worth more than a baseline.
+
+A response that ends while the window still predicts is right-censored, not a failure at its end. Late steps come from
+long responses only, so averages over time mix requests; the survival estimate does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_probe.errors import ProbeError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Kaplan-Meier estimate: the share of requests whose window still predicts after each step with a failure."""
+
+    times: Array
+    survival: Array
+    at_risk: Array
+    failures: Array
+
+    @property
+    def median(self) -> float:
+        """First time at which at most half survive; infinite where censoring hides it."""
+        below = np.flatnonzero(self.survival <= 0.5)
+        return float(self.times[below[0]]) if len(below) else float("inf")
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Fit of `limit + (start - limit) exp(-t / time)`."""
+
+    start: float
+    limit: float
+    time: float
+    """In steps; the half-life is `time · ln 2`. At the edge of the search range the curve shows no decay to a limit."""
+    residual: float
+    """Root mean square."""
+
+    @property
+    def half_life(self) -> float:
+        """Steps until half of the way to the limit."""
+        return self.time * float(np.log(2))
+
+
+def first_failure(advantage_T: Array, *, delta: float = 0.0, run: int = 3) -> tuple[int, bool]:
+    """First step of the first `run` consecutive steps whose advantage over the baseline is below `delta`.
+
+    Args:
+        advantage_T: recall of the window minus recall of the baseline, by decode step.
+        delta: what counts as an advantage.
+        run: consecutive steps that make a failure. A NaN step is not a failure and interrupts a run.
+
+    Returns:
+        The step and True, or the number of steps and False where the response ends first (censored).
+    """
+    below = np.nan_to_num(np.asarray(advantage_T, dtype=np.float64), nan=np.inf) < delta
+    runs = np.convolve(below, np.ones(run), "valid") if len(below) >= run else np.empty(0)
+    found = np.flatnonzero(runs == run)
+    return (int(found[0]), True) if len(found) else (len(below), False)
+
+
+def kaplan_meier(times: Array, observed: Array) -> Survival:
+    """Product-limit estimate (Kaplan and Meier 1958). At equal times failures come before censorings.
+
+    Args:
+        times: step of failure or censoring, one per request.
+        observed: whether it is a failure.
+
+    Raises:
+        ProbeError: no requests, or lengths that differ.
+    """
+    times, observed = np.asarray(times, dtype=np.float64), np.asarray(observed, dtype=bool)
+    if not len(times) or len(times) != len(observed):
+        raise ProbeError(f"{len(times)} times and {len(observed)} flags give no survival curve")
+    at = np.unique(times[observed])
+    failures = np.array([np.sum(observed & (times == t)) for t in at], dtype=np.int64)
+    at_risk = np.array([np.sum(times >= t) for t in at], dtype=np.int64)
+    return Survival(at, np.cumprod(1 - failures / at_risk), at_risk, failures)
+
+
+def median_interval(
+    times: Array, observed: Array, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of the median horizon over requests. An end may be infinite: the data then do not bound it."""
+    times, observed = np.asarray(times, dtype=np.float64), np.asarray(observed, dtype=bool)
+    draws = np.random.default_rng(seed).integers(0, len(times), (resamples, len(times)))
+    medians = np.sort([kaplan_meier(times[i], observed[i]).median for i in draws])
+    # Order statistics, because infinite medians have no interpolation.
+    low = int(np.floor((1 - level) / 2 * (resamples - 1)))
+    return float(medians[low]), float(medians[resamples - 1 - low])
+
+
+def fit_decay(values_T: Array) -> Decay:
+    """Least squares over a grid of decay times, exact in the two linear parameters at each; NaN steps are left out.
+
+    Raises:
+        ProbeError: fewer than four steps with a value.
+    """
+    y = np.asarray(values_T, dtype=np.float64)
+    t = np.arange(len(y), dtype=np.float64)[~np.isnan(y)]
+    y = y[~np.isnan(y)]
+    if len(y) < 4:
+        raise ProbeError(f"{len(y)} steps do not determine a decay")
+    grid = np.geomspace(0.25, 10 * (t[-1] + 1), 400)
+    best = min((_linear_fit(t, y, time) for time in grid), key=lambda d: d.residual)
+    step = grid[1] / grid[0]
+    finer = np.geomspace(best.time / step, best.time * step, 200)
+    return min((_linear_fit(t, y, time) for time in finer), key=lambda d: d.residual)
+
+
+def _linear_fit(t: Array, y: Array, time: float) -> Decay:
+    design = np.stack([np.exp(-t / time), np.ones_like(t)], axis=1)
+    (drop, limit), *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = float(np.sqrt(np.mean((design @ np.array([drop, limit]) - y) ** 2)))
+    return Decay(float(drop + limit), float(limit), float(time), residual)
