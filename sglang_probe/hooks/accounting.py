@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.lineage import refuse_other_trees
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -20,6 +22,12 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     from sglang.srt.runtime_context import get_parallel
 
     refuse_unsupported(server_args)
+    refuse_other_trees(scheduler.tree_cache)
+    if scheduler.model_config.is_multimodal:
+        raise UnsupportedError(
+            "the accounting is not proved for multimodal models, whose prompts hold positions without a token",
+            fix="use a text model, or run without the probe",
+        )
     session = probe.active()
     session.attach(
         scheduler,
@@ -73,6 +81,7 @@ def _launch(scheduler: Any, batch: Any) -> None:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
     assert session.recorder is not None
+    _explained(batch.reqs, plan)
     live_server.named(plan)
     session.recorder.launch(plan)
     live_server.launched(batch.reqs, plan)
@@ -100,6 +109,22 @@ def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[s
         ended=ended,
         retracted={live_server.name_of(rid) for rid in retracted},
     )
+
+
+def _explained(reqs: list[Any], plan: ForwardPlan) -> None:
+    """A forward that computes more than the scheduler's lists say is not recorded as if it did not.
+
+    Raises:
+        LedgerError: the forward has rows of no request's position, such as those of beams.
+    """
+    beams = [r.rid for r in reqs if r.beam_group is not None]
+    if beams:
+        raise LedgerError(f"request {beams[0]} asks for beam search, whose rows have no position of their own")
+    if plan.tokens != plan.slots:
+        raise LedgerError(
+            f"SGLang allocated {plan.slots} KV slots for a forward pass of {plan.tokens} positions "
+            f"(of {', '.join(plan.rids[:3])})"
+        )
 
 
 def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
@@ -158,17 +183,19 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
     return (rows, tokens) if rows else None
 
 
+def _replaced(req: Any) -> bool:
+    """Whether SGLang refused the request and ran one token in the place of its prompt (`Req.set_finish_with_abort`)."""
+    return len(req.origin_input_ids) == 1 and req.origin_input_ids != req.origin_input_ids_unpadded
+
+
 def end_of(req: Any, reason: str | None = None) -> RequestEnd:
     """What the engine says of a finished `Req`; `reason` for one that was dropped without a finish reason."""
-    reason = reason or req.finished_reason.to_json()["type"]
-    if reason == "abort" and list(req.origin_input_ids) == [schema.REFUSED_TOKEN]:
-        reason = schema.REFUSED  # the prompt was replaced, or it was just this token
     return RequestEnd(
         rid=req.rid,
         prompt_len=len(req.origin_input_ids),
         output_len=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         retractions=req.retraction_count,
-        finish_reason=reason,
+        finish_reason=reason or (schema.REFUSED if _replaced(req) else req.finished_reason.to_json()["type"]),
         output_ids=req.output_ids.tolist(),
     )

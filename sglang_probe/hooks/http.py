@@ -8,6 +8,7 @@ there is one, like SGLang's own `/set_internal_state`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import logging
 import time
@@ -38,7 +39,9 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
         from sglang.srt.entrypoints.http_server import app
         from sglang.srt.utils.auth import AuthLevel, auth_level
 
-        endpoints = Endpoints(tokenizer_manager.get_internal_state, _closer(tokenizer_manager))
+        endpoints = Endpoints(
+            tokenizer_manager.get_internal_state, _closer(tokenizer_manager), _emptier(tokenizer_manager)
+        )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
         flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
@@ -53,13 +56,18 @@ class Endpoints:
     Args:
         states: asks every scheduler process for its internal state.
         close: has every scheduler process close its segment; true for each that agreed.
+        empty: flushes the radix cache once nothing is in flight, if that is so within so many seconds; whether it did.
     """
 
     def __init__(
-        self, states: Callable[[], Awaitable[list[dict[str, Any]]]], close: Callable[[], Awaitable[list[bool]]]
+        self,
+        states: Callable[[], Awaitable[list[dict[str, Any]]]],
+        close: Callable[[], Awaitable[list[bool]]],
+        empty: Callable[[float], Awaitable[bool]],
     ) -> None:
         self._states = states
         self._close = close
+        self._empty = empty
 
     async def status(self) -> dict[str, Any]:
         """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
@@ -77,11 +85,19 @@ class Endpoints:
         out["prompt_reused_fraction"] = round(p["reused"] / prompt, 6) if prompt else None
         return out
 
-    async def flush(self) -> Any:
-        """`POST /probe/flush`: close the current segment and wait until it is on disk. 503 if the probe has stopped
-        recording, 504 if the disk does not finish in time."""
+    async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
+        """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 if the
+        probe has stopped recording, 504 if the disk does not finish in time.
+
+        With `cache` the radix cache is flushed first, so that nothing in the next segment is reused from this one. SGLang
+        does that only while nothing is in flight; `timeout` seconds are waited for such a moment, then the answer is 409
+        and the segment goes on.
+        """
         from fastapi.responses import JSONResponse
 
+        if cache and not await self._empty(timeout):
+            reason = "requests are in flight, so SGLang does not flush its cache; the segment goes on"
+            return JSONResponse({"flushed": False, "reason": reason}, status_code=409)
         if not all(await self._close()):
             state = await self._state()
             return JSONResponse({"flushed": False, "reason": state.get("reason")}, status_code=503)
@@ -119,10 +135,23 @@ def _closer(tokenizer_manager: Any) -> Callable[[], Awaitable[list[bool]]]:
     return close
 
 
-def _function(method: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+def _emptier(tokenizer_manager: Any) -> Callable[[float], Awaitable[bool]]:
+    from sglang.srt.managers.io_struct import FlushCacheReqInput
+
+    async def empty(timeout: float) -> bool:
+        # SGLang's own `flush_cache` looks at the first data-parallel rank's answer only.
+        tokenizer_manager.auto_create_handle_loop()
+        replies = await tokenizer_manager.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout))
+        return all(reply.success for reply in replies)
+
+    return empty
+
+
+def _function(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """SGLang marks the auth level on the endpoint itself, and a bound method takes no attributes."""
 
-    async def endpoint() -> Any:
-        return await method()
+    @functools.wraps(method)  # and with it the signature, which names the query parameters
+    async def endpoint(*args: Any, **kwargs: Any) -> Any:
+        return await method(*args, **kwargs)
 
     return endpoint

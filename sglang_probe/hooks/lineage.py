@@ -9,9 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.ledger.recorder import Context
+
+
+def refuse_other_trees(tree: Any) -> None:
+    """Refuse every cache but SGLang's radix tree of full attention: sliding windows and recurrent states live in
+    components of their own, whose entries can be dropped while the prefix stays matched.
+
+    Raises:
+        UnsupportedError: names the cache and its components.
+    """
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    components = set(getattr(tree, "components", ()))
+    if type(tree) is not UnifiedRadixCache or components != {ComponentType.FULL}:
+        named = ", ".join(sorted(str(getattr(c, "value", c)) for c in components)) or "none"
+        raise UnsupportedError(
+            f"the accounting is proved for the radix tree of full attention only; this model's cache is "
+            f"{type(tree).__name__} with components: {named} (sliding-window, mamba or hybrid attention)",
+            fix="use a model whose layers all have full attention, or run without the probe",
+        )
 
 
 def checkpoint_into_tree(original: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -114,7 +114,8 @@ def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
         return list(ends)
     named_ends = [replace(end, rid=live.names.end(end.rid)) for end in ends]
     for r, end in zip(reqs, named_ends, strict=True):
-        live.ending(end.rid, r.origin_input_ids)
+        # Of a prompt given as embeddings SGLang's token ids are made up.
+        live.ending(end.rid, r.origin_input_ids if r.input_embeds is None else None)
     return named_ends
 
 

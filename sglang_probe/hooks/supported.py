@@ -26,6 +26,12 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "enable_pdmux": (False, "prefill-decode multiplexing"),
     "enable_two_batch_overlap": (False, "two-batch overlap"),
     "enable_session_radix_cache": (False, "session radix cache"),
+    "enable_streaming_session": (False, "streaming sessions, which keep entries outside the radix tree"),
+    "strip_thinking_cache": (False, "freeing the entries of a model's thinking"),
+    "enable_flexkv": (False, "FlexKV"),
+    "enable_unified_cache_external_linker": (False, "an external KV store"),
+    "radix_cache_backend": (None, "a radix cache of another package"),
+    "enable_hisparse": (False, "the hierarchical sparse cache"),
     "encoder_only": (False, "encoder-only serving"),
 }
 

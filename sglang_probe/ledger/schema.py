@@ -125,8 +125,9 @@ INTERRUPTED = "interrupted"
 """Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""
 
 REFUSED = "refused"
-"""Finish reason of a request that SGLang's scheduler refused. It serves a prompt of one token in its place, and that is
-the prompt in the ledger. Also the name of that token's segment."""
+"""Finish reason of a request that SGLang's scheduler refused after it was queued (a regular expression that does not
+compile, a session that does not exist, ...). It serves a prompt of one token in its place, and that is the prompt in the
+ledger. Also the name of that token's segment."""
 
 REFUSED_TOKEN = 0
 """The prompt that SGLang serves in place of a refused one (`Req.set_finish_with_abort`)."""

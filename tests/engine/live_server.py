@@ -33,7 +33,9 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), "--device", "cpu"]
         command += ["--attention-backend", "torch_native", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--max-total-tokens", "65536", "--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
+        command += ["--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
+        if "--max-total-tokens" not in arguments:
+            command += ["--max-total-tokens", "65536"]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1", **(environment or {})}
         with open(self.log, "w") as log:
@@ -46,7 +48,8 @@ class LiveServer:
                 start_new_session=True,
             )
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-        self.admin = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
+        admin_key = ADMIN_KEY if "--admin-api-key" in arguments else KEY
+        self.admin = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {admin_key}"}, timeout=60)
         self.anybody = httpx.Client(base_url=self.url, timeout=60)
 
     def wait_until_ready(self, timeout: float = 180) -> None:
