@@ -123,7 +123,7 @@ ENDED_EARLIER = "ended earlier"
 
 REFUSED = "refused"
 """Finish reason of a request that SGLang refused after it was queued (a regular expression that does not compile, a
-session that does not exist, ...): it ran the one-token prompt `[0]` in its place. Prompt and spans are of that token."""
+session that does not exist, ...): it ran the one-token prompt `[0]` instead. Prompt and spans are of that token."""
 
 INTERRUPTED = "interrupted"
 """Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""
