@@ -89,9 +89,9 @@ class Endpoints:
         """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 if the
         probe has stopped recording, 504 if the disk does not finish in time.
 
-        With `cache` the radix cache is flushed first, so that nothing in the next segment is reused from this one. SGLang
-        does that only while nothing is in flight; `timeout` seconds are waited for such a moment, then the answer is 409
-        and the segment goes on.
+        With `cache` the radix cache is flushed first, so that nothing in the next segment is reused from this one.
+        SGLang does that only while nothing is in flight; `timeout` seconds are waited for such a moment, then the
+        answer is 409 and the segment goes on.
         """
         from fastapi.responses import JSONResponse
 

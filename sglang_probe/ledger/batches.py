@@ -27,11 +27,10 @@ def activations(run: Run, rid: str, hook_point: str, *, missing: Literal["raise"
     rows = tokens["source_row"].to_numpy()
     absent = tokens[rows < 0]
     if len(absent) and missing == "raise":
-        first = absent.iloc[0]
         raise RunDirectoryError(
-            f"{rid}: {len(absent)} of {len(tokens)} positions have no row, the first at position {first['position']} "
-            f"({first['status']})",
-            fix='flush the cache before recording, or pass missing="nan"',
+            f"{rid}: {len(absent)} of {len(tokens)} positions have no row: {_why(absent)}",
+            fix='pass missing="nan"; a server begins a segment that reuses nothing older with '
+            "`POST /probe/flush?cache=true`",
         )
     have = rows >= 0
     values = run.rows(hook_point, rows[have])
@@ -40,6 +39,14 @@ def activations(run: Run, rid: str, hook_point: str, *, missing: Literal["raise"
     out = torch.full((len(rows), values.shape[1]), float("nan"), dtype=values.dtype)
     out[torch.from_numpy(have)] = values
     return out
+
+
+def _why(absent: pd.DataFrame) -> str:
+    """What became of positions without a row, in words: how many, and where the first is."""
+    elsewhere = (absent["status"] == schema.REUSED) & ~absent["covered"]
+    kinds = np.where(elsewhere, "reused from entries whose forward pass is not in this run", absent["status"])
+    first = absent.groupby(kinds, sort=False)["position"].agg(["size", "min"])
+    return "; ".join(f"{n} {kind} (from position {start})" for kind, n, start in first.itertuples(name=None))
 
 
 def iter_batches(

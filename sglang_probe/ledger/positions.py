@@ -39,9 +39,11 @@ def expand(spans: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def source_rows(tokens: pd.DataFrame, spans: pd.DataFrame) -> Array:
-    """For each position the row that holds its activation: its own, or that of the position it was reused from; -1."""
+def sources(tokens: pd.DataFrame, spans: pd.DataFrame) -> tuple[Array, Array]:
+    """Where the activation of each position is: its own row, or that of the position it was reused from, -1 if none was
+    captured; and whether its forward pass is in this run at all."""
     rows = tokens["row"].to_numpy().copy()
+    covered = (tokens["status"] == schema.COMPUTED).to_numpy().copy()
     reused = ((tokens["status"] == schema.REUSED) & tokens["origin_rid"].notna()).to_numpy()
     if reused.any():
         asked = tokens[reused]
@@ -54,7 +56,8 @@ def source_rows(tokens: pd.DataFrame, spans: pd.DataFrame) -> Array:
         offset = asked["position"].to_numpy() - span["start"].to_numpy()
         found = np.where(hit & (row_start >= 0), row_start + offset * span["row_step"].to_numpy(), -1)
         rows[reused] = found
-    return rows
+        covered[reused] = hit
+    return rows, covered
 
 
 def find_computed(spans: pd.DataFrame, rid: pd.Series, attempt: Array, position: Array) -> Array:

@@ -107,9 +107,10 @@ class Run:
 
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
-        reused position; null: computed before the recording), and source_row (its own row, or the row of its origin;
-        -1: none). Token ids of discarded overshoot positions are those of the last output;
-        -1 where a live recording kept no ids.
+        reused position; null: computed before the recording), source_row (its own row, or the row of its origin;
+        -1: none), and covered (whether this run has the forward pass that computed the position: not if it was reused
+        from an entry of unknown origin or of another segment). Token ids of discarded overshoot positions are those of
+        the last output; -1 where a live recording kept no ids.
         """
         requests = self.requests(interrupted=interrupted)
         spans = self.last_attempt()
@@ -130,7 +131,7 @@ class Run:
 
     def _positions(self, spans: pd.DataFrame) -> pd.DataFrame:
         tokens = positions.expand(spans)
-        tokens["source_row"] = positions.source_rows(tokens, self.spans())
+        tokens["source_row"], tokens["covered"] = positions.sources(tokens, self.spans())
         return tokens
 
     def rows(self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any]) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Redactor:
         self._prompts: dict[str, Any] = {}
 
     def ending(self, rid: str, prompt_ids: Any) -> None:
-        """A request is about to end; its end comes with one of the next commits. `prompt_ids` None: it has no tokens."""
+        """A request is about to end; its end comes with one of the next commits. Without `prompt_ids` it has none."""
         if self._level != "none":
             self._prompts[rid] = prompt_ids
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_probe.ledger.run import Run, load_run
+from tests.engine.live_server import LiveServer
+from tests.engine.paths import CHUNK
 
 HOOK_POINTS = ["hook_embed", "blocks.0.hook_resid_post", "blocks.3.hook_resid_post"]
 
@@ -34,3 +36,16 @@ def pair(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def runs(pair: Path) -> dict[str, Run]:
     return {p.parent.name: load_run(p.parent) for p in pair.glob("*/manifest.json")}
+
+
+@pytest.fixture(scope="session")
+def chunked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A recorded server with small chunks, four running requests and SGLang's own counts in its answers."""
+    options = ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "4", "--enable-cache-report"]
+    options += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
+    server = LiveServer(tmp_path_factory.mktemp("chunked"), *options, privacy="ids")
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()

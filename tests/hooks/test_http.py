@@ -20,7 +20,7 @@ STATE = {
 }
 
 
-def _endpoints(states: list[Any], agrees: bool = True) -> Endpoints:
+def _endpoints(states: list[Any], agrees: bool = True, idle: bool = True) -> Endpoints:
     """Answers `states` in turn, the last one for ever."""
 
     async def get() -> list[dict[str, Any]]:
@@ -29,7 +29,10 @@ def _endpoints(states: list[Any], agrees: bool = True) -> Endpoints:
     async def close() -> list[bool]:
         return [agrees]
 
-    return Endpoints(get, close)
+    async def empty(_timeout: float) -> bool:
+        return idle
+
+    return Endpoints(get, close, empty)
 
 
 def test_coverage_lists_as_many_requests_as_asked() -> None:
@@ -42,6 +45,11 @@ def test_flush_waits_until_the_segment_is_on_disk() -> None:
     done = {**STATE, "flush": {"asked": 1, "done": 1, "segment": "s0"}}
     out = asyncio.run(_endpoints([STATE, STATE, done]).flush())
     assert out == {"flushed": True, "segment": "s0", "next": "s1"}
+
+
+def test_a_cache_that_is_in_use_is_not_flushed_and_the_segment_goes_on() -> None:
+    out = asyncio.run(_endpoints([STATE], idle=False).flush(cache=True))
+    assert (out.status_code, b"in flight" in out.body) == (409, True)
 
 
 def test_flush_says_why_when_nothing_is_recorded() -> None:
