@@ -126,7 +126,7 @@ INTERRUPTED = "interrupted"
 
 REFUSED = "refused"
 """Finish reason of a request that SGLang's scheduler refused after it was queued (a regular expression that does not
-compile, a session that does not exist, ...). It serves a prompt of one token in its place, and that is its prompt in the
+compile, a session that does not exist, ...). It serves a prompt of one token instead, and that is the prompt in the
 ledger. Also the name of that token's segment."""
 
 REFUSED_TOKEN = 0
