@@ -120,8 +120,8 @@ def _in_words(records: list[dict[str, Any]]) -> str:
 
     return (
         f"{summary['configurations']} configurations, {totals['requests']:,} requests, "
-        f"{totals['forwards']:,} forward passes, {totals['compared']:,} comparisons of a slot's true owner with the lineage: "
-        f"{totals['wrong']} wrong, {totals['unknown']} unknown, {totals['violations']} violations.\n"
+        f"{totals['forwards']:,} forward passes, {totals['compared']:,} comparisons of a slot's true owner with the "
+        f"lineage: {totals['wrong']} wrong, {totals['unknown']} unknown, {totals['violations']} violations.\n"
         f"{summary['refused']} more were refused by the probe, by name, as they must be. Attacked: {commits}.\n"
         f"Requests by finish reason: {counted('finish')}. Computed positions: {counted('phases')}; reused: "
         f"{totals['reused']:,}. SGLang's defaults are left out of the table; `KV` is the pool in tokens."
