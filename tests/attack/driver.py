@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from sglang_probe.errors import UnsupportedError
 from sglang_probe.harvest import session
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.engine import Answer, ProbedEngine
@@ -42,18 +44,21 @@ class Attack:
         self.requests = requests
         self.rng = random.Random(plan.seed + 2)
         self.answers: dict[int, Answer] = {}
-        self.counts = dict.fromkeys(("served", "aborted", "left", "refused", "flushed", "paused", "continued"), 0)
+        self.counts = dict.fromkeys(
+            ("served", "aborted", "left", "refused", "flushed", "paused", "continued", "samples"), 0
+        )
 
     async def serve(self, engine: ProbedEngine, concurrency: int) -> AsyncIterator[Answer]:
         self.manager = engine._engine.tokenizer_manager
+        _name_samples()
         rest = list(self.traffic)
         while rest:
             size = self.rng.randint(8, 40)
             wave, rest = rest[:size], rest[size:]
             gate = asyncio.Semaphore(concurrency)
             disturbing = asyncio.ensure_future(self._disturb())
-            for answer in await asyncio.gather(*(self._one(gate, t) for t in wave)):
-                if answer is not None:
+            for answers in await asyncio.gather(*(self._one(gate, t) for t in wave)):
+                for answer in answers:
                     yield answer
             await disturbing
             if self.rng.random() < 0.25:
@@ -74,7 +79,7 @@ class Attack:
             await asyncio.sleep(self.rng.random() * 0.5)
             self.manager.abort_request(abort_all=True)
 
-    async def _one(self, gate: asyncio.Semaphore, traffic: Traffic) -> Answer | None:
+    async def _one(self, gate: asyncio.Semaphore, traffic: Traffic) -> list[Answer]:
         async with gate:
             request = self._continued(traffic)
             self.requests[request.index] = request
@@ -85,16 +90,20 @@ class Attack:
                 generated = await self._ask(request, traffic)
             except (ValueError, HTTPException):  # how SGLang answers an abort, a full queue, and what it refuses
                 self.counts["refused"] += 1
-                return None
+                return []
             finally:
                 if timer is not None:
                     timer.cancel()
-        if generated is None or (generated["meta_info"]["finish_reason"] or {}).get("type") == "abort":
-            return None
-        answer = Answer(request.rid, list(generated["output_ids"]), int(generated["meta_info"]["cached_tokens"]))
-        self.answers[request.index] = answer
-        self.counts["served"] += 1
-        return answer
+        answers = [
+            Answer(g["meta_info"]["id"], list(g["output_ids"]), int(g["meta_info"]["cached_tokens"]))
+            for g in generated
+            if (g["meta_info"]["finish_reason"] or {}).get("type") not in (None, "abort")
+        ]
+        if answers:
+            self.answers[request.index] = answers[0]
+            self.counts["served"] += 1
+            self.counts["samples"] += len(answers) - 1
+        return answers
 
     def _continued(self, traffic: Traffic) -> Request:
         """The request, continuing an earlier one if that has been answered and leaves room."""
@@ -109,8 +118,8 @@ class Attack:
         self.counts["continued"] += 1
         return replace(ours, prompt_ids=prompt, spans=(SegmentSpan("prompt", 0, len(prompt)),))
 
-    async def _ask(self, request: Request, traffic: Traffic) -> dict[str, Any] | None:
-        """Send it and read the answer; None if the client went away."""
+    async def _ask(self, request: Request, traffic: Traffic) -> list[dict[str, Any]]:
+        """Send it and read the answer, one for each sample; none if the client went away."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         options = dict(traffic.options)
@@ -122,20 +131,39 @@ class Attack:
             stream=stream,
             **options,
         )
-        last, pieces = None, 0
+        last: dict[str, dict[str, Any]] = {}
+        pieces = 0
         answer = self.manager.generate_request(asked, None)
-        async for last in answer:
+        async for said in answer:
+            last |= {s["meta_info"]["id"]: s for s in (said if isinstance(said, list) else [said])}
             pieces += 1
-            if pieces == traffic.reads and not last["meta_info"]["finish_reason"]:
+            if pieces == traffic.reads and not all(s["meta_info"]["finish_reason"] for s in last.values()):
                 self.counts["left"] += 1
                 self._abort(request.rid)  # as SGLang's HTTP server does when a client disconnects
                 await answer.aclose()
-                return None
-        return last
+                return []
+        return list(last.values())
 
     def _abort(self, rid: str) -> None:
         self.counts["aborted"] += 1
-        self.manager.abort_request(rid=rid)
+        for known in [r for r in self.manager.rid_to_state if r.startswith(rid)]:  # its samples have names of their own
+            self.manager.abort_request(rid=known)
+
+
+def _name_samples() -> None:
+    """Name the warm-up and the samples of a request with `n` after it, as `<rid>~<number>`.
+
+    SGLang gives them random names in this process, so that the ledger could not be told what they were asked.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    numbers = itertools.count(1)
+
+    def regenerate_rid(self: Any) -> str:
+        self.rid = f"{self.rid.partition('_')[0]}~{next(numbers)}"
+        return str(self.rid)
+
+    GenerateReqInput.regenerate_rid = regenerate_rid
 
 
 def main() -> None:
@@ -146,13 +174,22 @@ def main() -> None:
     parser.add_argument("--plan", type=json.loads, default={}, help="JSON: fields of `Plan` over the drawn ones")
     args = parser.parse_args()
     plan = replace(plan_of(args.seed, args.requests), **args.plan)
-    print("ATTACK", json.dumps({"seed": plan.seed, "options": plan.options}), flush=True)
+    print("ATTACK", json.dumps({"seed": plan.seed, "options": plan.options, "refused": plan.refused}), flush=True)
     os.environ.update(plan.env)
 
     config = HarvestConfig.model_validate(
-        {"workload": _PLACEHOLDER, "concurrency": plan.concurrency, "server": plan.server}
+        {
+            "workload": _PLACEHOLDER,
+            "concurrency": plan.concurrency,
+            "server": plan.server,
+            "hook_points": plan.hook_points,
+        }
     )
-    prepared = Prepared(config, {"arm": config.arm})
+    try:
+        prepared = Prepared(config, {"arm": config.arm})
+    except UnsupportedError as e:
+        print("REFUSED", json.dumps(e.message), flush=True)
+        return
     traffic = make_traffic(plan)
     prepared.workload = Workload([t.request for t in traffic], 0, None)
     attack = Attack(plan, traffic, prepared.workload.requests)

@@ -29,6 +29,8 @@ class Outcome:
     """What the driver counted."""
     options: dict[str, Any]
     output: str
+    refused: str | None = None
+    """Why the probe refused the configuration; nothing was run then."""
 
     @property
     def noticed(self) -> list[str]:
@@ -67,20 +69,24 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
     said = {
         name: json.loads(rest)
         for name, _, rest in (line.partition(" ") for line in output.splitlines())
-        if name in ("ATTACK", "DONE")
+        if name in ("ATTACK", "DONE", "REFUSED")
     }
-    if "DONE" not in said:
+    refused = said.get("REFUSED")
+    due = said.get("ATTACK", {}).get("refused")
+    if (refused is None) != (due is None) or (refused and due not in refused):
+        violations["refusal"] = f"`{due}` must be refused by name, and what was said is: {refused}"
+    if "DONE" not in said and refused is None:
         violations.setdefault("driver", output[-2000:])
     if (path / "run" / "manifest.json").exists():
         run = load_run(path / "run")
         violations |= {c.name: str(c.violation) for c in verify(run) if not c.holds}
-        ended = set(run.engine_requests()["rid"])
+        ended = {rid.partition("~")[0] for rid in run.engine_requests()["rid"]}
         if endless := sorted({f"r{i:06d}" for i in range(requests)} - ended):
             violations["ends"] = f"{len(endless)} of {requests} requests never ended, the first {endless[0]}"
         if run.manifest.get("fault"):
             violations["fault"] = run.manifest["fault"]
     options = said.get("ATTACK", {}).get("options", {})
-    return Outcome(_oracle(path), violations, said.get("DONE", {}), options, output)
+    return Outcome(_oracle(path), violations, said.get("DONE", {}), options, output, refused)
 
 
 def _oracle(path: Path) -> dict[str, Any]:

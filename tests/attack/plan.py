@@ -1,6 +1,8 @@
 """What one seed of the attack means: engine options, and requests with what their clients do.
 
-Nothing here imports SGLang. What SGLang or the probe refuses is left out, with the reason beside it.
+Nothing here imports SGLang. What SGLang refuses is left out, with the reason beside it; of what the probe refuses a
+little is drawn, to see it refused by name. `num_continuous_decode_steps` is not drawn: nothing in SGLang 0.5.23 reads
+it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_probe.capture.hook_points import EMBED
 from sglang_probe.workload.request import Request, SegmentSpan
 
 VOCABULARY = 3072
@@ -21,6 +24,15 @@ EVICTION = ("lru", "lfu", "slru", "priority", "tlru")
 SCHEDULE = ("fcfs", "lpm", "random", "dfs-weight", "lof", "routing-key", "hrrn", "shortest-prefill-first")
 PRIORITY_SCHEDULE = ("fcfs", "lof")
 """What SGLang accepts beside `enable_priority_scheduling`."""
+HOOK_POINTS = ([EMBED], [EMBED], [EMBED, "blocks.1.hook_resid_post"], [])
+REFUSED = (
+    {"pp_size": 2},
+    {"enable_hierarchical_cache": True},
+    {"enable_lora": True},
+    {"speculative_algorithm": "NGRAM"},
+    {"enable_session_radix_cache": True},
+)
+"""Server arguments that the probe must refuse by name, whatever else is set."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,12 @@ class Plan:
     """Generation is paused and every running request retracted, now and then."""
     refusals: bool = False
     """Some requests ask what SGLang's scheduler refuses."""
+    samples: bool = False
+    """Some requests ask for several answers (`n`), behind the warm-up that SGLang sends for them."""
+    hook_points: list[str] = field(default_factory=lambda: [EMBED])
+    """Rows captured. Without `hook_embed` ownership is not checked by content."""
+    refused: str | None = None
+    """The server argument for which the probe must refuse the engine."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,10 +82,11 @@ class Plan:
         server = {k: v for k, v in self.server.items() if v not in (False, None)}
         ours = {
             k: getattr(self, k)
-            for k in ("cache", "bypass", "pauses", "refusals")
+            for k in ("cache", "bypass", "pauses", "refusals", "samples")
             if getattr(self, k) not in ("on", False)
         }
-        return {**server, **ours, **self.env}
+        rows = {} if self.hook_points == [EMBED] else {"rows": " ".join(self.hook_points) or "none"}
+        return {**server, **ours, **rows, **self.env}
 
 
 def plan_of(seed: int, requests: int) -> Plan:
@@ -106,6 +125,14 @@ def plan_of(seed: int, requests: int) -> Plan:
     parallel = rng.random()
     if parallel < 0.16:
         server["tp_size" if parallel < 0.08 else "dp_size"] = 2
+    later = random.Random(seed + 3)  # what was added later, so that older seeds keep the rest of their draws
+    if page == 32 and later.random() < 0.5:
+        # SGLang refuses chunks that are not whole pages.
+        chunk = server["chunked_prefill_size"]
+        server |= {"page_size": 64, "chunked_prefill_size": 64 if chunk == 32 else chunk}
+    server["prefill_decode_interval"] = later.choice([None, None, None, 2])
+    refused = later.choice(REFUSED) if later.random() < 0.06 else {}
+    server |= refused
     return Plan(
         seed,
         requests,
@@ -117,12 +144,16 @@ def plan_of(seed: int, requests: int) -> Plan:
         priorities=priorities or server["radix_eviction_policy"] == "priority",
         pauses=rng.random() < 0.2,
         refusals=rng.random() < 0.2,
+        samples=later.random() < 0.3,
+        hook_points=later.choice(HOOK_POINTS),
+        refused=next(iter(refused), None),
     )
 
 
 def make_traffic(plan: Plan) -> list[Traffic]:
     """Prompts as paths through a random tree of token runs, and continuations of earlier requests."""
     rng = random.Random(plan.seed + 1)
+    later = random.Random(plan.seed + 4)  # as in `plan_of`
 
     def run_of(low: int, high: int) -> list[int]:
         return [rng.randrange(10, VOCABULARY) for _ in range(rng.randint(low, high))]
@@ -149,6 +180,8 @@ def make_traffic(plan: Plan) -> list[Traffic]:
             params["ignore_eos"] = True
         if plan.bypass and rng.random() < 0.3:
             params["custom_params"] = {"probe": {"cache": rng.choice(CACHE_USES)}}
+        if plan.samples and later.random() < 0.2:
+            params["n"] = later.choice([2, 3])
         spans = (SegmentSpan("prompt", 0, len(prompt)),)
         request = Request(i, f"r{i:06d}", tuple(prompt), spans, None, params)
         # A continuation that cannot reuse what it continues would be no continuation.

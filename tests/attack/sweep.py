@@ -20,7 +20,7 @@ from typing import Any
 from tests.attack.outcome import ROOT, Outcome, attack
 
 COLUMNS = {
-    "requests": lambda r: r["requests"],
+    "requests": lambda r: 0 if r["refused"] else r["requests"],
     "forwards": lambda r: r["oracle"]["forwards"],
     "compared": lambda r: r["oracle"]["compared"],
     "wrong": lambda r: r["oracle"]["wrong"],
@@ -28,7 +28,7 @@ COLUMNS = {
     "violations": lambda r: len(r["violations"]),
     **{
         name: lambda r, name=name: r["counts"].get(name, 0)
-        for name in ("reused", "rebinds", "retracted", "aborted", "flushed", "mixed", "continued")
+        for name in ("reused", "rebinds", "retracted", "aborted", "flushed", "mixed", "continued", "samples")
     },
 }
 
@@ -52,6 +52,7 @@ SHORT = {
     "retraction_policy": "retract by",
     "tp_size": "tp",
     "dp_size": "dp",
+    "prefill_decode_interval": "interval",
     "SGLANG_TEST_RETRACT": "forced retraction",
 }
 """Engine options in the table."""
@@ -79,7 +80,8 @@ def main() -> int:
         path.write_text(json.dumps(_record(seed, args.requests, outcome), indent=1) + "\n")
         if not outcome.noticed:
             shutil.rmtree(args.out / f"seed-{seed}")
-        said = "; ".join(outcome.noticed) or f"{outcome.oracle['compared']:,} positions compared, none wrong"
+        fine = outcome.refused or f"{outcome.oracle['compared']:,} positions compared, none wrong"
+        said = "; ".join(outcome.noticed) or fine
         print(f"[{n}/{len(seeds)}] seed {seed}, {time.monotonic() - began:.0f} s: {said}", flush=True)
     records = sorted((json.loads(p.read_text()) for p in args.out.glob("seed-*.json")), key=lambda r: r["seed"])
     (args.out / "sweep.json").write_text(json.dumps(_summary(records), indent=1) + "\n")
@@ -99,14 +101,16 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = ["| seed | options | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for r in records:
         cells = " | ".join(f"{of(r):,}" for of in COLUMNS.values())
-        lines.append(f"| {r['seed']} | {_words(r['options'])} | {cells} |")
+        lines.append(f"| {r['seed']} | {_named(r)} | {cells} |")
     totals = " | ".join(f"{sum(map(of, records)):,}" for of in COLUMNS.values())
-    lines.append(f"| **all** | {len(records)} configurations | {totals} |")
+    lines.append(f"| **all** | {_summary(records)['configurations']} configurations | {totals} |")
     return "\n".join(lines)
 
 
 def _in_words(records: list[dict[str, Any]]) -> str:
-    totals = _summary(records)["totals"]
+    summary = _summary(records)
+    totals = summary["totals"]
+    commits = ", ".join(sorted({f"`{r['commit']}`" for r in records}))
 
     def counted(name: str) -> str:
         counter: Counter[str] = Counter()
@@ -115,12 +119,17 @@ def _in_words(records: list[dict[str, Any]]) -> str:
         return ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
 
     return (
-        f"{len(records)} configurations, {totals['requests']:,} requests, {totals['forwards']:,} forward passes, "
-        f"{totals['compared']:,} comparisons of a slot's true owner with the lineage: {totals['wrong']} wrong, "
-        f"{totals['unknown']} unknown, {totals['violations']} violations.\n"
+        f"{summary['configurations']} configurations, {totals['requests']:,} requests, "
+        f"{totals['forwards']:,} forward passes, {totals['compared']:,} comparisons of a slot's true owner with the "
+        f"lineage: {totals['wrong']} wrong, {totals['unknown']} unknown, {totals['violations']} violations.\n"
+        f"{summary['refused']} more were refused by the probe, by name, as they must be. Attacked: {commits}.\n"
         f"Requests by finish reason: {counted('finish')}. Computed positions: {counted('phases')}; reused: "
         f"{totals['reused']:,}. SGLang's defaults are left out of the table; `KV` is the pool in tokens."
     )
+
+
+def _named(record: dict[str, Any]) -> str:
+    return f"refused: {record['refused']}" if record["refused"] else _words(record["options"])
 
 
 def _words(options: dict[str, Any]) -> str:
@@ -138,6 +147,7 @@ def _record(seed: int, requests: int, outcome: Outcome) -> dict[str, Any]:
         "commit": _commit(),
         "requests": requests,
         "options": outcome.options,
+        "refused": outcome.refused,
         "oracle": outcome.oracle,
         "violations": outcome.violations,
         "noticed": outcome.noticed,
@@ -147,7 +157,8 @@ def _record(seed: int, requests: int, outcome: Outcome) -> dict[str, Any]:
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     totals = {name: sum(map(of, records)) for name, of in COLUMNS.items()}
-    return {"configurations": len(records), "totals": totals, "records": records}
+    refused = sum(r["refused"] is not None for r in records)
+    return {"configurations": len(records) - refused, "refused": refused, "totals": totals, "records": records}
 
 
 def _commit() -> str | None:

@@ -25,7 +25,17 @@ TIGHT = {
     "schedule_conservativeness": 0.3,
 }
 """Engine options with which little traffic reaches most paths; a random configuration may miss the one in question."""
-CALM = {"cache": "on", "bypass": False, "pauses": False, "priorities": False, "refusals": False, "concurrency": 8}
+CALM = {
+    "cache": "on",
+    "bypass": False,
+    "pauses": False,
+    "priorities": False,
+    "refusals": False,
+    "concurrency": 8,
+    "samples": False,
+    "hook_points": ["hook_embed"],
+    "refused": None,
+}
 RETRACT = {"SGLANG_TEST_RETRACT": "1"}
 
 
@@ -80,6 +90,7 @@ SLOW = pytest.mark.slow
                 "ignore who had finished": tight(),
                 "ignore the discard at the end": tight(),
                 "ignore the discard at retraction": tight(RETRACT),
+                "commit the newest first": tight(),
                 "believe a refused prompt": tight(refusals=True),
                 "shift the rows": tight(),
             }.items()

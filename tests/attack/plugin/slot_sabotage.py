@@ -197,6 +197,20 @@ def ignore_the_discard_at_retraction() -> None:
     accounting._commit = lambda batch, result, finished, _retracted: commit(batch, result, finished, set())
 
 
+def commit_the_newest_first() -> None:
+    """Forwards are committed without asking which one a result belongs to."""
+    commit = Recorder.commit
+
+    def newest(self: Any, tag: int, **kwargs: Any) -> None:
+        self._pending.reverse()
+        try:
+            commit(self, self._pending[0].tag, **kwargs)
+        finally:
+            self._pending.reverse()
+
+    Recorder.commit = newest  # type: ignore[method-assign]
+
+
 def believe_a_refused_prompt() -> None:
     """SGLang served one token in its place."""
     end_of = accounting.end_of
@@ -240,6 +254,7 @@ SABOTAGES = {
         ignore_who_had_finished,
         ignore_the_discard_at_the_end,
         ignore_the_discard_at_retraction,
+        commit_the_newest_first,
         believe_a_refused_prompt,
         shift_the_rows,
     )
