@@ -37,8 +37,14 @@ def default_server_args() -> dict[str, Any]:
     """Arguments that a user would otherwise have to know on a machine without an accelerator."""
     if accelerator_present():
         return {}
-    # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable.
-    return {"device": "cpu", "attention_backend": PROBE_TORCH, "max_total_tokens": 65536}
+    # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable; and
+    # SGLang would derive a negative fraction from large prefills.
+    return {
+        "device": "cpu",
+        "attention_backend": PROBE_TORCH,
+        "max_total_tokens": 65536,
+        "mem_fraction_static": 0.5,
+    }
 
 
 def server_argument_names() -> set[str]:

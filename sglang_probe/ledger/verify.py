@@ -36,6 +36,7 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         reuse_reconciles,
         forwards_add_up,
         origins_hold,
+        rebinds_hold,
         rows_owned_once,
     ]
     results = [intact, *(check(run) for check in checks)]
@@ -205,6 +206,52 @@ def origins_hold(run: Run) -> Check:
         note = f"{note}; " if note else ""
         note += "token ids were not recorded, so that the tokens could not be compared"
     return Check(name, claim, covered, "positions", None, note)
+
+
+def rebinds_hold(run: Run) -> Check:
+    """A request is rebound only where it has an entry, to one that another request computed for the same tokens."""
+    name = "rebinds"
+    claim = "a rebound position was computed by both requests, behind the same tokens, before it was rebound"
+    rebinds = run.rebinds()
+    known = rebinds[rebinds["origin_rid"].notna()]
+    covered = int((known["end"] - known["start"]).sum())
+    nowhere = {"status": schema.REUSED, "phase": None, "row_start": -1, "row_step": 0}
+    tokens = positions.expand(known.assign(forward_id=known["at_forward"], **nowhere))
+    spans = run.spans()
+    steps = np.isin(spans["phase"].to_numpy(object), schema.STEP_PHASES)
+    for who, rid, attempt in (("it", "rid", "attempt"), ("its origin", "origin_rid", "origin_attempt")):
+        position = tokens["position"].to_numpy()
+        at = positions.find_computed(spans, tokens[rid], tokens[attempt].to_numpy(np.int64), position)
+        asked = tokens.assign(origin_rid=tokens[rid], origin_attempt=tokens[attempt])
+        elsewhere = segment.computed_elsewhere(run, asked)
+        if who == "it":  # what was matched at admission may be rebound as well
+            elsewhere = elsewhere | _reused(spans, tokens)
+        span = spans.iloc[np.maximum(at, 0)]
+        forward = span["forward_id"].to_numpy() + steps[np.maximum(at, 0)] * (position - span["start"].to_numpy())
+        bad = np.where(at < 0, ~elsewhere, forward >= tokens["forward_id"].to_numpy())
+        if bad.any():
+            b = tokens.iloc[int(np.argmax(bad))]
+            violation = (
+                f"{b['rid']} position {b['position']}, rebound at forward {b['forward_id']}: {who} had not computed it"
+            )
+            return Check(name, claim, covered, "positions", violation)
+    ids = {r.rid: _all_ids(r) for r in run.requests(interrupted=True).itertuples()}
+    for s in known.itertuples():
+        mine, theirs = ids.get(s.rid), ids.get(s.origin_rid)
+        if mine is not None and theirs is not None:
+            common = min(s.end, len(mine), len(theirs))
+            if not np.array_equal(mine[:common], theirs[:common]):
+                violation = f"{s.rid} positions {s.start} to {s.end}: the tokens of {s.origin_rid} differ"
+                return Check(name, claim, covered, "positions", violation)
+    return Check(name, claim, covered, "positions")
+
+
+def _reused(spans: pd.DataFrame, tokens: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of these positions their request reused in this attempt."""
+    reused = positions.expand(spans[spans["status"] == schema.REUSED])
+    keys = ["rid", "attempt", "position"]
+    held = pd.MultiIndex.from_frame(reused[keys])
+    return np.asarray(pd.MultiIndex.from_frame(tokens[keys]).isin(held))
 
 
 def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:

@@ -29,9 +29,11 @@ def test_every_invariant_holds_in_every_run(runs: dict[str, Run]) -> None:
     assert set(runs) == {"cache_on", "cache_off", "cache_on.repeat", "cache_off.repeat"}
     for run in runs.values():
         checks = verify(run, embedding=load_embedding(MODEL))
-        assert [c.violation for c in checks] == [None] * 7
+        assert [str(c) for c in checks if not c.holds] == []
         covers_nothing = [c.name for c in checks if c.covered == 0]
-        assert covers_nothing == ([] if run.manifest["arm"].startswith("cache_on") else ["lineage"])
+        assert (
+            set(covers_nothing) <= {"rebinds"} if run.manifest["arm"].startswith("cache_on") else {"lineage", "rebinds"}
+        )
 
 
 def test_with_the_cache_on_shared_segments_are_covered_less_than_questions(runs: dict[str, Run]) -> None:

@@ -29,9 +29,29 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
         "reuse": (2, None),
         "forwards": (4, None),
         "lineage": (4, None),
+        "rebinds": (0, None),
         "row ownership": (12, None),
         "content": (12, None),
     }
+
+
+@pytest.mark.parametrize(
+    ("rebind", "violation"),
+    [
+        (("a", 0, 4, 1, "b"), "its origin had not computed it"),  # b reuses these from a
+        (("b", 4, 6, 3, "a"), "the tokens of a differ"),
+        (("b", 4, 6, 1, "a"), "it had not computed it"),  # at its own forward
+        (("a", 4, 6, 3, "nobody"), "its origin had not computed it"),
+    ],
+)
+def test_a_wrong_rebind_is_named(make_run: Callable[..., Run], rebind: Any, violation: str) -> None:
+    run = make_run()
+    rid, start, end, forward, origin = rebind
+    facts = [(rid, 0, start, end, forward, origin, 0)]
+    frame = pd.DataFrame(facts, columns=schema.REBINDS.names)
+    run.rebinds = lambda: frame  # type: ignore[method-assign]
+    (check,) = [c for c in verify(run) if c.name == "rebinds"]
+    assert violation in (check.violation or "")
 
 
 def test_tokens_expand_every_position_once(make_run: Callable[..., Run]) -> None:
