@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from sglang_probe.capture.hook_points import check_architecture, check_hook_points
+from sglang_probe.capture.hook_points import check_architecture, check_hook_points, check_tensor_parallel
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -45,6 +45,8 @@ class Prepared:
         if config.hook_points:
             check_hook_points(config.hook_points, self.model.layers)
             check_architecture(self.model.architecture)
+            for server in servers:
+                check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
             if accelerator_present():
                 raise UnsupportedError(
                     "capturing rows on an accelerator has not been proved yet",
