@@ -2,8 +2,8 @@
 
 `hook_q` and `hook_k` are what the rotary embedding takes (behind q/k norm, where a model has one), `hook_rot_q` and
 `hook_rot_k` what it gives: those attention uses and, of keys, the cache stores. TransformerLens keeps one axis for the
-heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and values
-have kv heads, not repeated for the query heads that share them.
+heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and
+values have kv heads, not repeated for the query heads that share them.
 """
 
 from __future__ import annotations

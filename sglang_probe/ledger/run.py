@@ -160,7 +160,8 @@ class Run:
         import torch
 
         if split_heads:
-            return self.rows(hook_point, indices).unflatten(1, self.heads(hook_point))
+            rows = self.rows(hook_point, indices)
+            return rows.view(len(rows), *self.heads(hook_point))
         shards = self._shards(hook_point)
         wanted = np.asarray(indices, dtype=np.int64)
         pieces: list[tuple[np.ndarray[Any, Any], torch.Tensor]] = []
