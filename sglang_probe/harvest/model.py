@@ -25,6 +25,8 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int
+    config: dict[str, Any]
+    """`config.json` of the text model, as `transformers` completes it."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -85,6 +87,7 @@ def resolve_model(name: str) -> Model:
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads),
+        config=json.loads(text.to_json_string(use_diff=False)),
     )
 
 

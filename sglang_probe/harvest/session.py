@@ -138,6 +138,7 @@ def manifest_of(
         policy=arm.model_dump(mode="json"),
         model=model.identity(),
         model_path=model.path,
+        model_config=model.config,
         dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
         heads=head_counts(config.hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim),

@@ -80,8 +80,8 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int) -> C
 def _recorded(model: Any, hook_points: list[str]) -> Iterator[dict[str, torch.Tensor]]:
     """A dictionary that holds `[positions, width]` of each hook point after every forward of `model`.
 
-    Pre-RoPE rows and values are outputs of the projections, or of q/k norm; post-RoPE ones what attention is given: both
-    lie outside of `transformers`' rotation.
+    Pre-RoPE rows and values are outputs of the projections or of q/k norm, post-RoPE rows what attention is given: all
+    taken outside the rotation.
     """
     outputs: dict[str, torch.Tensor] = {}
     handles = []

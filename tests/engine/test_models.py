@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_probe.capture.hook_points import REVIEWED_ARCHITECTURES
+from sglang_probe.capture.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
 from sglang_probe.ledger.run import load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
@@ -64,6 +64,7 @@ def test_fp32_rows_agree_with_transformers(
 ) -> None:
     model = make_model(tmp_path / "model", _CASES[architecture])
     hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    hook_points += [f"blocks.{i}.{site}" for i in (0, 2) for site in ATTENTION]
     config = write_yaml(
         "model",
         model=str(model),
