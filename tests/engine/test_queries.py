@@ -146,7 +146,7 @@ def _question_rows(run: Run, index: int) -> torch.Tensor:
     r = run.requests().iloc[index]
     tokens = run.tokens_of(r["rid"])
     at = tokens[(tokens["position"] < r["prompt_len"]) & (tokens["position"] >= r["prompt_len"] - 16)]
-    return torch.from_numpy(at["row"].to_numpy())
+    return torch.tensor(at["row"].tolist())
 
 
 def _with_rows(run: Run, folder: Path, point: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Run:
