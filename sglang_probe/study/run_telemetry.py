@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sglang_probe.capture.hook_points import ROTATED_KEY, ROTATED_QUERY, parse_hook_point
@@ -31,11 +32,11 @@ REGIONS = ("sinks", "system", "prompt", "window", "generated")
 class TelemetryOptions(Config):
     """What the numbers depend on, stored with them."""
 
-    sinks: int = 4
-    window: int = 32
-    top: int = 8
+    sinks: int = Field(default=4, ge=0)
+    window: int = Field(default=32, ge=0)
+    top: int = Field(default=8, ge=1)
     """Positions listed with the most weight."""
-    memory: int = 4
+    memory: int = Field(default=4, ge=1)
     """Steps before, whose mean a step is compared with for its jump score."""
 
 
@@ -57,7 +58,7 @@ TELEMETRY = pa.schema(
 )
 
 
-def write_telemetry(run: Run, path: Path, options: TelemetryOptions = TelemetryOptions()) -> int:
+def write_telemetry(run: Run, path: Path, options: TelemetryOptions | None = None) -> int:
     """Write the telemetry of every request that decoded, at every layer with captured queries and keys.
 
     Returns:
@@ -66,6 +67,7 @@ def write_telemetry(run: Run, path: Path, options: TelemetryOptions = TelemetryO
     Raises:
         ProbeError: no layer has both post-RoPE queries and keys. RunDirectoryError: a position has no row.
     """
+    options = options or TelemetryOptions()
     layers = captured_layers(run)
     if not layers:
         raise ProbeError(
@@ -99,9 +101,7 @@ def _tables(run: Run, layers: list[int], options: TelemetryOptions, schema: pa.S
             )
 
 
-def step_telemetry(
-    run: Run, rid: str, layer: int, segment_J: np.ndarray, options: TelemetryOptions = TelemetryOptions()
-) -> pd.DataFrame:
+def step_telemetry(run: Run, rid: str, layer: int, segment_J: np.ndarray, options: TelemetryOptions) -> pd.DataFrame:
     """Telemetry of one request at one layer, columns as in `TELEMETRY`.
 
     Args:

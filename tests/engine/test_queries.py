@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from sglang_probe.study.drift import row_distance
 from sglang_probe.study.eviction import parse_method
 from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.reference import check_against_transformers, reference_errors
+from sglang_probe.study.run_telemetry import TelemetryOptions, write_telemetry
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
@@ -139,6 +141,33 @@ def test_a_layer_of_a_run_attends_as_the_model_does(recorded: dict[str, Run]) ->
     assert (layer.future_attention.flatten(0, 1) - weights_HNJ[:, layer.length :]).abs().max() < 1e-5
     keep = parse_method({"method": "snapkv", "window": 8}).select(layer, budget=64).keep_TGL
     assert (keep.sum(-1) == 64).all()
+
+
+def test_telemetry_of_a_run_is_what_its_attention_says(recorded: dict[str, Run], tmp_path: Path) -> None:
+    """A few numbers from `transformers`' own weights, one entry at a time."""
+    from transformers import AutoModelForCausalLM
+
+    run = recorded["cache_on"]
+    requests = run.requests()
+    rows = write_telemetry(run, tmp_path / "telemetry.parquet", TelemetryOptions(sinks=2, window=16, top=3))
+    assert rows == ((requests["output_len"] - 1) * 8 * len(LAYERS)).sum()
+    frame = pd.read_parquet(tmp_path / "telemetry.parquet")
+    r = requests.iloc[-1]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        ids = [*r["prompt_ids"], *r["output_ids"][:-1]]
+        weights_HNJ = model(torch.tensor([ids]), output_attentions=True).attentions[3][0]
+    step, head = 6, 5
+    p = weights_HNJ[head, r["prompt_len"] + step, : r["prompt_len"] + step + 1].double().numpy()
+    found = frame.query("rid == @r.rid and layer == 3 and head == @head and step == @step").iloc[0]
+    assert found["support"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    assert found["entropy"] == pytest.approx(-(p * np.log(p)).sum() / np.log(len(p)), rel=1e-4)
+    assert found["mass_sinks"] == pytest.approx(p[:2].sum(), abs=1e-5)
+    assert found["mass_window"] == pytest.approx(p[r["prompt_len"] - 16 : r["prompt_len"]].sum(), abs=1e-5)
+    assert found["mass_generated"] == pytest.approx(p[r["prompt_len"] :].sum(), abs=1e-5)
+    assert set(found["top_positions"]) == set(np.argsort(p)[-3:])
+    assert frame.loc[frame["step"] < 4, "jump"].isna().all()
+    assert frame.loc[frame["step"] >= 4, "jump"].between(0, 1).all()
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:
