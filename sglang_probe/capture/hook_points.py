@@ -81,7 +81,14 @@ def head_counts(names: Iterable[str], *, heads: int, kv_heads: int, head_dim: in
     return {h.name: [heads if h.site in (QUERY, ROTATED_QUERY) else kv_heads, head_dim] for h in points}
 
 
-REVIEWED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+REVIEWED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 """Architectures whose captured rows were compared with `transformers` at every kind of hook point
 (tests/engine/test_models.py, tests/engine/test_queries.py)."""
 
