@@ -1,42 +1,96 @@
-"""Names of hook points, as in TransformerLens, and the engine module behind each."""
+"""Names of hook points, as in TransformerLens, and the engine module behind each.
+
+`hook_q` and `hook_k` are what the rotary embedding takes (behind q/k norm, where a model has one), `hook_rot_q` and
+`hook_rot_k` what it gives: those attention uses and, of keys, the cache stores. TransformerLens keeps one axis for the
+heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and
+values have kv heads, not repeated for the query heads that share them.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_probe.errors import ConfigError, UnsupportedError
 
 EMBED = "hook_embed"
-_RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+RESID_POST = "hook_resid_post"
+QUERY, ROTATED_QUERY = "attn.hook_q", "attn.hook_rot_q"
+KEY, ROTATED_KEY = "attn.hook_k", "attn.hook_rot_k"
+VALUE = "attn.hook_v"
+ATTENTION = (QUERY, ROTATED_QUERY, KEY, ROTATED_KEY, VALUE)
+_IN_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A parsed name. `layer` is None for the embedding."""
+    """A parsed name. `layer` is None for the embedding; `site` is the name within the layer."""
 
     name: str
     layer: int | None
+    site: str
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether rows are per head."""
+        return self.site in ATTENTION
 
 
 def parse_hook_point(name: str) -> HookPoint:
-    """Parse `hook_embed` or `blocks.<layer>.hook_resid_post`.
+    """Parse `hook_embed` or `blocks.<layer>.<site>`, site being `hook_resid_post` or one of `ATTENTION`.
 
     Raises:
         ConfigError: any other name.
     """
     if name == EMBED:
-        return HookPoint(name, None)
-    if match := _RESID_POST.fullmatch(name):
-        return HookPoint(name, int(match.group(1)))
+        return HookPoint(name, None, EMBED)
+    match = _IN_LAYER.fullmatch(name)
+    if match and match.group(2) in (RESID_POST, *ATTENTION):
+        return HookPoint(name, int(match.group(1)), match.group(2))
     raise ConfigError(
         f"unknown hook point `{name}`",
-        fix="use `hook_embed` or `blocks.<layer>.hook_resid_post`, e.g. blocks.0.hook_resid_post",
+        fix=f"use `hook_embed` or `blocks.<layer>.` with one of {', '.join((RESID_POST, *ATTENTION))}, "
+        "e.g. blocks.0.hook_resid_post",
     )
 
 
-REVIEWED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose captured residual stream was compared with `transformers` (tests/engine/test_models.py)."""
+def attention_points(names: Iterable[str]) -> list[HookPoint]:
+    """Those of `names` whose rows are per head."""
+    return [h for h in map(parse_hook_point, names) if h.in_attention]
+
+
+def check_tensor_parallel(names: Iterable[str], tp_size: int) -> None:
+    """Refuse rows per head where each rank has some of the heads only.
+
+    Raises:
+        UnsupportedError: names the hook point.
+    """
+    points = attention_points(names)
+    if points and tp_size > 1:
+        raise UnsupportedError(
+            f"`{points[0].name}` under tensor parallelism (`tp_size: {tp_size}`): each rank has a share of the heads, "
+            "and they are not put together yet",
+            fix="capture the residual stream alone, or use `tp_size: 1`",
+        )
+
+
+def head_counts(names: Iterable[str], *, heads: int, kv_heads: int, head_dim: int) -> dict[str, list[int]]:
+    """`[heads, head_dim]` of every hook point whose rows are per head, for the manifest."""
+    points = attention_points(names)
+    return {h.name: [heads if h.site in (QUERY, ROTATED_QUERY) else kv_heads, head_dim] for h in points}
+
+
+REVIEWED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+"""Architectures whose captured rows were compared with `transformers` at every kind of hook point
+(tests/engine/test_models.py, tests/engine/test_queries.py)."""
 
 
 def check_architecture(name: str) -> None:
@@ -53,8 +107,8 @@ def check_architecture(name: str) -> None:
 
 
 def available(layers: int) -> list[str]:
-    """All hook points of a model with this many layers."""
-    return [EMBED, *(f"blocks.{i}.hook_resid_post" for i in range(layers))]
+    """All hook points of the residual stream of a model with this many layers."""
+    return [EMBED, *(f"blocks.{i}.{RESID_POST}" for i in range(layers))]
 
 
 def check_hook_points(names: list[str], layers: int) -> None:
@@ -68,11 +122,23 @@ def check_hook_points(names: list[str], layers: int) -> None:
         if layer is not None and layer >= layers:
             raise ConfigError(
                 f"hook point `{name}`: the model has {layers} layers, numbered 0 to {layers - 1}",
-                fix="hook points of this model: " + ", ".join(available(layers)),
+                fix="hook points of this model: "
+                + ", ".join(available(layers))
+                + f"; and of each layer {', '.join(ATTENTION)}",
             )
 
 
 def engine_module(name: str) -> str:
     """Path of the engine module whose output a hook point is, for the manifest."""
-    layer = parse_hook_point(name).layer
-    return "model.embed_tokens" if layer is None else f"model.layers.{layer} (residual + hidden)"
+    point = parse_hook_point(name)
+    if point.layer is None:
+        return "model.embed_tokens"
+    attention = f"model.layers.{point.layer}.self_attn"
+    return {
+        RESID_POST: f"model.layers.{point.layer} (residual + hidden)",
+        QUERY: f"{attention}.rotary_emb (argument query)",
+        KEY: f"{attention}.rotary_emb (argument key)",
+        ROTATED_QUERY: f"{attention}.attn (argument q)",
+        ROTATED_KEY: f"{attention}.attn (argument k)",
+        VALUE: f"{attention}.attn (argument v)",
+    }[point.site]

@@ -22,6 +22,11 @@ class Model:
     layers: int
     context_length: int
     architecture: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    config: dict[str, Any]
+    """`config.json` of the text model, as `transformers` completes it."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -72,12 +77,17 @@ def resolve_model(name: str) -> Model:
             fix="give a folder in Hugging Face format, a hub id that can be reached, or `probe-text`",
         ) from e
     text = config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
     return Model(
         name=name,
         path=path,
         layers=int(text.num_hidden_layers),
         context_length=int(getattr(text, "max_position_embeddings", 1 << 30)),
         architecture=(config.architectures or [type(config).__name__])[0],
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads),
+        config=json.loads(text.to_json_string(use_diff=False)),
     )
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from sglang_probe.capture.hook_points import check_architecture, check_hook_points
+from sglang_probe.capture.hook_points import (
+    attention_points,
+    check_architecture,
+    check_hook_points,
+    check_tensor_parallel,
+)
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -35,7 +40,10 @@ class Prepared:
 
     def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
         self.config = config
-        self.inventory = inventory.require(["accounting", "control", "rows", "forced decoding", "platform"])
+        features = ["accounting", "control", "rows", "forced decoding", "platform"]
+        if attention_points(config.hook_points):
+            features.append("attention rows")
+        self.inventory = inventory.require(features)
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
             _check_server(server)
@@ -45,6 +53,8 @@ class Prepared:
         if config.hook_points:
             check_hook_points(config.hook_points, self.model.layers)
             check_architecture(self.model.architecture)
+            for server in servers:
+                check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
             if accelerator_present():
                 raise UnsupportedError(
                     "capturing rows on an accelerator has not been proved yet",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.capture import journal
-from sglang_probe.capture.hook_points import EMBED, engine_module
+from sglang_probe.capture.hook_points import EMBED, engine_module, head_counts
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.engine import Answer, fault_of
@@ -131,15 +131,17 @@ def manifest_of(
     prepared: Prepared, path: Path, arm: Arm, arm_name: str, outputs_of: Run | None, order_seed: int | None
 ) -> dict[str, Any]:
     """What is known of a run before it starts."""
-    config = prepared.config
+    config, model = prepared.config, prepared.model
     return directory.new_manifest(
         name=path.name,
         arm=arm_name,
         policy=arm.model_dump(mode="json"),
-        model=prepared.model.identity(),
-        model_path=prepared.model.path,
+        model=model.identity(),
+        model_path=model.path,
+        model_config=model.config,
         dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
+        heads=head_counts(config.hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim),
         workload=config.workload.model_dump(mode="json"),
         workload_digest=prepared.workload.digest,
         corpus_digest=prepared.workload.corpus_digest,

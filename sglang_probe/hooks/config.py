@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from sglang_probe.capture.hook_points import parse_hook_point
+from sglang_probe.capture.hook_points import attention_points, parse_hook_point
 from sglang_probe.config import Config
 from sglang_probe.live.config import LiveConfig
 from sglang_probe.policy.switches import Switches
@@ -58,6 +58,8 @@ class EngineProbeConfig(Config):
         features = ["accounting", "control"]
         if self.hook_points:
             features.append("rows")
+        if attention_points(self.hook_points):
+            features.append("attention rows")
         if self.forced_outputs:
             features.append("forced decoding")
         if self.bypass:

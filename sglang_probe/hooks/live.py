@@ -69,6 +69,7 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
         "model_path": server_args.model_path,
         "dtype": server_args.dtype,
         "hook_points": {name: engine_module(name) for name in config.hook_points},
+        "heads": probe.active().heads,
         "server_resolved": {name: getattr(server_args, name, None) for name in _ARGUMENTS},
         "inventory": {"sglang": reviewed.sglang, "version": reviewed.version},
         "privacy": config.live.privacy,

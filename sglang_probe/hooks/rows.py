@@ -13,10 +13,20 @@ from typing import Any
 
 import torch
 
-from sglang_probe.capture.hook_points import check_architecture, check_hook_points, parse_hook_point
+from sglang_probe.capture.hook_points import (
+    EMBED,
+    RESID_POST,
+    attention_points,
+    check_architecture,
+    check_hook_points,
+    check_tensor_parallel,
+    head_counts,
+    parse_hook_point,
+)
 from sglang_probe.capture.taps import Taps
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.attention import install_attention_taps
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -27,6 +37,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = probe.active()
     session.tp_size = get_parallel().tp_size
+    check_tensor_parallel(session.config.hook_points, session.tp_size)
     if runner.device != "cpu":
         # The in-graph path is designed for, but has not been run; see the support table in the README.
         raise UnsupportedError(
@@ -35,10 +46,11 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         )
     session.taps = Taps(session.config.hook_points, capacity=1024)
     install_taps(runner.model, session.config.hook_points)
+    session.heads = _heads(runner.model, session.config.hook_points)
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
-    """Hook the embedding and the decoder layers.
+    """Hook the embedding, the decoder layers and their attention.
 
     Raises:
         UnsupportedError: rows of this architecture have not been compared with a reference.
@@ -47,12 +59,20 @@ def install_taps(model: Any, hook_points: list[str]) -> None:
     check_architecture(type(model).__name__)
     layers = model.model.layers
     check_hook_points(hook_points, len(layers))
-    for name in hook_points:
-        layer = parse_hook_point(name).layer
-        if layer is None:
-            model.model.embed_tokens.register_forward_hook(_embed_hook(name))
-        else:
-            layers[layer].register_forward_hook(_layer_hook(name), with_kwargs=True)
+    for point in map(parse_hook_point, hook_points):
+        if point.site == EMBED:
+            model.model.embed_tokens.register_forward_hook(_embed_hook(point.name))
+        elif point.site == RESID_POST:
+            layers[point.layer].register_forward_hook(_layer_hook(point.name), with_kwargs=True)
+    install_attention_taps(layers, attention_points(hook_points))
+
+
+def _heads(model: Any, hook_points: list[str]) -> dict[str, list[int]]:
+    points = attention_points(hook_points)
+    if not points:
+        return {}
+    core = model.model.layers[points[0].layer].self_attn.attn
+    return head_counts(hook_points, heads=core.tp_q_head_num, kv_heads=core.tp_k_head_num, head_dim=core.head_dim)
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:

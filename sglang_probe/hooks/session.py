@@ -45,6 +45,8 @@ class Session:
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.taps: Taps | None = None
+        self.heads: dict[str, list[int]] = {}
+        """Heads and their width at hook points whose rows are per head, once the model is loaded."""
         self.tp_size = 1
         """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None

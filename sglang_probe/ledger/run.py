@@ -134,14 +134,35 @@ class Run:
         tokens["source_row"], tokens["covered"] = positions.sources(tokens, self.spans())
         return tokens
 
-    def rows(self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any]) -> torch.Tensor:
+    def heads(self, hook_point: str) -> tuple[int, int]:
+        """Heads and head dimension of a hook point whose rows are per head: of keys and values the kv heads.
+
+        Raises:
+            RunDirectoryError: it was not captured, or its rows are not per head.
+        """
+        if hook_point not in self.manifest.get("heads", {}):
+            raise RunDirectoryError(
+                f"{self.path} has no rows per head of `{hook_point}`",
+                fix=f"captured hook points: {', '.join(self.hook_points) or 'none'}",
+            )
+        heads, head_dim = self.manifest["heads"][hook_point]
+        return int(heads), int(head_dim)
+
+    def rows(
+        self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any], *, split_heads: bool = False
+    ) -> torch.Tensor:
         """Captured rows by their index in the row store, `[len(indices), width]`, in the model's dtype.
+
+        With `split_heads`, `[len(indices), heads, head_dim]` (see `heads`).
 
         Raises:
             RunDirectoryError: the hook point was not captured, or an index is outside the store.
         """
         import torch
 
+        if split_heads:
+            rows = self.rows(hook_point, indices)
+            return rows.view(len(rows), *self.heads(hook_point))
         shards = self._shards(hook_point)
         wanted = np.asarray(indices, dtype=np.int64)
         pieces: list[tuple[np.ndarray[Any, Any], torch.Tensor]] = []

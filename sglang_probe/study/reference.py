@@ -1,19 +1,32 @@
-"""Captured rows against `transformers` on the same tokens, in the same dtype: is it the model's residual stream?"""
+"""Captured rows against `transformers` on the same tokens, in the same dtype: are they the model's?"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from sglang_probe.capture.hook_points import parse_hook_point
+from sglang_probe.capture.hook_points import (
+    KEY,
+    QUERY,
+    ROTATED_KEY,
+    ROTATED_QUERY,
+    VALUE,
+    HookPoint,
+    parse_hook_point,
+)
 from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.drift import row_distance
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted relative error of a row, by dtype. In half precision it bounds rounding through all layers."""
+
+_ATTENTION = "sglang_probe"
+_ROTATED = (ROTATED_QUERY, ROTATED_KEY)
 
 
 def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, np.ndarray]:
@@ -27,22 +40,12 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
     disable_progress_bar()
     hook_points = run.hook_points
     dtype = run.rows(hook_points[0], [0]).dtype
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
-    outputs: dict[str, torch.Tensor] = {}
-    # Hooks, not `output_hidden_states`: its last entry is behind the final norm.
-    handles = []
-    for name in hook_points:
-        layer = parse_hook_point(name).layer
-        module = model.model.embed_tokens if layer is None else model.model.layers[layer]
-
-        def keep(_module: object, _args: object, output: Any, name: str = name) -> None:
-            outputs[name] = (output[0] if isinstance(output, tuple) else output).squeeze(0)
-
-        handles.append(module.register_forward_hook(keep))
+    _register_attention()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
     errors: dict[str, list[np.ndarray]] = {h: [] for h in hook_points}
     tokens = run.tokens()
     tokens = tokens[tokens["row"] >= 0]
-    try:
+    with _recorded(model, hook_points) as outputs:
         for r in run.requests().head(requests).itertuples():
             mine = tokens[tokens["rid"] == r.rid]
             ids = [*r.prompt_ids, *r.output_ids]
@@ -51,9 +54,6 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
             for name in hook_points:
                 expected = outputs[name][torch.tensor(mine["position"].tolist())]
                 errors[name].append(row_distance(run.rows(name, mine["row"].to_numpy()), expected)[0])
-    finally:
-        for handle in handles:
-            handle.remove()
     return {h: np.concatenate(e) for h, e in errors.items()}
 
 
@@ -74,3 +74,58 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int) -> C
         None if worst < limit else f"{worst_hook}: relative error {worst:.2e}",
         note=summary,
     )
+
+
+@contextmanager
+def _recorded(model: Any, hook_points: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dictionary that holds `[positions, width]` of each hook point after every forward of `model`.
+
+    Pre-RoPE rows and values are outputs of the projections or of q/k norm, post-RoPE rows what attention is given: all
+    taken outside the rotation.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for point in map(parse_hook_point, hook_points):
+        if point.site in _ROTATED:
+            core = model.model.layers[point.layer].self_attn
+            core.probe_sink = {**getattr(core, "probe_sink", {}), _ROTATED.index(point.site): (point.name, outputs)}
+            continue
+
+        def keep(_module: object, _args: object, output: Any, name: str = point.name) -> None:
+            x = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+            outputs[name] = x.flatten(1)
+
+        handles.append(_module(model.model, point).register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module(model: Any, point: HookPoint) -> Any:
+    # Hooks, not `output_hidden_states`: its last entry is behind the final norm.
+    if point.layer is None:
+        return model.embed_tokens
+    layer = model.layers[point.layer]
+    if not point.in_attention:
+        return layer
+    attention = layer.self_attn
+    name = {QUERY: "q", KEY: "k", VALUE: "v"}[point.site]
+    return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+
+
+def _register_attention() -> None:
+    """Make SDPA known under a name of its own that also keeps its queries and keys."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        for which, (name, outputs) in getattr(module, "probe_sink", {}).items():
+            x_BHND = args[which]
+            outputs[name] = x_BHND[0].transpose(0, 1).flatten(1)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

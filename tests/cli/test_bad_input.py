@@ -47,6 +47,11 @@ def test_an_unknown_hook_point(refuse: Callable) -> None:
     assert "unknown hook point `blocks.0.hook_mlp`" in refuse(hook_points=["blocks.0.hook_mlp"])
 
 
+def test_heads_under_tensor_parallelism(refuse: Callable) -> None:
+    message = refuse(hook_points=["hook_embed", "blocks.0.attn.hook_rot_q"], server={"tp_size": 2})
+    assert "`blocks.0.attn.hook_rot_q` under tensor parallelism" in message
+
+
 def test_prompt_plus_output_longer_than_the_context(refuse: Callable) -> None:
     message = refuse(sampling={"max_new_tokens": 4090})
     assert "request 0" in message

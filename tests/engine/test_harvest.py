@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sglang_probe.capture.hook_points import ATTENTION
 from sglang_probe.ledger.run import MANIFEST, load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
@@ -24,6 +25,7 @@ MODEL = shipped("models/probe-text/checkpoint")
 
 def test_fp32_rows_agree_with_transformers(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
     hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(4))]
+    hook_points += [f"blocks.{i}.{site}" for i in range(4) for site in ATTENTION]
     config = write_yaml("fp32", dtype="float32", hook_points=hook_points, arm={"cache": "off"})
     done = cli("harvest", config, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sglang_probe.capture.hook_points import REVIEWED_ARCHITECTURES
+from sglang_probe.capture.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
 from sglang_probe.ledger.run import load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
@@ -21,6 +22,14 @@ _CASES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2ForCausalLM": "qwen2",
     "MistralForCausalLM": "mistral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+
+_OPTIONS = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 
 
@@ -29,7 +38,7 @@ def make_model(folder: Path, kind: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    options = {"sliding_window": None} if kind == "mistral" else {}
+    options: dict[str, Any] = _OPTIONS.get(kind, {})
     config = AutoConfig.for_model(
         kind,
         vocab_size=3072,
@@ -64,6 +73,7 @@ def test_fp32_rows_agree_with_transformers(
 ) -> None:
     model = make_model(tmp_path / "model", _CASES[architecture])
     hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    hook_points += [f"blocks.{i}.{site}" for i in (0, 2) for site in ATTENTION]
     config = write_yaml(
         "model",
         model=str(model),

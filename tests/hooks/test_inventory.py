@@ -81,6 +81,14 @@ def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
     assert patched == {t for t, _, _ in _hooks(config)} | elsewhere
 
 
+def test_attention_is_asked_of_those_alone_who_capture_it() -> None:
+    run = Path("x")
+    assert "attention rows" not in EngineProbeConfig(run=run, hook_points=["blocks.0.hook_resid_post"]).features
+    features = EngineProbeConfig(run=run, hook_points=["blocks.0.attn.hook_v"]).features
+    targets = {f.target.target for f in inventory.examine(inventory.load_inventory(), features)}
+    assert "sglang.srt.layers.radix_attention.RadixAttention.forward" in targets
+
+
 def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     real = inventory.fingerprint
     changed = "sglang.srt.managers.scheduler.Scheduler.run_batch"

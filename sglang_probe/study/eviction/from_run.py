@@ -1,0 +1,105 @@
+"""A captured request as the eviction lab's `Layer`: prompt window, cache and decode steps of one layer.
+
+Prompt rows that the request reused come from the requests that computed them, so that a run with the prefix cache on
+gives the same layer as one without, up to the floor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_probe.capture.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
+from sglang_probe.errors import ProbeError
+from sglang_probe.ledger.run import Run
+from sglang_probe.study.attention import AttentionSpec
+from sglang_probe.study.eviction.layer import Layer, Queries
+from sglang_probe.study.rope import Rotary
+
+
+def layer_from_run(
+    run: Run, rid: str, layer: int, *, window: int | None = None, model: str | Path | None = None
+) -> Layer:
+    """The layer that request `rid` saw, in the dtype of the capture.
+
+    Decode steps are the positions behind the prompt that were computed, `output_len - 1` of them; a request of one
+    output token has no `future`. Values and pre-RoPE queries are there if they were captured.
+
+    Args:
+        window: keep the last so many prompt queries; None: all.
+        model: model folder, for the output projection (and the configuration, of a run whose manifest has none); None:
+            without the projection.
+
+    Raises:
+        RunDirectoryError: no such request; post-RoPE queries or keys were not captured; or a position has no row.
+        ProbeError: the configuration of the model is not at hand.
+    """
+    config = model_config(run, model)
+    requests = run.requests(interrupted=True).set_index("rid")
+    length = int(requests.loc[rid, "prompt_len"]) if rid in requests.index else 0
+    first = 0 if window is None else max(0, length - window)
+
+    def rows(site: str) -> Tensor:
+        name = f"blocks.{layer}.{site}"
+        values = run.activations(rid, name)
+        return values.view(len(values), *run.heads(name))
+
+    captured = {site for site in (VALUE, QUERY) if f"blocks.{layer}.{site}" in run.hook_points}
+    q, k = rows(ROTATED_QUERY), rows(ROTATED_KEY)
+    v = rows(VALUE) if VALUE in captured else None
+    q_pre = rows(QUERY) if QUERY in captured else None
+    steps = len(k) - length
+    return Layer(
+        q_NHD=q[first:length],
+        k_LGD=k[:length],
+        # So in all reviewed architectures. SGLang gives none of them a sliding window (models/llama.py, qwen2.py,
+        # qwen3.py), whatever their configuration says.
+        spec=AttentionSpec(scaling=q.shape[-1] ** -0.5),
+        v_LGD=None if v is None else v[:length],
+        q_pre_NHD=None if q_pre is None else q_pre[first:length],
+        rotary=Rotary.from_model_config(config),
+        w_o_HDM=None if model is None else _output_projection(Path(model), layer, q.shape[-2]),
+        index=torch.tensor(layer),
+        num_layers=int(config["num_hidden_layers"]),
+        request=torch.tensor(int(requests.loc[rid, "index"])),
+        future=Queries(q[length:], k[length:], None if v is None else v[length:]) if steps else None,
+    )
+
+
+def model_config(run: Run, model: str | Path | None = None) -> Mapping[str, Any]:
+    """Configuration of the run's model: from the manifest, or from a model folder.
+
+    Raises:
+        ProbeError: neither has it.
+    """
+    if model is None and "model_config" in run.manifest:
+        return dict(run.manifest["model_config"])
+    file = Path(model or run.manifest["model_path"]) / "config.json"
+    if not file.exists():
+        raise ProbeError(
+            f"{run.path} does not hold its model's configuration and there is no {file}", fix="give the model folder"
+        )
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _output_projection(model: Path, layer: int, heads: int) -> Tensor:
+    """`o_proj` of a layer by query head, `[H, D, M]`.
+
+    Raises:
+        ProbeError: the folder has no such weight in safetensors format.
+    """
+    from safetensors import safe_open
+
+    name = f"layers.{layer}.self_attn.o_proj.weight"
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 (not a mapping)
+                if key.endswith(name):
+                    w_MI: Tensor = f.get_tensor(key)
+                    return w_MI.T.reshape(heads, -1, w_MI.shape[0])
+    raise ProbeError(f"{model} has no weight `{name}`", fix="give the folder of the run's model")
