@@ -36,10 +36,12 @@ def command(
         arms[p.arm].append(load_run(folder / p.name))
     result = study_lossless(arms)
     print_frame(console, result.coverage, "positions with a row", {"covered": ".1%", "seconds": ".1f"})
-    for comparison, part in result.distance.groupby("comparison", sort=False):
-        frame = part.drop(columns="comparison")
-        formats = {"identical": ".1%", "l2_median": ".2g", "l2_p99": ".2g", "l2_max": ".2g"}
-        print_frame(console, frame, f"relative L2: {comparison}", formats)
+    deepest = result.distance["hook_point"].iloc[-1]
+    shown = result.distance[result.distance["hook_point"] == deepest]
+    formats = {"identical": ".1%", "l2_median": ".2g", "l2_p99": ".2g", "l2_max": ".2g"}
+    for kind, part in shown.groupby("positions", sort=False):
+        frame = part.drop(columns=["hook_point", "positions", "runs"])
+        print_frame(console, frame, f"relative L2 of {deepest}, positions {kind} (lossless.json has all)", formats)
     console.print("faster than without cache, by replicate: " + ", ".join(f"{s:.2f} x" for s in result.speedup))
     path = folder / "lossless.json"
     path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,8 @@ DECODED = "decoded"
 
 @dataclass(frozen=True)
 class LosslessResult:
-    """`coverage` has one row per run, `distance` one per comparison, hook point and kind of position."""
+    """`coverage` has one row per run, `distance` one per pair of runs, hook point and kind of position in the cached
+    run of the replicate."""
 
     coverage: pd.DataFrame
     distance: pd.DataFrame
@@ -64,12 +65,21 @@ def study_lossless(arms: Mapping[str, Sequence[Run]]) -> LosslessResult:
     reference = arms[computed[0]]
     if not reference[0].hook_points:
         raise ProbeError("no rows were captured", fix="record with `hook_points`")
-    pairs = [(f"{cached} against {computed[0]}", arms[cached][0], reference[0])]
-    pairs += [(f"{n} against itself", arms[n][0], r) for n in (computed[0], cached) for r in arms[n][1:]]
-    pairs += [(f"{n} against {computed[0]}", arms[n][0], reference[0]) for n in computed[1:]]
+    pairs = [
+        (f"{cached} against {computed[0]}", i, on, off)
+        for i, (on, off) in enumerate(zip(arms[cached], reference, strict=False))
+    ]
+    for n in (computed[0], cached):
+        pairs += [(f"{n} against itself", 0, r, arms[n][0]) for r in arms[n][1:]]
+    pairs += [
+        (f"{n} against {computed[0]}", i, a, b)
+        for n in computed[1:]
+        for i, (a, b) in enumerate(zip(arms[n], reference, strict=False))
+    ]
+    kinds = [_kinds(run, tokens[id(run)]) for run in arms[cached]]
     return LosslessResult(
         coverage=pd.DataFrame([_coverage(run, tokens[id(run)]) for runs in arms.values() for run in runs]),
-        distance=pd.concat([_distance(what, a, b, tokens) for what, a, b in pairs], ignore_index=True),
+        distance=pd.concat([_distance(what, a, b, tokens, kinds[i]) for what, i, a, b in pairs], ignore_index=True),
         speedup=[_seconds(off) / _seconds(on) for on, off in zip(arms[cached], reference, strict=False)],
     )
 
@@ -95,19 +105,30 @@ def _coverage(run: Run, tokens: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _distance(what: str, a: Run, b: Run, tokens: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
-    """Relative L2 of rows, by hook point and by how `a` came by them."""
+def _kinds(run: Run, tokens: pd.DataFrame) -> pd.Series:
+    """How the cached run came by the row of each position, by request index and position."""
+    index = run.requests().set_index("rid")["index"]
+    keys = [tokens["rid"].map(index), tokens["position"]]
+    return pd.Series(tokens["label"].to_numpy(), index=pd.MultiIndex.from_arrays(keys))
+
+
+def _distance(what: str, a: Run, b: Run, tokens: Mapping[int, pd.DataFrame], kinds: pd.Series) -> pd.DataFrame:
+    """Relative L2 of rows by hook point, and by how the cached run of the replicate came by its row of the position: so
+    that an effect and its floors are taken over the same positions."""
     compared = compare_runs(a, b, tokens[id(a)], tokens[id(b)])
+    where = pd.MultiIndex.from_frame(compared.positions[["index", "position"]])
+    kind = kinds.reindex(where).to_numpy()
     rows = []
     for hook_point, l2 in compared.relative_l2.items():
         for label in (HERE, GATHERED, DECODED):
-            values = l2[(compared.positions["segment"] == label).to_numpy()]
+            values = l2[kind == label]
             if len(values):
                 rows.append(
                     {
                         "comparison": what,
+                        "runs": f"{a.path.name}, {b.path.name}",
                         "hook_point": hook_point,
-                        "positions of the first": label,
+                        "positions": label,
                         "n": len(values),
                         "identical": float((values == 0).mean()),
                         "l2_median": float(np.median(values)),
@@ -119,5 +140,6 @@ def _distance(what: str, a: Run, b: Run, tokens: Mapping[int, pd.DataFrame]) -> 
 
 
 def _seconds(run: Run) -> float:
-    """Time in which requests were served, over all engine processes of the run."""
-    return float(sum(s["seconds"] or 0.0 for s in run.manifest.get("sessions", [])))
+    """Time in which requests were served, over all engine processes of the run; NaN if one was killed."""
+    seconds = [s["seconds"] for s in run.manifest.get("sessions", [])]
+    return float("nan") if None in seconds else float(sum(seconds))

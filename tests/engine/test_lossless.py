@@ -20,8 +20,8 @@ def study(runs: dict[str, Run]) -> LosslessResult:
 
 def effect(result: LosslessResult, hook_point: str) -> pd.DataFrame:
     d = result.distance
-    chosen = d[(d["comparison"] == "cache_on against cache_off") & (d["hook_point"] == hook_point)]
-    return chosen.set_index("positions of the first")
+    chosen = d[(d["runs"] == "cache_on, cache_off") & (d["hook_point"] == hook_point)]
+    return chosen.set_index("positions")
 
 
 def test_a_cached_run_covers_every_position_with_fewer_rows(runs: dict[str, Run]) -> None:
@@ -35,6 +35,11 @@ def test_a_cached_run_covers_every_position_with_fewer_rows(runs: dict[str, Run]
     assert (effect(result, "hook_embed")["identical"] == 1.0).all()
     assert effect(result, LAYER)["l2_max"].max() < 0.05
     assert len(result.speedup) == 2
+    # Floors are taken over the same positions.
+    d = result.distance
+    counts = d[d["hook_point"] == LAYER].set_index(["comparison", "runs", "positions"])["n"]
+    floor = ("cache_off against itself", "cache_off.repeat, cache_off", GATHERED)
+    assert counts[floor] == counts["cache_on against cache_off", "cache_on, cache_off", GATHERED]
 
 
 def test_rows_of_other_positions_would_be_seen(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:

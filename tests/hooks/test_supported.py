@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.hooks.supported import refuse_unsupported
+from sglang_probe.hooks.supported import _REFUSED, refuse_unsupported
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,12 @@ def test_defaults_and_ordinary_arguments_pass() -> None:
     refuse_unsupported(
         {"tp_size": 2, "dp_size": 2, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": None}
     )
+
+
+@pytest.mark.parametrize("argument", sorted(_REFUSED))
+def test_every_entry_refuses_what_is_not_fine(argument: str) -> None:
+    fine, what = _REFUSED[argument]
+    on: object = {int: 2, bool: True}.get(type(fine), "something")
+    with pytest.raises(UnsupportedError, match=re.escape(what)):
+        refuse_unsupported({argument: on})
+    refuse_unsupported({argument: fine})
