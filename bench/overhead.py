@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 from page import machine, write_section
 
+from sglang_probe.capture import journal
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.paths import shipped
 from sglang_probe.platform.environment import prepare_this_process
@@ -53,6 +54,9 @@ GOALS = {
     "ledger + queries + keys": ">= 0.90",
 }
 CONCURRENT, PROMPT, OUTPUT, PASSES = 32, 256, 128, 3
+CHECKPOINT_SECONDS = 2
+"""Shorter than a pass, so that what is timed includes writing to disk; at the default a measurement ends before the
+first part is written."""
 
 
 def measure(mode: str) -> dict[str, float]:
@@ -64,7 +68,8 @@ def measure(mode: str) -> dict[str, float]:
         hook_points = MODES[mode]
         if hook_points is not None:
             config = Path(folder) / "probe.yaml"
-            config.write_text(EngineProbeConfig(run=Path(folder), hook_points=hook_points).model_dump_json())
+            probe = EngineProbeConfig(run=Path(folder), hook_points=hook_points, checkpoint_seconds=CHECKPOINT_SECONDS)
+            config.write_text(probe.model_dump_json())
             os.environ["SGLANG_PROBE"] = str(config)
         import sglang
 
@@ -92,6 +97,8 @@ def measure(mode: str) -> dict[str, float]:
         decode = [one_pass(CONCURRENT, OUTPUT) for _ in range(PASSES)]
         prefill = [one_pass(CONCURRENT, 1) for _ in range(2 * PASSES)]
         engine.shutdown()
+        if hook_points is not None and not (Path(folder) / journal.NAME).exists():
+            raise SystemExit(f"{mode}: nothing was recorded")
     return {
         "decode": CONCURRENT * OUTPUT / statistics.median(wall for wall, _ in decode),
         "prefill": CONCURRENT * PROMPT / statistics.median(wall for wall, _ in prefill),
