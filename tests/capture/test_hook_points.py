@@ -51,7 +51,7 @@ def test_heads_that_are_spread_over_ranks_are_refused() -> None:
     check_tensor_parallel(["blocks.1.attn.hook_v"], 1)
 
 
-@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "CohereForCausalLM", "DeepseekV2ForCausalLM"])
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM"])
 def test_architectures_without_a_comparison_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         check_architecture(name)
