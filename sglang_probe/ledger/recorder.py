@@ -253,11 +253,10 @@ class Recorder:
         for end in self._ended:
             p = self._progress.get(end.rid)
             launched = p.launched if p else 0
-            if launched < end.prompt_len:  # aborted before its prompt was done
+            due = end.prompt_len + max(end.output_len - 1, 0)
+            if launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
                 attempt = p.attempt if p else 0
-                commit.spans.append(
-                    (end.rid, attempt, launched, end.prompt_len, schema.UNREQUESTED, None, *_NOWHERE, None, None)
-                )
+                commit.spans.append((end.rid, attempt, launched, due, schema.UNREQUESTED, None, *_NOWHERE, None, None))
             commit.requests.append(
                 (
                     end.rid,

@@ -202,6 +202,18 @@ def test_an_abort_in_the_middle_of_a_prompt_keeps_the_chunk_in_flight(recorder: 
     assert sorted(spans)[1:] == [(4, 8, "computed", "prefill", 1), (8, 10, "unrequested", None, -1)]
 
 
+def test_an_abort_while_output_is_computed_again_leaves_that_unrequested_too(recorder: Recorder, sink: Sink) -> None:
+    """Found by attack, seed 180: retracted behind its third token, aborted in the first chunk of the next attempt."""
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    for tag, position in ((2, 10), (3, 11)):
+        recorder.launch(decode(tag, ("a", position)))
+        recorder.commit(tag, graph=False)
+    recorder.launch(extend(4, "a", 0, 6, attempt=1))
+    recorder.commit(4, graph=False, ended=[end("a", output=3, reason="abort")])
+    assert sink.spans("a")[-2:] == [(0, 6, "computed", "recompute", 3), (6, 12, "unrequested", None, -1)]
+
+
 def test_a_request_dropped_from_the_queue_is_unrequested_whole(recorder: Recorder, sink: Sink) -> None:
     recorder.end(end("a", output=0, reason="abort"))
     recorder.drain()
