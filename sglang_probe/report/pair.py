@@ -283,8 +283,16 @@ def _proof(result: PairResult) -> Section:
 
 
 def _arguments(result: PairResult) -> Section:
-    """Resolved server arguments in which the arms differ."""
-    resolved = {n: m.get("server_resolved", {}) for n, m in result.manifests.items()}
+    """Resolved server arguments in which the arms differ, and what was set in the running engine."""
+    resolved = {
+        n: {
+            **m.get("server_resolved", {}),
+            **(m.get("switches") or {}),
+            "cache": (m.get("policy") or {}).get("cache"),
+            "partners": m.get("partners"),
+        }
+        for n, m in result.manifests.items()
+    }
     names = sorted({k for args in resolved.values() for k in args})
     volatile = {"port", "nccl_port", "_launch_command", "random_seed_offset"}
     rows = [
