@@ -162,6 +162,8 @@ def _start(config: Path, path: Path, *options: str, command: str = "harvest") ->
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell gives its background jobs a Ctrl-C that is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
