@@ -87,7 +87,7 @@ def iter_requests(
         try:
             rendered = renderer.render(conversation)
             sampling = {**default_sampling, **conversation.sampling_params}
-            _check_fits(len(rendered.prompt_ids), sampling, context_length)
+            check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
             raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
         yield Request(
@@ -95,7 +95,12 @@ def iter_requests(
         )
 
 
-def _check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
+def check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
+    """Refuse a prompt that leaves no room for its new tokens.
+
+    Raises:
+        WorkloadError: with the numbers.
+    """
     new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
     if new is None:  # until the context is full
         new = 0
