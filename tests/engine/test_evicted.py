@@ -103,7 +103,7 @@ class Recorded:
             self.orders = record("orders", orders, "kept", alone)
             self.free = record("free", [_named(r, r.rid, force=None) for r in forced], "kept")
             self.laq, self.laq_layers = self._laq(folder, record)
-            record("pseudo", [EvictedRequest("p", self.prompts[2]), *_pseudo(self.prompts[2])], None)
+            record("pseudo", [EvictedRequest("p", self.prompts[2]), *_pseudo(self.prompts[2])], None, alone)
             self.pseudo = load_run(folder / "pseudo")
             self.refusals = _ask(host, self.full, folder, self.prompts[1])
             self.starts = host.starts
