@@ -132,7 +132,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             requests = forward_batch.req_pool_indices[at].tolist()
             slots = [table[request, : r.end] for request, r in zip(requests, rows, strict=True)]
             if self._slots is None or not self._slots.advance(rows, slots):
-                self._slots = KeptSlots(rows, slots, self._dtype)
+                self._slots = KeptSlots(rows, slots, self._dtype, self._slots)
         return rows
 
     @probe.guarded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,18 @@ def test_an_evicted_request_leaves_nothing_in_the_cache(recorded: Recorded) -> N
     for r in (recorded.mixed, recorded.wrong, recorded.orders):
         origins = set(r.spans()["origin_rid"].dropna()) | set(r.rebinds()["origin_rid"].dropna())
         assert not any(o.startswith(("kept", "evicted")) for o in origins)
+
+
+def test_entries_that_pass_between_full_and_compressed_are_noticed(recorded: Recorded, tmp_path: Path) -> None:
+    """Two safeguards taken away on paper: the run then says that entries were shared which must not be."""
+    for rid, cache_len, words in (("full-3", 3.0, "which has a kept set"), ("kept-3-again", 10.0, "behind its cache")):
+        copy = tmp_path / rid
+        shutil.copytree(recorded.mixed.path, copy)
+        requests = pd.read_parquet(copy / "requests.parquet")
+        requests.loc[requests["rid"] == rid, ["evict", "cache_len"]] = ["hidden 3", cache_len]
+        requests.to_parquet(copy / "requests.parquet")
+        (check,) = [c for c in verify(load_run(copy)) if c.name == "kept sets"]
+        assert words in str(check.violation)
 
 
 def test_free_running_parts_from_the_full_cache(recorded: Recorded) -> None:

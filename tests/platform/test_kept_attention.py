@@ -85,6 +85,25 @@ def test_a_decode_step_is_what_enumeration_gives_and_so_are_the_next(
                 assert torch.allclose(out[i], expected, atol=1e-5)
 
 
+def test_columns_taken_over_from_another_batch_are_those_built_anew() -> None:
+    kepts = KEPTS[0]
+    table = _slots(4)
+    before = _rows(kepts, [1, 3, 2, 1])
+    old = KeptSlots(before, [table[r.row, : r.end] for r in before], torch.float32)
+    order = [2, 3, 0]
+    rows = [
+        EvictedRow(i, "abcd"[j], 0, kepts[j], kepts[j].length + 4, kepts[j].length + 5) for i, j in enumerate(order)
+    ]
+    slots = [table[j, : r.end] for j, r in zip(order, rows, strict=True)]
+    taken, anew = KeptSlots(rows, slots, torch.float32, old), KeptSlots(rows, slots, torch.float32)
+    for layer in range(LAYERS):
+        (entry, bias), (entry_anew, bias_anew) = taken.columns(layer), anew.columns(layer)
+        assert bias is not None
+        assert bias_anew is not None
+        assert torch.equal(bias, bias_anew)
+        assert torch.equal(entry[bias == 0], entry_anew[bias == 0])
+
+
 def test_columns_without_padding_need_no_mask() -> None:
     rows = _rows(KEPTS[1], [2, 2])
     assert KeptSlots(rows, [_slots(2)[i, : r.end] for i, r in enumerate(rows)], torch.float32).columns(0)[1] is None
@@ -105,6 +124,7 @@ def test_columns_of_another_batch_are_not_gone_on_with() -> None:
         _rows(kepts, [2, 3]),  # a step was missed
         _rows(kepts, [2, 2], rids="ax"),
         _rows(kepts[:1], [2]),
+        _rows([Kept(k.keep_SYGN) for k in kepts], [2, 2]),  # the same ids in another recording
         [EvictedRow(r.row, r.rid, 1, r.kept, r.start, r.end) for r in _rows(kepts, [2, 2])],  # retracted
     ):
         columns = KeptSlots(first, slots(first), torch.float32)
