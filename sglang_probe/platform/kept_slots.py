@@ -33,10 +33,10 @@ class KeptSlots:
     ) -> None:
         """`slots[i]` are the KV slots of positions `[0, end)` of `rows[i]`, whose query is the last of them.
 
-        What `previous` knows of the same requests is taken over: a request that publishes nothing is never repointed
-        to other slots.
+        What `previous` knows of the same requests is taken over.
         """
         self._requests = [_identity(r) for r in rows]
+        self._cache = [s[: r.kept.length].clone() for r, s in zip(rows, slots, strict=True)]
         self._kept = [r.kept for r in rows]  # so that no other set takes the identity of one of these
         self._changes = [len(r.kept.keep_SYGN) > 1 for r in rows]
         layers, heads = self._kept[0].heads
@@ -54,7 +54,8 @@ class KeptSlots:
         known = {} if previous is None else {r: j for j, r in enumerate(previous._requests)}
         for i, (row, slot) in enumerate(zip(rows, slots, strict=True)):
             j = known.get(_identity(row))
-            if previous is None or j is None or self._changes[i]:
+            # A client may use a request id again, so that the slots themselves are compared.
+            if previous is None or j is None or self._changes[i] or not torch.equal(previous._cache[j], self._cache[i]):
                 self._keep(i, row.kept, row.end - 1, slot)
             else:
                 self._entry[:, i, :, : widths[i]] = previous._entry[:, j, :, : widths[i]]
