@@ -22,6 +22,7 @@ from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.eviction import EvictedRow
 from sglang_probe.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
+from sglang_probe.platform.kept_entries import KeptEntries
 from sglang_probe.platform.kept_slots import KeptSlots
 
 
@@ -31,7 +32,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self._evicted: list[EvictedRow] = []
-        self._slots: KeptSlots | None = None
+        self._entries: KeptEntries | None = None
         self._layer = 0
         self._dtype = runner.dtype
 
@@ -133,8 +134,9 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             table = self.req_to_token_pool.req_to_token
             requests = forward_batch.req_pool_indices[at].tolist()
             slots = [table[request, : r.end] for request, r in zip(requests, rows, strict=True)]
-            if self._slots is None or not self._slots.advance(rows, slots):
-                self._slots = KeptSlots(rows, slots, self._dtype, self._slots)
+            known = None if self._entries is None else self._entries.slots
+            if known is None or not known.advance(rows, slots):
+                self._entries = KeptEntries(KeptSlots(rows, slots, self._dtype, known), self._dtype)
         return rows
 
     @probe.guarded
@@ -152,8 +154,8 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
 
     @probe.guarded
     def _decode_kept(self, q_BHD: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float | None) -> Tensor:
-        assert self._slots is not None
-        return attend_one_query(q_BHD, k_cache, v_cache, *self._slots.columns(self._layer), scaling)
+        assert self._entries is not None
+        return attend_one_query(q_BHD, *self._entries.of_layer(self._layer, k_cache, v_cache), scaling)
 
     @probe.guarded
     def _refuse_kept_sets(self) -> None:
