@@ -31,8 +31,12 @@ def test_other_components_are_refused_by_name(other: Any) -> None:
         refuse_other_trees(radix_tree(ComponentType.FULL, other))
 
 
-def test_other_trees_are_refused_by_name() -> None:
-    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+def test_other_caches_are_refused_by_name() -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
-    with pytest.raises(UnsupportedError, match="ChunkCache with components: none"):
-        refuse_other_trees(object.__new__(ChunkCache))
+    class Another(BasePrefixCache):  # type: ignore[misc]
+        """A cache that SGLang's registry could be given."""
+
+    Another.__abstractmethods__ = frozenset()
+    with pytest.raises(UnsupportedError, match="Another with components: none"):
+        refuse_other_trees(object.__new__(Another))
