@@ -146,6 +146,7 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),
                 "labels": [asdict(label) for label in request.labels] or None,
+                **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
                 **_evicted(request, kept),
             }
         )

@@ -85,7 +85,7 @@ def harvest(
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
-        forced_outputs=hooks.forced_outputs or outputs_of is not None,
+        forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)),
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)),
         evictions=hooks.evictions or kept is not None,
         kept=None if kept is None else path.resolve() / KEPT_FILE,
@@ -138,7 +138,16 @@ def harvest(
 
 def bypasses(request: Request) -> bool:
     """Whether a request says itself how it uses the cache."""
-    return "cache" in ((request.sampling_params.get("custom_params") or {}).get("probe") or {})
+    return "cache" in _own(request)
+
+
+def forces(request: Request) -> bool:
+    """Whether a request prescribes output tokens itself."""
+    return "force" in _own(request)
+
+
+def _own(request: Request) -> dict[str, Any]:
+    return (request.sampling_params.get("custom_params") or {}).get("probe") or {}
 
 
 def manifest_of(
