@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,8 @@ class Recording(Config):
     """Default sampling parameters; a request may carry its own."""
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
     """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone."""
+    accelerator: Literal["refused", "unproved"] = "refused"
+    """Whether rows may be captured on a GPU, where that has not been proved (docs/gpu.md)."""
     server: dict[str, Any] = Field(default_factory=dict)
     """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
     concurrency: int = Field(default=16, ge=1)

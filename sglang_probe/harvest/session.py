@@ -73,6 +73,7 @@ def harvest(
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
+        accelerator=prepared.config.accelerator,
         forced_outputs=hooks.forced_outputs or outputs_of is not None,
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
         switches=arm.switches(prepared.config.server),

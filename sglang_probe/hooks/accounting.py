@@ -29,6 +29,8 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
             fix="use a text model, or run without the probe",
         )
     session = probe.active()
+    if session.fault is not None:  # while graphs were captured
+        raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
     session.attach(
         scheduler,
         dp_rank=get_parallel().dp_rank or 0,
@@ -44,7 +46,7 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     """AROUND `Scheduler.run_batch`: note the plan before the forward runs."""
     _launch(scheduler, batch)
     result = original(scheduler, batch, *args, **kwargs)
-    _launched()
+    _launched(result)
     return result
 
 
@@ -91,8 +93,11 @@ def _launch(scheduler: Any, batch: Any) -> None:
 
 
 @probe.guarded
-def _launched() -> None:
-    probe.active().current = None
+def _launched(result: Any) -> None:
+    session = probe.active()
+    if session.current is not None:
+        session.current.graph = bool(result.can_run_cuda_graph)
+    session.current = None
 
 
 @probe.guarded

@@ -91,7 +91,7 @@ def _argument_hook(names: Names) -> Callable[..., None]:
     return write_arguments
 
 
-@probe.guarded
+@probe.tapping
 def _write(names: Names, sites: Sequence[str], tensors: Sequence[Any]) -> None:
     taps = probe.active().taps
     if taps is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +22,9 @@ class EngineProbeConfig(Config):
 
     run: Path
     hook_points: list[str] = Field(default_factory=list)
+    accelerator: Literal["refused", "unproved"] = "refused"
+    """`unproved`: capture rows on a GPU too, inside its graphs. That has been tested by simulation only (docs/gpu.md).
+    On a CPU the same path is taken, without graphs, for tests."""
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0
@@ -60,6 +64,8 @@ class EngineProbeConfig(Config):
             features.append("rows")
         if attention_points(self.hook_points):
             features.append("attention rows")
+        if self.hook_points and self.accelerator == "unproved":
+            features.append("accelerator rows")
         if self.forced_outputs:
             features.append("forced decoding")
         if self.bypass:

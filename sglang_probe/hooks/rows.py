@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sglang_probe.capture.graph_taps import GraphTaps
 from sglang_probe.capture.hook_points import (
     EMBED,
     RESID_POST,
@@ -24,8 +25,8 @@ from sglang_probe.capture.hook_points import (
     parse_hook_point,
 )
 from sglang_probe.capture.taps import Taps
-from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.accelerator import check_device, graph_taps
 from sglang_probe.hooks.attention import install_attention_taps
 
 
@@ -38,15 +39,13 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     session = probe.active()
     session.tp_size = get_parallel().tp_size
     check_tensor_parallel(session.config.hook_points, session.tp_size)
-    if runner.device != "cpu":
-        # The in-graph path is designed for, but has not been run; see the support table in the README.
-        raise UnsupportedError(
-            f"capturing rows on `{runner.device}` has not been proved yet",
-            fix="remove `hook_points` to record the ledger alone",
-        )
-    session.taps = Taps(session.config.hook_points, capacity=1024)
+    check_device(runner.device, session.config.accelerator)
     install_taps(runner.model, session.config.hook_points)
     session.heads = _heads(runner.model, session.config.hook_points)
+    if session.config.accelerator == "unproved":
+        session.taps = session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads)
+    else:
+        session.taps = Taps(session.config.hook_points, capacity=1024)
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
@@ -94,12 +93,17 @@ def _arm() -> None:
 @probe.guarded
 def _take(output: Any) -> None:
     session = probe.active()
-    if session.current is not None and session.taps is not None:
-        session.current.rows = session.taps.take(session.current.tokens, replayed=output.can_run_graph)
+    plan, taps = session.current, session.taps
+    if plan is None or taps is None:
+        return
+    if isinstance(taps, GraphTaps):
+        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph)
+    else:
+        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:
-    @probe.guarded
+    @probe.tapping
     def write_embedding(_module: Any, _args: Any, output: torch.Tensor) -> None:
         taps = probe.active().taps
         if taps is not None:
@@ -114,7 +118,7 @@ def _layer_hook(name: str) -> Callable[..., None]:
         if residual_ND is not None:
             write(residual_ND)
 
-    @probe.guarded
+    @probe.tapping
     def write(residual_ND: torch.Tensor) -> None:
         taps = probe.active().taps
         if taps is not None:
@@ -130,7 +134,7 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tor
     whether or not it records: one that stopped alone would leave the others waiting for ever.
     """
     session = probe.active()
-    if session.recorder is None and session.tp_size == 1:
+    if not session.taps_write and session.tp_size == 1:
         return None
     try:
         residual_ND: torch.Tensor = _forward_batch(args, kwargs).residual_stream.snapshot(output)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from sglang_probe.capture import journal
+from sglang_probe.capture.graph_taps import GraphTaps
 from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
 from sglang_probe.errors import UnsupportedError
@@ -44,7 +45,9 @@ class Session:
         """Recordings begun in this engine."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
-        self.taps: Taps | None = None
+        self.taps: Taps | GraphTaps | None = None
+        self.graph_taps: GraphTaps | None = None
+        """The taps that are part of recorded graphs: they stay for as long as the engine does."""
         self.heads: dict[str, list[int]] = {}
         """Heads and their width at hook points whose rows are per head, once the model is loaded."""
         self.tp_size = 1
@@ -114,15 +117,23 @@ class Session:
         )
         self.fault, self.current, self.forced, self.publishing = None, None, None, None
         if config.hook_points:
-            self.taps = Taps(config.hook_points, capacity=1024)
+            self.taps = self.graph_taps or Taps(config.hook_points, capacity=1024)
         self.open()
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""
         if self.recorder is not None and self.writer is not None:
             recorder, self.recorder = self.recorder, None
+            for plan in recorder.in_flight:
+                if plan.snapshot is not None:
+                    plan.snapshot.wait()
             recorder.drain()
             self.writer.flush()
+
+    @property
+    def taps_write(self) -> bool:
+        """Whether taps write what they see."""
+        return self.taps is not None and (self.recorder is not None or self.graph_taps is not None)
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
@@ -157,6 +168,22 @@ def guarded(observe: Callable[P, Any]) -> Callable[P, Any]:
         except Exception as e:
             session.fail(observe.__qualname__, e)
             return None
+
+    return wrapper
+
+
+def tapping(write: Callable[P, None]) -> Callable[P, None]:
+    """`guarded` for what runs inside the model: taps that belong into a graph are also written while it is captured,
+    which is before the recording opens."""
+
+    @functools.wraps(write)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        if session is None or not session.taps_write:
+            return
+        try:
+            write(*args, **kwargs)
+        except Exception as e:
+            session.fail(write.__qualname__, e)
 
     return wrapper
 
