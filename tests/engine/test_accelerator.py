@@ -1,0 +1,83 @@
+"""The path that rows take on a GPU, in a real engine on the CPU: `accelerator: unproved`.
+
+Nothing is replayed here (tests/capture/test_graph_taps.py simulates that). What runs is everything around it: taps set
+up when the model is loaded, one snapshot a forward, SGLang's own auxiliary output under overlap scheduling, the join
+with the ledger at commit, a second recording in the same engine; and no tensor of the engine is read by the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_probe.capture.hook_points import ATTENTION
+from sglang_probe.ledger.run import Run, load_run
+from sglang_probe.ledger.verify import verify
+from sglang_probe.paths import shipped
+from sglang_probe.study.reference import reference_errors
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[2]
+MODEL = shipped("models/probe-text/checkpoint")
+POINTS = ["hook_embed", "blocks.0.hook_resid_post", "blocks.3.hook_resid_post", *(f"blocks.3.{s}" for s in ATTENTION)]
+
+
+@pytest.fixture(scope="module")
+def folder(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recordings in one engine, the second with forced outputs and without the cache; chunks, mixed batches."""
+    folder = tmp_path_factory.mktemp("accelerator") / "experiment"
+    config = write_yaml(
+        "accelerator",
+        dtype="float32",
+        accelerator="unproved",
+        replicates=1,
+        hook_points=POINTS,
+        sampling={"max_new_tokens": 24, "temperature": 1.0},
+        server={"chunked_prefill_size": 128, "enable_mixed_chunk": True},
+    )
+    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/hooks/plugin")])
+    env = {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder.parent / "watched.json")}
+    done = cli("ab", config, "--output", folder, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Run]:
+    return {p.parent.name: load_run(p.parent) for p in folder.glob("*/manifest.json")}
+
+
+def test_every_row_is_of_the_position_that_the_ledger_says(runs: dict[str, Run]) -> None:
+    assert set(runs) == {"cache_on", "cache_off"}
+    for run in runs.values():
+        assert run.manifest["status"] == "complete"
+        assert [str(c) for c in verify(run) if not c.holds] == []
+        assert (run.forwards()["mode"] == "mixed").any()
+        errors = reference_errors(run, str(MODEL), requests=10)
+        assert set(errors) == set(POINTS)
+        assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
+        assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+def test_rows_of_two_recordings_in_one_engine_agree(runs: dict[str, Run]) -> None:
+    """The taps outlive a recording, as they must where they are part of graphs."""
+    on, off = runs["cache_on"], runs["cache_off"]
+    for rid in on.requests()["rid"]:
+        a, b = (run.activations(rid, "blocks.3.hook_resid_post") for run in (on, off))
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[str, Run]) -> None:
+    """A read would have raised inside the observation, and so have ended the recording with a fault."""
+    watched = json.loads((folder.parent / "watched.json").read_text())
+    assert {run.manifest.get("fault") for run in runs.values()} == {None}
+    forwards = sum(len(run.forwards()) for run in runs.values())
+    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_send", "_copy", "_arrived"):
+        assert watched[name] >= forwards, name
+    for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding"):
+        assert watched[name] > 0, name
