@@ -40,6 +40,19 @@ def check_device(device: str, accelerator: str) -> None:
         )
 
 
+def check_server(server_args: Any) -> None:
+    """Refuse what leaves the modules out that our taps are on.
+
+    Raises:
+        UnsupportedError: names the argument.
+    """
+    if getattr(server_args, "enable_nvidia_megakernel", False):
+        raise UnsupportedError(
+            "rows cannot be captured with `enable_nvidia_megakernel`: its decode steps run no module of the model",
+            fix="leave it out, or remove `hook_points` to record the ledger alone",
+        )
+
+
 def graph_taps(runner: Any, hook_points: list[str], heads: dict[str, list[int]]) -> GraphTaps:
     """Taps for a loaded model, with room for the largest shape that will be captured.
 

@@ -34,6 +34,7 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
     for layer, names in by_layer.items():
         attention = layers[layer].self_attn
         _check(attention, layer)
+        check_fused(attention, layer, names)
         stored = {site: names[site] for site in (ROTATED_QUERY, ROTATED_KEY, VALUE) if site in names}
         if stored:
             attention.attn.register_forward_pre_hook(_argument_hook(stored))
@@ -44,6 +45,30 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
             rotary[id(attention.rotary_emb)] = attention.rotary_emb
     for module in rotary.values():
         module.register_forward_pre_hook(running.rotate)
+
+
+FUSED_ROTATIONS = ("use_fused_qk_norm_rope", "use_fused_qk_norm_rope_cpu", "use_fused_qk_norm_mrope")
+"""Flags of SGLang's attention modules: the kernel that normalises queries and keys also rotates them, within the output
+of the projection (`models/qwen3_moe.py`, `apply_qk_norm_rope`; `models/qwen3.py` on ROCm)."""
+
+
+def check_fused(attention: Any, layer: int, names: Names) -> None:
+    """Refuse rows from before the rotation where they never exist as a tensor.
+
+    A rotation in place is no such case (the tap copies first), nor is one that stores keys and values as well: attention
+    is handed the rotated keys all the same.
+
+    Raises:
+        UnsupportedError: names the hook point and SGLang's flag.
+    """
+    missing = [names[site] for site in (QUERY, KEY) if site in names]
+    flags = [f for f in FUSED_ROTATIONS if getattr(attention, f, False)]
+    if missing and flags:
+        raise UnsupportedError(
+            f"`{missing[0]}` does not exist in layer {layer}: SGLang normalises and rotates in one kernel (`{flags[0]}`)",
+            fix="capture `hook_rot_q` and `hook_rot_k` and rotate back by the position (`sglang_probe.study.rope`; exact "
+            "up to the rounding of the model's dtype), or start SGLang with `enable_fused_qk_norm_rope: false`",
+        )
 
 
 def _check(attention: Any, layer: int) -> None:
@@ -97,4 +122,8 @@ def _write(names: Names, sites: Sequence[str], tensors: Sequence[Any]) -> None:
     if taps is not None:
         found = dict(zip(sites, tensors, strict=True))
         for site, name in names.items():
+            if found[site] is None:
+                raise UnsupportedError(
+                    f"`{name}`: SGLang hands no such tensor to attention; a kernel before it stored it"
+                )
             taps.write(name, found[site].flatten(1))

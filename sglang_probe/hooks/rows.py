@@ -26,7 +26,7 @@ from sglang_probe.capture.hook_points import (
 )
 from sglang_probe.capture.taps import Taps
 from sglang_probe.hooks import session as probe
-from sglang_probe.hooks.accelerator import check_device, graph_taps
+from sglang_probe.hooks.accelerator import check_device, check_server, graph_taps
 from sglang_probe.hooks.attention import install_attention_taps
 
 
@@ -40,6 +40,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     session.tp_size = get_parallel().tp_size
     check_tensor_parallel(session.config.hook_points, session.tp_size)
     check_device(runner.device, session.config.accelerator)
+    check_server(runner.server_args)
     install_taps(runner.model, session.config.hook_points)
     session.heads = _heads(runner.model, session.config.hook_points)
     if session.config.accelerator == "unproved":

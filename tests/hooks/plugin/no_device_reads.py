@@ -1,8 +1,8 @@
 """A second SGLang plugin, for tests: inside the probe's observations, every tensor raises when the host reads it.
 
-On a GPU such a read waits for the device, and the scheduler with it. On a CPU nothing would be seen, so each observation
-runs under modes that raise: one for what PyTorch's Python layer does with a tensor (`tolist` of a CPU tensor reaches no
-operator), one for operators whose result depends on values. Loaded through `PYTHONPATH`; `NO_DEVICE_READS` is where it
+On a GPU such a read waits for the device, and the scheduler with it. On a CPU nothing would be seen, so that each
+observation runs under modes that raise: one for what PyTorch's Python layer does with a tensor (`tolist` of a CPU tensor
+reaches no operator), one for operators whose result depends on values. Loaded through `PYTHONPATH`; `NO_DEVICE_READS` is where it
 reports how many observations it watched, and of which functions.
 """
 
@@ -41,6 +41,8 @@ METHODS = {
 }
 OPERATORS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"}
 
+INDEXING = {"index", "index_put", "index_put_"}
+
 
 class HostRead(AssertionError):
     """A tensor of the engine was read from the host."""
@@ -65,6 +67,8 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.overloadpacket.__name__ in OPERATORS:
             raise HostRead(f"operator {op} on a tensor of the engine")
+        if op.overloadpacket.__name__ in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise HostRead(f"operator {op} with a mask")  # as many rows as the mask has ones
         return op(*args, **(kwargs or {}))
 
 
