@@ -55,8 +55,8 @@ of the projection (`models/qwen3_moe.py`, `apply_qk_norm_rope`; `models/qwen3.py
 def check_fused(attention: Any, layer: int, names: Names) -> None:
     """Refuse rows from before the rotation where they never exist as a tensor.
 
-    A rotation in place is no such case (the tap copies first), nor is one that stores keys and values as well: attention
-    is handed the rotated keys all the same.
+    A rotation in place is no such case (the tap copies first), nor is one that stores keys and values as well:
+    attention is handed the rotated keys all the same.
 
     Raises:
         UnsupportedError: names the hook point and SGLang's flag.
@@ -65,9 +65,9 @@ def check_fused(attention: Any, layer: int, names: Names) -> None:
     flags = [f for f in FUSED_ROTATIONS if getattr(attention, f, False)]
     if missing and flags:
         raise UnsupportedError(
-            f"`{missing[0]}` does not exist in layer {layer}: SGLang normalises and rotates in one kernel (`{flags[0]}`)",
-            fix="capture `hook_rot_q` and `hook_rot_k` and rotate back by the position (`sglang_probe.study.rope`; exact "
-            "up to the rounding of the model's dtype), or start SGLang with `enable_fused_qk_norm_rope: false`",
+            f"`{missing[0]}` does not exist in layer {layer}: one kernel normalises and rotates (SGLang's `{flags[0]}`)",
+            fix="capture `hook_rot_q` and `hook_rot_k` and rotate back by the position (`sglang_probe.study.rope`; "
+            "exact up to the rounding of the model's dtype), or set `enable_fused_qk_norm_rope: false`",
         )
 
 

@@ -1,9 +1,9 @@
 """A second SGLang plugin, for tests: inside the probe's observations, every tensor raises when the host reads it.
 
 On a GPU such a read waits for the device, and the scheduler with it. On a CPU nothing would be seen, so that each
-observation runs under modes that raise: one for what PyTorch's Python layer does with a tensor (`tolist` of a CPU tensor
-reaches no operator), one for operators whose result depends on values. Loaded through `PYTHONPATH`; `NO_DEVICE_READS` is where it
-reports how many observations it watched, and of which functions.
+observation runs under modes that raise: one for what PyTorch's Python layer does with a tensor (`tolist` of a CPU
+tensor reaches no operator), one for operators whose result depends on values. Loaded through `PYTHONPATH`;
+`NO_DEVICE_READS` is where it reports how many observations it watched, and of which functions.
 """
 
 from __future__ import annotations
