@@ -65,7 +65,7 @@ def check_fused(attention: Any, layer: int, names: Names) -> None:
     flags = [f for f in FUSED_ROTATIONS if getattr(attention, f, False)]
     if missing and flags:
         raise UnsupportedError(
-            f"`{missing[0]}` does not exist in layer {layer}: one kernel normalises and rotates (SGLang's `{flags[0]}`)",
+            f"`{missing[0]}` is not there in layer {layer}: one kernel normalises and rotates (SGLang: `{flags[0]}`)",
             fix="capture `hook_rot_q` and `hook_rot_k` and rotate back by the position (`sglang_probe.study.rope`; "
             "exact up to the rounding of the model's dtype), or set `enable_fused_qk_norm_rope: false`",
         )

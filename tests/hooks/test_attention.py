@@ -103,7 +103,7 @@ def test_rows_from_before_a_fused_rotation_are_refused(recording: session.Sessio
     layer = Layer(Attention(Rotary(), 1.0, rotates=False))
     setattr(layer.self_attn, flag, True)
     for site in ("hook_q", "hook_k"):
-        with pytest.raises(UnsupportedError, match=rf"`blocks\.0\.attn\.{site}` does not exist in layer 0.*`{flag}`"):
+        with pytest.raises(UnsupportedError, match=rf"`blocks\.0\.attn\.{site}` is not there in layer 0.*`{flag}`"):
             attention.install_attention_taps([layer], [parse_hook_point(f"blocks.0.attn.{site}")])
     taps = _install(recording, [layer], ["blocks.0.attn.hook_rot_q"])  # this one does
     layer.self_attn(torch.tensor([5.0]))
