@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +43,12 @@ class GraphTaps:
     """All taps of one model.
 
     Args:
-        columns: width and dtype of each hook point.
+        columns: width and dtype of what is kept of each hook point's rows.
         capacity: rows of the buffer; at least the largest shape that a graph is captured for. An eager forward with
             more rows gets memory of its own.
         device: where the model is.
         recording: whether the running operations are being recorded into a graph.
+        parts: of hook points that keep some columns of a row only, which, ascending int64.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class GraphTaps:
         capacity: int,
         device: torch.device | str,
         recording: Callable[[], bool] = lambda: False,
+        parts: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.columns: dict[str, Column] = {}
         size = 0
@@ -64,6 +67,7 @@ class GraphTaps:
             size = -(-column.end // _ALIGNMENT) * _ALIGNMENT
         self.buffer = torch.zeros((capacity, size), dtype=torch.uint8, device=device)
         self._recording = recording
+        self._parts = {name: part.to(device) for name, part in (parts or {}).items()}
         self._large: torch.Tensor | None = None
         self._written = dict.fromkeys(self.columns, -1)
 
@@ -74,6 +78,8 @@ class GraphTaps:
             LedgerError: the tensor is not what the hook point was announced as, or a graph is larger than the buffer.
         """
         column = self.columns[hook_point]
+        if hook_point in self._parts:
+            x_ND = x_ND.index_select(1, self._parts[hook_point])
         n, width = x_ND.shape
         if width != column.width or x_ND.dtype != column.dtype:
             raise LedgerError(
@@ -110,8 +116,14 @@ class GraphTaps:
                 )
         self._written = dict.fromkeys(self.columns, -1)
 
-    def snapshot(self, tokens: int, *, replayed: bool) -> Snapshot:
+    def snapshot(
+        self, tokens: int, *, replayed: bool, kept: Mapping[str, np.ndarray[Any, Any]] | None = None
+    ) -> Snapshot:
         """Rows of the forward that was just enqueued, still on the device; padding behind them stays there.
+
+        Args:
+            kept: of hook points that do not keep every token, those to keep, ascending. Tokens that no hook point keeps
+                stay on the device too.
 
         Raises:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
@@ -120,23 +132,48 @@ class GraphTaps:
         if replayed:
             if tokens > len(self.buffer):
                 raise LedgerError(f"a graph of {tokens} tokens was replayed; the taps have {len(self.buffer)} rows")
-            return Snapshot(self.buffer[:tokens].clone(), self.columns, replayed=True)
+            return self._gather(self.buffer, tokens, kept or {}, replayed=True)
         for name, written in self._written.items():
             if written != tokens:
                 raise LedgerError(f"hook point {name} saw {max(written, 0)} rows in a forward of {tokens} tokens")
-        rows = self.buffer[:tokens].clone() if self._large is None else self._large
-        self._large = None
-        return Snapshot(rows, self.columns, replayed=False)
+        source, self._large = self._large, None
+        return self._gather(self.buffer if source is None else source, tokens, kept or {}, replayed=False)
+
+    def _gather(
+        self, source: torch.Tensor, tokens: int, kept: Mapping[str, np.ndarray[Any, Any]], *, replayed: bool
+    ) -> Snapshot:
+        if kept.keys() >= self.columns.keys():
+            # The first row is taken in any case: it tells whether the taps were written.
+            index = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *kept.values()]))
+            if len(index) < tokens:
+                rows = source.index_select(0, _upload(index, source.device))
+                return Snapshot(rows, self.columns, replayed=replayed, index=index, kept=kept)
+        rows = source if source is not self.buffer else source[:tokens].clone()
+        return Snapshot(rows, self.columns, replayed=replayed, index=np.arange(tokens), kept=kept)
+
+
+def _upload(index: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    host = torch.tensor(index)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 class Snapshot:
     """Rows of one forward pass on their way to the host."""
 
-    def __init__(self, device_rows: torch.Tensor, columns: Mapping[str, Column], *, replayed: bool) -> None:
+    def __init__(
+        self,
+        device_rows: torch.Tensor,
+        columns: Mapping[str, Column],
+        *,
+        replayed: bool,
+        index: np.ndarray[Any, Any],
+        kept: Mapping[str, np.ndarray[Any, Any]],
+    ) -> None:
         self._device_rows: torch.Tensor | None = device_rows
         self._host_rows: torch.Tensor | None = None
         self._columns = columns
         self._replayed = replayed
+        self._index, self._kept = index, kept
         self._arrived = False
 
     def send(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -160,7 +197,8 @@ class Snapshot:
             self.arrive()
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """The rows by hook point, `[tokens, width]`, in host memory that nothing else writes.
+        """The rows by hook point, `[kept tokens, width]`, in host memory that nothing else writes; a hook point that
+        keeps none is left out.
 
         Raises:
             LedgerError: they have not arrived, or a tap is missing from the graph that was replayed.
@@ -174,4 +212,11 @@ class Snapshot:
             for name, missing in zip(self._columns, unwritten, strict=True):
                 if missing:
                     raise LedgerError(f"hook point {name} was not written by the graph that was replayed")
-        return {name: column.of(rows) for name, column in self._columns.items()}
+        found = {}
+        for name, column in self._columns.items():
+            kept = self._kept.get(name)
+            if kept is None or len(kept) == len(self._index):
+                found[name] = column.of(rows)
+            elif len(kept):
+                found[name] = column.of(rows)[torch.from_numpy(np.searchsorted(self._index, kept))]
+        return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -183,7 +184,7 @@ def test_a_single_buffer_would_mix_two_forwards_in_flight() -> None:
     for first in (0.0, 100.0):
         taps.arm()
         graph.replay(batch(4, first))
-        in_flight.append(Snapshot(taps.buffer[:4], taps.columns, replayed=True))
+        in_flight.append(Snapshot(taps.buffer[:4], taps.columns, replayed=True, index=np.arange(4), kept={}))
     with pytest.raises(AssertionError):
         assert_rows(arrived(in_flight[0]), batch(4, 0.0))
 
@@ -228,6 +229,42 @@ def test_padding_in_an_eager_forward_is_not_taken_for_rows() -> None:
     Model(taps)(batch(8, 0.0))
     with pytest.raises(LedgerError, match="early saw 8 rows in a forward of 5 tokens"):
         taps.snapshot(5, replayed=False)
+
+
+@pytest.mark.parametrize("others", [[2, 3], []])
+def test_tokens_that_no_hook_point_keeps_stay_on_the_device(others: list[int]) -> None:
+    taps = make()
+    graph = Graph(Model(taps), 8)
+    kept = {"early": np.array([3, 5]), "late": np.array(others, dtype=np.int64), "odd": np.array([], dtype=np.int64)}
+    taps.arm()
+    graph.replay(batch(7, 0.0))
+    snapshot = taps.snapshot(7, replayed=True, kept=kept)
+    assert snapshot._device_rows is not None
+    assert len(snapshot._device_rows) == len({0, 3, 5, *others})  # the first shows that the taps were written
+    rows = arrived(snapshot)
+    assert set(rows) == {"early", "late"} if others else {"early"}
+    for name, x in rows.items():
+        assert torch.equal(x, expected(batch(7, 0.0))[name][kept[name]])
+
+
+def test_one_hook_point_that_keeps_all_makes_all_travel() -> None:
+    taps = make()
+    taps.arm()
+    Model(taps)(batch(5, 0.0))
+    rows = arrived(taps.snapshot(5, replayed=False, kept={"early": np.array([1]), "odd": np.array([0, 4])}))
+    reference = expected(batch(5, 0.0))
+    assert torch.equal(rows["late"], reference["late"])
+    assert torch.equal(rows["early"], reference["early"][[1]])
+    assert torch.equal(rows["odd"], reference["odd"][[0, 4]])
+
+
+def test_parts_of_a_row_are_chosen_inside_the_graph() -> None:
+    columns = {"h": (2, torch.float32)}
+    taps = GraphTaps(columns, capacity=4, device="cpu", parts={"h": torch.tensor([1, 4])})
+    graph = Graph(lambda x: taps.write("h", x), 4)
+    taps.arm()
+    graph.replay(batch(3, 0.0))
+    assert torch.equal(arrived(taps.snapshot(3, replayed=True))["h"], batch(3, 0.0)[:, [1, 4]])
 
 
 def test_rows_that_have_not_arrived_are_not_given_out() -> None:
