@@ -21,6 +21,7 @@ from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
 from sglang_probe.study.reference import reference_errors
+from tests.attack.outcome import attack
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,44 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
         assert watched[name] >= forwards, name
     for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding"):
         assert watched[name] > 0, name
+
+
+TIGHT = {
+    "page_size": 1,
+    "chunked_prefill_size": 64,
+    "max_total_tokens": 1024,
+    "enable_mixed_chunk": True,
+    "schedule_conservativeness": 0.3,
+}
+PLAN = {
+    "server": TIGHT,
+    "env": {},
+    "cache": "on",
+    "bypass": False,
+    "pauses": False,
+    "priorities": False,
+    "refusals": False,
+    "concurrency": 8,
+    "samples": False,
+    "hook_points": ["hook_embed"],
+    "accelerator": "unproved",
+    "refused": None,
+}
+
+
+@pytest.mark.slow
+def test_random_traffic_keeps_every_row_its_owner(tmp_path: Path) -> None:
+    """Aborts, pauses and retractions between the launch of a forward and the arrival of its rows."""
+    outcome = attack(tmp_path, 2, 100, plan=PLAN | {"pauses": True, "refusals": True, "samples": True})
+    assert outcome.noticed == [], outcome.output
+    assert outcome.oracle["compared"] > 10_000
+
+
+@pytest.mark.slow
+def test_with_a_single_buffer_the_next_forward_overwrites_the_rows(tmp_path: Path) -> None:
+    """Negative control, in a real engine: overlap scheduling launches a forward before it processes the last."""
+    outcome = attack(tmp_path, 2, 40, sabotage="read the single buffer", plan=PLAN)
+    assert any(text.startswith("content") for text in outcome.noticed), outcome.output
 
 
 @pytest.mark.slow
