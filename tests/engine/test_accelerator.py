@@ -29,6 +29,12 @@ MODEL = shipped("models/probe-text/checkpoint")
 POINTS = ["hook_embed", "blocks.3.hook_resid_post", *(f"blocks.3.{s}" for s in ATTENTION)]
 
 
+def watching(folder: Path) -> dict[str, str]:
+    """Environment in which a read of a tensor raises; the observations are counted in `watched.json`."""
+    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/hooks/plugin")])
+    return {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder / "watched.json")}
+
+
 @pytest.fixture(scope="module")
 def folder(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two recordings in one engine, the second with forced outputs and without the cache; chunks, mixed batches."""
@@ -43,9 +49,7 @@ def folder(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pyt
         sampling={"max_new_tokens": 16, "temperature": 1.0},
         server={"chunked_prefill_size": 128, "enable_mixed_chunk": True},
     )
-    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/hooks/plugin")])
-    env = {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder.parent / "watched.json")}
-    done = cli("ab", config, "--output", folder, **env)
+    done = cli("ab", config, "--output", folder, **watching(folder.parent))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -145,10 +149,12 @@ def test_delayed_samples_and_synchronous_scheduling(
         "workload": {"source": "jsonl", "path": str(tmp_path / "prompts.jsonl")}
     }
     config.write_text(yaml.safe_dump(spec))
-    done = cli("harvest", config, "--output", tmp_path / "run")
+    done = cli("harvest", config, "--output", tmp_path / "run", **watching(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     run = load_run(next(tmp_path.glob("run/**/manifest.json")).parent)
     assert [str(c) for c in verify(run) if not c.holds] == []
     errors = reference_errors(run, str(MODEL), requests=12)
     assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
+    delayed = json.loads((tmp_path / "watched.json").read_text()).get("attach", 0)
+    assert (delayed > 0) == (not server)
