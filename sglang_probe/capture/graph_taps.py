@@ -69,6 +69,7 @@ class GraphTaps:
         self._recording = recording
         self._parts = {name: part.to(device) for name, part in (parts or {}).items()}
         self._large: torch.Tensor | None = None
+        self._armed = False
         self._written = dict.fromkeys(self.columns, -1)
 
     def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
@@ -93,13 +94,16 @@ class GraphTaps:
             return self.buffer
         if self._recording():
             raise LedgerError(f"a graph of {n} tokens is being captured; the taps have room for {len(self.buffer)}")
-        if self._large is None or len(self._large) != n:
-            self._large = self.buffer.new_empty((n, self.buffer.shape[1]))
-        return self._large
+        if self._large is not None and len(self._large) == n:
+            return self._large
+        large = self.buffer.new_empty((n, self.buffer.shape[1]))
+        if self._armed:  # a warm-up or a forward that nobody records keeps nothing
+            self._large = large
+        return large
 
     def arm(self) -> None:
         """Make a tap noticeable that is not written by the coming forward. Enqueued before it, on its stream."""
-        self._large = None
+        self._large, self._armed = None, True
         self._written = dict.fromkeys(self.columns, -1)
         self.buffer[:1].fill_(_UNWRITTEN)
 
@@ -129,6 +133,7 @@ class GraphTaps:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
                 nothing of this is visible from the host; `Snapshot.finish` looks at what arrived.
         """
+        self._armed = False
         if replayed:
             if tokens > len(self.buffer):
                 raise LedgerError(f"a graph of {tokens} tokens was replayed; the taps have {len(self.buffer)} rows")

@@ -157,6 +157,13 @@ def test_an_eager_forward_larger_than_the_buffer_leaves_the_graphs_theirs() -> N
     assert taps.buffer.data_ptr() == address
 
 
+def test_a_large_forward_that_nobody_records_keeps_no_memory() -> None:
+    """SGLang warms up with forwards larger than any graph, before the recording opens."""
+    taps = make()
+    Model(taps)(batch(100, 0.0))
+    assert taps._large is None
+
+
 def test_a_graph_larger_than_the_buffer_is_refused_when_it_is_captured() -> None:
     with pytest.raises(LedgerError, match="a graph of 9 tokens is being captured; the taps have room for 8"):
         Graph(Model(make(recording=lambda: True)), 9)
