@@ -1,8 +1,9 @@
 """The path that rows take on a GPU, in a real engine on the CPU: `accelerator: unproved`.
 
-Nothing is replayed here (tests/capture/test_graph_taps.py simulates that). What runs is everything around it: taps set
-up when the model is loaded, one snapshot a forward, SGLang's own auxiliary output under overlap scheduling, the join
-with the ledger at commit, a second recording in the same engine; and no tensor of the engine is read by the host.
+Nothing is replayed here (tests/capture/test_graph_taps.py simulates that); decode steps only look so. What runs is
+everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's own auxiliary output under
+overlap scheduling, the join with the ledger at commit, a second recording in the same engine; and no tensor of the
+engine is read by the host.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ POINTS = ["hook_embed", "blocks.3.hook_resid_post", *(f"blocks.3.{s}" for s in A
 def watching(folder: Path) -> dict[str, str]:
     """Environment in which a read of a tensor raises; the observations are counted in `watched.json`."""
     plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/hooks/plugin")])
-    return {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder / "watched.json")}
+    return {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder / "watched.json"), "SIMULATED_REPLAY": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,11 @@ def test_every_row_is_of_the_position_that_the_ledger_says(runs: dict[str, Run])
         assert set(errors) == set(POINTS)
         assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
         assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+def test_every_forward_says_whether_it_was_replayed(runs: dict[str, Run]) -> None:
+    for run in runs.values():
+        assert run.forwards().groupby("mode")["graph"].mean().to_dict() == {"decode": 1, "extend": 0, "mixed": 0}
 
 
 def test_rows_of_two_recordings_in_one_engine_agree(runs: dict[str, Run]) -> None:

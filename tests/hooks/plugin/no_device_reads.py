@@ -58,7 +58,7 @@ class _Methods(TorchFunctionMode):
         if name == "to" and not ours and any(_is_cpu(a) for a in (*args[1:], *kwargs.values())):
             raise HostRead("to('cpu') of a tensor of the engine")
         out = func(*args, **kwargs)
-        if func is torch.tensor:  # from host values, on its way to the device
+        if (func is torch.tensor or ours) and isinstance(out, torch.Tensor):  # made of host values, or part of such
             out.from_host = True
         return out
 
@@ -106,6 +106,9 @@ def register() -> None:
         for function in vars(module).values():  # for what has been
             if getattr(getattr(function, "__wrapped__", None), "__module__", None) == module.__name__:
                 _watch_decorated(function)
+    _rows_may_be_read_once_sent()
+    if "SIMULATED_REPLAY" in os.environ:
+        simulate_replay()
     report = Path(os.environ["NO_DEVICE_READS"])
     close = session.Session.close
 
@@ -114,6 +117,37 @@ def register() -> None:
         report.write_text(json.dumps(watched))
 
     session.Session.close = close_and_report  # type: ignore[method-assign]
+
+
+def _rows_may_be_read_once_sent() -> None:
+    """On a GPU they are another tensor then, in host memory."""
+    from sglang_probe.capture.graph_taps import Snapshot
+
+    send = Snapshot.send
+
+    def send_and_mark(snapshot: Any, copy: Any) -> None:
+        send(snapshot, copy)
+        snapshot._host_rows.from_host = True
+
+    Snapshot.send = send_and_mark  # type: ignore[method-assign]
+
+
+def simulate_replay() -> None:
+    """Make decode steps look as if they had been replayed: SGLang says so, the host does not know which taps fired, and
+    the rows behind the real batch hold something."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_probe.hooks import session
+
+    def replayed(output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> Any:
+        taps = session.session.graph_taps if session.session is not None else None
+        if taps is not None and forward_batch.forward_mode.is_decode():
+            output.can_run_graph = True
+            taps._written = dict.fromkeys(taps.columns, -1)
+            taps.buffer[forward_batch.batch_size :].fill_(7)
+        return output
+
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner._forward_raw", replayed, HookType.AFTER)
 
 
 def _watch(guard: Callable[..., Any], observe: Callable[..., Any]) -> Callable[..., Any]:
