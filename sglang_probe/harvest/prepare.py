@@ -43,6 +43,8 @@ class Prepared:
         features = ["accounting", "control", "rows", "forced decoding", "platform"]
         if attention_points(config.hook_points):
             features.append("attention rows")
+        if config.hook_points and config.accelerator == "unproved":
+            features.append("accelerator rows")
         self.inventory = inventory.require(features)
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
@@ -55,10 +57,11 @@ class Prepared:
             check_architecture(self.model.architecture)
             for server in servers:
                 check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
-            if accelerator_present():
+            if accelerator_present() and config.accelerator != "unproved":
                 raise UnsupportedError(
-                    "capturing rows on an accelerator has not been proved yet",
-                    fix="set `hook_points: []` to record the ledger alone, or use a machine without an accelerator",
+                    "capturing rows on an accelerator has not been run on a GPU",
+                    fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
+                    "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
                 )
         room = [self.model.context_length]
         for server in servers:
