@@ -8,6 +8,7 @@ copied to pinned memory on the copy stream, waited for with the result, consumed
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,22 @@ def check_device(device: str, accelerator: str) -> None:
         )
 
 
+_CHANNEL = "sglang.srt.managers.auxiliary_output"
+
+
+def check_channel() -> None:
+    """Refuse a release without the channel that rows travel on (it came with 0.5.20).
+
+    Raises:
+        UnsupportedError: names it.
+    """
+    if importlib.util.find_spec(_CHANNEL) is None:
+        raise UnsupportedError(
+            f"this release of SGLang has no `{_CHANNEL}`, on which rows leave an accelerator",
+            fix="remove `hook_points` to record the ledger alone, or `accelerator: unproved` on a CPU",
+        )
+
+
 def check_server(server_args: Any) -> None:
     """Refuse what leaves the modules out that our taps are on.
 
@@ -58,6 +75,7 @@ def graph_taps(runner: Any, hook_points: list[str], heads: dict[str, list[int]])
 
     A larger forward is not replayed; the taps give it memory of its own.
     """
+    check_channel()
     from sglang.srt.runtime_context import get_exec
 
     config = get_exec().graph.cuda_graph_config

@@ -41,6 +41,13 @@ def test_the_megakernel_is_refused_by_name() -> None:
         accelerator.check_server(SimpleNamespace(enable_nvidia_megakernel=True))
 
 
+def test_a_release_without_the_channel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator.check_channel()
+    monkeypatch.setattr(accelerator, "_CHANNEL", "sglang.srt.managers.no_such_output")
+    with pytest.raises(UnsupportedError, match="no_such_output"):
+        accelerator.check_channel()
+
+
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
     running = session.Session(EngineProbeConfig(run=tmp_path))
