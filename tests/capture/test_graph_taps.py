@@ -1,60 +1,24 @@
-"""Taps in a graph, without a GPU: the device operations are recorded and replayed without the Python around them.
-
-`Graph` does what a CUDA graph does to the probe. It runs a model once under a dispatch mode that notes every operation
-with its tensors; a replay issues these operations again on the same memory. Hooks run while it records, and never at
-replay.
-"""
+"""Taps in a graph, without a GPU: the device operations are recorded and replayed without the Python around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_probe.capture.graph_taps import GraphTaps, Snapshot
 from sglang_probe.errors import LedgerError
+from tests.capture.graph import WIDTH, Graph
 
-WIDTH = 6
 COLUMNS = {
     "early": (WIDTH, torch.bfloat16),
     "late": (WIDTH, torch.float32),
     "odd": (3, torch.bfloat16),  # its rows end in the middle of an alignment unit
 }
-
-
-class _Noting(TorchDispatchMode):
-    def __init__(self, notes: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
-        super().__init__()
-        self._notes = notes
-
-    def __torch_dispatch__(self, op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = op(*args, **(kwargs or {}))
-        self._notes.append((op, args, kwargs or {}, out))
-        return out
-
-
-class Graph:
-    """Operations of `run(x)` for one number of tokens, on the static input that a replay fills."""
-
-    def __init__(self, run: Callable[[torch.Tensor], object], tokens: int) -> None:
-        self.input = torch.zeros(tokens, WIDTH)
-        self._notes: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.python_runs = 0
-        with _Noting(self._notes):
-            run(self.input)
-
-    def replay(self, x: torch.Tensor) -> None:
-        self.input.fill_(-1)  # padding rows hold something, too
-        self.input[: len(x)] = x
-        for op, args, kwargs, recorded in self._notes:
-            out = op(*args, **kwargs)
-            if isinstance(recorded, torch.Tensor) and out is not recorded and out.data_ptr() != recorded.data_ptr():
-                recorded.copy_(out)  # a graph writes its results where they were when it was captured
 
 
 class Model(nn.Module):
