@@ -28,8 +28,8 @@ class Part:
     number: int
     session: int
     forwards_end: int  # one past the last forward of this part
-    rows_end: int  # one past the last row of this part
-    rows: int
+    rows_end: int  # one past the last row number of this part
+    rows: int  # row numbers given out in it
     files: dict[str, str] = field(default_factory=dict)
     dp_rank: int = 0
 

@@ -26,6 +26,7 @@ CONFIGURATION = (
     "model",
     "dtype",
     "hook_points",
+    "rows_kept",
     "server_given",
     "switches",
     "partners",

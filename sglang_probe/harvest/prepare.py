@@ -10,7 +10,9 @@ from sglang_probe.capture.hook_points import (
     check_architecture,
     check_hook_points,
     check_tensor_parallel,
+    head_counts,
 )
+from sglang_probe.capture.selection import kept_heads
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -50,9 +52,22 @@ class Prepared:
             if not accelerator_present():
                 refuse_without_gpu(server)
         self.model = resolve_model(config.model)
+        self.heads: dict[str, list[int]] = {}
+        """Kept heads and their width at hook points whose rows are per head."""
+        self.head_numbers: dict[str, list[int]] = {}
+        """Which heads these are, where it is not all of them."""
         if config.hook_points:
             check_hook_points(config.hook_points, self.model.layers)
             check_architecture(self.model.architecture)
+            self.heads, self.head_numbers = kept_heads(
+                config.rows,
+                head_counts(
+                    config.hook_points,
+                    heads=self.model.heads,
+                    kv_heads=self.model.kv_heads,
+                    head_dim=self.model.head_dim,
+                ),
+            )
             for server in servers:
                 check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
             if accelerator_present():

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import attention_points, parse_hook_point
+from sglang_probe.capture.selection import RowsConfig
 from sglang_probe.config import Config
 from sglang_probe.live.config import LiveConfig
 from sglang_probe.policy.switches import Switches
@@ -21,6 +22,8 @@ class EngineProbeConfig(Config):
 
     run: Path
     hook_points: list[str] = Field(default_factory=list)
+    rows: RowsConfig = RowsConfig()
+    """Which positions and heads of them; by default all."""
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0

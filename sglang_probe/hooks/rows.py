@@ -23,7 +23,7 @@ from sglang_probe.capture.hook_points import (
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.capture.taps import Taps
+from sglang_probe.capture.selection import kept_heads
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.attention import install_attention_taps
@@ -44,9 +44,10 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
             f"capturing rows on `{runner.device}` has not been proved yet",
             fix="remove `hook_points` to record the ledger alone",
         )
-    session.taps = Taps(session.config.hook_points, capacity=1024)
     install_taps(runner.model, session.config.hook_points)
-    session.heads = _heads(runner.model, session.config.hook_points)
+    heads = _heads(runner.model, session.config.hook_points)
+    session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
+    session.new_taps()
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
@@ -94,8 +95,10 @@ def _arm() -> None:
 @probe.guarded
 def _take(output: Any) -> None:
     session = probe.active()
-    if session.current is not None and session.taps is not None:
-        session.current.rows = session.taps.take(session.current.tokens, replayed=output.can_run_graph)
+    plan = session.current
+    if plan is not None and session.taps is not None:
+        plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+        plan.rows = session.taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from sglang_probe.capture import journal
-from sglang_probe.capture.taps import Taps
+from sglang_probe.capture.selection import Selected
+from sglang_probe.capture.taps import Taps, head_columns
 from sglang_probe.capture.writer import Writer
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import policy
@@ -46,7 +47,10 @@ class Session:
         """Why the probe stopped itself."""
         self.taps: Taps | None = None
         self.heads: dict[str, list[int]] = {}
-        """Heads and their width at hook points whose rows are per head, once the model is loaded."""
+        """Kept heads and their width at hook points whose rows are per head, once the model is loaded."""
+        self.head_numbers: dict[str, list[int]] = {}
+        """Which heads these are, where it is not all of them."""
+        self.selected = Selected(config.rows, config.hook_points)
         self.tp_size = 1
         """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None
@@ -103,7 +107,8 @@ class Session:
             UnsupportedError: requests are in flight, or the engine was not started for what `config` needs.
         """
         missing = set(config.features) - set(self.config.features)
-        if missing or config.hook_points != self.config.hook_points or self.live is not None or config.live is not None:
+        same = (config.hook_points, config.rows) == (self.config.hook_points, self.config.rows)
+        if missing or not same or self.live is not None or config.live is not None:
             raise UnsupportedError("the engine was started with other hooks than this recording needs")
         self.close()
         if isinstance(self.writer, Writer):
@@ -114,8 +119,13 @@ class Session:
         )
         self.fault, self.current, self.forced, self.publishing = None, None, None, None
         if config.hook_points:
-            self.taps = Taps(config.hook_points, capacity=1024)
+            self.new_taps()
         self.open()
+
+    def new_taps(self) -> None:
+        """Empty buffers for the hook points, once the heads are known."""
+        columns = {h: head_columns(numbers, self.heads[h][1]) for h, numbers in self.head_numbers.items()}
+        self.taps = Taps(self.config.hook_points, capacity=1024, columns=columns)
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""

@@ -50,6 +50,8 @@ class ForwardPlan:
     forward_id: int = -1
     row_start: int = -1
     rows: dict[str, Any] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    telemetry: Any = None
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
@@ -77,6 +79,10 @@ class Commit:
 
     forward: tuple[Any, ...] | None = None
     rows: dict[str, Any] | None = None
+    numbered: int = 0  # rows that the forward was given numbers for
+    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
+    kept: dict[str, Any] = field(default_factory=dict)
+    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
@@ -199,7 +205,8 @@ class Recorder:
         plan.discarded.update(retracted)
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
-        commit = Commit(rows=plan.rows)
+        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit.numbered = plan.tokens if self._captures_rows else 0
         offset = 0
         for i in range(len(plan.rids)):
             self._account(plan, i, offset, commit.spans)
