@@ -60,16 +60,17 @@ def attention_points(names: Iterable[str]) -> list[HookPoint]:
     return [h for h in map(parse_hook_point, names) if h.in_attention]
 
 
-def check_tensor_parallel(names: Iterable[str], tp_size: int) -> None:
+def check_tensor_parallel(names: Iterable[str], tp_size: int, *, telemetry: bool = False) -> None:
     """Refuse rows per head where each rank has some of the heads only.
 
     Raises:
         UnsupportedError: names the hook point.
     """
     points = attention_points(names)
-    if points and tp_size > 1:
+    if (points or telemetry) and tp_size > 1:
+        what = points[0].name if points else "telemetry"
         raise UnsupportedError(
-            f"`{points[0].name}` under tensor parallelism (`tp_size: {tp_size}`): each rank has a share of the heads, "
+            f"`{what}` under tensor parallelism (`tp_size: {tp_size}`): each rank has a share of the heads, "
             "and they are not put together yet",
             fix="capture the residual stream alone, or use `tp_size: 1`",
         )

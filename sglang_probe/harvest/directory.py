@@ -27,6 +27,7 @@ CONFIGURATION = (
     "dtype",
     "hook_points",
     "rows_kept",
+    "telemetry",
     "server_given",
     "switches",
     "partners",

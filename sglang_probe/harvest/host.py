@@ -59,6 +59,7 @@ def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig
         sorted(server.items(), key=str),
         probe.hook_points,
         probe.rows,
+        probe.telemetry,
         probe.forced_outputs,
         probe.bypass,
     )

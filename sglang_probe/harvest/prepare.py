@@ -13,6 +13,7 @@ from sglang_probe.capture.hook_points import (
     head_counts,
 )
 from sglang_probe.capture.selection import kept_heads
+from sglang_probe.capture.telemetry import layers_of
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -43,8 +44,10 @@ class Prepared:
     def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
         self.config = config
         features = ["accounting", "control", "rows", "forced decoding", "platform"]
-        if attention_points(config.hook_points):
+        if attention_points(config.hook_points) or config.telemetry is not None:
             features.append("attention rows")
+        if config.telemetry is not None:
+            features.append("telemetry")
         self.inventory = inventory.require(features)
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
@@ -56,7 +59,10 @@ class Prepared:
         """Kept heads and their width at hook points whose rows are per head."""
         self.head_numbers: dict[str, list[int]] = {}
         """Which heads these are, where it is not all of them."""
-        if config.hook_points:
+        self.telemetry_layers: list[int] = []
+        if config.telemetry is not None:
+            self.telemetry_layers = layers_of(config.telemetry, self.model.layers)
+        if config.hook_points or config.telemetry is not None:
             check_hook_points(config.hook_points, self.model.layers)
             check_architecture(self.model.architecture)
             self.heads, self.head_numbers = kept_heads(
@@ -69,7 +75,8 @@ class Prepared:
                 ),
             )
             for server in servers:
-                check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
+                tp_size = int({**config.server, **server}.get("tp_size", 1))
+                check_tensor_parallel(config.hook_points, tp_size, telemetry=config.telemetry is not None)
             if accelerator_present():
                 raise UnsupportedError(
                     "capturing rows on an accelerator has not been proved yet",

@@ -74,6 +74,7 @@ def harvest(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
         rows=prepared.config.rows,
+        telemetry=prepared.config.telemetry,
         forced_outputs=hooks.forced_outputs or outputs_of is not None,
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
         switches=arm.switches(prepared.config.server),
@@ -143,6 +144,8 @@ def manifest_of(
         dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
         rows_kept=config.rows.model_dump(mode="json"),
+        telemetry=None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
+        telemetry_layers=prepared.telemetry_layers,
         heads=prepared.heads,
         head_numbers=prepared.head_numbers,
         workload=config.workload.model_dump(mode="json"),
@@ -187,6 +190,8 @@ def _remaining(
                     f"{outputs_of.path} has no output for request {r.index}", fix="finish it with --resume first"
                 )
             probe["force"] = forced[r.index]
+        if prepared.config.telemetry is not None:
+            probe["system"] = [[s.start, s.end] for s in r.spans if s.name == "system"]
         if probe:
             own = params.get("custom_params") or {}
             params["custom_params"] = {**own, "probe": {**own.get("probe", {}), **probe}}

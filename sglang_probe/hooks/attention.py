@@ -33,7 +33,7 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
     rotary: dict[int, Any] = {}
     for layer, names in by_layer.items():
         attention = layers[layer].self_attn
-        _check(attention, layer)
+        check_attention(attention, layer)
         stored = {site: names[site] for site in (ROTATED_QUERY, ROTATED_KEY, VALUE) if site in names}
         if stored:
             attention.attn.register_forward_pre_hook(_argument_hook(stored))
@@ -46,7 +46,12 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
         module.register_forward_pre_hook(running.rotate)
 
 
-def _check(attention: Any, layer: int) -> None:
+def check_attention(attention: Any, layer: int) -> None:
+    """Refuse attention that is not built as in the reviewed architectures.
+
+    Raises:
+        UnsupportedError: names what is there instead.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 

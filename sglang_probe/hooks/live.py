@@ -69,6 +69,8 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
         "model_path": server_args.model_path,
         "dtype": server_args.dtype,
         "hook_points": {name: engine_module(name) for name in config.hook_points},
+        "telemetry": None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
+        "telemetry_layers": probe.active().telemetry_layers,
         "rows_kept": config.rows.model_dump(mode="json"),
         "heads": probe.active().heads,
         "head_numbers": probe.active().head_numbers,

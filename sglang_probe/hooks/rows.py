@@ -27,6 +27,7 @@ from sglang_probe.capture.selection import kept_heads
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.attention import install_attention_taps
+from sglang_probe.hooks.telemetry import EngineTelemetry
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -37,7 +38,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = probe.active()
     session.tp_size = get_parallel().tp_size
-    check_tensor_parallel(session.config.hook_points, session.tp_size)
+    check_tensor_parallel(session.config.hook_points, session.tp_size, telemetry=session.config.telemetry is not None)
     if runner.device != "cpu":
         # The in-graph path is designed for, but has not been run; see the support table in the README.
         raise UnsupportedError(
@@ -48,6 +49,9 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     heads = _heads(runner.model, session.config.hook_points)
     session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
     session.new_taps()
+    if session.config.telemetry is not None:
+        session.telemetry = EngineTelemetry(runner.model.model.layers, session.config.telemetry)
+        session.telemetry_layers = session.telemetry.layers
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
@@ -82,6 +86,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     output = original(runner, forward_batch, *args, **kwargs)
     if not runner.is_draft_worker:
         _take(output)
+        _measure(runner, forward_batch)
     return output
 
 
@@ -99,6 +104,13 @@ def _take(output: Any) -> None:
     if plan is not None and session.taps is not None:
         plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
         plan.rows = session.taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+
+
+@probe.guarded
+def _measure(runner: Any, forward_batch: Any) -> None:
+    session = probe.active()
+    if session.current is not None and session.telemetry is not None:
+        session.current.telemetry = session.telemetry.measure(runner, forward_batch, session.current)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from sglang_probe.capture import journal
 from sglang_probe.capture.selection import Selected
@@ -18,6 +18,9 @@ from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
 from sglang_probe.live.recording import LiveRecording
 from sglang_probe.policy.switches import Switches
+
+if TYPE_CHECKING:
+    from sglang_probe.hooks.telemetry import EngineTelemetry
 
 logger = logging.getLogger("sglang_probe")
 P = ParamSpec("P")
@@ -51,6 +54,9 @@ class Session:
         self.head_numbers: dict[str, list[int]] = {}
         """Which heads these are, where it is not all of them."""
         self.selected = Selected(config.rows, config.hook_points)
+        self.telemetry: EngineTelemetry | None = None
+        """Set once the model is loaded, if the config asks for it."""
+        self.telemetry_layers: list[int] = []
         self.tp_size = 1
         """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None
@@ -107,7 +113,7 @@ class Session:
             UnsupportedError: requests are in flight, or the engine was not started for what `config` needs.
         """
         missing = set(config.features) - set(self.config.features)
-        same = (config.hook_points, config.rows) == (self.config.hook_points, self.config.rows)
+        same = all(getattr(config, k) == getattr(self.config, k) for k in ("hook_points", "rows", "telemetry"))
         if missing or not same or self.live is not None or config.live is not None:
             raise UnsupportedError("the engine was started with other hooks than this recording needs")
         self.close()
@@ -120,6 +126,8 @@ class Session:
         self.fault, self.current, self.forced, self.publishing = None, None, None, None
         if config.hook_points:
             self.new_taps()
+        if self.telemetry is not None:
+            self.telemetry.restart()
         self.open()
 
     def new_taps(self) -> None:
@@ -136,7 +144,7 @@ class Session:
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
-        self.recorder = self.taps = self.current = self.forced = self.publishing = None
+        self.recorder = self.taps = self.telemetry = self.current = self.forced = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message

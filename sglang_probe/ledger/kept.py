@@ -24,7 +24,8 @@ def kept_as_selected(run: Run) -> Check:
     row, position = tokens["row"].to_numpy(), tokens["position"].to_numpy()
     covered = 0
     for hook_point in run.hook_points:
-        held = np.isin(row, np.concatenate([numbers for numbers, _ in run.iter_shards(hook_point)] or [[]]))
+        numbers = [np.empty(0, np.int64), *(numbers for numbers, _ in run.iter_shards(hook_point))]
+        held = np.isin(row, np.concatenate(numbers))
         asked = run.selected.positions(hook_point, position, prompt_len)
         wrong = known & (held != asked)
         if wrong.any():

@@ -99,6 +99,21 @@ class Run:
         (`schema.REBINDS`)."""
         return self._table("rebinds", schema.REBINDS)
 
+    def telemetry(self) -> pd.DataFrame:
+        """Attention telemetry that was recorded while requests were served (`telemetry` of the configuration): one row
+        per measured decode step, layer and head. Columns: `sglang_probe.ledger.telemetry.read_telemetry`.
+
+        Raises:
+            RunDirectoryError: none was recorded.
+        """
+        from sglang_probe.ledger.telemetry import read_telemetry
+
+        return read_telemetry(self)
+
+    def telemetry_table(self) -> pd.DataFrame:
+        """The same as it is stored: one row per measured decode step and layer (`schema.TELEMETRY`)."""
+        return self._table("telemetry/part-", schema.TELEMETRY)
+
     def last_attempt(self) -> pd.DataFrame:
         """Spans of each request's last attempt: the ones that tile its positions."""
         spans = self.spans()
@@ -272,7 +287,8 @@ class Run:
         return sum(p.rows for p in self.parts())
 
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
-        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
+        prefix = name if "/" in name else f"ledger/{name}-"
+        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(prefix)]
         tables = [pq.read_table(self.path / f, schema=table_schema) for _, f in files]
         frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
         ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)

@@ -41,6 +41,10 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         rows_owned_once,
     ]
     results = [intact, *(check(run) for check in checks)]
+    if run.manifest.get("telemetry"):
+        from sglang_probe.ledger.telemetry import telemetry_holds
+
+        results.insert(-1, telemetry_holds(run))
     # Content is asked only of rows that have one owner, and of a run that has any.
     if results[-1].holds and results[-1].covered:
         if run.selected.partial:

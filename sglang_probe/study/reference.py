@@ -82,7 +82,7 @@ def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:
     if hook_point not in run.manifest.get("head_numbers", {}):
         return x_NW
     _, head_dim = run.heads(hook_point)
-    return x_NW.unflatten(1, (-1, head_dim))[:, run.head_numbers(hook_point)].flatten(1)
+    return torch.unflatten(x_NW, 1, (-1, head_dim))[:, run.head_numbers(hook_point)].flatten(1)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from sglang_probe.ledger.recorder import Context, ForwardPlan, Recorder, Request
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run, load_run
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+EVERYTHING = RowsConfig()
 QUERY = "blocks.0.attn.hook_rot_q"
 PROMPTS = {"a": [3, 4, 5, 6, 7, 8], "b": [3, 4, 5, 6, 9, 10]}
 OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
@@ -33,7 +34,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     """
     selected_points = ("hook_embed", QUERY)
 
-    def make(name: str = "run", rows_kept: RowsConfig = RowsConfig()) -> Run:
+    def make(name: str = "run", rows_kept: RowsConfig = EVERYTHING) -> Run:
         path = tmp_path / name
         path.mkdir()
         selected = Selected(rows_kept, selected_points)
