@@ -28,7 +28,8 @@ def layer_from_run(
     """The layer that request `rid` saw, in the dtype of the capture.
 
     Decode steps are the positions behind the prompt that were computed, `output_len - 1` of them; a request of one
-    output token has no `future`. Values and pre-RoPE queries are there if they were captured.
+    output token has no `future`. Values and pre-RoPE queries are there if they were captured, of the same heads as keys
+    and queries.
 
     Args:
         window: keep the last so many prompt queries; None: all. Needed of a run whose queries were captured for its
@@ -51,8 +52,8 @@ def layer_from_run(
         values = run.activations(rid, name, first=begin)
         return values.view(len(values), *run.heads(name))
 
-    captured = {site for site in (VALUE, QUERY) if f"blocks.{layer}.{site}" in run.hook_points}
     heads = _whole_groups(run, layer, config)
+    captured = {site for site in (VALUE, QUERY) if _beside(run, layer, site)}
     q, k = rows(ROTATED_QUERY, first), rows(ROTATED_KEY)
     v = rows(VALUE) if VALUE in captured else None
     q_pre = rows(QUERY, first) if QUERY in captured else None
@@ -106,6 +107,13 @@ def _whole_groups(run: Run, layer: int, config: Mapping[str, Any]) -> list[int]:
             fix="record `rows: {heads: ..., kv_heads: ...}` of whole groups",
         )
     return queries
+
+
+def _beside(run: Run, layer: int, site: str) -> bool:
+    """Whether values or pre-RoPE queries were captured, of the heads of the keys or queries."""
+    name = f"blocks.{layer}.{site}"
+    partner = f"blocks.{layer}.{ROTATED_KEY if site == VALUE else ROTATED_QUERY}"
+    return name in run.hook_points and run.head_numbers(name) == run.head_numbers(partner)
 
 
 def _output_projection(model: Path, layer: int, config: Mapping[str, Any]) -> Tensor:
