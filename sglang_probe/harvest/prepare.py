@@ -9,6 +9,7 @@ from sglang_probe.capture.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
     head_counts,
 )
@@ -75,6 +76,8 @@ class Prepared:
                 ),
             )
             for server in servers:
+                context = {**config.server, **server}.get("context_length") or self.model.context_length
+                check_sliding_window(self.model.config, int(context))
                 tp_size = int({**config.server, **server}.get("tp_size", 1))
                 check_tensor_parallel(config.hook_points, tp_size, telemetry=config.telemetry is not None)
             if accelerator_present():

@@ -19,6 +19,7 @@ from sglang_probe.capture.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
     head_counts,
     parse_hook_point,
@@ -46,6 +47,8 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
             fix="remove `hook_points` to record the ledger alone",
         )
     install_taps(runner.model, session.config.hook_points)
+    model_config = runner.model_config
+    check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
     heads = _heads(runner.model, session.config.hook_points)
     session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
     session.new_taps()

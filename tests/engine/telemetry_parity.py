@@ -13,6 +13,9 @@ from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.telemetry import options_of
 from sglang_probe.study.run_telemetry import write_telemetry
 
+SHARE = "top_positions (share that differ)"
+"""Where two weights are equal up to rounding their positions may change places; anything else is an error."""
+
 
 def telemetry_differences(run: Run, path: Path) -> pd.DataFrame:
     """Per number the largest absolute difference (relative for `support`) and how many values were compared.
@@ -39,10 +42,9 @@ def telemetry_differences(run: Run, path: Path) -> pd.DataFrame:
         rows.append((name, np.nanmax(difference), int((~np.isnan(ours)).sum())))
     ours, theirs = (np.stack(f["top_weights"].to_list()) for f in (online, offline))
     rows.append(("top_weights", np.abs(ours - theirs).max(), ours.size))
-    # Positions may change places where two weights are equal up to rounding.
     at_ours, at_theirs = (np.stack(f["top_positions"].to_list()) for f in (online, offline))
     gap = np.abs(np.diff(theirs, axis=1)).min(axis=1, keepdims=True)
     agrees = (at_ours == at_theirs) | (gap < 1e-6) | (np.arange(ours.shape[1]) == ours.shape[1] - 1)
     assert agrees.all()
-    rows.append(("top_positions (share that differ)", float((at_ours != at_theirs).mean()), ours.size))
+    rows.append((SHARE, float((at_ours != at_theirs).mean()), ours.size))
     return pd.DataFrame(rows, columns=["number", "max", "values"]).set_index("number")

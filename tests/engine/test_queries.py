@@ -25,7 +25,7 @@ from sglang_probe.study.eviction import parse_method
 from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.reference import check_against_transformers, reference_errors
 from sglang_probe.study.run_telemetry import TelemetryOptions, write_telemetry
-from tests.engine.telemetry_parity import telemetry_differences
+from tests.engine.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
@@ -177,7 +177,7 @@ def test_telemetry_while_serving_is_that_of_captured_rows(recorded: dict[str, Ru
     differences = telemetry_differences(recorded["cache_on"], tmp_path / "telemetry.parquet")
     print(differences.to_string())
     assert differences["values"].min() > 1000
-    assert differences["max"].max() < 2e-5
+    assert differences["max"].drop(SHARE).max() < 2e-5
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:
