@@ -28,6 +28,7 @@ REGIONS = ("sinks", "system", "prompt", "window", "generated")
 NUMBERS = ("entropy", "entropy_without_sinks", "support", *(f"mass_{r}" for r in REGIONS), "jump")
 """One of each per step, layer and head."""
 
+_SYSTEM = REGIONS.index("system")
 _UNSEEN = -1e30
 """Logit of a key behind the step. Not -inf: its weight times its logit must be 0, not NaN."""
 _BLOCK_ELEMENTS = 1 << 25
@@ -132,36 +133,32 @@ def logits(q_BW: Tensor, pool_SGD: Tensor, slots_BJ: Tensor, scaling: float) -> 
 
 @dataclass(frozen=True)
 class _Places:
-    """Positions that bound the regions of each request, and masks, on the device; the same for all layers."""
+    """Masks of the keys of each request, on the device; the same for all layers."""
 
-    seen_BJ: Tensor
-    prompt_BP: Tensor
-    prompt_B1: Tensor
+    unseen_B1J: Tensor
+    prompt_B1P: Tensor
+    regions_BJR: Tensor
+    """1 in the region of each key."""
     keys_B1: Tensor
-    bounds_BX: Tensor
-    """0-based ends: sinks, begin of the window, prompt, keys."""
-    system_BK2: Tensor
-    unknown_B11: Tensor
+    system_unknown_B1: Tensor
 
     @classmethod
     def of(cls, steps: Steps, options: TelemetryOptions, device: torch.device) -> _Places:
-        keys, prompt = steps.keys, steps.prompt
-        sinks = np.minimum(options.sinks, prompt)
-        window = np.maximum(prompt - options.window, sinks)
-        system = np.clip(steps.system, sinks[:, None, None], window[:, None, None])
-        j, p = np.arange(keys.max()), np.arange(prompt.max())
+        j = np.arange(steps.keys.max())
+        keys, prompt = steps.keys[:, None], steps.prompt[:, None]
+        system = ((j[:, None] >= steps.system[:, None, :, 0]) & (j[:, None] < steps.system[:, None, :, 1])).any(-1)
+        chosen = [j >= keys, j >= prompt, j < options.sinks, j >= prompt - options.window, system]
+        region = np.select([np.broadcast_to(c, system.shape) for c in chosen], [-1, 4, 0, 3, 1], default=2)
 
-        def put(x: np.ndarray[Any, Any]) -> Tensor:
+        def put(x: Any) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
         return cls(
-            seen_BJ=put(j < keys[:, None]),
-            prompt_BP=put((p < prompt[:, None]).astype(np.float32)),
-            prompt_B1=put(prompt[:, None]),
-            keys_B1=put(keys[:, None]),
-            bounds_BX=put(np.stack([sinks, window, prompt, keys], -1)),
-            system_BK2=put(system),
-            unknown_B11=put(~steps.system_known[:, None, None]),
+            unseen_B1J=put((j >= keys)[:, None]),
+            prompt_B1P=put((j[: steps.prompt.max()] < prompt)[:, None].astype(np.float32)),
+            regions_BJR=put((region[..., None] == np.arange(len(REGIONS))).astype(np.float32)),
+            keys_B1=put(keys.astype(np.float32)),
+            system_unknown_B1=put(~steps.system_known[:, None]),
         )
 
 
@@ -204,25 +201,29 @@ class Memory:
         held = np.take_along_axis(self._held[places], before % self._size, 1)
         return np.asarray(((held == before) & (before >= 0)).all(1))
 
-    def past(self, layer: int, places_B: Tensor, heads: int, prompt: int) -> Tensor:
-        """What is remembered, `[B, M, H, P]`; a view of a larger buffer or a copy."""
+    def past(self, layer: int, places: np.ndarray[Any, Any], heads: int, prompt: int, device: torch.device) -> Tensor:
+        """What is remembered, `[B, M, H, P]`; a view of the buffer or a copy."""
         past = self._past[layer]
         if past is None or past.shape[0] < len(self._held) or past.shape[3] < prompt:
             old = past
             width = max(prompt, 0 if old is None else old.shape[3])
-            past = torch.zeros((len(self._held), self._size, heads, width), device=places_B.device)
+            past = torch.zeros((len(self._held), self._size, heads, width), device=device)
             if old is not None:
                 past[: old.shape[0], ..., : old.shape[3]] = old
             self._past[layer] = past
         if self._fresh:  # what an earlier request left there
             past[self._fresh] = 0
-        return past.index_select(0, places_B)[..., :prompt]
+        first = int(places[0])
+        if np.array_equal(places, np.arange(first, first + len(places))):  # so while nobody comes or goes
+            return past[first : first + len(places), ..., :prompt]
+        return past.index_select(0, torch.from_numpy(places).to(device))[..., :prompt]
 
-    def keep(self, layer: int, places_B: Tensor, cell_B: Tensor, p_BHP: Tensor) -> None:
-        """Remember this step of a layer."""
+    def keep(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
+        """Remember this step of a layer; `cells_B` is place times `M` plus the step's number modulo `M`."""
         past = self._past[layer]
         assert past is not None
-        past[places_B, cell_B, :, : p_BHP.shape[-1]] = p_BHP
+        room = past.shape[3] - p_BHP.shape[2]
+        past.flatten(0, 1).index_copy_(0, cells_B, torch.nn.functional.pad(p_BHP, (0, room)) if room else p_BHP)
 
     def kept(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
         """All layers have remembered these steps."""
@@ -252,14 +253,15 @@ class Telemetry:
         places = self.memory.places(rids)
         step = (steps.keys - 1 - steps.prompt) // self.options.every
         at = _Places.of(steps, self.options, device)
-        places_B, cell_B = (torch.from_numpy(x).to(device) for x in (places, step % self.options.memory))
+        memory = self.options.memory
+        cells_B = torch.from_numpy(places * memory + step % memory).to(device)
         incomplete_B1 = torch.from_numpy(~self.memory.complete(places, step)[:, None]).to(device)
         found = []
         for i in range(len(self.layers)):
             numbers, p_BHP = _numbers(logits_of(i), at, self.options)
-            past_BMHP = self.memory.past(i, places_B, p_BHP.shape[1], p_BHP.shape[2])
+            past_BMHP = self.memory.past(i, places, p_BHP.shape[1], p_BHP.shape[2], device)
             numbers["jump"] = _jump(p_BHP, past_BMHP.mean(1)).masked_fill(incomplete_B1, torch.nan)
-            self.memory.keep(i, places_B, cell_B, p_BHP)
+            self.memory.keep(i, cells_B, p_BHP)
             found.append(numbers)
         self.memory.kept(places, step)
         return {name: torch.stack([numbers[name] for numbers in found]) for name in found[0]}
@@ -267,8 +269,7 @@ class Telemetry:
 
 def _numbers(logits_BHJ: Tensor, at: _Places, options: TelemetryOptions) -> tuple[dict[str, Tensor], Tensor]:
     """All but the jump score, and the weights over the prompt alone, normalised, `[B, H, P]`."""
-    l_BHJ = logits_BHJ.masked_fill_(~at.seen_BJ[:, None], _UNSEEN)
-    log_BHJ = torch.log_softmax(l_BHJ, -1)
+    log_BHJ = torch.log_softmax(logits_BHJ.masked_fill_(at.unseen_B1J, _UNSEEN), -1)
     a_BHJ = log_BHJ.exp()
     terms_BHJ = a_BHJ * log_BHJ
     whole = -terms_BHJ.sum(-1)
@@ -276,43 +277,23 @@ def _numbers(logits_BHJ: Tensor, at: _Places, options: TelemetryOptions) -> tupl
     rest = a_BHJ[..., sinks:].sum(-1)
     # Of weights a / rest: log(rest) - sum(a log a) / rest.
     without = rest.log() - terms_BHJ[..., sinks:].sum(-1) / rest
-    keys_B1 = at.keys_B1.float()
+    masses_BHR = a_BHJ @ at.regions_BJR
+    masses_BHR[..., REGIONS.index("prompt")] += masses_BHR[..., _SYSTEM].masked_fill(~at.system_unknown_B1, 0)
+    masses_BHR[..., _SYSTEM].masked_fill_(at.system_unknown_B1, torch.nan)
     numbers = {
-        "entropy": _relative(whole, keys_B1),
-        "entropy_without_sinks": _relative(without, keys_B1 - options.sinks),
+        "entropy": _relative(whole, at.keys_B1),
+        "entropy_without_sinks": _relative(without, at.keys_B1 - options.sinks),
         "support": whole.exp(),
-        **_masses(a_BHJ, at),
+        **{f"mass_{r}": masses_BHR[..., i] for i, r in enumerate(REGIONS)},
     }
     numbers["top_positions"], numbers["top_weights"] = top(a_BHJ, options.top_k)
-    prompt = at.prompt_BP.shape[1]
-    p_BHP = a_BHJ[..., :prompt] * at.prompt_BP[:, None]
+    p_BHP = a_BHJ[..., : at.prompt_B1P.shape[-1]] * at.prompt_B1P
     return numbers, p_BHP / p_BHP.sum(-1, keepdim=True)
 
 
 def _relative(h_BH: Tensor, keys_B1: Tensor) -> Tensor:
     most = keys_B1.log()
     return torch.where(most > 0, h_BH.clamp(min=0) / most, 0.0)
-
-
-def _masses(a_BHJ: Tensor, at: _Places) -> dict[str, Tensor]:
-    """Weight by region, from the running sum at the regions' bounds."""
-    sums_BHJ = torch.nn.functional.pad(a_BHJ.cumsum(-1, dtype=torch.float64), (1, 0))
-    heads = a_BHJ.shape[1]
-
-    def upto(index_BX: Tensor) -> Tensor:
-        return sums_BHJ.gather(-1, index_BX[:, None].expand(-1, heads, -1))
-
-    sinks, window, prompt, keys = upto(at.bounds_BX).unbind(-1)
-    ends, begins = upto(at.system_BK2[..., 1]), upto(at.system_BK2[..., 0])
-    system = (ends - begins).sum(-1)
-    masses = {
-        "sinks": sinks,
-        "system": system.masked_fill(at.unknown_B11[..., 0], torch.nan),
-        "prompt": window - sinks - system,
-        "window": prompt - window,
-        "generated": keys - prompt,
-    }
-    return {f"mass_{r}": masses[r].float() for r in REGIONS}
 
 
 def top(a_BHJ: Tensor, k: int) -> tuple[Tensor, Tensor]:
