@@ -20,8 +20,9 @@ from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
 
 
-def check_device(device: str, accelerator: str) -> None:
-    """Refuse rows on a device where they have not been proved, unless the user asked to try.
+def check_device(device: str, accelerator: str, *, telemetry: bool = False) -> None:
+    """Refuse rows on a device where they have not been proved, unless the user asked to try; and telemetry, which is
+    measured in Python and reads its numbers at once.
 
     Raises:
         UnsupportedError: says how to try.
@@ -38,6 +39,11 @@ def check_device(device: str, accelerator: str) -> None:
             f"capturing rows on `{device}` has not been run on a GPU",
             fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
             "--transformers` (docs/gpu.md); or remove `hook_points` to record the ledger alone",
+        )
+    if telemetry:
+        raise UnsupportedError(
+            f"attention telemetry on `{device}`: the kernel for it is not called by the engine yet (docs/gpu.md)",
+            fix="remove `telemetry`; queries and keys can be captured instead",
         )
 
 
@@ -70,10 +76,16 @@ def check_server(server_args: Any) -> None:
         )
 
 
-def graph_taps(runner: Any, hook_points: list[str], heads: dict[str, list[int]]) -> GraphTaps:
+def graph_taps(
+    runner: Any, hook_points: list[str], heads: dict[str, list[int]], parts: dict[str, torch.Tensor]
+) -> GraphTaps:
     """Taps for a loaded model, with room for the largest shape that will be captured.
 
     A larger forward is not replayed; the taps give it memory of its own.
+
+    Args:
+        heads: kept heads and their width at hook points whose rows are per head.
+        parts: their columns, where some heads only are kept.
     """
     check_channel()
     from sglang.srt.runtime_context import get_exec
@@ -85,6 +97,7 @@ def graph_taps(runner: Any, hook_points: list[str], heads: dict[str, list[int]])
         # Sizes are rounded up to what ranks can share evenly (`get_cuda_graph_max_batch_size`).
         capacity=-(-max(sizes, default=_DECODE_ROWS) // _DECODE_ROWS) * _DECODE_ROWS,
         device=runner.device,
+        parts=parts,
         recording=_recording if runner.device == "cuda" else lambda: False,
     )
     runner.capture_tail_hooks.append(_check_captured)

@@ -73,6 +73,7 @@ def _aborted(req: Any) -> None:
     assert recorder is not None
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
     recorder.abort(end)
+    _forget([end])
 
 
 @probe.guarded
@@ -88,6 +89,8 @@ def _launch(scheduler: Any, batch: Any) -> None:
     session.recorder.launch(plan)
     live_server.launched(batch.reqs, plan)
     session.current = plan
+    if session.telemetry is not None:
+        session.telemetry.launch(batch.reqs, plan)
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
 
@@ -114,6 +117,14 @@ def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[s
         ended=ended,
         retracted={live_server.name_of(rid) for rid in retracted},
     )
+    _forget(ended)
+
+
+def _forget(ended: list[RequestEnd]) -> None:
+    telemetry = probe.active().telemetry
+    if telemetry is not None:
+        for end in ended:
+            telemetry.end(end.rid)
 
 
 def _explained(reqs: list[Any], plan: ForwardPlan) -> None:

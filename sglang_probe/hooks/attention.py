@@ -33,7 +33,7 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
     rotary: dict[int, Any] = {}
     for layer, names in by_layer.items():
         attention = layers[layer].self_attn
-        _check(attention, layer)
+        check_attention(attention, layer)
         check_fused(attention, layer, names)
         stored = {site: names[site] for site in (ROTATED_QUERY, ROTATED_KEY, VALUE) if site in names}
         if stored:
@@ -71,7 +71,12 @@ def check_fused(attention: Any, layer: int, names: Names) -> None:
         )
 
 
-def _check(attention: Any, layer: int) -> None:
+def check_attention(attention: Any, layer: int) -> None:
+    """Refuse attention that is not built as in the reviewed architectures.
+
+    Raises:
+        UnsupportedError: names what is there instead.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 

@@ -71,7 +71,7 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         (f"{_TREE}.reset", lineage.reset, "AFTER"),
         (f"{_CONTROLLER}._update_handlers", control.update_handlers, "AFTER"),
     ]
-    if config.hook_points:
+    if config.hook_points or config.telemetry is not None:
         from sglang_probe.hooks import rows
 
         hooks += [

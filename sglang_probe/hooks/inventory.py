@@ -35,6 +35,7 @@ class Target(Config):
         "rows",
         "attention rows",
         "accelerator rows",
+        "telemetry",
         "forced decoding",
         "bypass",
         "control",

@@ -20,14 +20,16 @@ from sglang_probe.capture.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.capture.taps import Taps
+from sglang_probe.capture.selection import kept_heads
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.accelerator import check_device, check_server, graph_taps
 from sglang_probe.hooks.attention import install_attention_taps
+from sglang_probe.hooks.telemetry import EngineTelemetry
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -38,15 +40,20 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = probe.active()
     session.tp_size = get_parallel().tp_size
-    check_tensor_parallel(session.config.hook_points, session.tp_size)
-    check_device(runner.device, session.config.accelerator)
+    check_tensor_parallel(session.config.hook_points, session.tp_size, telemetry=session.config.telemetry is not None)
+    check_device(runner.device, session.config.accelerator, telemetry=session.config.telemetry is not None)
     check_server(runner.server_args)
     install_taps(runner.model, session.config.hook_points)
-    session.heads = _heads(runner.model, session.config.hook_points)
-    if session.config.accelerator == "unproved":
-        session.taps = session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads)
-    else:
-        session.taps = Taps(session.config.hook_points, capacity=1024)
+    model_config = runner.model_config
+    check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
+    heads = _heads(runner.model, session.config.hook_points)
+    session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
+    if session.config.hook_points and session.config.accelerator == "unproved":
+        session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads, session.kept_columns())
+    session.new_taps()
+    if session.config.telemetry is not None:
+        session.telemetry = EngineTelemetry(runner.model.model.layers, session.config.telemetry)
+        session.telemetry_layers = session.telemetry.layers
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
@@ -81,6 +88,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     output = original(runner, forward_batch, *args, **kwargs)
     if not runner.is_draft_worker:
         _take(output)
+        _measure(runner, forward_batch)
     return output
 
 
@@ -97,10 +105,18 @@ def _take(output: Any) -> None:
     plan, taps = session.current, session.taps
     if plan is None or taps is None:
         return
+    plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
     if isinstance(taps, GraphTaps):
-        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph)
+        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
     else:
-        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph)
+        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+
+
+@probe.guarded
+def _measure(runner: Any, forward_batch: Any) -> None:
+    session = probe.active()
+    if session.current is not None and session.telemetry is not None:
+        session.current.telemetry = session.telemetry.measure(runner, forward_batch, session.current)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:

@@ -52,6 +52,8 @@ class ForwardPlan:
     rows: dict[str, Any] | None = None
     snapshot: Any = None  # rows that are on their way from the device (capture/graph_taps.py)
     graph: bool = False  # whether the forward was replayed from a graph
+    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    telemetry: Any = None
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
@@ -79,6 +81,10 @@ class Commit:
 
     forward: tuple[Any, ...] | None = None
     rows: dict[str, Any] | None = None
+    numbered: int = 0  # rows that the forward was given numbers for
+    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
+    kept: dict[str, Any] = field(default_factory=dict)
+    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
@@ -203,7 +209,8 @@ class Recorder:
             plan.rows = plan.snapshot.finish()
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
-        commit = Commit(rows=plan.rows)
+        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit.numbered = plan.tokens if self._captures_rows else 0
         offset = 0
         for i in range(len(plan.rids)):
             self._account(plan, i, offset, commit.spans)

@@ -164,3 +164,23 @@ def test_delayed_samples_and_synchronous_scheduling(
     assert max(float(e.max()) for e in errors.values()) < 1e-4
     delayed = json.loads((tmp_path / "watched.json").read_text()).get("attach", 0)
     assert (delayed > 0) == (not server)
+
+
+@pytest.mark.slow
+def test_some_positions_and_heads_only(cli: Callable, write_yaml: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing that no hook point keeps is sent; what is kept is of the positions and heads that were asked for."""
+    config = write_yaml(
+        "some",
+        dtype="float32",
+        accelerator="unproved",
+        hook_points=POINTS,
+        rows={"window": 8, "decode": {"every": 3}, "heads": [1, 6], "kv_heads": [2]},
+        sampling={"max_new_tokens": 16, "temperature": 1.0},
+    )
+    done = cli("harvest", config, "--output", tmp_path / "run", **watching(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(next(tmp_path.glob("run/**/manifest.json")).parent)
+    assert [str(c) for c in verify(run) if not c.holds] == []
+    errors = reference_errors(run, str(MODEL), requests=10)
+    assert 0 < len(errors["blocks.3.attn.hook_rot_q"]) < run.row_count()
+    assert max(float(e.max()) for e in errors.values()) < 1e-4

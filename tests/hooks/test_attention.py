@@ -52,7 +52,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> session.Session:
     """A session that believes that it records; the modules above are no SGLang, so that the type check is left out."""
-    monkeypatch.setattr(attention, "_check", lambda *_: None)
+    monkeypatch.setattr(attention, "check_attention", lambda *_: None)
     running = session.Session(EngineProbeConfig(run=Path("x")))
     monkeypatch.setattr(running, "recorder", object())
     monkeypatch.setattr(session, "session", running)

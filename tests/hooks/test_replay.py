@@ -99,7 +99,7 @@ def expected(x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
     """An engine whose model is loaded and whose recording has not been opened."""
-    monkeypatch.setattr(attention, "_check", lambda *_: None)  # no SGLang modules
+    monkeypatch.setattr(attention, "check_attention", lambda *_: None)  # no SGLang modules
     running = session.Session(EngineProbeConfig(run=tmp_path, hook_points=POINTS, accelerator="unproved"))
     monkeypatch.setattr(session, "session", running)
     columns = dict.fromkeys(POINTS, (WIDTH, torch.float32))
