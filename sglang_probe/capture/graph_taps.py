@@ -72,6 +72,11 @@ class GraphTaps:
         self._armed = False
         self._written = dict.fromkeys(self.columns, -1)
 
+    @property
+    def size(self) -> tuple[int, float]:
+        """Rows and megabytes of the buffer."""
+        return len(self.buffer), self.buffer.nbytes / 1e6
+
     def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
         """Copy `x_ND` to the head of the buffer. Only here does the probe put an operation into a graph.
 

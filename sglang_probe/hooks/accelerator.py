@@ -9,6 +9,7 @@ copied to pinned memory on the copy stream, waited for with the result, consumed
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,12 @@ from sglang_probe.capture.graph_taps import GraphTaps, Snapshot
 from sglang_probe.capture.hook_points import EMBED, RESID_POST, parse_hook_point
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
+
+logger = logging.getLogger("sglang_probe")
+
+_CHANNEL = "sglang.srt.managers.auxiliary_output"
+_ROUND = 64
+"""SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
 
 
 def check_device(device: str, accelerator: str, *, telemetry: bool = False) -> None:
@@ -45,9 +52,6 @@ def check_device(device: str, accelerator: str, *, telemetry: bool = False) -> N
             f"attention telemetry on `{device}`: the kernel for it is not called by the engine yet (docs/gpu.md)",
             fix="remove `telemetry`; queries and keys can be captured instead",
         )
-
-
-_CHANNEL = "sglang.srt.managers.auxiliary_output"
 
 
 def check_channel() -> None:
@@ -94,17 +98,14 @@ def graph_taps(
     sizes = [bs for phase in (config.decode, config.prefill) if phase.backend != "disabled" for bs in phase.bs or ()]
     taps = GraphTaps(
         {h: (_width(h, runner.model_config.hidden_size, heads), runner.dtype) for h in hook_points},
-        # Sizes are rounded up to what ranks can share evenly (`get_cuda_graph_max_batch_size`).
-        capacity=-(-max(sizes, default=_DECODE_ROWS) // _DECODE_ROWS) * _DECODE_ROWS,
+        capacity=-(-max(sizes, default=1) // _ROUND) * _ROUND,
         device=runner.device,
         parts=parts,
         recording=_recording if runner.device == "cuda" else lambda: False,
     )
+    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
     runner.capture_tail_hooks.append(_check_captured)
     return taps
-
-
-_DECODE_ROWS = 64
 
 
 def _width(hook_point: str, hidden: int, heads: dict[str, list[int]]) -> int:
