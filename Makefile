@@ -8,7 +8,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all attack bench lint setup clean
+.PHONY: demo test test-all attack bench bench-gpu lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -29,6 +29,9 @@ attack: setup ## random traffic in 60 random configurations against the true own
 bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/coverage.py
+
+bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable
+	$(BIN)/python bench/gpu.py
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

@@ -11,6 +11,8 @@ order; a ratio is taken within its round, so that a slow minute of a shared mach
 * ledger + rows: and the residual stream of two layers.
 * ledger + queries: the ledger and the rotated queries of all layers.
 * ledger + queries + keys: and their rotated keys.
+* ledger + telemetry: the ledger and attention telemetry of all layers and heads, of every fourth decode step (the
+  default) or of every step.
 
 `--modes` measures some of them, beside stock, and writes no file.
 """
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from page import machine, write_section
@@ -38,13 +41,15 @@ from sglang_probe.platform.environment import prepare_this_process
 
 HOOK_POINTS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
 QUERIES, KEYS = ([f"blocks.{i}.attn.{site}" for i in range(4)] for site in ("hook_rot_q", "hook_rot_k"))
-MODES = {
+MODES: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "installed": None,
-    "ledger": [],
-    "ledger + rows": HOOK_POINTS,
-    "ledger + queries": QUERIES,
-    "ledger + queries + keys": [*QUERIES, *KEYS],
+    "ledger": {},
+    "ledger + rows": {"hook_points": HOOK_POINTS},
+    "ledger + queries": {"hook_points": QUERIES},
+    "ledger + queries + keys": {"hook_points": [*QUERIES, *KEYS]},
+    "ledger + telemetry": {"telemetry": {}},
+    "ledger + telemetry of every step": {"telemetry": {"every": 1}},
 }
 GOALS = {
     "installed": "no difference beyond noise",
@@ -52,6 +57,7 @@ GOALS = {
     "ledger + rows": ">= 0.90",
     "ledger + queries": ">= 0.90",
     "ledger + queries + keys": ">= 0.90",
+    "ledger + telemetry": ">= 0.85",
 }
 CONCURRENT, PROMPT, OUTPUT, PASSES = 32, 256, 128, 3
 CHECKPOINT_SECONDS = 2
@@ -65,10 +71,10 @@ def measure(mode: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         if mode == "stock":
             os.environ["SGLANG_PLUGINS"] = "sglang_probe_cpu"
-        hook_points = MODES[mode]
-        if hook_points is not None:
+        options = MODES[mode]
+        if options is not None:
             config = Path(folder) / "probe.yaml"
-            probe = EngineProbeConfig(run=Path(folder), hook_points=hook_points, checkpoint_seconds=CHECKPOINT_SECONDS)
+            probe = EngineProbeConfig(run=Path(folder), checkpoint_seconds=CHECKPOINT_SECONDS, **options)
             config.write_text(probe.model_dump_json())
             os.environ["SGLANG_PROBE"] = str(config)
         import sglang
@@ -97,7 +103,7 @@ def measure(mode: str) -> dict[str, float]:
         decode = [one_pass(CONCURRENT, OUTPUT) for _ in range(PASSES)]
         prefill = [one_pass(CONCURRENT, 1) for _ in range(2 * PASSES)]
         engine.shutdown()
-        if hook_points is not None and not (Path(folder) / journal.NAME).exists():
+        if options is not None and not (Path(folder) / journal.NAME).exists():
             raise SystemExit(f"{mode}: nothing was recorded")
     return {
         "decode": CONCURRENT * OUTPUT / statistics.median(wall for wall, _ in decode),

@@ -9,8 +9,9 @@ values have kv heads, not repeated for the query heads that share them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sglang_probe.errors import ConfigError, UnsupportedError
 
@@ -60,16 +61,17 @@ def attention_points(names: Iterable[str]) -> list[HookPoint]:
     return [h for h in map(parse_hook_point, names) if h.in_attention]
 
 
-def check_tensor_parallel(names: Iterable[str], tp_size: int) -> None:
+def check_tensor_parallel(names: Iterable[str], tp_size: int, *, telemetry: bool = False) -> None:
     """Refuse rows per head where each rank has some of the heads only.
 
     Raises:
         UnsupportedError: names the hook point.
     """
     points = attention_points(names)
-    if points and tp_size > 1:
+    if (points or telemetry) and tp_size > 1:
+        what = points[0].name if points else "telemetry"
         raise UnsupportedError(
-            f"`{points[0].name}` under tensor parallelism (`tp_size: {tp_size}`): each rank has a share of the heads, "
+            f"`{what}` under tensor parallelism (`tp_size: {tp_size}`): each rank has a share of the heads, "
             "and they are not put together yet",
             fix="capture the residual stream alone, or use `tp_size: 1`",
         )
@@ -93,6 +95,21 @@ REVIEWED_ARCHITECTURES = (
 (tests/engine/test_models.py, tests/engine/test_queries.py)."""
 
 
+_MLA = (
+    "{name} has multi-head latent attention (MLA): its queries are absorbed into the latent space and its cache holds "
+    "no keys per head, so that `hook_rot_q` and `hook_rot_k` do not exist"
+)
+_REFUSED_ARCHITECTURES = {
+    "Gemma2": "{name} caps its attention logits, which SGLang's `torch_native` attention does not do: on the CPU "
+    "reference platform the engine does not compute the model",
+    "Gemma3": "{name} has sliding-window layers that rotate outside their rotary module, and embeddings that are scaled "
+    "as they are looked up: neither pre-RoPE rows nor the proof of ownership can be had as of the reviewed ones",
+    "DeepseekV2": _MLA,
+    "DeepseekV3": _MLA,
+}
+"""Why architectures are refused that users ask for, by the beginning of their names."""
+
+
 def check_architecture(name: str) -> None:
     """Refuse to capture rows of an architecture that was not compared with a reference.
 
@@ -100,10 +117,35 @@ def check_architecture(name: str) -> None:
         UnsupportedError: names the reviewed ones.
     """
     if name not in REVIEWED_ARCHITECTURES:
+        known = next((why for start, why in _REFUSED_ARCHITECTURES.items() if name.startswith(start)), None)
         raise UnsupportedError(
-            f"capturing rows of {name} has not been compared with a reference, so they could be another tensor",
+            known.format(name=name)
+            if known
+            else f"capturing rows of {name} has not been compared with a reference, so they could be another tensor",
             fix=f"set `hook_points: []` to record the ledger alone; reviewed: {', '.join(REVIEWED_ARCHITECTURES)}",
         )
+
+
+def check_sliding_window(config: Mapping[str, Any], context_length: int) -> None:
+    """Refuse a sliding window that SGLang ignores: of the reviewed architectures it gives none a window
+    (`models/llama.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`), so that behind it the engine does not compute the model.
+
+    Args:
+        config: the text model's configuration. context_length: longest request that the engine takes.
+
+    Raises:
+        UnsupportedError: requests may be longer than the window.
+    """
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False or context_length <= int(window):
+        return
+    if "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
+        return
+    raise UnsupportedError(
+        f"the model is configured with a sliding window of {window} tokens, which SGLang ignores: requests of up to "
+        f"{context_length} tokens attend to everything, as the model does not",
+        fix=f"set `server: {{context_length: {window}}}` (`--context-length`), or record the ledger alone",
+    )
 
 
 def available(layers: int) -> list[str]:

@@ -28,8 +28,8 @@ class Part:
     number: int
     session: int
     forwards_end: int  # one past the last forward of this part
-    rows_end: int  # one past the last row of this part
-    rows: int
+    rows_end: int  # one past the last row number of this part
+    rows: int  # row numbers given out in it
     files: dict[str, str] = field(default_factory=dict)
     dp_rank: int = 0
 
@@ -111,10 +111,10 @@ def write_text_durably(path: Path, text: str) -> None:
 
 
 def discard_leftovers(run: Path) -> list[str]:
-    """Delete files under `ledger/` and `rows/` that no journal line names. Returns their relative paths."""
+    """Delete files under `ledger/`, `rows/` and `telemetry/` that no journal line names. Returns their paths."""
     named = {name for part in read(run) for name in part.files}
     removed = []
-    for folder in ("ledger", "rows"):
+    for folder in ("ledger", "rows", "telemetry"):
         for path in sorted((run / folder).rglob("*")) if (run / folder).exists() else []:
             relative = path.relative_to(run).as_posix()
             if path.is_file() and relative not in named:

@@ -6,26 +6,42 @@ against fused kernels that later overwrite the tensor. The CPU path uses the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 
 from sglang_probe.errors import LedgerError
 
 
 class Tap:
-    """The buffer `[capacity, width]` of one hook point, on the model's device, in the model's dtype."""
+    """The buffer `[capacity, width]` of one hook point, on the model's device, in the model's dtype.
 
-    def __init__(self, hook_point: str) -> None:
+    Args:
+        columns: what is kept of a row, ascending; None: all.
+    """
+
+    def __init__(self, hook_point: str, columns: torch.Tensor | None = None) -> None:
         self.hook_point = hook_point
+        self._columns = columns
         self.buffer: torch.Tensor | None = None
         self.written = -1
 
     def write(self, x_ND: torch.Tensor, capacity: int) -> None:
         """Copy `x_ND` to the head of the buffer. Only here may a recorded graph touch the probe."""
+        if self._columns is not None:
+            self._columns = self._columns.to(x_ND.device)
+            x_ND = x_ND.index_select(1, self._columns)
         n, width = x_ND.shape
         if self.buffer is None or self.buffer.shape[0] < n:
             self.buffer = torch.empty((max(n, capacity), width), dtype=x_ND.dtype, device=x_ND.device)
         self.buffer[:n].copy_(x_ND)
         self.written = n
+
+
+def head_columns(heads: list[int], head_dim: int) -> torch.Tensor:
+    """Columns of a flat row that belong to these heads, int64 `[len(heads) * head_dim]`."""
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 class Taps:
@@ -34,10 +50,13 @@ class Taps:
     Args:
         hook_points: names in capture order.
         capacity: rows to reserve at first use; a larger eager forward grows the buffer.
+        columns: of hook points that keep some heads only, the columns of these.
     """
 
-    def __init__(self, hook_points: list[str], capacity: int) -> None:
-        self._taps = {h: Tap(h) for h in hook_points}
+    def __init__(
+        self, hook_points: list[str], capacity: int, columns: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self._taps = {h: Tap(h, (columns or {}).get(h)) for h in hook_points}
         self._capacity = capacity
 
     def __getitem__(self, hook_point: str) -> Tap:
@@ -51,19 +70,31 @@ class Taps:
         for tap in self._taps.values():
             tap.written = -1
 
-    def take(self, tokens: int, *, replayed: bool) -> dict[str, torch.Tensor]:
+    def take(
+        self, tokens: int, *, replayed: bool, kept: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Rows `[tokens, width]` of the forward that just ran, as host tensors of their own.
+
+        Args:
+            kept: of hook points that do not keep every token, those to take, ascending; one without any is left out.
 
         Raises:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
                 only the capacity can be checked, because rows behind the real batch are padding.
         """
         rows = {}
+        chosen: dict[int, torch.Tensor] = {}
         for tap in self._taps.values():
             if tap.buffer is None or tap.buffer.shape[0] < tokens or (not replayed and tap.written != tokens):
                 raise LedgerError(
                     f"hook point {tap.hook_point} saw {max(tap.written, 0)} rows in a forward of {tokens} tokens"
                 )
             # A copy, not a view: the next forward overwrites the buffer before the writer has seen this one.
-            rows[tap.hook_point] = tap.buffer[:tokens].to("cpu", copy=True)
+            some = None if kept is None else kept.get(tap.hook_point)
+            if some is None or len(some) == tokens:
+                rows[tap.hook_point] = tap.buffer[:tokens].to("cpu", copy=True)
+            elif len(some):
+                if id(some) not in chosen:  # most hook points share theirs
+                    chosen[id(some)] = torch.from_numpy(some).to(tap.buffer.device)
+                rows[tap.hook_point] = tap.buffer.index_select(0, chosen[id(some)]).to("cpu")
         return rows

@@ -8,18 +8,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
 from sglang_probe.capture import journal
+from sglang_probe.capture.telemetry import Measured
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.coalesce import coalesce
 from sglang_probe.ledger.recorder import Commit
 
 ROWS_KEY = "rows"
-"""Name of the one tensor in a shard."""
+"""Name of the tensor in a shard."""
+INDEX_KEY = "index"
+"""Name of a second one, int64 `[n]`, in shards of hook points that do not keep every row: the number of each row,
+counted from the first of the part."""
+
+TELEMETRY_FOLDER = "telemetry"
 
 _SHARD_BYTES = 64 << 20
 _PART_FACTS = 200_000
@@ -181,10 +188,14 @@ class Writer:
         self._rebinds += commit.rebinds
         self._requests += commit.requests
         self._prompts += commit.prompts
-        if commit.rows:
-            for hook_point, rows in commit.rows.items():
-                self._rows.setdefault(hook_point, []).append(rows)
-                self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
+        for hook_point, rows in (commit.rows or {}).items():
+            self._rows.setdefault(hook_point, []).append(rows)
+            self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
+            if (kept := commit.kept.get(hook_point)) is not None:
+                self._index.setdefault(hook_point, []).append(kept + self._numbered)
+        self._numbered += commit.numbered
+        if commit.telemetry is not None:
+            self._telemetry.append(commit.telemetry)
         full = len(self._spans) + len(self._forwards) >= _PART_FACTS
         full = full or max(self._bytes.values(), default=0) >= _SHARD_BYTES
         if full or time.monotonic() - self._opened >= self._part_seconds:
@@ -194,13 +205,10 @@ class Writer:
         if not (self._forwards or self._spans or self._requests):
             return
         files: dict[str, str] = {}
-        rows = 0
         stem = journal.Part(self._part, 0, 0, 0, 0, dp_rank=self._dp_rank).stem
         for hook_point, pieces in self._rows.items():
-            tensor = torch.cat(pieces)
-            rows = tensor.shape[0]
             name = f"rows/{hook_point}/shard-{stem}.safetensors"
-            files[name] = self._save_rows(name, tensor)
+            files[name] = self._save_rows(name, torch.cat(pieces), self._index.get(hook_point))
         for table, table_schema, facts in (
             ("spans", schema.SPANS, self._spans),
             ("forwards", schema.FORWARDS, self._forwards),
@@ -214,21 +222,27 @@ class Writer:
                 if table == "spans":
                     table_of_facts = coalesce(table_of_facts)
                 files[name] = self._save_table(name, table_of_facts)
-        self.rows_end += rows
+        if self._telemetry:
+            name = f"{TELEMETRY_FOLDER}/part-{stem}.parquet"
+            files[name] = self._save_table(name, _telemetry_table(self._telemetry))
+        self.rows_end += self._numbered
         if self._forwards:
             self.forwards_end = self._forwards[-1][0] + 1
         part = journal.Part(
-            self._part, self._session, self.forwards_end, self.rows_end, rows, files, dp_rank=self._dp_rank
+            self._part, self._session, self.forwards_end, self.rows_end, self._numbered, files, dp_rank=self._dp_rank
         )
         journal.append(self._run, part)
         self._part += 1
         self.bytes += sum((self._run / name).stat().st_size for name in files)
         self._clear()
 
-    def _save_rows(self, name: str, tensor: torch.Tensor) -> str:
+    def _save_rows(self, name: str, rows: torch.Tensor, index: list[np.ndarray] | None) -> str:
+        tensors = {ROWS_KEY: rows}
+        if index is not None:
+            tensors[INDEX_KEY] = torch.from_numpy(np.concatenate(index))
         first = str(self.rows_end)
         return journal.write_durably(
-            self._run / name, lambda path: save_file({ROWS_KEY: tensor}, path, metadata={"row_start": first})
+            self._run / name, lambda path: save_file(tensors, path, metadata={"row_start": first})
         )
 
     def _save_table(self, name: str, table: pa.Table) -> str:
@@ -242,13 +256,38 @@ class Writer:
         self._prompts: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
+        self._index: dict[str, list[np.ndarray]] = {}
+        self._telemetry: list[Measured] = []
+        self._numbered = 0
+        """Rows that were given numbers in this part, kept or not."""
         self._opened = time.monotonic()
 
 
 def _size(commit: Commit) -> int:
-    return sum(rows.nbytes for rows in commit.rows.values()) if commit.rows else 0
+    measured = 0 if commit.telemetry is None else commit.telemetry.nbytes
+    return measured + sum(rows.nbytes for rows in (commit.rows or {}).values())
 
 
 def _table(table_schema: pa.Schema, facts: list[tuple[Any, ...]]) -> pa.Table:
     arrays = [pa.array(column, type=f.type) for column, f in zip(zip(*facts, strict=True), table_schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=table_schema)
+
+
+def _telemetry_table(measured: list[Measured]) -> pa.Table:
+    """`schema.TELEMETRY` of several forwards: one row per layer and step, layer by layer within a forward."""
+    columns: dict[str, Any] = {
+        "rid": [rid for m in measured for rid in m.rids * len(m.layers)],
+        "attempt": np.concatenate([np.tile(m.attempts, len(m.layers)) for m in measured]),
+        "position": np.concatenate([np.tile(m.positions, len(m.layers)) for m in measured]),
+        "forward_id": np.repeat([m.forward_id for m in measured], [len(m.rids) * len(m.layers) for m in measured]),
+        "layer": np.concatenate([np.repeat(m.layers, len(m.rids)) for m in measured]),
+    }
+    lists = {name: [m.numbers[name] for m in measured] for name in measured[0].numbers}
+    lists |= {name: [getattr(m, name) for m in measured] for name in ("top_positions", "top_weights")}
+    for name, pieces in lists.items():
+        flat = np.concatenate([x.reshape(-1, int(np.prod(x.shape[2:]))) for x in pieces])
+        offsets = np.arange(len(flat) + 1, dtype=np.int32) * flat.shape[1]
+        columns[name] = pa.ListArray.from_arrays(offsets, flat.ravel())
+    fields = schema.TELEMETRY
+    arrays = [c if isinstance(c := columns[f.name], pa.Array) else pa.array(c, type=f.type) for f in fields]
+    return pa.Table.from_arrays([a.cast(f.type) for a, f in zip(arrays, fields, strict=True)], schema=fields)

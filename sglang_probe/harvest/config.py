@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import EMBED, parse_hook_point
+from sglang_probe.capture.selection import RowsConfig
+from sglang_probe.capture.telemetry import TelemetryConfig
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL
@@ -26,6 +28,12 @@ class Recording(Config):
     """Default sampling parameters; a request may carry its own."""
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
     """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone."""
+    accelerator: Literal["refused", "unproved"] = "refused"
+    """Whether rows may be captured on a GPU, where that has not been proved (docs/gpu.md)."""
+    rows: RowsConfig = RowsConfig()
+    """Which positions and heads rows are kept for, e.g. `{window: 32, decode: {every: 4}}`; by default all."""
+    telemetry: TelemetryConfig | None = None
+    """Attention statistics of decode steps, e.g. `{every: 4, top_k: 8}`; `{}` for the defaults, absent for none."""
     server: dict[str, Any] = Field(default_factory=dict)
     """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
     concurrency: int = Field(default=16, ge=1)

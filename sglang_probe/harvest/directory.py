@@ -28,6 +28,8 @@ CONFIGURATION = (
     "model",
     "dtype",
     "hook_points",
+    "rows_kept",
+    "telemetry",
     "server_given",
     "switches",
     "partners",

@@ -9,8 +9,12 @@ from sglang_probe.capture.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
+    head_counts,
 )
+from sglang_probe.capture.selection import kept_heads
+from sglang_probe.capture.telemetry import layers_of
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -41,8 +45,12 @@ class Prepared:
     def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
         self.config = config
         features = ["accounting", "control", "rows", "forced decoding", "platform"]
-        if attention_points(config.hook_points):
+        if attention_points(config.hook_points) or config.telemetry is not None:
             features.append("attention rows")
+        if config.hook_points and config.accelerator == "unproved":
+            features.append("accelerator rows")
+        if config.telemetry is not None:
+            features.append("telemetry")
         self.inventory = inventory.require(features)
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
@@ -50,15 +58,35 @@ class Prepared:
             if not accelerator_present():
                 refuse_without_gpu(server)
         self.model = resolve_model(config.model)
-        if config.hook_points:
+        self.heads: dict[str, list[int]] = {}
+        """Kept heads and their width at hook points whose rows are per head."""
+        self.head_numbers: dict[str, list[int]] = {}
+        """Which heads these are, where it is not all of them."""
+        self.telemetry_layers: list[int] = []
+        if config.telemetry is not None:
+            self.telemetry_layers = layers_of(config.telemetry, self.model.layers)
+        if config.hook_points or config.telemetry is not None:
             check_hook_points(config.hook_points, self.model.layers)
             check_architecture(self.model.architecture)
+            self.heads, self.head_numbers = kept_heads(
+                config.rows,
+                head_counts(
+                    config.hook_points,
+                    heads=self.model.heads,
+                    kv_heads=self.model.kv_heads,
+                    head_dim=self.model.head_dim,
+                ),
+            )
             for server in servers:
-                check_tensor_parallel(config.hook_points, int({**config.server, **server}.get("tp_size", 1)))
-            if accelerator_present():
+                context = {**config.server, **server}.get("context_length") or self.model.context_length
+                check_sliding_window(self.model.config, int(context))
+                tp_size = int({**config.server, **server}.get("tp_size", 1))
+                check_tensor_parallel(config.hook_points, tp_size, telemetry=config.telemetry is not None)
+            if accelerator_present() and config.accelerator != "unproved":
                 raise UnsupportedError(
-                    "capturing rows on an accelerator has not been proved yet",
-                    fix="set `hook_points: []` to record the ledger alone, or use a machine without an accelerator",
+                    "capturing rows on an accelerator has not been run on a GPU",
+                    fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
+                    "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
                 )
         self.workload_source = config.workload.model_dump(mode="json")
         room = [self.model.context_length]

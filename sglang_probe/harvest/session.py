@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.capture import journal
-from sglang_probe.capture.hook_points import EMBED, engine_module, head_counts
+from sglang_probe.capture.hook_points import EMBED, engine_module
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.engine import Answer, fault_of
@@ -78,6 +78,11 @@ def harvest(
     check_kept(requests, kept, prepared.model)
     if kept is not None:
         check_backend(manifest["server_given"])
+        if prepared.config.telemetry is not None:
+            raise ConfigError(
+                "telemetry is computed from every cached key, and a request with a kept set attends to some of them",
+                fix="record it without `telemetry`, or serve it without kept sets",
+            )
     start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
     manifest["sessions"] = list(start.sessions)
     if kept is not None:
@@ -85,6 +90,9 @@ def harvest(
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
+        accelerator=prepared.config.accelerator,
+        rows=prepared.config.rows,
+        telemetry=prepared.config.telemetry,
         forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)),
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)),
         evictions=hooks.evictions or kept is not None,
@@ -164,7 +172,11 @@ def manifest_of(
         model_config=model.config,
         dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
-        heads=head_counts(config.hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim),
+        rows_kept=config.rows.model_dump(mode="json"),
+        telemetry=None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
+        telemetry_layers=prepared.telemetry_layers,
+        heads=prepared.heads,
+        head_numbers=prepared.head_numbers,
         workload=prepared.workload_source,
         workload_digest=prepared.workload.digest,
         corpus_digest=prepared.workload.corpus_digest,
@@ -207,6 +219,8 @@ def _remaining(
                     f"{outputs_of.path} has no output for request {r.index}", fix="finish it with --resume first"
                 )
             probe["force"] = forced[r.index]
+        if prepared.config.telemetry is not None:
+            probe["system"] = [[s.start, s.end] for s in r.spans if s.name == "system"]
         if probe:
             own = params.get("custom_params") or {}
             params["custom_params"] = {**own, "probe": {**own.get("probe", {}), **probe}}
@@ -242,7 +256,7 @@ def _close(
         positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
         positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
         rows=rows,
-        rows_dtype=str(run.rows(run.hook_points[0], [0]).dtype).removeprefix("torch.") if rows else None,
+        rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
         rows_dropped=0,
         cached_tokens_disagreements=disagreements,
         files={name: digest for p in run.parts() for name, digest in p.files.items()},

@@ -30,6 +30,8 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
             fix="use a text model, or run without the probe",
         )
     session = probe.active()
+    if session.fault is not None:  # while graphs were captured
+        raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
     session.attach(
         scheduler,
         dp_rank=get_parallel().dp_rank or 0,
@@ -45,7 +47,7 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     """AROUND `Scheduler.run_batch`: note the plan before the forward runs."""
     _launch(scheduler, batch)
     result = original(scheduler, batch, *args, **kwargs)
-    _launched()
+    _launched(result)
     return result
 
 
@@ -72,6 +74,7 @@ def _aborted(req: Any) -> None:
     assert recorder is not None
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
     recorder.abort(end)
+    _forget([end])
 
 
 @probe.guarded
@@ -87,6 +90,8 @@ def _launch(scheduler: Any, batch: Any) -> None:
     session.recorder.launch(plan)
     live_server.launched(batch.reqs, plan)
     session.current = plan
+    if session.telemetry is not None:
+        session.telemetry.launch(batch.reqs, plan)
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
     if session.evictions is not None:
@@ -94,8 +99,10 @@ def _launch(scheduler: Any, batch: Any) -> None:
 
 
 @probe.guarded
-def _launched() -> None:
+def _launched(result: Any) -> None:
     session = probe.active()
+    if session.current is not None:
+        session.current.graph = bool(result.can_run_cuda_graph)
     session.current = session.evicting = None
 
 
@@ -113,6 +120,14 @@ def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[s
         ended=ended,
         retracted={live_server.name_of(rid) for rid in retracted},
     )
+    _forget(ended)
+
+
+def _forget(ended: list[RequestEnd]) -> None:
+    telemetry = probe.active().telemetry
+    if telemetry is not None:
+        for end in ended:
+            telemetry.end(end.rid)
 
 
 def _explained(reqs: list[Any], plan: ForwardPlan) -> None:

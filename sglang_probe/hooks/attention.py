@@ -33,7 +33,8 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
     rotary: dict[int, Any] = {}
     for layer, names in by_layer.items():
         attention = layers[layer].self_attn
-        _check(attention, layer)
+        check_attention(attention, layer)
+        check_fused(attention, layer, names)
         stored = {site: names[site] for site in (ROTATED_QUERY, ROTATED_KEY, VALUE) if site in names}
         if stored:
             attention.attn.register_forward_pre_hook(_argument_hook(stored))
@@ -46,7 +47,36 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
         module.register_forward_pre_hook(running.rotate)
 
 
-def _check(attention: Any, layer: int) -> None:
+FUSED_ROTATIONS = ("use_fused_qk_norm_rope", "use_fused_qk_norm_rope_cpu", "use_fused_qk_norm_mrope")
+"""Flags of SGLang's attention modules: the kernel that normalises queries and keys also rotates them, within the output
+of the projection (`models/qwen3_moe.py`, `apply_qk_norm_rope`; `models/qwen3.py` on ROCm)."""
+
+
+def check_fused(attention: Any, layer: int, names: Names) -> None:
+    """Refuse rows from before the rotation where they never exist as a tensor.
+
+    A rotation in place is no such case (the tap copies first), nor is one that stores keys and values as well:
+    attention is handed the rotated keys all the same.
+
+    Raises:
+        UnsupportedError: names the hook point and SGLang's flag.
+    """
+    missing = [names[site] for site in (QUERY, KEY) if site in names]
+    flags = [f for f in FUSED_ROTATIONS if getattr(attention, f, False)]
+    if missing and flags:
+        raise UnsupportedError(
+            f"`{missing[0]}` is not there in layer {layer}: one kernel normalises and rotates (SGLang: `{flags[0]}`)",
+            fix="capture `hook_rot_q` and `hook_rot_k` and rotate back by the position (`sglang_probe.study.rope`; "
+            "exact up to the rounding of the model's dtype), or set `enable_fused_qk_norm_rope: false`",
+        )
+
+
+def check_attention(attention: Any, layer: int) -> None:
+    """Refuse attention that is not built as in the reviewed architectures.
+
+    Raises:
+        UnsupportedError: names what is there instead.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 
@@ -91,10 +121,14 @@ def _argument_hook(names: Names) -> Callable[..., None]:
     return write_arguments
 
 
-@probe.guarded
+@probe.tapping
 def _write(names: Names, sites: Sequence[str], tensors: Sequence[Any]) -> None:
     taps = probe.active().taps
     if taps is not None:
         found = dict(zip(sites, tensors, strict=True))
         for site, name in names.items():
+            if found[site] is None:
+                raise UnsupportedError(
+                    f"`{name}`: SGLang hands no such tensor to attention; a kernel before it stored it"
+                )
             taps.write(name, found[site].flatten(1))

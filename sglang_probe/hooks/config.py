@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import attention_points, parse_hook_point
+from sglang_probe.capture.selection import RowsConfig
+from sglang_probe.capture.telemetry import TelemetryConfig
 from sglang_probe.config import Config
 from sglang_probe.live.config import LiveConfig
 from sglang_probe.policy.switches import Switches
@@ -21,6 +24,13 @@ class EngineProbeConfig(Config):
 
     run: Path
     hook_points: list[str] = Field(default_factory=list)
+    accelerator: Literal["refused", "unproved"] = "refused"
+    """`unproved`: capture rows on a GPU too, inside its graphs. That has been tested by simulation only (docs/gpu.md).
+    On a CPU the same path is taken, without graphs, for tests."""
+    rows: RowsConfig = RowsConfig()
+    """Which positions and heads of them; by default all."""
+    telemetry: TelemetryConfig | None = None
+    """Attention statistics of decode steps; absent: none."""
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     session: int = 0
@@ -62,10 +72,14 @@ class EngineProbeConfig(Config):
     def features(self) -> list[str]:
         """Features of the patch inventory that this config needs."""
         features = ["accounting", "control"]
-        if self.hook_points:
+        if self.hook_points or self.telemetry is not None:
             features.append("rows")
-        if attention_points(self.hook_points):
+        if attention_points(self.hook_points) or self.telemetry is not None:
             features.append("attention rows")
+        if self.hook_points and self.accelerator == "unproved":
+            features.append("accelerator rows")
+        if self.telemetry is not None:
+            features.append("telemetry")
         if self.forced_outputs:
             features.append("forced decoding")
         if self.bypass or self.evictions:

@@ -19,6 +19,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler"
 _HTTP = "sglang.srt.entrypoints.http_server"
 _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _CACHE = "sglang.srt.mem_cache.common"
 _CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -70,13 +71,17 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         (f"{_TREE}.reset", lineage.reset, "AFTER"),
         (f"{_CONTROLLER}._update_handlers", control.update_handlers, "AFTER"),
     ]
-    if config.hook_points:
+    if config.hook_points or config.telemetry is not None:
         from sglang_probe.hooks import rows
 
         hooks += [
             (f"{_RUNNER}.load_model", rows.load_model, "AFTER"),
             (f"{_RUNNER}.forward", rows.forward, "AROUND"),
         ]
+    if "accelerator rows" in config.features:
+        from sglang_probe.hooks import accelerator
+
+        hooks.append((f"{_WORKER}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND"))
     if config.forced_outputs:
         from sglang_probe.hooks import forced
 

@@ -31,7 +31,17 @@ class Target(Config):
     hook: Literal["around", "after", "before", "subclass", "relied on"]
     """How it is touched; `relied on` means not patched, but its behaviour is part of our argument."""
     feature: Literal[
-        "accounting", "rows", "attention rows", "forced decoding", "bypass", "eviction", "control", "live", "platform"
+        "accounting",
+        "rows",
+        "attention rows",
+        "accelerator rows",
+        "telemetry",
+        "forced decoding",
+        "bypass",
+        "eviction",
+        "control",
+        "live",
+        "platform",
     ]
     why: str
     fingerprint: str

@@ -13,20 +13,23 @@ from typing import Any
 
 import torch
 
+from sglang_probe.capture.graph_taps import GraphTaps
 from sglang_probe.capture.hook_points import (
     EMBED,
     RESID_POST,
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.capture.taps import Taps
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.capture.selection import kept_heads
 from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.accelerator import check_device, check_server, graph_taps
 from sglang_probe.hooks.attention import install_attention_taps
+from sglang_probe.hooks.telemetry import EngineTelemetry
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -37,16 +40,20 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = probe.active()
     session.tp_size = get_parallel().tp_size
-    check_tensor_parallel(session.config.hook_points, session.tp_size)
-    if runner.device != "cpu":
-        # The in-graph path is designed for, but has not been run; see the support table in the README.
-        raise UnsupportedError(
-            f"capturing rows on `{runner.device}` has not been proved yet",
-            fix="remove `hook_points` to record the ledger alone",
-        )
-    session.taps = Taps(session.config.hook_points, capacity=1024)
+    check_tensor_parallel(session.config.hook_points, session.tp_size, telemetry=session.config.telemetry is not None)
+    check_device(runner.device, session.config.accelerator, telemetry=session.config.telemetry is not None)
+    check_server(runner.server_args)
     install_taps(runner.model, session.config.hook_points)
-    session.heads = _heads(runner.model, session.config.hook_points)
+    model_config = runner.model_config
+    check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
+    heads = _heads(runner.model, session.config.hook_points)
+    session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
+    if session.config.hook_points and session.config.accelerator == "unproved":
+        session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads, session.kept_columns())
+    session.new_taps()
+    if session.config.telemetry is not None:
+        session.telemetry = EngineTelemetry(runner.model.model.layers, session.config.telemetry)
+        session.telemetry_layers = session.telemetry.layers
 
 
 def install_taps(model: Any, hook_points: list[str]) -> None:
@@ -81,6 +88,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     output = original(runner, forward_batch, *args, **kwargs)
     if not runner.is_draft_worker:
         _take(output)
+        _measure(runner, forward_batch)
     return output
 
 
@@ -94,12 +102,25 @@ def _arm() -> None:
 @probe.guarded
 def _take(output: Any) -> None:
     session = probe.active()
-    if session.current is not None and session.taps is not None:
-        session.current.rows = session.taps.take(session.current.tokens, replayed=output.can_run_graph)
+    plan, taps = session.current, session.taps
+    if plan is None or taps is None:
+        return
+    plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+    if isinstance(taps, GraphTaps):
+        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+    else:
+        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+
+
+@probe.guarded
+def _measure(runner: Any, forward_batch: Any) -> None:
+    session = probe.active()
+    if session.current is not None and session.telemetry is not None:
+        session.current.telemetry = session.telemetry.measure(runner, forward_batch, session.current)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:
-    @probe.guarded
+    @probe.tapping
     def write_embedding(_module: Any, _args: Any, output: torch.Tensor) -> None:
         taps = probe.active().taps
         if taps is not None:
@@ -114,7 +135,7 @@ def _layer_hook(name: str) -> Callable[..., None]:
         if residual_ND is not None:
             write(residual_ND)
 
-    @probe.guarded
+    @probe.tapping
     def write(residual_ND: torch.Tensor) -> None:
         taps = probe.active().taps
         if taps is not None:
@@ -130,7 +151,7 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tor
     whether or not it records: one that stopped alone would leave the others waiting for ever.
     """
     session = probe.active()
-    if session.recorder is None and session.tp_size == 1:
+    if not session.taps_write and session.tp_size == 1:
         return None
     try:
         residual_ND: torch.Tensor = _forward_batch(args, kwargs).residual_stream.snapshot(output)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from sglang_probe.capture import journal
-from sglang_probe.capture.taps import Taps
+from sglang_probe.capture.graph_taps import GraphTaps
+from sglang_probe.capture.selection import Selected
+from sglang_probe.capture.taps import Taps, head_columns
 from sglang_probe.capture.writer import Writer
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import eviction, policy
@@ -17,6 +19,11 @@ from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
 from sglang_probe.live.recording import LiveRecording
 from sglang_probe.policy.switches import Switches
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_probe.hooks.telemetry import EngineTelemetry
 
 logger = logging.getLogger("sglang_probe")
 P = ParamSpec("P")
@@ -44,9 +51,17 @@ class Session:
         """Recordings begun in this engine."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
-        self.taps: Taps | None = None
+        self.taps: Taps | GraphTaps | None = None
+        self.graph_taps: GraphTaps | None = None
+        """The taps that are part of recorded graphs: they stay for as long as the engine does."""
         self.heads: dict[str, list[int]] = {}
-        """Heads and their width at hook points whose rows are per head, once the model is loaded."""
+        """Kept heads and their width at hook points whose rows are per head, once the model is loaded."""
+        self.head_numbers: dict[str, list[int]] = {}
+        """Which heads these are, where it is not all of them."""
+        self.selected = Selected(config.rows, config.hook_points)
+        self.telemetry: EngineTelemetry | None = None
+        """Set once the model is loaded, if the config asks for it."""
+        self.telemetry_layers: list[int] = []
         self.tp_size = 1
         """Ranks that run the model together. Only rank 0 of them records; the taps of all take part in its sums."""
         self.current: ForwardPlan | None = None
@@ -108,7 +123,8 @@ class Session:
             UnsupportedError: requests are in flight, or the engine was not started for what `config` needs.
         """
         missing = set(config.features) - set(self.config.features)
-        if missing or config.hook_points != self.config.hook_points or self.live is not None or config.live is not None:
+        same = all(getattr(config, k) == getattr(self.config, k) for k in ("hook_points", "rows", "telemetry"))
+        if missing or not same or self.live is not None or config.live is not None:
             raise UnsupportedError("the engine was started with other hooks than this recording needs")
         self.close()
         if isinstance(self.writer, Writer):
@@ -119,19 +135,38 @@ class Session:
         )
         self.fault, self.current, self.forced, self.evicting, self.publishing = None, None, None, None, None
         if config.hook_points:
-            self.taps = Taps(config.hook_points, capacity=1024)
+            self.new_taps()
+        if self.telemetry is not None:
+            self.telemetry.restart()
         self.open()
+
+    def new_taps(self) -> None:
+        """Buffers for the hook points, once the heads are known: those of recorded graphs, or empty ones."""
+        self.taps = self.graph_taps or Taps(self.config.hook_points, capacity=1024, columns=self.kept_columns())
+
+    def kept_columns(self) -> dict[str, torch.Tensor]:
+        """Of hook points that keep some heads only, the columns of these."""
+        return {h: head_columns(numbers, self.heads[h][1]) for h, numbers in self.head_numbers.items()}
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""
         if self.recorder is not None and self.writer is not None:
             recorder, self.recorder = self.recorder, None
+            for plan in recorder.in_flight:
+                if plan.snapshot is not None:
+                    plan.snapshot.wait()
             recorder.drain()
             self.writer.flush()
 
+    @property
+    def taps_write(self) -> bool:
+        """Whether taps write what they see."""
+        return self.taps is not None and (self.recorder is not None or self.graph_taps is not None)
+
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
-        self.recorder = self.taps = self.current = self.forced = self.evicting = self.publishing = None
+        self.recorder = self.taps = self.telemetry = self.current = None
+        self.forced = self.evicting = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message
@@ -162,6 +197,22 @@ def guarded(observe: Callable[P, Any]) -> Callable[P, Any]:
         except Exception as e:
             session.fail(observe.__qualname__, e)
             return None
+
+    return wrapper
+
+
+def tapping(write: Callable[P, None]) -> Callable[P, None]:
+    """`guarded` for what runs inside the model: taps that belong into a graph are also written while it is captured,
+    which is before the recording opens."""
+
+    @functools.wraps(write)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        if session is None or not session.taps_write:
+            return
+        try:
+            write(*args, **kwargs)
+        except Exception as e:
+            session.fail(write.__qualname__, e)
 
     return wrapper
 

@@ -18,21 +18,23 @@ if TYPE_CHECKING:
     from sglang_probe.ledger.run import Run
 
 
-def activations(run: Run, rid: str, hook_point: str, *, missing: Literal["raise", "nan"]) -> torch.Tensor:
+def activations(
+    run: Run, rid: str, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
+) -> torch.Tensor:
     """See `Run.activations`."""
     import torch
 
     tokens = run.tokens_of(rid)
-    tokens = tokens[tokens["phase"] != schema.OVERSHOOT].sort_values("position")
+    tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (tokens["position"] >= first)].sort_values("position")
     rows = tokens["source_row"].to_numpy()
-    absent = tokens[rows < 0]
+    have = run.holds(hook_point, rows)
+    absent = tokens[~have]
     if len(absent) and missing == "raise":
         raise RunDirectoryError(
-            f"{rid}: {len(absent)} of {len(tokens)} positions have no row: {_why(absent)}",
+            f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {_why(absent)}",
             fix='pass missing="nan"; a server begins a segment that reuses nothing older with '
             "`POST /probe/flush?cache=true`",
         )
-    have = rows >= 0
     values = run.rows(hook_point, rows[have])
     if have.all():
         return values
@@ -45,6 +47,7 @@ def _why(absent: pd.DataFrame) -> str:
     """What became of positions without a row, in words: how many, and where the first is."""
     elsewhere = (absent["status"] == schema.REUSED) & ~absent["covered"]
     kinds = np.where(elsewhere, "reused from entries whose forward pass is not in this run", absent["status"])
+    kinds = np.where(absent["source_row"] >= 0, "not selected (`rows` of the configuration)", kinds)
     first = absent.groupby(kinds, sort=False)["position"].agg(["size", "min"])
     return "; ".join(f"{n} {kind} (from position {start})" for kind, n, start in first.itertuples(name=None))
 
@@ -67,9 +70,9 @@ def iter_batches(
     rng = np.random.default_rng(seed)
     if isinstance(weight, str) and weight in ("unique", "traffic"):
         rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]].to_numpy()
-        rows = rows[rows >= 0]
+        rows = rows[run.holds(hook_point, rows)]
     else:
-        tokens = tokens[tokens["row"] >= 0]
+        tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
         rows = np.repeat(tokens["row"].to_numpy(), weighting.copies(weighting.weights_of(tokens, weight), rng))
     if shuffle:
         rows = rng.permutation(rows)

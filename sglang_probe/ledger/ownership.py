@@ -38,10 +38,10 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
             `consistency`; that cannot see an exchange between tokens that occur once.
     """
     tokens = run.tokens(interrupted=True)
-    tokens = tokens[(tokens["row"] >= 0) & tokens["token_id"].notna()].sort_values("row")
+    tokens = tokens[run.holds(EMBED, tokens["row"].to_numpy()) & tokens["token_id"].notna()].sort_values("row")
     ids = tokens["token_id"].to_numpy(np.int64)
     hashes = _hash_captured(run, tokens["row"].to_numpy())
-    unchecked = run.row_count() - len(tokens)
+    unchecked = sum(len(numbers) for numbers, _ in run.iter_shards(EMBED)) - len(tokens)
     note = f"{unchecked} rows of earlier attempts or unknown tokens were not compared" if unchecked else None
     if embedding is not None or (run.path / ORACLE_FILE).exists():
         name, claim = "content", "the hook_embed row of a position equals embed(token_id), bit for bit"
@@ -65,7 +65,7 @@ def write_oracle(run: Run, embedding: torch.Tensor, token_ids: Iterable[int]) ->
     import torch
 
     ids = np.unique(np.fromiter(token_ids, dtype=np.int64))
-    dtype = run.rows(EMBED, [0]).dtype
+    dtype = run.rows_dtype()
     hashes = hash_rows(embedding[torch.from_numpy(ids)].to(dtype))
     table = pa.table({"token_id": pa.array(ids, pa.int32()), "hash": pa.array(hashes, pa.uint64())})
     journal.write_durably(run.path / ORACLE_FILE, lambda path: pq.write_table(table, path))
@@ -101,15 +101,15 @@ def load_embedding(model_path: str | Path) -> torch.Tensor | None:
 def _hash_captured(run: Run, rows: np.ndarray[Any, Any]) -> Hashes:
     """Hashes of the captured rows with these ascending indices, one shard in memory at a time."""
     pieces = []
-    for start, shard in run.iter_shards(EMBED):
-        low, high = np.searchsorted(rows, [start, start + len(shard)])
-        at = rows[low:high] - start
+    for numbers, shard in run.iter_shards(EMBED):
+        low, high = np.searchsorted(rows, [numbers[0], numbers[-1] + 1])
+        at = np.searchsorted(numbers, rows[low:high])
         pieces += [hash_rows(shard[at[i : i + _CHUNK].tolist()]) for i in range(0, len(at), _CHUNK)]
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
 
 
 def _hash_tokens(run: Run, embedding: torch.Tensor, ids: np.ndarray[Any, Any]) -> Hashes:
-    dtype = run.rows(EMBED, [0]).dtype
+    dtype = run.rows_dtype()
     unique, inverse = np.unique(ids, return_inverse=True)
     return np.asarray(hash_rows(embedding[unique.tolist()].to(dtype))[inverse])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +50,10 @@ class ForwardPlan:
     forward_id: int = -1
     row_start: int = -1
     rows: dict[str, Any] | None = None
+    snapshot: Any = None  # rows that are on their way from the device (capture/graph_taps.py)
+    graph: bool = False  # whether the forward was replayed from a graph
+    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    telemetry: Any = None
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
@@ -77,6 +81,10 @@ class Commit:
 
     forward: tuple[Any, ...] | None = None
     rows: dict[str, Any] | None = None
+    numbered: int = 0  # rows that the forward was given numbers for
+    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
+    kept: dict[str, Any] = field(default_factory=dict)
+    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
@@ -197,9 +205,12 @@ class Recorder:
             raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
         plan = self._pending.popleft()
         plan.discarded.update(retracted)
+        if plan.snapshot is not None:
+            plan.rows = plan.snapshot.finish()
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
-        commit = Commit(rows=plan.rows)
+        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit.numbered = plan.tokens if self._captures_rows else 0
         offset = 0
         for i in range(len(plan.rids)):
             self._account(plan, i, offset, commit.spans)
@@ -224,10 +235,15 @@ class Recorder:
         commit.rebinds, self._rebinds = self._rebinds, []
         self._sink.put(commit)
 
+    @property
+    def in_flight(self) -> Iterable[ForwardPlan]:
+        """Forwards that were launched and not committed, oldest first."""
+        return self._pending
+
     def drain(self) -> None:
         """Account for what is still in flight when the recording closes."""
         while self._pending:
-            self.commit(self._pending[0].tag, graph=False)
+            self.commit(self._pending[0].tag, graph=self._pending[0].graph)
         self._put_ended()
 
     def _put_ended(self) -> None:

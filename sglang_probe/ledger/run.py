@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_probe.capture import journal
+from sglang_probe.capture.selection import Selected
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.ledger import batches, positions, schema
+from sglang_probe.ledger import batches, positions, schema, shards
 
 if TYPE_CHECKING:
     import torch
 
+Array = np.ndarray[Any, Any]
 MANIFEST = "manifest.json"
 REQUESTS_FILE = "requests.parquet"
 
@@ -97,6 +99,21 @@ class Run:
         (`schema.REBINDS`)."""
         return self._table("rebinds", schema.REBINDS)
 
+    def telemetry(self) -> pd.DataFrame:
+        """Attention telemetry that was recorded while requests were served (`telemetry` of the configuration): one row
+        per measured decode step, layer and head. Columns: `sglang_probe.ledger.telemetry.read_telemetry`.
+
+        Raises:
+            RunDirectoryError: none was recorded.
+        """
+        from sglang_probe.ledger.telemetry import read_telemetry
+
+        return read_telemetry(self)
+
+    def telemetry_table(self) -> pd.DataFrame:
+        """The same as it is stored: one row per measured decode step and layer (`schema.TELEMETRY`)."""
+        return self._table("telemetry/part-", schema.TELEMETRY)
+
     def last_attempt(self) -> pd.DataFrame:
         """Spans of each request's last attempt: the ones that tile its positions."""
         spans = self.spans()
@@ -148,54 +165,87 @@ class Run:
         heads, head_dim = self.manifest["heads"][hook_point]
         return int(heads), int(head_dim)
 
-    def rows(
-        self, hook_point: str, indices: Sequence[int] | np.ndarray[Any, Any], *, split_heads: bool = False
-    ) -> torch.Tensor:
+    def head_numbers(self, hook_point: str) -> list[int]:
+        """Which heads of the model the rows of a hook point hold (`rows: heads` of the configuration), ascending.
+
+        Raises:
+            RunDirectoryError: as `heads`.
+        """
+        count, _ = self.heads(hook_point)
+        chosen = self.manifest.get("head_numbers", {}).get(hook_point)
+        return list(range(count)) if chosen is None else [int(h) for h in chosen]
+
+    @functools.cached_property
+    def selected(self) -> Selected:
+        """Which positions the hook points keep (`rows` of the configuration)."""
+        return Selected.from_manifest(self.manifest)
+
+    def holds(self, hook_point: str, indices: Sequence[int] | Array) -> Array:
+        """Which rows a hook point holds, bool `[len(indices)]`: those that were computed and selected; not -1."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if hook_point not in self.selected.partial:
+            return np.asarray(wanted >= 0)
+        held = np.zeros(len(wanted), dtype=bool)
+        for start, end, path in self._shards(hook_point):
+            at = np.flatnonzero((wanted >= start) & (wanted < end))
+            held[at] = shards.place_of(path, wanted[at] - start) >= 0
+        return held
+
+    def rows_dtype(self) -> torch.dtype | None:
+        """Dtype of the captured rows; None without any."""
+        held = (self._shards(h) for h in self.hook_points if self._holds_any(h))
+        return next((shards.rows_of(found[0][2]).dtype for found in held), None)
+
+    def rows(self, hook_point: str, indices: Sequence[int] | Array, *, split_heads: bool = False) -> torch.Tensor:
         """Captured rows by their index in the row store, `[len(indices), width]`, in the model's dtype.
 
         With `split_heads`, `[len(indices), heads, head_dim]` (see `heads`).
 
         Raises:
-            RunDirectoryError: the hook point was not captured, or an index is outside the store.
+            RunDirectoryError: the hook point was not captured, or does not hold one of the rows (see `holds`).
         """
         import torch
 
         if split_heads:
             rows = self.rows(hook_point, indices)
             return rows.view(len(rows), *self.heads(hook_point))
-        shards = self._shards(hook_point)
+        found_in = self._shards(hook_point)
         wanted = np.asarray(indices, dtype=np.int64)
-        pieces: list[tuple[np.ndarray[Any, Any], torch.Tensor]] = []
+        pieces: list[tuple[Array, torch.Tensor]] = []
         found = 0
-        for start, end, path in shards:
-            mask = (wanted >= start) & (wanted < end)
-            if mask.any():
-                at = np.nonzero(mask)[0]
-                pieces.append((at, _shard(path)[torch.from_numpy(wanted[at] - start)]))
+        for start, end, path in found_in:
+            at = np.flatnonzero((wanted >= start) & (wanted < end))
+            if len(at):
+                place = shards.place_of(path, wanted[at] - start)
+                at, place = at[place >= 0], place[place >= 0]
+                pieces.append((at, shards.rows_of(path)[torch.from_numpy(place)]))
                 found += len(at)
         if found != len(wanted):
+            partial = " or were not selected (`run.holds` says which)" if hook_point in self.selected.partial else ""
             raise RunDirectoryError(
-                f"{self.path}: {len(wanted) - found} of the asked rows of {hook_point} do not exist"
+                f"{self.path}: {len(wanted) - found} of the asked rows of {hook_point} do not exist{partial}"
             )
         if not pieces:
-            width = _shard(shards[0][2]).shape[1] if shards else 0
-            return torch.empty((0, width))
+            return torch.empty((0, shards.rows_of(found_in[0][2]).shape[1]))
         out = torch.empty((len(wanted), pieces[0][1].shape[1]), dtype=pieces[0][1].dtype)
         for at, values in pieces:
             out[torch.from_numpy(at)] = values
         return out
 
-    def activations(self, rid: str, hook_point: str, *, missing: Literal["raise", "nan"] = "raise") -> torch.Tensor:
+    def activations(
+        self, rid: str, hook_point: str, *, missing: Literal["raise", "nan"] = "raise", first: int = 0
+    ) -> torch.Tensor:
         """All activations of one request, `[positions, width]`, reused positions gathered from their origins' rows.
 
-        Covers every position that has a KV entry: prompt and output but the last sampled token (and without a
-        discarded overshoot step).
+        Covers every position from `first` on that has a KV entry: prompt and output but the last sampled token (and
+        without a discarded overshoot step).
 
         Raises:
             RunDirectoryError: no such request; or a position has no row anywhere in the run, e.g. because its entry was
-                computed before the recording began. With `missing="nan"` such rows are NaN instead.
+                computed before the recording began, or because the hook point does not keep it. With `missing="nan"`
+                such rows are NaN instead.
         """
-        return batches.activations(self, rid, hook_point, missing=missing)
+        return batches.activations(self, rid, hook_point, missing=missing, first=first)
 
     def iter_batches(
         self,
@@ -207,7 +257,8 @@ class Run:
         shuffle: bool = True,
         seed: int = 0,
     ) -> Iterator[torch.Tensor]:
-        """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly.
+        """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly. Rows that the hook
+        point does not keep are left out.
 
         Args:
             where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.
@@ -220,48 +271,46 @@ class Run:
             self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed
         )
 
-    def iter_shards(self, hook_point: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every shard of a hook point as `(index of its first row, rows [n, width])`."""
-        for start, _end, path in self._shards(hook_point):
-            yield start, _shard(path)
+    def iter_shards(self, hook_point: str) -> Iterator[tuple[Array, torch.Tensor]]:
+        """Every shard of a hook point as `(numbers of its rows [n], ascending; rows [n, width])`."""
+        for start, _end, path in self._shards(hook_point) if self._holds_any(hook_point) else []:
+            rows, index = shards.rows_of(path), shards.index_of(path)
+            yield start + (np.arange(len(rows)) if index is None else index), rows
 
     def parts(self) -> list[journal.Part]:
         """Durable parts of the run."""
         return journal.read(self.path)
 
     def row_count(self) -> int:
-        """Rows captured at each hook point, over all parts."""
+        """Row numbers that were given out, one for every computed position. A hook point holds all of these rows, or
+        those that were selected."""
         return sum(p.rows for p in self.parts())
 
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
-        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(f"ledger/{name}-")]
+        prefix = name if "/" in name else f"ledger/{name}-"
+        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(prefix)]
         tables = [pq.read_table(self.path / f, schema=table_schema) for _, f in files]
         frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
         ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)
         frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))
         return frame
 
+    def _holds_any(self, hook_point: str) -> bool:
+        return any(f.startswith(f"rows/{hook_point}/") for part in self.parts() for f in part.files)
+
     def _shards(self, hook_point: str) -> list[tuple[int, int, Path]]:
-        shards = []
+        """First row number, end and file of each shard."""
+        found = []
         for part in self.parts():
             name = f"rows/{hook_point}/shard-{part.stem}.safetensors"
             if name in part.files:
-                shards.append((part.rows_end - part.rows, part.rows_end, self.path / name))
-        if not shards:
+                found.append((part.rows_end - part.rows, part.rows_end, self.path / name))
+        if not found:
             raise RunDirectoryError(
                 f"{self.path} has no rows of `{hook_point}`",
                 fix=f"captured hook points: {', '.join(self.hook_points) or 'none'}",
             )
-        return shards
-
-
-@functools.lru_cache(maxsize=16)
-def _shard(path: Path) -> torch.Tensor:
-    from safetensors.torch import load_file
-
-    from sglang_probe.capture.writer import ROWS_KEY
-
-    return load_file(path)[ROWS_KEY]
+        return found
 
 
 def _labels(requests: pd.DataFrame) -> pd.DataFrame:

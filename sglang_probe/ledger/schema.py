@@ -97,6 +97,31 @@ PROMPTS = pa.schema(
     ]
 )
 
+_PER_HEAD = pa.list_(pa.float32())
+
+TELEMETRY = pa.schema(
+    [
+        # One row per measured decode step and layer; lists have one entry per query head. What the numbers are:
+        # `sglang_probe.capture.telemetry` and `study.telemetry`.
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),
+        ("position", pa.int32()),
+        ("forward_id", pa.int64()),
+        ("layer", pa.int16()),
+        ("entropy", _PER_HEAD),  # over the logarithm of the number of visible keys
+        ("entropy_without_sinks", _PER_HEAD),  # the rest renormalised
+        ("support", _PER_HEAD),  # exp(entropy in nats)
+        ("mass_sinks", _PER_HEAD),
+        ("mass_system", _PER_HEAD),  # NaN: the request did not say where its system prompt is
+        ("mass_prompt", _PER_HEAD),  # the rest of the prompt, with the system prompt where that is NaN
+        ("mass_window", _PER_HEAD),
+        ("mass_generated", _PER_HEAD),
+        ("jump", _PER_HEAD),  # NaN until `memory` steps were measured
+        ("top_positions", pa.list_(pa.int32())),  # `top_k` entries per head, most weight first; -1: fewer keys
+        ("top_weights", _PER_HEAD),
+    ]
+)
+
 _LABEL = [("axis", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
 
 _POSITIONS = pa.list_(pa.list_(pa.int32()))  # for each answer

@@ -16,6 +16,7 @@ import pandas as pd
 from sglang_probe.capture.hook_points import EMBED
 from sglang_probe.ledger import positions, schema, segment
 from sglang_probe.ledger.check import Check
+from sglang_probe.ledger.kept import kept_as_selected
 from sglang_probe.ledger.phases import phases_fit
 from sglang_probe.ledger.run import Run
 
@@ -42,9 +43,16 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
     if "evict" in run.requests(interrupted=True) and run.requests(interrupted=True)["evict"].notna().any():
         checks.append(kept_sets_stay_private)
     results = [intact, *(check(run) for check in checks)]
+    if run.manifest.get("telemetry"):
+        from sglang_probe.ledger.telemetry import telemetry_holds
+
+        results.insert(-1, telemetry_holds(run))
     # Content is asked only of rows that have one owner, and of a run that has any.
-    if EMBED in run.hook_points and results[-1].holds and results[-1].covered:
-        results.append(rows_match_tokens(run, embedding=embedding))
+    if results[-1].holds and results[-1].covered:
+        if run.selected.partial:
+            results.append(kept_as_selected(run))
+        if EMBED in run.hook_points and results[-1].holds:
+            results.append(rows_match_tokens(run, embedding=embedding))
     return results
 
 
@@ -284,7 +292,7 @@ def kept_sets_stay_private(run: Run) -> Check:
 
 
 def rows_owned_once(run: Run) -> Check:
-    """Every captured row belongs to exactly one computed position."""
+    """Every captured row belongs to exactly one computed position. Numbers of rows that were not selected count too."""
     name, claim = "row ownership", "every captured row belongs to exactly one computed position"
     spans = run.spans()
     with_rows = spans[spans["row_start"] >= 0]

@@ -101,7 +101,7 @@ class LiveRecording:
         with self._lock:
             self.totals.count(commit)
             self._redactor.apply(commit)
-            if self._row_base and commit.rows:
+            if self._row_base and commit.numbered:
                 _rebase(commit, self._row_base)
             self._facts_in_segment += 1
             self._unflushed = True

@@ -77,8 +77,7 @@ class Totals:
             self.forwards += 1
             if self.pending:
                 self.pending.popleft()
-        if commit.rows:
-            self.rows += len(next(iter(commit.rows.values())))
+        self.rows += commit.numbered
         for span in commit.spans:
             n = span[_END] - span[_START]
             fate = _fate(span[_STATUS], span[_PHASE])

@@ -60,6 +60,12 @@ def compare_runs(
     ].assign(cluster=pd.Categorical(joined["index"].map(family)))
     measures: list[dict[str, np.ndarray[Any, Any]]] = [{}, {}, {}]
     for hook_point in a.hook_points:
+        held = a.holds(hook_point, positions["row_a"].to_numpy()) & b.holds(hook_point, positions["row_b"].to_numpy())
+        if not held.all():
+            raise ProbeError(
+                f"`{hook_point}` was not captured at all positions, and studies of pairs compare all of them",
+                fix="record without `rows`",
+            )
         parts = [
             row_distance(a.rows(hook_point, part["row_a"].to_numpy()), b.rows(hook_point, part["row_b"].to_numpy()))
             for part in (positions.iloc[i : i + _CHUNK] for i in range(0, len(positions), _CHUNK))

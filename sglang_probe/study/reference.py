@@ -39,7 +39,7 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
 
     disable_progress_bar()
     hook_points = run.hook_points
-    dtype = run.rows(hook_points[0], [0]).dtype
+    dtype = run.rows_dtype()
     _register_attention()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
     errors: dict[str, list[np.ndarray]] = {h: [] for h in hook_points}
@@ -52,15 +52,16 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
             with torch.no_grad():
                 model(torch.tensor([ids]))
             for name in hook_points:
-                expected = outputs[name][torch.tensor(mine["position"].tolist())]
-                errors[name].append(row_distance(run.rows(name, mine["row"].to_numpy()), expected)[0])
+                held = mine[run.holds(name, mine["row"].to_numpy())]
+                expected = _heads(run, name, outputs[name])[torch.tensor(held["position"].tolist(), dtype=torch.int64)]
+                errors[name].append(row_distance(run.rows(name, held["row"].to_numpy()), expected)[0])
     return {h: np.concatenate(e) for h, e in errors.items()}
 
 
 def check_against_transformers(run: Run, model_path: str, *, requests: int) -> Check:
     """The comparison as a check: the worst row stays within `TOLERANCE` of its dtype."""
     errors = reference_errors(run, model_path, requests=requests)
-    dtype = run.rows(run.hook_points[0], [0]).dtype
+    dtype = run.rows_dtype() or torch.float32
     worst_hook = max(errors, key=lambda h: float(errors[h].max()))
     worst = float(errors[worst_hook].max())
     covered = sum(len(e) for e in errors.values())
@@ -74,6 +75,14 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int) -> C
         None if worst < limit else f"{worst_hook}: relative error {worst:.2e}",
         note=summary,
     )
+
+
+def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:
+    """The columns of the heads that the run holds."""
+    if hook_point not in run.manifest.get("head_numbers", {}):
+        return x_NW
+    _, head_dim = run.heads(hook_point)
+    return torch.unflatten(x_NW, 1, (-1, head_dim))[:, run.head_numbers(hook_point)].flatten(1)
 
 
 @contextmanager

@@ -13,32 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from sglang_probe.capture.hook_points import ROTATED_KEY, ROTATED_QUERY, parse_hook_point
-from sglang_probe.config import Config
+from sglang_probe.capture.telemetry import REGIONS, TelemetryOptions
 from sglang_probe.errors import ProbeError
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.telemetry import entropy, jump_scores, mass_by_region, top_positions
-
-REGIONS = ("sinks", "system", "prompt", "window", "generated")
-"""Where weight goes: the first positions, the rest of the system prompt, the rest of the prompt, its last positions
-(whatever their class), and generated tokens. They part the keys; the first that fits is taken, `window` before
-`system`."""
-
-
-class TelemetryOptions(Config):
-    """What the numbers depend on, stored with them."""
-
-    sinks: int = Field(default=4, ge=0)
-    window: int = Field(default=32, ge=0)
-    top: int = Field(default=8, ge=1)
-    """Positions listed with the most weight."""
-    memory: int = Field(default=4, ge=1)
-    """Steps before, whose mean a step is compared with for its jump score."""
-
 
 TELEMETRY = pa.schema(
     [
@@ -50,7 +32,7 @@ TELEMETRY = pa.schema(
         pa.field("entropy_without_sinks", pa.float32()),  # the rest renormalised
         pa.field("support", pa.float32()),  # exp(entropy in nats)
         *(pa.field(f"mass_{region}", pa.float32()) for region in REGIONS),
-        pa.field("jump", pa.float32()),  # NaN in the first `memory` steps
+        pa.field("jump", pa.float32()),  # NaN until `memory` steps were measured
         pa.field("top_positions", pa.list_(pa.int32())),  # most weight first
         pa.field("top_weights", pa.list_(pa.float32())),
         pa.field("top_segments", pa.list_(pa.string())),
@@ -107,13 +89,17 @@ def step_telemetry(run: Run, rid: str, layer: int, segment_J: np.ndarray, option
     Args:
         segment_J: class of each position (column `segment` of `run.tokens()`), at least as many as have a KV entry.
     """
-    bundle = layer_from_run(run, rid, layer)
+    bundle = layer_from_run(run, rid, layer, window=0)
     a = bundle.future_attention.flatten(0, 1)  # [H, T, J]
-    heads, steps, keys = a.shape
+    heads, _, keys = a.shape
+    measured = torch.arange(0, a.shape[1], options.every)
     segment_J = segment_J[:keys]
     whole, rest = (entropy(a, bundle.length, sinks=s) for s in (0, options.sinks))
     mass = mass_by_region(a, regions_of(segment_J, bundle.length, options), len(REGIONS))
-    top, weights = top_positions(a, min(options.top, bundle.length))
+    top, weights = top_positions(a, min(options.top_k, bundle.length))
+
+    top, weights = top[:, measured], weights[:, measured]
+    jump = jump_scores(a[:, measured], bundle.length, memory=options.memory)
 
     def flat(x: Tensor) -> np.ndarray:
         return x.flatten(0, 1).float().numpy()
@@ -121,13 +107,13 @@ def step_telemetry(run: Run, rid: str, layer: int, segment_J: np.ndarray, option
     columns = {
         "rid": rid,
         "layer": layer,
-        "head": np.repeat(np.arange(heads), steps),
-        "step": np.tile(np.arange(steps), heads),
-        "entropy": flat(whole.normalised),
-        "entropy_without_sinks": flat(rest.normalised),
-        "support": flat(whole.support),
-        **{f"mass_{region}": flat(mass[..., i]) for i, region in enumerate(REGIONS)},
-        "jump": flat(jump_scores(a, bundle.length, memory=options.memory)),
+        "head": np.repeat(np.arange(heads), len(measured)),
+        "step": np.tile(measured.numpy(), heads),
+        "entropy": flat(whole.normalised[:, measured]),
+        "entropy_without_sinks": flat(rest.normalised[:, measured]),
+        "support": flat(whole.support[:, measured]),
+        **{f"mass_{region}": flat(mass[:, measured, i]) for i, region in enumerate(REGIONS)},
+        "jump": flat(jump),
         "top_positions": list(top.flatten(0, 1).numpy()),
         "top_weights": list(flat(weights)),
         "top_segments": list(segment_J[top.flatten(0, 1).numpy()]),

@@ -183,6 +183,7 @@ def main() -> None:
             "concurrency": plan.concurrency,
             "server": plan.server,
             "hook_points": plan.hook_points,
+            "accelerator": plan.accelerator,
         }
     )
     try:

@@ -73,6 +73,8 @@ class Plan:
     """Some requests ask for several answers (`n`), behind the warm-up that SGLang sends for them."""
     hook_points: list[str] = field(default_factory=lambda: [EMBED])
     """Rows captured. Without `hook_embed` ownership is not checked by content."""
+    accelerator: str = "refused"
+    """`unproved`: the rows take the path of a GPU."""
     refused: str | None = None
     """The server argument for which the probe must refuse the engine."""
 

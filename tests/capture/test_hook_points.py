@@ -9,6 +9,7 @@ from sglang_probe.capture.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_sliding_window,
     check_tensor_parallel,
     engine_module,
     head_counts,
@@ -51,10 +52,45 @@ def test_heads_that_are_spread_over_ranks_are_refused() -> None:
     check_tensor_parallel(["blocks.1.attn.hook_v"], 1)
 
 
-@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM"])
-def test_architectures_without_a_comparison_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Gemma2ForCausalLM", "caps its attention logits"),
+        ("Gemma3ForCausalLM", "sliding-window layers"),
+        ("DeepseekV2ForCausalLM", r"latent attention \(MLA\)"),
+        ("DeepseekV3ForCausalLM", r"latent attention \(MLA\)"),
+        ("GptOssForCausalLM", "has not been compared with a reference"),
+    ],
+)
+def test_architectures_without_a_comparison_are_refused_and_why(name: str, why: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name}.*{why}"):
         check_architecture(name)
+
+
+_SLIDING = "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"sliding_window": None},
+        {"sliding_window": 2048},
+        {"sliding_window": 16, "use_sliding_window": False},
+        {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["full_attention"]},
+    ],
+)
+def test_a_window_that_no_request_reaches_is_none(config: dict[str, object]) -> None:
+    check_sliding_window(config, 2048)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_a_window_that_sglang_ignores_is_refused(more: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedError, match=r"window of 1024 tokens, which SGLang ignores.*up to 2048") as refused:
+        check_sliding_window({"sliding_window": 1024, **more}, 2048)
+    assert "context_length: 1024" in str(refused.value)
 
 
 def test_keys_and_values_have_kv_heads() -> None:

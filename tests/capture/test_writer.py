@@ -18,7 +18,8 @@ from sglang_probe.ledger.recorder import Commit
 def commit(forward: int, rows: int = 4) -> Commit:
     span = ("a", 0, forward, forward + 1, "computed", "decode", forward, -1, None, forward * rows, 1, None, None)
     facts = (forward, "decode", 1, 0, rows, rows, False, 0.0, 0.0, 0, forward * rows)
-    return Commit(forward=facts, rows={"hook_embed": torch.full((rows, 8), float(forward))}, spans=[span])
+    values = {"hook_embed": torch.full((rows, 8), float(forward))}
+    return Commit(forward=facts, rows=values, numbered=rows, spans=[span])
 
 
 def test_rows_and_facts_of_a_part_end_together(tmp_path: Path) -> None:

@@ -24,11 +24,20 @@ KEY, ADMIN_KEY = "secret", "admin-secret"
 class LiveServer:
     """`SGLANG_PROBE=probe.yaml python -m sglang.launch_server ...` on the CPU, bound to 127.0.0.1."""
 
-    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, **live: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        probe: dict[str, Any] | None = None,
+        **live: Any,
+    ) -> None:
         self.run = folder / "run"
         self.log = folder / "server.log"
         config = folder / "probe.yaml"
-        config.write_text(yaml.safe_dump({"run": str(self.run), "live": live, "checkpoint_seconds": 2.0}))
+        config.write_text(
+            yaml.safe_dump({"run": str(self.run), "live": live, "checkpoint_seconds": 2.0, **(probe or {})})
+        )
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), "--device", "cpu"]

@@ -30,7 +30,7 @@ PROVENANCE = {"custom_params": {"probe": {"provenance": True}}}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("live")
-    started = LiveServer(folder, "--admin-api-key", ADMIN_KEY, privacy="hashes")
+    started = LiveServer(folder, "--admin-api-key", ADMIN_KEY, privacy="hashes", probe={"telemetry": {}})
     try:
         started.wait_until_ready()
         yield started

@@ -18,7 +18,7 @@ from sglang_probe.study.reference import reference_errors
 
 pytestmark = pytest.mark.engine
 
-_CASES = {
+CASES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2ForCausalLM": "qwen2",
     "MistralForCausalLM": "mistral",
@@ -62,16 +62,16 @@ def make_model(folder: Path, kind: str) -> Path:
 
 
 def test_every_reviewed_architecture_is_compared_here() -> None:
-    assert {*_CASES, "LlamaForCausalLM"} == set(REVIEWED_ARCHITECTURES)  # Llama: tests/engine/test_harvest.py
+    assert {*CASES, "LlamaForCausalLM"} == set(REVIEWED_ARCHITECTURES)  # Llama: tests/engine/test_harvest.py
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen3ForCausalLM", *(pytest.param(a, marks=pytest.mark.slow) for a in list(_CASES)[1:])]
+    "architecture", ["Qwen3ForCausalLM", *(pytest.param(a, marks=pytest.mark.slow) for a in list(CASES)[1:])]
 )
 def test_fp32_rows_agree_with_transformers(
     architecture: str, cli: Callable, write_yaml: Callable, tmp_path: Path
 ) -> None:
-    model = make_model(tmp_path / "model", _CASES[architecture])
+    model = make_model(tmp_path / "model", CASES[architecture])
     hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
     hook_points += [f"blocks.{i}.{site}" for i in (0, 2) for site in ATTENTION]
     config = write_yaml(

@@ -32,7 +32,8 @@ Span = tuple[int, int, str, str | None, str | None]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     options = ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "2", "--enable-priority-scheduling"]
     options += ["--priority-scheduling-preemption-threshold", "5"]
-    started = LiveServer(tmp_path_factory.mktemp("paths"), *options, privacy="ids")
+    # `verify` asks of telemetry too that it follows every path.
+    started = LiveServer(tmp_path_factory.mktemp("paths"), *options, privacy="ids", probe={"telemetry": {"every": 2}})
     try:
         started.wait_until_ready()
         yield started

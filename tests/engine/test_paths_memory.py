@@ -132,7 +132,7 @@ def test_beam_search_stops_the_recording_and_no_request(tight: LiveServer) -> No
 
 
 def _served(factory: pytest.TempPathFactory, *options: str, **more: dict[str, str]) -> Iterator[LiveServer]:
-    server = LiveServer(factory.mktemp("memory"), *options, privacy="ids", **more)
+    server = LiveServer(factory.mktemp("memory"), *options, privacy="ids", probe={"telemetry": {"every": 3}}, **more)
     try:
         server.wait_until_ready()
         yield server

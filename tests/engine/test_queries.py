@@ -25,6 +25,7 @@ from sglang_probe.study.eviction import parse_method
 from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.reference import check_against_transformers, reference_errors
 from sglang_probe.study.run_telemetry import TelemetryOptions, write_telemetry
+from tests.engine.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
@@ -43,6 +44,7 @@ def recorded(
         "queries",
         dtype="float32",
         hook_points=["hook_embed", *POINTS],
+        telemetry={"layers": list(LAYERS), "every": 2, "memory": 3},
         sampling={"max_new_tokens": 24, "temperature": 1.0},
         server={"chunked_prefill_size": 128, "enable_mixed_chunk": True},
     )
@@ -149,7 +151,7 @@ def test_telemetry_of_a_run_is_what_its_attention_says(recorded: dict[str, Run],
 
     run = recorded["cache_on"]
     requests = run.requests()
-    rows = write_telemetry(run, tmp_path / "telemetry.parquet", TelemetryOptions(sinks=2, window=16, top=3))
+    rows = write_telemetry(run, tmp_path / "telemetry.parquet", TelemetryOptions(sinks=2, window=16, top_k=3))
     assert rows == ((requests["output_len"] - 1) * 8 * len(LAYERS)).sum()
     frame = pd.read_parquet(tmp_path / "telemetry.parquet")
     r = requests.iloc[-1]
@@ -168,6 +170,14 @@ def test_telemetry_of_a_run_is_what_its_attention_says(recorded: dict[str, Run],
     assert set(found["top_positions"]) == set(np.argsort(p)[-3:])
     assert frame.loc[frame["step"] < 4, "jump"].isna().all()
     assert frame.loc[frame["step"] >= 4, "jump"].between(0, 1).all()
+
+
+def test_telemetry_while_serving_is_that_of_captured_rows(recorded: dict[str, Run], tmp_path: Path) -> None:
+    """Two ways: in the step, from the KV pool and batched over requests; and afterwards, from captured rows."""
+    differences = telemetry_differences(recorded["cache_on"], tmp_path / "telemetry.parquet")
+    print(differences.to_string())
+    assert differences["values"].min() > 1000
+    assert differences["max"].drop(SHARE).max() < 2e-5
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> session.Session:
     """A session that believes that it records; the modules above are no SGLang, so that the type check is left out."""
-    monkeypatch.setattr(attention, "_check", lambda *_: None)
+    monkeypatch.setattr(attention, "check_attention", lambda *_: None)
     running = session.Session(EngineProbeConfig(run=Path("x")))
     monkeypatch.setattr(running, "recorder", object())
     monkeypatch.setattr(session, "session", running)
@@ -96,6 +96,28 @@ def test_a_layer_that_does_not_rotate_does_not_get_the_next_ones_rows(recording:
         layer.self_attn(torch.tensor([5.0]))
     with pytest.raises(LedgerError, match=r"blocks\.0\.attn\.hook_q saw 0 rows"):
         taps.take(1, replayed=False)
+
+
+@pytest.mark.parametrize("flag", attention.FUSED_ROTATIONS)
+def test_rows_from_before_a_fused_rotation_are_refused(recording: session.Session, flag: str) -> None:
+    layer = Layer(Attention(Rotary(), 1.0, rotates=False))
+    setattr(layer.self_attn, flag, True)
+    for site in ("hook_q", "hook_k"):
+        with pytest.raises(UnsupportedError, match=rf"`blocks\.0\.attn\.{site}` is not there in layer 0.*`{flag}`"):
+            attention.install_attention_taps([layer], [parse_hook_point(f"blocks.0.attn.{site}")])
+    taps = _install(recording, [layer], ["blocks.0.attn.hook_rot_q"])  # this one does
+    layer.self_attn(torch.tensor([5.0]))
+    assert taps.take(1, replayed=False)["blocks.0.attn.hook_rot_q"].shape == (1, 4)
+
+
+def test_keys_that_attention_is_not_handed_stop_the_recording(recording: session.Session) -> None:
+    """SGLang's fused decode on ROCm stores keys and values itself and calls attention with queries alone."""
+    layer = Layer(Attention(Rotary(), 1.0))
+    _install(recording, [layer], ["blocks.0.attn.hook_rot_k"])
+    with pytest.raises(TypeError):  # of this test's Core, behind the tap
+        layer.self_attn.attn(torch.ones(1, 4), None, None, None)
+    assert recording.fault is not None
+    assert "hands no such tensor to attention" in recording.fault
 
 
 def test_another_kind_of_attention_is_refused() -> None:

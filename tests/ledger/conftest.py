@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sglang_probe.capture.selection import RowsConfig, Selected
 from sglang_probe.capture.writer import Writer
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.lineage import Lineage
@@ -19,17 +20,24 @@ from sglang_probe.ledger.recorder import Context, ForwardPlan, Recorder, Request
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run, load_run
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+EVERYTHING = RowsConfig()
+QUERY = "blocks.0.attn.hook_rot_q"
 PROMPTS = {"a": [3, 4, 5, 6, 7, 8], "b": [3, 4, 5, 6, 9, 10]}
 OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
-    """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step."""
+    """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step.
 
-    def make(name: str = "run") -> Run:
+    The row of a query is made of its position, so that it shows whose it is.
+    """
+    selected_points = ("hook_embed", QUERY)
+
+    def make(name: str = "run", rows_kept: RowsConfig = EVERYTHING) -> Run:
         path = tmp_path / name
         path.mkdir()
+        selected = Selected(rows_kept, selected_points)
         writer = Writer(path)
         recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
 
@@ -48,7 +56,14 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             )
             recorder.launch(plan)
             ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]
-            plan.rows = {"hook_embed": EMBEDDING[ids]}
+            positions = torch.tensor([[p] * 4 for _, s, e in rows for p in range(s, e)]).to(torch.bfloat16)
+            plan.kept = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+            captured = {"hook_embed": EMBEDDING[ids], QUERY: positions}
+            plan.rows = {
+                h: x[plan.kept[h]] if h in plan.kept else x
+                for h, x in captured.items()
+                if h not in plan.kept or len(plan.kept[h])
+            }
 
         def end(rid: str, cached: int, reason: str) -> RequestEnd:
             return RequestEnd(rid, 6, len(OUTPUTS[rid]), cached, 0, reason, OUTPUTS[rid])
@@ -86,7 +101,8 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         manifest = {
             "schema_version": 1,
             "status": "complete",
-            "hook_points": {"hook_embed": ""},
+            "hook_points": dict.fromkeys(selected_points, ""),
+            "rows_kept": rows_kept.model_dump(mode="json"),
             "requests_expected": 2,
         }
         (path / MANIFEST).write_text(json.dumps(manifest))

@@ -28,46 +28,50 @@ def layer_from_run(
     """The layer that request `rid` saw, in the dtype of the capture.
 
     Decode steps are the positions behind the prompt that were computed, `output_len - 1` of them; a request of one
-    output token has no `future`. Values and pre-RoPE queries are there if they were captured.
+    output token has no `future`. Values and pre-RoPE queries are there if they were captured, of the same heads as keys
+    and queries.
 
     Args:
-        window: keep the last so many prompt queries; None: all.
+        window: keep the last so many prompt queries; None: all. Needed of a run whose queries were captured for its
+            observation window only (`rows: {window: 32}`).
         model: model folder, for the output projection (and the configuration, of a run whose manifest has none); None:
             without the projection.
 
     Raises:
         RunDirectoryError: no such request; post-RoPE queries or keys were not captured; or a position has no row.
-        ProbeError: the configuration of the model is not at hand.
+        ProbeError: the configuration of the model is not at hand; or the run holds kv heads without all query heads
+            that share them, or the reverse.
     """
     config = model_config(run, model)
     requests = run.requests(interrupted=True).set_index("rid")
     length = int(requests.loc[rid, "prompt_len"]) if rid in requests.index else 0
     first = 0 if window is None else max(0, length - window)
 
-    def rows(site: str) -> Tensor:
+    def rows(site: str, begin: int = 0) -> Tensor:
         name = f"blocks.{layer}.{site}"
-        values = run.activations(rid, name)
+        values = run.activations(rid, name, first=begin)
         return values.view(len(values), *run.heads(name))
 
-    captured = {site for site in (VALUE, QUERY) if f"blocks.{layer}.{site}" in run.hook_points}
-    q, k = rows(ROTATED_QUERY), rows(ROTATED_KEY)
+    heads = _whole_groups(run, layer, config)
+    captured = {site for site in (VALUE, QUERY) if _beside(run, layer, site)}
+    q, k = rows(ROTATED_QUERY, first), rows(ROTATED_KEY)
     v = rows(VALUE) if VALUE in captured else None
-    q_pre = rows(QUERY) if QUERY in captured else None
-    steps = len(k) - length
+    q_pre = rows(QUERY, first) if QUERY in captured else None
+    steps, prompt = len(k) - length, length - first
     return Layer(
-        q_NHD=q[first:length],
+        q_NHD=q[:prompt],
         k_LGD=k[:length],
         # So in all reviewed architectures. SGLang gives none of them a sliding window (models/llama.py, qwen2.py,
         # qwen3.py), whatever their configuration says.
         spec=AttentionSpec(scaling=q.shape[-1] ** -0.5),
         v_LGD=None if v is None else v[:length],
-        q_pre_NHD=None if q_pre is None else q_pre[first:length],
+        q_pre_NHD=None if q_pre is None else q_pre[:prompt],
         rotary=Rotary.from_model_config(config),
-        w_o_HDM=None if model is None else _output_projection(Path(model), layer, q.shape[-2]),
+        w_o_HDM=None if model is None else _output_projection(Path(model), layer, config)[heads],
         index=torch.tensor(layer),
         num_layers=int(config["num_hidden_layers"]),
         request=torch.tensor(int(requests.loc[rid, "index"])),
-        future=Queries(q[length:], k[length:], None if v is None else v[length:]) if steps else None,
+        future=Queries(q[prompt:], k[length:], None if v is None else v[length:]) if steps else None,
     )
 
 
@@ -115,7 +119,32 @@ def model_config(run: Run, model: str | Path | None = None) -> Mapping[str, Any]
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _output_projection(model: Path, layer: int, heads: int) -> Tensor:
+def _whole_groups(run: Run, layer: int, config: Mapping[str, Any]) -> list[int]:
+    """Numbers of the query heads that the run holds of a layer, which are those of its kv heads.
+
+    Raises:
+        ProbeError: they are not.
+    """
+    queries, keys = (run.head_numbers(f"blocks.{layer}.{site}") for site in (ROTATED_QUERY, ROTATED_KEY))
+    heads = int(config["num_attention_heads"])
+    group = heads // int(config.get("num_key_value_heads") or heads)
+    if queries != [g * group + r for g in keys for r in range(group)]:
+        raise ProbeError(
+            f"{run.path} holds query heads {queries} and kv heads {keys} of layer {layer}; {group} query heads share a "
+            "kv head, and a layer needs both sides of each",
+            fix="record `rows: {heads: ..., kv_heads: ...}` of whole groups",
+        )
+    return queries
+
+
+def _beside(run: Run, layer: int, site: str) -> bool:
+    """Whether values or pre-RoPE queries were captured, of the heads of the keys or queries."""
+    name = f"blocks.{layer}.{site}"
+    partner = f"blocks.{layer}.{ROTATED_KEY if site == VALUE else ROTATED_QUERY}"
+    return name in run.hook_points and run.head_numbers(name) == run.head_numbers(partner)
+
+
+def _output_projection(model: Path, layer: int, config: Mapping[str, Any]) -> Tensor:
     """`o_proj` of a layer by query head, `[H, D, M]`.
 
     Raises:
@@ -129,5 +158,5 @@ def _output_projection(model: Path, layer: int, heads: int) -> Tensor:
             for key in f.keys():  # noqa: SIM118 (not a mapping)
                 if key.endswith(name):
                     w_MI: Tensor = f.get_tensor(key)
-                    return w_MI.T.reshape(heads, -1, w_MI.shape[0])
+                    return w_MI.T.reshape(int(config["num_attention_heads"]), -1, w_MI.shape[0])
     raise ProbeError(f"{model} has no weight `{name}`", fix="give the folder of the run's model")

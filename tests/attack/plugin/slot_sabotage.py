@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_probe.capture.graph_taps import GraphTaps, Snapshot
 from sglang_probe.capture.taps import Taps
 from sglang_probe.hooks import accounting, lineage
 from sglang_probe.hooks import session as probe
@@ -257,6 +258,16 @@ def shift_the_rows() -> None:
     Taps.take = shifted  # type: ignore[method-assign]
 
 
+def read_the_single_buffer() -> None:
+    """The rows of a forward are read where the taps wrote them, when its result is processed."""
+
+    def unprotected(self: Any, source: Any, tokens: int, kept: Any, *, replayed: bool) -> Snapshot:
+        index = np.arange(tokens)
+        return Snapshot(source[:tokens], self.columns, replayed=replayed, index=index, kept=kept)
+
+    GraphTaps._gather = unprotected  # type: ignore[method-assign]
+
+
 SABOTAGES = {
     f.__name__.replace("_", " "): f
     for f in (
@@ -283,5 +294,6 @@ SABOTAGES = {
         write_no_rebinds,
         write_the_first_origin_for_all,
         shift_the_rows,
+        read_the_single_buffer,
     )
 }
