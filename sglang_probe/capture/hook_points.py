@@ -102,8 +102,8 @@ _MLA = (
 _REFUSED_ARCHITECTURES = {
     "Gemma2": "{name} caps its attention logits, which SGLang's `torch_native` attention does not do: on the CPU "
     "reference platform the engine does not compute the model",
-    "Gemma3": "{name} has sliding-window layers that rotate outside their rotary module, and embeddings that are scaled "
-    "as they are looked up: neither pre-RoPE rows nor the proof of ownership can be had as of the reviewed ones",
+    "Gemma3": "{name} has sliding-window layers that rotate outside their rotary module, and scales embeddings as they "
+    "are looked up: neither pre-RoPE rows nor the proof of ownership can be had as of the reviewed ones",
     "DeepseekV2": _MLA,
     "DeepseekV3": _MLA,
 }

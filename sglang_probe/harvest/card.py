@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.capture import journal
+from sglang_probe.capture.selection import Selected
 from sglang_probe.errors import LedgerError
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.coverage import coverage_by_segment, study_coverage, totals
@@ -51,7 +52,8 @@ directory like the text it came from.
 import sglang_probe
 run = sglang_probe.load_run("{path}")
 tokens = run.tokens()                       # one row per position: status, phase, segment, forward pass, row
-rows = run.rows("{first_hook}", tokens["row"][tokens["row"] >= 0])
+held = tokens[run.holds("{first_hook}", tokens["row"])]
+rows = run.rows("{first_hook}", held["row"])
 ```
 """
 
@@ -125,4 +127,8 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         gaps.append(f"{manifest['lines_skipped']} malformed workload lines were skipped")
     if manifest["status"] != "complete":
         gaps.append(manifest.get("fault") or "the run was interrupted")
+    partial = Selected.from_manifest(manifest).partial
+    if partial:
+        named = ", ".join(f"`{h}`" for h in partial)
+        gaps.append(f"{named} hold rows of the selected positions only (`rows_kept` in the manifest)")
     return "\n".join(f"* {g}" for g in gaps)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""3: a shard may hold some rows of its part only, and says which (`capture.writer.INDEX_KEY`)."""
 
 COMPUTED = "computed"
 REUSED = "reused"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from sglang_probe.paths import shipped
 
 
 @pytest.fixture
@@ -50,6 +54,30 @@ def test_an_unknown_hook_point(refuse: Callable) -> None:
 def test_heads_under_tensor_parallelism(refuse: Callable) -> None:
     message = refuse(hook_points=["hook_embed", "blocks.0.attn.hook_rot_q"], server={"tp_size": 2})
     assert "`blocks.0.attn.hook_rot_q` under tensor parallelism" in message
+
+
+def test_heads_and_layers_that_the_model_does_not_have(refuse: Callable) -> None:
+    message = refuse(hook_points=["hook_embed", "blocks.0.attn.hook_rot_k"], rows={"kv_heads": [0, 4]})
+    assert "names head 4; `blocks.0.attn.hook_rot_k` has 4" in message
+    assert "names layer 4; the model has 4" in refuse(telemetry={"layers": [0, 4]})
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 512},
+            "window of 512 tokens",
+        ),
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "latent attention (MLA)"),
+    ],
+)
+def test_attention_that_cannot_be_captured(refuse: Callable, tmp_path: Path, changed: dict, named: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shipped("models/probe-text/checkpoint"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    assert named in refuse(model=str(model), hook_points=["hook_embed", "blocks.0.attn.hook_rot_q"])
 
 
 def test_prompt_plus_output_longer_than_the_context(refuse: Callable) -> None:

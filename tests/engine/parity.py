@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -106,6 +107,8 @@ def main() -> None:
                 found = telemetry_differences(run, Path(folder) / "telemetry.parquet")
                 telemetry[label] = {k: f"{v:.1e}" if v else "0" for k, v in found["max"].items()}
                 print(label, rows[label], telemetry[label], flush=True)
+                deep = np.concatenate([e for name, e in errors.items() if name != EMBED])
+                print(f"  median row {np.median(deep):.1e}, rows above 0.1: {(deep > 0.1).mean():.2%}", flush=True)
     parity, online = (table(pd.DataFrame(t).T.fillna(""), "architecture, dtype") for t in (rows, telemetry))
     text = args.out.read_text(encoding="utf-8")
     for name, found_table in (("rows", parity), ("telemetry", online)):

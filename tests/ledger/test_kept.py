@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_probe.capture.selection import RowsConfig
-from sglang_probe.errors import RunDirectoryError
+from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.ledger.kept import kept_as_selected
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
+from sglang_probe.study.eviction.from_run import _whole_groups
 from tests.ledger.conftest import EMBEDDING, QUERY
 
+KEY = "blocks.0.attn.hook_rot_k"
 WINDOW = RowsConfig.model_validate({"window": 2, "decode": {"every": 2}, "at": {"hook_embed": {}}})
 
 
@@ -93,3 +95,20 @@ def test_a_run_without_a_selection_has_no_index(make_run: Callable[..., Run]) ->
     (shard,) = (run.path / "rows" / QUERY).iterdir()
     assert set(load_file(shard)) == {"rows"}
     assert np.array_equal(next(run.iter_shards(QUERY))[0], np.arange(12))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "whole"), [([2, 3], [1], True), ([0, 3], [1], False), ([0, 1], [1], False)]
+)
+def test_a_layer_needs_whole_groups_of_heads(
+    make_run: Callable[..., Run], queries: list[int], keys: list[int], whole: bool
+) -> None:
+    run = make_run()
+    run.manifest["heads"] = {QUERY: [2, 2], KEY: [1, 2]}
+    run.manifest["head_numbers"] = {QUERY: queries, KEY: keys}
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if whole:
+        assert _whole_groups(run, 0, config) == queries
+    else:
+        with pytest.raises(ProbeError, match="2 query heads share a kv head"):
+            _whole_groups(run, 0, config)
