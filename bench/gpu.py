@@ -151,13 +151,13 @@ def _experiment(bench: Bench, name: str, arms: dict[str, Any]) -> Path:
 
 
 def _prompts(n: int) -> list[dict[str, Any]]:
-    """Lengths from a few to some 1,500 tokens and 8 to 128 of output; every third shares the head of another."""
+    """Lengths from a few to some 2,000 tokens and 8 to 128 of output; every third shares the head of another."""
     rng = random.Random(0)
     words = Path(__file__).read_text().split()
-    shared = " ".join(rng.choices(words, k=200))
+    shared = " ".join(rng.choices(words, k=100))
     return [
         {
-            "prompt": (shared if i % 3 == 0 else "") + " ".join(rng.choices(words, k=rng.choice((3, 20, 120, 700)))),
+            "prompt": (shared if i % 3 == 0 else "") + " ".join(rng.choices(words, k=rng.choice((3, 20, 120, 400)))),
             "sampling_params": {"max_new_tokens": rng.choice((8, 32, 128))},
         }
         for i in range(n)

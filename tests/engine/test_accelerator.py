@@ -101,6 +101,8 @@ TIGHT = {
     "chunked_prefill_size": 64,
     "max_total_tokens": 1024,
     "enable_mixed_chunk": True,
+    "radix_eviction_policy": "lfu",
+    "schedule_policy": "lpm",
     "schedule_conservativeness": 0.3,
 }
 PLAN = {
