@@ -23,6 +23,7 @@ from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.policy.partners import group
+from sglang_probe.policy.positions import override_of
 from sglang_probe.workload.request import Request
 
 Todo = list[tuple[str, Sequence[int], dict[str, Any]]]
@@ -35,6 +36,7 @@ class Hooks:
 
     forced_outputs: bool = False
     bypass: bool = False
+    positions: bool = False
 
 
 def harvest(
@@ -75,6 +77,7 @@ def harvest(
         hook_points=prepared.config.hook_points,
         forced_outputs=hooks.forced_outputs or outputs_of is not None,
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
+        positions=hooks.positions or any(map(moves, prepared.workload.requests)),
         switches=arm.switches(prepared.config.server),
         session=start.session,
         checkpoint_seconds=prepared.config.checkpoint_seconds,
@@ -125,6 +128,11 @@ def harvest(
 def bypasses(request: Request) -> bool:
     """Whether a request says itself how it uses the cache."""
     return "cache" in ((request.sampling_params.get("custom_params") or {}).get("probe") or {})
+
+
+def moves(request: Request) -> bool:
+    """Whether a request says itself by which positions it is rotated."""
+    return override_of(request.sampling_params.get("custom_params")) is not None
 
 
 def manifest_of(

@@ -12,6 +12,7 @@ from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.lineage import refuse_other_trees
+from sglang_probe.hooks.positions import moved_positions
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -76,7 +77,7 @@ def _aborted(req: Any) -> None:
 @probe.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
     session = probe.active()
-    session.current = session.forced = None
+    session.current = session.forced = session.positions = None
     if not batch.reqs:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
@@ -88,6 +89,8 @@ def _launch(scheduler: Any, batch: Any) -> None:
     session.current = plan
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
+    if session.config.positions:
+        session.positions = moved_positions(batch.reqs, plan)
 
 
 @probe.guarded

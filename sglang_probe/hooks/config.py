@@ -31,6 +31,9 @@ class EngineProbeConfig(Config):
     """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
     bypass: bool = False
     """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    positions: bool = False
+    """Honour `sampling_params.custom_params.probe.positions`: RoPE positions apart from sequence positions. Requests
+    that ask for them read the radix cache up to there and never write it."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
@@ -62,8 +65,10 @@ class EngineProbeConfig(Config):
             features.append("attention rows")
         if self.forced_outputs:
             features.append("forced decoding")
-        if self.bypass:
+        if self.bypass or self.positions:
             features.append("bypass")
+        if self.positions:
+            features.append("positions")
         if self.live is not None:
             features.append("live")
         return features

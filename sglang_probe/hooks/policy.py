@@ -2,7 +2,7 @@
 
 SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
 `mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`.
+or `off`. One that moves its RoPE positions reads the cache up to there and writes nothing (`hooks/positions.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.policy.positions import override_of
 from sglang_probe.policy.switches import Switches
 
 
@@ -50,12 +51,18 @@ def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs:
     """AROUND `match_kv_cache`: a request that does not read the cache matches nothing."""
     if cache_use(req) in ("write_only", "off"):
         kwargs["max_prefix_len"] = 0
+    elif (start := moves_from(req)) is not None:
+        longest = kwargs.get("max_prefix_len")
+        kwargs["max_prefix_len"] = start if longest is None else min(longest, start)
     return original(req, *args, **kwargs)
 
 
 def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing."""
-    if cache_use(req) in ("read_only", "off"):
+    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing.
+
+    One that moves its RoPE positions never does: its keys are not those of its tokens at their places.
+    """
+    if cache_use(req) in ("read_only", "off") or moves_from(req) is not None:
         req.skip_radix_cache_insert = True
 
 
@@ -64,3 +71,12 @@ def cache_use(req: Any) -> str | None:
     params = req.sampling_params.custom_params
     probe = params.get("probe") if isinstance(params, dict) else None
     return probe.get("cache") if isinstance(probe, dict) else None
+
+
+def moves_from(req: Any) -> int | None:
+    """The first position whose rotation a request prescribes; 0 where that cannot be read, which is refused later."""
+    try:
+        override = override_of(req.sampling_params.custom_params)
+    except ConfigError:
+        return 0
+    return None if override is None else override.start

@@ -55,6 +55,8 @@ class Session:
         """The request whose entries the radix tree is about to take."""
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
+        self.positions: tuple[list[int], list[int]] | None = None
+        """Token rows of the forward being launched, and the positions by which they are rotated."""
 
     def attach(self, scheduler: Any, *, dp_rank: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
@@ -110,9 +112,9 @@ class Session:
             self.writer.stop()
         # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
         self.config = config.model_copy(
-            update={"forced_outputs": self.config.forced_outputs, "bypass": self.config.bypass}
+            update={name: getattr(self.config, name) for name in ("forced_outputs", "bypass", "positions")}
         )
-        self.fault, self.current, self.forced, self.publishing = None, None, None, None
+        self.fault = self.current = self.forced = self.positions = self.publishing = None
         if config.hook_points:
             self.taps = Taps(config.hook_points, capacity=1024)
         self.open()
@@ -126,7 +128,7 @@ class Session:
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
-        self.recorder = self.taps = self.current = self.forced = self.publishing = None
+        self.recorder = self.taps = self.current = self.forced = self.positions = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message

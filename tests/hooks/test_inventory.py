@@ -70,7 +70,12 @@ def test_every_target_is_as_reviewed_in_the_installed_release() -> None:
 
 def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
     config = EngineProbeConfig(
-        run=Path("x"), hook_points=["hook_embed"], forced_outputs=True, bypass=True, live=LiveConfig(privacy="ids")
+        run=Path("x"),
+        hook_points=["hook_embed"],
+        forced_outputs=True,
+        bypass=True,
+        positions=True,
+        live=LiveConfig(privacy="ids"),
     )
     listed = {t.target: t for t in inventory.load_inventory().targets}
     for target, _hook, kind in _hooks(config):
