@@ -1,0 +1,168 @@
+"""The harvest of the content-by-position factorial: real decoding, another continuation, and all cells, in one engine.
+
+A cell is N pseudo tokens behind the prompt, which comes from the prefix cache. Position is the RoPE position alone
+(`sglang_probe/policy/positions.py`): every cell sees the same keys in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from sglang_probe.capture.hook_points import EMBED, QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
+from sglang_probe.errors import WorkloadError
+from sglang_probe.harvest.config import Recording
+from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.pair import complete_run
+from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.progress import Reporter
+from sglang_probe.harvest.session import Hooks, harvest, manifest_of
+from sglang_probe.ledger.run import Run, load_run
+from sglang_probe.policy.arm import Arm
+from sglang_probe.study.query_drift import cells
+from sglang_probe.workload.build import Workload, WorkloadConfig
+from sglang_probe.workload.documents import Documents
+from sglang_probe.workload.request import Request, SegmentSpan
+
+DECODED, RESAMPLED, CELLS = "decoded", "resampled", "cells"
+PSEUDO = "pseudo"
+"""Segment of the pseudo tokens."""
+
+
+class FactorialConfig(Recording):
+    """A factorial study."""
+
+    name: str | None = None
+    workload: WorkloadConfig = Field(default_factory=Documents)
+    layers: list[int] = Field(min_length=1)
+    """Layers whose queries, keys and values are captured."""
+    pseudo_tokens: int = Field(default=32, ge=2)
+    """N: pseudo tokens of a cell, and decode steps that their queries are compared with."""
+    decode_steps: int = Field(default=64, ge=2)
+    """Steps of the real decoding, whose attention is the truth that the cells should predict."""
+    sampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.0})
+    """Of the real decoding."""
+    resampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
+    """Of the other continuation."""
+    first_tokens: int = Field(default=4, ge=0)
+    """Of content `prompt`: so many of the prompt's first tokens, the rest from its end."""
+    filler: str = "Sorry, I do not know the answer to that. "
+    window: int = Field(default=8, ge=1)
+    """Last prompt positions that every kept set holds and that no measure counts."""
+    sinks: int = Field(default=4, ge=0)
+    """First prompt positions, likewise."""
+    budgets: list[float] = Field(default_factory=lambda: [0.125, 0.25])
+    """Kept shares of the prompt."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _points_of_layers(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
+            return data
+        if "hook_points" in data:
+            raise ValueError("`layers` says what is captured; leave `hook_points` out")
+        sites = (QUERY, ROTATED_QUERY, ROTATED_KEY, VALUE)
+        return {**data, "hook_points": [EMBED, *(f"blocks.{i}.{s}" for i in data["layers"] for s in sites)]}
+
+    @model_validator(mode="after")
+    def _steps_cover_the_pseudo_tokens(self) -> FactorialConfig:
+        if self.decode_steps < self.pseudo_tokens:
+            raise ValueError("`decode_steps` must be at least `pseudo_tokens`, whose queries they are compared with")
+        return self
+
+
+def runs_in(folder: Path) -> dict[str, Run]:
+    """The runs of a study that was harvested."""
+    return {name: load_run(folder / name) for name in (DECODED, RESAMPLED, CELLS)}
+
+
+def run_factorial(
+    prepared: Prepared,
+    config: FactorialConfig,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Run]:
+    """Harvest all runs in one engine. With `resume`, complete runs are kept.
+
+    Raises:
+        WorkloadError: a prompt is shorter than what is kept of it in any case.
+        RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked.
+        ProbeError: a recording failed.
+    """
+    shortest = config.window + config.sinks + config.pseudo_tokens
+    prompts = [r for r in prepared.workload.requests if len(r.prompt_ids) > shortest]
+    if len(prompts) < 2:
+        raise WorkloadError(f"{len(prompts)} prompts have more than {shortest} tokens", fix="longer prompts")
+    runs: dict[str, Run] = {}
+    with EngineHost() as host:
+        for name in (DECODED, RESAMPLED, CELLS):
+            requests = _requests(name, prompts, prepared, config, runs)
+            ours = copy.copy(prepared)
+            ours.workload = Workload(requests, 0, prepared.workload.corpus_digest)
+            path = folder / name
+            run = complete_run(path, manifest_of(ours, path, Arm(), name, None, None)) if resume else None
+            if run is None:
+                run = harvest(
+                    ours,
+                    path,
+                    Arm(),
+                    arm_name=name,
+                    overwrite=overwrite,
+                    resume=resume and path.exists(),
+                    reporter=reporter,
+                    host=host,
+                    hooks=Hooks(positions=True),
+                )
+            runs[name] = run
+    return runs
+
+
+def _requests(
+    name: str, prompts: list[Request], prepared: Prepared, config: FactorialConfig, runs: dict[str, Run]
+) -> list[Request]:
+    if name != CELLS:
+        sampling = config.sampling if name == DECODED else config.resampling
+        # The last sampled token never runs through the model.
+        params = {**sampling, "max_new_tokens": config.decode_steps + 1, "ignore_eos": True}
+        return [replace(r, sampling_params=params) for r in prompts]
+    outputs = {
+        kind: dict(zip(run.requests()["index"], run.requests()["output_ids"], strict=True))
+        for kind, run in runs.items()
+    }
+    tokenizer = prepared.model.tokenizer
+    filler = tokenizer.encode(config.filler, add_special_tokens=False)
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    n = config.pseudo_tokens
+    params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+    # The prompts alone come first and fill the cache; a cell publishes nothing.
+    requests = [replace(r, index=i, sampling_params=params) for i, r in enumerate(prompts)]
+    for cell in cells.all_cells():
+        for r in prompts:
+            content = {
+                cells.REAL: lambda r=r: list(outputs[DECODED][r.index][:n]),
+                cells.RESAMPLED: lambda r=r: list(outputs[RESAMPLED][r.index][:n]),
+                cells.PROMPT: lambda r=r: cells.prompt_ends(r.prompt_ids, n, config.first_tokens),
+                cells.FILLER: lambda: cells.repeated(filler, n),
+                cells.RANDOM: lambda r=r: cells.random_tokens(vocabulary, n, f"{r.rid}"),
+            }[cell.content]()
+            length = len(r.prompt_ids)
+            positions = {"from": length, "to": cell.start(length)}
+            requests.append(
+                replace(
+                    r,
+                    index=len(requests),
+                    rid=cell.rid(r.rid),
+                    prompt_ids=(*r.prompt_ids, *map(int, content)),
+                    spans=(*r.spans, SegmentSpan(PSEUDO, length, length + n)),
+                    sampling_params={**params, "custom_params": {"probe": {"positions": positions}}},
+                    labels=(),
+                )
+            )
+    return requests
