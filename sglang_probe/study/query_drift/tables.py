@@ -122,7 +122,7 @@ def _changes(c: Captured, o: DriftOptions, seed: int) -> pd.DataFrame:
 def _coverage(c: Captured, cover: WindowCoverage) -> dict[str, float]:
     """Window coverage, and what the cosine would be if only the request's own queries were known."""
     decode, window = c.centred(c.decode_pre_THD), c.centred(c.window_pre_NHD)
-    own = window[torch.from_numpy(cover.own)]
+    own = window[torch.tensor(cover.own)]
     return {
         "window": c.window,
         "computed": cover.computed,
