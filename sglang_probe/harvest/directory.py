@@ -139,6 +139,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "segments": segments,
                 "sampling_params": json.dumps(_told(request.sampling_params)),
                 "labels": [asdict(label) for label in request.labels] or None,
+                **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))
