@@ -140,18 +140,21 @@ def _requests(
     filler = tokenizer.encode(config.filler, add_special_tokens=False)
     vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     n = config.pseudo_tokens
+    contents = [
+        {
+            cells.REAL: outputs[DECODED][r.index][:n],
+            cells.RESAMPLED: outputs[RESAMPLED][r.index][:n],
+            cells.PROMPT: cells.prompt_ends(r.prompt_ids, n, config.first_tokens),
+            cells.FILLER: cells.repeated(filler, n),
+            cells.RANDOM: cells.random_tokens(vocabulary, n, r.rid),
+        }
+        for r in prompts
+    ]
     params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
     # The prompts alone come first and fill the cache; a cell publishes nothing.
     requests = [replace(r, index=i, sampling_params=params) for i, r in enumerate(prompts)]
     for cell in cells.all_cells():
-        for r in prompts:
-            content = {
-                cells.REAL: lambda r=r: list(outputs[DECODED][r.index][:n]),
-                cells.RESAMPLED: lambda r=r: list(outputs[RESAMPLED][r.index][:n]),
-                cells.PROMPT: lambda r=r: cells.prompt_ends(r.prompt_ids, n, config.first_tokens),
-                cells.FILLER: lambda: cells.repeated(filler, n),
-                cells.RANDOM: lambda r=r: cells.random_tokens(vocabulary, n, f"{r.rid}"),
-            }[cell.content]()
+        for r, content in zip(prompts, contents, strict=True):
             length = len(r.prompt_ids)
             positions = {"from": length, "to": cell.start(length)}
             requests.append(
@@ -159,7 +162,7 @@ def _requests(
                     r,
                     index=len(requests),
                     rid=cell.rid(r.rid),
-                    prompt_ids=(*r.prompt_ids, *map(int, content)),
+                    prompt_ids=(*r.prompt_ids, *map(int, content[cell.content])),
                     spans=(*r.spans, SegmentSpan(PSEUDO, length, length + n)),
                     sampling_params={**params, "custom_params": {"probe": {"positions": positions}}},
                     labels=(),

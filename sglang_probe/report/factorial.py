@@ -36,8 +36,7 @@ def factorial_page(result: FactorialResult) -> Page:
     tiles = [
         Tile(
             _title(outcome),
-            f"{_signed(shown.loc[(outcome, 'content'), 'value'])} / "
-            f"{_signed(shown.loc[(outcome, 'position'), 'value'])}",
+            " / ".join(_signed(shown.loc[(outcome, effect), "value"]) for effect in ("content", "position")),
             "effect of content / of position, a second sample against filler, true positions against 0, 1, ...",
         )
         for outcome in ("post", "pre_centred", mass)

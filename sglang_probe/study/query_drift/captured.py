@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Captured:
     prompt_pre_LHD: Tensor
     decode_pre_THD: Tensor
     mean_HD: Tensor
-    """Mean pre-RoPE query of the prompt behind the sinks."""
+    """Mean pre-RoPE query of prompts behind the sinks: of this one, or of other requests (`centred_by_others`)."""
     window: int
 
     @property
@@ -83,6 +84,16 @@ def captured(run: Run, rid: str, layer: int, *, window: int, sinks: int) -> Capt
     else:
         decode = found.require("rotary").unrotate(found.future.q_THD, at)
     return Captured(found, prompt, decode, prompt_mean(prompt, sinks=sinks), window)
+
+
+def centred_by_others(bundles: Sequence[Captured]) -> list[Captured]:
+    """The same with the mean query of the other requests' prompts, equally weighted.
+
+    A prompt's own mean would be taken from its window but from none of its decode queries: pairs within the prompt
+    would look further apart than they are, and decoding nearer.
+    """
+    total = torch.stack([c.mean_HD for c in bundles]).sum(0)
+    return [replace(c, mean_HD=(total - c.mean_HD) / (len(bundles) - 1)) for c in bundles]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from sglang_probe.capture.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.ledger.check import Check
@@ -116,10 +115,14 @@ def study_factorial(
     checks = {kind: verify(run) for kind, run in runs.items()}
     requests = decoded.requests()
     rows: list[dict[str, Any]] = []
-    for r in requests.itertuples():
-        tell(f"measuring {r.rid}")
-        for layer in captured_layers(decoded):
-            rows += [{"rid": r.rid, "layer": layer, **row} for row in _measure(runs, r.rid, layer, options, model)]
+    where = _pseudo_rows(treated, requests)
+    for layer in captured_layers(decoded):
+        pseudo = _pseudo(treated, where, layer)
+        for r in requests.itertuples():
+            tell(f"measuring layer {layer} of {r.rid}")
+            ours = {cell: pseudo[cell.rid(r.rid)] for cell in cells.all_cells()}
+            measured = _measure(decoded, r.rid, layer, ours, options, model)
+            rows += [{"rid": r.rid, "layer": layer, **row} for row in measured]
     frame = pd.DataFrame(rows).melt(
         id_vars=["rid", "layer", "content", "position"], var_name="outcome", value_name="value"
     )
@@ -147,36 +150,50 @@ def study_factorial(
     )
 
 
+def _pseudo_rows(treated: Run, requests: pd.DataFrame) -> dict[str, list[int]]:
+    """Rows of the pseudo tokens of every cell, in order. They were computed by their own request, without exception."""
+    lengths = {cell.rid(r.rid): r.prompt_len for r in requests.itertuples() for cell in cells.all_cells()}
+    tokens = treated.tokens()
+    tokens = tokens[tokens["position"] >= tokens["rid"].map(lengths)].sort_values(["rid", "position"])
+    return {rid: mine.tolist() for rid, mine in tokens.groupby("rid")["row"]}
+
+
+def _pseudo(treated: Run, where: Mapping[str, list[int]], layer: int) -> dict[str, Pseudo]:
+    flat = [row for rows in where.values() for row in rows]
+    read = [treated.rows(f"blocks.{layer}.{s}", flat, split_heads=True) for s in (QUERY, ROTATED_QUERY, ROTATED_KEY)]
+    sizes = [len(rows) for rows in where.values()]
+    parts = zip(where, *(x.split(sizes) for x in read), strict=True)
+    return {rid: Pseudo(q_pre, q_post, k) for rid, q_pre, q_post, k in parts}
+
+
 def _measure(
-    runs: Mapping[str, Run], rid: str, layer: int, o: FactorialOptions, model: str | Path | None
+    decoded: Run,
+    rid: str,
+    layer: int,
+    pseudo: Mapping[cells.Cell, Pseudo],
+    o: FactorialOptions,
+    model: str | Path | None,
 ) -> list[dict[str, Any]]:
-    found = layer_from_run(runs["decoded"], rid, layer, model=model)
+    found = layer_from_run(decoded, rid, layer, model=model)
     length = found.length
-
-    def read(run: Run, rid: str, site: str) -> Tensor:
-        point = f"blocks.{layer}.{site}"
-        rows = run.activations(rid, point)[length:]
-        return rows.view(len(rows), *run.heads(point))
-
+    point = f"blocks.{layer}.{QUERY}"
     reference = Reference(
         found,
-        read(runs["decoded"], rid, QUERY).float(),
+        decoded.activations(rid, point)[length:].unflatten(1, decoded.heads(point)).float(),
         prompt_mean(found.pre_rope_queries(), sinks=o.sinks),
         outcomes.trivial_of(length, sinks=o.sinks, window=o.window),
     )
     budgets = {f"{share:g}": max(round(share * length), o.sinks + o.window + 4) for share in o.budgets}
 
-    def worth(scores_GL: Tensor) -> dict[str, float]:
+    def worth(scores_GL: Any) -> dict[str, float]:
         values = outcomes.agreement(reference, scores_GL)
         for share, budget in budgets.items():
             values |= {f"{k}@{share}": v for k, v in outcomes.at_budget(reference, scores_GL, budget).items()}
         return values
 
     rows: list[dict[str, Any]] = []
-    for cell in cells.all_cells():
-        run, own = runs["cells"], cell.rid(rid)
-        pseudo = Pseudo(*(read(run, own, s)[: o.pseudo_tokens] for s in (QUERY, ROTATED_QUERY, ROTATED_KEY)))
-        values = outcomes.cosines(reference, pseudo) | worth(outcomes.pseudo_scores(reference, pseudo))
+    for cell, said in pseudo.items():
+        values = outcomes.cosines(reference, said) | worth(outcomes.pseudo_scores(reference, said))
         rows.append({"content": cell.content, "position": cell.position, **values})
     window = worth(outcomes.window_scores(reference, min(o.pseudo_tokens, length)))
     oracle = worth(outcomes.true_scores(reference))

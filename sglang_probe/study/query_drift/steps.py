@@ -32,7 +32,7 @@ def step_bins(steps: int) -> list[tuple[int, int]]:
 def step_drift(c: Captured, *, sinks: int) -> pd.DataFrame:
     """One row per head and bin: `head, step` (first of the bin, from 1), `steps` (how many), and `METRICS` as means.
 
-    `js` is of the weights summed over the bin, over prompt positions that are neither sinks nor window.
+    `js` is of each step's weights over the prompt positions that are neither sinks nor window.
     """
     drift = cosine_drift(
         c.decode_pre_THD, c.window_pre_NHD, c.mean_HD, c.rotary, decode_at=c.decode_at, window_at=c.window_at
@@ -44,12 +44,11 @@ def step_drift(c: Captured, *, sinks: int) -> pd.DataFrame:
     assert c.layer.future is not None
     post_window = c.layer.q_NHD[-c.window :]
     by_step["functional"] = functional_drift(c.layer.future.q_THD, post_window, c.layer.k_LGD)
-    reads, window = decode_importance(c, sinks), window_importance(c, sinks)
+    by_step["js"] = jensen_shannon(decode_importance(c, sinks), window_importance(c, sinks)[:, None]).mT
     heads = np.arange(c.decode_pre_THD.shape[1])
     frames = []
     for start, end in step_bins(c.steps):
         values = {name: x[start:end].mean(0).numpy() for name, x in by_step.items()}
-        values["js"] = jensen_shannon(reads[:, start:end].sum(1), window).numpy()
         frames.append(pd.DataFrame({"head": heads, "step": start + 1, "steps": end - start, **values}))
     return pd.concat(frames, ignore_index=True)
 

@@ -19,7 +19,7 @@ from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.study.query_drift import summary
-from sglang_probe.study.query_drift.captured import Captured, captured, window_coverage
+from sglang_probe.study.query_drift.captured import Captured, captured, centred_by_others, window_coverage
 from sglang_probe.study.query_drift.options import DriftOptions
 from sglang_probe.study.query_drift.tables import Tables, measure
 from sglang_probe.study.run_telemetry import captured_layers
@@ -106,20 +106,23 @@ def study_drift(
     tables = Tables()
     heads = 0
     for layer in chosen:
-        bundles: list[tuple[str, Captured]] = []
+        rids: list[str] = []
+        bundles: list[Captured] = []
         for r in fitting.itertuples():
-            tell(f"layer {layer}: {r.rid}")
             try:
-                bundles.append((r.rid, captured(run, r.rid, layer, window=o.window, sinks=o.sinks)))
+                bundles.append(captured(run, r.rid, layer, window=o.window, sinks=o.sinks))
+                rids.append(r.rid)
             except RunDirectoryError:
                 left_out[MISSING_ROWS] += layer == chosen[0]
-        for i, (rid, c) in enumerate(bundles):
+        if len(bundles) < 2:
+            raise ProbeError(f"no two requests of {run.path} have the rows of all their positions")
+        bundles = centred_by_others(bundles)
+        for i, (rid, c) in enumerate(zip(rids, bundles, strict=True)):
+            tell(f"layer {layer}: {rid}")
             cover = window_coverage(run, rid, c.length, o.window)
-            measure(tables, rid, layer, c, bundles[i - 1][1], cover, o)
+            measure(tables, rid, layer, c, bundles[i - 1], cover, o)
             heads = c.decode_pre_THD.shape[1]
     frames = tables.frames()
-    if not frames or frames["coverage"]["rid"].nunique() < 2:
-        raise ProbeError(f"no two requests of {run.path} have the rows of all their positions")
     measured = requests[requests["rid"].isin(set(frames["coverage"]["rid"]))]
     clusters = dict(zip(measured["rid"], measured["family"].fillna(measured["rid"]), strict=True))
     return DriftResult(
