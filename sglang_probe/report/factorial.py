@@ -8,7 +8,13 @@ from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Kind, Table, format_number
 from sglang_probe.study.query_drift import cells
-from sglang_probe.study.query_drift.factorial_study import BASELINES, FactorialResult
+from sglang_probe.study.query_drift.factorial_study import (
+    BASELINES,
+    DIFFERENT_CONTENTS,
+    DIFFERENT_POSITIONS,
+    SAME_CONTENTS,
+    FactorialResult,
+)
 from sglang_probe.study.query_drift.outcomes import COSINES
 from sglang_probe.study.query_drift.summary import ALL
 from sglang_probe.study.query_drift.tautologies import TAUTOLOGIES
@@ -105,15 +111,17 @@ def _effects(result: FactorialResult) -> Section:
         caption="95 % intervals over prompts. Of the output error a negative effect is the good one.",
         kind="decimal",
     )
+    columns = ["post", "pre_centred", *(x for x in order if x.endswith(f"@{result.options.budgets[0]:g}"))]
     others = [
-        effects_of(result, same, different, position, layer=ALL).assign(
-            design=f"{same} or {different}, true or {position}"
-        )
-        for same in (cells.RESAMPLED, cells.REAL)
-        for different in (cells.FILLER, cells.PROMPT, cells.RANDOM)
-        for position in (cells.ZERO, "+32", "+8")
+        {
+            "content": f"{same} or {different}",
+            "position": f"true or {position}",
+            **_pairs(effects_of(result, same, different, position, layer=ALL), columns),
+        }
+        for same in SAME_CONTENTS
+        for different in DIFFERENT_CONTENTS
+        for position in DIFFERENT_POSITIONS
     ]
-    table = pd.concat(others).pivot_table(index=["design", "outcome"], columns="effect", values="value", sort=False)
     return Section(
         heading="What matters, by outcome",
         text="Content effect: half of (same - different at the true positions) + (same - different at the other ones); "
@@ -121,7 +129,7 @@ def _effects(result: FactorialResult) -> Section:
         "would "
         "be judged by.",
         figures=[figure],
-        tables=[Table(table.reset_index(), "All designs", {})],
+        tables=[Table(pd.DataFrame(others), "All designs: effect of content / effect of position")],
     )
 
 
@@ -211,6 +219,12 @@ def _in_order(frame: pd.DataFrame, order: list[str]) -> pd.DataFrame:
 def _baselines(at: pd.DataFrame, outcome: str) -> str:
     part = at[(at["outcome"] == outcome) & (at["content"] == "baseline")].set_index("position")["value"]
     return "; ".join(f"{BASELINES[k]} {format_number(part[k], 'decimal')}" for k in BASELINES if k in part) + "."
+
+
+def _pairs(effects: pd.DataFrame, outcomes: list[str]) -> dict[str, str]:
+    """Both main effects of each outcome, as text."""
+    value = effects.set_index(["outcome", "effect"])["value"]
+    return {_title(x): " / ".join(_signed(value[x, effect]) for effect in ("content", "position")) for x in outcomes}
 
 
 def _signed(x: float) -> str:

@@ -2,8 +2,8 @@
 
 TAUTOLOGIES = (
     "**What is true by construction.** Rotating two queries by the same angle does not change their cosine: at equal "
-    "positions the cosine behind RoPE *is* the cosine before it, and two numbers are not three. Queries that are some "
-    "positions apart lose cosine behind RoPE with no change of content at all; *rotation alone* is that loss, from "
+    "positions the cosine behind RoPE is the cosine before it, and two numbers are not three. Queries that are some "
+    "positions apart lose cosine behind RoPE with no change of content at all; `rotation alone` is that loss, from "
     "each "
     "query's own energies, and a curve that follows it says nothing about content. Raw queries share a mean, so that "
     "unrelated "
