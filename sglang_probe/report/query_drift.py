@@ -33,7 +33,7 @@ def drift_page(result: DriftResult) -> Page:
     """The page of one study: how far do decode queries leave the window that eviction scores with, and does it
     matter?"""
     m, f, o = result.manifest, result.found, result.options
-    excess = f.excess[(f.excess["layer"] == ALL) & (f.excess["kind"] == "centred")]
+    excess = f.excess[(f.excess["layer"] == ALL) & (f.excess["kind"] == "centred")].sort_values("distance")
     recall = f.recall[f.recall["layer"] == ALL]
     last = int(recall["step"].max())
     at_last = recall[recall["step"] == last].set_index("policy")
@@ -48,9 +48,7 @@ def drift_page(result: DriftResult) -> Page:
         Tile(
             "excess drift, centred",
             _interval(excess.iloc[0], "excess") if len(excess) else "none",
-            f"at distances from {int(excess['distance'].iloc[0])}: 0 means that decoding is only far away"
-            if len(excess)
-            else "",
+            _reach(excess),
         ),
         Tile(
             "still predicted",
@@ -156,7 +154,7 @@ def _curves(steps: pd.DataFrame, names: dict[str, str], title: str, caption: str
 
 def _excess(result: DriftResult) -> Section:
     f = result.found
-    part = f.excess[f.excess["layer"] == ALL]
+    part = f.excess[f.excess["layer"] == ALL].sort_values(["kind", "distance"])
     heads = f.maps.assign(layer="layer " + f.maps["layer"].astype(str), head=f.maps["head"].astype(str))
     return Section(
         heading="Is it decoding, or is it distance?",
@@ -167,7 +165,7 @@ def _excess(result: DriftResult) -> Section:
         "prompt queries would be.",
         figures=[
             lines(
-                part.assign(kind=part["kind"].map({"raw": "raw", "centred": "centred"})),
+                part,
                 "distance",
                 "excess",
                 "kind",
@@ -205,7 +203,9 @@ def _subspace(result: DriftResult) -> Section:
     }
     part = result.found.subspace
     part = part[part["measure"].isin(names)]
-    wide = part.pivot(index="layer", columns="measure", values="value")[list(names)].rename(columns=names).reset_index()
+    part = part.assign(queries=part["measure"].map(names), layer="layer " + part["layer"].astype(str))
+    wide = part.pivot(index="queries", columns="layer", values="value").loc[list(names.values())].reset_index()
+    kinds: dict[str, Kind] = {c: "percent" for c in wide.columns if c != "queries"}
     return Section(
         heading="Do decode queries leave the window's directions?",
         text=f"The directions that hold {result.options.energy:.0%} of the window's energy (at most half as many as "
@@ -213,7 +213,7 @@ def _subspace(result: DriftResult) -> Section:
         "window has queries), and how much of the energy of decode queries lies within them, centred and before RoPE. "
         "The "
         "halves of a window find fewer directions than the whole, so that this null is a low one.",
-        tables=[Table(wide, "Captured energy", dict.fromkeys(names.values(), "percent"))],
+        tables=[Table(wide, "Captured energy", kinds)],
     )
 
 
@@ -396,6 +396,17 @@ def _proof(result: DriftResult) -> Section:
         heading="Why to believe it",
         text="The invariants of the ledger, checked on the files of the run.",
         tables=[Table(pd.DataFrame(rows), "Checks")],
+    )
+
+
+def _reach(excess: pd.DataFrame) -> str:
+    """In which distances the tile's excess is, and what it is at the farthest."""
+    if len(excess) < 2:
+        return "0 means that decoding is only far away"
+    farthest = excess.iloc[-1]
+    return (
+        f"fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
+        f"{_interval(farthest, 'excess')}. 0 means that decoding is only far away"
     )
 
 
