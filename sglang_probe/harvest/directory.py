@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from sglang_probe.capture import journal
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.harvest.kept import kept_key
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run
+from sglang_probe.study.eviction.kept import KeptFile
 from sglang_probe.workload.request import Request
 
 CONFIGURATION = (
@@ -105,8 +107,11 @@ def served(path: Path) -> set[str]:
     return set(Run(path).engine_requests()["rid"])
 
 
-def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
+def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = None) -> dict[str, int]:
     """Join the workload with what the engine recorded, as `requests.parquet`.
+
+    Args:
+        kept: the sets that requests of the workload name.
 
     Returns the number of requests by finish reason.
     """
@@ -140,6 +145,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 "sampling_params": json.dumps(_told(request.sampling_params)),
                 "labels": [asdict(label) for label in request.labels] or None,
                 **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
+                **_evicted(request, kept),
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))
@@ -156,6 +162,13 @@ def _told(sampling_params: dict[str, Any]) -> dict[str, Any]:
     told = {k: v for k, v in sampling_params.items() if k != "custom_params"}
     positions = ((sampling_params.get("custom_params") or {}).get("probe") or {}).get("positions")
     return told if positions is None else {**told, "custom_params": {"probe": {"positions": positions}}}
+
+
+def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:
+    key = kept_key(request)
+    if key is None or kept is None:
+        return {}
+    return {"evict": key, "cache_len": kept.shapes[key][-1], "kept": kept.counts[key][0].reshape(-1).tolist()}
 
 
 def _set_aside(path: Path) -> Path:

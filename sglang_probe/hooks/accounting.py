@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.hooks import eviction
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.lineage import refuse_other_trees
@@ -71,13 +72,13 @@ def _aborted(req: Any) -> None:
     recorder = probe.active().recorder
     assert recorder is not None
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
-    recorder.end(end)
+    recorder.abort(end)
 
 
 @probe.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
     session = probe.active()
-    session.current = session.forced = session.positions = None
+    session.current = session.forced = session.positions = session.evicting = None
     if not batch.reqs:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
@@ -91,11 +92,14 @@ def _launch(scheduler: Any, batch: Any) -> None:
         session.forced = forced_tokens(batch.reqs, plan)
     if session.config.positions:
         session.positions = moved_positions(batch.reqs, plan)
+    if session.evictions is not None:
+        session.evicting = eviction.rows_of(session.evictions, batch.reqs, plan)
 
 
 @probe.guarded
 def _launched() -> None:
-    probe.active().current = None
+    session = probe.active()
+    session.current = session.evicting = None
 
 
 @probe.guarded

@@ -82,7 +82,7 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         from sglang_probe.hooks import forced
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
-    if config.bypass or config.positions:
+    if config.bypass or config.positions or config.evictions:
         from sglang_probe.hooks import policy
 
         hooks += [

@@ -37,6 +37,7 @@ class Target(Config):
         "forced decoding",
         "bypass",
         "positions",
+        "eviction",
         "control",
         "live",
         "platform",

@@ -2,7 +2,8 @@
 
 SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
 `mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`. One that moves its RoPE positions reads the cache up to there and writes nothing (`hooks/positions.py`).
+or `off`. One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own (`hooks/positions.py`) reads the cache
+up to where these begin to matter, and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.hooks import eviction
 from sglang_probe.policy.positions import override_of
 from sglang_probe.policy.switches import Switches
 
@@ -48,21 +50,25 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
 
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing."""
+    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing, one with a kept set no more
+    than what it is about."""
     if cache_use(req) in ("write_only", "off"):
         kwargs["max_prefix_len"] = 0
-    elif (start := moves_from(req)) is not None:
-        longest = kwargs.get("max_prefix_len")
-        kwargs["max_prefix_len"] = start if longest is None else min(longest, start)
+    ends = [end for end in (eviction.cache_end(req), moves_from(req), kwargs.get("max_prefix_len")) if end is not None]
+    if ends:
+        kwargs["max_prefix_len"] = min(ends)
     return original(req, *args, **kwargs)
 
 
 def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing.
+    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing, whether it
+    asked for that or for a kept set; and one whose kept set cannot be had is refused.
 
     One that moves its RoPE positions never does: its keys are not those of its tokens at their places.
     """
-    if cache_use(req) in ("read_only", "off") or moves_from(req) is not None:
+    eviction.refuse_misfits(req)
+    private = eviction.requested(req) is not None or moves_from(req) is not None
+    if private or cache_use(req) in ("read_only", "off"):
         req.skip_radix_cache_insert = True
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from sglang_probe.capture.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.ledger.check import Check
@@ -105,7 +106,7 @@ def study_factorial(
     """Measure every cell.
 
     Args:
-        runs: `decoded` and `cells`, of `sglang_probe.harvest.factorial`.
+        runs: `decoded` and `cells`, as `sglang-probe factorial` harvests them.
         model: folder of the model, for the output projection; None: output error by head.
 
     Raises:
@@ -162,7 +163,7 @@ def _pseudo(treated: Run, where: Mapping[str, list[int]], layer: int) -> dict[st
     flat = [row for rows in where.values() for row in rows]
     read = [treated.rows(f"blocks.{layer}.{s}", flat, split_heads=True) for s in (QUERY, ROTATED_QUERY, ROTATED_KEY)]
     sizes = [len(rows) for rows in where.values()]
-    parts = zip(where, *(x.split(sizes) for x in read), strict=True)
+    parts = zip(where, *(torch.split(x, sizes) for x in read), strict=True)
     return {rid: Pseudo(q_pre, q_post, k) for rid, q_pre, q_post, k in parts}
 
 
@@ -179,7 +180,7 @@ def _measure(
     point = f"blocks.{layer}.{QUERY}"
     reference = Reference(
         found,
-        decoded.activations(rid, point)[length:].unflatten(1, decoded.heads(point)).float(),
+        decoded.activations(rid, point)[length:].view(-1, *decoded.heads(point)).float(),
         prompt_mean(found.pre_rope_queries(), sinks=o.sinks),
         outcomes.trivial_of(length, sinks=o.sinks, window=o.window),
     )
