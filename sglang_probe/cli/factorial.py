@@ -27,13 +27,13 @@ def command(
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
     from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.factorial import FactorialConfig, run_factorial, runs_in
+    from sglang_probe.harvest.factorial import FactorialConfig, options_of, run_factorial, runs_in
     from sglang_probe.harvest.model import resolve_model
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.factorial import factorial_page
     from sglang_probe.report.page import write
-    from sglang_probe.study.query_drift.factorial_study import FactorialOptions, study_factorial
+    from sglang_probe.study.query_drift.factorial_study import study_factorial
 
     console = Console()
     terminal = Terminal(console)
@@ -50,9 +50,8 @@ def command(
         runs = run_factorial(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
         for run in runs.values():
             write_card(run)
-    options = FactorialOptions(config.pseudo_tokens, config.window, config.sinks, tuple(config.budgets))
     with terminal.stage("studying"):
-        result = study_factorial(runs, options, name, model=model)
+        result = study_factorial(runs, options_of(config), name, model=model)
         result.rows.to_parquet(folder / "cells.parquet", index=False, compression="zstd")
         text = json.dumps(result.to_json(), indent=1) + "\n"
         (folder / "summary.json").write_text(text, encoding="utf-8")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sglang_probe.capture.hook_points import EMBED, QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
-from sglang_probe.errors import WorkloadError
+from sglang_probe.capture.hook_points import EMBED, QUERY, RESID_POST, ROTATED_KEY, ROTATED_QUERY, VALUE
+from sglang_probe.errors import ConfigError, WorkloadError
 from sglang_probe.harvest.config import Recording
+from sglang_probe.harvest.evicted import EvictedRequest, run_evicted
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
@@ -23,12 +24,16 @@ from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest, manifest_of
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
+from sglang_probe.study.eviction.kept import KeptFile, write_kept
 from sglang_probe.study.query_drift import cells
+from sglang_probe.study.query_drift.evicted import BASELINE, FULL, evicted_rid
+from sglang_probe.study.query_drift.factorial_study import FactorialOptions
+from sglang_probe.study.query_drift.kept_sets import kept_sets
 from sglang_probe.workload.build import Workload, WorkloadConfig
 from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.request import Request, SegmentSpan
 
-DECODED, RESAMPLED, CELLS = "decoded", "resampled", "cells"
+DECODED, RESAMPLED, CELLS, EVICTED = "decoded", "resampled", "cells", "evicted"
 PSEUDO = "pseudo"
 """Segment of the pseudo tokens."""
 
@@ -55,8 +60,17 @@ class FactorialConfig(Recording):
     """Last prompt positions that every kept set holds and that no measure counts."""
     sinks: int = Field(default=4, ge=0)
     """First prompt positions, likewise."""
-    budgets: list[float] = Field(default_factory=lambda: [0.125, 0.25])
-    """Kept shares of the prompt."""
+    budgets: list[float] = Field(default_factory=lambda: [0.125, 0.25], min_length=1)
+    """Kept shares of the prompt. The first is that of the evictions."""
+    evict_positions: list[Literal["true", "+8", "+32", "zero"]] = Field(default_factory=list)
+    """Decode once more after evicting by the cells of these positions; empty: no eviction. Needs all `layers`."""
+    evict_steps: int = Field(default=32, ge=2)
+    """Tokens of the real decoding that are forced there."""
+
+    @field_validator("evict_positions", mode="before")
+    @classmethod
+    def _yaml_reads_true_as_a_boolean(cls, values: Any) -> Any:
+        return ["true" if v is True else v for v in values] if isinstance(values, list) else values
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +91,13 @@ class FactorialConfig(Recording):
 
 def runs_in(folder: Path) -> dict[str, Run]:
     """The runs of a study that was harvested."""
-    return {name: load_run(folder / name) for name in (DECODED, RESAMPLED, CELLS)}
+    names = (DECODED, RESAMPLED, CELLS, EVICTED)
+    return {name: load_run(folder / name) for name in names if name != EVICTED or (folder / name).exists()}
+
+
+def options_of(config: FactorialConfig) -> FactorialOptions:
+    """What the study must know of the harvest."""
+    return FactorialOptions(config.pseudo_tokens, config.window, config.sinks, tuple(config.budgets))
 
 
 def run_factorial(
@@ -89,10 +109,11 @@ def run_factorial(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Run]:
-    """Harvest all runs in one engine. With `resume`, complete runs are kept.
+    """Harvest all runs in one engine, and evictions in another. With `resume`, complete runs are kept.
 
     Raises:
         WorkloadError: a prompt is shorter than what is kept of it in any case.
+        ConfigError: an eviction was asked and not all layers are captured.
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked.
         ProbeError: a recording failed.
     """
@@ -100,6 +121,11 @@ def run_factorial(
     prompts = [r for r in prepared.workload.requests if len(r.prompt_ids) > shortest]
     if len(prompts) < 2:
         raise WorkloadError(f"{len(prompts)} prompts have more than {shortest} tokens", fix="longer prompts")
+    if config.evict_positions and sorted(config.layers) != list(range(prepared.model.layers)):
+        raise ConfigError(
+            f"an eviction keeps positions in all {prepared.model.layers} layers; `layers` names {config.layers}",
+            fix="capture all layers, or leave `evict_positions` out",
+        )
     runs: dict[str, Run] = {}
     with EngineHost() as host:
         for name in (DECODED, RESAMPLED, CELLS):
@@ -121,7 +147,43 @@ def run_factorial(
                     hooks=Hooks(positions=True),
                 )
             runs[name] = run
+    if config.evict_positions and not (resume and (folder / EVICTED).exists()):
+        runs[EVICTED] = _evict(prepared, config, folder, runs, overwrite=overwrite, reporter=reporter)
+    elif config.evict_positions:
+        runs[EVICTED] = load_run(folder / EVICTED)
     return runs
+
+
+def _evict(
+    prepared: Prepared,
+    config: FactorialConfig,
+    folder: Path,
+    runs: dict[str, Run],
+    *,
+    overwrite: bool,
+    reporter: Reporter | None,
+) -> Run:
+    """Decode the true continuation from the cache that each cell would keep, and capture what predicts it."""
+    path = folder / "kept.safetensors"
+    write_kept(path, kept_sets(runs, options_of(config), config.evict_positions))
+    kept = KeptFile(path)
+    ours = copy.copy(prepared)
+    last = f"blocks.{prepared.model.layers - 1}.{RESID_POST}"
+    ours.config = config.model_copy(update={"hook_points": [EMBED, last]})
+    requests = runs[DECODED].requests()
+    decoded = {
+        r.rid: (r.prompt_ids.tolist(), r.output_ids[: config.evict_steps].tolist()) for r in requests.itertuples()
+    }
+    one = {"max_new_tokens": 1, "ignore_eos": True}
+    asked = [EvictedRequest(rid, prompt, sampling=one) for rid, (prompt, _) in decoded.items()]
+    asked += [
+        EvictedRequest(evicted_rid(rid, BASELINE, FULL), prompt, force=output, publishes=False)
+        for rid, (prompt, output) in decoded.items()
+    ]
+    for key in kept:
+        prompt, output = decoded[key.split(".")[0]]
+        asked.append(EvictedRequest(key, prompt, key=key, force=output))
+    return run_evicted(ours, folder / EVICTED, asked, kept=kept, overwrite=overwrite, reporter=reporter)
 
 
 def _requests(

@@ -2,8 +2,8 @@
 
 SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
 `mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`. One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own (`hooks/positions.py`) reads the cache
-up to where these begin to matter, and writes nothing.
+or `off`. One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own (`hooks/positions.py`) reads the
+cache up to where these begin to matter, and writes nothing.
 """
 
 from __future__ import annotations

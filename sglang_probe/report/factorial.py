@@ -8,6 +8,7 @@ from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Kind, Table, format_number
 from sglang_probe.study.query_drift import cells
+from sglang_probe.study.query_drift.evicted import OUTCOMES
 from sglang_probe.study.query_drift.factorial_study import (
     BASELINES,
     DIFFERENT_CONTENTS,
@@ -27,6 +28,8 @@ _TITLES = {
     "overlap": "overlap of kept sets",
     "mass": "non-trivial mass",
     "output_error": "output error",
+    "agreement": "same token after eviction",
+    "nll": "excess nats per token after eviction",
 }
 _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 """Same content, different content and different position of the effects that are shown first."""
@@ -108,10 +111,11 @@ def _effects(result: FactorialResult) -> Section:
         low="value_low",
         high="value_high",
         title="Main effects, from a second sample to filler and from the true positions to 0, 1, ...",
-        caption="95 % intervals over prompts. Of the output error a negative effect is the good one.",
+        caption="95 % intervals over prompts. Of output error and excess nats a negative effect is the good one.",
         kind="decimal",
     )
-    columns = ["post", "pre_centred", *(x for x in order if x.endswith(f"@{result.options.budgets[0]:g}"))]
+    first_budget = f"@{result.options.budgets[0]:g}"
+    columns = ["post", "pre_centred", *(x for x in order if x.endswith(first_budget) or x in OUTCOMES)]
     others = [
         {
             "content": f"{same} or {different}",
@@ -155,7 +159,8 @@ def _importance(result: FactorialResult) -> Section:
         "over the "
         "query heads of a group, with the pseudo tokens in the softmax, as DapQ has it. Truth is what the real "
         "decoding reads. "
-        "Sinks and the last positions are kept in every set and counted in none.",
+        "Sinks and the last positions are kept in every set and counted in none. After an eviction, the real continuation is "
+        "forced through the engine behind the kept set; its first token comes from the full cache and does not count.",
         figures=figures,
     )
 
@@ -202,7 +207,8 @@ def _proof(result: FactorialResult) -> Section:
 
 def _ordered(result: FactorialResult) -> list[str]:
     budgets = [f"{b:g}" for b in result.options.budgets]
-    return ["spearman", *(f"{k}@{b}" for k in ("overlap", "mass", "output_error") for b in budgets)]
+    names = ["spearman", *(f"{k}@{b}" for k in ("overlap", "mass", "output_error") for b in budgets), *OUTCOMES]
+    return [x for x in names if x in set(result.cells["outcome"])]
 
 
 def _title(outcome: str) -> str:
@@ -224,7 +230,11 @@ def _baselines(at: pd.DataFrame, outcome: str) -> str:
 def _pairs(effects: pd.DataFrame, outcomes: list[str]) -> dict[str, str]:
     """Both main effects of each outcome, as text."""
     value = effects.set_index(["outcome", "effect"])["value"]
-    return {_title(x): " / ".join(_signed(value[x, effect]) for effect in ("content", "position")) for x in outcomes}
+    return {
+        _title(x): " / ".join(_signed(value[x, effect]) for effect in ("content", "position"))
+        for x in outcomes
+        if (x, "content") in value
+    }
 
 
 def _signed(x: float) -> str:

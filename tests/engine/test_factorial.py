@@ -23,7 +23,9 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     fields = {
         "workload": {"source": "documents", "count": PROMPTS, "chars": 500},
         "dtype": "float32",
-        "layers": [0, 3],
+        "layers": [0, 1, 2, 3],
+        "evict_positions": [True, "zero"],
+        "evict_steps": 8,
         "pseudo_tokens": N,
         "decode_steps": 12,
         "concurrency": 3,
@@ -32,7 +34,7 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     folder = tmp_path / "study"
     done = cli("factorial", config, "--output", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("decoded", "resampled", "cells"):
+    for name in ("decoded", "resampled", "cells", "evicted"):
         assert [str(c) for c in verify(load_run(folder / name)) if not c.holds] == []
     treated = load_run(folder / "cells")
     spans = treated.last_attempt()
@@ -54,6 +56,13 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     oracle = mean.loc["baseline", "oracle"]
     assert oracle.loc[:, "overlap@0.25"].min() == 1
     assert (oracle.loc[:, "mass@0.25"] >= mean.loc["filler", "true"].loc[:, "mass@0.25"]).all()
+
+    # After an eviction: the full cache predicts what was decoded with it, and the set that decoding reads beats chance.
+    after = rows[rows["outcome"].isin(["agreement", "nll"])].groupby(["outcome", "content", "position"])["value"].mean()
+    assert after["agreement", "baseline", "full"] == 1
+    assert after["nll", "baseline", "full"] == 0
+    assert after["nll", "baseline", "oracle"] < after["nll", "baseline", "random"]
+    assert after["agreement"].index.get_level_values("position").nunique() == 2 + 4
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ok"]

@@ -21,6 +21,7 @@ from sglang_probe.ledger.verify import verify
 from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.query_drift import cells, outcomes
 from sglang_probe.study.query_drift.cosine import prompt_mean
+from sglang_probe.study.query_drift.evicted import NO_LAYER, predictions
 from sglang_probe.study.query_drift.factorial import factorial_effects
 from sglang_probe.study.query_drift.outcomes import Pseudo, Reference
 from sglang_probe.study.query_drift.summary import ALL, means
@@ -106,7 +107,7 @@ def study_factorial(
     """Measure every cell.
 
     Args:
-        runs: `decoded` and `cells`, as `sglang-probe factorial` harvests them.
+        runs: `decoded` and `cells`, as `sglang-probe factorial` harvests them, and `evicted` where it was run.
         model: folder of the model, for the output projection; None: output error by head.
 
     Raises:
@@ -116,9 +117,9 @@ def study_factorial(
     checks = {kind: verify(run) for kind, run in runs.items()}
     requests = decoded.requests()
     rows: list[dict[str, Any]] = []
-    where = _pseudo_rows(treated, requests)
+    where = pseudo_rows(treated, requests)
     for layer in captured_layers(decoded):
-        pseudo = _pseudo(treated, where, layer)
+        pseudo = pseudo_of(treated, where, layer)
         for r in requests.itertuples():
             tell(f"measuring layer {layer} of {r.rid}")
             ours = {cell: pseudo[cell.rid(r.rid)] for cell in cells.all_cells()}
@@ -128,9 +129,14 @@ def study_factorial(
         id_vars=["rid", "layer", "content", "position"], var_name="outcome", value_name="value"
     )
     frame = frame[frame["value"].notna()].reset_index(drop=True)
+    if "evicted" in runs:
+        after = predictions(runs["evicted"], decoded, Path(model or decoded.manifest["model_path"]))
+        frame = pd.concat([frame, after], ignore_index=True)
     clusters = dict(zip(requests["rid"], requests["family"].fillna(requests["rid"]), strict=True))
     long = frame.assign(layer=frame["layer"].astype(str), cluster=frame["rid"].map(clusters))
-    long = pd.concat([long, long.assign(layer=ALL)], ignore_index=True)
+    # What the model predicts has no layer.
+    inner = long[long["layer"] != str(NO_LAYER)]
+    long = pd.concat([inner, long.assign(layer=ALL)], ignore_index=True)
     effects = _effects(long)
     found = means(long, ["layer", "content", "position", "outcome"], "value")
     spans = treated.last_attempt()
@@ -151,7 +157,7 @@ def study_factorial(
     )
 
 
-def _pseudo_rows(treated: Run, requests: pd.DataFrame) -> dict[str, list[int]]:
+def pseudo_rows(treated: Run, requests: pd.DataFrame) -> dict[str, list[int]]:
     """Rows of the pseudo tokens of every cell, in order. They were computed by their own request, without exception."""
     lengths = {cell.rid(r.rid): r.prompt_len for r in requests.itertuples() for cell in cells.all_cells()}
     tokens = treated.tokens()
@@ -159,12 +165,30 @@ def _pseudo_rows(treated: Run, requests: pd.DataFrame) -> dict[str, list[int]]:
     return {rid: mine.tolist() for rid, mine in tokens.groupby("rid")["row"]}
 
 
-def _pseudo(treated: Run, where: Mapping[str, list[int]], layer: int) -> dict[str, Pseudo]:
+def pseudo_of(treated: Run, where: Mapping[str, list[int]], layer: int) -> dict[str, Pseudo]:
+    """Queries and keys of all pseudo tokens in one layer, by the id of the request that ran them."""
     flat = [row for rows in where.values() for row in rows]
     read = [treated.rows(f"blocks.{layer}.{s}", flat, split_heads=True) for s in (QUERY, ROTATED_QUERY, ROTATED_KEY)]
     sizes = [len(rows) for rows in where.values()]
     parts = zip(where, *(torch.split(x, sizes) for x in read), strict=True)
     return {rid: Pseudo(q_pre, q_post, k) for rid, q_pre, q_post, k in parts}
+
+
+def reference_of(decoded: Run, rid: str, layer: int, o: FactorialOptions, model: str | Path | None) -> Reference:
+    """The real decoding of one request in one layer."""
+    found = layer_from_run(decoded, rid, layer, model=model)
+    point = f"blocks.{layer}.{QUERY}"
+    return Reference(
+        found,
+        decoded.activations(rid, point)[found.length :].view(-1, *decoded.heads(point)).float(),
+        prompt_mean(found.pre_rope_queries(), sinks=o.sinks),
+        outcomes.trivial_of(found.length, sinks=o.sinks, window=o.window),
+    )
+
+
+def budget_of(length: int, share: float, o: FactorialOptions) -> int:
+    """Positions to keep of a prompt of `length`, with at least four that are chosen."""
+    return max(round(share * length), o.sinks + o.window + 4)
 
 
 def _measure(
@@ -175,16 +199,8 @@ def _measure(
     o: FactorialOptions,
     model: str | Path | None,
 ) -> list[dict[str, Any]]:
-    found = layer_from_run(decoded, rid, layer, model=model)
-    length = found.length
-    point = f"blocks.{layer}.{QUERY}"
-    reference = Reference(
-        found,
-        decoded.activations(rid, point)[length:].view(-1, *decoded.heads(point)).float(),
-        prompt_mean(found.pre_rope_queries(), sinks=o.sinks),
-        outcomes.trivial_of(length, sinks=o.sinks, window=o.window),
-    )
-    budgets = {f"{share:g}": max(round(share * length), o.sinks + o.window + 4) for share in o.budgets}
+    reference = reference_of(decoded, rid, layer, o, model)
+    budgets = {f"{share:g}": budget_of(reference.layer.length, share, o) for share in o.budgets}
 
     def worth(scores_GL: Any) -> dict[str, float]:
         values = outcomes.agreement(reference, scores_GL)
@@ -196,7 +212,7 @@ def _measure(
     for cell, said in pseudo.items():
         values = outcomes.cosines(reference, said) | worth(outcomes.pseudo_scores(reference, said))
         rows.append({"content": cell.content, "position": cell.position, **values})
-    window = worth(outcomes.window_scores(reference, min(o.pseudo_tokens, length)))
+    window = worth(outcomes.window_scores(reference, o.pseudo_tokens))
     oracle = worth(outcomes.true_scores(reference))
     chance = {f"output_error@{s}": outcomes.random_output_error(reference, b) for s, b in budgets.items()}
     chance |= {f"{k}@{s}": window[f"{k}_{outcomes.CHANCE}@{s}"] for s in budgets for k in ("overlap", "mass")}
