@@ -22,7 +22,7 @@ from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest, manifest_of
-from sglang_probe.ledger.run import Run, load_run
+from sglang_probe.ledger.run import MANIFEST, Run, load_run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.eviction.kept import KeptFile, write_kept
 from sglang_probe.study.query_drift import cells
@@ -147,10 +147,11 @@ def run_factorial(
                     hooks=Hooks(positions=True),
                 )
             runs[name] = run
-    if config.evict_positions and not (resume and (folder / EVICTED).exists()):
-        runs[EVICTED] = _evict(prepared, config, folder, runs, overwrite=overwrite, reporter=reporter)
-    elif config.evict_positions:
-        runs[EVICTED] = load_run(folder / EVICTED)
+    if config.evict_positions:
+        there = load_run(folder / EVICTED) if resume and (folder / EVICTED / MANIFEST).exists() else None
+        if there is None or not there.complete:
+            there = _evict(prepared, config, folder, runs, overwrite=overwrite or resume, reporter=reporter)
+        runs[EVICTED] = there
     return runs
 
 

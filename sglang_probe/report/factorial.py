@@ -159,7 +159,8 @@ def _importance(result: FactorialResult) -> Section:
         "over the "
         "query heads of a group, with the pseudo tokens in the softmax, as DapQ has it. Truth is what the real "
         "decoding reads. "
-        "Sinks and the last positions are kept in every set and counted in none. After an eviction, the real continuation is "
+        "Sinks and the last positions are kept in every set and counted in none. After an eviction, the real "
+        "continuation is "
         "forced through the engine behind the kept set; its first token comes from the full cache and does not count.",
         figures=figures,
     )
