@@ -53,7 +53,7 @@ def command(
     with terminal.stage("studying"):
         result = study_factorial(runs, options_of(config), name, model=model)
         result.rows.to_parquet(folder / "cells.parquet", index=False, compression="zstd")
-        text = json.dumps(result.to_json(), indent=1) + "\n"
+        text = json.dumps(result.to_json()) + "\n"
         (folder / "summary.json").write_text(text, encoding="utf-8")
         write(factorial_page(result), folder / "report.html")
     columns = ["source", "outcome", "SC&SP", "DC&SP", "SC&DP", "DC&DP", "content", "position", "interaction"]

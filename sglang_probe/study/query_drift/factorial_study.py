@@ -82,8 +82,12 @@ class FactorialResult:
         return all(c.holds for checks in self.checks.values() for c in checks)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without the rows."""
-        frames = {k: json.loads(getattr(self, k).to_json(orient="records")) for k in ("cells", "effects", "table")}
+        """Plain data, without the rows; of single layers the effects of the first design alone."""
+        e = self.effects
+        first = (e["same"] == SAME_CONTENTS[0]) & (e["different"] == DIFFERENT_CONTENTS[0])
+        first &= e["position"] == DIFFERENT_POSITIONS[0]
+        shown = {"cells": self.cells, "effects": e[first | (e["layer"] == ALL)], "table": self.table}
+        frames = {k: json.loads(f.to_json(orient="records", double_precision=5)) for k, f in shown.items()}
         return {
             "name": self.name,
             "ok": self.ok,
