@@ -144,9 +144,7 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
                 "family": request.family,
                 "prompt_ids": prompt,
                 "segments": segments,
-                "sampling_params": json.dumps(
-                    {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
-                ),
+                "sampling_params": json.dumps(_told(request.sampling_params)),
                 "labels": [asdict(label) for label in request.labels] or None,
                 **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
                 **_evicted(request, kept),
@@ -159,6 +157,13 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
     for r in records:
         counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
     return counts
+
+
+def _told(sampling_params: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters as recorded. Of `custom_params` only what changes the rows that a token gives."""
+    told = {k: v for k, v in sampling_params.items() if k != "custom_params"}
+    positions = ((sampling_params.get("custom_params") or {}).get("probe") or {}).get("positions")
+    return told if positions is None else {**told, "custom_params": {"probe": {"positions": positions}}}
 
 
 def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:

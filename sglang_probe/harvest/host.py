@@ -62,5 +62,6 @@ def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig
         probe.telemetry,
         probe.forced_outputs,
         probe.bypass,
+        probe.positions,
         probe.evictions,
     )

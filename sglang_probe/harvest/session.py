@@ -24,6 +24,7 @@ from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.policy.partners import group
+from sglang_probe.policy.positions import override_of
 from sglang_probe.study.eviction.kept import KeptFile
 from sglang_probe.workload.request import Request
 
@@ -37,6 +38,7 @@ class Hooks:
 
     forced_outputs: bool = False
     bypass: bool = False
+    positions: bool = False
     evictions: bool = False
 
 
@@ -95,6 +97,7 @@ def harvest(
         telemetry=prepared.config.telemetry,
         forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)),
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)),
+        positions=hooks.positions or any(map(moves, requests)),
         evictions=hooks.evictions or kept is not None,
         kept=None if kept is None else path.resolve() / KEPT_FILE,
         switches=arm.switches(prepared.config.server),
@@ -156,6 +159,11 @@ def forces(request: Request) -> bool:
 
 def _own(request: Request) -> dict[str, Any]:
     return (request.sampling_params.get("custom_params") or {}).get("probe") or {}
+
+
+def moves(request: Request) -> bool:
+    """Whether a request says itself by which positions it is rotated."""
+    return override_of(request.sampling_params.get("custom_params")) is not None
 
 
 def manifest_of(

@@ -13,6 +13,7 @@ from sglang_probe.hooks import eviction
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.lineage import refuse_other_trees
+from sglang_probe.hooks.positions import moved_positions
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -80,7 +81,7 @@ def _aborted(req: Any) -> None:
 @probe.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
     session = probe.active()
-    session.current = session.forced = session.evicting = None
+    session.current = session.forced = session.positions = session.evicting = None
     if not batch.reqs:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
@@ -94,6 +95,8 @@ def _launch(scheduler: Any, batch: Any) -> None:
         session.telemetry.launch(batch.reqs, plan)
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
+    if session.config.positions:
+        session.positions = moved_positions(batch.reqs, plan)
     if session.evictions is not None:
         session.evicting = eviction.rows_of(session.evictions, batch.reqs, plan)
 

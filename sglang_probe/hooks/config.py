@@ -41,6 +41,9 @@ class EngineProbeConfig(Config):
     """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
     bypass: bool = False
     """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    positions: bool = False
+    """Honour `sampling_params.custom_params.probe.positions`: RoPE positions apart from sequence positions. Requests
+    that ask for them read the radix cache up to there and never write it."""
     evictions: bool = False
     """Honour `sampling_params.custom_params.probe.evict`: requests that attend to a kept set. Implies `bypass`."""
     kept: Path | None = None
@@ -82,8 +85,10 @@ class EngineProbeConfig(Config):
             features.append("telemetry")
         if self.forced_outputs:
             features.append("forced decoding")
-        if self.bypass or self.evictions:
+        if self.bypass or self.positions or self.evictions:
             features.append("bypass")
+        if self.positions:
+            features.append("positions")
         if self.evictions:
             features.append("eviction")
         if self.live is not None:

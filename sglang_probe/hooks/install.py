@@ -18,6 +18,7 @@ from sglang_probe.hooks.config import EngineProbeConfig
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _HTTP = "sglang.srt.entrypoints.http_server"
 _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
+_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
@@ -86,12 +87,19 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         from sglang_probe.hooks import forced
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
-    if config.bypass or config.evictions:
+    if config.bypass or config.positions or config.evictions:
         from sglang_probe.hooks import policy
 
         hooks += [
             (f"{_CACHE}.match_kv_cache", policy.match_kv_cache, "AROUND"),
             (f"{_SCHEDULER}.Scheduler._create_generation_req", policy.create_generation_req, "AFTER"),
+        ]
+    if config.positions:
+        from sglang_probe.hooks import positions
+
+        hooks += [
+            (f"{_BATCH}.init_new", positions.init_new, "AFTER"),
+            (f"{_SCHEDULER}.Scheduler._create_generation_req", positions.create_generation_req, "AFTER"),
         ]
     if config.live is not None:
         from sglang_probe.hooks import live

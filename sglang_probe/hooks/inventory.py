@@ -38,6 +38,7 @@ class Target(Config):
         "telemetry",
         "forced decoding",
         "bypass",
+        "positions",
         "eviction",
         "control",
         "live",

@@ -2,7 +2,8 @@
 
 SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
 `mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`; one with a kept set (`hooks/eviction.py`) reads the cache up to the end of its set and writes nothing.
+or `off`. One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own (`hooks/positions.py`) reads the
+cache up to where these begin to matter, and writes nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.hooks import eviction
+from sglang_probe.policy.positions import override_of
 from sglang_probe.policy.switches import Switches
 
 
@@ -52,17 +54,21 @@ def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs:
     than what it is about."""
     if cache_use(req) in ("write_only", "off"):
         kwargs["max_prefix_len"] = 0
-    elif (end := eviction.cache_end(req)) is not None:
-        given = kwargs.get("max_prefix_len")
-        kwargs["max_prefix_len"] = end if given is None else min(end, given)
+    ends = [end for end in (eviction.cache_end(req), moves_from(req), kwargs.get("max_prefix_len")) if end is not None]
+    if ends:
+        kwargs["max_prefix_len"] = min(ends)
     return original(req, *args, **kwargs)
 
 
 def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing, whether it
-    asked for that or for a kept set; and one whose kept set cannot be had is refused."""
+    asked for that or for a kept set; and one whose kept set cannot be had is refused.
+
+    One that moves its RoPE positions never does: its keys are not those of its tokens at their places.
+    """
     eviction.refuse_misfits(req)
-    if cache_use(req) in ("read_only", "off") or eviction.requested(req) is not None:
+    private = eviction.requested(req) is not None or moves_from(req) is not None
+    if private or cache_use(req) in ("read_only", "off"):
         req.skip_radix_cache_insert = True
 
 
@@ -71,3 +77,12 @@ def cache_use(req: Any) -> str | None:
     params = req.sampling_params.custom_params
     probe = params.get("probe") if isinstance(params, dict) else None
     return probe.get("cache") if isinstance(probe, dict) else None
+
+
+def moves_from(req: Any) -> int | None:
+    """The first position whose rotation a request prescribes; 0 where that cannot be read, which is refused later."""
+    try:
+        override = override_of(req.sampling_params.custom_params)
+    except ConfigError:
+        return 0
+    return None if override is None else override.start

@@ -70,6 +70,8 @@ class Session:
         """The request whose entries the radix tree is about to take."""
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
+        self.positions: tuple[list[int], list[int]] | None = None
+        """Token rows of the forward being launched, and the positions by which they are rotated."""
         self.evictions: eviction.Evictions | None = None
         """The kept sets of this recording."""
         self.evicting: list[eviction.EvictedRow] | None = None
@@ -131,9 +133,9 @@ class Session:
             self.writer.stop()
         # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
         self.config = config.model_copy(
-            update={name: getattr(self.config, name) for name in ("forced_outputs", "bypass", "evictions")}
+            update={name: getattr(self.config, name) for name in ("forced_outputs", "bypass", "positions", "evictions")}
         )
-        self.fault, self.current, self.forced, self.evicting, self.publishing = None, None, None, None, None
+        self.fault = self.current = self.forced = self.positions = self.evicting = self.publishing = None
         if config.hook_points:
             self.new_taps()
         if self.telemetry is not None:
@@ -166,7 +168,7 @@ class Session:
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
         self.recorder = self.taps = self.telemetry = self.current = None
-        self.forced = self.evicting = self.publishing = None
+        self.forced = self.positions = self.evicting = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message

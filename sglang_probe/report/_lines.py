@@ -60,8 +60,10 @@ def lines(
     positive = [v for v in ys if v > 0]
     zero_row = log_y and len(positive) < len(ys)
     logarithmic = log_y and bool(positive)
+    y_ticks: list[float]
     if logarithmic:
         bottom, top = decades(min(positive), max(positive))
+        y_ticks = log_ticks(bottom, top, 6)
     else:
         bottom, top = min([0.0, *ys]), max([0.0, *ys])
         top = 1.0 if kind == "percent" and top <= 1 else top
@@ -69,7 +71,6 @@ def lines(
         bottom, top = min(bottom, y_ticks[0]), max(top, y_ticks[-1])
 
     def draw(c: Canvas) -> None:
-        y_ticks = log_ticks(bottom, top, 6) if logarithmic else round_ticks(bottom, top, 5)
         y_texts = tick_labels(y_ticks, kind)
         left = max([text_width(t, 11) for t in y_texts] + [10 if zero_row else 0]) + 8
         direct = max(map(text_width, names)) + 22 if series else 0

@@ -20,6 +20,7 @@ from sglang_probe.capture.hook_points import (
 )
 from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
+from sglang_probe.policy.positions import recorded_override
 from sglang_probe.study.drift import row_distance
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -50,12 +51,23 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
             mine = tokens[tokens["rid"] == r.rid]
             ids = [*r.prompt_ids, *r.output_ids]
             with torch.no_grad():
-                model(torch.tensor([ids]))
+                model(torch.tensor([ids]), **_moved(r.sampling_params, len(ids)))
             for name in hook_points:
                 held = mine[run.holds(name, mine["row"].to_numpy())]
                 expected = _heads(run, name, outputs[name])[torch.tensor(held["position"].tolist(), dtype=torch.int64)]
                 errors[name].append(row_distance(run.rows(name, held["row"].to_numpy()), expected)[0])
     return {h: np.concatenate(e) for h, e in errors.items()}
+
+
+def _moved(sampling_params: str, length: int) -> dict[str, torch.Tensor]:
+    """Positions of a request that prescribed them, and a mask: without one `transformers` takes positions that do not
+    ascend for several packed sequences, which do not see each other."""
+    override = recorded_override(sampling_params)
+    if override is None:
+        return {}
+    before, to = override.moved(0, length)
+    positions = torch.tensor([*range(before), *to])
+    return {"position_ids": positions[None], "attention_mask": torch.ones(1, length, dtype=torch.int64)}
 
 
 def check_against_transformers(run: Run, model_path: str, *, requests: int) -> Check:

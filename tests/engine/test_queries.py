@@ -5,6 +5,7 @@ Whether they are the model's is asked of every architecture in test_models.py an
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,14 @@ from sglang_probe.capture.hook_points import ATTENTION
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
+from sglang_probe.report.page import render
+from sglang_probe.report.query_drift import drift_page
 from sglang_probe.study.attention import attention_weights
 from sglang_probe.study.drift import row_distance
 from sglang_probe.study.eviction import parse_method
 from sglang_probe.study.eviction.from_run import layer_from_run
+from sglang_probe.study.query_drift.options import DriftOptions
+from sglang_probe.study.query_drift.study import study_drift
 from sglang_probe.study.reference import check_against_transformers, reference_errors
 from sglang_probe.study.run_telemetry import TelemetryOptions, write_telemetry
 from tests.engine.telemetry_parity import SHARE, telemetry_differences
@@ -178,6 +183,23 @@ def test_telemetry_while_serving_is_that_of_captured_rows(recorded: dict[str, Ru
     print(differences.to_string())
     assert differences["values"].min() > 1000
     assert differences["max"].drop(SHARE).max() < 2e-5
+
+
+def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict[str, Run], tmp_path: Path) -> None:
+    """Queries of a cached window come through lineage; the study says how many, and finds what the full run shows."""
+    options = DriftOptions(window=32, permutations=1)
+    cached, full = (study_drift(recorded[n], options, layers=[3]) for n in ("cache_on", "cache_off"))
+    assert cached.ok
+    assert cached.requests == full.requests == len(recorded["cache_on"].requests())
+    assert float(full.found.coverage["window_coverage"].iloc[0]) == 1
+    steps = [r.tables["steps"].set_index(["rid", "layer", "head", "step"]) for r in (cached, full)]
+    for metric in ("pre", "post", "pre_centred_nearest", "functional", "js"):
+        assert np.allclose(*(s[metric] for s in steps), atol=1e-3), metric
+    page = render(drift_page(cached))
+    assert "Is it decoding, or is it distance?" in page
+    cached.write_tables(tmp_path)
+    assert len(pd.read_parquet(tmp_path / "steps.parquet")) == len(steps[0])
+    json.dumps(cached.to_json(), allow_nan=False)
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:

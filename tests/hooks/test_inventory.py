@@ -75,6 +75,7 @@ def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
         accelerator="unproved",
         forced_outputs=True,
         bypass=True,
+        positions=True,
         live=LiveConfig(privacy="ids"),
     )
     listed = {t.target: t for t in inventory.load_inventory().targets}

@@ -105,6 +105,19 @@ def test_points_are_placed_linearly_on_both_axes() -> None:
         assert (b[1] - a[1]) / (c[1] - a[1]) == pytest.approx(0.25, abs=0.001)
 
 
+@pytest.mark.parametrize("ys", [(-0.04, 0.38, 0.82), (-0.13, 0.25), (-0.021, -0.01), (0.0, 0.3)])
+def test_the_grid_lies_within_the_plot(ys: tuple[float, ...]) -> None:
+    """Ticks are those that the range was widened to; others, found anew for the wider range, would leave it."""
+    frame = pd.DataFrame({"x": range(len(ys)), "y": ys})
+    for svg in _drawings(lines(frame, "x", "y", title="t")):
+        ends = [re.findall(r"[-\d.]+", e.attrib["d"]) for e in _by_class(svg, "grid") + _by_class(svg, "axis")]
+        heights = [float(y1) for _x1, y1, _x2, y2 in ends if y1 == y2]
+        dots = [float(e.attrib["cy"]) for e in _by_class(svg, "dot")]
+        assert min(heights) <= min(dots)
+        assert max(dots) <= max(heights)
+        assert max(heights) - min(heights) < 250
+
+
 def test_log_axes_place_equal_ratios_at_equal_distances() -> None:
     frame = pd.DataFrame({"x": [1, 10, 1000], "y": [1e-7, 1e-6, 1e-4]})
     for svg in _drawings(lines(frame, "x", "y", title="t", log_x=True, log_y=True)):

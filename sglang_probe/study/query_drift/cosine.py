@@ -108,6 +108,18 @@ def rotation_null(rotary: Rotary, distances: Tensor, q_pre_NHD: Tensor | None = 
     return energy @ cos.mT / energy.sum(-1, keepdim=True)
 
 
+def window_rotation_null(q_pre_THD: Tensor, rotary: Rotary, *, decode_at: Tensor, window_at: Tensor) -> Tensor:
+    """What `window_cosine` of rotated queries would be if the window held each decode query itself, `[..., T, H]`.
+
+    `rotation_null` for a window of many positions, with the energies of each query: the cosine of a query at its own
+    position to the mean of copies of it at the window's positions.
+    """
+    copies = q_pre_THD.unsqueeze(-4).expand(*q_pre_THD.shape[:-3], len(window_at), *q_pre_THD.shape[-3:])
+    cos, sin = rotary.tables(window_at)
+    mean = rotary.turn(copies, cos[:, None, None], sin[:, None, None]).mean(-4)
+    return (unit(rotary.rotate(q_pre_THD, decode_at)) * unit(mean)).sum(-1)
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1, in at least float32."""
     return functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

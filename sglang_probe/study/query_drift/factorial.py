@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+Value = Any
+"""A number, or an array or column of numbers."""
 
 
 @dataclass(frozen=True)
 class Effects:
     """Effects on one outcome. With the identity as the same-same cell both main effects are partly a ceiling."""
 
-    content: float
-    position: float
-    interaction: float
+    content: Value
+    position: Value
+    interaction: Value
 
 
-def factorial_effects(*, ss: float, ds: float, sd: float, dd: float) -> Effects:
+def factorial_effects(*, ss: Value, ds: Value, sd: Value, dd: Value) -> Effects:
     """Effects from the four cells; the first letter is content, the second position; s same, d different.
 
     Use a second sampled continuation, not the true one itself, as the same content: cosine to itself is 1 by
