@@ -63,7 +63,7 @@ def layer_from_run(
         v_LGD=None if v is None else v[:length],
         q_pre_NHD=None if q_pre is None else q_pre[first:length],
         rotary=Rotary.from_model_config(config),
-        w_o_HDM=None if model is None else _output_projection(Path(model), layer, q.shape[-2]),
+        w_o_HDM=None if model is None else output_projection(Path(model), layer, q.shape[-2]),
         index=torch.tensor(layer),
         num_layers=int(config["num_hidden_layers"]),
         request=torch.tensor(int(requests.loc[rid, "index"])),
@@ -87,7 +87,7 @@ def model_config(run: Run, model: str | Path | None = None) -> Mapping[str, Any]
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _output_projection(model: Path, layer: int, heads: int) -> Tensor:
+def output_projection(model: Path, layer: int, heads: int) -> Tensor:
     """`o_proj` of a layer by query head, `[H, D, M]`.
 
     Raises:

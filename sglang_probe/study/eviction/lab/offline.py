@@ -1,0 +1,146 @@
+"""The offline grid: every policy under every budget and protocol on captured requests, selected and judged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from sglang_probe.errors import ProbeError
+from sglang_probe.study.eviction.base import Policy, Selection
+from sglang_probe.study.eviction.lab.batches import Batch
+from sglang_probe.study.eviction.lab.controls import CONTROLS
+from sglang_probe.study.eviction.lab.grid import Entry, Trivial, budget_name, tokens_of
+from sglang_probe.study.eviction.lab.judge import Judge, check_counts
+from sglang_probe.study.eviction.layer import Layer
+from sglang_probe.study.eviction.protocol import Protocol, under
+from sglang_probe.study.eviction.select import top_k
+
+CELL = ["task", "protocol", "kind", "policy", "budget"]
+"""Columns that name a cell of the grid."""
+
+Keep = Callable[[str, Protocol, Entry, str, Batch, Tensor], None]
+"""Receives kept sets of evictions: task, protocol, policy, budget, batch, and bool `[B, Y, G, L]`."""
+
+
+@dataclass
+class Offline:
+    """What the grid found; `frames()` gives it as tables."""
+
+    asserted: int = 0
+    """Requests whose kept counts were asserted, over all cells."""
+    _rows: list[pd.DataFrame] = field(default_factory=list)
+    _heads: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict)
+    _excluded: dict[tuple[Any, ...], int] = field(default_factory=lambda: defaultdict(int))
+
+    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """By request, by layer and head, and what was left out with the reason."""
+        heads = []
+        for cell, (held, mass, layers) in self._heads.items():
+            count = held.shape[1]
+            heads.append(
+                pd.DataFrame(
+                    {
+                        **dict(zip(CELL, cell, strict=True)),
+                        "layer": np.repeat(layers, count),
+                        "head": np.tile(np.arange(count), len(layers)),
+                        "held": held.ravel(),
+                        "mass": mass.ravel(),
+                    }
+                )
+            )
+        names = [*CELL, "reason", "requests"]
+        excluded = pd.DataFrame([(*k, n) for k, n in self._excluded.items()], columns=names)
+        return pd.concat(self._rows, ignore_index=True), pd.concat(heads, ignore_index=True), excluded
+
+    def add(self, cell: tuple[str, ...], batch: Batch, layer: Layer, judged: Any, budget: int) -> None:
+        """Take in the judgement of one cell on one batch."""
+        named = dict(zip(CELL, cell, strict=True))
+        shape = {"tokens": budget, "length": layer.length}
+        self._rows.append(pd.DataFrame({**named, "rid": list(batch.rids), **shape, **judged.by_request}))
+        held, mass = judged.held_BYH.sum(0), judged.nontrivial_BYH.sum(0)
+        if cell in self._heads:
+            self._heads[cell][0] += held
+            self._heads[cell][1] += mass
+        else:
+            self._heads[cell] = [held, mass, layer.index[0].numpy()]
+
+    def exclude(self, cell: tuple[str, ...], reason: str, requests: int) -> None:
+        """Count requests that a cell could not judge."""
+        self._excluded[(*cell, reason)] += requests
+
+
+def run_offline(
+    task: str,
+    found: Iterable[Batch],
+    entries: Sequence[Entry],
+    budgets: Sequence[int | Fraction],
+    protocols: Sequence[Protocol],
+    trivial: Trivial,
+    *,
+    control_of: Entry | None = None,
+    out: Offline,
+    keep: Keep | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Judge a task's batches into `out`.
+
+    Args:
+        control_of: the method that the negative controls spoil.
+        keep: called with every kept set of an eviction that runs in the engine (controls do not).
+        advance: called after each policy on each batch and protocol.
+    """
+    for batch in found:
+        for protocol in protocols:
+            layer = under(protocol, batch.layer, context=batch.context)
+            judge = Judge(layer, trivial, batch.itemsize)
+            for entry, source in _sources(entries, layer, control_of):
+                for budget, selection in _selections(entry.policy, source, budgets):
+                    cell = (task, protocol.value, entry.kind, entry.label, budget_name(budget))
+                    tokens = tokens_of(budget, layer.length)
+                    try:
+                        if isinstance(selection, ProbeError):
+                            raise selection
+                        judged = judge(entry.policy, selection, tokens)
+                    except ProbeError as e:
+                        out.exclude(cell, e.message, len(batch.rids))
+                        continue
+                    out.asserted += check_counts(entry.policy, selection, tokens)
+                    out.add(cell, batch, layer, judged, tokens)
+                    if keep is not None and selection.evicts and entry.kind != "control":
+                        keep(task, protocol, entry, budget_name(budget), batch, selection.keep_GL)
+                advance()
+
+
+def _sources(entries: Sequence[Entry], layer: Layer, control_of: Entry | None) -> Iterator[tuple[Entry, Layer]]:
+    """Each policy with the layer that it selects on; controls select on a spoiled one."""
+    for entry in entries:
+        yield entry, layer
+    if control_of is not None:
+        for label, spoil in CONTROLS.items():
+            yield Entry(f"{control_of.label}: {label}", "control", control_of.policy), spoil(layer, 0)
+
+
+def _selections(
+    policy: Policy, layer: Layer, budgets: Sequence[int | Fraction]
+) -> Iterator[tuple[int | Fraction, Selection | ProbeError]]:
+    """A selection per budget; scores that no budget changes are computed once. A refusal is given as its error."""
+    scores: Tensor | None = None
+    for budget in budgets:
+        tokens = tokens_of(budget, layer.length)
+        try:
+            if type(policy).select is not Policy.select:
+                yield budget, policy.select(layer, tokens)
+                continue
+            if scores is None:
+                scores = policy.scores(layer)
+            keep = top_k(scores, policy.budgets(layer, tokens), policy.protected(layer, tokens))
+            yield budget, Selection(keep.unsqueeze(-3), scores.unsqueeze(-3), evicts=True)
+        except ProbeError as e:
+            yield budget, e
