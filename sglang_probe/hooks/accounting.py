@@ -70,7 +70,7 @@ def _aborted(req: Any) -> None:
     recorder = probe.active().recorder
     assert recorder is not None
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
-    recorder.end(end)
+    recorder.abort(end)
 
 
 @probe.guarded

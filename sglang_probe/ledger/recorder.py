@@ -172,6 +172,12 @@ class Recorder:
         if self.lineage is not None:
             self.lineage.end(end.rid)
 
+    def abort(self, end: RequestEnd) -> None:
+        """Note a request that was dropped outside a forward's result. On an idle engine no commit would follow."""
+        self.end(end)
+        if not self._pending:
+            self._put_ended()
+
     def commit(
         self, tag: int, *, graph: bool, ended: Sequence[RequestEnd] = (), retracted: Collection[str] = ()
     ) -> None:
@@ -222,6 +228,9 @@ class Recorder:
         """Account for what is still in flight when the recording closes."""
         while self._pending:
             self.commit(self._pending[0].tag, graph=False)
+        self._put_ended()
+
+    def _put_ended(self) -> None:
         commit = Commit(rebinds=self._rebinds)
         self._rebinds = []
         self._close_ended(commit)
