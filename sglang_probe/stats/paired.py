@@ -27,19 +27,27 @@ def mean_intervals(values: Array, *, resamples: int = 10_000, confidence: float 
         Arrays `[k]`; NaN for a column without a value.
     """
     values = np.asarray(values, dtype=np.float64)
-    n, k = values.shape
-    here = ~np.isnan(values)
-    filled, count = np.where(here, values, 0.0), here.astype(np.float64)
+    return ratio_intervals(values, np.ones_like(values), resamples=resamples, confidence=confidence, seed=seed)
+
+
+def ratio_intervals(
+    numerators: Array, denominators: Array, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """As `mean_intervals` for sums of numerators over sums of denominators, `[n_units, k]` each."""
+    numerators, denominators = (np.asarray(x, dtype=np.float64) for x in (numerators, denominators))
+    n, k = numerators.shape
+    here = ~(np.isnan(numerators) | np.isnan(denominators))
+    above, below = np.where(here, numerators, 0.0), np.where(here, denominators, 0.0)
     found = np.empty((resamples, k))
     with np.errstate(invalid="ignore", divide="ignore"):
         for start, drawn in draws(n, resamples, seed=seed):
-            found[start : start + len(drawn)] = (drawn @ filled) / (drawn @ count)
-        estimate = filled.sum(0) / count.sum(0)
+            found[start : start + len(drawn)] = (drawn @ above) / (drawn @ below)
+        estimate = above.sum(0) / below.sum(0)
     tail = (1 - confidence) / 2
     low, high = np.full(k, np.nan), np.full(k, np.nan)
     some = here.any(0)
     if some.any():
-        low[some], high[some] = np.nanquantile(found[:, some], [tail, 1 - tail], axis=0)
+        low[some], high[some] = _quantiles(found[:, some], (tail, 1 - tail))
     return Interval(estimate, low, high)
 
 
@@ -84,3 +92,10 @@ def sign_flips(differences: Array, *, resamples: int = 9999, seed: int = 0) -> A
             hits += (np.abs(signs @ d) >= reach).sum(0)
         p = hits / (resamples + 1)
     return np.where(empty, np.nan, p)
+
+
+def _quantiles(found: Array, at: tuple[float, float]) -> Array:
+    """Along the first axis; draws without a value (all units absent, a zero denominator) are left out."""
+    if np.isfinite(found).all():
+        return np.asarray(np.quantile(found, at, axis=0))
+    return np.asarray(np.nanquantile(np.where(np.isfinite(found), found, np.nan), at, axis=0))
