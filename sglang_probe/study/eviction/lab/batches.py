@@ -132,13 +132,13 @@ def _groups(requests: pd.DataFrame) -> dict[tuple[int, int, int], list[str]]:
 
 
 def _needed(requests: pd.DataFrame, rids: list[str], length: int, layers: int) -> Tensor | None:
-    """Positions that the answers need, by knocking out (`needed_causal`), `[B, Y, L]`."""
+    """Positions that the answers behind the first need, found by knocking out (`needed_causal`), `[B, Y, L]`."""
     if "needed_causal" not in requests.columns or requests.loc[rids, "needed_causal"].isna().any():
         return None
     out = torch.zeros(len(rids), length, dtype=torch.bool)
     for i, rid in enumerate(rids):
-        positions = torch.as_tensor(np.asarray(requests.at[rid, "needed_causal"], dtype=np.int64))
-        out[i, positions[positions < length]] = True
+        for positions in list(requests.at[rid, "needed_causal"])[1:]:
+            out[i, torch.as_tensor(np.asarray(positions, dtype=np.int64))] = True
     return out[:, None].expand(len(rids), layers, length)
 
 
