@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from sglang_probe.capture import journal
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.harvest.kept import kept_key
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run
+from sglang_probe.study.eviction.kept import KeptFile
 from sglang_probe.workload.request import Request
 
 CONFIGURATION = (
@@ -105,8 +107,11 @@ def served(path: Path) -> set[str]:
     return set(Run(path).engine_requests()["rid"])
 
 
-def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
+def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = None) -> dict[str, int]:
     """Join the workload with what the engine recorded, as `requests.parquet`.
+
+    Args:
+        kept: the sets that requests of the workload name.
 
     Returns the number of requests by finish reason.
     """
@@ -142,6 +147,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                 ),
                 "labels": [asdict(label) for label in request.labels] or None,
                 **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
+                **_evicted(request, kept),
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))
@@ -151,6 +157,13 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
     for r in records:
         counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
     return counts
+
+
+def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:
+    key = kept_key(request)
+    if key is None or kept is None:
+        return {}
+    return {"evict": key, "cache_len": kept.shapes[key][-1], "kept": kept.counts[key][0].reshape(-1).tolist()}
 
 
 def _set_aside(path: Path) -> Path:

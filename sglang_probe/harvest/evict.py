@@ -126,9 +126,10 @@ def run_arm(
     if resume and (path / "manifest.json").exists() and (run := load_run(path)).complete:
         return run
     sources = {r.rid: r for r in prepared.workload.requests}
-    with reporter.stage(f"{path.name}: {len(asked):,} requests"):
-        requests = [_evicted(r, sources[r.source]) for r in asked.itertuples()]
-        return run_evicted(prepared, path, requests, kept=kept, host=host, overwrite=overwrite or resume)
+    requests = [_evicted(r, sources[r.source]) for r in asked.itertuples()]
+    return run_evicted(
+        prepared, path, requests, kept=kept, host=host, overwrite=overwrite or resume, reporter=reporter
+    )
 
 
 def arms(config: EvictionConfig) -> list[tuple[str, Decode, bool]]:

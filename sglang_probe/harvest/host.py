@@ -54,4 +54,5 @@ class EngineHost:
 
 def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> tuple[Any, ...]:
     """What must be equal for two recordings to share an engine: what SGLang and the hooks are started with."""
-    return (model_path, sorted(server.items(), key=str), probe.hook_points, probe.forced_outputs, probe.bypass)
+    hooks = (probe.forced_outputs, probe.bypass, probe.evictions)
+    return (model_path, sorted(server.items(), key=str), probe.hook_points, hooks)

@@ -60,13 +60,16 @@ class Prepared:
                     "capturing rows on an accelerator has not been proved yet",
                     fix="set `hook_points: []` to record the ledger alone, or use a machine without an accelerator",
                 )
+        self.workload_source = config.workload.model_dump(mode="json")
         room = [self.model.context_length]
         for server in servers:
             merged = {**default_server_args(), **config.server, **server}
             # A request must fit into the KV pool as well as into the context.
             room += [int(merged[k]) for k in ("context_length", "max_total_tokens") if merged.get(k)]
+        self.room = min(room)
+        """Positions that a request may have."""
         self.workload = build_requests(
-            config.workload, self.model.tokenizer, context_length=min(room), default_sampling=dict(config.sampling)
+            config.workload, self.model.tokenizer, context_length=self.room, default_sampling=dict(config.sampling)
         )
         # Last, because SGLang must be imported to know its names.
         for server in servers:
@@ -74,7 +77,7 @@ class Prepared:
             _check_choices(server, server_argument_choices())
         for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
             _check_choices({"dtype": dtype}, server_argument_choices())
-        _check_sampling(self.workload.requests)
+        check_sampling(self.workload.requests)
 
 
 def _check_server(server: dict[str, object]) -> None:
@@ -85,7 +88,12 @@ def _check_server(server: dict[str, object]) -> None:
         )
 
 
-def _check_sampling(requests: list[Request]) -> None:
+def check_sampling(requests: list[Request]) -> None:
+    """Refuse sampling parameters that SGLang does not know, and those that give several outputs.
+
+    Raises:
+        ConfigError, UnsupportedError: name the request and the parameter.
+    """
     known = sampling_parameter_names()
     for r in requests:
         _check_names(r.sampling_params, known, f"request {r.index}: sampling parameter")

@@ -16,6 +16,7 @@ from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.engine import Answer, fault_of
 from sglang_probe.harvest.host import EngineHost, engine_key
+from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, keep_with_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.hooks.config import EngineProbeConfig
@@ -23,6 +24,7 @@ from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.policy.partners import group
+from sglang_probe.study.eviction.kept import KeptFile
 from sglang_probe.workload.request import Request
 
 Todo = list[tuple[str, Sequence[int], dict[str, Any]]]
@@ -35,6 +37,7 @@ class Hooks:
 
     forced_outputs: bool = False
     bypass: bool = False
+    evictions: bool = False
 
 
 def harvest(
@@ -50,6 +53,7 @@ def harvest(
     reporter: Reporter | None = None,
     host: EngineHost | None = None,
     hooks: Hooks = Hooks(),
+    kept: KeptFile | None = None,
 ) -> Run:
     """Run an engine over the workload under `arm` and write the run directory `path`.
 
@@ -59,8 +63,10 @@ def harvest(
         overwrite, resume: what to do if `path` exists.
         host: keeps the engine for the next recording; None: an engine for this one alone.
         hooks: what a shared engine must be able to do, beyond what this recording needs.
+        kept: the kept sets that requests may name (`sglang_probe.harvest.evicted`).
 
     Raises:
+        ConfigError: a request names a kept set that it cannot have.
         RunDirectoryError: `path` exists, or cannot be resumed.
         ProbeError: SGLang refused a request, or the recording failed; the directory says `incomplete`, and why.
         KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`.
@@ -68,13 +74,21 @@ def harvest(
     reporter = reporter or Quiet()
     engines = host or EngineHost()
     manifest = manifest_of(prepared, path, arm, arm_name, outputs_of, order_seed)
+    requests = prepared.workload.requests
+    check_kept(requests, kept, prepared.model)
+    if kept is not None:
+        check_backend(manifest["server_given"])
     start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
     manifest["sessions"] = list(start.sessions)
+    if kept is not None:
+        manifest["kept"] = keep_with_run(path, kept, requests)
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
-        forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, prepared.workload.requests)),
-        bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
+        forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)),
+        bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)),
+        evictions=hooks.evictions or kept is not None,
+        kept=None if kept is None else path.resolve() / KEPT_FILE,
         switches=arm.switches(prepared.config.server),
         session=start.session,
         checkpoint_seconds=prepared.config.checkpoint_seconds,
@@ -83,8 +97,8 @@ def harvest(
     server = manifest["server_given"]
     try:
         todo = _remaining(prepared, path, start, arm, outputs_of, order_seed)
-        kept = engines.serves(engine_key(prepared.model.path, server, probe))
-        with reporter.stage(f"{arm_name}: {'changing the policy' if kept else 'starting SGLang'}"):
+        shared = engines.serves(engine_key(prepared.model.path, server, probe))
+        with reporter.stage(f"{arm_name}: {'changing the policy' if shared else 'starting SGLang'}"):
             engine = engines.open(prepared.model.path, server, probe)
         manifest["server_resolved"] = engine.server_args
     except BaseException as e:
@@ -118,7 +132,7 @@ def harvest(
         raise
     finally:
         manifest["sessions"] = [*start.sessions, {"seconds": round(seconds, 3), "requests": len(answers)}]
-        _close(path, manifest, prepared, answers)
+        _close(path, manifest, prepared, answers, kept)
     return load_run(path)
 
 
@@ -151,7 +165,7 @@ def manifest_of(
         dtype=arm.dtype or config.dtype,
         hook_points={h: engine_module(h) for h in config.hook_points},
         heads=head_counts(config.hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim),
-        workload=config.workload.model_dump(mode="json"),
+        workload=prepared.workload_source,
         workload_digest=prepared.workload.digest,
         corpus_digest=prepared.workload.corpus_digest,
         sampling=config.sampling,
@@ -202,10 +216,12 @@ def _remaining(
     return [t for t in todo if t]
 
 
-def _close(path: Path, manifest: dict[str, Any], prepared: Prepared, answers: list[Answer]) -> None:
+def _close(
+    path: Path, manifest: dict[str, Any], prepared: Prepared, answers: list[Answer], kept: KeptFile | None
+) -> None:
     """Write `requests.parquet` and the final manifest, and say why a run is incomplete."""
     run = load_run(path)
-    counts = directory.write_requests(run, prepared.workload.requests)
+    counts = directory.write_requests(run, prepared.workload.requests, kept)
     rows = run.row_count()
     if rows and EMBED in run.hook_points and (embedding := load_embedding(prepared.model.path)) is not None:
         requests = run.requests(interrupted=True)

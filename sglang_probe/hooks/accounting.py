@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.hooks import eviction
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.lineage import refuse_other_trees
@@ -76,7 +77,7 @@ def _aborted(req: Any) -> None:
 @probe.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
     session = probe.active()
-    session.current = session.forced = None
+    session.current = session.forced = session.evicting = None
     if not batch.reqs:
         return
     plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
@@ -88,11 +89,14 @@ def _launch(scheduler: Any, batch: Any) -> None:
     session.current = plan
     if session.config.forced_outputs:
         session.forced = forced_tokens(batch.reqs, plan)
+    if session.evictions is not None:
+        session.evicting = eviction.rows_of(session.evictions, batch.reqs, plan)
 
 
 @probe.guarded
 def _launched() -> None:
-    probe.active().current = None
+    session = probe.active()
+    session.current = session.evicting = None
 
 
 @probe.guarded

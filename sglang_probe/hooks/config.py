@@ -31,6 +31,10 @@ class EngineProbeConfig(Config):
     """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
     bypass: bool = False
     """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    evictions: bool = False
+    """Honour `sampling_params.custom_params.probe.evict`: requests that attend to a kept set. Implies `bypass`."""
+    kept: Path | None = None
+    """The kept sets that requests of this recording may name (`sglang_probe.study.eviction.kept`)."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
@@ -45,6 +49,8 @@ class EngineProbeConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> EngineProbeConfig:
+        if self.kept is not None and not self.evictions:
+            raise ValueError("`kept` has no effect without `evictions: true`")
         if self.live is not None and self.hook_points:
             if self.live.privacy != "ids":
                 raise ValueError("captured rows can be inverted to text: `hook_points` need `live: {privacy: ids}`")
@@ -62,8 +68,10 @@ class EngineProbeConfig(Config):
             features.append("attention rows")
         if self.forced_outputs:
             features.append("forced decoding")
-        if self.bypass:
+        if self.bypass or self.evictions:
             features.append("bypass")
+        if self.evictions:
+            features.append("eviction")
         if self.live is not None:
             features.append("live")
         return features

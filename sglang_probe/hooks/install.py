@@ -81,7 +81,7 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
         from sglang_probe.hooks import forced
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
-    if config.bypass:
+    if config.bypass or config.evictions:
         from sglang_probe.hooks import policy
 
         hooks += [

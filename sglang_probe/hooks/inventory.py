@@ -30,7 +30,9 @@ class Target(Config):
     target: str
     hook: Literal["around", "after", "before", "subclass", "relied on"]
     """How it is touched; `relied on` means not patched, but its behaviour is part of our argument."""
-    feature: Literal["accounting", "rows", "attention rows", "forced decoding", "bypass", "control", "live", "platform"]
+    feature: Literal[
+        "accounting", "rows", "attention rows", "forced decoding", "bypass", "eviction", "control", "live", "platform"
+    ]
     why: str
     fingerprint: str
 

@@ -2,7 +2,7 @@
 
 SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
 `mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`.
+or `off`; one with a kept set (`hooks/eviction.py`) reads the cache up to the end of its set and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.hooks import eviction
 from sglang_probe.policy.switches import Switches
 
 
@@ -47,15 +48,21 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
 
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing."""
+    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing, one with a kept set no more
+    than what it is about."""
     if cache_use(req) in ("write_only", "off"):
         kwargs["max_prefix_len"] = 0
+    elif (end := eviction.cache_end(req)) is not None:
+        given = kwargs.get("max_prefix_len")
+        kwargs["max_prefix_len"] = end if given is None else min(end, given)
     return original(req, *args, **kwargs)
 
 
 def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing."""
-    if cache_use(req) in ("read_only", "off"):
+    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing, whether it
+    asked for that or for a kept set; and one whose kept set cannot be had is refused."""
+    eviction.refuse_misfits(req)
+    if cache_use(req) in ("read_only", "off") or eviction.requested(req) is not None:
         req.skip_radix_cache_insert = True
 
 

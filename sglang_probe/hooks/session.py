@@ -11,7 +11,7 @@ from sglang_probe.capture import journal
 from sglang_probe.capture.taps import Taps
 from sglang_probe.capture.writer import Writer
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.hooks import policy
+from sglang_probe.hooks import eviction, policy
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.lineage import Lineage
 from sglang_probe.ledger.recorder import ForwardPlan, Recorder
@@ -55,6 +55,10 @@ class Session:
         """The request whose entries the radix tree is about to take."""
         self.forced: tuple[list[int], list[int]] | None = None
         """Batch rows of the forward being launched, and the tokens that they must yield."""
+        self.evictions: eviction.Evictions | None = None
+        """The kept sets of this recording."""
+        self.evicting: list[eviction.EvictedRow] | None = None
+        """Rows of the forward being launched that attend to a kept set."""
 
     def attach(self, scheduler: Any, *, dp_rank: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
@@ -73,9 +77,10 @@ class Session:
         forgotten; LFU may keep an entry for longer, whose origin is then unknown, never wrong.
 
         Raises:
-            UnsupportedError: the policy cannot be set without a restart.
+            UnsupportedError: the policy cannot be set without a restart, or kept sets are not for this engine.
         """
         c, scheduler = self.config, self._scheduler
+        self.evictions = eviction.open_evictions(scheduler, c.kept)
         if c.switches != Switches() or self.opened:
             policy.apply(scheduler, c.switches, self._start)
         self.opened += 1
@@ -110,9 +115,9 @@ class Session:
             self.writer.stop()
         # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
         self.config = config.model_copy(
-            update={"forced_outputs": self.config.forced_outputs, "bypass": self.config.bypass}
+            update={name: getattr(self.config, name) for name in ("forced_outputs", "bypass", "evictions")}
         )
-        self.fault, self.current, self.forced, self.publishing = None, None, None, None
+        self.fault, self.current, self.forced, self.evicting, self.publishing = None, None, None, None, None
         if config.hook_points:
             self.taps = Taps(config.hook_points, capacity=1024)
         self.open()
@@ -126,7 +131,7 @@ class Session:
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""
-        self.recorder = self.taps = self.current = self.forced = self.publishing = None
+        self.recorder = self.taps = self.current = self.forced = self.evicting = self.publishing = None
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message

@@ -126,6 +126,11 @@ REQUESTS = pa.schema(
         # Token classes along axes of the user's own; null in runs that have none.
         ("labels", pa.list_(pa.struct(_LABEL))),
         *TRUTH,
+        # Of a request that attended to a kept set, else null: its key, the positions that the set is about, and how
+        # many of them each kv head kept (layer by layer, at the first step of a selection).
+        ("evict", pa.string()),
+        ("cache_len", pa.int32()),
+        ("kept", pa.list_(pa.int32())),
     ]
 )
 

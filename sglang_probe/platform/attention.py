@@ -1,9 +1,10 @@
-"""PyTorch attention that does not pay for a cached prefix twice.
+"""PyTorch attention that does not pay for a cached prefix twice, and in which a request may attend to a kept set.
 
 SGLang's `torch_native` backend pads the queries behind a cached prefix to the full length and throws the padding's
 output away, so that a hit saves no attention. This one asks for the new queries only, with the mask that the padding
 implied; PyTorch's CPU kernel computes each query by itself, so the bits are the same
-(`tests/engine/test_switches.py`).
+(`tests/engine/test_switches.py`). A request without a kept set is computed as if there were none in its batch, and in
+decode as the stock code does, one request at a time.
 """
 
 from __future__ import annotations
@@ -12,76 +13,171 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.eviction import EvictedRow
+from sglang_probe.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
+from sglang_probe.platform.kept_slots import KeptSlots
 
 
 class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
-    """`torch_native` with unpadded prefill. Windows and cross attention are left to the stock code."""
+    """`torch_native` with unpadded prefill and kept sets. Windows and cross attention are left to the stock code."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self._evicted: list[EvictedRow] = []
+        self._slots: KeptSlots | None = None
+        self._layer = 0
+        self._dtype = runner.dtype
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Before the layers of a forward: which of its rows attend to a kept set."""
+        super().init_forward_metadata(forward_batch)
+        self._evicted = self._rows_with_kept_sets(forward_batch) or []
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method."""
+        self._layer = layer.layer_id
+        return super().forward_extend(q, k, v, layer, *args, **kwargs)
+
+    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method."""
+        self._layer = layer.layer_id
+        return super().forward_decode(q, k, v, layer, *args, **kwargs)
 
     def _run_sdpa_forward_extend(
         self,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        seq_lens: torch.Tensor,
-        extend_prefix_lens: torch.Tensor,
-        extend_seq_lens: torch.Tensor,
-        encoder_lens: torch.Tensor | None = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
-    ) -> torch.Tensor:
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        extend_prefix_lens: Tensor,
+        extend_seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Attention of the new tokens of each request; shapes as in the stock method."""
-        if encoder_lens is not None or is_cross_attn or sliding_window_size is not None or not causal:
+        lengths = (seq_lens, extend_prefix_lens, extend_seq_lens)
+        if not options["causal"] or _special(encoder_lens, options):
+            self._refuse_kept_sets()
             stock: Any = super()._run_sdpa_forward_extend
-            result: torch.Tensor = stock(
-                query,
-                output,
-                k_cache,
-                v_cache,
-                req_to_token,
-                req_pool_indices,
-                seq_lens,
-                extend_prefix_lens,
-                extend_seq_lens,
-                encoder_lens,
-                scaling=scaling,
-                enable_gqa=enable_gqa,
-                causal=causal,
-                is_cross_attn=is_cross_attn,
-                sliding_window_size=sliding_window_size,
-            )
+            pools = (k_cache, v_cache, req_to_token, req_pool_indices)
+            result: Tensor = stock(query, output, *pools, *lengths, encoder_lens, **options)
             return result
+        evicted = {e.row: e for e in self._evicted}
+        scaling = options["scaling"]
         start = 0
-        lengths = zip(
-            req_pool_indices.tolist(),
-            seq_lens.tolist(),
-            extend_prefix_lens.tolist(),
-            extend_seq_lens.tolist(),
-            strict=True,
-        )
-        for request, total, prefix, new in lengths:
+        for row, (request, total, new) in enumerate(
+            zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
+        ):
             slots = req_to_token[request, :total]
-            q_HND = query[start : start + new].transpose(0, 1)
-            k_GLD = k_cache[slots].transpose(0, 1).to(query.dtype)
-            v_GLD = v_cache[slots].transpose(0, 1).to(query.dtype)
-            mask = None
-            if prefix:
-                mask = torch.arange(total)[None, :] <= torch.arange(prefix, total)[:, None]
-            out_HND = scaled_dot_product_attention(
-                q_HND[None],
-                k_GLD[None],
-                v_GLD[None],
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=enable_gqa,
-                scale=scaling,
-            )[0]
-            output[start : start + new] = out_HND.transpose(0, 1)
+            q_NHD, k_LGD, v_LGD = query[start : start + new], k_cache[slots], v_cache[slots]
+            done = None
+            if row in evicted:
+                done = self._extend_kept(evicted[row], q_NHD, k_LGD, v_LGD, scaling)
+            output[start : start + new] = _extend(q_NHD, k_LGD, v_LGD, scaling) if done is None else done
             start += new
         return output
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attention of one new token of each request; shapes as in the stock method."""
+        stock: Any = super()._run_sdpa_forward_decode
+        pools = (k_cache, v_cache, req_to_token)
+        if _special(encoder_lens, options):
+            self._refuse_kept_sets()
+        rows = [e.row for e in self._evicted]
+        done = self._decode_kept(query[rows], k_cache, v_cache, options["scaling"]) if rows else None
+        if done is None:
+            result: Tensor = stock(query, output, *pools, req_pool_indices, seq_lens, encoder_lens, **options)
+            return result
+        output[rows] = done
+        if others := sorted(set(range(len(query))) - set(rows)):
+            their = torch.empty_like(query[others])
+            output[others] = stock(query[others], their, *pools, req_pool_indices[others], seq_lens[others], **options)
+        return output
+
+    @probe.guarded
+    def _rows_with_kept_sets(self, forward_batch: Any) -> list[EvictedRow]:
+        """The rows of this forward, with the entries that they read if it is a decode step.
+
+        Raises:
+            LedgerError: the batch is not the one that was planned.
+        """
+        rows = probe.active().evicting
+        if not rows:
+            return []
+        at = [r.row for r in rows]
+        lengths = forward_batch.seq_lens[at].tolist()
+        if lengths != [r.end for r in rows]:
+            raise LedgerError(f"SGLang computes lengths {lengths} of requests that were planned otherwise")
+        if forward_batch.forward_mode.is_decode():
+            table = self.req_to_token_pool.req_to_token
+            requests = forward_batch.req_pool_indices[at].tolist()
+            slots = [table[request, : r.end] for request, r in zip(requests, rows, strict=True)]
+            if self._slots is None or not self._slots.advance(rows, slots):
+                self._slots = KeptSlots(rows, slots, self._dtype)
+        return rows
+
+    @probe.guarded
+    def _extend_kept(
+        self, evicted: EvictedRow, q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Queries before the end of the cache see everything before them; those behind it, the kept set."""
+        end = evicted.kept.length
+        inside = max(0, end - evicted.start)
+        seen = seen_behind_cache(evicted.kept, self._layer, evicted.start + inside, evicted.end)
+        behind = attend_masked(q_NHD[inside:], k_LGD, v_LGD, seen, scaling)
+        if not inside:
+            return behind
+        return torch.cat([_extend(q_NHD[:inside], k_LGD[:end], v_LGD[:end], scaling), behind])
+
+    @probe.guarded
+    def _decode_kept(self, q_BHD: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float | None) -> Tensor:
+        assert self._slots is not None
+        return attend_one_query(q_BHD, k_cache, v_cache, *self._slots.columns(self._layer), scaling)
+
+    @probe.guarded
+    def _refuse_kept_sets(self) -> None:
+        if self._evicted:
+            raise UnsupportedError("a kept set in a layer with a sliding window or cross attention")
+
+
+def _special(encoder_lens: Tensor | None, options: dict[str, Any]) -> bool:
+    return (
+        encoder_lens is not None or bool(options.get("is_cross_attn")) or options.get("sliding_window_size") is not None
+    )
+
+
+def _extend(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None) -> Tensor:
+    """The last N positions of a request over all L of it."""
+    new, total = len(q_NHD), len(k_LGD)
+    mask = None
+    if total > new:
+        mask = torch.arange(total)[None, :] <= torch.arange(total - new, total)[:, None]
+    out_HND = scaled_dot_product_attention(
+        q_NHD.transpose(0, 1)[None],
+        k_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
+        v_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q_NHD.shape[1] != k_LGD.shape[1],
+        scale=scaling,
+    )[0]
+    return out_HND.transpose(0, 1)

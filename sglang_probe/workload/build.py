@@ -89,7 +89,7 @@ def iter_requests(
             rendered = renderer.render(conversation)
             sampling = {**default_sampling, **conversation.sampling_params}
             _check_truth(rendered.prompt_ids, conversation.truth)
-            _check_fits(len(rendered.prompt_ids), sampling, context_length)
+            check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
             raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
         yield Request(
@@ -112,7 +112,12 @@ def _check_truth(prompt_ids: tuple[int, ...], truth: Truth | None) -> None:
         )
 
 
-def _check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
+def check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
+    """Refuse a prompt that leaves no room for its new tokens.
+
+    Raises:
+        WorkloadError: with the numbers.
+    """
     new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
     if new is None:  # until the context is full
         new = 0

@@ -1,0 +1,72 @@
+"""The kept sets that a recording's requests name: checked before anything is served, and kept with the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.harvest.model import Model
+from sglang_probe.platform.environment import accelerator_present
+from sglang_probe.platform.limits import PROBE_TORCH
+from sglang_probe.study.eviction.kept import KeptFile
+from sglang_probe.workload.request import Request
+
+KEPT_FILE = "kept.safetensors"
+"""In the run directory: the sets that were in force."""
+
+
+def kept_key(request: Request) -> Any:
+    """The kept set that a request names, or None."""
+    return ((request.sampling_params.get("custom_params") or {}).get("probe") or {}).get("evict")
+
+
+def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model) -> None:
+    """Refuse requests whose kept set is not there, or does not fit the request or the model.
+
+    Raises:
+        ConfigError: names the first such request.
+    """
+    for r in requests:
+        key = kept_key(r)
+        if key is None:
+            continue
+        where = f"request {r.rid}: `evict: {key}`"
+        if kept is None:
+            raise ConfigError(f"{where}, but the recording has no kept sets", fix="use `run_evicted(..., kept=file)`")
+        if not isinstance(key, str) or key not in kept.shapes:
+            raise ConfigError(f"{where} is not in {kept.path}, which has {len(kept)} others")
+        _steps, layers, kv_heads, length = kept.shapes[key]
+        if (layers, kv_heads) != (model.layers, model.kv_heads):
+            raise ConfigError(
+                f"{where} is for {layers} layers of {kv_heads} kv heads; the model has {model.layers} of "
+                f"{model.kv_heads}"
+            )
+        if length > len(r.prompt_ids):
+            raise ConfigError(f"{where} is for {length} positions and the prompt has {len(r.prompt_ids)}")
+
+
+def check_backend(server: dict[str, Any]) -> None:
+    """Refuse server arguments under which nothing attends to kept sets.
+
+    Raises:
+        UnsupportedError: names the argument.
+    """
+    fix = f"set `attention_backend: {PROBE_TORCH}` or nothing"
+    if accelerator_present():
+        raise UnsupportedError("kept sets need the CPU reference platform; this machine has an accelerator")
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if server.get(name) not in (None, PROBE_TORCH):
+            raise UnsupportedError(f"`{name}: {server[name]}` knows nothing of kept sets", fix=fix)
+    if server.get("tp_size", 1) != 1:
+        raise UnsupportedError("under tensor parallelism each rank has a share of the kv heads", fix="set `tp_size: 1`")
+
+
+def keep_with_run(path: Path, kept: KeptFile, requests: Iterable[Request]) -> dict[str, Any]:
+    """Copy the sets that `requests` name into the run directory; what the manifest says of it."""
+    keys = {key for r in requests if (key := kept_key(r)) is not None}
+    kept.write_subset(path / KEPT_FILE, keys)
+    digest = hashlib.sha256((path / KEPT_FILE).read_bytes()).hexdigest()
+    return {"file": KEPT_FILE, "sha256": digest, "sets": len(keys), "frees_memory": False}

@@ -1,0 +1,87 @@
+"""The KV entries that each kv head reads in a decode step, kept from step to step for a batch of evicted requests.
+
+Columns are the kept positions, padded to the longest head of the batch, and behind them the positions behind the cache,
+which all heads and layers share: a step adds one column. Shapes: Y layers, B requests, G kv heads, J columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sglang_probe.hooks.eviction import EvictedRow
+from sglang_probe.study.eviction.kept import Kept
+
+_ROOM = 64
+"""Steps for which columns are set aside at once."""
+
+Columns = tuple[Tensor, Tensor | None]
+"""Entries `[B, G, J]` of one layer, and the bias of its padding (None: there is none)."""
+
+
+class KeptSlots:
+    """Entries and padding of one batch composition; `advance` makes them those of the next step."""
+
+    def __init__(self, rows: Sequence[EvictedRow], slots: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """`slots[i]` are the KV slots of positions `[0, end)` of `rows[i]`, whose query is the last of them."""
+        self._requests = [(r.rid, r.attempt) for r in rows]
+        self._changes = [len(r.kept.keep_SYGN) > 1 for r in rows]
+        kept = [r.kept for r in rows]
+        layers, heads = kept[0].heads
+        self._head = torch.arange(heads)
+        self._width = max(int(k.counts_SYG.max()) for k in kept)
+        longest = max(r.end - r.kept.length for r in rows)
+        self._capacity = longest + _ROOM
+        shape = (layers, len(rows), heads, self._width + self._capacity)
+        self._entry = torch.zeros(shape, dtype=torch.int64)
+        self._bias = torch.full(shape, -torch.inf, dtype=dtype)
+        self._steps = [0] * len(rows)
+        self._uneven = any(int(k.counts_SYG.min()) < self._width for k in kept)
+        for i, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            self._keep(i, row.kept, row.end - 1, slot)
+            self._add(i, slot[row.kept.length :])
+
+    def advance(self, rows: Sequence[EvictedRow], slots: Sequence[Tensor]) -> bool:
+        """Go on by one position per request. False if these are not the next positions of the same requests."""
+        if [(r.rid, r.attempt) for r in rows] != self._requests:
+            return False
+        steps = [r.end - r.kept.length for r in rows]
+        if any(new != old + 1 for new, old in zip(steps, self._steps, strict=True)) or max(steps) > self._capacity:
+            return False
+        for i, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            if self._changes[i]:
+                self._keep(i, row.kept, row.end - 1, slot)
+        self._add_one(torch.stack([s[-1] for s in slots]))
+        return True
+
+    def columns(self, layer: int) -> Columns:
+        """What the heads of a layer read in this step."""
+        end = self._width + max(self._steps)
+        padded = self._uneven or len(set(self._steps)) > 1
+        return self._entry[layer, :, :, :end], self._bias[layer, :, :, :end] if padded else None
+
+    def _keep(self, i: int, kept: Kept, position: int, slots: Tensor) -> None:
+        """Columns of the kept positions: of each head in order of position, then padding."""
+        keep_YGN = kept.at(position)
+        order = (~keep_YGN).to(torch.uint8).sort(stable=True, dim=-1).indices[..., : self._width]
+        used = torch.arange(order.shape[-1]) < keep_YGN.sum(-1, keepdim=True)
+        entries = slots.to(torch.int64)[order] * len(self._head) + self._head[:, None]
+        width = order.shape[-1]
+        self._entry[:, i, :, :width] = entries.where(used, 0)
+        self._bias[:, i, :, :width] = torch.zeros(used.shape, dtype=self._bias.dtype).masked_fill(~used, -torch.inf)
+
+    def _add(self, i: int, slots: Tensor) -> None:
+        first = self._width
+        self._entry[:, i, :, first : first + len(slots)] = slots.to(torch.int64) * len(self._head) + self._head[:, None]
+        self._bias[:, i, :, first : first + len(slots)] = 0
+        self._steps[i] = len(slots)
+
+    def _add_one(self, slots_B: Tensor) -> None:
+        request = torch.arange(len(slots_B))
+        column = self._width + torch.tensor(self._steps)
+        entry_BG = slots_B.to(torch.int64)[:, None] * len(self._head) + self._head
+        self._entry[:, request, :, column] = entry_BG[:, None]
+        self._bias[:, request, :, column] = 0
+        self._steps = [s + 1 for s in self._steps]
