@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import ab, coverage, doctor, harvest, lossless, phase, verify
+from sglang_probe.cli import ab, coverage, doctor, evict, harvest, lossless, phase, verify
 
 app = typer.Typer(
     name="sglang-probe",
@@ -21,6 +21,7 @@ app.command("ab")(ab.command)
 app.command("coverage")(coverage.command)
 app.command("lossless")(lossless.command)
 app.command("phase")(phase.command)
+app.command("evict")(evict.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 

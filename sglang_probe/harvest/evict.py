@@ -127,9 +127,7 @@ def run_arm(
         return run
     sources = {r.rid: r for r in prepared.workload.requests}
     requests = [_evicted(r, sources[r.source]) for r in asked.itertuples()]
-    return run_evicted(
-        prepared, path, requests, kept=kept, host=host, overwrite=overwrite or resume, reporter=reporter
-    )
+    return run_evicted(prepared, path, requests, kept=kept, host=host, overwrite=overwrite or resume, reporter=reporter)
 
 
 def arms(config: EvictionConfig) -> list[tuple[str, Decode, bool]]:
@@ -200,4 +198,6 @@ def _cut(requests: Iterable[Request], cut: Cut, task: str) -> Iterable[Request]:
         spans = (SegmentSpan("context", 0, context), SegmentSpan("question", context, p))
         yield replace(r, prompt_ids=prompt, spans=spans, labels=(), truth=truth)
     if n < 2:
-        raise WorkloadError(f"task `{task}`: {n} texts have {p + cut.steps} tokens", fix="longer texts, or a shorter cut")
+        raise WorkloadError(
+            f"task `{task}`: {n} texts have {p + cut.steps} tokens", fix="longer texts, or a shorter cut"
+        )

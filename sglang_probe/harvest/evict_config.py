@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from sglang_probe.capture.hook_points import EMBED
+from sglang_probe.capture.hook_points import EMBED, RESID_POST
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest.config import Recording
@@ -131,9 +131,9 @@ class EvictionConfig(Config):
         chosen = range(layers) if self.layers is None else self.layers
         return self._recording(task, [EMBED, *(f"blocks.{y}.{site}" for y in chosen for site in SITES)])
 
-    def bare(self, task: str) -> Recording:
-        """The same without captured rows."""
-        return self._recording(task, [])
+    def bare(self, task: str, layers: int | None = None) -> Recording:
+        """The same without captured rows; with those of the last of so many layers, for likelihoods."""
+        return self._recording(task, [] if layers is None else [EMBED, f"blocks.{layers - 1}.{RESID_POST}"])
 
     def _recording(self, task: str, hook_points: list[str]) -> Recording:
         steps = 1 if self.cut is None else self.cut.steps

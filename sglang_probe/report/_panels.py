@@ -103,7 +103,9 @@ def panel_scatter(
     names = distinct(data[series]) if len(data) else []
     xs, ys = numbers(data, x), numbers(data, y)
     points: dict[str, list[tuple[float, float, int, str]]] = {}
-    for p, s, text, a, b in zip(map(str, data[panel]), map(str, data[series]), map(str, data[label]), xs, ys, strict=True):
+    for p, s, text, a, b in zip(
+        map(str, data[panel]), map(str, data[series]), map(str, data[label]), xs, ys, strict=True
+    ):
         if not math.isnan(a) and not math.isnan(b):
             points.setdefault(p, []).append((a, b, names.index(s), f"{text}, {s}"))
 

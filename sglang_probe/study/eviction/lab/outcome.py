@@ -17,12 +17,12 @@ OUTCOMES: dict[str, str] = {
     "first_answer": "share of first answers that are right; the query-visible protocol cannot change it",
     "agreement": "share of generated tokens that are those of the full cache at the same step",
     "divergence": "step at which the output first differs from the full cache's; the number of steps if it never does",
-    "nll": "mean negative log-likelihood of the reference behind its first token, nats per token, teacher-forced",
-    "top1": "share of steps at which the most likely token is that of the full cache, teacher-forced",
 }
 
 
-def judge_outputs(asked: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
+def judge_outputs(
+    asked: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame, full: pd.DataFrame
+) -> pd.DataFrame:
     """Outcomes of every request that was generated freely.
 
     Args:

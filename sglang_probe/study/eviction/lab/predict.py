@@ -19,7 +19,13 @@ LEAST_POLICIES = 4
 
 
 def predictors(
-    offline: pd.DataFrame, outcomes: pd.DataFrame, metrics: Sequence[str], outcome: str, *, resamples: int, seed: int = 0
+    offline: pd.DataFrame,
+    outcomes: pd.DataFrame,
+    metrics: Sequence[str],
+    outcome: str,
+    *,
+    resamples: int,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Spearman of each metric with the outcome over methods and baseline, `by` task, protocol, budget, and over all.
 
@@ -32,7 +38,7 @@ def predictors(
         by, task, protocol, budget, metric, outcome, cells, policies, spearman, low, high.
     """
     kinds = ("method", "baseline")
-    cells = {k: m for k, m in matrices(outcomes[outcomes["kind"].isin(kinds)], outcome)}
+    cells = dict(matrices(outcomes[outcomes["kind"].isin(kinds)], outcome))
     tasks = {t: i for i, t in enumerate(dict.fromkeys(offline["task"]))}
     out = []
     for metric in metrics:
@@ -73,9 +79,7 @@ def _selections(
     """All cells, those of each task, of each task and protocol, and each cell alone."""
     if not keys:
         return []
-    out = [((ALL, ALL, ALL), keys)]
-    for task in dict.fromkeys(k[0] for k in keys):
-        out.append(((task, ALL, ALL), [k for k in keys if k[0] == task]))
-    for task, protocol in dict.fromkeys(k[:2] for k in keys):
-        out.append(((task, protocol, ALL), [k for k in keys if k[:2] == (task, protocol)]))
-    return [*out, *((k, [k]) for k in keys)]
+    tasks = dict.fromkeys((k[0], ALL, ALL) for k in keys)
+    halves = dict.fromkeys((*k[:2], ALL) for k in keys)
+    wanted = [(ALL, ALL, ALL), *tasks, *halves, *keys]
+    return [(w, [k for k in keys if all(x in (ALL, y) for x, y in zip(w, k, strict=True))]) for w in wanted]

@@ -72,7 +72,9 @@ class EvictionResult:
     @property
     def ok(self) -> bool:
         """Whether the sanity row holds and every request was served."""
-        return (self.sanity is None or self.sanity.holds) and int(self.served["failed"].sum() if len(self.served) else 0) == 0
+        return (self.sanity is None or self.sanity.holds) and int(
+            self.served["failed"].sum() if len(self.served) else 0
+        ) == 0
 
 
 def study_eviction(
@@ -98,7 +100,7 @@ def study_eviction(
     protocols = list(dict.fromkeys(offline["protocol"]))
     heads = by_head(pd.read_parquet(folder / HEADS_FILE))
     by_request, served, sanity = _outcomes(folder, full, decodes, protocols)
-    names = [*OUTCOMES]
+    names = [*OUTCOMES, *FORCED_OUTCOMES]
     outcomes = {d: means(rows, names, resamples=resamples, seed=seed) for d, rows in by_request.items()}
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
     mass_gaps = gaps(offline, "prompt_mass", oracle, resamples=resamples, seed=seed) if oracle else pd.DataFrame()
@@ -238,5 +240,3 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain data, numbers at six digits, missing ones as null."""
     text = frame.to_json(orient="records", double_precision=6)
     return list(json.loads(text))
-
-

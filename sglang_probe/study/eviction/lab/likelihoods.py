@@ -1,0 +1,112 @@
+"""Likelihood of the reference under kept sets, from the last layer's captured rows of teacher-forced requests.
+
+The row of position p predicts the token at p + 1. The first output token comes from prefill and is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sglang_probe.capture.hook_points import RESID_POST
+from sglang_probe.errors import ProbeError
+from sglang_probe.ledger.run import Run
+from sglang_probe.ledger.schema import OVERSHOOT
+from sglang_probe.study.eviction.lab.asked import FULL_CACHE
+
+FORCED_OUTCOMES = {
+    "nll": "mean negative log-likelihood of the reference behind its first token, nats per token, teacher-forced",
+    "top1": "share of steps at which the most likely token is that of the full cache, teacher-forced",
+    "answer_nll": "the same likelihood of the answers alone",
+}
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns rows of the residual stream into logits: the final RMS norm and the output embedding."""
+
+    norm_D: Tensor
+    eps: float
+    unembed_VD: Tensor
+
+    def logits(self, rows_ND: Tensor) -> Tensor:
+        """Logits `[N, V]` in float32."""
+        x = rows_ND.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x * self.norm_D) @ self.unembed_VD.T
+
+
+def load_head(folder: Path) -> Head:
+    """The output head of a Llama-like checkpoint.
+
+    Raises:
+        ProbeError: the folder has no such weights.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 (not a mapping)
+                if key in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
+                    found[key] = f.get_tensor(key).float()
+    unembed = found.get("lm_head.weight", found.get("model.embed_tokens.weight"))
+    if unembed is None or "model.norm.weight" not in found:
+        raise ProbeError(f"{folder} has no final norm and output embedding in safetensors format")
+    return Head(found["model.norm.weight"], float(config.get("rms_norm_eps", 1e-6)), unembed)
+
+
+def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.DataFrame:
+    """Outcomes of teacher-forced requests; `top1` refers to the full cache's row of the same run.
+
+    Args:
+        asked: rid, source, policy, and what names its cell.
+        run: what served them, with rows of the last layer.
+        sources: `run.requests()` of the full-cache run: answer_steps of each source.
+    """
+    layers = int(run.manifest["model_config"]["num_hidden_layers"])
+    head = load_head(Path(run.manifest["model_path"]))
+    tokens = run.tokens()
+    tokens = tokens[tokens["phase"] != OVERSHOOT]
+    requests = run.requests().set_index("rid")
+    length = tokens["rid"].map(requests["prompt_len"])
+    decoded = tokens[tokens["position"] >= length].sort_values(["rid", "position"])
+    rows = run.rows(f"blocks.{layers - 1}.{RESID_POST}", decoded["row"].to_numpy())
+    step = (decoded["position"] - length[decoded.index] + 1).to_numpy()
+    outputs = requests["output_ids"]
+    wanted = np.concatenate([outputs[rid][1:] for rid in dict.fromkeys(decoded["rid"])])
+    nll, best = _judge(rows, torch.from_numpy(wanted.astype(np.int64)), head)
+    frame = pd.DataFrame({"rid": decoded["rid"].to_numpy(), "step": step, "nll": nll, "best": best})
+    named = frame.merge(asked[["rid", "source", "policy"]], on="rid")
+    full = (
+        named[named["policy"] == FULL_CACHE].drop_duplicates(["source", "step"]).set_index(["source", "step"])["best"]
+    )
+    named["same"] = (
+        named["best"].to_numpy() == full.reindex(pd.MultiIndex.from_frame(named[["source", "step"]])).to_numpy()
+    )
+    steps = sources.set_index("rid")["answer_steps"]
+    answers = {(rid, int(s)) for rid, mine in steps.items() for s in mine}
+    named["answers"] = [pair in answers for pair in zip(named["source"], named["step"], strict=True)]
+    found = named.groupby("rid").agg(nll=("nll", "mean"), top1=("same", "mean"))
+    found["answer_nll"] = named[named["answers"]].groupby("rid")["nll"].mean()
+    out = asked.merge(found.reset_index(), on="rid", how="left")
+    return out.assign(failed=out["nll"].isna(), truncated=False)
+
+
+def _judge(rows: Tensor, wanted: Tensor, head: Head) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of each wanted token, and the most likely one."""
+    nll, best = [], []
+    for start in range(0, len(rows), _BLOCK):
+        logits = head.logits(rows[start : start + _BLOCK])
+        picked = torch.log_softmax(logits, -1).gather(-1, wanted[start : start + _BLOCK, None])
+        nll.append(-picked.squeeze(-1))
+        best.append(logits.argmax(-1))
+    return torch.cat(nll).numpy(), torch.cat(best).numpy()
