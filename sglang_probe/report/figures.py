@@ -6,7 +6,8 @@ numbers themselves. Colours come from classes that page.html.j2 defines for ligh
 so give arms the same order in every figure. A duplicate, an overlap or a missing column raises `ValueError`: a figure
 never picks one of two numbers. Missing values are drawn as missing.
 
-One file per figure: _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py. They share the result (_figure.py), the reading of
+One file per figure: _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py. They share the
+result (_figure.py), the reading of
 frames (_frame.py), axes (_axes.py), and the SVG canvas with its text measuring (_svg.py).
 """
 
