@@ -4,9 +4,10 @@
 
 Text: the puzzles of `sglang_probe.workload.facts` (recall, chase, copy), drawn afresh for every step. Loss: the answers
 only. Model: Llama with two layers, grouped-query attention and tied embeddings, trained from scratch in float32 on one
-CPU thread. Curriculum: a stage ends when every task's training accuracy has passed a threshold; after the last one the
-learning rate decays to zero. The draws depend on seed and step alone, so a run resumed from `--state` continues the
-very run. `train.json` beside the checkpoint records what was run and how well it answers puzzles it has not seen.
+CPU thread and stored as bf16 safetensors. Curriculum: a stage ends when every task's training accuracy has passed a
+threshold; after the last one the learning rate decays to zero. The draws depend on seed and step alone, so a run
+resumed from `--state` continues the very run. `train.json` beside the checkpoint records what was run and how well the
+stored weights, computed with in float32, answer puzzles that no step drew.
 """
 
 from __future__ import annotations
@@ -280,11 +281,9 @@ def main() -> None:
 
     model = build_model()
     run = train(model, args.seed, args.state, args.stop_seconds)
-    accuracy = evaluate(model, args.seed)
-
     checkpoint = args.out / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(checkpoint)
+    model.to(torch.bfloat16).save_pretrained(checkpoint)
     build_tokenizer().save_pretrained(checkpoint)
     record = {
         "recipe": "models/probe-recall/train.py",
@@ -299,7 +298,7 @@ def main() -> None:
         "finished": run.done and run.decay_from is not None,
         "stages": [asdict(s) for s in STAGES],
         "stages_passed": run.stages_passed,
-        "held_out_accuracy": accuracy,
+        "held_out_accuracy": evaluate(model.float(), args.seed),
         "weights_sha256": hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest(),
     }
     (args.out / "train.json").write_text(json.dumps(record, indent=2) + "\n")
