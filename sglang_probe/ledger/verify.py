@@ -39,6 +39,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         rebinds_hold,
         rows_owned_once,
     ]
+    if "evict" in run.requests(interrupted=True) and run.requests(interrupted=True)["evict"].notna().any():
+        checks.append(kept_sets_stay_private)
     results = [intact, *(check(run) for check in checks)]
     # Content is asked only of rows that have one owner, and of a run that has any.
     if EMBED in run.hook_points and results[-1].holds and results[-1].covered:
@@ -259,6 +261,25 @@ def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:
         return None
     output = [] if request.output_ids is None else request.output_ids
     return np.concatenate([request.prompt_ids, output]).astype(np.int64)
+
+
+def kept_sets_stay_private(run: Run) -> Check:
+    """Entries that were computed from a compressed cache are no other request's, nor are a full one's theirs."""
+    name, claim = "kept sets", "no entry passes between a request with a kept set and others behind its cache"
+    requests = run.requests(interrupted=True)
+    evicted = requests[requests["evict"].notna()].set_index("rid")["cache_len"]
+    spans, rebinds = run.spans(), run.rebinds()
+    shared = pd.concat([spans[spans["status"] == schema.REUSED], rebinds])
+    violation = None
+    taken = shared[shared["origin_rid"].isin(evicted.index) & (shared["origin_rid"] != shared["rid"])]
+    beyond = shared[shared["end"] > shared["rid"].map(evicted).fillna(np.inf)]
+    if len(taken):
+        r = taken.iloc[0]
+        violation = f"{r['rid']} uses entries of {r['origin_rid']}, which has a kept set"
+    elif len(beyond):
+        r = beyond.iloc[0]
+        violation = f"{r['rid']} uses entries of {r['origin_rid']} up to {r['end']}, behind its cache"
+    return Check(name, claim, len(evicted), "requests", violation)
 
 
 def rows_owned_once(run: Run) -> Check:

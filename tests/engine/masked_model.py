@@ -47,12 +47,10 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
 def _mask(length: int, kept: Kept | None, layer: int, head: int) -> Tensor:
     seen = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
-        for key in range(query + 1):
-            evicted = False
-            if kept is not None and query >= kept.length > key:
-                step = min(query - kept.length, len(kept.keep_SYGN) - 1)
-                evicted = not bool(kept.keep_SYGN[step, layer, head, key])
-            seen[query, key] = not evicted
+        seen[query, : query + 1] = True
+        if kept is not None and query >= kept.length:
+            step = min(query - kept.length, len(kept.keep_SYGN) - 1)
+            seen[query, : kept.length] = kept.keep_SYGN[step, layer, head]
     return seen
 
 

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.evicted import EvictedRequest, run_evicted
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.ledger.run import Run
+from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.drift import row_distance
-from sglang_probe.study.eviction.kept import Kept, write_kept
+from sglang_probe.study.eviction import Layer, parse_method
+from sglang_probe.study.eviction.from_run import layer_from_run, lookahead_from_run
+from sglang_probe.study.eviction.kept import Kept, kept_of, write_kept
+from sglang_probe.study.eviction.likelihood import divergence_from, load_unembedding, output_logits, token_nll
 from tests.engine import masked_model
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS, KV_HEADS = 4, 4
 LAST = "blocks.3.hook_resid_post"
-QUERIES = [f"blocks.3.attn.{site}" for site in ("hook_rot_q", "hook_rot_k", "hook_v")]
+QUERIES = [f"blocks.{i}.attn.{site}" for i in range(4) for site in ("hook_rot_q", "hook_rot_k", "hook_v")]
 NEW = 14
 
 
@@ -55,6 +61,8 @@ class Recorded:
     """All recordings of one engine, and what was asked."""
 
     def __init__(self, folder: Path) -> None:
+        self._model = masked_model.load(str(MODEL))
+        self._masked: dict[Any, torch.Tensor] = {}
         several, alone = _prepared(6), _prepared(1)
         prompts = [list(r.prompt_ids) for r in several.workload.requests]
         self.prompts = [prompts[0], prompts[1][:40], prompts[2][:150], prompts[3], prompts[4][:129], prompts[5][:333]]
@@ -94,12 +102,71 @@ class Recorded:
             orders = [one, _named(one, "two"), _named(forced[3], "evicted"), _named(one, "three")]
             self.orders = record("orders", orders, "kept", alone)
             self.free = record("free", [_named(r, r.rid, force=None) for r in forced], "kept")
+            self.laq, self.laq_layers = self._laq(folder, record)
+            record("pseudo", [EvictedRequest("p", self.prompts[2]), *_pseudo(self.prompts[2])], None)
+            self.pseudo = load_run(folder / "pseudo")
+            self.refusals = _ask(host, self.full, folder, self.prompts[1])
             self.starts = host.starts
+
+    def masked(self, ids: list[int], kept: Kept | None) -> torch.Tensor:
+        """Rows of the last layer by the masked model."""
+        key = (tuple(ids), id(kept))
+        if key not in self._masked:
+            self._masked[key] = masked_model.hidden_states(self._model, ids, kept)[3]
+        return self._masked[key]
+
+    def _laq(self, folder: Path, record: Any) -> tuple[Run, list[Layer]]:
+        """LAQ in two stages: tokens generated from SnapKV's cache score the prompt for the cache that answers."""
+        layers = [layer_from_run(self.full, "full-2", i) for i in range(LAYERS)]
+        draft = parse_method({"method": "snapkv", "window": 8})
+        self.kept["draft"] = kept_of([draft.select(layer, 24) for layer in layers])
+        write_kept(folder / "draft", {"draft": self.kept["draft"]})
+        request = EvictedRequest("draft", self.prompts[2], key="draft", sampling={"max_new_tokens": 9})
+        first = record("stage 1", [request], "draft")
+        self.draft = first
+        seen = [
+            replace(layer, lookahead={"laq": lookahead_from_run(first, "draft", i, 8)})
+            for i, layer in enumerate(layers)
+        ]
+        laq = parse_method({"method": "laq", "steps": 8, "recent": 8})
+        self.kept["laq"] = kept_of([laq.select(layer, 24) for layer in seen])
+        write_kept(folder / "laq", {"laq": self.kept["laq"]})
+        return record("stage 2", [_named(request, "laq", key="laq")], "laq"), seen
+
+
+def _pseudo(prompt: list[int]) -> list[EvictedRequest]:
+    """DapQ: the first two and the last six prompt tokens stand for the answer."""
+    ids = [*prompt, *prompt[:2], *prompt[-6:]]
+    return [EvictedRequest("pseudo", ids, publishes=False, sampling={"max_new_tokens": 1})]
+
+
+def _ask(host: EngineHost, like: Run, folder: Path, prompt: list[int]) -> dict[str, str]:
+    """What the engine itself answers to requests that nobody checked before."""
+    said = {}
+    for name, kept in (("with", folder / "kept"), ("without", None)):
+        run = folder / f"direct {name}"
+        run.mkdir()
+        probe = EngineProbeConfig(
+            run=run.resolve(),
+            hook_points=like.hook_points,
+            forced_outputs=True,
+            bypass=True,
+            evictions=True,
+            kept=kept,
+            ignore_interrupt=True,
+        )
+        engine = host.open(like.manifest["model_path"], like.manifest["server_given"], probe)
+        for key in ("visible 2", "nobody", "visible 1"):
+            params = {"max_new_tokens": 2, "custom_params": {"probe": {"evict": key}}}
+            try:
+                said[f"{name} {key}"] = str(len(engine.run(engine.generate(key, prompt, params)).output_ids))
+            except ProbeError as e:
+                said[f"{name} {key}"] = str(e)
+        engine.close_recording()
+    return said
 
 
 def _named(r: EvictedRequest, rid: str, **changes: object) -> EvictedRequest:
-    from dataclasses import replace
-
     return replace(r, rid=rid, **changes)
 
 
@@ -114,12 +181,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 def _expected(recorded: Recorded, run: Run, sets: dict[str, Kept]) -> pd.DataFrame:
     """Largest relative error of rows of the last layer that each request computed, against the masked model."""
-    model = masked_model.load(str(MODEL))
     found = []
     for r in run.requests().itertuples():
-        kept = sets[r.evict] if r.evict is not None else None
+        kept = sets.get(r.evict)
         ids = [*r.prompt_ids, *r.output_ids][: len(run.activations(r.rid, LAST))]
-        rows = masked_model.hidden_states(model, ids, kept)[3]
+        rows = recorded.masked(ids, kept)
         error = row_distance(run.activations(r.rid, LAST), rows)[0]
         behind = r.prompt_len if kept is None else kept.length
         found.append((r.rid, error[:behind].max(), error[behind:].max()))
@@ -154,7 +220,7 @@ def test_rows_are_those_of_the_masked_model(recorded: Recorded) -> None:
 
 
 def test_a_kept_set_shifted_by_one_position_is_noticed(recorded: Recorded) -> None:
-    errors = _expected(recorded, recorded.wrong, recorded.kept | {k: recorded.kept[k] for k in recorded.kept})
+    errors = _expected(recorded, recorded.wrong, recorded.kept)
     evicted = errors[errors.index.str.startswith("kept-")]
     assert (evicted["behind"] > 1e-2).all(), errors
     assert errors["inside"].max() < 1e-4
@@ -188,6 +254,61 @@ def test_free_running_parts_from_the_full_cache(recorded: Recorded) -> None:
     assert any(differ)
     visible = [1, 2, 4]
     assert all(free["output_ids"][i][0] == full["output_ids"][i][0] for i in visible)
+
+
+def test_laq_runs_in_two_stages(recorded: Recorded) -> None:
+    assert _expected(recorded, recorded.draft, recorded.kept).max(axis=None) < 1e-4
+    assert _expected(recorded, recorded.laq, recorded.kept).max(axis=None) < 1e-4
+    full = recorded.full.requests()["output_ids"][2][:9]
+    same_text = list(recorded.draft.requests()["output_ids"][0]) == list(full)
+    for i, layer in enumerate(recorded.laq_layers):
+        ahead = layer.lookahead["laq"]
+        assert ahead.q_THD.shape == (8, 8, 32)
+        assert layer.future is not None
+        if i == 0 and same_text:  # the first layer's queries depend on the token and its position alone
+            assert torch.allclose(ahead.q_THD, layer.future.q_THD[:8], atol=1e-5)
+        if i:
+            assert not torch.allclose(ahead.q_THD, layer.future.q_THD[:8], atol=1e-3)
+    assert not torch.equal(recorded.kept["laq"].keep_SYGN, recorded.kept["draft"].keep_SYGN)
+
+
+def test_pseudo_tokens_are_run_behind_a_cached_prompt(recorded: Recorded) -> None:
+    run, n = recorded.pseudo, len(recorded.prompts[2])
+    assert run.requests().set_index("rid")["cached_tokens"]["pseudo"] == n
+    ahead = lookahead_from_run(run, "pseudo", 3, 32, start=n)
+    assert ahead.q_THD.shape[0] == ahead.k_TGD.shape[0] == 8  # type: ignore[union-attr]
+    own = layer_from_run(run, "pseudo", 3).q_NHD
+    assert torch.equal(ahead.q_THD, own[n:])
+
+
+def test_predictions_from_captured_rows_are_the_models(recorded: Recorded) -> None:
+    unembedding = load_unembedding(MODEL)
+    model = masked_model.load(str(MODEL))
+    for rid, kept in (("full-1", None), ("kept-2", recorded.kept["visible 2"]), ("kept-3", recorded.kept["hidden 3"])):
+        run = recorded.full if kept is None else recorded.mixed
+        r = run.requests().set_index("rid").loc[rid]
+        ids = [*r["prompt_ids"], *r["output_ids"]]
+        with torch.no_grad():
+            expected = model.lm_head(model.model.norm(masked_model.hidden_states(model, ids, kept)[3]))
+        expected = expected[r["prompt_len"] - 1 : -1]
+        ours = output_logits(run, rid, unembedding)
+        assert torch.allclose(ours, expected, atol=2e-3)
+        nll = token_nll(ours, r["output_ids"])
+        chosen = torch.log_softmax(expected, -1)[torch.arange(NEW), torch.tensor(list(r["output_ids"]))]
+        assert torch.allclose(nll, -chosen, atol=2e-3)
+    full = output_logits(recorded.full, "full-2", unembedding)
+    evicted = output_logits(recorded.mixed, "kept-2", unembedding)
+    assert divergence_from(full, full).abs().max() < 1e-5
+    assert divergence_from(full, evicted)[0] < 1e-4 < divergence_from(full, evicted)[1:].min()
+    assert full.argmax(-1).tolist() == list(recorded.outputs[2])
+
+
+def test_the_engine_itself_refuses_what_cannot_be_had(recorded: Recorded) -> None:
+    said = recorded.refusals
+    assert "is for 150 positions and the prompt has 40" in said["with visible 2"]
+    assert "`evict: nobody` is no kept set of this recording" in said["with nobody"]
+    assert said["with visible 1"] == "2"
+    assert all("which has none" in said[f"without {key}"] for key in ("visible 2", "nobody", "visible 1"))
 
 
 def test_what_cannot_be_had_is_refused_in_words(recorded: Recorded, tmp_path: Path) -> None:

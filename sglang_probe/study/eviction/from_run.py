@@ -71,6 +71,34 @@ def layer_from_run(
     )
 
 
+def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int | None = None) -> Queries:
+    """Queries, keys and values of `steps` positions of request `rid`: lookahead or pseudo tokens for `Layer.lookahead`.
+
+    The request generated the lookahead tokens itself, perhaps from a compressed cache (LAQ), or had pseudo tokens as
+    the end of its prompt (DapQ). The last sampled token has no query, so n lookahead queries need n + 1 new tokens.
+
+    Args:
+        start: first of the positions; None: the first behind the prompt.
+
+    Raises:
+        RunDirectoryError: no such request, or post-RoPE queries or keys were not captured.
+        ProbeError: the request has no row at any of these positions.
+    """
+    if start is None:
+        start = int(run.requests().set_index("rid").loc[rid, "prompt_len"])
+
+    def rows(site: str) -> Tensor:
+        name = f"blocks.{layer}.{site}"
+        values = run.activations(rid, name)[start : start + steps]
+        return values.view(len(values), *run.heads(name))
+
+    has_values = f"blocks.{layer}.{VALUE}" in run.hook_points
+    q = rows(ROTATED_QUERY)
+    if not len(q):
+        raise ProbeError(f"request {rid} computed nothing from position {start} on", fix="generate more tokens")
+    return Queries(q, rows(ROTATED_KEY), rows(VALUE) if has_values else None)
+
+
 def model_config(run: Run, model: str | Path | None = None) -> Mapping[str, Any]:
     """Configuration of the run's model: from the manifest, or from a model folder.
 
