@@ -24,8 +24,8 @@ def command(
 ) -> None:
     """Compare eviction methods on captured attention and, in the engine, by what is generated from kept sets.
 
-    One full-cache harvest captures queries, keys and values; every method selects under every budget and protocol and is
-    judged offline; then each kept set is run for real. Writes `report.html`, `summary.json` and `tables/`.
+    One full-cache harvest captures queries, keys and values; every method selects under every budget and protocol and
+    is judged offline; then each kept set is run for real. Writes `report.html`, `summary.json` and `tables/`.
     """
     from rich.console import Console
 

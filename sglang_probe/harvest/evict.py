@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest, manifest_of
-from sglang_probe.ledger.run import Run, load_run
+from sglang_probe.ledger.run import MANIFEST, Run, load_run
+from sglang_probe.study.eviction.kept import write_kept
+from sglang_probe.study.eviction.lab.lookahead import DAPQ, Asked
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, Truth
 
@@ -96,9 +98,48 @@ def run_full(
                 resume=resume and path.exists(),
                 reporter=reporter,
                 host=host,
-                hooks=Hooks(forced_outputs=True),
+                hooks=Hooks(forced_outputs=True, bypass=config.in_engine, evictions=config.in_engine),
             )
     return runs
+
+
+def run_lookahead(
+    prepared: Prepared,
+    asked: Sequence[Asked],
+    path: Path,
+    host: EngineHost,
+    *,
+    overwrite: bool,
+    resume: bool,
+    reporter: Reporter,
+) -> Run:
+    """Generate lookahead tokens under kept sets, or run pseudo and draft tokens, with captured attention rows."""
+    if resume and (path / MANIFEST).exists() and (run := load_run(path)).complete:
+        return run
+    sources = {r.rid: r for r in prepared.workload.requests}
+    sets = path.with_name(path.name + ".kept.safetensors")
+    kept = {a.rid: a.kept for a in asked if a.kept is not None}
+    if kept:
+        write_kept(sets, kept)
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    requests = []
+    for a in asked:
+        prompt = sources[a.source].prompt_ids[: a.context]
+        if a.kept is None and a.at[1] == DAPQ:
+            requests.append(EvictedRequest(a.rid, (*prompt, *a.pseudo), None, None, {**greedy, "max_new_tokens": 1}))
+        else:
+            # The last token that is sampled has no query.
+            new = {**greedy, "max_new_tokens": a.steps + 1}
+            requests.append(EvictedRequest(a.rid, prompt, a.rid if a.kept else None, a.pseudo or None, new))
+    return run_evicted(
+        prepared,
+        path,
+        requests,
+        kept=sets if kept else None,
+        host=host,
+        overwrite=overwrite or resume,
+        reporter=reporter,
+    )
 
 
 def full_runs(config: EvictionConfig, folder: Path) -> dict[str, dict[str, Run]]:
@@ -123,7 +164,7 @@ def run_arm(
         asked: one row per request: rid, source (rid of the workload's request), key (null: full cache), forced
             (whether the reference is decoded), and temperature.
     """
-    if resume and (path / "manifest.json").exists() and (run := load_run(path)).complete:
+    if resume and (path / MANIFEST).exists() and (run := load_run(path)).complete:
         return run
     sources = {r.rid: r for r in prepared.workload.requests}
     requests = [_evicted(r, sources[r.source]) for r in asked.itertuples()]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from sglang_probe.harvest.evict import FULL, arms, full_runs, open_folder, run_arm, run_full
+from sglang_probe.harvest.evict import FULL, arms, full_runs, open_folder, run_arm, run_full, run_lookahead
 from sglang_probe.harvest.evict_config import Decode, EvictionConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
@@ -21,7 +21,7 @@ from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.ledger.run import Run
 from sglang_probe.study.eviction.lab.asked import KeptSets, asked_of
 from sglang_probe.study.eviction.lab.batches import batches
-from sglang_probe.study.eviction.lab.grid import Entry
+from sglang_probe.study.eviction.lab.lookahead import SPECKV, Ahead, collect, first_pass, second_pass, steps_needed
 from sglang_probe.study.eviction.lab.offline import Offline, run_offline
 from sglang_probe.study.eviction.lab.study import (
     EXCLUDED_FILE,
@@ -53,7 +53,8 @@ def counts(config: EvictionConfig, requests: dict[str, int]) -> Counts:
     rows, total = [], 0
     starts = 1 + (1 + config.teacher_forced if config.in_engine else 0)
     for task, n in requests.items():
-        row = {"task": task, "full cache": 2 * n, "kept sets": n * (evicting * cells + len(config.protocols))}
+        sets = n * (evicting * cells + len(config.protocols))
+        row: dict[str, Any] = {"task": task, "full cache": 2 * n, "kept sets": sets}
         if config.in_engine:
             for name, decode, _ in arms(config):
                 sane = len(config.protocols) if not decode.temperature else 0
@@ -105,12 +106,14 @@ def run_study(
     open_folder(folder, config, overwrite=overwrite, resume=resume)
     clock = Clock(folder, fresh=overwrite)
     again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
-    with clock.stage("full cache"), EngineHost() as host:
-        runs = run_full(prepared, config, folder, host, **again)
-    entries = runnable(config)
+    with EngineHost() as host:
+        with clock.stage("full cache"):
+            runs = run_full(prepared, config, folder, host, **again)
+        with clock.stage("lookahead"):
+            ahead = _look_ahead(prepared, config, runs, folder, host, **again)
     if overwrite or not (folder / OFFLINE_FILE).exists():
         with clock.stage("offline grid"):
-            clock.asserted = select_and_judge(prepared, config, entries, runs, folder, reporter)
+            clock.asserted = select_and_judge(prepared, config, runs, ahead, folder, reporter)
     if config.in_engine:
         with EngineHost() as host:
             # Ways of decoding that share an engine come together.
@@ -153,16 +156,37 @@ def read_study(config: EvictionConfig, folder: Path, name: str) -> EvictionResul
     return _studied(config, folder, name, full_runs(config, folder), Clock(folder, fresh=False))
 
 
-def runnable(config: EvictionConfig) -> list[Entry]:
-    """Policies whose inputs are there."""
-    return [e for e in config.entries if e.lookahead is None]
+def _look_ahead(
+    prepared: dict[str, Prepared],
+    config: EvictionConfig,
+    runs: dict[str, dict[str, Run]],
+    folder: Path,
+    host: EngineHost,
+    **again: Any,
+) -> dict[str, Ahead]:
+    """Lookahead queries of every task, on the engine of the full-cache runs."""
+    out = {task: Ahead() for task in prepared}
+    needed = steps_needed(config.entries)
+    if not needed or not config.in_engine:
+        return out
+    for task, ours in prepared.items():
+        layers = list(range(ours.model.layers))
+        found = list(batches(runs[task][FULL], layers, model=ours.model.path))
+        prompts = {r.rid: r.prompt_ids for r in ours.workload.requests}
+        asked = list(first_pass(found, needed, config.budgets, config.protocols, config.trivial, prompts))
+        first = run_lookahead(ours, asked, folder / f"{task}.lookahead", host, **again)
+        collect([a for a in asked if a.at[1] != SPECKV], first, layers, into=out[task])
+        if drafts := second_pass(asked, first):
+            second = run_lookahead(ours, drafts, folder / f"{task}.drafts", host, **again)
+            collect(drafts, second, layers, into=out[task])
+    return out
 
 
 def select_and_judge(
     prepared: dict[str, Prepared],
     config: EvictionConfig,
-    entries: list[Entry],
     runs: dict[str, dict[str, Run]],
+    ahead: dict[str, Ahead],
     folder: Path,
     reporter: Reporter,
 ) -> int:
@@ -171,7 +195,7 @@ def select_and_judge(
     Returns:
         Requests whose kept counts were asserted.
     """
-    out = Offline()
+    out, entries = Offline(), config.entries
     for task, ours in prepared.items():
         layers = list(range(ours.model.layers)) if config.layers is None else config.layers
         found = list(batches(runs[task][FULL], layers, model=ours.model.path))
@@ -187,6 +211,7 @@ def select_and_judge(
                 config.protocols,
                 config.trivial,
                 control_of=control,
+                ahead=ahead[task],
                 out=out,
                 keep=kept.add if config.in_engine else None,
                 advance=lambda counter=counter: counter.advance(0),  # type: ignore[misc]
@@ -206,16 +231,18 @@ def select_and_judge(
 def _studied(
     config: EvictionConfig, folder: Path, name: str, runs: dict[str, dict[str, Run]], clock: Clock
 ) -> EvictionResult:
+    outcome = "accuracy" if config.cut is None else "agreement"
     decodes = [(arm, forced) for arm, _, forced in arms(config)] if config.in_engine else []
     return study_eviction(
         folder,
         name,
         config.model_dump(mode="json", exclude={"output"}),
-        runnable(config),
+        config.entries,
         {task: r[FULL] for task, r in runs.items()},
         decodes,
         resamples=config.resamples,
         seed=config.seed,
         seconds=clock.seconds,
         asserted=clock.asserted,
+        outcome=outcome,
     )

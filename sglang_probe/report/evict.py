@@ -83,9 +83,9 @@ def conclusions(result: EvictionResult) -> str:
             f"{best['spearman']:.2f}, {best['low']:.2f} to {best['high']:.2f})."
         )
     told.append(
-        "\n\nWhat this cannot tell: the model is small, its tasks are synthetic or short, and there is one training seed "
-        "and one engine; intervals are over prompts alone. Rankings are those of these parameters, which are all listed "
-        "below. Nothing is freed in the engine, so no number here is about speed."
+        "\n\nWhat this cannot tell: the model is small, its tasks are synthetic or short, and there is one training "
+        "seed and one engine; intervals are over prompts alone. Rankings are those of these parameters, which are all "
+        "listed below. Nothing is freed in the engine, so no number here is about speed."
         if result.outcomes
         else "\n\nNothing was generated under a kept set here: these are statements about attention, not about answers."
     )
@@ -128,8 +128,8 @@ def _curves(result: EvictionResult) -> Section:
         figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in dict.fromkeys(part["task"])]
     return Section(
         heading=f"{result.outcome.capitalize()} by budget",
-        text=f"{_said(result.outcome)} One panel per policy, with 95 % intervals over prompts; protected random is drawn "
-        "dotted behind each. Oracles, marked so, read the future and bound what a kept set can do.",
+        text=f"{_said(result.outcome)} One panel per policy, with 95 % intervals over prompts; protected random is "
+        "drawn dotted behind each. Oracles, marked so, read the future and bound what a kept set can do.",
         figures=figures,
     )
 
@@ -208,10 +208,10 @@ def _prediction(result: EvictionResult) -> Section | None:
     numbers: dict[str, Kind] = dict.fromkeys(map(str, wide.columns[1:]), "decimal")
     return Section(
         heading=f"Which metric predicts {result.outcome}?",
-        text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by what was "
-        "generated; Spearman's correlations are averaged over these cells. Metrics that are better when low are turned "
-        "around. Oracles are left out, and so are per-step selections, which were not generated from. Intervals draw "
-        "prompts with replacement, the same prompts for metric and outcome.",
+        text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by "
+        "what was generated; Spearman's correlations are averaged over these cells. Metrics that are better when low "
+        "are turned around. Oracles are left out, and so are per-step selections, which were not generated from. "
+        "Intervals draw prompts with replacement, the same prompts for metric and outcome.",
         figures=figures,
         tables=[
             Table(frame, title, dict.fromkeys(["spearman", "low", "high"], "decimal")),
@@ -246,9 +246,9 @@ def _mass(result: EvictionResult) -> Section:
         )
     return Section(
         heading="Offline: what is kept of the attention",
-        text=f"Judged on the full-cache run's own decode steps. {_TESTED} Adaptive budgets, per-step selections and another "
-        "always-kept set than the baseline's change how many candidates a policy keeps; the chance table shows what that "
-        "alone gives.",
+        text=f"Judged on the full-cache run's own decode steps. {_TESTED} Adaptive budgets, per-step selections and "
+        "another always-kept set than the baseline's change how many candidates a policy keeps; the chance table "
+        "shows what that alone gives.",
         tables=tables,
         notes=[f"`{k}`: {text}." for k, text in METRICS.items()],
     )
@@ -272,8 +272,8 @@ def _heads(result: EvictionResult) -> Section:
     ]
     return Section(
         heading="Where it is lost: layers and heads",
-        text="Sums over prompts and steps. Heads that look at the last positions only have little mass outside the trivial "
-        "set; a method may lose all of theirs and no answer.",
+        text="Sums over prompts and steps. Heads that look at the last positions only have little mass outside the "
+        "trivial set; a method may lose all of theirs and no answer.",
         figures=figures,
     )
 
@@ -289,10 +289,10 @@ def _controls(result: EvictionResult) -> Section | None:
     kinds: dict[str, Kind] = dict.fromkeys(columns[4:], "percent")
     return Section(
         heading="Negative controls",
-        text=f"`{source}` fed with what must not help: keys in another order, the queries of another request, queries from "
-        "the middle of the prompt in place of the last ones. Non-trivial mass recall should fall to the chance level "
-        "beside it. What is left above chance does not come from the thing that was spoiled: with another request's "
-        "queries that is what any request's window would have found, such as places that all queries prefer.",
+        text=f"`{source}` fed with what must not help: keys in another order, the queries of another request, queries "
+        "from the middle of the prompt in place of the last ones. Non-trivial mass recall should fall to the chance "
+        "level beside it. What is left above chance does not come from the thing that was spoiled: with another "
+        "request's queries that is what any request's window would have found, such as places that all queries prefer.",
         tables=[Table(rows[columns], "non-trivial mass recall", kinds)],
     )
 

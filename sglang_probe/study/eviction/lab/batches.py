@@ -6,8 +6,8 @@ for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,6 @@ def batches(
     *,
     model: str | Path,
     most: int = 64,
-    lookahead: Mapping[str, Mapping[str, list[Queries]]] | None = None,
 ) -> Iterator[Batch]:
     """All requests that decoded, grouped by shape.
 
@@ -52,16 +51,14 @@ def batches(
         layers: captured layers, in order.
         model: model folder, for the output projections.
         most: requests per batch at most.
-        lookahead: by name and request, lookahead queries of each layer in `layers`. Requests of a batch are cut to the
-            fewest that any of them has.
 
     Raises:
         RunDirectoryError: a position has no row, or a hook point was not captured.
     """
     requests = run.requests().set_index("rid")
     requests = requests[requests["output_len"] > 1]
-    rows = {site: {y: _Rows(run, f"blocks.{y}.{site}") for y in layers} for site in SITES}
-    where = _row_indices(run)
+    rows = {site: {y: RowsOf(run, f"blocks.{y}.{site}") for y in layers} for site in SITES}
+    where = row_indices(run)
     config = model_config(run, model)
     rotary = Rotary.from_model_config(config)
     heads = int(config["num_attention_heads"])
@@ -88,15 +85,13 @@ def batches(
                 future=Queries(q[:, :, length:], k[:, :, length:], v[:, :, length:]),
                 needed_L=_needed(requests, chosen, length, len(layers)),
             )
-            for name, given in (lookahead or {}).items():
-                layer = replace(layer, lookahead={**layer.lookahead, name: _ahead(given, chosen)})
             yield Batch(tuple(chosen), context, layer, stored[0].element_size())
 
 
 SITES = (ROTATED_QUERY, ROTATED_KEY, VALUE)
 
 
-class _Rows:
+class RowsOf:
     """All rows of a hook point, `[rows, heads, head_dim]`, in the model's dtype."""
 
     def __init__(self, run: Run, name: str) -> None:
@@ -111,7 +106,7 @@ class _Rows:
         return self._values[torch.from_numpy(indices)]
 
 
-def _row_indices(run: Run) -> dict[str, np.ndarray]:
+def row_indices(run: Run) -> dict[str, np.ndarray]:
     """Row of every position of every request that has a KV entry, in order."""
     tokens = run.tokens()
     tokens = tokens[tokens["phase"] != OVERSHOOT].sort_values(["rid", "position"])
@@ -140,18 +135,3 @@ def _needed(requests: pd.DataFrame, rids: list[str], length: int, layers: int) -
         for positions in list(requests.at[rid, "needed_causal"])[1:]:
             out[i, torch.as_tensor(np.asarray(positions, dtype=np.int64))] = True
     return out[:, None].expand(len(rids), layers, length)
-
-
-def _ahead(given: Mapping[str, list[Queries]], rids: list[str]) -> Queries:
-    """Lookahead queries of a batch, `[B, Y, n, H, D]`."""
-    fewest = min(len(q.q_THD) for rid in rids for q in given[rid])
-
-    def put(name: str) -> Tensor | None:
-        parts = [[getattr(q, name) for q in given[rid]] for rid in rids]
-        if parts[0][0] is None:
-            return None
-        return torch.stack([torch.stack([x[:fewest] for x in mine]) for mine in parts])
-
-    q = put("q_THD")
-    assert q is not None
-    return Queries(q, put("k_TGD"), put("v_TGD"))

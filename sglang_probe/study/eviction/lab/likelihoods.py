@@ -5,8 +5,6 @@ The row of position p predicts the token at p + 1. The first output token comes 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sglang_probe.capture.hook_points import RESID_POST
-from sglang_probe.errors import ProbeError
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.schema import OVERSHOOT
 from sglang_probe.study.eviction.lab.asked import FULL_CACHE
+from sglang_probe.study.eviction.likelihood import Unembedding, load_unembedding
 
 FORCED_OUTCOMES = {
     "nll": "mean negative log-likelihood of the reference behind its first token, nats per token, teacher-forced",
@@ -26,42 +24,6 @@ FORCED_OUTCOMES = {
     "answer_nll": "the same likelihood of the answers alone",
 }
 _BLOCK = 8192
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns rows of the residual stream into logits: the final RMS norm and the output embedding."""
-
-    norm_D: Tensor
-    eps: float
-    unembed_VD: Tensor
-
-    def logits(self, rows_ND: Tensor) -> Tensor:
-        """Logits `[N, V]` in float32."""
-        x = rows_ND.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (x * self.norm_D) @ self.unembed_VD.T
-
-
-def load_head(folder: Path) -> Head:
-    """The output head of a Llama-like checkpoint.
-
-    Raises:
-        ProbeError: the folder has no such weights.
-    """
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 (not a mapping)
-                if key in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
-                    found[key] = f.get_tensor(key).float()
-    unembed = found.get("lm_head.weight", found.get("model.embed_tokens.weight"))
-    if unembed is None or "model.norm.weight" not in found:
-        raise ProbeError(f"{folder} has no final norm and output embedding in safetensors format")
-    return Head(found["model.norm.weight"], float(config.get("rms_norm_eps", 1e-6)), unembed)
 
 
 def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.DataFrame:
@@ -73,7 +35,7 @@ def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.
         sources: `run.requests()` of the full-cache run: answer_steps of each source.
     """
     layers = int(run.manifest["model_config"]["num_hidden_layers"])
-    head = load_head(Path(run.manifest["model_path"]))
+    unembedding = load_unembedding(Path(run.manifest["model_path"]))
     tokens = run.tokens()
     tokens = tokens[tokens["phase"] != OVERSHOOT]
     requests = run.requests().set_index("rid")
@@ -83,7 +45,7 @@ def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.
     step = (decoded["position"] - length[decoded.index] + 1).to_numpy()
     outputs = requests["output_ids"]
     wanted = np.concatenate([outputs[rid][1:] for rid in dict.fromkeys(decoded["rid"])])
-    nll, best = _judge(rows, torch.from_numpy(wanted.astype(np.int64)), head)
+    nll, best = _judge(rows, torch.from_numpy(wanted.astype(np.int64)), unembedding)
     frame = pd.DataFrame({"rid": decoded["rid"].to_numpy(), "step": step, "nll": nll, "best": best})
     named = frame.merge(asked[["rid", "source", "policy"]], on="rid")
     full = (
@@ -101,11 +63,11 @@ def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.
     return out.assign(failed=out["nll"].isna(), truncated=False)
 
 
-def _judge(rows: Tensor, wanted: Tensor, head: Head) -> tuple[np.ndarray, np.ndarray]:
+def _judge(rows: Tensor, wanted: Tensor, unembedding: Unembedding) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each wanted token, and the most likely one."""
     nll, best = [], []
     for start in range(0, len(rows), _BLOCK):
-        logits = head.logits(rows[start : start + _BLOCK])
+        logits = unembedding.logits(rows[start : start + _BLOCK])
         picked = torch.log_softmax(logits, -1).gather(-1, wanted[start : start + _BLOCK, None])
         nll.append(-picked.squeeze(-1))
         best.append(logits.argmax(-1))

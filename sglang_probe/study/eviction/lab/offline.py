@@ -18,6 +18,7 @@ from sglang_probe.study.eviction.lab.batches import Batch
 from sglang_probe.study.eviction.lab.controls import CONTROLS
 from sglang_probe.study.eviction.lab.grid import Entry, Trivial, budget_name, tokens_of
 from sglang_probe.study.eviction.lab.judge import Judge, check_counts
+from sglang_probe.study.eviction.lab.lookahead import Ahead
 from sglang_probe.study.eviction.layer import Layer
 from sglang_probe.study.eviction.protocol import Protocol, under
 from sglang_probe.study.eviction.select import top_k
@@ -85,6 +86,7 @@ def run_offline(
     trivial: Trivial,
     *,
     control_of: Entry | None = None,
+    ahead: Ahead | None = None,
     out: Offline,
     keep: Keep | None = None,
     advance: Callable[[], None] = lambda: None,
@@ -93,6 +95,7 @@ def run_offline(
 
     Args:
         control_of: the method that the negative controls spoil.
+        ahead: lookahead queries; without them the methods that ask for some are left out, and listed so.
         keep: called with every kept set of an eviction that runs in the engine (controls do not).
         advance: called after each policy on each batch and protocol.
     """
@@ -101,7 +104,12 @@ def run_offline(
             layer = under(protocol, batch.layer, context=batch.context)
             judge = Judge(layer, trivial, batch.itemsize)
             for entry, source in _sources(entries, layer, control_of):
-                for budget, selection in _selections(entry.policy, source, budgets):
+                chosen = (
+                    _selections(entry.policy, source, budgets)
+                    if entry.lookahead is None
+                    else _ahead_selections(entry, source, budgets, protocol, batch, ahead or Ahead())
+                )
+                for budget, selection in chosen:
                     cell = (task, protocol.value, entry.kind, entry.label, budget_name(budget))
                     tokens = tokens_of(budget, layer.length)
                     try:
@@ -125,6 +133,25 @@ def _sources(entries: Sequence[Entry], layer: Layer, control_of: Entry | None) -
     if control_of is not None:
         for label, spoil in CONTROLS.items():
             yield Entry(f"{control_of.label}: {label}", "control", control_of.policy), spoil(layer, 0)
+
+
+def _ahead_selections(
+    entry: Entry,
+    layer: Layer,
+    budgets: Sequence[int | Fraction],
+    protocol: Protocol,
+    batch: Batch,
+    ahead: Ahead,
+) -> Iterator[tuple[int | Fraction, Selection | ProbeError]]:
+    """As `_selections` for a policy whose lookahead queries may be others under each budget."""
+    assert entry.lookahead is not None
+    for budget in budgets:
+        try:
+            mine = ahead.into(layer, entry.lookahead, protocol, budget_name(budget), batch.rids)
+        except ProbeError as e:
+            yield budget, e
+            continue
+        yield from _selections(entry.policy, mine, [budget])
 
 
 def _selections(

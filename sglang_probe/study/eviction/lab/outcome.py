@@ -19,6 +19,9 @@ OUTCOMES: dict[str, str] = {
     "divergence": "step at which the output first differs from the full cache's; the number of steps if it never does",
 }
 
+OF_ANSWERS = ("accuracy", "success", "first_answer", "answer_nll")
+"""Outcomes that need right answers: the text of a person is not the only right continuation."""
+
 
 def judge_outputs(
     asked: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame, full: pd.DataFrame
@@ -38,13 +41,13 @@ def judge_outputs(
     produced = outputs.set_index("rid")["output_ids"]
     right = sources.set_index("rid")
     reference = full.set_index("rid")["output_ids"]
-    rows = []
+    rows: list[dict[str, float | bool]] = []
     for r in asked.itertuples():
-        truth, wanted = right.loc[r.source], np.asarray(reference[r.source])
+        truth, wanted = right.loc[r.source], list(reference[r.source])
         if r.rid not in produced.index:
             rows.append({"failed": True, "truncated": False})
             continue
-        found = np.asarray(produced[r.rid])
+        found = list(produced[r.rid])
         rows.append({"failed": False, **compare(found, wanted, truth["answer_ids"], truth["answer_steps"])})
     return pd.concat([asked.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
 

@@ -15,7 +15,7 @@ from sglang_probe.study.eviction.lab.asked import ALL_KEPT, FULL_CACHE, over_rep
 from sglang_probe.study.eviction.lab.grid import Entry, listing
 from sglang_probe.study.eviction.lab.judge import METRICS
 from sglang_probe.study.eviction.lab.likelihoods import FORCED_OUTCOMES, forced_outcomes
-from sglang_probe.study.eviction.lab.outcome import OUTCOMES, judge_outputs
+from sglang_probe.study.eviction.lab.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
 from sglang_probe.study.eviction.lab.predict import predictors
 from sglang_probe.study.eviction.lab.summary import by_head, gaps, means
 
@@ -89,10 +89,12 @@ def study_eviction(
     seed: int,
     seconds: Mapping[str, float],
     asserted: int,
+    outcome: str = "accuracy",
 ) -> EvictionResult:
     """Read a study's files and put all its tables together.
 
     Args:
+        outcome: what policies are ranked by; of texts without right answers `agreement`, and nothing of answers.
         full: the full-cache run of each task.
         decodes: ways of decoding that were run in the engine: name, and whether the reference was forced.
     """
@@ -101,15 +103,15 @@ def study_eviction(
     heads = by_head(pd.read_parquet(folder / HEADS_FILE))
     by_request, served, sanity = _outcomes(folder, full, decodes, protocols)
     names = [*OUTCOMES, *FORCED_OUTCOMES]
+    if outcome == "agreement":
+        names = [n for n in names if n not in OF_ANSWERS]
     outcomes = {d: means(rows, names, resamples=resamples, seed=seed) for d, rows in by_request.items()}
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
     mass_gaps = gaps(offline, "prompt_mass", oracle, resamples=resamples, seed=seed) if oracle else pd.DataFrame()
-    outcome = "accuracy"
     predicted, points, outcome_gaps = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
     first = next((d for d, forced in decodes if not forced), None)
     if first is not None:
         rows = by_request[first]
-        outcome = "accuracy" if rows["accuracy"].notna().any() else "agreement"
         measures = (*PREDICTORS, *PREDICTORS_LOW)
         known = [m for m in measures if m in offline and offline[m].notna().any()]
         predicted = predictors(offline, rows, known, outcome, resamples=min(resamples, 2000), seed=seed)
