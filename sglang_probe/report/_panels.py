@@ -41,6 +41,8 @@ def panel_lines(
 ) -> Figure:
     """A panel per value of `panel`, in each one curve per series with its band.
 
+    On a logarithmic axis every value of `x` is a tick unless `x_ticks` says otherwise.
+
     Args:
         behind: columns `x`, `y` and `series`: curves drawn thin and dashed into every panel for comparison. The
             caption must say what they are.
@@ -58,6 +60,9 @@ def panel_lines(
     columns = (numbers(data, c) for c in (x, y, *bounds))
     for p, s, *point in zip(map(str, data[panel]), map(str, data[series]), *columns, strict=True):
         curves.setdefault((p, s), []).append(tuple(point))
+
+    if log_x and x_ticks is None:
+        x_ticks = {v: format_number(v) for v in sorted({v for v in numbers(data, x) if not math.isnan(v)})}
 
     def inside(c: Canvas, name: str, across: Scale, up: Scale) -> None:
         for s, points in reference.items():

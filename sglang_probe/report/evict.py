@@ -129,7 +129,7 @@ def _curves(result: EvictionResult) -> Section:
     return Section(
         heading=f"{result.outcome.capitalize()} by budget",
         text=f"{_said(result.outcome)} One panel per policy, with 95 % intervals over prompts; protected random is "
-        "drawn dotted behind each. Oracles, marked so, read the future and bound what a kept set can do.",
+        "drawn dashed behind each. Oracles, marked so, read the future and bound what a kept set can do.",
         figures=figures,
     )
 
