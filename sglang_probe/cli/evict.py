@@ -90,7 +90,9 @@ def _print_result(console: Console, result: EvictionResult) -> None:
     if len(result.excluded):
         left = int(result.excluded["requests"].sum())
         console.print(f"{left:,} selections were left out; the reasons are in the report")
-    console.print(f"kept counts asserted on {result.asserted:,} requests")
+    console.print(
+        f"kept counts asserted on {result.asserted:,} selections and {result.asserted_in_engine:,} requests served"
+    )
     if result.sanity is not None:
         colour = "green" if result.sanity.holds else "bold red"
         console.print(

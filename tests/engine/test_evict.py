@@ -65,8 +65,14 @@ def test_what_is_generated_from_kept_sets_is_judged_and_resumed(cli: Callable, t
         tmp_path / "recall.yaml",
         model="probe-recall",
         workloads=tasks,
-        methods=["random", "keydiff", {"method": "laq", "recent": 8, "pooling": "none"}, {"method": "dapq", "steps": 6}]
-        + [{"method": "speckv", "steps": 6, "window": 8}, {"method": "quest", "dense_layers": 0}],
+        methods=[
+            "random",
+            "keydiff",
+            {"method": "laq", "recent": 8, "pooling": "none"},
+            {"method": "dapq", "steps": 6},
+            {"method": "speckv", "steps": 6, "window": 8},
+            {"method": "quest", "dense_layers": 0},
+        ],
         oracles=["static_max", "need_set"],
         decode=[{"temperature": 0}, {"temperature": 0.7, "repeats": 2}],
     )

@@ -61,7 +61,7 @@ def test_points_are_named_and_coloured_by_series() -> None:
     figure = panel_scatter(frame, "protocol", "x", "y", "budget", "policy", title="t")
     dots = _elements(figure, "circle", "dot")
     assert [d.attrib["class"].split()[0] for d in dots] == ["s1", "s3", "s1", "s3"]
-    assert [d[0].text for d in dots][0] == "m, 1/8: 12.5%, 20.0%"
+    assert dots[0][0].text == "m, 1/8: 12.5%, 20.0%"
 
 
 def test_two_numbers_for_one_place_are_refused_and_no_number_says_so() -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sglang_probe.errors import ProbeError
 from sglang_probe.study.eviction.kept import Kept, write_kept
 from sglang_probe.study.eviction.lab.batches import Batch
 from sglang_probe.study.eviction.lab.grid import Entry
@@ -51,6 +52,7 @@ class KeptSets:
                     "budget": budget,
                     "source": source,
                     "key": key,
+                    "entries": int(keep_YGL.sum()),
                 }
             )
 
@@ -70,16 +72,43 @@ def asked_of(
         sources: the workload's requests.
 
     Returns:
-        rid, source, key (None: full cache), the columns of the cell, repeat, temperature, forced.
+        rid, source, key (None: full cache), entries of its kept set (-1: full cache), the columns of the cell, repeat,
+        temperature, forced.
     """
     full = pd.DataFrame({"source": list(sources)})
-    full = full.assign(task=task, protocol="", kind="full", policy=FULL_CACHE, budget="1", key=None)
+    full = full.assign(task=task, protocol="", kind="full", policy=FULL_CACHE, budget="1", key=None, entries=-1)
     # The sanity row compares tokens, which sampling would part.
     used = cells if not temperature else cells[cells["policy"] != ALL_KEPT]
     rows = pd.concat([full, used], ignore_index=True)
     out = pd.concat([rows.assign(repeat=i) for i in range(repeats)], ignore_index=True)
     out["rid"] = [f"q{i:07d}" for i in range(len(out))]
     return out.assign(temperature=temperature, forced=forced)
+
+
+def check_served(asked: pd.DataFrame, outputs: pd.DataFrame) -> int:
+    """Assert that every request that was served had the kept set that the grid selected for it, by its counts.
+
+    Args:
+        outputs: `run.requests()`: key (`evict`) and counts per head (`kept`) as recorded.
+
+    Returns:
+        Requests asserted.
+
+    Raises:
+        ProbeError: names the first request that had another set.
+    """
+    both = asked.merge(outputs[["rid", "evict", "kept"]], on="rid")
+    count = 0
+    for r in both.itertuples():
+        entries = -1 if r.kept is None else int(sum(r.kept))
+        key = None if pd.isna(r.key) else r.key
+        if entries != r.entries or (key is not None and key != r.evict):
+            raise ProbeError(
+                f"request {r.rid} ({r.policy}) was served with {entries} kept entries and not {r.entries}",
+                fix="run the study again with --overwrite",
+            )
+        count += key is not None
+    return count
 
 
 def with_full(outcomes: pd.DataFrame, protocols: Sequence[str]) -> pd.DataFrame:

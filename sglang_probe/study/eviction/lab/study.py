@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.ledger.run import Run, load_run
-from sglang_probe.study.eviction.lab.asked import ALL_KEPT, FULL_CACHE, over_repeats, with_full
+from sglang_probe.study.eviction.lab.asked import ALL_KEPT, FULL_CACHE, check_served, over_repeats, with_full
 from sglang_probe.study.eviction.lab.grid import Entry, listing
 from sglang_probe.study.eviction.lab.judge import METRICS
 from sglang_probe.study.eviction.lab.likelihoods import FORCED_OUTCOMES, forced_outcomes
@@ -72,9 +72,13 @@ class EvictionResult:
     @property
     def ok(self) -> bool:
         """Whether the sanity row holds and every request was served."""
-        return (self.sanity is None or self.sanity.holds) and int(
-            self.served["failed"].sum() if len(self.served) else 0
-        ) == 0
+        failed = int(self.served["failed"].sum()) if len(self.served) else 0
+        return (self.sanity is None or self.sanity.holds) and not failed
+
+    @property
+    def asserted_in_engine(self) -> int:
+        """Served requests whose kept counts were asserted."""
+        return int(self.served["kept_counts_asserted"].sum()) if len(self.served) else 0
 
 
 def study_eviction(
@@ -163,6 +167,7 @@ def _outcomes(
                     "asked": len(asked),
                     "failed": int(judged["failed"].sum()),
                     "truncated": int(judged["truncated"].sum()),
+                    "kept_counts_asserted": check_served(asked, outputs),
                 }
             )
             parts.append(with_full(judged, protocols))
@@ -224,7 +229,7 @@ def write_summary(result: EvictionResult, folder: Path) -> None:
         "versions": result.manifest["versions"],
         "model": result.manifest["model"],
         "sanity": None if result.sanity is None else {"requests": result.sanity.requests, "exact": result.sanity.exact},
-        "kept_counts_asserted": result.asserted,
+        "kept_counts_asserted": {"selections": result.asserted, "requests_in_engine": result.asserted_in_engine},
         "seconds": dict(result.seconds),
         "lengths": records(result.lengths),
         "served": records(result.served),

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sglang_probe.study.eviction.lab.asked import ALL_KEPT, FULL_CACHE, asked_of, over_repeats, with_full
+from sglang_probe.errors import ProbeError
+from sglang_probe.study.eviction.lab.asked import ALL_KEPT, FULL_CACHE, asked_of, check_served, over_repeats, with_full
 from sglang_probe.study.eviction.lab.grid import BASELINE
 from sglang_probe.study.eviction.lab.outcome import OUTCOMES, compare, judge_outputs
 from sglang_probe.study.eviction.lab.predict import ALL, predictors
@@ -114,7 +115,7 @@ def test_a_request_that_was_not_served_has_failed() -> None:
 
 
 def test_the_full_cache_comes_first_and_answers_for_every_protocol() -> None:
-    cell = {"task": "t", "kind": "method", "policy": "m", "budget": "1/8", "source": "r0"}
+    cell = {"task": "t", "kind": "method", "policy": "m", "budget": "1/8", "source": "r0", "entries": 4}
     sane = {**cell, "kind": "full", "policy": ALL_KEPT, "budget": "1"}
     cells = pd.DataFrame([{**c, "protocol": p, "key": f"{c['policy']}{p}"} for c in (cell, sane) for p in ("v", "h")])
     asked = asked_of(cells, ["r0"], task="t", temperature=0.0, repeats=1, forced=False)
@@ -127,3 +128,12 @@ def test_the_full_cache_comes_first_and_answers_for_every_protocol() -> None:
     found = over_repeats(judged, OUTCOMES).set_index(["policy", "protocol"])["accuracy"]
     assert found[(FULL_CACHE, "v")] == found[(FULL_CACHE, "h")] == 0.5
     assert found[("m", "v")] == 0.5
+
+
+def test_a_request_that_was_served_with_another_set_is_noticed() -> None:
+    asked = pd.DataFrame({"rid": ["q0", "q1"], "policy": "m", "key": [None, "s1"], "entries": [-1, 6]})
+    outputs = pd.DataFrame({"rid": ["q0", "q1"], "evict": [None, "s1"], "kept": [None, [4, 2]]})
+    assert check_served(asked, outputs) == 1
+    for wrong in ({"kept": [None, [4, 3]]}, {"evict": [None, "s2"]}, {"kept": [[1, 1], [4, 2]]}):
+        with pytest.raises(ProbeError, match="was served with"):
+            check_served(asked, outputs.assign(**wrong))
