@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,20 @@ def ratio_intervals(
     n, k = numerators.shape
     here = ~(np.isnan(numerators) | np.isnan(denominators))
     above, below = np.where(here, numerators, 0.0), np.where(here, denominators, 0.0)
-    found = np.empty((resamples, k))
+    found = np.empty((k, resamples))
     with np.errstate(invalid="ignore", divide="ignore"):
         for start, drawn in draws(n, resamples, seed=seed):
-            found[start : start + len(drawn)] = (drawn @ above) / (drawn @ below)
+            found[:, start : start + len(drawn)] = (above.T @ drawn.T) / (below.T @ drawn.T)
         estimate = above.sum(0) / below.sum(0)
     tail = (1 - confidence) / 2
     low, high = np.full(k, np.nan), np.full(k, np.nan)
     some = here.any(0)
     if some.any():
-        low[some], high[some] = _quantiles(found[:, some], (tail, 1 - tail))
+        low[some], high[some] = _quantiles(found[some], (tail, 1 - tail))
     return Interval(estimate, low, high)
 
 
+@lru_cache(maxsize=4)
 def draws(n: int, resamples: int, *, seed: int = 0) -> list[tuple[int, Array]]:
     """Bootstrap weights in blocks, each with the number of its first resample: how often each of n units is drawn."""
     rng = np.random.default_rng(seed)
@@ -95,7 +97,7 @@ def sign_flips(differences: Array, *, resamples: int = 9999, seed: int = 0) -> A
 
 
 def _quantiles(found: Array, at: tuple[float, float]) -> Array:
-    """Along the first axis; draws without a value (all units absent, a zero denominator) are left out."""
+    """Along the last axis; draws without a value (all units absent, a zero denominator) are left out."""
     if np.isfinite(found).all():
-        return np.asarray(np.quantile(found, at, axis=0))
-    return np.asarray(np.nanquantile(np.where(np.isfinite(found), found, np.nan), at, axis=0))
+        return np.asarray(np.quantile(found, at, axis=-1))
+    return np.asarray(np.nanquantile(np.where(np.isfinite(found), found, np.nan), at, axis=-1))

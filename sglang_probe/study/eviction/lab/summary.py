@@ -56,7 +56,7 @@ def means(rows: pd.DataFrame, metrics: Sequence[str], *, resamples: int, seed: i
             )
             frame["p_holm"] = holm(frame["p"].to_numpy())
             if f"{metric}_chance" in part:
-                frame["chance"] = np.nanmean(_pivot(part, f"{metric}_chance")[0], axis=0)
+                frame["chance"] = _column_means(_pivot(part, f"{metric}_chance")[0])
             own = frame["policy"] == BASELINE
             frame.loc[own, ["difference", "difference_low", "difference_high"]] = np.nan
             out.append(frame)
@@ -83,7 +83,7 @@ def gaps(
         bound = _pivot(part, upper)[0] if upper is not None else _of_policy(values, cells, best)
         regret = mean_intervals(bound - values, resamples=resamples, seed=seed)
         closed = ratio_intervals(values - base, bound - base, resamples=resamples, seed=seed)
-        gap = np.nanmean(bound - base, axis=0)
+        gap = _column_means(bound - base)
         frame = cells.assign(
             task=task,
             protocol=protocol,
@@ -120,6 +120,13 @@ def _pivot(part: pd.DataFrame, metric: str) -> tuple[Array, pd.DataFrame]:
     order = order.assign(_rank=order["kind"].map(KINDS.index)).sort_values("_rank", kind="stable")
     cells = order.drop(columns="_rank").reset_index(drop=True)
     return wide[list(cells.itertuples(index=False, name=None))].to_numpy(np.float64), cells
+
+
+def _column_means(values: Array) -> Array:
+    """Means over prompts that have a value; NaN where none has."""
+    here = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(here, values, 0.0).sum(0) / here.sum(0))
 
 
 def _baseline(values: Array, cells: pd.DataFrame) -> Array:
