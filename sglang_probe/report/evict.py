@@ -8,10 +8,12 @@ from sglang_probe.report.evict_tables import (
     PROTOCOLS,
     budgets_of,
     by_budget,
+    gap_table,
     middle_budget,
     predictor_table,
     predictors_by_task,
     stages_table,
+    wide,
 )
 from sglang_probe.report.figures import Figure, heatmap, panel_lines, panel_scatter
 from sglang_probe.report.page import Page, Section, Tile
@@ -165,13 +167,16 @@ def _accuracy(result: EvictionResult) -> Section:
         if result.outcome not in set(frame["metric"]):
             continue
         for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-            wide = by_budget(frame, task, protocol, result.outcome)
-            tables.append(Table(wide, f"{task}, {PROTOCOLS[protocol]}, {decode}: {result.outcome}", _percent(wide)))
+            table = by_budget(frame, task, protocol, result.outcome)
+            tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}, {decode}: {result.outcome}", _percent(table)))
+    if len(result.outcome_gaps):
+        title = f"lost to the full cache, and share of protected random's loss won back, budget {middle_budget(result)}"
+        table = gap_table(result.outcome_gaps, middle_budget(result))
+        tables.append(Table(table, title, {"gap": "decimal"}))
     others = [m for m in OUTCOMES if m != result.outcome]
     first = next(iter(result.outcomes.values()))
     part = first[(first["metric"].isin(others)) & (first["budget"].isin([middle_budget(result), "1"]))]
-    wide = part.pivot(index=["task", "protocol", "kind", "policy"], columns="metric", values="mean").reset_index()
-    tables.append(Table(wide, f"other outcomes at budget {middle_budget(result)}"))
+    tables.append(Table(wide(part), f"other outcomes at budget {middle_budget(result)}"))
     return Section(
         heading="What was generated",
         text=f"{_TESTED} Oracle rows are bounds and are not tested.",
@@ -204,8 +209,8 @@ def _prediction(result: EvictionResult) -> Section | None:
         for metric in ("nontrivial", "output_error")
         if metric in points
     ]
-    wide = predictors_by_task(result)
-    numbers: dict[str, Kind] = dict.fromkeys(map(str, wide.columns[1:]), "decimal")
+    by_task = predictors_by_task(result)
+    numbers: dict[str, Kind] = dict.fromkeys(map(str, by_task.columns[1:]), "decimal")
     return Section(
         heading=f"Which metric predicts {result.outcome}?",
         text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by "
@@ -215,7 +220,7 @@ def _prediction(result: EvictionResult) -> Section | None:
         figures=figures,
         tables=[
             Table(frame, title, dict.fromkeys(["spearman", "low", "high"], "decimal")),
-            Table(wide, "by task and protocol", numbers),
+            Table(by_task, "by task and protocol", numbers),
         ],
         notes=[f"`{k}`: {METRICS[k]}." for k in frame["metric"] if k in METRICS],
     )
@@ -225,25 +230,18 @@ def _mass(result: EvictionResult) -> Section:
     tables = []
     cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
     for task, protocol in cells:
-        wide = by_budget(result.offline, task, protocol, "nontrivial", kinds=("baseline", "method", "oracle"))
-        tables.append(Table(wide, f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall", _percent(wide)))
+        table = by_budget(result.offline, task, protocol, "nontrivial", kinds=("baseline", "method", "oracle"))
+        tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall", _percent(table)))
     budget = middle_budget(result)
     part = result.offline[result.offline["budget"] == budget]
     part = part[part["metric"].isin(METRICS) & part["kind"].isin(["baseline", "method", "oracle"])]
-    wide = part.pivot(index=["task", "protocol", "kind", "policy"], columns="metric", values="mean").reset_index()
-    tables.append(Table(wide[[*wide.columns[:4], *[m for m in METRICS if m in wide]]], f"all metrics, budget {budget}"))
-    chance = part[part["chance"].notna()] if "chance" in part else part[:0]
-    if len(chance):
-        levels = chance.pivot_table(index=["task", "protocol", "policy"], columns="metric", values="chance", sort=False)
-        tables.append(Table(levels.reset_index(), f"their chance levels, budget {budget}, exact"))
+    tables.append(Table(wide(part), f"all metrics, budget {budget}"))
+    if "chance" in part and part["chance"].notna().any():
+        levels = wide(part[part["chance"].notna()], "chance")
+        tables.append(Table(levels, f"their chance levels, budget {budget}, exact"))
     if len(result.mass_gaps):
-        gaps = result.mass_gaps[result.mass_gaps["budget"] == budget]
-        columns = ["task", "protocol", "kind", "policy", "regret", "regret_low", "regret_high", "closed", "closed_low"]
-        tables.append(
-            Table(
-                gaps[[*columns, "closed_high"]], f"prompt mass: regret and gap closed to static_mean, budget {budget}"
-            )
-        )
+        title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
+        tables.append(Table(gap_table(result.mass_gaps, budget), title, {"gap": "decimal"}))
     return Section(
         heading="Offline: what is kept of the attention",
         text=f"Judged on the full-cache run's own decode steps. {_TESTED} Adaptive budgets, per-step selections and "
@@ -303,9 +301,9 @@ def _likelihood(result: EvictionResult) -> Section | None:
         return None
     tables = []
     for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-        wide = by_budget(frame, task, protocol, "nll")
+        table = by_budget(frame, task, protocol, "nll")
         numbers: dict[str, Kind] = dict.fromkeys(budgets_of(result.offline), "decimal")
-        tables.append(Table(wide, f"{task}, {PROTOCOLS[protocol]}: nll, nats per token; lower is better", numbers))
+        tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}: nll, nats per token; lower is better", numbers))
     return Section(
         heading="Likelihood of the reference, teacher-forced",
         text=_TESTED,
@@ -334,8 +332,8 @@ def _run(result: EvictionResult) -> Section:
     return Section(heading="The run", tables=tables)
 
 
-def _percent(wide: pd.DataFrame) -> dict[str, Kind]:
-    return {str(c): "percent" for c in wide.columns[2:] if not str(c).startswith("Δ")}
+def _percent(table: pd.DataFrame) -> dict[str, Kind]:
+    return {str(c): "percent" for c in table.columns[2:] if not str(c).startswith("Δ")}
 
 
 def _shares(result: EvictionResult, task: str) -> dict[str, float]:

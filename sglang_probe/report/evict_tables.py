@@ -90,6 +90,28 @@ def stages_table(result: EvictionResult) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "s"])
 
 
+def wide(part: pd.DataFrame, value: str = "mean") -> pd.DataFrame:
+    """Metrics across, cells of one budget down, in the order in which cells first appear."""
+    keys = ["task", "protocol", "kind", "policy"]
+    cells = part[keys].drop_duplicates()
+    metrics = list(dict.fromkeys(part["metric"]))
+    found = part.pivot(index=keys, columns="metric", values=value)
+    return found.loc[pd.MultiIndex.from_frame(cells), metrics].reset_index()
+
+
+def gap_table(gaps: pd.DataFrame, budget: str) -> pd.DataFrame:
+    """Regret and gap closed at one budget, each with its interval."""
+    part = gaps[gaps["budget"] == budget]
+    columns = {
+        n: [_with_interval(*v) for v in part[[n, f"{n}_low", f"{n}_high"]].to_numpy()] for n in ("regret", "closed")
+    }
+    return part[["task", "protocol", "kind", "policy", "gap"]].assign(**columns).reset_index(drop=True)
+
+
+def _with_interval(value: float, low: float, high: float) -> str | None:
+    return None if pd.isna(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
 def _across(means: pd.DataFrame, metric: str, budget: str) -> pd.DataFrame:
     part = means[(means["metric"] == metric) & ((means["budget"] == budget) | (means["kind"] == "full"))]
     part = part.assign(cell=part["task"] + ", " + part["protocol"].str.removeprefix("query_"))
