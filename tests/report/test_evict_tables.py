@@ -1,4 +1,4 @@
-"""Tables of an eviction study: budgets in order of size, the full cache beside all of them, stars where tests say so."""
+"""Tables of an eviction study: budgets by size, the full cache beside all of them, stars where the tests say so."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_full_cache_stands_beside_every_budget_and_kinds_are_in_order() -> N
     assert rows.loc["full cache", ["1/16", "1/2"]].tolist() == [1.0, 1.0]
     assert rows.loc["m", "Δ 1/16"] == "+0.20 (+0.15 to +0.25)*"
     assert rows.loc["m", "Δ 1/2"] == "+0.10 (+0.05 to +0.15)"
-    assert rows.loc["protected random", "Δ 1/16"] is None
+    assert pd.isna(rows.loc["protected random", "Δ 1/16"])
     assert np.isnan(rows.loc["o", "1/2"])
 
 
@@ -51,5 +51,5 @@ def test_a_gap_that_does_not_exist_has_no_share() -> None:
     for name, values in (("regret", (0.2, 0.3)), ("closed", (0.4, np.nan))):
         frame = frame.assign(**{name: values, f"{name}_low": values, f"{name}_high": values})
     table = gap_table(frame, "1/8")
-    assert table["closed"].tolist() == ["0.40 (0.40 to 0.40)", None]
+    assert table["closed"].isna().tolist() == [False, True]
     assert table["regret"].tolist() == ["0.20 (0.20 to 0.20)", "0.30 (0.30 to 0.30)"]
