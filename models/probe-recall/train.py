@@ -1,6 +1,6 @@
 """Recipe of `probe-recall`, a model with ground truth: a tiny Llama that retrieves facts from noise.
 
-    python models/probe-recall/train.py [--seed 0] [--out models/probe-recall] [--state /path/of/resumable.pt]
+    python models/probe-recall/train.py [--seed 0] [--tasks recall chase copy] [--out FOLDER] [--state FILE]
 
 Text: the puzzles of `sglang_probe.workload.facts` (recall, chase, copy), drawn afresh for every step. Loss: the answers
 only. Model: Llama with two layers, grouped-query attention and tied embeddings, trained from scratch in float32 on one
@@ -164,10 +164,11 @@ class Run:
 
     step: int = 0
     tokens: int = 0
+    tasks: list[Task] = field(default_factory=lambda: list(TASKS))
     seconds: float = 0.0
     stage: int = 0
     decay_from: int | None = None
-    accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 0.0))
+    accuracy: dict[str, float] = field(default_factory=dict)
     stages_passed: list[dict[str, float]] = field(default_factory=list)
 
     def learning_rate(self) -> float:
@@ -179,9 +180,9 @@ class Run:
         return self.step >= MAX_STEPS or (self.decay_from is not None and self.step >= self.decay_from + DECAY_STEPS)
 
 
-def train(model: LlamaForCausalLM, seed: int, state: Path | None, stop_seconds: float) -> Run:
+def train(model: LlamaForCausalLM, seed: int, tasks: list[Task], state: Path | None, stop_seconds: float) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run()
+    run = Run(tasks=tasks, accuracy=dict.fromkeys(tasks, 0.0))
     if state is not None and state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -208,13 +209,13 @@ def train(model: LlamaForCausalLM, seed: int, state: Path | None, stop_seconds: 
 def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, run: Run, rng: random.Random) -> float:
     # One batch in five is of an earlier stage.
     stage = STAGES[rng.randrange(run.stage + 1) if rng.random() < 0.2 else run.stage]
-    count = max(2, round(TOKENS_PER_STEP / len(TASKS) / (stage.body + 2 * stage.answers)))
-    batch = collate([draw(task, rng, stage) for task in TASKS for _ in range(count)])
+    count = max(2, round(TOKENS_PER_STEP / len(run.tasks) / (stage.body + 2 * stage.answers)))
+    batch = collate([draw(task, rng, stage) for task in run.tasks for _ in range(count)])
     for group in optimizer.param_groups:
         group["lr"] = run.learning_rate()
     logits, targets, tasks = answer_logits(model, batch)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    loss = torch.stack([losses[tasks == i].mean() for i in range(len(TASKS))]).mean()
+    loss = torch.stack([losses[tasks == TASKS.index(task)].mean() for task in run.tasks]).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -223,25 +224,26 @@ def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, run: Run, r
     run.tokens += batch.ids.numel()
     right = logits.detach().argmax(-1) == targets
     if stage == STAGES[run.stage]:
-        for i, task in enumerate(TASKS):
-            run.accuracy[task] += 0.05 * (right[tasks == i].float().mean().item() - run.accuracy[task])
+        for task in run.tasks:
+            now = right[tasks == TASKS.index(task)].float().mean().item()
+            run.accuracy[task] += 0.05 * (now - run.accuracy[task])
     if min(run.accuracy.values()) > PASS and run.decay_from is None:
         run.stages_passed.append({"step": run.step, "tokens": run.tokens, "seconds": round(run.seconds, 1)})
         if run.stage + 1 < len(STAGES):
             run.stage += 1
-            run.accuracy = dict.fromkeys(TASKS, 0.0)
+            run.accuracy = dict.fromkeys(run.tasks, 0.0)
         else:
             run.decay_from = run.step
     return loss.item()
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, seed: int, prompts: int = 200) -> list[dict[str, Any]]:
+def evaluate(model: LlamaForCausalLM, seed: int, tasks: list[Task], prompts: int = 200) -> list[dict[str, Any]]:
     """Teacher-forced greedy accuracy per answer, by task and size, on puzzles that no training step drew."""
     model.eval()
     rows: list[dict[str, Any]] = []
     for stage in [*STAGES, Stage(400, 60, 16, 8, 8)]:
-        for task in TASKS:
+        for task in tasks:
             rng = random.Random(f"held out/{seed}/{task}/{stage.body}")
             facts, answers = (stage.spans, stage.span) if task == "copy" else (stage.pairs, min(stage.pairs, 16))
             right: list[torch.Tensor] = []
@@ -271,6 +273,7 @@ def evaluate(model: LlamaForCausalLM, seed: int, prompts: int = 200) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--state", type=Path, help="file to save the run to, and to resume it from")
@@ -280,7 +283,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     model = build_model()
-    run = train(model, args.seed, args.state, args.stop_seconds)
+    run = train(model, args.seed, args.tasks, args.state, args.stop_seconds)
     checkpoint = args.out / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(checkpoint)
@@ -291,6 +294,7 @@ def main() -> None:
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": args.seed,
+        "tasks": args.tasks,
         "threads": args.threads,
         "steps": run.step,
         "training_tokens": run.tokens,
@@ -298,7 +302,7 @@ def main() -> None:
         "finished": run.done and run.decay_from is not None,
         "stages": [asdict(s) for s in STAGES],
         "stages_passed": run.stages_passed,
-        "held_out_accuracy": evaluate(model.float(), args.seed),
+        "held_out_accuracy": evaluate(model.float(), args.seed, args.tasks),
         "weights_sha256": hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest(),
     }
     (args.out / "train.json").write_text(json.dumps(record, indent=2) + "\n")

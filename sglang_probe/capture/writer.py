@@ -95,14 +95,23 @@ class Writer:
         Raises:
             OSError: writing failed. TimeoutError: it took longer than `timeout` seconds.
         """
+        done = self.checkpoint()
+        if not done.wait(timeout):
+            raise TimeoutError(f"the writer did not finish within {timeout} s")
+        self._raise_error()
+
+    def checkpoint(self) -> threading.Event:
+        """Ask for everything handed over to be made durable; the event is set when it is, or when writing failed.
+
+        Raises:
+            OSError: writing failed earlier.
+        """
         self._raise_error()
         done = threading.Event()
         with self._handing_over:
             self._hand_over()
             self._queue.put(done)
-        if not done.wait(timeout):
-            raise TimeoutError(f"the writer did not finish within {timeout} s")
-        self._raise_error()
+        return done
 
     def _hand_over(self) -> None:
         """Wake the thread with a bundle of commits. Each wake-up costs the scheduler thread a turn of Python's lock."""

@@ -203,7 +203,7 @@ class LiveRecording:
             self._done = asked
         elif self._unflushed and not self.totals.active and time.monotonic() - self._flushed > self._part_seconds:
             self._unflushed, self._flushed = False, time.monotonic()
-            self._writer.flush(timeout=60)
+            self._writer.checkpoint()  # not waited for: a slow disk must not hold up the metrics
         self._publish()
 
     def _due(self) -> bool:

@@ -49,6 +49,8 @@ class Retrieval(Config):
     """Where the first answer's fact begins, taken in turn by the requests; None: anywhere."""
     question: Literal["visible", "hidden"] = "hidden"
     """Whether the question belongs to the context that may be compressed. The prompt is the same."""
+    reader: Literal["probe-recall", "probe-recall-1"] = "probe-recall"
+    """The built-in model whose positions `needed_causal` names. The prompt is the same."""
 
     @property
     def body(self) -> int:
@@ -77,7 +79,7 @@ class Retrieval(Config):
         """One plain prompt for each request. Nothing is shared between requests."""
         for index in range(self.count):
             puzzle = self._draw(index)
-            truth = _truth(puzzle, hidden=self.question == "hidden")
+            truth = _truth(puzzle, self.reader, hidden=self.question == "hidden")
             yield Conversation(_segments(puzzle), None, _sampling(puzzle), truth)
 
 
@@ -101,10 +103,10 @@ def _sampling(puzzle: Puzzle) -> dict[str, Any]:
     return params
 
 
-def _truth(puzzle: Puzzle, *, hidden: bool) -> Truth:
+def _truth(puzzle: Puzzle, reader: str, *, hidden: bool) -> Truth:
     prompt = [_IDS[w] for w in ("<bos>", *puzzle.body, SEPARATOR, *puzzle.question)]
     at = [_BODY + puzzle.facts[f].start + o for f, o in zip(puzzle.asked, puzzle.offsets, strict=True)]
-    reads = need_offsets().get(puzzle.task)
+    reads = need_offsets(reader).get(puzzle.task)
     first = puzzle.facts[puzzle.asked[0]]
     return Truth(
         task=puzzle.task,
@@ -125,12 +127,10 @@ def _within(answer: int, offsets: list[int], body: int) -> tuple[int, ...]:
 
 
 @cache
-def need_offsets() -> dict[str, list[int]]:
-    """For each task the positions that `probe-recall` reads, relative to that of the answer in its fact.
+def need_offsets(reader: str) -> dict[Task, list[int]]:
+    """For each task the positions that a built-in model reads, relative to that of the answer in its fact.
 
-    Found by knock-out (models/probe-recall/inspect_need.py); empty if the model was not inspected.
+    Found by knock-out (models/probe-recall/inspect_need.py), which writes them beside the checkpoint.
     """
-    path = shipped("models/probe-recall/need.json")
-    if not path.exists():
-        return {}
-    return {task: found["offsets"] for task, found in json.loads(path.read_text(encoding="utf-8"))["tasks"].items()}
+    found = json.loads((shipped(f"models/{reader}") / "need.json").read_text(encoding="utf-8"))
+    return {task: about["offsets"] for task, about in found["tasks"].items()}

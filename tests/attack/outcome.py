@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_probe.ledger.run import load_run
 from sglang_probe.ledger.verify import verify
+from tests.attack.written import compare
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,7 +60,7 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
         "SLOT_ORACLE": str(path / "oracle"),
         "SLOT_ORACLE_SABOTAGE": sabotage,
     }
-    violations, output = {}, ""
+    violations, output, written = {}, "", 0
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
         output = done.stdout + done.stderr
@@ -80,13 +81,16 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
     if (path / "run" / "manifest.json").exists():
         run = load_run(path / "run")
         violations |= {c.name: str(c.violation) for c in verify(run) if not c.holds}
+        written, wrong = compare(run, path.glob("oracle.*.truth"))
+        if wrong is not None:
+            violations["written"] = wrong
         ended = {rid.partition("~")[0] for rid in run.engine_requests()["rid"]}
         if endless := sorted({f"r{i:06d}" for i in range(requests)} - ended):
             violations["ends"] = f"{len(endless)} of {requests} requests never ended, the first {endless[0]}"
         if run.manifest.get("fault"):
             violations["fault"] = run.manifest["fault"]
     options = said.get("ATTACK", {}).get("options", {})
-    return Outcome(_oracle(path), violations, said.get("DONE", {}), options, output, refused)
+    return Outcome(_oracle(path) | {"written": written}, violations, said.get("DONE", {}), options, output, refused)
 
 
 def _oracle(path: Path) -> dict[str, Any]:

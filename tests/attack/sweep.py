@@ -25,6 +25,7 @@ COLUMNS = {
     "compared": lambda r: r["oracle"]["compared"],
     "wrong": lambda r: r["oracle"]["wrong"],
     "unknown": lambda r: r["oracle"]["unknown"],
+    "written": lambda r: r["oracle"]["written"],
     "violations": lambda r: len(r["violations"]),
     **{
         name: lambda r, name=name: r["counts"].get(name, 0)
@@ -121,7 +122,9 @@ def _in_words(records: list[dict[str, Any]]) -> str:
     return (
         f"{summary['configurations']} configurations, {totals['requests']:,} requests, "
         f"{totals['forwards']:,} forward passes, {totals['compared']:,} comparisons of a slot's true owner with the "
-        f"lineage: {totals['wrong']} wrong, {totals['unknown']} unknown, {totals['violations']} violations.\n"
+        f"lineage: {totals['wrong']} wrong, {totals['unknown']} unknown; "
+        f"{totals['written']:,} comparisons of what the finished runs say with the true owners: "
+        f"{totals['violations']} violations of these and of `verify`.\n"
         f"{summary['refused']} more were refused by the probe, by name, as they must be. Attacked: {commits}.\n"
         f"Requests by finish reason: {counted('finish')}. Computed positions: {counted('phases')}; reused: "
         f"{totals['reused']:,}. SGLang's defaults are left out of the table; `KV` is the pool in tokens."

@@ -47,6 +47,7 @@ def tight(env: dict[str, str] | None = None, *, refusals: bool = False, **server
 def assert_exact(outcome: Outcome) -> None:
     assert outcome.noticed == [], outcome.output
     assert outcome.oracle["compared"] > 20_000
+    assert outcome.oracle["written"] > 2_000
 
 
 @pytest.mark.parametrize(("reached", "env"), [("mixed", {}), ("retracted", RETRACT)])
@@ -92,6 +93,8 @@ SLOW = pytest.mark.slow
                 "ignore the discard at retraction": tight(RETRACT),
                 "commit the newest first": tight(),
                 "believe a refused prompt": tight(refusals=True),
+                "write no rebinds": tight(),
+                "write the first origin for all": tight(),
                 "shift the rows": tight(),
             }.items()
         ),

@@ -25,8 +25,8 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Pages of one token, eviction of what was used longest ago, mixed batches, a retraction every third step."""
-    yield from _served(tmp_path_factory, *POOL, "--enable-mixed-chunk", environment={"SGLANG_TEST_RETRACT": "1"})
+    """Pages of one token, eviction of what was used longest ago, a retraction every third step."""
+    yield from _served(tmp_path_factory, *POOL, environment={"SGLANG_TEST_RETRACT": "1"})
 
 
 def test_only_whole_pages_are_reused(paged: LiveServer) -> None:
@@ -77,6 +77,7 @@ def test_lfu_evicts_what_was_used_once(paged: LiveServer) -> None:
     assert spans(recorded(paged), "often-again") == ["0-672 reused from often", "672-700 prefill"]
 
 
+@pytest.mark.slow
 def test_lru_evicts_what_was_used_first(tight: LiveServer) -> None:
     often, once = _fill(tight)
     ask(tight, input_ids=once, rid="once-again", n=1)
@@ -86,6 +87,7 @@ def test_lru_evicts_what_was_used_first(tight: LiveServer) -> None:
     assert spans(recorded(tight), "often-again") == ["0-640 reused from often", "640-700 prefill"]
 
 
+@pytest.mark.slow
 def test_an_evicted_prefix_that_is_computed_again_has_its_new_owner(tight: LiveServer) -> None:
     often, _ = _fill(tight)
     for rid in ("second", "third"):
@@ -95,6 +97,7 @@ def test_an_evicted_prefix_that_is_computed_again_has_its_new_owner(tight: LiveS
     assert spans(run, "third") == ["0-640 reused from often", "640-699 reused from second", "699-700 prefill"]
 
 
+@pytest.mark.slow
 def test_every_retraction_is_an_attempt_that_reuses_what_was_published(tight: LiveServer) -> None:
     ask(tight, input_ids=[prompt(30), prompt(30)], rid=["kept", "victim"], n=20)
     run = recorded(tight)
@@ -111,18 +114,7 @@ def test_every_retraction_is_an_attempt_that_reuses_what_was_published(tight: Li
     assert cached_tokens(run, "victim") == 0  # of the first attempt
 
 
-def test_decode_steps_ride_with_the_chunks_of_a_prompt(tight: LiveServer) -> None:
-    with meanwhile(tight, input_ids=prompt(30), rid="rider", n=150):
-        ask(tight, input_ids=prompt(200), rid="mixed", n=2)
-    run = recorded(tight)
-    assert spans(run, "rider") == ["0-30 prefill", "30-179 decode"]
-    # One token of each chunk's budget goes to the request that decodes.
-    prompt_spans = ["0-63 prefill", "63-126 prefill", "126-189 prefill", "189-200 prefill"]
-    assert spans(run, "mixed") == [*prompt_spans, "200-201 decode"]
-    mixed = run.forwards().query("mode == 'mixed'")
-    assert mixed[["prefill_tokens", "decode_tokens"]].to_numpy().tolist() == [[63, 1], [63, 1], [63, 1], [11, 1]]
-
-
+@pytest.mark.slow
 def test_beam_search_stops_the_recording_and_no_request(tight: LiveServer) -> None:
     """The last test on this server."""
     ask(tight, input_ids=prompt(30), rid="before")

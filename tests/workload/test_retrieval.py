@@ -5,28 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.paths import shipped
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.facts import TASKS, WORDS
 from sglang_probe.workload.request import Request, Truth
-from sglang_probe.workload.retrieval import Retrieval
+from sglang_probe.workload.retrieval import Retrieval, need_offsets
 
 
 @pytest.fixture(scope="module")
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of `probe-recall`'s kind (models/probe-recall/train.py)."""
-    ids = {w: i for i, w in enumerate(WORDS)}
-    made = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+def words() -> PreTrainedTokenizerBase:
+    """The tokenizer of the built-in model that the source writes for."""
+    return AutoTokenizer.from_pretrained(shipped("models/probe-recall/checkpoint"))
 
 
-def _requests(tokenizer: PreTrainedTokenizerFast, **config: Any) -> list[Request]:
+def _requests(tokenizer: PreTrainedTokenizerBase, **config: Any) -> list[Request]:
     source = Retrieval(**{"count": 6, "prompt_tokens": 80, "answers": 4, "distractors": 3, **config})
     return build_requests(source, tokenizer, context_length=128, default_sampling={}).requests
 
@@ -36,8 +32,12 @@ def _truth(request: Request) -> Truth:
     return request.truth
 
 
+def test_the_models_tokenizer_has_the_sources_vocabulary(words: PreTrainedTokenizerBase) -> None:
+    assert words.convert_ids_to_tokens(range(len(words))) == WORDS
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_needed_positions_hold_what_names_the_answer_and_the_answer(words: PreTrainedTokenizerFast, task: str) -> None:
+def test_needed_positions_hold_what_names_the_answer_and_the_answer(words: PreTrainedTokenizerBase, task: str) -> None:
     for request in _requests(words, task=task):
         truth = _truth(request)
         assert len(request.prompt_ids) == 80
@@ -49,7 +49,7 @@ def test_needed_positions_hold_what_names_the_answer_and_the_answer(words: PreTr
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_segments_name_what_each_token_is(words: PreTrainedTokenizerFast, task: str) -> None:
+def test_segments_name_what_each_token_is(words: PreTrainedTokenizerBase, task: str) -> None:
     for request in _requests(words, task=task):
         where: dict[str, set[int]] = {}
         for span in request.spans:
@@ -60,19 +60,19 @@ def test_segments_name_what_each_token_is(words: PreTrainedTokenizerFast, task: 
         assert [len(where[name]) for name in ("fact", "distractor", "filler")] == [asked, other, 76 - asked - other]
 
 
-def test_only_the_boundary_tells_a_hidden_question_from_a_visible_one(words: PreTrainedTokenizerFast) -> None:
+def test_only_the_boundary_tells_a_hidden_question_from_a_visible_one(words: PreTrainedTokenizerBase) -> None:
     hidden, visible = _requests(words, question="hidden"), _requests(words, question="visible")
     assert [r.prompt_ids for r in hidden] == [r.prompt_ids for r in visible]
     assert {_truth(r).context_len for r in hidden} == {78}
     assert {_truth(r).context_len for r in visible} == {80}
 
 
-def test_depths_are_taken_in_turn(words: PreTrainedTokenizerFast) -> None:
+def test_depths_are_taken_in_turn(words: PreTrainedTokenizerBase) -> None:
     depths = [_truth(r).depth for r in _requests(words, depth=[0.0, 1.0], count=4)]
     assert depths == pytest.approx([0, 1, 0, 1], abs=0.02)
 
 
-def test_recall_prescribes_the_later_keys_and_leaves_the_answers_to_the_model(words: PreTrainedTokenizerFast) -> None:
+def test_recall_prescribes_the_later_keys_and_leaves_the_answers_to_the_model(words: PreTrainedTokenizerBase) -> None:
     for request in _requests(words, task="recall"):
         truth = _truth(request)
         force = request.sampling_params["custom_params"]["probe"]["force"]
@@ -82,13 +82,13 @@ def test_recall_prescribes_the_later_keys_and_leaves_the_answers_to_the_model(wo
 
 
 @pytest.mark.parametrize("task", ["chase", "copy"])
-def test_the_models_own_tokens_are_the_later_questions(words: PreTrainedTokenizerFast, task: str) -> None:
+def test_the_models_own_tokens_are_the_later_questions(words: PreTrainedTokenizerBase, task: str) -> None:
     for request in _requests(words, task=task):
         assert "custom_params" not in request.sampling_params
         assert request.sampling_params["max_new_tokens"] == 4
 
 
-def test_a_request_depends_on_seed_and_index_alone(words: PreTrainedTokenizerFast) -> None:
+def test_a_request_depends_on_seed_and_index_alone(words: PreTrainedTokenizerBase) -> None:
     assert _requests(words, count=2) == _requests(words, count=6)[:2]
     assert _requests(words, seed=1)[0].prompt_ids != _requests(words)[0].prompt_ids
 
@@ -102,3 +102,13 @@ def test_another_models_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast)
 def test_a_shape_that_does_not_fit_is_refused_when_it_is_read() -> None:
     with pytest.raises(ConfigError, match="24 facts of 3 tokens do not fit into 56"):
         parse_config({"source": "retrieval", "prompt_tokens": 60}, Retrieval, where="x.yaml")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_positions_needed_causally_are_the_offsets_found_in_the_model(
+    words: PreTrainedTokenizerBase, task: str
+) -> None:
+    offsets = need_offsets("probe-recall")[task]  # type: ignore[index]
+    for request in _requests(words, task=task):
+        truth = _truth(request)
+        assert truth.needed_causal == tuple(tuple(at + o for o in offsets) for _, at in truth.needed_content)

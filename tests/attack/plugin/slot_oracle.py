@@ -21,6 +21,11 @@ class Oracle:
         self.owner: dict[int, tuple[str, int, int]] = {}  # slot -> (rid, attempt, position)
         self.compared = self.wrong = self.unknown = self.forwards = 0
         self.first: str | None = None
+        self.computed: set[tuple[str, int, int]] = set()
+        self.reused: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}  # attempt -> position -> who computed it
+        self.last: dict[
+            tuple[str, int], tuple[int, list[tuple[str, int]]]
+        ] = {}  # attempt -> forward, owner by position
 
     def before(self, runner: Any, batch: Any, recorder: Any, plan: Any) -> None:
         """Compare every position that this forward attends to below its first new one."""
@@ -29,6 +34,7 @@ class Oracle:
         for i, rid in enumerate(plan.rids):
             slots = table[pools[i], : plan.starts[i]].tolist()
             believed = _expand(recorder.lineage.owners(rid), rid, plan.attempts[i], len(slots))
+            self._note(rid, plan.attempts[i], plan.forward_id, slots)
             for position, (slot, belief) in enumerate(zip(slots, believed, strict=True)):
                 self.compared += 1
                 truth = self.owner.get(slot)
@@ -41,12 +47,24 @@ class Oracle:
                         f"the lineage says {belief}"
                     )
 
+    def _note(self, rid: str, attempt: int, forward: int, slots: list[int]) -> None:
+        """What the finished run must say of this attempt: the origin of what it reuses, and its last owners."""
+        key = (rid, attempt)
+        owners = [self.owner[slot][:2] if slot in self.owner else ("", -1) for slot in slots]
+        known = len(self.last[key][1]) if key in self.last else 0
+        reused = self.reused.setdefault(key, {})
+        for position in range(known, len(owners)):
+            if (rid, attempt, position) not in self.computed:
+                reused[position] = owners[position]
+        self.last[key] = (forward, owners)
+
     def after(self, batch: Any, plan: Any) -> None:
         """Note who wrote which slot."""
         slots = iter(batch.out_cache_loc.tolist())
         for rid, attempt, start, end in zip(plan.rids, plan.attempts, plan.starts, plan.ends, strict=True):
             for position in range(start, end):
                 self.owner[next(slots)] = (rid, attempt, position)
+                self.computed.add((rid, attempt, position))
         self.forwards += 1
         if self.forwards % 20 == 0:
             self.write()
@@ -54,6 +72,14 @@ class Oracle:
     def write(self) -> None:
         names = ("compared", "wrong", "unknown", "forwards", "first")
         self.report.write_text(json.dumps({name: getattr(self, name) for name in names}))
+
+    def write_truth(self) -> None:
+        """For `tests/attack/written.py`."""
+        truth = {
+            "reused": [[*key, *owner, position] for key, at in self.reused.items() for position, owner in at.items()],
+            "last": [[*key, forward, owners] for key, (forward, owners) in self.last.items()],
+        }
+        self.report.with_suffix(".truth").write_text(json.dumps(truth))
 
 
 def _expand(origins: list[Any], rid: str, attempt: int, length: int) -> list[tuple[str | None, int]]:
@@ -91,6 +117,7 @@ def register() -> None:
         original_close(session)
         if oracle.forwards:  # a tensor-parallel rank that does not record compares nothing
             oracle.write()
+            oracle.write_truth()
 
     probe.Session.close = close_and_report  # type: ignore[method-assign]
     if what := os.environ.get("SLOT_ORACLE_SABOTAGE"):

@@ -224,6 +224,30 @@ def believe_a_refused_prompt() -> None:
     accounting.end_of = as_abort
 
 
+def write_no_rebinds() -> None:
+    """The lineage follows them, the run does not say so."""
+    publish = Recorder.publish
+
+    def unwritten(self: Any, *args: Any, **kwargs: Any) -> None:
+        publish(self, *args, **kwargs)
+        self._rebinds.clear()
+
+    Recorder.publish = unwritten  # type: ignore[method-assign]
+
+
+def write_the_first_origin_for_all() -> None:
+    """A request that reuses from several is written as if it reused from the first of them alone."""
+    launch = Lineage.launch
+
+    def first(self: Any, *args: Any) -> Any:
+        import dataclasses
+
+        origins = launch(self, *args)
+        return [dataclasses.replace(o, rid=origins[0].rid, attempt=origins[0].attempt) for o in origins]
+
+    Lineage.launch = first  # type: ignore[method-assign]
+
+
 def shift_the_rows() -> None:
     take = Taps.take
 
@@ -256,6 +280,8 @@ SABOTAGES = {
         ignore_the_discard_at_retraction,
         commit_the_newest_first,
         believe_a_refused_prompt,
+        write_no_rebinds,
+        write_the_first_origin_for_all,
         shift_the_rows,
     )
 }
