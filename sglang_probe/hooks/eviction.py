@@ -118,9 +118,11 @@ def rows_of(evictions: Evictions, reqs: list[Any], plan: ForwardPlan) -> list[Ev
     found = []
     for i, req in enumerate(reqs):
         key = requested(req)
-        if key is None or req.to_finish is not None:  # refused, or about to end: what it computes is thrown away
+        if key is None:
             continue
         if reason := evictions.refusal(key, plan.prompt_lens[i]):
+            if req.to_finish is not None:  # refused at its arrival: one token runs in the place of its prompt
+                continue
             raise ProbeError(f"request {req.rid}: {reason}")
         if plan.ends[i] > evictions.lengths[str(key)]:
             kept = evictions.kept(str(key))

@@ -272,7 +272,8 @@ def kept_sets_stay_private(run: Run) -> Check:
     shared = pd.concat([spans[spans["status"] == schema.REUSED], rebinds])
     violation = None
     taken = shared[shared["origin_rid"].isin(evicted.index) & (shared["origin_rid"] != shared["rid"])]
-    beyond = shared[shared["end"] > shared["rid"].map(evicted).fillna(np.inf)]
+    cache_end = evicted.astype(float).reindex(shared["rid"]).fillna(np.inf).to_numpy()
+    beyond = shared[shared["end"].to_numpy() > cache_end]
     if len(taken):
         r = taken.iloc[0]
         violation = f"{r['rid']} uses entries of {r['origin_rid']}, which has a kept set"

@@ -2,9 +2,11 @@
 
 SGLang's `torch_native` backend pads the queries behind a cached prefix to the full length and throws the padding's
 output away, so that a hit saves no attention. This one asks for the new queries only, with the mask that the padding
-implied; PyTorch's CPU kernel computes each query by itself, so the bits are the same
-(`tests/engine/test_switches.py`). A request without a kept set is computed as if there were none in its batch, and in
-decode as the stock code does, one request at a time.
+implied. In bfloat16 the bits are the same (`tests/engine/test_switches.py`); in float32 the last ones can differ behind
+a prefix, because PyTorch's CPU kernel multiplies blocks of queries whose size follows from their number.
+
+A request without a kept set is computed as if none were in its batch, in decode by the stock code. Those with one are
+attended to as one batch there. Memory is not freed: what is not kept is left out of the attention.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             requests = forward_batch.req_pool_indices[at].tolist()
             slots = [table[request, : r.end] for request, r in zip(requests, rows, strict=True)]
             if self._slots is None or not self._slots.advance(rows, slots):
-                self._slots = KeptSlots(rows, slots, self._dtype)
+                self._slots = KeptSlots(rows, slots, self._dtype, self._slots)
         return rows
 
     @probe.guarded

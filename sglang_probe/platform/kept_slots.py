@@ -24,28 +24,47 @@ Columns = tuple[Tensor, Tensor | None]
 class KeptSlots:
     """Entries and padding of one batch composition; `advance` makes them those of the next step."""
 
-    def __init__(self, rows: Sequence[EvictedRow], slots: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """`slots[i]` are the KV slots of positions `[0, end)` of `rows[i]`, whose query is the last of them."""
-        self._requests = [(r.rid, r.attempt) for r in rows]
+    def __init__(
+        self,
+        rows: Sequence[EvictedRow],
+        slots: Sequence[Tensor],
+        dtype: torch.dtype,
+        previous: KeptSlots | None = None,
+    ) -> None:
+        """`slots[i]` are the KV slots of positions `[0, end)` of `rows[i]`, whose query is the last of them.
+
+        What `previous` knows of the same requests is taken over.
+        """
+        self._requests = [_identity(r) for r in rows]
+        self._cache = [s[: r.kept.length].clone() for r, s in zip(rows, slots, strict=True)]
+        self._kept = [r.kept for r in rows]  # so that no other set takes the identity of one of these
         self._changes = [len(r.kept.keep_SYGN) > 1 for r in rows]
-        kept = [r.kept for r in rows]
-        layers, heads = kept[0].heads
+        layers, heads = self._kept[0].heads
         self._head = torch.arange(heads)
-        self._width = max(int(k.counts_SYG.max()) for k in kept)
+        counts = [k.counts_SYG for k in self._kept]
+        widths = [int(c.max()) for c in counts]
+        self._width = max(widths)
         longest = max(r.end - r.kept.length for r in rows)
         self._capacity = longest + _ROOM
         shape = (layers, len(rows), heads, self._width + self._capacity)
         self._entry = torch.zeros(shape, dtype=torch.int64)
         self._bias = torch.full(shape, -torch.inf, dtype=dtype)
         self._steps = [0] * len(rows)
-        self._uneven = any(int(k.counts_SYG.min()) < self._width for k in kept)
+        self._uneven = any(int(c.min()) < self._width for c in counts)
+        known = {} if previous is None else {r: j for j, r in enumerate(previous._requests)}
         for i, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            self._keep(i, row.kept, row.end - 1, slot)
+            j = known.get(_identity(row))
+            # A client may use a request id again, so that the slots themselves are compared.
+            if previous is None or j is None or self._changes[i] or not torch.equal(previous._cache[j], self._cache[i]):
+                self._keep(i, row.kept, row.end - 1, slot)
+            else:
+                self._entry[:, i, :, : widths[i]] = previous._entry[:, j, :, : widths[i]]
+                self._bias[:, i, :, : widths[i]] = previous._bias[:, j, :, : widths[i]]
             self._add(i, slot[row.kept.length :])
 
     def advance(self, rows: Sequence[EvictedRow], slots: Sequence[Tensor]) -> bool:
         """Go on by one position per request. False if these are not the next positions of the same requests."""
-        if [(r.rid, r.attempt) for r in rows] != self._requests:
+        if [_identity(r) for r in rows] != self._requests:
             return False
         steps = [r.end - r.kept.length for r in rows]
         if any(new != old + 1 for new, old in zip(steps, self._steps, strict=True)) or max(steps) > self._capacity:
@@ -85,3 +104,8 @@ class KeptSlots:
         self._entry[:, request, :, column] = entry_BG[:, None]
         self._bias[:, request, :, column] = 0
         self._steps = [s + 1 for s in self._steps]
+
+
+def _identity(row: EvictedRow) -> tuple[str, int, int]:
+    """The next recording of an engine may use a request id again, but never a set of this one."""
+    return row.rid, row.attempt, id(row.kept)

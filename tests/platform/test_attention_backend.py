@@ -1,0 +1,142 @@
+"""The backend beside SGLang's own: the same bits for requests without a kept set, whoever shares their batch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_probe.hooks import session as probe
+from sglang_probe.hooks.eviction import EvictedRow
+from sglang_probe.study.eviction.kept import Kept
+
+HEADS, KV_HEADS, DIM, POOL = 8, 4, 32, 2000
+PREFIX, NEW = [0, 130, 77, 300, 64], [70, 1, 40, 33, 90]
+TOTAL = [p + n for p, n in zip(PREFIX, NEW, strict=True)]
+
+
+def _batch(dtype: torch.dtype) -> SimpleNamespace:
+    g = torch.Generator().manual_seed(0)
+    table = torch.zeros(len(TOTAL), 512, dtype=torch.int32)
+    free = torch.randperm(POOL, generator=g).int()
+    for i, n in enumerate(TOTAL):
+        table[i, :n], free = free[:n], free[n:]
+    pools = [torch.randn(POOL, KV_HEADS, DIM, generator=g).to(dtype) for _ in range(2)]
+    return SimpleNamespace(
+        table=table,
+        pools=pools,
+        requests=torch.tensor([3, 0, 4, 1, 2]),
+        decode=torch.randn(len(TOTAL), HEADS, DIM, generator=g).to(dtype),
+        extend=torch.randn(sum(NEW), HEADS, DIM, generator=g).to(dtype),
+    )
+
+
+def _order(values: list[int], batch: SimpleNamespace) -> Tensor:
+    return torch.tensor(values)[batch.requests]
+
+
+def _run(backend: Any, batch: SimpleNamespace, mode: str) -> Tensor:
+    lengths = [_order(TOTAL, batch)]
+    if mode == "extend":
+        lengths += [_order(PREFIX, batch), _order(NEW, batch)]
+    query = getattr(batch, mode)
+    run = getattr(backend, f"_run_sdpa_forward_{mode}")
+    options = {"scaling": DIM**-0.5, "enable_gqa": True, "causal": mode == "extend", "is_cross_attn": False}
+    pools = (*batch.pools, batch.table, batch.requests)
+    out: Tensor = run(query, torch.empty_like(query), *pools, *lengths, None, **options, sliding_window_size=None)
+    return out
+
+
+def _rows(batch: SimpleNamespace, evicted: list[int], mode: str, share: float) -> list[EvictedRow]:
+    rows = []
+    for row in evicted:
+        request = int(batch.requests[row])
+        start = TOTAL[request] - 1 if mode == "decode" else PREFIX[request]
+        keep = torch.rand(1, 2, KV_HEADS, 60, generator=torch.Generator().manual_seed(row)) < share
+        rows.append(EvictedRow(row, f"r{row}", 0, Kept(keep), start, TOTAL[request]))
+    return rows
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stock and ours on the same batch; the third makes ours attend to kept sets."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from sglang_probe.platform.attention import ProbeTorchBackend
+
+    def make(batch: SimpleNamespace, rows: list[EvictedRow], mode: str) -> tuple[Any, Any]:
+        runner = SimpleNamespace(
+            device="cpu",
+            dtype=batch.decode.dtype,
+            req_to_token_pool=SimpleNamespace(req_to_token=batch.table),
+            token_to_kv_pool=None,
+        )
+        ours = ProbeTorchBackend(runner)
+        state = SimpleNamespace(recorder=object(), evicting=rows, fail=_fail)
+        monkeypatch.setattr(probe, "session", state)
+        ours.init_forward_metadata(
+            SimpleNamespace(
+                out_cache_loc=None,
+                seq_lens=_order(TOTAL, batch),
+                req_pool_indices=batch.requests,
+                forward_mode=SimpleNamespace(is_decode=lambda: mode == "decode"),
+            )
+        )
+        return TorchNativeAttnBackend(runner), ours
+
+    return make
+
+
+def _fail(where: str, error: BaseException) -> None:
+    raise AssertionError(where) from error
+
+
+def _by_request(out: Tensor, batch: SimpleNamespace, mode: str) -> tuple[Tensor, ...]:
+    return out.split([1] * len(TOTAL) if mode == "decode" else _order(NEW, batch).tolist())
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("decode", torch.float32), ("decode", torch.bfloat16), ("extend", torch.bfloat16)]
+)
+def test_requests_without_a_kept_set_have_the_stock_bits(backends: Any, mode: str, dtype: torch.dtype) -> None:
+    batch = _batch(dtype)
+    for evicted in ([], [1, 4], [0, 2, 3]):
+        stock, ours = backends(batch, _rows(batch, evicted, mode, 0.3), mode)
+        expected, found = (_by_request(_run(b, batch, mode), batch, mode) for b in (stock, ours))
+        for row, (a, b) in enumerate(zip(expected, found, strict=True)):
+            assert torch.equal(a, b) == (row not in evicted), row
+
+
+def test_in_float32_prefill_behind_a_prefix_has_the_stock_rows_to_rounding_and_ours_to_the_bit(backends: Any) -> None:
+    """PyTorch's kernel cuts the queries into blocks by their number, and stock pads them to the full length."""
+    batch = _batch(torch.float32)
+    stock, ours = backends(batch, [], "extend")
+    expected, alone = (_by_request(_run(b, batch, "extend"), batch, "extend") for b in (stock, ours))
+    for row, (a, b) in enumerate(zip(expected, alone, strict=True)):
+        assert torch.allclose(a, b, atol=1e-5)
+        assert PREFIX[batch.requests[row]] or torch.equal(a, b)
+    _, ours = backends(batch, _rows(batch, [1, 4], "extend", 0.3), "extend")
+    for row, (a, b) in enumerate(zip(alone, _by_request(_run(ours, batch, "extend"), batch, "extend"), strict=True)):
+        assert torch.equal(a, b) == (row not in (1, 4)), row
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("mode", ["decode", "extend"])
+def test_a_budget_of_everything_is_the_full_cache_to_rounding(
+    backends: Any, mode: str, dtype: torch.dtype, rounding: float
+) -> None:
+    batch = _batch(dtype)
+    stock, ours = backends(batch, _rows(batch, [0, 1, 2, 3, 4], mode, 1.1), mode)
+    expected, found = (_run(b, batch, mode).float() for b in (stock, ours))
+    assert (found - expected).norm() / expected.norm() < rounding
+
+
+def test_a_batch_that_was_not_planned_so_stops_the_recording(backends: Any) -> None:
+    batch = _batch(torch.float32)
+    (row,) = _rows(batch, [1], "decode", 0.3)
+    late = EvictedRow(row.row, row.rid, row.attempt, row.kept, row.start + 1, row.end + 1)
+    with pytest.raises(AssertionError, match="_rows_with_kept_sets"):
+        backends(batch, [late], "decode")
