@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from sglang_probe.study.eviction.layer import Layer
 
@@ -36,8 +35,3 @@ CONTROLS: dict[str, Callable[[Layer, int], Layer]] = {
     "queries of another request": other_requests_queries,
     "window at the wrong position": wrong_window,
 }
-
-
-def keep_everything(layer: Layer) -> Tensor:
-    """The kept set of no eviction, `[..., 1, G, L]`: the sanity row."""
-    return torch.ones(*layer.shape_GL, dtype=torch.bool).unsqueeze(-3)

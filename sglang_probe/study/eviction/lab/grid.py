@@ -13,7 +13,7 @@ from pydantic import Field
 
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
-from sglang_probe.study.eviction.base import Oracle, Policy
+from sglang_probe.study.eviction.base import Policy
 from sglang_probe.study.eviction.lookahead import LookaheadScorer
 from sglang_probe.study.eviction.methods.protected_random import ProtectedRandom
 from sglang_probe.study.eviction.methods.quest import Quest
@@ -139,8 +139,3 @@ def _label(given: Mapping[str, Any] | str, kind: str, *, short: bool) -> str:
         return name
     told = [f"{k} {v}" for k, v in given.items() if k not in (kind, "base")]
     return f"{name} {', '.join(told)}".strip()
-
-
-def is_oracle(policy: Policy) -> bool:
-    """Whether it reads the future."""
-    return isinstance(policy, Oracle)

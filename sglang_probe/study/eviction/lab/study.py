@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class EvictionResult:
     seconds: Mapping[str, float]
     outcome: str = "accuracy"
     """What predictors are held against."""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
