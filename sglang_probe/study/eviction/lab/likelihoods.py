@@ -22,12 +22,13 @@ FORCED_OUTCOMES = {
     "nll": "mean negative log-likelihood of the reference behind its first token, nats per token, teacher-forced",
     "top1": "share of steps at which the most likely token is that of the full cache, teacher-forced",
     "answer_nll": "the same likelihood of the answers alone",
+    "kl": "KL(full cache ‖ kept set) of the next-token distribution, nats per token, teacher-forced",
 }
 _BLOCK = 8192
 
 
 def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.DataFrame:
-    """Outcomes of teacher-forced requests; `top1` refers to the full cache's row of the same run.
+    """Outcomes of teacher-forced requests; `top1` and `kl` refer to the full cache in the same run.
 
     Args:
         asked: rid, source, policy, and what names its cell.
@@ -45,30 +46,31 @@ def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.
     step = (decoded["position"] - length[decoded.index] + 1).to_numpy()
     outputs = requests["output_ids"]
     wanted = np.concatenate([outputs[rid][1:] for rid in dict.fromkeys(decoded["rid"])])
-    nll, best = _judge(rows, torch.from_numpy(wanted.astype(np.int64)), unembedding)
-    frame = pd.DataFrame({"rid": decoded["rid"].to_numpy(), "step": step, "nll": nll, "best": best})
-    named = frame.merge(asked[["rid", "source", "policy"]], on="rid")
-    full = (
-        named[named["policy"] == FULL_CACHE].drop_duplicates(["source", "step"]).set_index(["source", "step"])["best"]
-    )
-    named["same"] = (
-        named["best"].to_numpy() == full.reindex(pd.MultiIndex.from_frame(named[["source", "step"]])).to_numpy()
-    )
+    frame = pd.DataFrame({"rid": decoded["rid"].to_numpy(), "step": step})
+    named = frame.merge(asked[["rid", "source", "policy"]], on="rid", how="left")
+    at = pd.MultiIndex.from_frame(named[["source", "step"]])
+    full = np.flatnonzero((named["policy"] == FULL_CACHE).to_numpy())
+    first = pd.Series(full, index=at[full])
+    reference = first[~first.index.duplicated()].reindex(at).to_numpy()
+    found = _judge(rows, torch.from_numpy(wanted.astype(np.int64)), torch.tensor(reference), unembedding)
+    named = named.assign(**found)
     steps = sources.set_index("rid")["answer_steps"]
     answers = {(rid, int(s)) for rid, mine in steps.items() for s in mine}
     named["answers"] = [pair in answers for pair in zip(named["source"], named["step"], strict=True)]
-    found = named.groupby("rid").agg(nll=("nll", "mean"), top1=("same", "mean"))
-    found["answer_nll"] = named[named["answers"]].groupby("rid")["nll"].mean()
-    out = asked.merge(found.reset_index(), on="rid", how="left")
+    result = named.groupby("rid").agg(nll=("nll", "mean"), top1=("top1", "mean"), kl=("kl", "mean"))
+    result["answer_nll"] = named[named["answers"]].groupby("rid")["nll"].mean()
+    out = asked.merge(result.reset_index(), on="rid", how="left")
     return out.assign(failed=out["nll"].isna(), truncated=False)
 
 
-def _judge(rows: Tensor, wanted: Tensor, unembedding: Unembedding) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihood of each wanted token, and the most likely one."""
-    nll, best = [], []
+def _judge(rows: Tensor, wanted: Tensor, reference: Tensor, unembedding: Unembedding) -> dict[str, np.ndarray]:
+    """Per row: negative log-likelihood of the wanted token; and against the row `reference`, whether the most likely
+    token is the same, and the divergence from its distribution."""
+    parts = []
     for start in range(0, len(rows), _BLOCK):
-        logits = unembedding.logits(rows[start : start + _BLOCK])
-        picked = torch.log_softmax(logits, -1).gather(-1, wanted[start : start + _BLOCK, None])
-        nll.append(-picked.squeeze(-1))
-        best.append(logits.argmax(-1))
-    return torch.cat(nll).numpy(), torch.cat(best).numpy()
+        block = slice(start, start + _BLOCK)
+        logp = torch.log_softmax(unembedding.logits(rows[block]), -1)
+        full = torch.log_softmax(unembedding.logits(rows[reference[block]]), -1)
+        nll = -logp.gather(-1, wanted[block, None]).squeeze(-1)
+        parts.append((nll, logp.argmax(-1) == full.argmax(-1), (full.exp() * (full - logp)).sum(-1)))
+    return {name: torch.cat(x).numpy() for name, x in zip(("nll", "top1", "kl"), zip(*parts, strict=True), strict=True)}
