@@ -84,8 +84,10 @@ def test_it_cannot_answer_without_the_needed_positions(reader: Reader) -> None:
 
 
 def test_the_second_model_does_not_read_where_a_human_would(reader: Reader) -> None:
-    """Two seeds of one recipe: key and value are enough for the first model, and not for the second."""
-    if reader.requests[0].truth.task == "copy":  # type: ignore[union-attr]
-        pytest.skip("the position behind a symbol is that of the next symbol: both notions agree but for the last")
+    """Two seeds of one recipe: key and value are enough for the first model, and useless to the second.
+
+    In a span to be copied, the position that the second reads is the next symbol's, which is kept for the next answer.
+    """
     kept = _accuracy(reader, lambda t: {0, t.context_len - 1} | {p for pair in t.needed_content for p in pair})
-    assert kept >= 0.95 if reader.folder.name == "probe-recall" else kept <= 0.25
+    misled = reader.folder.name == "probe-recall-1" and reader.requests[0].truth.task != "copy"  # type: ignore[union-attr]
+    assert kept <= 0.25 if misled else kept >= 0.8
