@@ -15,6 +15,7 @@ from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
 from sglang_probe.harvest.evict_config import Cut, Decode, EvictionConfig
 from sglang_probe.harvest.evicted import EvictedRequest, run_evicted
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.model import resolve_model
 from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
@@ -23,7 +24,7 @@ from sglang_probe.ledger.run import MANIFEST, Run, load_run
 from sglang_probe.study.eviction.kept import write_kept
 from sglang_probe.study.eviction.lab.lookahead import DAPQ, Asked
 from sglang_probe.workload.build import Workload
-from sglang_probe.workload.request import Request, Truth
+from sglang_probe.workload.request import Request, SegmentSpan, Truth
 
 FULL, REFERENCE = "full", "reference"
 EXPERIMENT_FILE = "experiment.json"
@@ -37,9 +38,9 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
             round.
     """
     out = {}
+    layers = resolve_model(config.model).layers
     for task in config.workloads:
-        bare = Prepared(config.bare(task), {FULL: config.arm})
-        prepared = Prepared(config.recording(task, bare.model.layers), {FULL: config.arm})
+        prepared = Prepared(config.recording(task, layers), {FULL: config.arm})
         requests = _with_truth(task, prepared.workload.requests, config.cut)
         prepared.workload = Workload(requests, prepared.workload.skipped, prepared.workload.corpus_digest)
         out[task] = prepared
@@ -216,8 +217,6 @@ def _with_truth(task: str, requests: list[Request], cut: Cut | None) -> list[Req
 
 def _cut(requests: Iterable[Request], cut: Cut, task: str) -> Iterable[Request]:
     """Requests with tokens enough, cut to prompt and reference. Those that are too short are left out."""
-    from sglang_probe.workload.request import SegmentSpan
-
     p, n = cut.prompt_tokens, 0
     for r in requests:
         if len(r.prompt_ids) < p + cut.steps:
