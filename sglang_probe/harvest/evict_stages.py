@@ -75,10 +75,10 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that fails leaves no time behind."""
+        """Time a stage; one that fails leaves no time behind, one that had nothing left to do keeps its own."""
         began = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+        self.seconds[name] = max(round(time.perf_counter() - began, 2), self.seconds.get(name, 0.0))
         self.write()
 
     def write(self) -> None:
@@ -106,12 +106,14 @@ def run_study(
     open_folder(folder, config, overwrite=overwrite, resume=resume)
     clock = Clock(folder, fresh=overwrite)
     again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
+    selected = (folder / OFFLINE_FILE).exists() and not overwrite
     with EngineHost() as host:
         with clock.stage("full cache"):
             runs = run_full(prepared, config, folder, host, **again)
-        with clock.stage("lookahead"):
-            ahead = _look_ahead(prepared, config, runs, folder, host, **again)
-    if overwrite or not (folder / OFFLINE_FILE).exists():
+        if not selected:
+            with clock.stage("lookahead"):
+                ahead = _look_ahead(prepared, config, runs, folder, host, **again)
+    if not selected:
         with clock.stage("offline grid"):
             clock.asserted = select_and_judge(prepared, config, runs, ahead, folder, reporter)
     if config.in_engine:
@@ -222,9 +224,9 @@ def select_and_judge(
                     kept.add_everything(task, protocol, batch)
             kept.write(folder / f"{task}.kept.safetensors", folder / f"{task}.cells.parquet")
     rows, heads, excluded = out.frames()
-    rows.to_parquet(folder / OFFLINE_FILE)
     heads.to_parquet(folder / HEADS_FILE)
     excluded.to_parquet(folder / EXCLUDED_FILE)
+    rows.to_parquet(folder / OFFLINE_FILE)  # last: that it is there means that the stage is complete
     return out.asserted
 
 
