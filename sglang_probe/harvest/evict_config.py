@@ -74,8 +74,8 @@ class EvictionConfig(Config):
     protocols: list[Protocol] = Field(default_factory=lambda: list(Protocol), min_length=1)
     trivial: Trivial = Trivial()
     """What protected random always keeps, and what metrics of candidates leave out."""
-    controls_of: str | None = None
-    """Label of the method that the negative controls spoil; by default the first `snapkv`, else none."""
+    controls_of: list[str] | None = None
+    """Labels of the methods that the negative controls spoil; by default the first `snapkv`, if there is one."""
     layers: list[int] | None = None
     """Layers to capture and judge; None: all, which is what `in_engine` needs."""
     in_engine: bool = True
@@ -102,8 +102,9 @@ class EvictionConfig(Config):
             entries = self.entries
         except ConfigError as e:
             raise ValueError(str(e)) from None
-        if self.controls_of is not None and self.controls_of not in [e.label for e in entries if e.kind == "method"]:
-            raise ValueError(f"`controls_of: {self.controls_of}` is no method of this study")
+        for label in self.controls_of or []:
+            if label not in [e.label for e in entries if e.kind == "method"]:
+                raise ValueError(f"`controls_of: {label}` is no method of this study")
         if self.in_engine and self.layers is not None:
             raise ValueError("`in_engine` needs kept sets of all layers: leave `layers` out")
         return self
@@ -114,12 +115,12 @@ class EvictionConfig(Config):
         return entries_of(self.methods, self.oracles, self.trivial, self.seed)
 
     @property
-    def control(self) -> Entry | None:
-        """The method that the negative controls spoil."""
+    def controls(self) -> list[Entry]:
+        """The methods that the negative controls spoil."""
         methods = [e for e in self.entries if e.kind == "method"]
         if self.controls_of is not None:
-            return next(e for e in methods if e.label == self.controls_of)
-        return next((e for e in methods if e.policy.name == "snapkv"), None)
+            return [e for e in methods if e.label in self.controls_of]
+        return [e for e in methods if e.policy.name == "snapkv"][:1]
 
     @property
     def arm(self) -> Arm:

@@ -22,7 +22,7 @@ from sglang_probe.ledger.run import Run
 from sglang_probe.study.eviction.lab.asked import KeptSets, asked_of
 from sglang_probe.study.eviction.lab.batches import batches
 from sglang_probe.study.eviction.lab.lookahead import SPECKV, Ahead, collect, first_pass, second_pass, steps_needed
-from sglang_probe.study.eviction.lab.offline import Offline, run_offline
+from sglang_probe.study.eviction.lab.offline import Offline, run_offline, spoiled
 from sglang_probe.study.eviction.lab.study import (
     EXCLUDED_FILE,
     HEADS_FILE,
@@ -202,8 +202,7 @@ def select_and_judge(
         layers = list(range(ours.model.layers)) if config.layers is None else config.layers
         found = list(batches(runs[task][FULL], layers, model=ours.model.path))
         kept = KeptSets()
-        control = config.control
-        steps = len(found) * len(config.protocols) * (len(entries) + (3 if control else 0))
+        steps = len(found) * len(config.protocols) * (len(entries) + len(spoiled(config.controls)))
         with reporter.requests(f"{task}: selecting and judging", steps) as counter:
             run_offline(
                 task,
@@ -212,7 +211,7 @@ def select_and_judge(
                 config.budgets,
                 config.protocols,
                 config.trivial,
-                control_of=control,
+                controls_of=config.controls,
                 ahead=ahead[task],
                 out=out,
                 keep=kept.add if config.in_engine else None,

@@ -281,16 +281,17 @@ def _controls(result: EvictionResult) -> Section | None:
     names = set(part.loc[part["kind"] == "control", "policy"])
     if not names:
         return None
-    source = next(iter(names)).split(": ")[0]
-    rows = part[part["policy"].isin({*names, source})]
+    sources = {n.split(": ")[0] for n in names}
+    rows = part[part["policy"].isin(names | sources)].sort_values(["task", "protocol", "policy"], kind="stable")
     columns = ["task", "protocol", "budget", "policy", "mean", "low", "high", "chance"]
     kinds: dict[str, Kind] = dict.fromkeys(columns[4:], "percent")
     return Section(
         heading="Negative controls",
-        text=f"`{source}` fed with what must not help: keys in another order, the queries of another request, queries "
-        "from the middle of the prompt in place of the last ones. Non-trivial mass recall should fall to the chance "
-        "level beside it. What is left above chance does not come from the thing that was spoiled: with another "
-        "request's queries that is what any request's window would have found, such as places that all queries prefer.",
+        text="Methods fed with what must not help: keys in another order, the queries of another request, queries "
+        "from the middle of the prompt in place of the last ones. What a method owes to the thing that was spoiled is the drop "
+        "from its own row; without any of it, its non-trivial mass recall is at the chance level beside it. A method "
+        "that another request's queries serve as well as its own does not read this request's question: it has found "
+        "places that all queries prefer.",
         tables=[Table(rows[columns], "non-trivial mass recall", kinds)],
     )
 

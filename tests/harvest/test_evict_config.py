@@ -29,8 +29,7 @@ def config(**changes: Any) -> EvictionConfig:
 @pytest.mark.parametrize("name", ["eviction", "eviction-text", "eviction-seed1"])
 def test_committed_studies_load(name: str) -> None:
     found = load_config(EXPERIMENTS / name / "experiment.yaml", EvictionConfig)
-    assert found.control is not None
-    assert found.control.label == "snapkv window 8, pooling none"
+    assert "snapkv window 8, pooling none" in [e.label for e in found.controls]
     assert {e.lookahead for e in found.entries} == {None, "laq", "dapq", "speckv"}
 
 
@@ -45,7 +44,7 @@ def test_budgets_are_shares_or_positions() -> None:
         ({"methods": ["snapvk"]}, "did you mean `snapkv`"),
         ({"methods": ["static_max"]}, "no method `static_max`"),
         ({"methods": [{"method": "snapkv", "widow": 8}]}, "did you mean `window`"),
-        ({"controls_of": "keydiff"}, "is no method of this study"),
+        ({"controls_of": ["keydiff"]}, "is no method of this study"),
         ({"layers": [0]}, "`in_engine` needs kept sets of all layers"),
         ({"budgets": ["3/2"]}, "a budget is"),
         ({"decode": [{"repeats": 3}]}, "greedy outputs repeat themselves"),

@@ -20,8 +20,9 @@ def shuffled_keys(layer: Layer, seed: int = 0) -> Layer:
 
 
 def other_requests_queries(layer: Layer, seed: int = 0) -> Layer:
-    """Prompt queries of the next request of the batch (leading axis); a lone request keeps its own, which shows."""
-    return replace(layer, q_NHD=layer.q_NHD.roll(1, 0))
+    """Prompt and lookahead queries of the next request of the batch (leading axis); a lone request keeps its own."""
+    ahead = {name: replace(q, q_THD=q.q_THD.roll(1, 0)) for name, q in layer.lookahead.items()}
+    return replace(layer, q_NHD=layer.q_NHD.roll(1, 0), lookahead=ahead)
 
 
 def wrong_window(layer: Layer, seed: int = 0) -> Layer:
@@ -30,8 +31,11 @@ def wrong_window(layer: Layer, seed: int = 0) -> Layer:
     return replace(layer, q_NHD=layer.q_NHD[..., : max(1, captured // 2), :, :])
 
 
-CONTROLS: dict[str, Callable[[Layer, int], Layer]] = {
+WRONG_WINDOW = "window at the wrong position"
+Spoil = Callable[[Layer, int], Layer]
+
+CONTROLS: dict[str, Spoil] = {
     "shuffled keys": shuffled_keys,
     "queries of another request": other_requests_queries,
-    "window at the wrong position": wrong_window,
+    WRONG_WINDOW: wrong_window,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from sglang_probe.errors import ProbeError
 from sglang_probe.study.eviction.base import Policy, Selection
 from sglang_probe.study.eviction.lab.batches import Batch
-from sglang_probe.study.eviction.lab.controls import CONTROLS
+from sglang_probe.study.eviction.lab.controls import CONTROLS, WRONG_WINDOW, Spoil
 from sglang_probe.study.eviction.lab.grid import Entry, Trivial, budget_name, tokens_of
 from sglang_probe.study.eviction.lab.judge import Judge, check_counts
 from sglang_probe.study.eviction.lab.lookahead import Ahead
@@ -85,7 +85,7 @@ def run_offline(
     protocols: Sequence[Protocol],
     trivial: Trivial,
     *,
-    control_of: Entry | None = None,
+    controls_of: Sequence[Entry] = (),
     ahead: Ahead | None = None,
     out: Offline,
     keep: Keep | None = None,
@@ -94,7 +94,7 @@ def run_offline(
     """Judge a task's batches into `out`.
 
     Args:
-        control_of: the method that the negative controls spoil.
+        controls_of: the methods that the negative controls spoil.
         ahead: lookahead queries; without them the methods that ask for some are left out, and listed so.
         keep: called with every kept set of an eviction that runs in the engine (controls do not).
         advance: called after each policy on each batch and protocol.
@@ -103,11 +103,11 @@ def run_offline(
         for protocol in protocols:
             layer = under(protocol, batch.layer, context=batch.context)
             judge = Judge(layer, trivial, batch.itemsize)
-            for entry, source in _sources(entries, layer, control_of):
+            for entry, spoil in [*((e, None) for e in entries), *spoiled(controls_of)]:
                 chosen = (
-                    _selections(entry.policy, source, budgets)
+                    _selections(entry.policy, layer if spoil is None else spoil(layer, 0), budgets)
                     if entry.lookahead is None
-                    else _ahead_selections(entry, source, budgets, protocol, batch, ahead or Ahead())
+                    else _ahead_selections(entry, layer, spoil, budgets, protocol, batch, ahead or Ahead())
                 )
                 for budget, selection in chosen:
                     cell = (task, protocol.value, entry.kind, entry.label, budget_name(budget))
@@ -126,18 +126,23 @@ def run_offline(
                 advance()
 
 
-def _sources(entries: Sequence[Entry], layer: Layer, control_of: Entry | None) -> Iterator[tuple[Entry, Layer]]:
-    """Each policy with the layer that it selects on; controls select on a spoiled one."""
-    for entry in entries:
-        yield entry, layer
-    if control_of is not None:
-        for label, spoil in CONTROLS.items():
-            yield Entry(f"{control_of.label}: {label}", "control", control_of.policy), spoil(layer, 0)
+def spoiled(controls_of: Sequence[Entry]) -> list[tuple[Entry, Spoil]]:
+    """The negative controls, each with what spoils the layer that it selects on.
+
+    A window at the wrong position says nothing of a method that scores by lookahead queries.
+    """
+    return [
+        (Entry(f"{e.label}: {label}", "control", e.policy), spoil)
+        for e in controls_of
+        for label, spoil in CONTROLS.items()
+        if e.lookahead is None or label != WRONG_WINDOW
+    ]
 
 
 def _ahead_selections(
     entry: Entry,
     layer: Layer,
+    spoil: Spoil | None,
     budgets: Sequence[int | Fraction],
     protocol: Protocol,
     batch: Batch,
@@ -151,7 +156,7 @@ def _ahead_selections(
         except ProbeError as e:
             yield budget, e
             continue
-        yield from _selections(entry.policy, mine, [budget])
+        yield from _selections(entry.policy, mine if spoil is None else spoil(mine, 0), [budget])
 
 
 def _selections(

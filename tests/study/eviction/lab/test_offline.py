@@ -19,7 +19,7 @@ from sglang_probe.study.eviction.lab.controls import CONTROLS
 from sglang_probe.study.eviction.lab.grid import BASELINE, Trivial, entries_of
 from sglang_probe.study.eviction.lab.judge import METRICS, Judge, check_counts
 from sglang_probe.study.eviction.lab.lookahead import Ahead
-from sglang_probe.study.eviction.lab.offline import Offline, run_offline
+from sglang_probe.study.eviction.lab.offline import Offline, run_offline, spoiled
 from sglang_probe.study.eviction.protocol import Protocol, under
 from tests.study.eviction.toy import DIM, HEADS, KV_HEADS, LENGTH, toy
 
@@ -108,7 +108,7 @@ def test_a_budget_without_room_for_the_protected_set_is_excluded_by_name() -> No
 def test_controls_select_on_the_spoiled_layer_and_are_judged_on_the_true_one() -> None:
     entries = entries_of([{"method": "snapkv", "window": 2, "pooling": "none"}], [], TRIVIAL, 0)
     out = Offline()
-    run_offline("toy", [batch(6)], entries, [6], [VISIBLE], TRIVIAL, control_of=entries[1], out=out)
+    run_offline("toy", [batch(6)], entries, [6], [VISIBLE], TRIVIAL, controls_of=entries[1:], out=out)
     rows, _, _ = out.frames()
     controls = rows[rows["kind"] == "control"]
     assert set(controls["policy"]) == {f"snapkv: {name}" for name in CONTROLS}
@@ -129,6 +129,9 @@ def test_each_control_spoils_what_it_is_named_after() -> None:
     assert torch.equal(keys.sort(-3).values, layer.k_LGD.sort(-3).values)
     others = CONTROLS["queries of another request"](layer, 0).q_NHD
     assert torch.equal(others[1], layer.q_NHD[0])
+    ahead = replace(layer, lookahead={"laq": layer.future})  # type: ignore[dict-item]
+    mixed = CONTROLS["queries of another request"](ahead, 0).lookahead["laq"].q_THD
+    assert torch.equal(mixed[1], layer.future.q_THD[0])  # type: ignore[union-attr]
     moved = CONTROLS["window at the wrong position"](layer, 0)
     assert torch.equal(moved.last_queries(2), layer.q_NHD[:, :, LENGTH // 2 - 2 : LENGTH // 2])
 
@@ -154,6 +157,11 @@ def test_lookahead_queries_of_the_protocol_and_budget_are_used_and_their_absence
     expected = held.numerator.flatten(1).sum(1) / held.denominator.flatten(1).sum(1)
     found = rows[(rows["policy"] == "laq") & (rows["budget"] == "8")]["prompt_mass"]
     assert found.to_numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_lookahead_methods_have_their_own_lookahead_queries_spoiled() -> None:
+    laq = next(e for e in entries_of(["laq", "knorm"], [], TRIVIAL, 0) if e.label == "laq")
+    assert [e.label for e, _ in spoiled([laq])] == ["laq: shuffled keys", "laq: queries of another request"]
 
 
 def test_kept_counts_are_asserted_and_a_wrong_one_is_fatal() -> None:
