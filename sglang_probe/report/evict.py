@@ -288,10 +288,10 @@ def _controls(result: EvictionResult) -> Section | None:
     return Section(
         heading="Negative controls",
         text="Methods fed with what must not help: keys in another order, the queries of another request, queries "
-        "from the middle of the prompt in place of the last ones. What a method owes to the thing that was spoiled is the drop "
-        "from its own row; without any of it, its non-trivial mass recall is at the chance level beside it. A method "
-        "that another request's queries serve as well as its own does not read this request's question: it has found "
-        "places that all queries prefer.",
+        "from the middle of the prompt in place of the last ones. What a method owes to the thing that was spoiled is "
+        "the drop from its own row; without any of it, its non-trivial mass recall is at the chance level beside it. "
+        "A method that another request's queries serve as well as its own does not read this request's question: it "
+        "has found places that all queries prefer.",
         tables=[Table(rows[columns], "non-trivial mass recall", kinds)],
     )
 
