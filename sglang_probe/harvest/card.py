@@ -116,6 +116,11 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         gaps.append(f"{int(t['overshoot'])} discarded decode steps (overshoot) have rows and no output token")
     if t["recomputed"]:
         gaps.append(f"{int(t['recomputed'])} positions were computed again after a retraction")
+    if manifest.get("kept"):
+        gaps.append(
+            "rows of requests with a kept set (`evict` in `requests.parquet`) come from a compressed cache from "
+            "position `cache_len` on"
+        )
     if manifest["lines_skipped"]:
         gaps.append(f"{manifest['lines_skipped']} malformed workload lines were skipped")
     if manifest["status"] != "complete":

@@ -20,6 +20,7 @@ from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared, check_sampling
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest
+from sglang_probe.hooks import inventory
 from sglang_probe.ledger.run import Run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.eviction.kept import KeptFile
@@ -70,6 +71,7 @@ def run_evicted(
         WorkloadError: a request does not fit into the context.
         ProbeError: as `sglang_probe.harvest.session.harvest`.
     """
+    inventory.require(["bypass", "eviction"])
     file = KeptFile(kept) if isinstance(kept, Path) else kept
     ours = copy.copy(prepared)
     ours.workload_source = {"source": "requests"}

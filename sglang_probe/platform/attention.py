@@ -5,8 +5,8 @@ output away, so that a hit saves no attention. This one asks for the new queries
 implied. In bfloat16 the bits are the same (`tests/engine/test_switches.py`); in float32 the last ones can differ behind
 a prefix, because PyTorch's CPU kernel multiplies blocks of queries whose size follows from their number.
 
-A request without a kept set is computed as if none were in its batch, in decode by the stock code. Those with one are
-attended to as one batch there. Memory is not freed: what is not kept is left out of the attention.
+A request without a kept set is computed as if none were in its batch, in decode with the bits of the stock code. Those
+with one are attended to as one batch there. Memory is not freed: what is not kept is left out of the attention.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.eviction import EvictedRow
 from sglang_probe.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
+from sglang_probe.platform.kept_entries import KeptEntries
 from sglang_probe.platform.kept_slots import KeptSlots
 
 
@@ -31,7 +32,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self._evicted: list[EvictedRow] = []
-        self._slots: KeptSlots | None = None
+        self._entries: KeptEntries | None = None
         self._layer = 0
         self._dtype = runner.dtype
 
@@ -100,19 +101,23 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         **options: Any,
     ) -> Tensor:
         """Attention of one new token of each request; shapes as in the stock method."""
-        stock: Any = super()._run_sdpa_forward_decode
-        pools = (k_cache, v_cache, req_to_token)
         if _special(encoder_lens, options):
             self._refuse_kept_sets()
-        rows = [e.row for e in self._evicted]
-        done = self._decode_kept(query[rows], k_cache, v_cache, options["scaling"]) if rows else None
-        if done is None:
+            stock: Any = super()._run_sdpa_forward_decode
+            pools = (k_cache, v_cache, req_to_token)
             result: Tensor = stock(query, output, *pools, req_pool_indices, seq_lens, encoder_lens, **options)
             return result
-        output[rows] = done
-        if others := sorted(set(range(len(query))) - set(rows)):
-            their = torch.empty_like(query[others])
-            output[others] = stock(query[others], their, *pools, req_pool_indices[others], seq_lens[others], **options)
+        scaling = options["scaling"]
+        rows = [e.row for e in self._evicted]
+        done = self._decode_kept(query[rows], k_cache, v_cache, scaling) if rows else None
+        if done is not None:
+            output[rows] = done
+        kept = set() if done is None else set(rows)
+        for row, (request, total) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+            if row not in kept:
+                slots = req_to_token[request, :total]
+                k_LGD, v_LGD = k_cache.index_select(0, slots), v_cache.index_select(0, slots)
+                output[row : row + 1] = _attend(query[row : row + 1], k_LGD, v_LGD, scaling)
         return output
 
     @probe.guarded
@@ -133,8 +138,9 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             table = self.req_to_token_pool.req_to_token
             requests = forward_batch.req_pool_indices[at].tolist()
             slots = [table[request, : r.end] for request, r in zip(requests, rows, strict=True)]
-            if self._slots is None or not self._slots.advance(rows, slots):
-                self._slots = KeptSlots(rows, slots, self._dtype, self._slots)
+            known = None if self._entries is None else self._entries.slots
+            if known is None or not known.advance(rows, slots):
+                self._entries = KeptEntries(KeptSlots(rows, slots, self._dtype, known), self._dtype)
         return rows
 
     @probe.guarded
@@ -152,8 +158,8 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
 
     @probe.guarded
     def _decode_kept(self, q_BHD: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float | None) -> Tensor:
-        assert self._slots is not None
-        return attend_one_query(q_BHD, k_cache, v_cache, *self._slots.columns(self._layer), scaling)
+        assert self._entries is not None
+        return attend_one_query(q_BHD, *self._entries.of_layer(self._layer, k_cache, v_cache), scaling)
 
     @probe.guarded
     def _refuse_kept_sets(self) -> None:
@@ -168,18 +174,21 @@ def _special(encoder_lens: Tensor | None, options: dict[str, Any]) -> bool:
 
 
 def _extend(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None) -> Tensor:
-    """The last N positions of a request over all L of it."""
+    """The last N positions of a request over all L of it, each up to its own."""
     new, total = len(q_NHD), len(k_LGD)
-    mask = None
-    if total > new:
-        mask = torch.arange(total)[None, :] <= torch.arange(total - new, total)[:, None]
+    if total == new:
+        return _attend(q_NHD, k_LGD, v_LGD, scaling, is_causal=True)
+    mask = torch.arange(total)[None, :] <= torch.arange(total - new, total)[:, None]
+    return _attend(q_NHD, k_LGD, v_LGD, scaling, attn_mask=mask)
+
+
+def _attend(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None, **options: Any) -> Tensor:
     out_HND = scaled_dot_product_attention(
         q_NHD.transpose(0, 1)[None],
         k_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
         v_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
-        attn_mask=mask,
-        is_causal=mask is None,
         enable_gqa=q_NHD.shape[1] != k_LGD.shape[1],
         scale=scaling,
+        **options,
     )[0]
     return out_HND.transpose(0, 1)

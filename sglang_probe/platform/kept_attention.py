@@ -1,7 +1,7 @@
 """Attention of queries that each see a kept set of positions per kv head. Pure functions of tensors.
 
-Shapes: B requests, N queries of one request, H query heads, G kv heads, D head dim, P entries of the KV pool, J columns
-of keys, L positions. Query head h reads kv head h // (H / G).
+Shapes: B requests, N queries of one request, H query heads, G kv heads, D head dim, J columns of keys, L positions.
+Query head h reads kv head h // (H / G).
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from sglang_probe.study.eviction.kept import Kept
 
 
 def attend_one_query(
-    q_BHD: Tensor, k_PGD: Tensor, v_PGD: Tensor, entry_BGJ: Tensor, bias_BGJ: Tensor | None, scaling: float | None
+    q_BHD: Tensor, k_BGJD: Tensor, v_BGJD: Tensor, bias_BGJ: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """One query of each request over the entries of its columns, `[B, H, D]`.
+    """One query of each request over its columns, `[B, H, D]`.
 
     Args:
-        entry_BGJ: `slot * G + g` of each column, any entry where a column is padding.
         bias_BGJ: added to the logits, `-inf` at padding; None: no column is padding.
     """
     batch, heads, dim = q_BHD.shape
-    kv_heads, columns = entry_BGJ.shape[1:]
-    entries = entry_BGJ.reshape(-1)
-    k_BGJD, v_BGJD = (
-        pool.reshape(-1, dim).index_select(0, entries).view(batch, kv_heads, columns, dim).to(q_BHD.dtype)
-        for pool in (k_PGD, v_PGD)
-    )
+    kv_heads = k_BGJD.shape[1]
     out = scaled_dot_product_attention(
         q_BHD.view(batch, kv_heads, heads // kv_heads, dim),
         k_BGJD,

@@ -140,3 +140,69 @@ def test_a_batch_that_was_not_planned_so_stops_the_recording(backends: Any) -> N
     late = EvictedRow(row.row, row.rid, row.attempt, row.kept, row.start + 1, row.end + 1)
     with pytest.raises(AssertionError, match="_rows_with_kept_sets"):
         backends(batch, [late], "decode")
+
+
+def test_steps_of_a_changing_batch_are_those_of_each_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests join, end, pause behind a prefill, come back after a retraction and under an id that was used before.
+
+    The new entry of a step is written after `init_forward_metadata`, as the layers do.
+    """
+    from sglang_probe.platform.attention import ProbeTorchBackend
+
+    g = torch.Generator().manual_seed(5)
+    layers, table = 2, torch.zeros(8, 256, dtype=torch.int32)
+    pools = [[torch.randn(POOL, KV_HEADS, DIM, generator=g) for _ in range(2)] for _ in range(layers)]
+    runner = SimpleNamespace(
+        device="cpu",
+        dtype=torch.float32,
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        token_to_kv_pool=None,
+    )
+    ours = ProbeTorchBackend(runner)
+    free = torch.randperm(POOL, generator=g).int()
+
+    def admit(index: int, length: int, steps: int = 1) -> tuple[int, Kept]:
+        nonlocal free
+        table[index, : length + 40], free = free[: length + 40], free[length + 40 :]
+        share = torch.rand(1, layers, KV_HEADS, 1, generator=g)
+        return index, Kept(torch.rand(steps, layers, KV_HEADS, length, generator=g) < share)
+
+    a, b, c, d = admit(0, 30), admit(1, 55), admit(2, 18, steps=4), admit(3, 41)
+    b_retracted = (admit(4, 55)[0], b[1])
+    a_anew = (admit(5, 30)[0], a[1])  # the id and the kept set of a request that ended
+    batches: list[list[tuple[str, int, tuple[int, Kept], int]]] = []  # id, attempt, slots and set, position behind it
+    batches += [[("a", 0, a, s), ("b", 0, b, s + 3)] for s in range(3)]
+    batches += [[("a", 0, a, 3), ("b", 0, b, 6), ("c", 0, c, 0)], [("c", 0, c, 1), ("b", 0, b, 7)]]
+    batches += [[("c", 0, c, 2 + s), ("d", 0, d, s), ("b", 1, b_retracted, s)] for s in range(6)]
+    batches += [[("a", 0, a_anew, s), ("d", 0, d, 6 + s)] for s in range(4)]
+    for batch in batches:
+        rows = [
+            EvictedRow(i, rid, attempt, kept, kept.length + s, kept.length + s + 1)
+            for i, (rid, attempt, (_, kept), s) in enumerate(batch)
+        ]
+        requests = torch.tensor([index for _, _, (index, _), _ in batch])
+        ends = torch.tensor([r.end for r in rows])
+        monkeypatch.setattr(probe, "session", SimpleNamespace(recorder=object(), evicting=rows, fail=_fail))
+        mode = SimpleNamespace(is_decode=lambda: True)
+        ours.init_forward_metadata(
+            SimpleNamespace(out_cache_loc=None, seq_lens=ends, req_pool_indices=requests, forward_mode=mode)
+        )
+        for layer in range(layers):
+            k_pool, v_pool = pools[layer]
+            newest = table[requests, ends - 1].long()
+            k_pool[newest], v_pool[newest] = torch.randn(2, len(rows), KV_HEADS, DIM, generator=g)
+            query = torch.randn(len(rows), HEADS, DIM, generator=g)
+            ours._layer = layer
+            options = {"scaling": 0.2, "enable_gqa": True, "causal": False, "is_cross_attn": False}
+            out = ours._run_sdpa_forward_decode(
+                query, torch.empty_like(query), k_pool, v_pool, table, requests, ends, None, **options
+            )
+            for i, r in enumerate(rows):
+                slots = table[requests[i], : r.end].long()
+                step = min(r.start - r.kept.length, len(r.kept.keep_SYGN) - 1)
+                seen_GL = torch.ones(KV_HEADS, r.end, dtype=torch.bool)
+                seen_GL[:, : r.kept.length] = r.kept.keep_SYGN[step, layer]
+                seen_HL = seen_GL.repeat_interleave(HEADS // KV_HEADS, 0)
+                k, v = (x[slots].repeat_interleave(HEADS // KV_HEADS, 1) for x in (k_pool, v_pool))
+                weights = (0.2 * torch.einsum("hd,lhd->hl", query[i], k)).masked_fill(~seen_HL, -torch.inf).softmax(-1)
+                assert torch.allclose(out[i], torch.einsum("hl,lhd->hd", weights, v), atol=1e-5), (r.rid, r.start)
