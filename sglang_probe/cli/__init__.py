@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import ab, coverage, doctor, factorial, harvest, lossless, phase, query_drift, verify
+from sglang_probe.cli import ab, coverage, doctor, evict, factorial, harvest, lossless, phase, query_drift, verify
 
 app = typer.Typer(
     name="sglang-probe",
@@ -23,6 +23,7 @@ app.command("lossless")(lossless.command)
 app.command("phase")(phase.command)
 app.command("query-drift")(query_drift.command)
 app.command("factorial")(factorial.command)
+app.command("evict")(evict.command)
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 

@@ -36,8 +36,9 @@ class EvictedRequest:
     prompt_ids: Sequence[int]
     key: str | None = None
     """Its kept set in the file; None: full cache."""
-    force: Sequence[int] | None = None
-    """Output tokens to decode in place of sampled ones; generation ends with them, end of text or not."""
+    force: Sequence[int | None] | None = None
+    """Output tokens to decode in place of sampled ones, a None is sampled; generation ends with them, end of text or
+    not."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Over the recording's own sampling parameters."""
     publishes: bool = True
@@ -95,7 +96,7 @@ def _request(index: int, given: EvictedRequest, default: dict[str, Any]) -> Requ
     if given.key is not None or not given.publishes:
         probe["cache"] = "read_only"
     if given.force is not None:
-        probe["force"] = [int(t) for t in given.force]
+        probe["force"] = [None if t is None else int(t) for t in given.force]
         params |= {"max_new_tokens": len(given.force), "ignore_eos": True}
     if probe:
         params["custom_params"] = {**(params.get("custom_params") or {}), "probe": probe}

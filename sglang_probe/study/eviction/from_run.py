@@ -67,7 +67,7 @@ def layer_from_run(
         v_LGD=None if v is None else v[:length],
         q_pre_NHD=None if q_pre is None else q_pre[:prompt],
         rotary=Rotary.from_model_config(config),
-        w_o_HDM=None if model is None else _output_projection(Path(model), layer, config)[heads],
+        w_o_HDM=None if model is None else output_projection(Path(model), layer, config)[heads],
         index=torch.tensor(layer),
         num_layers=int(config["num_hidden_layers"]),
         request=torch.tensor(int(requests.loc[rid, "index"])),
@@ -144,7 +144,7 @@ def _beside(run: Run, layer: int, site: str) -> bool:
     return name in run.hook_points and run.head_numbers(name) == run.head_numbers(partner)
 
 
-def _output_projection(model: Path, layer: int, config: Mapping[str, Any]) -> Tensor:
+def output_projection(model: Path, layer: int, config: Mapping[str, Any]) -> Tensor:
     """`o_proj` of a layer by query head, `[H, D, M]`.
 
     Raises:

@@ -1,0 +1,89 @@
+"""What a study's YAML may say, and what its plan promises."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_probe.config import load_config, parse_config
+from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.harvest.evict import open_folder
+from sglang_probe.harvest.evict_config import EvictionConfig
+from sglang_probe.harvest.evict_stages import counts
+
+EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
+BASE: dict[str, Any] = {
+    "workloads": {"recall": {"source": "retrieval", "count": 10}},
+    "methods": ["random", "quest", {"method": "snapkv", "window": 8}],
+    "budgets": ["1/8", 64],
+}
+
+
+def config(**changes: Any) -> EvictionConfig:
+    return parse_config({**BASE, **changes}, EvictionConfig, where="test")
+
+
+@pytest.mark.parametrize("name", ["eviction", "eviction-text", "eviction-seed1"])
+def test_committed_studies_load(name: str) -> None:
+    found = load_config(EXPERIMENTS / name / "experiment.yaml", EvictionConfig)
+    assert "snapkv window 8, pooling none" in [e.label for e in found.controls]
+    assert {e.lookahead for e in found.entries} == {None, "laq", "dapq", "speckv"}
+
+
+def test_budgets_are_shares_or_positions() -> None:
+    assert config().budgets == [Fraction(1, 8), 64]
+    assert config().model_dump(mode="json")["budgets"] == ["1/8", "64"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": ["snapvk"]}, "did you mean `snapkv`"),
+        ({"methods": ["static_max"]}, "no method `static_max`"),
+        ({"methods": [{"method": "snapkv", "widow": 8}]}, "did you mean `window`"),
+        ({"controls_of": ["keydiff"]}, "is no method of this study"),
+        ({"layers": [0]}, "`in_engine` needs kept sets of all layers"),
+        ({"budgets": ["3/2"]}, "a budget is"),
+        ({"decode": [{"repeats": 3}]}, "greedy outputs repeat themselves"),
+        ({"decode": [{}, {}]}, "the same temperature"),
+        ({"cut": {"prompt_tokens": 16, "question_tokens": 16}}, "leaves no context"),
+        ({"budget": ["1/8"]}, "did you mean `budgets`"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_its_reason(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("?", "\\?")):
+        config(**changes)
+
+
+def test_the_plan_counts_what_will_be_served() -> None:
+    found = counts(config(decode=[{}, {"temperature": 1, "repeats": 3}]), {"recall": 10})
+    # Baseline, random and snapkv evict; two budgets and two protocols; one sanity set per protocol.
+    assert found.kept == 10 * (3 * 4 + 2)
+    (row,) = found.rows
+    assert row == {
+        "task": "recall",
+        "full cache": 20,
+        "kept sets": 140,
+        "greedy": 10 * (1 + 12 + 2),
+        "t1": 10 * 3 * (1 + 12),
+        "forced": 10 * (1 + 12 + 2),
+    }
+    assert (found.requests, found.starts) == (20 + 150 + 390 + 150, 3)
+    offline = counts(config(in_engine=False), {"recall": 10})
+    assert (offline.requests, offline.starts) == (20, 1)
+
+
+def test_a_folder_is_resumed_by_the_same_study_only(tmp_path: Path) -> None:
+    def again(study: EvictionConfig, **how: bool) -> None:
+        open_folder(tmp_path, study, **{"overwrite": False, "resume": False, **how})
+
+    again(config())
+    with pytest.raises(RunDirectoryError, match="holds a study"):
+        again(config())
+    again(config(resamples=500), resume=True)
+    with pytest.raises(RunDirectoryError, match="another `budgets`"):
+        again(config(budgets=["1/4"]), resume=True)
+    again(config(budgets=["1/4"]), overwrite=True)
