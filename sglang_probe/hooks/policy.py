@@ -1,13 +1,12 @@
 """Policies while SGLang runs: settings of the idle scheduler, and requests that bypass the radix cache.
 
-SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
-`mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`.
+SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`. A request says
+`custom_params: {probe: {cache: read_only}}`, or `write_only`, or `off`; the hooks that honour it are the release's
+(`Release.bypass_hooks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import UnsupportedError
@@ -38,7 +37,8 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
         raise UnsupportedError("the engine was started with `disable_radix_cache`, which cannot be undone")
     if not scheduler.flush_cache(empty_cache=False):
         raise UnsupportedError("requests are in flight; the policy can be changed between runs only")
-    scheduler.tree_cache.disable = not to.radix_cache
+    if scheduler.tree_cache.disable == to.radix_cache:  # a cache that is none at all cannot be told
+        scheduler.tree_cache.disable = not to.radix_cache
     chunk = to.chunked_prefill_size if to.chunked_prefill_size > 0 else None
     scheduler.chunked_prefill_size = chunk
     scheduler.is_mixed_chunk = chunk is not None and bool(to.enable_mixed_chunk)
@@ -46,17 +46,14 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
     policy.policy = policy._validate_and_adjust_policy(to.schedule_policy, scheduler.tree_cache)
 
 
-def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing."""
-    if cache_use(req) in ("write_only", "off"):
-        kwargs["max_prefix_len"] = 0
-    return original(req, *args, **kwargs)
+def reads_cache(req: Any) -> bool:
+    """Whether a request may reuse what the radix cache holds."""
+    return cache_use(req) not in ("write_only", "off")
 
 
-def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing."""
-    if cache_use(req) in ("read_only", "off"):
-        req.skip_radix_cache_insert = True
+def writes_cache(req: Any) -> bool:
+    """Whether a request publishes its entries."""
+    return cache_use(req) not in ("read_only", "off")
 
 
 def cache_use(req: Any) -> str | None:

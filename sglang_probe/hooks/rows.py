@@ -27,6 +27,7 @@ from sglang_probe.capture.taps import Taps
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.attention import install_attention_taps
+from sglang_probe.releases import release
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -133,7 +134,7 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tor
     if session.recorder is None and session.tp_size == 1:
         return None
     try:
-        residual_ND: torch.Tensor = _forward_batch(args, kwargs).residual_stream.snapshot(output)
+        residual_ND: torch.Tensor = release().residual(_forward_batch(args, kwargs), output)
         return residual_ND
     except Exception as e:
         session.fail("_residual", e)

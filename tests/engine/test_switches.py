@@ -15,6 +15,7 @@ from sglang_probe.harvest.session import Hooks, harvest
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.policy.arm import Arm
+from sglang_probe.releases import release
 
 pytestmark = pytest.mark.engine
 LAYER = "blocks.3.hook_resid_post"
@@ -80,7 +81,7 @@ def test_a_switched_engine_computes_what_a_started_one_does(switched: dict[str, 
     ours = switched["off, chunks of 64"]
     assert _spans(ours) == _spans(started)
     assert ours.spans()["chunk"].max() >= 2
-    assert ours.manifest["server_resolved"]["attention_backend"] == "probe_torch"
+    assert ours.manifest["server_resolved"]["attention_backend"] == release().cpu_attention[0]
     assert started.manifest["server_resolved"]["attention_backend"] == "torch_native"
     for rid in ours.requests()["rid"]:
         assert torch.equal(ours.activations(rid, LAYER), started.activations(rid, LAYER))
