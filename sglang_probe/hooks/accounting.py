@@ -32,7 +32,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session = probe.active()
     session.attach(
         scheduler,
-        dp_rank=get_parallel().dp_rank or 0,
+        dp_rank=release().dp_rank(scheduler),
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,
     )

@@ -67,6 +67,10 @@ class Release(ABC):
     def in_beam(self, req: Any) -> bool:
         """Whether the request's rows are those of beams."""
 
+    @abstractmethod
+    def dp_rank(self, scheduler: Any) -> int:
+        """Data-parallel rank of this process; 0 where there is one rank."""
+
     # The model
 
     @abstractmethod

@@ -65,6 +65,9 @@ class Adapter(Release):
     def in_beam(self, req: Any) -> bool:
         return False  # no beam search in this release
 
+    def dp_rank(self, scheduler: Any) -> int:
+        return scheduler.ps.dp_rank or 0
+
     def residual(self, forward_batch: Any, output: Any) -> Any:
         hidden, residual = output
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):

@@ -62,6 +62,11 @@ class Adapter(Release):
     def in_beam(self, req: Any) -> bool:
         return req.beam_group is not None
 
+    def dp_rank(self, scheduler: Any) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        return get_parallel().dp_rank or 0
+
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
 
