@@ -16,6 +16,9 @@ class Release(ABC):
 
     version: ClassVar[str]
 
+    tree: ClassVar[str]
+    """Dotted path of the class of the radix tree of full attention."""
+
     cpu_platform: ClassVar[str]
     """Dotted path of the CPU reference platform."""
 

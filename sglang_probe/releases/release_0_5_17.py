@@ -20,6 +20,7 @@ class Adapter(Release):
     """See `Release`."""
 
     version = "0.5.17"
+    tree = _TREE
     cpu_platform = "sglang_probe.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention = ("torch_native",)
     overshoots_at_length = True

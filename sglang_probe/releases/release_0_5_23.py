@@ -21,6 +21,7 @@ class Adapter(Release):
     """See `Release`."""
 
     version = "0.5.23"
+    tree = _TREE
     cpu_platform = "sglang_probe.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`

@@ -215,7 +215,7 @@ def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: 
         options |= {"return_logprob": True, "logprob_start_len": 2 * LONGEST}
     if plan.priorities and rng.random() < 0.9:
         options["priority"] = rng.randint(-4, 4)
-    if plan.server["schedule_policy"] == "routing-key":
+    if plan.server.get("schedule_policy") == "routing-key":
         options["routing_key"] = rng.choice("pq")
     if rng.random() < 0.15:
         options["stream"] = True

@@ -27,6 +27,7 @@ ARMS = {
     "on again": Arm(),
     "write only": Arm(cache="write_only"),
     "read only": Arm(cache="read_only"),
+    "read only, chunks of 64": Arm(cache="read_only", server={"chunked_prefill_size": 64}),
     "lpm": Arm(server={"schedule_policy": "lpm"}),
 }
 
@@ -102,11 +103,11 @@ def test_the_cache_is_empty_when_a_recording_begins(switched: dict[str, Run]) ->
 
 def test_what_is_not_read_is_computed_and_what_is_not_written_cannot_be_reused(switched: dict[str, Run]) -> None:
     assert (switched["on"].spans()["status"] == "reused").any()
-    for name in ("off", "read only", "write only"):
+    for name in ("off", "read only", "read only, chunks of 64", "write only"):
         assert (switched[name].spans()["status"] == "computed").all(), name
     # A request that writes only is repointed to equal entries of others; one that does not write never is.
     assert len(switched["write only"].rebinds()) > 0
-    for name in ("off", "read only"):
+    for name in ("off", "read only", "read only, chunks of 64"):
         assert len(switched[name].rebinds()) == 0, name
 
 
