@@ -6,6 +6,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 BUILT_IN_MODEL = "probe-text"
+"""The model of a run that names none."""
+BUILT_IN_MODELS = (BUILT_IN_MODEL, "probe-recall", "probe-recall-1")
 
 
 def shipped(relative: str) -> Path:

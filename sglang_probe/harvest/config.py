@@ -19,7 +19,7 @@ class Recording(Config):
     """What a harvest and an experiment have in common: model, workload, and what to record."""
 
     model: str = BUILT_IN_MODEL
-    """`probe-text` (built in), a local path, or a hub id."""
+    """`probe-text` or `probe-recall` (built in), a local path, or a hub id."""
     dtype: str = "auto"
     workload: WorkloadConfig
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})

@@ -141,6 +141,7 @@ def write_requests(run: Run, requests: list[Request]) -> dict[str, int]:
                     {k: v for k, v in request.sampling_params.items() if k != "custom_params"}
                 ),
                 "labels": [asdict(label) for label in request.labels] or None,
+                **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
             }
         )
     records.sort(key=lambda r: (r["index"], r["rid"]))

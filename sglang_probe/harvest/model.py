@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.paths import BUILT_IN_MODEL, shipped
+from sglang_probe.paths import BUILT_IN_MODELS, shipped
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def resolve_model(name: str) -> Model:
     Raises:
         ConfigError: no such model, or its folder has no readable `config.json`.
     """
-    path = str(shipped("models/probe-text/checkpoint")) if name == BUILT_IN_MODEL else name
+    path = str(shipped(f"models/{name}/checkpoint")) if name in BUILT_IN_MODELS else name
     looks_local = name.startswith((".", "/", "~")) or Path(path).expanduser().exists()
     if looks_local:
         path = str(Path(path).expanduser())
         if not (Path(path) / "config.json").exists():
             raise ConfigError(
                 f"no model at {path}: there is no config.json",
-                fix="give a folder in Hugging Face format, a hub id, or `probe-text`",
+                fix="give a folder in Hugging Face format, a hub id, `probe-text` or `probe-recall`",
             )
     else:
         path = _download(name)
@@ -74,7 +74,7 @@ def resolve_model(name: str) -> Model:
         first = str(e).splitlines()[0]
         raise ConfigError(
             f"cannot read the configuration of model `{name}`: {first}",
-            fix="give a folder in Hugging Face format, a hub id that can be reached, or `probe-text`",
+            fix="give a folder in Hugging Face format, a hub id that can be reached, `probe-text` or `probe-recall`",
         ) from e
     text = config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", None) or 1)
@@ -101,7 +101,7 @@ def _download(name: str) -> str:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(
             f"cannot get model `{name}` from the hub: {first}",
-            fix="give a folder in Hugging Face format, a hub id that can be reached, or `probe-text`",
+            fix="give a folder in Hugging Face format, a hub id that can be reached, `probe-text` or `probe-recall`",
         ) from e
 
 

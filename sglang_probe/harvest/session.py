@@ -73,7 +73,7 @@ def harvest(
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
-        forced_outputs=hooks.forced_outputs or outputs_of is not None,
+        forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, prepared.workload.requests)),
         bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, prepared.workload.requests)),
         switches=arm.switches(prepared.config.server),
         session=start.session,
@@ -124,7 +124,16 @@ def harvest(
 
 def bypasses(request: Request) -> bool:
     """Whether a request says itself how it uses the cache."""
-    return "cache" in ((request.sampling_params.get("custom_params") or {}).get("probe") or {})
+    return "cache" in _own(request)
+
+
+def forces(request: Request) -> bool:
+    """Whether a request prescribes output tokens itself."""
+    return "force" in _own(request)
+
+
+def _own(request: Request) -> dict[str, Any]:
+    return (request.sampling_params.get("custom_params") or {}).get("probe") or {}
 
 
 def manifest_of(

@@ -166,7 +166,7 @@ def context_of(req: Any) -> Context:
 
 
 def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:
-    """Rows of this forward whose sampled token is prescribed, and the tokens.
+    """Rows of this forward whose sampled token is prescribed, and the tokens. A prescription of None leaves the sample.
 
     A forward that ends at position `end` samples output number `end - prompt_len`; a prefill chunk before the last
     ends inside the prompt and its sample is discarded by the engine.
@@ -178,7 +178,7 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
         if force is None:
             continue
         n = plan.ends[i] - plan.prompt_lens[i]
-        if 0 <= n < len(force):
+        if 0 <= n < len(force) and force[n] is not None:
             rows.append(i)
             tokens.append(force[n])
     return (rows, tokens) if rows else None

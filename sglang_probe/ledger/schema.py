@@ -99,6 +99,22 @@ PROMPTS = pa.schema(
 
 _LABEL = [("axis", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
 
+_POSITIONS = pa.list_(pa.list_(pa.int32()))  # for each answer
+
+TRUTH = pa.schema(
+    [
+        # What is known of requests that have one right answer (`workload.request.Truth`); null in all others.
+        ("task", pa.string()),
+        ("context_len", pa.int32()),
+        ("continuation_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("answer_steps", pa.list_(pa.int32())),
+        ("needed_content", _POSITIONS),
+        ("needed_causal", _POSITIONS),
+        ("depth", pa.float64()),
+    ]
+)
+
 REQUESTS = pa.schema(
     [
         *ENGINE_REQUESTS,
@@ -109,6 +125,7 @@ REQUESTS = pa.schema(
         ("sampling_params", pa.string()),  # JSON
         # Token classes along axes of the user's own; null in runs that have none.
         ("labels", pa.list_(pa.struct(_LABEL))),
+        *TRUTH,
     ]
 )
 

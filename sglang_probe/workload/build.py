@@ -15,7 +15,8 @@ from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.jsonl import Jsonl
 from sglang_probe.workload.render import Renderer
-from sglang_probe.workload.request import Conversation, Request
+from sglang_probe.workload.request import Conversation, Request, Truth
+from sglang_probe.workload.retrieval import Retrieval
 from sglang_probe.workload.shared_prefix import SharedPrefix
 from sglang_probe.workload.sharegpt import ShareGpt
 from sglang_probe.workload.sources import SourceReport
@@ -23,7 +24,7 @@ from sglang_probe.workload.sources import SourceReport
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WorkloadConfig = Annotated[SharedPrefix | Documents | Jsonl | ShareGpt, Field(discriminator="source")]
+WorkloadConfig = Annotated[SharedPrefix | Documents | Retrieval | Jsonl | ShareGpt, Field(discriminator="source")]
 
 # SGLang 0.5.23, srt/sampling/sampling_params.py: what it generates when a request does not say.
 _DEFAULT_NEW_TOKENS = 128
@@ -87,11 +88,27 @@ def iter_requests(
         try:
             rendered = renderer.render(conversation)
             sampling = {**default_sampling, **conversation.sampling_params}
+            _check_truth(rendered.prompt_ids, conversation.truth)
             _check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
             raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
         yield Request(
-            index, f"r{index:06d}", rendered.prompt_ids, rendered.spans, conversation.family, sampling, rendered.labels
+            index,
+            f"r{index:06d}",
+            rendered.prompt_ids,
+            rendered.spans,
+            conversation.family,
+            sampling,
+            rendered.labels,
+            conversation.truth,
+        )
+
+
+def _check_truth(prompt_ids: tuple[int, ...], truth: Truth | None) -> None:
+    if truth is not None and prompt_ids != truth.prompt_ids:
+        raise WorkloadError(
+            f"the tokenizer makes other tokens of a `{truth.task}` prompt than its answers refer to",
+            fix="use `model: probe-recall`, whose vocabulary the source writes in",
         )
 
 

@@ -41,12 +41,36 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """What the right output of a request is, and which positions of its prompt it is read from.
+
+    Answer `j` is output token `answer_steps[j]`. Its needed positions are those that a reader needs: by content (the
+    words of the fact), and causally (what the model was found to read; None if it was not inspected).
+    """
+
+    task: str
+    prompt_ids: tuple[int, ...]
+    """The tokens that positions refer to. A request whose prompt becomes others is refused."""
+    context_len: int
+    """Positions `[0, context_len)` are what may be compressed: all that comes before the first hidden question."""
+    continuation_ids: tuple[int, ...]
+    """The right output from its first token on: answers, and questions revealed between them."""
+    answer_ids: tuple[int, ...]
+    answer_steps: tuple[int, ...]
+    needed_content: tuple[tuple[int, ...], ...]
+    needed_causal: tuple[tuple[int, ...], ...] | None
+    depth: float
+    """Where the first answer's fact begins, as a fraction of the places where it could: 0 first, 1 last."""
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One request as text. `family` names the requests that share a prefix by design (the unit of clustering)."""
 
     segments: tuple[Segment, ...]
     family: str | None = None
     sampling_params: dict[str, Any] = field(default_factory=dict)
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -79,3 +103,4 @@ class Request:
     family: str | None = None
     sampling_params: dict[str, Any] = field(default_factory=dict)
     labels: tuple[LabelSpan, ...] = ()
+    truth: Truth | None = None
