@@ -46,14 +46,16 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
     policy.policy = policy._validate_and_adjust_policy(to.schedule_policy, scheduler.tree_cache)
 
 
-def reads_cache(req: Any) -> bool:
-    """Whether a request may reuse what the radix cache holds."""
-    return cache_use(req) not in ("write_only", "off")
+def read_limit(req: Any) -> int | None:
+    """Positions that a request may reuse from the radix cache at most; None: as SGLang decides. For the release's own
+    match hook."""
+    return 0 if cache_use(req) in ("write_only", "off") else None
 
 
-def writes_cache(req: Any) -> bool:
-    """Whether a request publishes its entries."""
-    return cache_use(req) not in ("read_only", "off")
+def admit(req: Any) -> None:
+    """A request was made: one that does not write the cache publishes nothing. For the release's own hook."""
+    if cache_use(req) in ("read_only", "off"):
+        req.skip_radix_cache_insert = True
 
 
 def cache_use(req: Any) -> str | None:

@@ -97,21 +97,21 @@ class Adapter(Release):
 
 
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `RadixCache.match_prefix`: a request that does not read the cache matches nothing. A publication looks up
-    what it has just inserted without naming the request."""
+    """AROUND `RadixCache.match_prefix`: no more than the request may read. A publication looks up what it has just
+    inserted without naming the request."""
     from sglang_probe.hooks import policy
 
-    if params.req is not None and not policy.reads_cache(params.req):
-        params.key.limit = 0
+    if params.req is not None:
+        limits = [n for n in (policy.read_limit(params.req), params.key.limit) if n is not None]
+        params.key.limit = min(limits, default=None)
     return original(tree, params, *args, **kwargs)
 
 
 def create_req(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Req.__init__`: a request that does not write the cache publishes nothing."""
+    """AFTER `Req.__init__`."""
     from sglang_probe.hooks import policy
 
-    if not policy.writes_cache(req):
-        req.skip_radix_cache_insert = True
+    policy.admit(req)
 
 
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:

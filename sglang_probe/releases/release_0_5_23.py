@@ -92,20 +92,20 @@ class Adapter(Release):
 
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing."""
+    """AROUND `match_kv_cache`: no more than the request may read."""
     from sglang_probe.hooks import policy
 
-    if not policy.reads_cache(req):
-        kwargs["max_prefix_len"] = 0
+    limits = [n for n in (policy.read_limit(req), kwargs.get("max_prefix_len")) if n is not None]
+    if limits:
+        kwargs["max_prefix_len"] = min(limits)
     return original(req, *args, **kwargs)
 
 
 def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing."""
+    """AFTER `Scheduler._create_generation_req`."""
     from sglang_probe.hooks import policy
 
-    if not policy.writes_cache(req):
-        req.skip_radix_cache_insert = True
+    policy.admit(req)
 
 
 def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any]:

@@ -125,6 +125,19 @@ def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.
     inventory.require(["platform"])  # a feature that does not need the target is not refused
 
 
+def test_a_feature_that_was_reviewed_elsewhere_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inventory.load_inventory
+    installed = real()
+    older, newer = MODULES
+    without = installed.model_copy(update={"targets": [t for t in installed.targets if t.feature != "live"]})
+    known = {None: without, older: without, newer: real(newer)}
+    monkeypatch.setattr(inventory, "load_inventory", lambda version=None: known[version])
+    inventory.require(["accounting"])
+    with pytest.raises(InventoryError, match=rf"live: not reviewed on SGLang {installed.sglang}") as e:
+        inventory.require(["accounting", "live"])
+    assert f"install SGLang {newer}," in str(e.value)
+
+
 def test_an_unknown_release_is_refused_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory.importlib.metadata, "version", lambda _: "9.9.9")
     with pytest.raises(InventoryError, match=r"9\.9\.9 is installed.*0\.5\.23"):
