@@ -159,7 +159,7 @@ def _name_samples() -> None:
 
     numbers = itertools.count(1)
 
-    def regenerate_rid(self: Any) -> str:
+    def regenerate_rid(self: Any, **_prefix: Any) -> str:
         self.rid = f"{self.rid.partition('_')[0]}~{next(numbers)}"
         return str(self.rid)
 
