@@ -3,6 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The older reviewed release of SGLang, with the torch that it pins.
+OLDER := .venv-0.5.17
+NEWEST_NEEDS := '.[engine,dev]'
+OLDER_NEEDS := '.[dev]' sglang==0.5.17
 # Compiled bytecode of SGLang's seven thousand modules, kept out of the source trees: starts are twice as fast with it.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,8 +24,9 @@ test: setup ## tests, a few minutes on two cores
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup ## slow tests too
+test-all: setup $(OLDER)/.ready ## slow tests too, and everything on the older release of SGLang
 	$(BIN)/python -m pytest
+	$(OLDER)/bin/python -m pytest
 
 attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
@@ -39,13 +44,20 @@ lint: setup
 setup: $(VENV)/.ready
 
 # uv goes into the virtual environment, because a system Python may refuse packages (PEP 668).
-$(VENV)/.ready: pyproject.toml constraints.txt
+define install # environment, constraints, what
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; make PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[engine,dev]'
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip --upgrade >/dev/null
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(1)/bin/python -m uv pip install --python $(1)/bin/python --constraint $(2) --editable $(3)
 	@touch $@
+endef
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,$(NEWEST_NEEDS))
+
+$(OLDER)/.ready: pyproject.toml constraints-0.5.17.txt
+	$(call install,$(OLDER),constraints-0.5.17.txt,$(OLDER_NEEDS))
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(OLDER) .cache runs

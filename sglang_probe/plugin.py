@@ -36,8 +36,10 @@ def activate_cpu_platform() -> str | None:
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None  # the user asked for SGLang's own CPU platform
     from sglang_probe.platform.environment import accelerator_present, set_process_defaults
+    from sglang_probe.releases import release
 
     if accelerator_present():
         return None
+    platform = release().cpu_platform
     set_process_defaults(os.environ)
-    return "sglang_probe.platform.cpu.ReferenceCpuPlatform"
+    return platform

@@ -18,8 +18,8 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.hooks.control import CLOSE, OPEN
 from sglang_probe.platform.environment import accelerator_present, bind_cpus, prepare_this_process
-from sglang_probe.platform.limits import PROBE_TORCH
 from sglang_probe.plugin import CONFIG_VARIABLE
+from sglang_probe.releases import release
 
 PROBE_FILE = "probe.yaml"
 
@@ -41,7 +41,7 @@ def default_server_args() -> dict[str, Any]:
     # SGLang would derive a negative fraction from large prefills.
     return {
         "device": "cpu",
-        "attention_backend": PROBE_TORCH,
+        "attention_backend": release().cpu_attention[0],
         "max_total_tokens": 65536,
         "mem_fraction_static": 0.5,
     }
@@ -52,7 +52,7 @@ def server_argument_names() -> set[str]:
     prepare_this_process()
     from sglang.srt.server_args import ServerArgs
 
-    return set(ServerArgs.__struct_fields__)
+    return release().argument_names(ServerArgs)
 
 
 def server_argument_choices() -> dict[str, list[Any]]:
@@ -162,9 +162,7 @@ class ProbedEngine:
     @property
     def server_args(self) -> dict[str, Any]:
         """The resolved server arguments, as plain data."""
-        import msgspec
-
-        return dict(json.loads(json.dumps(msgspec.structs.asdict(self._engine.server_args), default=str)))
+        return dict(json.loads(json.dumps(release().arguments(self._engine.server_args), default=str)))
 
     def run(self, main: Any) -> Any:
         """Run a coroutine on the engine's event loop."""

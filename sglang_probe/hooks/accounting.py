@@ -17,6 +17,7 @@ from sglang_probe.hooks.positions import moved_positions
 from sglang_probe.hooks.supported import refuse_unsupported
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.recorder import Context, ForwardPlan, RequestEnd
+from sglang_probe.releases import release
 
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -35,7 +36,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
         raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
     session.attach(
         scheduler,
-        dp_rank=get_parallel().dp_rank or 0,
+        dp_rank=release().dp_rank(scheduler),
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,
     )
@@ -64,7 +65,7 @@ def process_batch_result(
 
 
 def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `_make_abort_req`, which the scheduler calls for every request that it drops outside a forward's result:
+    """AFTER what the scheduler calls for every request that it drops outside a forward's result (`abort_hooks`):
     waiting, in the middle of its prompt, or retracted for good."""
     _aborted(req)
 
@@ -139,7 +140,7 @@ def _explained(reqs: list[Any], plan: ForwardPlan) -> None:
     Raises:
         LedgerError: the forward has rows of no request's position, such as those of beams.
     """
-    beams = [r.rid for r in reqs if r.beam_group is not None]
+    beams = [r.rid for r in reqs if release().in_beam(r)]
     if beams:
         raise LedgerError(f"request {beams[0]} asks for beam search, whose rows have no position of their own")
     if plan.tokens != plan.slots:
@@ -153,12 +154,12 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     """The positions that a `ScheduleBatch` is about to compute, from host integers only.
 
     Extend: `prefix_lens[i] .. prefix_lens[i] + extend_lens[i]`. Decode: the one position that `prepare_for_decode`
-    has just reserved, `kv_committed_len - 1`; `len(output_ids)` would lag one step under overlap scheduling. Mixed:
+    has just reserved, `committed_len - 1`; `len(output_ids)` would lag one step under overlap scheduling. Mixed:
     the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
     """
     reqs = batch.reqs
     if batch.forward_mode.is_decode():
-        starts = [r.kv.kv_committed_len - 1 for r in reqs]
+        starts = [release().committed_len(r) - 1 for r in reqs]
         ends = [s + 1 for s in starts]
         decoding = [True] * len(reqs)
     else:
@@ -183,7 +184,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
 
 def context_of(req: Any) -> Context:
     """What identifies a request's prefix in the radix tree (`RadixKey`)."""
-    return Context(req.full_untruncated_fill_ids, (req.extra_key, req.cache_salt))
+    return Context(req.full_untruncated_fill_ids, release().namespace(req))
 
 
 def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:

@@ -21,27 +21,28 @@ logger = logging.getLogger("sglang_probe")
 
 CLOSE = "probe_close"
 OPEN = "probe_open"
+KEYS = (CLOSE, OPEN)
 
 
-def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any]:
-    """AFTER `SchedulerInternalStateController._update_handlers`: add the probe's keys."""
-    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+class Refused(Exception):
+    """A command was not carried out; the message says why, and is logged by SGLang or the adapter."""
 
-    # Validation may refuse; `apply` may not. So the work is done here, and a failure is a refusal.
-    def close(key: str, _value: Any) -> None:
+
+def carry_out(key: str, value: Any) -> None:
+    """Do what the probe's `key` says. Called by the release's own handler of `/set_internal_state`.
+
+    Raises:
+        Refused: it could not be done.
+    """
+    if key == CLOSE:
         if probe.active().records and _close() is None:
-            raise UpdateRejected(f"{key}: the probe is not recording, or failed; see the scheduler's log")
-
-    def reopen(key: str, value: Any) -> None:
-        try:
-            probe.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
-        except Exception as e:
-            logger.exception("sglang-probe could not begin another recording")
-            raise UpdateRejected(f"{key}: {e}") from e
-
-    for key, work in ((CLOSE, close), (OPEN, reopen)):
-        handlers[key] = _UpdateHandler(work, lambda _key, _value: None)
-    return handlers
+            raise Refused("the probe is not recording, or failed; see the scheduler's log")
+        return
+    try:
+        probe.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
+    except Exception as e:
+        logger.exception("sglang-probe could not begin another recording")
+        raise Refused(str(e)) from e
 
 
 def next_config(number: int) -> Path:

@@ -14,6 +14,7 @@ from sglang_probe.config import load_config
 from sglang_probe.errors import InventoryError
 from sglang_probe.hooks import inventory
 from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.releases import Hook, release
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _HTTP = "sglang.srt.entrypoints.http_server"
@@ -21,9 +22,6 @@ _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data
 _BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
-_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
-_CACHE = "sglang.srt.mem_cache.common"
-_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 
 def install(path: str) -> None:
@@ -59,18 +57,17 @@ def install(path: str) -> None:
     HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _verify_then_open(config), HookType.AFTER)
 
 
-def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str]]:
+def _hooks(config: EngineProbeConfig) -> list[Hook]:
     """(target, hook, kind) of everything this config needs; must agree with the inventory."""
-    from sglang_probe.hooks import accounting, control, lineage
+    from sglang_probe.hooks import accounting
 
-    hooks: list[tuple[str, Callable[..., Any], str]] = [
+    sglang = release()
+    hooks: list[Hook] = [
         (f"{_SCHEDULER}.Scheduler.run_batch", accounting.run_batch, "AROUND"),
         (f"{_SCHEDULER}.Scheduler.process_batch_result", accounting.process_batch_result, "AROUND"),
-        (f"{_SCHEDULER}._make_abort_req", accounting.make_abort_req, "AFTER"),
-        (f"{_TREE}.checkpoint_into_tree", lineage.checkpoint_into_tree, "AROUND"),
-        (f"{_TREE}.insert", lineage.insert, "AFTER"),
-        (f"{_TREE}.reset", lineage.reset, "AFTER"),
-        (f"{_CONTROLLER}._update_handlers", control.update_handlers, "AFTER"),
+        *sglang.abort_hooks(),
+        *sglang.publication_hooks(),
+        *sglang.control_hooks(),
     ]
     if config.hook_points or config.telemetry is not None:
         from sglang_probe.hooks import rows
@@ -88,12 +85,7 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
 
         hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
     if config.bypass or config.positions or config.evictions:
-        from sglang_probe.hooks import policy
-
-        hooks += [
-            (f"{_CACHE}.match_kv_cache", policy.match_kv_cache, "AROUND"),
-            (f"{_SCHEDULER}.Scheduler._create_generation_req", policy.create_generation_req, "AFTER"),
-        ]
+        hooks += sglang.bypass_hooks()
     if config.positions:
         from sglang_probe.hooks import positions
 
@@ -104,11 +96,7 @@ def _hooks(config: EngineProbeConfig) -> list[tuple[str, Callable[..., Any], str
     if config.live is not None:
         from sglang_probe.hooks import live
 
-        hooks += [
-            (f"{_SCHEDULER}.Scheduler.get_output_streamer_class", live.output_streamer_class, "AFTER"),
-            (f"{_SCHEDULER}.Scheduler.run_event_loop", live.run_event_loop, "AROUND"),
-            (f"{_CONTROLLER}.get_internal_state", live.get_internal_state, "AFTER"),
-        ]
+        hooks += [*sglang.live_hooks(), (f"{_SCHEDULER}.Scheduler.run_event_loop", live.run_event_loop, "AROUND")]
     return hooks
 
 

@@ -130,9 +130,17 @@ def require(features: Iterable[str]) -> Inventory:
     """Refuse unless every target of `features` is as reviewed.
 
     Raises:
-        InventoryError: a target changed or is missing; it is named with both fingerprints.
+        InventoryError: a target changed or is missing; it is named with both fingerprints. Or a feature was reviewed on
+            other releases only.
     """
     inventory = load_inventory()
+    features = list(features)
+    if unknown := [f for f in features if f not in {t.feature for t in inventory.targets}]:
+        others = [v for v in known_versions() if set(unknown) <= {t.feature for t in load_inventory(v).targets}]
+        raise InventoryError(
+            f"{', '.join(unknown)}: not reviewed on SGLang {inventory.sglang}",
+            fix=f"install SGLang {' or '.join(others) or 'for which it was reviewed'}, or do without it",
+        )
     bad = [f for f in examine(inventory, features) if f.state != "fine"]
     if bad:
         lines = [

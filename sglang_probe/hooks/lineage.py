@@ -1,7 +1,8 @@
 """What the radix tree takes and gives back, for the lineage.
 
-SGLang: `mem_cache/unified_radix_cache.py`. `checkpoint_into_tree` inserts a request's entries once, and then a second
-time only to split the leaf at the end of the prompt; the first insertion says what the tree had already.
+Where a release publishes is its adapter's to say (`Release.publication_hooks`). 0.5.23 inserts a request's entries
+once, and then a second time only to split the leaf at the end of the prompt; the first insertion says what the tree
+had already.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks import live as live_server
 from sglang_probe.hooks import session as probe
 from sglang_probe.ledger.recorder import Context
+from sglang_probe.releases import release
 
 
 def refuse_other_trees(tree: Any) -> None:
@@ -22,12 +24,8 @@ def refuse_other_trees(tree: Any) -> None:
     Raises:
         UnsupportedError: names the cache and its components.
     """
-    from sglang.srt.mem_cache.unified_cache.components import ComponentType
-    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-
-    components = set(getattr(tree, "components", ()))
-    if type(tree) is not UnifiedRadixCache or components != {ComponentType.FULL}:
-        named = ", ".join(sorted(str(getattr(c, "value", c)) for c in components)) or "none"
+    if not release().is_plain_tree(tree):
+        named = ", ".join(sorted(str(getattr(c, "value", c)) for c in getattr(tree, "components", ()))) or "none"
         raise UnsupportedError(
             f"the accounting is proved for the radix tree of full attention only; this model's cache is "
             f"{type(tree).__name__} with components: {named} (sliding-window, mamba or hybrid attention)",
@@ -35,8 +33,8 @@ def refuse_other_trees(tree: Any) -> None:
         )
 
 
-def checkpoint_into_tree(original: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `UnifiedRadixCache.checkpoint_into_tree`: whose entries the next insertion publishes."""
+def publication(original: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND the tree's method that publishes a request: whose entries the next insertion takes."""
     _publishing(req)
     try:
         return original(tree, req, *args, **kwargs)
@@ -45,12 +43,12 @@ def checkpoint_into_tree(original: Callable[..., Any], tree: Any, req: Any, *arg
 
 
 def insert(result: Any, _tree: Any, params: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `UnifiedRadixCache.insert`: what was new to the tree, and what the request now shares."""
+    """AFTER the tree's `insert`: what was new to the tree, and what the request now shares."""
     _published(result, params)
 
 
 def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `UnifiedRadixCache.reset`: the tree is empty."""
+    """AFTER the tree's `reset`: the tree is empty."""
     _forget()
 
 
@@ -69,10 +67,10 @@ def _published(result: Any, params: Any) -> None:
     session.recorder.publish(
         live_server.name_of(req.rid),
         req.retraction_count,
-        Context(key.raw_token_ids(), (key.extra_key, key.cache_salt)),
+        Context(key.raw_token_ids(), release().namespace(key)),
         length=len(key),
         first_new=result.prefix_len,
-        protected=params.prev_prefix_len,
+        protected=release().protected_len(params, req),
     )
 
 

@@ -1,7 +1,7 @@
 """A live server: what the scheduler process reports, and per-request provenance.
 
-SGLang: `managers/scheduler.py` (`get_output_streamer_class`, `run_event_loop`), and in `scheduler_components/`
-`internal_state.py` and `output_streamer.py`. The HTTP side is `hooks/http.py`.
+SGLang: `managers/scheduler.py` (`run_event_loop`); where the internal state is read and an answer is built is the
+release's to say (`Release.live_hooks`). The HTTP side is `hooks/http.py`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
 
 
 def get_internal_state(result: Any, _controller: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `SchedulerInternalStateController.get_internal_state`: add what the endpoints show."""
+    """AFTER `get_internal_state`: add what the endpoints show."""
     with contextlib.suppress(Exception):  # a readback is no reason to stop a recording
         result.internal_state[STATE_KEY] = state()
 
@@ -147,43 +147,18 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **k
         _closed()
 
 
-def output_streamer_class(streamer: type[Any], scheduler: Any) -> type[Any] | None:
-    """AFTER `Scheduler.get_output_streamer_class`: a subclass that adds provenance to `meta_info`."""
-    if getattr(scheduler, "rust_server", None) is not None:
-        logger.warning("sglang-probe: no provenance in meta_info behind SGLang's Rust server")
-        return None
-    base: Any = streamer
-
-    class ProvenanceStreamer(base):  # type: ignore[misc]
-        has_additional_customized_info = True
-
-        def should_build_additional_customized_info(self) -> bool:
-            return _anybody_asks() or (
-                base.has_additional_customized_info and super().should_build_additional_customized_info()
-            )
-
-        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-            info: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
-            spans = _provenance(reqs)
-            return info if spans is None else {**info, META_KEY: spans}
-
-        def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == META_KEY or bool(super().is_request_level_customized_info_key(key))
-
-    return ProvenanceStreamer
-
-
-def _anybody_asks() -> bool:
+def anybody_asks() -> bool:
+    """Whether a request in flight asked for its provenance."""
     session = probe.session
     return session is not None and session.live is not None and session.live.totals.asking > 0
 
 
 @probe.guarded
-def _provenance(reqs: list[Any]) -> list[list[provenance.Span]] | None:
+def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[provenance.Span]] | None:
     """Spans of the requests that finish now and asked; None if none does, so that nobody's `meta_info` changes."""
     live = probe.active().live
     assert live is not None
-    spans = [live.provenance(r.rid) or [] if r.finished() else [] for r in reqs]
+    spans = [live.provenance(rid) or [] if done else [] for rid, done in zip(rids, finished, strict=True)]
     return spans if any(spans) else None
 
 

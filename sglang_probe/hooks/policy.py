@@ -1,14 +1,13 @@
 """Policies while SGLang runs: settings of the idle scheduler, and requests that bypass the radix cache.
 
-SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`,
-`mem_cache/common.py` (`match_kv_cache`). A request says `custom_params: {probe: {cache: read_only}}`, or `write_only`,
-or `off`. One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own (`hooks/positions.py`) reads the
-cache up to where these begin to matter, and writes nothing.
+SGLang: `managers/scheduler.py` (`init_chunked_prefill`, `flush_cache`), `managers/schedule_policy.py`. A request says
+`custom_params: {probe: {cache: read_only}}`, or `write_only`, or `off`; the hooks that honour it are the release's
+(`Release.bypass_hooks`). One with a kept set (`hooks/eviction.py`) or with RoPE positions of its own
+(`hooks/positions.py`) reads the cache up to where these begin to matter, and writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -41,7 +40,8 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
         raise UnsupportedError("the engine was started with `disable_radix_cache`, which cannot be undone")
     if not scheduler.flush_cache(empty_cache=False):
         raise UnsupportedError("requests are in flight; the policy can be changed between runs only")
-    scheduler.tree_cache.disable = not to.radix_cache
+    if scheduler.tree_cache.disable == to.radix_cache:  # a cache that is none at all cannot be told
+        scheduler.tree_cache.disable = not to.radix_cache
     chunk = to.chunked_prefill_size if to.chunked_prefill_size > 0 else None
     scheduler.chunked_prefill_size = chunk
     scheduler.is_mixed_chunk = chunk is not None and bool(to.enable_mixed_chunk)
@@ -49,22 +49,20 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
     policy.policy = policy._validate_and_adjust_policy(to.schedule_policy, scheduler.tree_cache)
 
 
-def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `match_kv_cache`: a request that does not read the cache matches nothing, one with a kept set no more
-    than what it is about."""
+def read_limit(req: Any) -> int | None:
+    """Positions that a request may reuse from the radix cache at most; None: as SGLang decides. For the release's own
+    match hook."""
     if cache_use(req) in ("write_only", "off"):
-        kwargs["max_prefix_len"] = 0
-    ends = [end for end in (eviction.cache_end(req), moves_from(req), kwargs.get("max_prefix_len")) if end is not None]
-    if ends:
-        kwargs["max_prefix_len"] = min(ends)
-    return original(req, *args, **kwargs)
+        return 0
+    return min((end for end in (eviction.cache_end(req), moves_from(req)) if end is not None), default=None)
 
 
-def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: a request that does not write the cache publishes nothing, whether it
-    asked for that or for a kept set; and one whose kept set cannot be had is refused.
+def admit(req: Any) -> None:
+    """A request was made: one that does not write the cache publishes nothing, and one whose kept set cannot be had is
+    refused. For the release's own hook.
 
-    One that moves its RoPE positions never does: its keys are not those of its tokens at their places.
+    One with a kept set or with RoPE positions of its own never writes: its entries are not those of its tokens at their
+    places in a full cache.
     """
     eviction.refuse_misfits(req)
     private = eviction.requested(req) is not None or moves_from(req) is not None

@@ -30,6 +30,7 @@ from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.accelerator import check_device, check_server, graph_taps
 from sglang_probe.hooks.attention import install_attention_taps
 from sglang_probe.hooks.telemetry import EngineTelemetry
+from sglang_probe.releases import release
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -154,7 +155,7 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tor
     if not session.taps_write and session.tp_size == 1:
         return None
     try:
-        residual_ND: torch.Tensor = _forward_batch(args, kwargs).residual_stream.snapshot(output)
+        residual_ND: torch.Tensor = release().residual(_forward_batch(args, kwargs), output)
         return residual_ND
     except Exception as e:
         session.fail("_residual", e)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.releases import release
 
 _REFUSED: dict[str, tuple[Any, str]] = {
     # server argument: (value that is fine, what it turns on otherwise)
@@ -29,7 +30,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "enable_streaming_session": (False, "streaming sessions, which keep entries outside the radix tree"),
     "strip_thinking_cache": (False, "freeing the entries of a model's thinking"),
     "enable_flexkv": (False, "FlexKV"),
-    "enable_unified_cache_external_linker": (False, "an external KV store"),
     "radix_cache_backend": (None, "a radix cache of another package"),
     "enable_hisparse": (False, "the hierarchical sparse cache"),
     "encoder_only": (False, "encoder-only serving"),
@@ -49,7 +49,7 @@ def refuse_unsupported(server_args: Any) -> None:
     """
     get = server_args.get if isinstance(server_args, dict) else lambda k, d=None: getattr(server_args, k, d)
     found = []
-    for name, (fine, what) in _REFUSED.items():
+    for name, (fine, what) in {**_REFUSED, **release().refused}.items():
         value = get(name, fine)
         if value != fine and not (fine in _FALSY_FINE and value in _FALSY_FINE):
             found.append(f"{what} (`{name}: {value}`)")

@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.releases import release
 
 PROBE_TORCH = "probe_torch"
 """Name of the attention backend in `sglang_probe.platform.attention`."""
 
-_TORCH_ONLY = "the reference platform has PyTorch's attention only (`torch_native`, `probe_torch`)"
-_ATTENTION = (None, "torch_native", PROBE_TORCH)
+_ATTENTION = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 _WITHOUT_GPU: dict[str, tuple[tuple[object, ...], str]] = {
     # server argument: (values that are fine, why no other is)
     "enable_deterministic_inference": ((None, False), "SGLang's batch-invariant operators are GPU kernels"),
-    "attention_backend": (_ATTENTION, _TORCH_ONLY),
-    "prefill_attention_backend": (_ATTENTION, _TORCH_ONLY),
-    "decode_attention_backend": (_ATTENTION, _TORCH_ONLY),
     "kv_cache_dtype": ((None, "auto", "bfloat16"), "8-bit KV caches need GPU kernels"),
     "quantization": ((None,), "quantized layers need GPU kernels"),
     "device": ((None, "cpu"), "no accelerator is present"),
@@ -31,6 +28,9 @@ def refuse_without_gpu(server: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedError: names the argument and why.
     """
-    for name, (fine, why) in _WITHOUT_GPU.items():
+    backends = release().cpu_attention
+    why = f"the reference platform has PyTorch's attention only ({', '.join(backends)})"
+    attention = dict.fromkeys(_ATTENTION, ((None, *backends), why))
+    for name, (fine, why) in {**_WITHOUT_GPU, **attention}.items():
         if name in server and server[name] not in fine:
             raise UnsupportedError(f"`{name}: {server[name]}` cannot run on this machine: {why}")

@@ -23,7 +23,7 @@ from fastapi import HTTPException
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.harvest import session
 from sglang_probe.harvest.config import HarvestConfig
-from sglang_probe.harvest.engine import Answer, ProbedEngine
+from sglang_probe.harvest.engine import Answer, ProbedEngine, server_argument_choices, server_argument_names
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import Workload
@@ -159,11 +159,18 @@ def _name_samples() -> None:
 
     numbers = itertools.count(1)
 
-    def regenerate_rid(self: Any) -> str:
+    def regenerate_rid(self: Any, **_prefix: Any) -> str:
         self.rid = f"{self.rid.partition('_')[0]}~{next(numbers)}"
         return str(self.rid)
 
     GenerateReqInput.regenerate_rid = regenerate_rid
+
+
+def _known(server: dict[str, Any]) -> dict[str, Any]:
+    """What the installed release of SGLang has; of other draws it keeps its defaults."""
+    names, choices = server_argument_names(), server_argument_choices()
+    known = {k: v for k, v in server.items() if k in names}
+    return {k: v for k, v in known.items() if v is None or k not in choices or v in choices[k]}
 
 
 def main() -> None:
@@ -174,6 +181,7 @@ def main() -> None:
     parser.add_argument("--plan", type=json.loads, default={}, help="JSON: fields of `Plan` over the drawn ones")
     args = parser.parse_args()
     plan = replace(plan_of(args.seed, args.requests), **args.plan)
+    plan = replace(plan, server=_known(plan.server))
     print("ATTACK", json.dumps({"seed": plan.seed, "options": plan.options, "refused": plan.refused}), flush=True)
     os.environ.update(plan.env)
 

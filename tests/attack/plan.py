@@ -1,7 +1,7 @@
 """What one seed of the attack means: engine options, and requests with what their clients do.
 
 Nothing here imports SGLang. What SGLang refuses is left out, with the reason beside it; of what the probe refuses a
-little is drawn, to see it refused by name. `num_continuous_decode_steps` is not drawn: nothing in SGLang 0.5.23 reads
+little is drawn, to see it refused by name. `num_continuous_decode_steps` is not drawn: nothing in SGLang reads
 it.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_probe.capture.hook_points import EMBED
+from sglang_probe.releases import release
 from sglang_probe.workload.request import Request, SegmentSpan
 
 VOCABULARY = 3072
@@ -207,7 +208,7 @@ def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: 
     options = dict(place)
     kind = rng.random()
     if not place and kind < 0.12:
-        options["cache_salt"] = rng.choice("xyz")
+        options[release().namespace_fields[-1]] = rng.choice("xyz")
     elif not place and kind < 0.24:
         options["extra_key"] = rng.choice("xyz")  # the same words: a salt is not a key
     elif kind < 0.38:
@@ -216,7 +217,7 @@ def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: 
         options |= {"return_logprob": True, "logprob_start_len": 2 * LONGEST}
     if plan.priorities and rng.random() < 0.9:
         options["priority"] = rng.randint(-4, 4)
-    if plan.server["schedule_policy"] == "routing-key":
+    if plan.server.get("schedule_policy") == "routing-key":
         options["routing_key"] = rng.choice("pq")
     if rng.random() < 0.15:
         options["stream"] = True
@@ -225,4 +226,4 @@ def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: 
 
 def _place(options: dict[str, Any]) -> dict[str, Any]:
     """What separates prefixes in the radix tree."""
-    return {k: v for k, v in options.items() if k in ("cache_salt", "extra_key")}
+    return {k: v for k, v in options.items() if k in release().namespace_fields}

@@ -14,10 +14,14 @@ import pandas as pd
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.ledger.verify import verify
+from sglang_probe.releases import release
 from tests.engine.live_server import LiveServer
 
 CHUNK = 64
 """Chunked prefill size of the servers here, in tokens."""
+
+EXTRA = int(release().overshoots_at_length)
+"""Positions that a finish by length under overlap scheduling leaves in the tree beyond those of its output."""
 
 _fresh = itertools.count(100)
 
@@ -59,7 +63,7 @@ def recorded(server: LiveServer) -> Run:
 def spans(run: Run, rid: str) -> list[str]:
     """What became of a request, in words: `0-64 prefill`, `0-49 reused from a`; attempts after a retraction begin with
     `again:`. Decode steps are joined, chunks are not."""
-    frame = run.spans()
+    frame = as_without_overshoot_at_length(run)
     out: list[tuple[Any, ...]] = []
     for s in frame[frame["rid"] == rid].sort_values(["attempt", "start"]).itertuples():
         fate = f"reused from {'before' if pd.isna(s.origin_rid) else s.origin_rid}" if s.status == "reused" else s.phase
@@ -70,6 +74,16 @@ def spans(run: Run, rid: str) -> list[str]:
         else:
             out.append((s.attempt, s.start, s.end, fate))
     return [f"{'again: ' * attempt}{start}-{end} {fate}" for attempt, start, end, fate in out]
+
+
+def as_without_overshoot_at_length(run: Run) -> pd.DataFrame:
+    """Spans, without the one step that some releases compute behind a finish by length (`Release`)."""
+    frame = run.spans()
+    if not release().overshoots_at_length:
+        return frame
+    finish = run.requests().set_index("rid")["finish_reason"]
+    known = (frame["phase"] == schema.OVERSHOOT) & (frame["rid"].map(finish) == "length")
+    return frame[~known]
 
 
 def rebinds(run: Run) -> set[str]:

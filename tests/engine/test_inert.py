@@ -16,9 +16,11 @@ import sys
 import sglang.srt.managers.scheduler as s
 import sglang.srt.model_executor.model_runner as m
 from sglang.srt.plugins import load_plugins
-from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController as c
+from pkgutil import resolve_name
+from sglang_probe.releases import release
 load_plugins()
-targets = [s.Scheduler.__init__, s.Scheduler.run_batch, s.Scheduler.process_batch_result, c._update_handlers]
+targets = [s.Scheduler.__init__, s.Scheduler.run_batch, s.Scheduler.process_batch_result]
+targets += [resolve_name(release().control_hooks()[0][0])]
 targets += [m.ModelRunner.forward, m.ModelRunner.load_model, m.ModelRunner.sample]
 touched = [f for f in targets if hasattr(f, "__wrapped__") and "hook_registry" in f.__code__.co_filename]
 print("TOUCHED", len(touched), "HOOKS", "sglang_probe.hooks" in sys.modules)

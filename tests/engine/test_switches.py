@@ -15,6 +15,7 @@ from sglang_probe.harvest.session import Hooks, harvest
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.policy.arm import Arm
+from sglang_probe.releases import release
 
 pytestmark = pytest.mark.engine
 LAYER = "blocks.3.hook_resid_post"
@@ -26,6 +27,7 @@ ARMS = {
     "on again": Arm(),
     "write only": Arm(cache="write_only"),
     "read only": Arm(cache="read_only"),
+    "read only, chunks of 64": Arm(cache="read_only", server={"chunked_prefill_size": 64}),
     "lpm": Arm(server={"schedule_policy": "lpm"}),
 }
 
@@ -80,7 +82,7 @@ def test_a_switched_engine_computes_what_a_started_one_does(switched: dict[str, 
     ours = switched["off, chunks of 64"]
     assert _spans(ours) == _spans(started)
     assert ours.spans()["chunk"].max() >= 2
-    assert ours.manifest["server_resolved"]["attention_backend"] == "probe_torch"
+    assert ours.manifest["server_resolved"]["attention_backend"] == release().cpu_attention[0]
     assert started.manifest["server_resolved"]["attention_backend"] == "torch_native"
     for rid in ours.requests()["rid"]:
         assert torch.equal(ours.activations(rid, LAYER), started.activations(rid, LAYER))
@@ -101,11 +103,11 @@ def test_the_cache_is_empty_when_a_recording_begins(switched: dict[str, Run]) ->
 
 def test_what_is_not_read_is_computed_and_what_is_not_written_cannot_be_reused(switched: dict[str, Run]) -> None:
     assert (switched["on"].spans()["status"] == "reused").any()
-    for name in ("off", "read only", "write only"):
+    for name in ("off", "read only", "read only, chunks of 64", "write only"):
         assert (switched[name].spans()["status"] == "computed").all(), name
     # A request that writes only is repointed to equal entries of others; one that does not write never is.
     assert len(switched["write only"].rebinds()) > 0
-    for name in ("off", "read only"):
+    for name in ("off", "read only", "read only, chunks of 64"):
         assert len(switched[name].rebinds()) == 0, name
 
 

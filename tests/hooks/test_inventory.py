@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from sglang_probe.errors import InventoryError
-from sglang_probe.hooks import http, inventory
+from sglang_probe.hooks import http, install, inventory
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.hooks.install import _hooks
 from sglang_probe.live.config import LiveConfig
+from sglang_probe.releases import MODULES, load
+from tests.test_imports import PACKAGE
 
 
 @pytest.fixture
@@ -69,16 +72,21 @@ def test_every_target_is_as_reviewed_in_the_installed_release() -> None:
 
 
 def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
+    _assert_hooks_are_listed(inventory.load_inventory())
+
+
+def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
+    features = {t.feature for t in reviewed.targets}
     config = EngineProbeConfig(
         run=Path("x"),
         hook_points=["hook_embed"],
-        accelerator="unproved",
+        accelerator="unproved" if "accelerator rows" in features else "refused",
         forced_outputs=True,
         bypass=True,
-        positions=True,
+        positions="positions" in features,
         live=LiveConfig(privacy="ids"),
     )
-    listed = {t.target: t for t in inventory.load_inventory().targets}
+    listed = {t.target: t for t in reviewed.targets}
     for target, _hook, kind in _hooks(config):
         assert listed[target].hook == kind.lower()
         assert listed[target].feature in config.features
@@ -95,6 +103,26 @@ def test_attention_is_asked_of_those_alone_who_capture_it() -> None:
     assert "sglang.srt.layers.radix_attention.RadixAttention.forward" in targets
 
 
+def test_every_reviewed_release_has_an_adapter_and_an_inventory() -> None:
+    assert inventory.known_versions() == list(MODULES)
+    assert [load(version).version for version in MODULES] == list(MODULES)
+
+
+def test_an_adapter_hooks_what_its_inventory_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every release, whichever is installed."""
+    for version in MODULES:
+        monkeypatch.setattr(install, "release", lambda version=version: load(version))
+        _assert_hooks_are_listed(inventory.load_inventory(version))
+
+
+def test_nothing_but_the_adapters_looks_at_the_version() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                versions = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and "0.5." in str(n.value)]
+                assert not versions, f"{path}:{node.lineno}"
+
+
 def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     real = inventory.fingerprint
     changed = "sglang.srt.managers.scheduler.Scheduler.run_batch"
@@ -102,6 +130,19 @@ def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.
     with pytest.raises(InventoryError, match=r"run_batch.*changed; reviewed \w{16}, installed 0{16}"):
         inventory.require(["accounting"])
     inventory.require(["platform"])  # a feature that does not need the target is not refused
+
+
+def test_a_feature_that_was_reviewed_elsewhere_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inventory.load_inventory
+    installed = real()
+    older, newer = MODULES
+    without = installed.model_copy(update={"targets": [t for t in installed.targets if t.feature != "live"]})
+    known = {None: without, older: without, newer: real(newer)}
+    monkeypatch.setattr(inventory, "load_inventory", lambda version=None: known[version])
+    inventory.require(["accounting"])
+    with pytest.raises(InventoryError, match=rf"live: not reviewed on SGLang {installed.sglang}") as e:
+        inventory.require(["accounting", "live"])
+    assert f"install SGLang {newer}," in str(e.value)
 
 
 def test_an_unknown_release_is_refused_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ import pytest
 
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.hooks.supported import _REFUSED, refuse_unsupported
+from sglang_probe.releases import release
+
+EVERY = {**_REFUSED, **release().refused}
 
 
 @pytest.mark.parametrize(
@@ -34,9 +37,9 @@ def test_defaults_and_ordinary_arguments_pass() -> None:
     )
 
 
-@pytest.mark.parametrize("argument", sorted(_REFUSED))
+@pytest.mark.parametrize("argument", sorted(EVERY))
 def test_every_entry_refuses_what_is_not_fine(argument: str) -> None:
-    fine, what = _REFUSED[argument]
+    fine, what = EVERY[argument]
     on: object = {int: 2, bool: True}.get(type(fine), "something")
     with pytest.raises(UnsupportedError, match=re.escape(what)):
         refuse_unsupported({argument: on})

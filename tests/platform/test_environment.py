@@ -7,11 +7,12 @@ import torch
 
 from sglang_probe import plugin
 from sglang_probe.platform import environment
+from sglang_probe.releases import release
 
 
 def test_it_activates_where_there_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "accelerator_present", lambda: False)
-    assert plugin.activate_cpu_platform() == "sglang_probe.platform.cpu.ReferenceCpuPlatform"
+    assert plugin.activate_cpu_platform() == release().cpu_platform
 
 
 def test_it_never_activates_where_pytorch_sees_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
