@@ -35,6 +35,7 @@ attack: setup ## random traffic in 60 random configurations against the true own
 
 bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/eviction.py --out docs/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable
