@@ -115,7 +115,10 @@ def study_drift(
             except RunDirectoryError:
                 left_out[MISSING_ROWS] += layer == chosen[0]
         if len(bundles) < 2:
-            raise ProbeError(f"no two requests of {run.path} have the rows of all their positions")
+            raise ProbeError(
+                f"no two requests of {run.path} have the rows of all their positions",
+                fix="record without `rows`, from the start of the server",
+            )
         bundles = centred_by_others(bundles)
         for i, (rid, c) in enumerate(zip(rids, bundles, strict=True)):
             tell(f"layer {layer}: {rid}")
