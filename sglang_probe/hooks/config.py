@@ -65,6 +65,10 @@ class EngineProbeConfig(Config):
     def _fits(self) -> EngineProbeConfig:
         if self.kept is not None and not self.evictions:
             raise ValueError("`kept` has no effect without `evictions: true`")
+        if self.kept is not None and self.telemetry is not None:
+            raise ValueError(
+                "`telemetry` reads every cached key, and a request with a kept set only some: leave one out"
+            )
         try:
             check_selection(self.rows, self.hook_points)
         except ConfigError as e:
