@@ -67,7 +67,7 @@ class EngineProbeConfig(Config):
             raise ValueError("`kept` has no effect without `evictions: true`")
         if self.kept is not None and self.telemetry is not None:
             raise ValueError(
-                "`telemetry` reads every cached key, and a request with a kept set only some: leave one out"
+                "`telemetry` reads every cached key, a request with a kept set some: leave one out"
             )
         try:
             check_selection(self.rows, self.hook_points)
