@@ -185,7 +185,7 @@ def _evicted(
         RunDirectoryError: it is complete and had others.
     """
     path, file = folder / EVICTED, folder / EVICTED_OPTIONS
-    wanted = json.dumps(config.model_dump(mode="json", include=_EVICTION_FIELDS), sort_keys=True)
+    wanted = _options_text(config)
     if resume and (path / MANIFEST).exists() and (there := load_run(path)).complete:
         if file.exists() and file.read_text(encoding="utf-8") != wanted:
             raise RunDirectoryError(
@@ -194,6 +194,10 @@ def _evicted(
         return there
     file.write_text(wanted, encoding="utf-8")
     return _evict(prepared, config, folder, runs, overwrite=overwrite or resume, reporter=reporter)
+
+
+def _options_text(config: FactorialConfig) -> str:
+    return json.dumps(config.model_dump(mode="json", include=_EVICTION_FIELDS), sort_keys=True)
 
 
 def _evict(

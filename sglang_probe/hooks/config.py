@@ -66,9 +66,7 @@ class EngineProbeConfig(Config):
         if self.kept is not None and not self.evictions:
             raise ValueError("`kept` has no effect without `evictions: true`")
         if self.kept is not None and self.telemetry is not None:
-            raise ValueError(
-                "`telemetry` reads every cached key, a request with a kept set some: leave one out"
-            )
+            raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
         try:
             check_selection(self.rows, self.hook_points)
         except ConfigError as e:

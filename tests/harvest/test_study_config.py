@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_probe.config import parse_config
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.config import ExperimentConfig, HarvestConfig, Recording
-from sglang_probe.harvest.factorial import FactorialConfig
+from sglang_probe.harvest.factorial import EVICTED, EVICTED_OPTIONS, FactorialConfig, _evicted, _options_text
 from sglang_probe.harvest.phase import PhaseConfig
 from sglang_probe.hooks.config import EngineProbeConfig
 
@@ -53,3 +55,20 @@ def test_an_engine_does_not_measure_requests_with_kept_sets() -> None:
     parse_config(given, EngineProbeConfig, where="test")
     with pytest.raises(ConfigError, match="a kept set some"):
         parse_config({**given, "telemetry": {}}, EngineProbeConfig, where="test")
+
+
+def test_a_finished_eviction_of_a_factorial_is_resumed_with_its_own_options_only(tmp_path: Path) -> None:
+    def config(**fields: Any) -> FactorialConfig:
+        given = {"workload": WORKLOAD, "layers": [0], "evict_positions": ["true"], **fields}
+        return parse_config(given, FactorialConfig, where="test")
+
+    def resume(given: FactorialConfig) -> object:
+        # What is there decides before anything that was prepared is looked at.
+        return _evicted(None, given, tmp_path, {}, overwrite=False, resume=True, reporter=None)  # type: ignore[arg-type]
+
+    (tmp_path / EVICTED).mkdir()
+    (tmp_path / EVICTED / "manifest.json").write_text(json.dumps({"status": "complete", "schema_version": 3}))
+    (tmp_path / EVICTED_OPTIONS).write_text(_options_text(config()))
+    assert resume(config(concurrency=3)) is not None
+    with pytest.raises(RunDirectoryError, match="other options of the eviction"):
+        resume(config(evict_steps=9))
