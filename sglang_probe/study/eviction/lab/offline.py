@@ -166,6 +166,9 @@ def _selections(
     scores: Tensor | None = None
     for budget in budgets:
         tokens = tokens_of(budget, layer.length)
+        if tokens < 1:
+            yield budget, ProbeError(f"a budget of {budget} is less than one of {layer.length} positions")
+            continue
         try:
             if type(policy).select is not Policy.select:
                 yield budget, policy.select(layer, tokens)
