@@ -89,8 +89,11 @@ def requested(req: Any) -> object | None:
 
 def cache_end(req: Any) -> int | None:
     """First position that a request must compute itself; None if it has no kept set."""
-    key, evictions = requested(req), probe.active().evictions
-    if key is None or evictions is None or evictions.refusal(key, len(req.origin_input_ids)):
+    key = requested(req)
+    if key is None:
+        return None
+    evictions = probe.active().evictions
+    if evictions is None or evictions.refusal(key, len(req.origin_input_ids)):
         return None
     return evictions.lengths[str(key)]
 

@@ -69,6 +69,9 @@ class Adapter(Release):
     def dp_rank(self, scheduler: Any) -> int:
         return scheduler.ps.dp_rank or 0
 
+    def position_hooks(self) -> list[Hook]:
+        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
+
     def residual(self, forward_batch: Any, output: Any) -> Any:
         hidden, residual = output
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
@@ -112,6 +115,15 @@ def create_req(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang_probe.hooks import policy
 
     policy.admit(req)
+
+
+def init_req_max_new_tokens(_result: None, scheduler: Any, req: Any) -> None:
+    """AFTER `Scheduler.init_req_max_new_tokens`, which every request passes on its way to the queue, those too that
+    were refused for something else."""
+    from sglang_probe.hooks import positions
+
+    if req.to_finish is None:
+        positions.create_generation_req(req, scheduler)
 
 
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:

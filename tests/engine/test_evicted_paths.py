@@ -19,7 +19,7 @@ from sglang_probe.study.drift import row_distance
 from sglang_probe.study.eviction.kept import Kept, write_kept
 from tests.engine import masked_model
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS, KV_HEADS, NEW = 4, 4, 48
 LAST = "blocks.3.hook_resid_post"

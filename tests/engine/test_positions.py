@@ -22,7 +22,7 @@ from sglang_probe.study import reference
 from sglang_probe.study.eviction.from_run import model_config
 from sglang_probe.study.rope import Rotary
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("positions")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS = (0, 3)
 POINTS = [f"blocks.{i}.attn.{site}" for i in LAYERS for site in ("hook_q", "hook_rot_q", "hook_rot_k", "hook_v")]

@@ -45,6 +45,28 @@ def test_a_request_that_does_not_write_is_told_so() -> None:
     assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
 
 
+def test_positions_outside_the_context_are_refused_once() -> None:
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(context_len=64))
+    said: dict[str, str] = {}
+
+    def check(name: str, to: object, to_finish: object = None) -> None:
+        params = {"probe": {"positions": {"from": 8, "to": to}}}
+        req = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=params, max_new_tokens=4),
+            origin_input_ids=[0] * 16,
+            to_finish=to_finish,
+            set_finish_with_abort=lambda message: said.__setitem__(name, message),
+        )
+        adapter.init_req_max_new_tokens(None, scheduler, req)
+
+    check("inside", 40)
+    check("outside", 60)
+    check("unreadable", "there")
+    check("refused before", 60, to_finish="for another reason")
+    assert set(said) == {"outside", "unreadable"}
+    assert "not within a prompt of 16 tokens and a context of 64" in said["outside"]
+
+
 @pytest.mark.parametrize(("disable", "skip"), [(True, False), (False, True), (False, False)])
 def test_a_chunk_that_was_not_published_is_done(disable: bool, skip: bool) -> None:
     table = torch.arange(20, dtype=torch.int32).reshape(2, 10)
