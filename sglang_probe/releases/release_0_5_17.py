@@ -39,7 +39,7 @@ class Adapter(Release):
             (f"{_TREE}.cache_unfinished_req", lineage.publication, "AROUND"),
             (f"{_TREE}.cache_finished_req", lineage.publication, "AROUND"),
             (f"{_TREE}.insert", lineage.insert, "AFTER"),
-            (f"{_TREE}.reset", lineage.reset, "AFTER"),
+            (f"{_TREE}.reset", reset, "AFTER"),
         ]
 
     def is_plain_tree(self, tree: Any) -> bool:
@@ -97,6 +97,15 @@ class Adapter(Release):
 
     def arguments(self, server_args: Any) -> dict[str, Any]:
         return {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)}
+
+
+def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `RadixCache.reset`: the tree is empty. The policies `lpm` and `dfs-weight` keep one more, of the prompts
+    that wait, and empty it before each forward; it has no KV pool."""
+    from sglang_probe.hooks import lineage
+
+    if tree.token_to_kv_pool_allocator is not None:
+        lineage.reset(None, tree)
 
 
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.hooks import accounting, control, live
+from sglang_probe.hooks import accounting, control, lineage, live
 from sglang_probe.releases import release
 from sglang_probe.releases import release_0_5_17 as adapter
 
@@ -43,6 +43,20 @@ def test_a_request_that_does_not_write_is_told_so() -> None:
     for req in made.values():
         adapter.create_req(None, req)
     assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
+
+
+def test_the_tree_of_waiting_prompts_is_not_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lpm` empties it before each forward, and what the cache holds would be forgotten."""
+    from sglang.srt.managers.schedule_policy import SchedulePolicy
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    forgotten: list[Any] = []
+    monkeypatch.setattr(lineage, "reset", lambda _result, tree: forgotten.append(tree))
+    cache = RadixCache.create_simulated(mock_allocator=SimpleNamespace(device="cpu"))
+    waiting = SchedulePolicy("lpm", cache, False, False, None).waiting_queue_radix_tree
+    for tree in (waiting, cache):
+        adapter.reset(tree.reset(), tree)
+    assert forgotten == [cache]
 
 
 def test_positions_outside_the_context_are_refused_once() -> None:
