@@ -183,7 +183,7 @@ def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> N
 
     def grow(by: tuple[int, int], *, decode: bool = False) -> bool:
         before, after = ([len(row) + n for row, n in zip(rows, add, strict=True)] for add in ((0, 0), by))
-        last = torch.tensor([row[-1] if row else -1 for row in rows])
+        last = torch.tensor([row[-1] if row else -1 for row in rows], dtype=torch.int32 if decode else torch.int64)
         seq = torch.tensor(after)
         if decode:
             slots = allocator.alloc_decode(seq, seq, last)
