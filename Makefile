@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 OLDER := .venv-0.5.17
 NEWEST_NEEDS := '.[engine,dev]'
 OLDER_NEEDS := '.[dev]' sglang==0.5.17
+# Tests that start engines stay in one worker (tests/conftest.py); the rest runs beside them.
+WORKERS := -n 2 --dist loadgroup
 # Compiled bytecode of SGLang's seven thousand modules, kept out of the source trees: starts are twice as fast with it.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,17 +24,18 @@ test: setup ## tests, a few minutes on two cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: setup $(OLDER)/.ready ## slow tests too, and everything on the older release of SGLang
-	$(BIN)/python -m pytest
-	$(OLDER)/bin/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+	$(OLDER)/bin/python -m pytest $(WORKERS)
 
 attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
 
 bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/eviction.py --out docs/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable

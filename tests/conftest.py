@@ -25,6 +25,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{', '.join(missing)}: not reviewed on this release")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start engines run one behind another in one worker, which keeps their shared fixtures (`--dist
+    loadgroup`); the other worker runs the rest meanwhile."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run `sglang-probe` as a user would, in a process of its own."""

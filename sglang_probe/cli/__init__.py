@@ -39,7 +39,7 @@ def main() -> None:
 
         console = Console(stderr=True)
         console.print("[bold red]error[/]", end=" ")
-        console.print(str(e), markup=False, highlight=False)
+        console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -76,7 +76,7 @@ def command(
     if result.ok:
         covered = sum(c.covered for checks in result.checks.values() for c in checks if c.name == "content")
         console.print(f"[green]all invariants hold[/] ({covered:,} rows proved to belong to their tokens)")
-    console.print(f"report: [bold]{folder / 'report.html'}[/]")
+    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
     raise typer.Exit(0 if result.ok else 1)
 
 

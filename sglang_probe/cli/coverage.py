@@ -88,4 +88,4 @@ def command(
             console.print(f"[yellow]axis {name} was left out[/]: {why}")
         for path in weights[c.run].values():
             console.print(f"weights: {path}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: [bold]{folder / 'coverage.html'}[/]")
+    console.print(f"report: [bold]{folder / 'coverage.html'}[/]", soft_wrap=True)

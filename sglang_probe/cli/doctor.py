@@ -35,7 +35,7 @@ def command(
     )
     if write:
         path = inventory.draft(Path(shipped("patches")), version)
-        console.print(f"drafted [bold]{path}[/]: review every target before you rely on it")
+        console.print(f"drafted [bold]{path}[/]: review every target before you rely on it", soft_wrap=True)
     table = Table(box=None, padding=(0, 1))
     for column in ("state", "how", "feature", "target (under sglang.srt)"):
         table.add_column(column, overflow="fold")

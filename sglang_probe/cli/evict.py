@@ -57,7 +57,7 @@ def command(
         write_summary(result, folder)
         write(eviction_page(result), folder / "report.html")
     _print_result(console, result)
-    console.print(f"report: [bold]{folder / 'report.html'}[/]")
+    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
     raise typer.Exit(0 if result.ok else 1)
 
 

@@ -46,4 +46,4 @@ def command(
     print_frame(console, coverage_by_segment(run.tokens()), "coverage by segment")
     if prepared.workload.skipped:
         console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
-    console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}")
+    console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

@@ -45,4 +45,4 @@ def command(
     console.print("faster than without cache, by replicate: " + ", ".join(f"{s:.2f} x" for s in result.speedup))
     path = folder / "lossless.json"
     path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    console.print(f"written: [bold]{path}[/]")
+    console.print(f"written: [bold]{path}[/]", soft_wrap=True)

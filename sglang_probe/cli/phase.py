@@ -68,5 +68,5 @@ def command(
         for c in checks:
             if not c.holds:
                 console.print(f"[bold red]VIOLATED[/] in {run_name}: {c.name}: {c.violation}")
-    console.print(f"report: [bold]{folder / 'report.html'}[/]")
+    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
     raise typer.Exit(0 if result.ok else 1)

@@ -17,12 +17,14 @@ from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.drift import row_distance
 from sglang_probe.study.eviction.kept import Kept, write_kept
+from sglang_probe.study.eviction.likelihood import load_unembedding, output_logits
 from tests.engine import masked_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS, KV_HEADS, NEW = 4, 4, 48
 LAST = "blocks.3.hook_resid_post"
+BF16_EPS = 2.0**-7
 
 
 def _prepared(dtype: str, **server: Any) -> Prepared:
@@ -84,7 +86,8 @@ def test_rows_are_those_of_the_masked_model(
     assert max(worst.values()) < 1e-4, worst
 
 
-def test_a_budget_of_everything_in_bfloat16_gives_the_tokens_of_the_full_cache(tmp_path: Path) -> None:
+def test_a_budget_of_everything_in_bfloat16_parts_from_the_full_cache_at_ties_only(tmp_path: Path) -> None:
+    """Both round to bfloat16, in other orders: where the two best logits are as near as that, either may be chosen."""
     ours = _prepared("bfloat16")
     prompts = _prompts(ours)
     whole = {f"{i}": Kept(torch.ones(1, LAYERS, KV_HEADS, len(p), dtype=torch.bool)) for i, p in enumerate(prompts)}
@@ -95,15 +98,18 @@ def test_a_budget_of_everything_in_bfloat16_gives_the_tokens_of_the_full_cache(t
         )
         every = [EvictedRequest(f"a{i}", p, key=f"{i}") for i, p in enumerate(prompts)]
         kept = run_evicted(ours, tmp_path / "all", every, kept=tmp_path / "kept", host=host)
-    a, b = full.requests(), kept.requests()
-    errors = [
-        row_distance(kept.activations(f"a{i}", LAST)[: len(p)], full.activations(f"f{i}", LAST)[: len(p)])[0].max()
-        for i, p in enumerate(prompts)
-    ]
-    decode = [
-        row_distance(kept.activations(f"a{i}", LAST)[len(p) :], full.activations(f"f{i}", LAST)[len(p) :])[0].max()
-        for i, p in enumerate(prompts)
-    ]
-    print("prompt rows:", max(errors), "decode rows:", max(decode))
-    assert b["output_ids"].map(list).tolist() == a["output_ids"].map(list).tolist()
-    assert max(decode) < 2e-2
+    unembedding = load_unembedding(Path(ours.model.path))
+    outputs = [run.requests().set_index("rid")["output_ids"] for run in (full, kept)]
+    same = 0
+    for i, p in enumerate(prompts):
+        a, b = list(outputs[0][f"f{i}"]), list(outputs[1][f"a{i}"])
+        parts = next((step for step, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        same += parts is None
+        shared = len(p) + (NEW - 1 if parts is None else parts)
+        rows = [run.activations(rid, LAST)[:shared] for run, rid in ((kept, f"a{i}"), (full, f"f{i}"))]
+        assert row_distance(*rows)[0][: len(p)].max() == 0
+        assert row_distance(*rows)[0].max() < 2e-2
+        if parts is not None:
+            logits = output_logits(full, f"f{i}", unembedding)[parts]
+            assert logits.max() - logits[b[parts]] < BF16_EPS * logits.max()
+    assert same >= len(prompts) // 2
