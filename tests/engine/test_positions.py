@@ -13,7 +13,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.session import harvest
+from sglang_probe.harvest.session import Hooks, harvest
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
@@ -64,12 +64,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
         ids = text.prompt_ids[:length]
         requests.append(replace(text, index=i, rid=name, prompt_ids=ids, spans=spans, sampling_params=params))
     folder = tmp_path_factory.mktemp("positions")
+    hooks = Hooks(forced_outputs=True)
     with EngineHost() as host:
         ours.workload.requests[:] = requests[:-1]
-        recording = harvest(ours, folder / "run", Arm(), host=host)
+        recording = harvest(ours, folder / "run", Arm(), host=host, hooks=hooks)
         ours.workload.requests[:] = requests[-1:]
         with pytest.raises(ProbeError) as refusal:
-            harvest(ours, folder / "refused", Arm(), host=host)
+            harvest(ours, folder / "refused", Arm(), host=host, hooks=hooks)
     assert host.starts == 1
     return recording, str(refusal.value)
 

@@ -81,6 +81,14 @@ def test_positions_outside_the_context_are_refused_once() -> None:
     assert "not within a prompt of 16 tokens and a context of 64" in said["outside"]
 
 
+def test_our_attention_backend_is_refused_by_name() -> None:
+    from sglang_probe.platform.limits import refuse_without_gpu
+
+    refuse_without_gpu({"attention_backend": "torch_native"})
+    with pytest.raises(UnsupportedError, match="`attention_backend: probe_torch` cannot run"):
+        refuse_without_gpu({"attention_backend": "probe_torch"})
+
+
 @pytest.mark.parametrize(("disable", "skip"), [(True, False), (False, True), (False, False)])
 def test_a_chunk_that_was_not_published_is_done(disable: bool, skip: bool) -> None:
     table = torch.arange(20, dtype=torch.int32).reshape(2, 10)
