@@ -52,7 +52,7 @@ def parse_config(data: dict[str, Any], model: type[M], *, where: str) -> M:
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     lines = []
     for e in error.errors():
-        key = ".".join(str(p) for p in e["loc"]) or "(top level)"
+        key = ".".join(str(p) for p in e["loc"])
         if e["type"] == "extra_forbidden":
             known = _known_keys(model)
             near = difflib.get_close_matches(str(e["loc"][-1]), known, n=1, cutoff=0.5)
@@ -61,7 +61,10 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         elif e["type"] == "missing":
             lines.append(f"{where}: `{key}` is required")
         else:
-            lines.append(f"{where}: `{key}`: {e['msg'].removeprefix('Value error, ')} (got {e['input']!r})")
+            # What a check of several keys got is the whole mapping: the reader has that before them.
+            got = "" if isinstance(e["input"], dict) and e["type"] == "value_error" else f" (got {e['input']!r})"
+            named = f"{where}: `{key}`: " if key else f"{where}: "
+            lines.append(named + e["msg"].removeprefix("Value error, ") + got)
     return "\n".join(lines)
 
 

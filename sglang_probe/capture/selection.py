@@ -165,6 +165,19 @@ class Selected:
         return kept
 
 
+def check_selection(config: RowsConfig, hook_points: Iterable[str]) -> None:
+    """Refuse a selection of something that is not captured: a typing error in `at` would keep every position.
+
+    Raises:
+        ConfigError: `at` names it.
+    """
+    captured = set(hook_points)
+    known = captured | {parse_hook_point(h).site for h in captured}
+    for name in config.at:
+        if name not in known:
+            raise ConfigError(f"`rows: at: {name}` selects from a hook point that is not among `hook_points`")
+
+
 def kept_heads(config: RowsConfig, heads: Mapping[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Of `[heads, head_dim]` by hook point what is kept, and the numbers of the kept heads where it is not all of them.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import EMBED, parse_hook_point
-from sglang_probe.capture.selection import RowsConfig
+from sglang_probe.capture.selection import RowsConfig, Selected
 from sglang_probe.capture.telemetry import TelemetryConfig
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
@@ -49,6 +49,16 @@ class Recording(Config):
         for name in names:
             parse_hook_point(name)
         return list(dict.fromkeys(names))
+
+
+def refuse_rows(config: Recording) -> None:
+    """Refuse `rows` that keep some positions in a study that compares all of them, before anything is served.
+
+    Raises:
+        ValueError: a hook point would not hold every position.
+    """
+    if partial := Selected(config.rows, config.hook_points).partial:
+        raise ValueError(f"this study reads all positions, and `rows` keeps some of `{partial[0]}`: leave it out")
 
 
 R = TypeVar("R", bound=Recording)
@@ -99,4 +109,9 @@ class ExperimentConfig(Recording):
     def _baseline_is_an_arm(self) -> ExperimentConfig:
         if self.baseline is not None and self.baseline not in self.arms:
             raise ValueError(f"`baseline: {self.baseline}` is no arm; arms: {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _compares_all_positions(self) -> ExperimentConfig:
+        refuse_rows(self)
         return self

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import glob
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from sglang_probe.hooks import inventory
 from sglang_probe.ledger.run import MANIFEST, Run, load_run
 from sglang_probe.study.eviction.kept import write_kept
 from sglang_probe.study.eviction.lab.lookahead import DAPQ, Asked
+from sglang_probe.study.eviction.lab.study import EXCLUDED_FILE, HEADS_FILE, OFFLINE_FILE
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan, Truth
 
@@ -66,8 +69,22 @@ def open_folder(folder: Path, config: EvictionConfig, *, overwrite: bool, resume
         changed = [k for k in wanted if found.get(k) != json.loads(json.dumps(wanted[k]))]
         if changed:
             raise RunDirectoryError(f"{folder} holds a study with another `{changed[0]}`", fix="use --overwrite")
+    if file.exists() and overwrite:
+        # Otherwise an interrupted overwrite would be resumed with stages of the study that it replaces.
+        _discard(folder, json.loads(file.read_text(encoding="utf-8"))["workloads"])
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _discard(folder: Path, tasks: Iterable[str]) -> None:
+    """Delete the tables of a study and all runs and kept sets of its tasks."""
+    for name in (OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in (p for task in tasks for p in folder.glob(f"{glob.escape(task)}.*")):
+        if (path / MANIFEST).exists():
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def run_full(

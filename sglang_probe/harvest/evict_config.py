@@ -15,11 +15,11 @@ from sglang_probe.harvest.config import Recording
 from sglang_probe.paths import BUILT_IN_MODEL
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.eviction.lab.batches import SITES
-from sglang_probe.study.eviction.lab.grid import Entry, Trivial, entries_of, parse_budget
+from sglang_probe.study.eviction.lab.grid import Entry, Trivial, budget_name, entries_of, parse_budget
 from sglang_probe.study.eviction.protocol import Protocol
 from sglang_probe.workload.build import WorkloadConfig
 
-Budget = Annotated[int | Fraction, BeforeValidator(parse_budget), PlainSerializer(str)]
+Budget = Annotated[int | Fraction, BeforeValidator(parse_budget), PlainSerializer(budget_name)]
 
 
 class Cut(Config):
@@ -88,6 +88,15 @@ class EvictionConfig(Config):
     concurrency: int = Field(default=32, ge=1)
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     output: Path = Path("runs")
+
+    @field_validator("budgets")
+    @classmethod
+    def _different(cls, budgets: list[Budget]) -> list[Budget]:
+        names = [budget_name(b) for b in budgets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"budget `{name}` is listed twice")
+        return budgets
 
     @field_validator("decode")
     @classmethod

@@ -7,14 +7,17 @@ A cell is N pseudo tokens behind the prompt, which comes from the prefix cache. 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import EMBED, QUERY, RESID_POST, ROTATED_KEY, ROTATED_QUERY, VALUE
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.capture.selection import RowsConfig
+from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.evicted import EvictedRequest, run_evicted
 from sglang_probe.harvest.host import EngineHost
@@ -35,6 +38,10 @@ from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.request import Request, SegmentSpan
 
 DECODED, RESAMPLED, CELLS, EVICTED = "decoded", "resampled", "cells", "evicted"
+EVICTED_OPTIONS = "evicted.json"
+_EVICTION_FIELDS = {"budgets", "evict_positions", "evict_steps", "window", "sinks", "pseudo_tokens"}
+"""What the evicted run depends on beyond the runs before it."""
+
 PSEUDO = "pseudo"
 """Segment of the pseudo tokens."""
 
@@ -61,7 +68,7 @@ class FactorialConfig(Recording):
     """Last prompt positions that every kept set holds and that no measure counts."""
     sinks: int = Field(default=4, ge=0)
     """First prompt positions, likewise."""
-    budgets: list[float] = Field(default_factory=lambda: [0.125, 0.25], min_length=1)
+    budgets: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.125, 0.25], min_length=1)
     """Kept shares of the prompt. The first is that of the evictions."""
     evict_positions: list[Literal["true", "+8", "+32", "zero"]] = Field(default_factory=list)
     """Decode once more after evicting by the cells of these positions; empty: no eviction. Needs all `layers`."""
@@ -87,6 +94,14 @@ class FactorialConfig(Recording):
     def _steps_cover_the_pseudo_tokens(self) -> FactorialConfig:
         if self.decode_steps < self.pseudo_tokens:
             raise ValueError("`decode_steps` must be at least `pseudo_tokens`, whose queries they are compared with")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> FactorialConfig:
+        if self.rows != RowsConfig():
+            raise ValueError("this study reads all positions and heads of its layers: leave `rows` out")
+        if self.telemetry is not None and self.evict_positions:
+            raise ValueError("evictions cannot be served with `telemetry`: leave it or `evict_positions` out")
         return self
 
 
@@ -129,6 +144,8 @@ def run_factorial(
             f"an eviction keeps positions in all {prepared.model.layers} layers; `layers` names {config.layers}",
             fix="capture all layers, or leave `evict_positions` out",
         )
+    if overwrite and (folder / EVICTED / MANIFEST).exists():
+        shutil.rmtree(folder / EVICTED)  # a resumption would take it for that of the new runs
     runs: dict[str, Run] = {}
     with EngineHost() as host:
         for name in (DECODED, RESAMPLED, CELLS):
@@ -151,11 +168,39 @@ def run_factorial(
                 )
             runs[name] = run
     if config.evict_positions:
-        there = load_run(folder / EVICTED) if resume and (folder / EVICTED / MANIFEST).exists() else None
-        if there is None or not there.complete:
-            there = _evict(prepared, config, folder, runs, overwrite=overwrite or resume, reporter=reporter)
-        runs[EVICTED] = there
+        runs[EVICTED] = _evicted(prepared, config, folder, runs, overwrite=overwrite, resume=resume, reporter=reporter)
     return runs
+
+
+def _evicted(
+    prepared: Prepared,
+    config: FactorialConfig,
+    folder: Path,
+    runs: dict[str, Run],
+    *,
+    overwrite: bool,
+    resume: bool,
+    reporter: Reporter | None,
+) -> Run:
+    """The run under evictions; with `resume` that of before, if it is complete and had the same options.
+
+    Raises:
+        RunDirectoryError: it is complete and had others.
+    """
+    path, file = folder / EVICTED, folder / EVICTED_OPTIONS
+    wanted = _options_text(config)
+    if resume and (path / MANIFEST).exists() and (there := load_run(path)).complete:
+        if file.exists() and file.read_text(encoding="utf-8") != wanted:
+            raise RunDirectoryError(
+                f"{path} was recorded with other options of the eviction", fix=f"delete {path}, or use --overwrite"
+            )
+        return there
+    file.write_text(wanted, encoding="utf-8")
+    return _evict(prepared, config, folder, runs, overwrite=overwrite or resume, reporter=reporter)
+
+
+def _options_text(config: FactorialConfig) -> str:
+    return json.dumps(config.model_dump(mode="json", include=_EVICTION_FIELDS), sort_keys=True)
 
 
 def _evict(

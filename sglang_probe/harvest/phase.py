@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sglang_probe.errors import WorkloadError
-from sglang_probe.harvest.config import Recording
+from sglang_probe.harvest.config import Recording, refuse_rows
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.plan import REPEAT
@@ -37,6 +37,11 @@ class PhaseConfig(Recording):
     """Of the decoded continuation; its length is set by `continuation_tokens`."""
     replicates: int = Field(default=2, ge=1, le=2)
     """2: every run once more, in another order, for the floor."""
+
+    @model_validator(mode="after")
+    def _compares_all_positions(self) -> PhaseConfig:
+        refuse_rows(self)
+        return self
 
     @property
     def arm(self) -> Arm:

@@ -13,7 +13,7 @@ from sglang_probe.capture.hook_points import (
     check_tensor_parallel,
     head_counts,
 )
-from sglang_probe.capture.selection import kept_heads
+from sglang_probe.capture.selection import check_selection, kept_heads
 from sglang_probe.capture.telemetry import layers_of
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
@@ -67,6 +67,7 @@ class Prepared:
             self.telemetry_layers = layers_of(config.telemetry, self.model.layers)
         if config.hook_points or config.telemetry is not None:
             check_hook_points(config.hook_points, self.model.layers)
+            check_selection(config.rows, config.hook_points)
             check_architecture(self.model.architecture)
             self.heads, self.head_numbers = kept_heads(
                 config.rows,

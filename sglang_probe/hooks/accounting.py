@@ -196,7 +196,8 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
     rows, tokens = [], []
     for i, req in enumerate(reqs):
         params = req.sampling_params.custom_params
-        force = params.get("probe", {}).get("force") if params else None
+        options = params.get("probe") if isinstance(params, dict) else None
+        force = options.get("force") if isinstance(options, dict) else None
         if force is None:
             continue
         n = plan.ends[i] - plan.prompt_lens[i]

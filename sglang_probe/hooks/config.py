@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.capture.hook_points import attention_points, parse_hook_point
-from sglang_probe.capture.selection import RowsConfig
+from sglang_probe.capture.selection import RowsConfig, check_selection
 from sglang_probe.capture.telemetry import TelemetryConfig
 from sglang_probe.config import Config
+from sglang_probe.errors import ConfigError
 from sglang_probe.live.config import LiveConfig
 from sglang_probe.policy.switches import Switches
 
@@ -64,6 +65,12 @@ class EngineProbeConfig(Config):
     def _fits(self) -> EngineProbeConfig:
         if self.kept is not None and not self.evictions:
             raise ValueError("`kept` has no effect without `evictions: true`")
+        if self.kept is not None and self.telemetry is not None:
+            raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
+        try:
+            check_selection(self.rows, self.hook_points)
+        except ConfigError as e:
+            raise ValueError(str(e)) from None
         if self.live is not None and self.hook_points:
             if self.live.privacy != "ids":
                 raise ValueError("captured rows can be inverted to text: `hook_points` need `live: {privacy: ids}`")

@@ -19,6 +19,9 @@ from sglang_probe.hooks import session as probe
 from sglang_probe.hooks.attention import check_attention
 from sglang_probe.ledger.recorder import ForwardPlan
 
+_MOST_RANGES = 64
+"""Ranges of one request; each costs a mask over all keys of the batch."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,10 +115,10 @@ class EngineTelemetry:
     def _system_of(self, rid: str, req: Any) -> list[list[int]]:
         """Ranges of the system prompt, as the request itself says in `custom_params.probe.system`."""
         if rid not in self._system:
-            given = ((req.sampling_params.custom_params or {}).get("probe") or {}).get("system")
+            given = system_ranges(req.sampling_params.custom_params)
             if given is None:
                 return []
-            self._system[rid] = [[int(a), int(b)] for a, b in given]
+            self._system[rid] = given
         return self._system[rid]
 
     def _query_hook(self, tap: Tap) -> Callable[..., None]:
@@ -126,6 +129,21 @@ class EngineTelemetry:
                 tap.write(q_NW, 1024)
 
         return write_query
+
+
+def system_ranges(custom_params: Any) -> list[list[int]] | None:
+    """Ranges of the system prompt that a request names; None if it names none that can be read. Clients may send
+    anything, and nothing that one sends may end the recording of the others."""
+    options = custom_params.get("probe") if isinstance(custom_params, dict) else None
+    given = options.get("system") if isinstance(options, dict) else None
+    if not isinstance(given, list) or len(given) > _MOST_RANGES:
+        return None
+    for pair in given:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or any(type(x) is not int for x in pair):
+            return None
+        if not 0 <= pair[0] <= pair[1] < 1 << 31:
+            return None
+    return [list(pair) for pair in given]
 
 
 def _check_softmax(core: Any, layer: int) -> None:

@@ -13,6 +13,7 @@ from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.evict import open_folder
 from sglang_probe.harvest.evict_config import EvictionConfig
 from sglang_probe.harvest.evict_stages import counts
+from sglang_probe.study.eviction.lab.study import OFFLINE_FILE
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 BASE: dict[str, Any] = {
@@ -38,6 +39,14 @@ def test_budgets_are_shares_or_positions() -> None:
     assert config().model_dump(mode="json")["budgets"] == ["1/8", "64"]
 
 
+def test_everything_and_one_position_are_two_budgets() -> None:
+    found = config(budgets=[1, 1.0])
+    assert found.budgets == [1, Fraction(1)]
+    assert found.model_dump(mode="json")["budgets"] == ["1", "1/1"]
+    again = config(budgets=found.model_dump(mode="json")["budgets"])
+    assert [type(b) for b in again.budgets] == [int, Fraction]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -47,6 +56,7 @@ def test_budgets_are_shares_or_positions() -> None:
         ({"controls_of": ["keydiff"]}, "is no method of this study"),
         ({"layers": [0]}, "`in_engine` needs kept sets of all layers"),
         ({"budgets": ["3/2"]}, "a budget is"),
+        ({"budgets": ["1/8", 0.125]}, "budget `1/8` is listed twice"),
         ({"decode": [{"repeats": 3}]}, "greedy outputs repeat themselves"),
         ({"decode": [{}, {}]}, "the same temperature"),
         ({"cut": {"prompt_tokens": 16, "question_tokens": 16}}, "leaves no context"),
@@ -87,3 +97,20 @@ def test_a_folder_is_resumed_by_the_same_study_only(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="another `budgets`"):
         again(config(budgets=["1/4"]), resume=True)
     again(config(budgets=["1/4"]), overwrite=True)
+
+
+def test_what_is_overwritten_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    open_folder(tmp_path, config(), overwrite=False, resume=False)
+    for name in ("recall.full", "recall.greedy", "recall.lookahead", "other.full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    for name in (OFFLINE_FILE, "recall.kept.safetensors", "recall.cells.parquet", "notes.txt"):
+        (tmp_path / name).write_text("")
+    open_folder(tmp_path, config(budgets=["1/4"]), overwrite=True, resume=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["experiment.json", "notes.txt", "other.full"]
+
+
+def test_an_error_of_several_keys_does_not_print_the_file() -> None:
+    with pytest.raises(ConfigError) as error:
+        config(methods=["snapvk"])
+    assert "retrieval" not in str(error.value)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sglang_probe.capture.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.errors import ProbeError
 from sglang_probe.ledger.run import Run
+from sglang_probe.policy.positions import recorded_override
 from sglang_probe.study.attention import AttentionSpec
 from sglang_probe.study.eviction.layer import Layer, Queries
 from sglang_probe.study.rope import Rotary
@@ -40,10 +41,16 @@ def layer_from_run(
     Raises:
         RunDirectoryError: no such request; post-RoPE queries or keys were not captured; or a position has no row.
         ProbeError: the configuration of the model is not at hand; or the run holds kv heads without all query heads
-            that share them, or the reverse.
+            that share them, or the reverse; or the request did not attend to its whole cache in the order of its
+            positions (`departs`).
     """
     config = model_config(run, model)
     requests = run.requests(interrupted=True).set_index("rid")
+    if rid in requests.index and (how := departs(requests.loc[rid])) is not None:
+        raise ProbeError(
+            f"request {rid} {how}: its layer is not the attention over a whole cache in order",
+            fix="take a request without; `lookahead_from_run` gives its rows",
+        )
     length = int(requests.loc[rid, "prompt_len"]) if rid in requests.index else 0
     first = 0 if window is None else max(0, length - window)
 
@@ -73,6 +80,16 @@ def layer_from_run(
         request=torch.tensor(int(requests.loc[rid, "index"])),
         future=Queries(q[prompt:], k[length:], None if v is None else v[length:]) if steps else None,
     )
+
+
+def departs(request: Any) -> str | None:
+    """How a row of `run.requests()` departs from attention over its whole cache in the order of its positions."""
+    if isinstance(request["evict"], str):
+        return "has a kept set"
+    params = request["sampling_params"]
+    if isinstance(params, str) and recorded_override(params) is not None:
+        return "has RoPE positions of its own"
+    return None
 
 
 def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int | None = None) -> Queries:

@@ -18,15 +18,17 @@ from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.ledger.check import Check
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
+from sglang_probe.study.eviction.from_run import departs
 from sglang_probe.study.query_drift import summary
 from sglang_probe.study.query_drift.captured import Captured, captured, centred_by_others, window_coverage
 from sglang_probe.study.query_drift.options import DriftOptions
 from sglang_probe.study.query_drift.tables import Tables, measure
 from sglang_probe.study.run_telemetry import captured_layers
 
-MISSING_ROWS = "a position was computed before the recording began"
+MISSING_ROWS = "a position has no row: computed before the recording began, or not selected"
 TOO_SHORT = "prompt too short for two windows"
 TOO_FEW = "too few decode steps"
+DEPARTS = "kept set, or RoPE positions of its own"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ def study_drift(
             except RunDirectoryError:
                 left_out[MISSING_ROWS] += layer == chosen[0]
         if len(bundles) < 2:
-            raise ProbeError(f"no two requests of {run.path} have the rows of all their positions")
+            raise ProbeError(
+                f"no two requests of {run.path} have the rows of all their positions",
+                fix="record without `rows`, from the start of the server",
+            )
         bundles = centred_by_others(bundles)
         for i, (rid, c) in enumerate(zip(rids, bundles, strict=True)):
             tell(f"layer {layer}: {rid}")
@@ -154,6 +159,10 @@ def _layers(run: Run, layers: Sequence[int] | None) -> list[int]:
 
 
 def _fitting(requests: pd.DataFrame, o: DriftOptions) -> tuple[pd.DataFrame, Counter[str]]:
-    short = requests["prompt_len"] < o.shortest_prompt
-    few = ~short & (requests["output_len"] - 1 < o.fewest_steps)
-    return requests[~short & ~few], Counter({TOO_SHORT: int(short.sum()), TOO_FEW: int(few.sum())})
+    other = pd.Series([departs(r) is not None for _, r in requests.iterrows()], index=requests.index, dtype=bool)
+    short = ~other & (requests["prompt_len"] < o.shortest_prompt)
+    few = ~other & ~short & (requests["output_len"] - 1 < o.fewest_steps)
+    left_out = {TOO_SHORT: int(short.sum()), TOO_FEW: int(few.sum())}
+    if other.any():
+        left_out[DEPARTS] = int(other.sum())
+    return requests[~other & ~short & ~few], Counter(left_out)

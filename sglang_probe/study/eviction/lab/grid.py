@@ -94,6 +94,8 @@ def parse_budget(value: Any) -> int | Fraction:
     """
     if isinstance(value, int | Fraction) and not isinstance(value, bool) and value > 0:
         return value
+    if isinstance(value, str) and value.strip().isdigit() and int(value) > 0:
+        return int(value)
     try:
         share = Fraction(str(value)).limit_denominator(4096)
     except (ValueError, ZeroDivisionError):
@@ -106,8 +108,8 @@ def parse_budget(value: Any) -> int | Fraction:
 
 
 def budget_name(budget: int | Fraction) -> str:
-    """`1/8`, or `64`."""
-    return str(budget)
+    """`1/8`, `64`, and `1/1` for a share that is everything: `1` is one position."""
+    return f"{budget.numerator}/{budget.denominator}" if isinstance(budget, Fraction) else str(budget)
 
 
 def listing(entries: Iterable[Entry]) -> list[dict[str, str]]:

@@ -1,0 +1,31 @@
+"""What a client says of its system prompt."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_probe.hooks.accounting import forced_tokens
+from sglang_probe.hooks.telemetry import system_ranges
+
+
+@pytest.mark.parametrize(
+    "system",
+    ["bogus", 3, [3], [[0]], [["a", "b"]], [[0.5, 2]], [[5, 2]], [[-1, 4]], [[0, 1 << 70]], [[True, 4]], [[0, 1]] * 65],
+)
+def test_what_cannot_be_read_is_unknown(system: Any) -> None:
+    assert system_ranges({"probe": {"system": system}}) is None
+
+
+@pytest.mark.parametrize("custom_params", [None, {}, "x", {"probe": None}, {"probe": "x"}, {"probe": {}}])
+def test_nothing_said_is_unknown_and_forces_nothing(custom_params: Any) -> None:
+    assert system_ranges(custom_params) is None
+    req = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params))
+    assert forced_tokens([req], SimpleNamespace(ends=[4], prompt_lens=[4])) is None  # type: ignore[arg-type]
+
+
+def test_ranges_are_taken_and_an_empty_list_means_no_system_prompt() -> None:
+    assert system_ranges({"probe": {"system": [[0, 9], (12, 12)]}}) == [[0, 9], [12, 12]]
+    assert system_ranges({"probe": {"system": []}}) == []
