@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
+from sglang_probe.hooks.inventory import load_inventory
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `reviewed(feature, ...)` where the installed release was not reviewed for all of it."""
+    asked = [feature for mark in item.iter_markers("reviewed") for feature in mark.args]
+    if missing := sorted(set(asked) - {t.feature for t in (load_inventory().targets if asked else ())}):
+        pytest.skip(f"{', '.join(missing)}: not reviewed on this release")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["docs/paths.md", "docs/cached-tokens.md", "docs/kept-sets.md", "docs/support.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/paths.md", "docs/cached-tokens.md", "docs/kept-sets.md", "docs/support.md", "docs/releases.md"]
+)
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text(encoding="utf-8")))
     assert len(named) >= 5

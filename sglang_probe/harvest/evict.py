@@ -22,6 +22,7 @@ from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest, manifest_of
+from sglang_probe.hooks import inventory
 from sglang_probe.ledger.run import MANIFEST, Run, load_run
 from sglang_probe.study.eviction.kept import write_kept
 from sglang_probe.study.eviction.lab.lookahead import DAPQ, Asked
@@ -38,8 +39,10 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
 
     Raises:
         ProbeError: as `Prepared`. ConfigError: a task has no right answers and there is no `cut`, or the other way
-            round.
+            round. InventoryError: the installed SGLang was not reviewed for kept sets.
     """
+    if config.in_engine:
+        inventory.require(["bypass", "eviction"])
     out = {}
     layers = resolve_model(config.model).layers
     for task in config.workloads:

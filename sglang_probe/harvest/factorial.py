@@ -25,6 +25,7 @@ from sglang_probe.harvest.pair import complete_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.session import Hooks, harvest, manifest_of
+from sglang_probe.hooks import inventory
 from sglang_probe.ledger.run import MANIFEST, Run, load_run
 from sglang_probe.policy.arm import Arm
 from sglang_probe.study.eviction.kept import KeptFile, write_kept
@@ -130,8 +131,10 @@ def run_factorial(
         WorkloadError: a prompt is shorter than what is kept of it in any case.
         ConfigError: an eviction was asked and not all layers are captured.
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked.
+        InventoryError: the installed SGLang was not reviewed for what the study asks.
         ProbeError: a recording failed.
     """
+    inventory.require(["bypass", "positions", *(["eviction"] if config.evict_positions else [])])
     shortest = config.window + config.sinks + config.pseudo_tokens
     prompts = [r for r in prepared.workload.requests if len(r.prompt_ids) > shortest]
     if len(prompts) < 2:

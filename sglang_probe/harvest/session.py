@@ -19,6 +19,7 @@ from sglang_probe.harvest.host import EngineHost, engine_key
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, keep_with_run
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Quiet, Reporter
+from sglang_probe.hooks import inventory
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.ownership import load_embedding, write_oracle
 from sglang_probe.ledger.run import Run, load_run
@@ -69,6 +70,7 @@ def harvest(
 
     Raises:
         ConfigError: a request names a kept set that it cannot have.
+        InventoryError: the installed SGLang was not reviewed for what a request or the hooks need.
         RunDirectoryError: `path` exists, or cannot be resumed.
         ProbeError: SGLang refused a request, or the recording failed; the directory says `incomplete`, and why.
         KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`.
@@ -85,10 +87,6 @@ def harvest(
                 "telemetry is computed from every cached key, and a request with a kept set attends to some of them",
                 fix="record it without `telemetry`, or serve it without kept sets",
             )
-    start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
-    manifest["sessions"] = list(start.sessions)
-    if kept is not None:
-        manifest["kept"] = keep_with_run(path, kept, requests)
     probe = EngineProbeConfig(
         run=path.resolve(),
         hook_points=prepared.config.hook_points,
@@ -101,10 +99,15 @@ def harvest(
         evictions=hooks.evictions or kept is not None,
         kept=None if kept is None else path.resolve() / KEPT_FILE,
         switches=arm.switches(prepared.config.server),
-        session=start.session,
         checkpoint_seconds=prepared.config.checkpoint_seconds,
         ignore_interrupt=True,
     )
+    inventory.require(probe.features)
+    start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
+    manifest["sessions"] = list(start.sessions)
+    if kept is not None:
+        manifest["kept"] = keep_with_run(path, kept, requests)
+    probe = probe.model_copy(update={"session": start.session})
     server = manifest["server_given"]
     try:
         todo = _remaining(prepared, path, start, arm, outputs_of, order_seed)

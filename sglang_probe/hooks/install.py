@@ -89,10 +89,7 @@ def _hooks(config: EngineProbeConfig) -> list[Hook]:
     if config.positions:
         from sglang_probe.hooks import positions
 
-        hooks += [
-            (f"{_BATCH}.init_new", positions.init_new, "AFTER"),
-            (f"{_SCHEDULER}.Scheduler._create_generation_req", positions.create_generation_req, "AFTER"),
-        ]
+        hooks += [(f"{_BATCH}.init_new", positions.init_new, "AFTER"), *sglang.position_hooks()]
     if config.live is not None:
         from sglang_probe.hooks import live
 

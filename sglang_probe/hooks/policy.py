@@ -28,8 +28,9 @@ def started_with(scheduler: Any) -> Switches:
     )
 
 
-def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
-    """Empty the cache and set what `wanted` names; the rest is put back to `start`. The scheduler must be idle.
+def apply(scheduler: Any, wanted: Switches, start: Switches, *, used: bool = True) -> None:
+    """Empty the cache, if the scheduler has been `used`, and set what `wanted` names; the rest is put back to `start`.
+    The scheduler must be idle.
 
     Raises:
         UnsupportedError: requests are in flight, or the engine cannot do this without a restart.
@@ -38,7 +39,8 @@ def apply(scheduler: Any, wanted: Switches, start: Switches) -> None:
     assert to.chunked_prefill_size is not None
     if to.radix_cache and not start.radix_cache:
         raise UnsupportedError("the engine was started with `disable_radix_cache`, which cannot be undone")
-    if not scheduler.flush_cache(empty_cache=False):
+    # One that was only just built has nothing to empty, and in some releases cannot say yet whether it is idle.
+    if used and not scheduler.flush_cache(empty_cache=False):
         raise UnsupportedError("requests are in flight; the policy can be changed between runs only")
     if scheduler.tree_cache.disable == to.radix_cache:  # a cache that is none at all cannot be told
         scheduler.tree_cache.disable = not to.radix_cache

@@ -24,7 +24,7 @@ def init_new(forward_batch: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 def create_generation_req(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`: refuse what cannot be read or leaves the rotary tables."""
+    """A request was made: refuse what cannot be read or leaves the rotary tables. For the release's own hook."""
     try:
         override = override_of(req.sampling_params.custom_params)
     except ConfigError as e:

@@ -99,7 +99,7 @@ class Session:
         c, scheduler = self.config, self._scheduler
         self.evictions = eviction.open_evictions(scheduler, c.kept)
         if c.switches != Switches() or self.opened:
-            policy.apply(scheduler, c.switches, self._start)
+            policy.apply(scheduler, c.switches, self._start, used=self.opened > 0)
         self.opened += 1
         if not self.records:
             return

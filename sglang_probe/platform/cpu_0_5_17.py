@@ -68,7 +68,7 @@ def _allocator(size: int, *, page_size: int, **options: Any) -> Any:
             pages = int(opens.sum())
             if pages > len(self.free_pages):
                 return None
-            slots = last_loc + 1
+            slots = last_loc.to(torch.int64) + 1  # of `req_to_token`, which is int32
             slots[opens] = self.free_pages[:pages] * self.page_size
             self.free_pages = self.free_pages[pages:]
             return slots

@@ -74,6 +74,10 @@ class Release(ABC):
     def dp_rank(self, scheduler: Any) -> int:
         """Data-parallel rank of this process; 0 where there is one rank."""
 
+    @abstractmethod
+    def position_hooks(self) -> list[Hook]:
+        """Where a request that prescribes RoPE positions is checked, with the context at hand."""
+
     # The model
 
     @abstractmethod

@@ -39,7 +39,7 @@ class Adapter(Release):
             (f"{_TREE}.cache_unfinished_req", lineage.publication, "AROUND"),
             (f"{_TREE}.cache_finished_req", lineage.publication, "AROUND"),
             (f"{_TREE}.insert", lineage.insert, "AFTER"),
-            (f"{_TREE}.reset", lineage.reset, "AFTER"),
+            (f"{_TREE}.reset", reset, "AFTER"),
         ]
 
     def is_plain_tree(self, tree: Any) -> bool:
@@ -69,6 +69,9 @@ class Adapter(Release):
     def dp_rank(self, scheduler: Any) -> int:
         return scheduler.ps.dp_rank or 0
 
+    def position_hooks(self) -> list[Hook]:
+        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
+
     def residual(self, forward_batch: Any, output: Any) -> Any:
         hidden, residual = output
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
@@ -96,6 +99,15 @@ class Adapter(Release):
         return {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)}
 
 
+def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `RadixCache.reset`: the tree is empty. The policies `lpm` and `dfs-weight` keep one more, of the prompts
+    that wait, and empty it before each forward; it has no KV pool."""
+    from sglang_probe.hooks import lineage
+
+    if tree.token_to_kv_pool_allocator is not None:
+        lineage.reset(None, tree)
+
+
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `RadixCache.match_prefix`: no more than the request may read. A publication looks up what it has just
     inserted without naming the request."""
@@ -112,6 +124,15 @@ def create_req(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang_probe.hooks import policy
 
     policy.admit(req)
+
+
+def init_req_max_new_tokens(_result: None, scheduler: Any, req: Any) -> None:
+    """AFTER `Scheduler.init_req_max_new_tokens`, which every request passes on its way to the queue, those too that
+    were refused for something else."""
+    from sglang_probe.hooks import positions
+
+    if req.to_finish is None:
+        positions.create_generation_req(req, scheduler)
 
 
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -68,6 +68,11 @@ class Adapter(Release):
 
         return get_parallel().dp_rank or 0
 
+    def position_hooks(self) -> list[Hook]:
+        from sglang_probe.hooks import positions
+
+        return [(f"{_SCHEDULER}.Scheduler._create_generation_req", positions.create_generation_req, "AFTER")]
+
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
 

@@ -24,7 +24,7 @@ from sglang_probe.paths import shipped
 from sglang_probe.study.reference import reference_errors
 from tests.attack.outcome import attack
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("accelerator rows")]
 ROOT = Path(__file__).parents[2]
 MODEL = shipped("models/probe-text/checkpoint")
 POINTS = ["hook_embed", "blocks.3.hook_resid_post", *(f"blocks.3.{s}" for s in ATTENTION)]

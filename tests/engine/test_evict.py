@@ -58,6 +58,7 @@ def test_offline_alone_starts_one_engine_and_judges_every_method(cli: Callable, 
 
 
 @pytest.mark.slow
+@pytest.mark.reviewed("eviction")
 def test_what_is_generated_from_kept_sets_is_judged_and_resumed(cli: Callable, tmp_path: Path) -> None:
     tasks = {t: {"source": "retrieval", "task": t, "count": 6, "prompt_tokens": 120} for t in ("recall", "chase")}
     tasks["recall"]["answers"] = tasks["chase"]["answers"] = 4

@@ -30,7 +30,7 @@ from sglang_probe.study.eviction.kept import Kept, KeptFile, kept_of, write_kept
 from sglang_probe.study.eviction.likelihood import divergence_from, load_unembedding, output_logits, token_nll
 from tests.engine import masked_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS, KV_HEADS = 4, 4
 LAST = "blocks.3.hook_resid_post"

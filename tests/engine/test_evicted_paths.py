@@ -20,7 +20,7 @@ from sglang_probe.study.eviction.kept import Kept, write_kept
 from sglang_probe.study.eviction.likelihood import load_unembedding, output_logits
 from tests.engine import masked_model
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS, KV_HEADS, NEW = 4, 4, 48
 LAST = "blocks.3.hook_resid_post"

@@ -14,7 +14,7 @@ from sglang_probe.ledger.run import load_run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.study.query_drift import cells
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("positions", "eviction")]
 PROMPTS, N = 6, 8
 
 

@@ -13,7 +13,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.session import harvest
+from sglang_probe.harvest.session import Hooks, harvest
 from sglang_probe.ledger.run import Run
 from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
@@ -22,7 +22,7 @@ from sglang_probe.study import reference
 from sglang_probe.study.eviction.from_run import model_config
 from sglang_probe.study.rope import Rotary
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("positions")]
 MODEL = shipped("models/probe-text/checkpoint")
 LAYERS = (0, 3)
 POINTS = [f"blocks.{i}.attn.{site}" for i in LAYERS for site in ("hook_q", "hook_rot_q", "hook_rot_k", "hook_v")]
@@ -56,18 +56,21 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     for i, (name, asked) in enumerate({**ASKED, "outside": {"from": L, "to": 4090}}.items()):
         length, steps = (L, 0) if name == "prompt" else (L + N, STEPS)
         params: dict[str, Any] = {"max_new_tokens": steps + 1, "temperature": 0.0, "ignore_eos": True}
+        if name == "prompt":  # what is sampled here may be computed too (docs/releases.md), and must not be the text
+            params["custom_params"] = {"probe": {"force": [text.prompt_ids[L] - 1]}}
         if asked is not None:
             params["custom_params"] = {"probe": {"positions": asked}}
         spans = (replace(text.spans[0], end=length),)
         ids = text.prompt_ids[:length]
         requests.append(replace(text, index=i, rid=name, prompt_ids=ids, spans=spans, sampling_params=params))
     folder = tmp_path_factory.mktemp("positions")
+    hooks = Hooks(forced_outputs=True)
     with EngineHost() as host:
         ours.workload.requests[:] = requests[:-1]
-        recording = harvest(ours, folder / "run", Arm(), host=host)
+        recording = harvest(ours, folder / "run", Arm(), host=host, hooks=hooks)
         ours.workload.requests[:] = requests[-1:]
         with pytest.raises(ProbeError) as refusal:
-            harvest(ours, folder / "refused", Arm(), host=host)
+            harvest(ours, folder / "refused", Arm(), host=host, hooks=hooks)
     assert host.starts == 1
     return recording, str(refusal.value)
 

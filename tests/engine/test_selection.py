@@ -17,7 +17,7 @@ from sglang_probe.study.eviction.from_run import layer_from_run
 from sglang_probe.study.reference import reference_errors
 from tests.engine.telemetry_parity import SHARE, telemetry_differences
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("telemetry")]
 MODEL = shipped("models/probe-text/checkpoint")
 QUERIES, KEYS, VALUES = (f"blocks.3.attn.{site}" for site in ("hook_rot_q", "hook_rot_k", "hook_v"))
 RESID = "blocks.3.hook_resid_post"

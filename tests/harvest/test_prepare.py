@@ -17,6 +17,7 @@ def _prepare(**fields: Any) -> prepare.Prepared:
     return prepare.Prepared(HarvestConfig.model_validate({"workload": workload, **fields}), {"harvest": Arm()})
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_rows_need_an_explicit_opt_in_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "accelerator_present", lambda: True)
     with pytest.raises(UnsupportedError, match=r"has not been run on a GPU(.|\n)*accelerator: unproved"):

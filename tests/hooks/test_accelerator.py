@@ -41,6 +41,7 @@ def test_the_megakernel_is_refused_by_name() -> None:
         accelerator.check_server(SimpleNamespace(enable_nvidia_megakernel=True))
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_a_release_without_the_channel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.check_channel()
     monkeypatch.setattr(accelerator, "_CHANNEL", "sglang.srt.managers.no_such_output")
@@ -81,6 +82,7 @@ def _copied(result: Any) -> None:
     result.auxiliary_host_output.consume(None, [])
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_rows_travel_with_the_result_of_their_forward(recording: session.Session) -> None:
     plans, results = [], []
     for value in (1.0, 2.0):  # both launched before the first is processed
@@ -94,6 +96,7 @@ def test_rows_travel_with_the_result_of_their_forward(recording: session.Session
     assert recording.fault is None
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: session.Session) -> None:
     """SGLang delays the sample of constrained requests (`ModelRunner.sample` begins by clearing the field)."""
 
@@ -110,6 +113,7 @@ def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: s
     assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_what_another_plugin_attached_arrives_too(recording: session.Session) -> None:
     consumed = []
 
@@ -128,6 +132,7 @@ def test_what_another_plugin_attached_arrives_too(recording: session.Session) ->
     assert plan.snapshot.finish()["h"].tolist() == [[4.0] * 2] * 2
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: session.Session) -> None:
     plan = _forward(recording, 5.0)
     plan.snapshot.send(torch.clone)  # a second send has nothing to send

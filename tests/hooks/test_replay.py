@@ -126,6 +126,7 @@ def _forward(running: session.Session, tokens: int, run: Any, *, replayed: bool)
     return plan.snapshot.finish()
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_hooks_are_in_the_graph_that_is_captured_before_the_recording(engine: session.Session) -> None:
     model = LlamaForCausalLM()
     rows.install_taps(model, POINTS)
@@ -143,6 +144,7 @@ def test_hooks_are_in_the_graph_that_is_captured_before_the_recording(engine: se
             assert torch.equal(found[name], eager[name]), name
 
 
+@pytest.mark.reviewed("accelerator rows")
 def test_hooks_that_were_not_there_at_capture_give_no_rows(engine: session.Session) -> None:
     """Negative control: SGLang's own `forward_hooks` are registered behind the capture, and silently see nothing."""
     model = LlamaForCausalLM()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.hooks import accounting, control, live
+from sglang_probe.hooks import accounting, control, lineage, live
 from sglang_probe.releases import release
 from sglang_probe.releases import release_0_5_17 as adapter
 
@@ -43,6 +43,50 @@ def test_a_request_that_does_not_write_is_told_so() -> None:
     for req in made.values():
         adapter.create_req(None, req)
     assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
+
+
+def test_the_tree_of_waiting_prompts_is_not_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lpm` empties it before each forward, and what the cache holds would be forgotten."""
+    from sglang.srt.managers.schedule_policy import SchedulePolicy
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    forgotten: list[Any] = []
+    monkeypatch.setattr(lineage, "reset", lambda _result, tree: forgotten.append(tree))
+    cache = RadixCache.create_simulated(mock_allocator=SimpleNamespace(device="cpu"))
+    waiting = SchedulePolicy("lpm", cache, False, False, None).waiting_queue_radix_tree
+    for tree in (waiting, cache):
+        adapter.reset(tree.reset(), tree)
+    assert forgotten == [cache]
+
+
+def test_positions_outside_the_context_are_refused_once() -> None:
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(context_len=64))
+    said: dict[str, str] = {}
+
+    def check(name: str, to: object, to_finish: object = None) -> None:
+        params = {"probe": {"positions": {"from": 8, "to": to}}}
+        req = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=params, max_new_tokens=4),
+            origin_input_ids=[0] * 16,
+            to_finish=to_finish,
+            set_finish_with_abort=lambda message: said.__setitem__(name, message),
+        )
+        adapter.init_req_max_new_tokens(None, scheduler, req)
+
+    check("inside", 40)
+    check("outside", 60)
+    check("unreadable", "there")
+    check("refused before", 60, to_finish="for another reason")
+    assert set(said) == {"outside", "unreadable"}
+    assert "not within a prompt of 16 tokens and a context of 64" in said["outside"]
+
+
+def test_our_attention_backend_is_refused_by_name() -> None:
+    from sglang_probe.platform.limits import refuse_without_gpu
+
+    refuse_without_gpu({"attention_backend": "torch_native"})
+    with pytest.raises(UnsupportedError, match="`attention_backend: probe_torch` cannot run"):
+        refuse_without_gpu({"attention_backend": "probe_torch"})
 
 
 @pytest.mark.parametrize(("disable", "skip"), [(True, False), (False, True), (False, False)])
@@ -147,7 +191,7 @@ def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> N
 
     def grow(by: tuple[int, int], *, decode: bool = False) -> bool:
         before, after = ([len(row) + n for row, n in zip(rows, add, strict=True)] for add in ((0, 0), by))
-        last = torch.tensor([row[-1] if row else -1 for row in rows])
+        last = torch.tensor([row[-1] if row else -1 for row in rows], dtype=torch.int32 if decode else torch.int64)
         seq = torch.tensor(after)
         if decode:
             slots = allocator.alloc_decode(seq, seq, last)
