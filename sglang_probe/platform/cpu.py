@@ -29,6 +29,10 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities(graph_capture=False)
 
+    def get_device(self, device_id: int = 0) -> str:
+        """A name, as SGLang's interface declares and a server without `--device` needs; its own returns an object."""
+        return "cpu"
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

@@ -18,6 +18,10 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
 
     _enum = PlatformEnum.OOT
 
+    def get_device(self, device_id: int = 0) -> str:
+        """As in `platform/cpu.py`."""
+        return "cpu"
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

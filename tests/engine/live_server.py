@@ -40,8 +40,8 @@ class LiveServer:
         )
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), "--device", "cpu"]
-        command += ["--attention-backend", "torch_native", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
         if "--max-total-tokens" not in arguments:
             command += ["--max-total-tokens", "65536"]
