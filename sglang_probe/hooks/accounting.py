@@ -191,17 +191,18 @@ def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[i
     """Rows of this forward whose sampled token is prescribed, and the tokens. A prescription of None leaves the sample.
 
     A forward that ends at position `end` samples output number `end - prompt_len`; a prefill chunk before the last
-    ends inside the prompt and its sample is discarded by the engine.
+    ends inside the prompt and its sample is discarded by the engine. A client's list may hold anything: what is not a
+    token leaves the sample too.
     """
     rows, tokens = [], []
     for i, req in enumerate(reqs):
         params = req.sampling_params.custom_params
         options = params.get("probe") if isinstance(params, dict) else None
         force = options.get("force") if isinstance(options, dict) else None
-        if force is None:
+        if not isinstance(force, list):
             continue
         n = plan.ends[i] - plan.prompt_lens[i]
-        if 0 <= n < len(force) and force[n] is not None:
+        if 0 <= n < len(force) and type(force[n]) is int:
             rows.append(i)
             tokens.append(force[n])
     return (rows, tokens) if rows else None

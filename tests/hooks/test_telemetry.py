@@ -26,6 +26,14 @@ def test_nothing_said_is_unknown_and_forces_nothing(custom_params: Any) -> None:
     assert forced_tokens([req], SimpleNamespace(ends=[4], prompt_lens=[4])) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("force", "found"), [("x", None), (7, None), ([None], None), ([True], None), ([5], ([0], [5]))]
+)
+def test_what_is_not_a_token_is_not_forced(force: Any, found: Any) -> None:
+    req = SimpleNamespace(sampling_params=SimpleNamespace(custom_params={"probe": {"force": force}}))
+    assert forced_tokens([req], SimpleNamespace(ends=[4], prompt_lens=[4])) == found  # type: ignore[arg-type]
+
+
 def test_ranges_are_taken_and_an_empty_list_means_no_system_prompt() -> None:
     assert system_ranges({"probe": {"system": [[0, 9], (12, 12)]}}) == [[0, 9], [12, 12]]
     assert system_ranges({"probe": {"system": []}}) == []
