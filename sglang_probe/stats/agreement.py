@@ -1,4 +1,10 @@
-"""Does one quantity rank things as another does? Spearman's correlation with an interval over the units behind both."""
+"""Does one quantity rank things as another does? Spearman's correlation with an interval over the units behind both.
+
+Noise of either side pulls a rank correlation towards 0, and drawing units with replacement adds as much noise again:
+the draws lie below the estimate, and their percentiles may leave it out. So the interval is the estimate plus or minus
+the draws' standard deviation times the normal quantile. It says how well the correlation of the means at hand is known;
+that of means over endless units is larger, by 0.01 to 0.05 in simulations of six cells of 21 policies.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 
 from sglang_probe.stats.bootstrap import Interval
 from sglang_probe.stats.paired import draws
@@ -31,7 +37,7 @@ def mean_spearman(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Spearman over policies in each cell, averaged over the cells, with a percentile interval over units.
+    """Spearman over policies in each cell, averaged over the cells, with a bootstrap interval over units.
 
     Args:
         cells: pairs `[policies, units]`: the metric and the outcome of every policy and unit of a cell. Policies are
@@ -47,11 +53,12 @@ def mean_spearman(
             weight = drawn / drawn.sum(1, keepdims=True)
             found[start : start + len(drawn), i] = spearman(weight @ metric.T, weight @ outcome.T)
     estimates = np.array([float(spearman(m.mean(1), o.mean(1))) for m, o in cells])
-    tail = (1 - confidence) / 2
+    estimate = _nanmean(estimates[None], 1)[0]
     means = _nanmean(found, 1)
     means = means[~np.isnan(means)]
-    low, high = np.quantile(means, [tail, 1 - tail]) if len(means) else (np.nan, np.nan)
-    return Interval(_nanmean(estimates[None], 1)[0], np.asarray(low), np.asarray(high))
+    reach = norm.ppf((1 + confidence) / 2) * (means.std() if len(means) else np.nan)
+    low, high = np.clip([estimate - reach, estimate + reach], -1, 1)
+    return Interval(estimate, np.asarray(low), np.asarray(high))
 
 
 def _nanmean(x: Array, axis: int) -> Array:
