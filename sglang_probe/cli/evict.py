@@ -99,3 +99,8 @@ def _print_result(console: Console, result: EvictionResult) -> None:
             f"[{colour}]budget 100 % gives the full cache's tokens in {result.sanity.exact} of "
             f"{result.sanity.requests} requests[/]"
         )
+        if not result.sanity.holds:
+            console.print(
+                "  to fix: in 16-bit dtypes near-ties fall either way, as they do when the full cache is served in "
+                "another order; repeat with `dtype: float32` to tell them from a fault"
+            )

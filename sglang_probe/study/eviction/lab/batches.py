@@ -7,7 +7,7 @@ for each of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from sglang_probe.ledger.schema import OVERSHOOT
 from sglang_probe.study.attention import AttentionSpec
 from sglang_probe.study.eviction.from_run import model_config, output_projection
 from sglang_probe.study.eviction.layer import Layer, Queries
+from sglang_probe.study.eviction.protocol import Protocol, under
 from sglang_probe.study.rope import Rotary
 
 
@@ -36,6 +37,16 @@ class Batch:
     """Leading axes: requests B, captured layers Y. In float32, whatever was captured."""
     itemsize: int
     """Bytes per captured element."""
+    first_needed_L: Tensor | None = None
+    """Positions that the first answer needs, `[B, Y, L]` like `layer.needed_L`, which leaves them out."""
+
+    def under(self, protocol: Protocol) -> Layer:
+        """The layer as a method sees it. With the question hidden the first answer is generated from the compressed
+        cache like the others, so that what it needs is needed."""
+        layer = under(protocol, self.layer, context=self.context)
+        if protocol is Protocol.QUERY_VISIBLE or self.first_needed_L is None or layer.needed_L is None:
+            return layer
+        return replace(layer, needed_L=layer.needed_L | self.first_needed_L[..., : self.context])
 
 
 def batches(
@@ -82,9 +93,10 @@ def batches(
                 num_layers=int(config["num_hidden_layers"]),
                 request=number,
                 future=Queries(q[:, :, length:], k[:, :, length:], v[:, :, length:]),
-                needed_L=_needed(requests, chosen, length, len(layers)),
+                needed_L=_needed(requests, chosen, length, len(layers), slice(1, None)),
             )
-            yield Batch(tuple(chosen), context, layer, stored[0].element_size())
+            first = _needed(requests, chosen, length, len(layers), slice(1))
+            yield Batch(tuple(chosen), context, layer, stored[0].element_size(), first)
 
 
 SITES = (ROTATED_QUERY, ROTATED_KEY, VALUE)
@@ -125,12 +137,12 @@ def _groups(requests: pd.DataFrame) -> dict[tuple[int, int, int], list[str]]:
     return out
 
 
-def _needed(requests: pd.DataFrame, rids: list[str], length: int, layers: int) -> Tensor | None:
-    """Positions that the answers behind the first need, found by knocking out (`needed_causal`), `[B, Y, L]`."""
+def _needed(requests: pd.DataFrame, rids: list[str], length: int, layers: int, answers: slice) -> Tensor | None:
+    """Positions that some answers need, found by knocking out (`needed_causal`), `[B, Y, L]`."""
     if "needed_causal" not in requests.columns or requests.loc[rids, "needed_causal"].isna().any():
         return None
     out = torch.zeros(len(rids), length, dtype=torch.bool)
     for i, rid in enumerate(rids):
-        for positions in list(requests.at[rid, "needed_causal"])[1:]:
+        for positions in list(requests.at[rid, "needed_causal"])[answers]:
             out[i, torch.as_tensor(np.asarray(positions, dtype=np.int64))] = True
     return out[:, None].expand(len(rids), layers, length)

@@ -31,7 +31,7 @@ from sglang_probe.study.eviction.layer import Layer, Queries
 from sglang_probe.study.eviction.lookahead import LookaheadScorer
 from sglang_probe.study.eviction.methods.snapkv import SnapKV
 from sglang_probe.study.eviction.methods.streaming_llm import StreamingLLM
-from sglang_probe.study.eviction.protocol import Protocol, under
+from sglang_probe.study.eviction.protocol import Protocol
 
 LAQ, SPECKV, DAPQ = "laq", "speckv", "dapq"
 COMPRESSED_BY = {LAQ: "snapkv", SPECKV: "streaming_llm"}
@@ -107,7 +107,7 @@ def first_pass(
     number = 0
     for batch in found:
         for protocol in protocols:
-            layer = under(protocol, batch.layer, context=batch.context)
+            layer = batch.under(protocol)
             for name in sorted(needed):
                 if name == DAPQ:
                     for rid in batch.rids:

@@ -20,7 +20,7 @@ from sglang_probe.study.eviction.lab.grid import Entry, Trivial, budget_name, to
 from sglang_probe.study.eviction.lab.judge import Judge, check_counts
 from sglang_probe.study.eviction.lab.lookahead import Ahead
 from sglang_probe.study.eviction.layer import Layer
-from sglang_probe.study.eviction.protocol import Protocol, under
+from sglang_probe.study.eviction.protocol import Protocol
 from sglang_probe.study.eviction.select import top_k
 
 CELL = ["task", "protocol", "kind", "policy", "budget"]
@@ -101,7 +101,7 @@ def run_offline(
     """
     for batch in found:
         for protocol in protocols:
-            layer = under(protocol, batch.layer, context=batch.context)
+            layer = batch.under(protocol)
             judge = Judge(layer, trivial, batch.itemsize)
             for entry, spoil in [*((e, None) for e in entries), *spoiled(controls_of)]:
                 chosen = (

@@ -196,3 +196,14 @@ def test_frames_name_their_cells() -> None:
     for frame in (rows, heads, excluded):
         assert list(frame.columns[:5]) == ["task", "protocol", "kind", "policy", "budget"]
     assert isinstance(rows, pd.DataFrame)
+
+
+def test_with_the_question_hidden_the_first_answers_needs_count() -> None:
+    found = batch()
+    needed, first = (torch.zeros(3, 2, LENGTH, dtype=torch.bool) for _ in range(2))
+    needed[..., 3], first[..., 5] = True, True
+    found = replace(found, layer=replace(found.layer, needed_L=needed), first_needed_L=first)
+    kept = {p: found.under(p).needed_L for p in (VISIBLE, HIDDEN)}
+    assert kept[VISIBLE][0, 0].nonzero().flatten().tolist() == [3]
+    assert kept[HIDDEN][0, 0].nonzero().flatten().tolist() == [3, 5]
+    assert kept[HIDDEN].shape[-1] == CONTEXT
