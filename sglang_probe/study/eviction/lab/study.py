@@ -204,7 +204,7 @@ def _lengths(offline: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_summary(result: EvictionResult, folder: Path) -> None:
-    """`summary.json` and, in full, `tables/*.parquet` and `*.csv`."""
+    """`summary.json` with what the report leads with, and `tables/*.parquet` and `*.csv` with everything."""
     tables = folder / "tables"
     tables.mkdir(exist_ok=True)
     frames = {
@@ -221,7 +221,7 @@ def write_summary(result: EvictionResult, folder: Path) -> None:
     for name, frame in frames.items():
         frame.to_parquet(tables / f"{name}.parquet")
         frame.to_csv(tables / f"{name}.csv", index=False)
-    keep = ["nontrivial", "prompt_mass", "hit", "output_error"]
+    leading = ["accuracy", "success", "agreement", "nll", "nontrivial"]
     summary = {
         "name": result.name,
         "config": result.config,
@@ -233,16 +233,16 @@ def write_summary(result: EvictionResult, folder: Path) -> None:
         "lengths": records(result.lengths),
         "served": records(result.served),
         "excluded": records(result.excluded),
-        "outcomes": {d: records(frame) for d, frame in result.outcomes.items()},
-        "offline": records(result.offline[result.offline["metric"].isin(keep)]),
+        "outcomes": {d: records(frame[frame["metric"].isin(leading)]) for d, frame in result.outcomes.items()},
+        "offline": records(result.offline[result.offline["metric"].isin(leading)]),
         "outcome_gaps": records(result.outcome_gaps),
         "predictors": records(result.predictors),
         "policies": records(result.policies),
     }
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain data, numbers at six digits, missing ones as null."""
-    text = frame.to_json(orient="records", double_precision=6)
-    return list(json.loads(text))
+    """Rows as plain data, numbers at four digits behind the point, missing ones left out."""
+    text = frame.to_json(orient="records", double_precision=4)
+    return [{k: v for k, v in row.items() if v is not None} for row in json.loads(text)]
