@@ -32,6 +32,8 @@ def attention_summary(
     top_k: int,
     softcap: float = 0.0,
     sliding_window: int = 0,
+    first_B: Tensor | None = None,
+    longest: int = 0,
 ) -> AttentionSummary:
     """Summarise the attention of each request's newest token. Enqueues work only; no tensor is read by the host.
 
@@ -46,6 +48,8 @@ def attention_summary(
         heads_N: query heads to summarise, int32 or int64 `[N]`; head h reads kv head `h // (H // G)`.
         scaling, softcap, sliding_window: how the layer makes logits (`study.attention.AttentionSpec`); 0 is none.
         top_k: positions to keep, at least 1.
+        first_B: keys of each request whose logits are to be returned as well, int32 or int64 `[B]`; `longest` is no
+            less than any of them.
 
     Returns:
         B requests, N heads.
@@ -66,6 +70,7 @@ def attention_summary(
     kept = triton.next_power_of_2(top_k)
     lse, mean, logits = (q_BHD.new_empty((b, n, size), dtype=torch.float32) for size in (regions, regions, kept))
     positions = torch.empty_like(logits, dtype=torch.int32)
+    first_logits = q_BHD.new_full((b, n, longest), -torch.inf, dtype=torch.float32)
     _summarise[(b, n)](
         q_BHD,
         key_pool_SGD,
@@ -77,6 +82,9 @@ def attention_summary(
         mean,
         positions,
         logits,
+        lengths_B if first_B is None else first_B,
+        first_logits,
+        longest,
         scaling,
         softcap,
         sliding_window,
@@ -93,6 +101,7 @@ def attention_summary(
         TOP=kept,
         BLOCK=_BLOCK,
         SOFTCAP=softcap > 0,
+        FIRST=first_B is not None,
     )
     # The kernel keeps the best in no order: by position first, so that equal ones stay in theirs.
     by_position = positions.argsort(-1)
@@ -102,7 +111,13 @@ def attention_summary(
     total = torch.logsumexp(lse, -1, keepdim=True)
     weights = torch.exp(best.values[..., :top_k] - total)
     none = positions < 0
-    return AttentionSummary(lse, mean, positions.masked_fill(none, -1), weights.masked_fill(none, 0.0))
+    return AttentionSummary(
+        lse,
+        mean,
+        positions.masked_fill(none, -1),
+        weights.masked_fill(none, 0.0),
+        None if first_B is None else first_logits,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,6 +132,9 @@ def _summarise(  # type: ignore[no-untyped-def]
     out_mean,
     out_positions,
     out_logits,
+    first_keys,
+    out_first,
+    longest,
     scaling,
     softcap,
     window,
@@ -133,6 +151,7 @@ def _summarise(  # type: ignore[no-untyped-def]
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     request, sample = tl.program_id(0), tl.program_id(1)
     out = request * tl.num_programs(1) + sample
@@ -168,6 +187,9 @@ def _summarise(  # type: ignore[no-untyped-def]
         if SOFTCAP:
             finite = softcap * (2.0 * tl.sigmoid(2.0 * finite / softcap) - 1.0)  # tanh
         logit = tl.where(seen, finite, float("-inf"))
+        if FIRST:
+            at_first = out_first + out.to(tl.int64) * longest + j
+            tl.store(at_first, finite, mask=seen & (j < tl.load(first_keys + request)))
 
         inside = (j[:, None] >= start[None, :]) & (j[:, None] < end[None, :]) & seen[:, None]
         here = tl.where(inside, logit[:, None], float("-inf"))

@@ -27,6 +27,8 @@ class AttentionSummary:
     """Positions with most weight, int32 `[B, H, K]`, best first, of equal ones the earlier; -1 behind the last key."""
     top_weights: Tensor
     """Their weights, float32 `[B, H, K]`; 0 behind the last key."""
+    first_logits: Tensor | None = None
+    """Logits of the first keys of each request, if they were asked for, float32 `[B, H, P]`; -inf behind them."""
 
     def mass(self) -> Tensor:
         """Weight on each region, `[B, H, R]`; sums to 1."""

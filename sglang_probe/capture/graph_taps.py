@@ -8,18 +8,21 @@ because the next replay overwrites the buffer while this one's rows are still tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from sglang_probe.capture.transfer import Transfer, upload
 from sglang_probe.errors import LedgerError
 
 _ALIGNMENT = 16
 _UNWRITTEN = 0xFF
 """Every byte of the first row before a forward. A bf16, fp16 or fp32 row of it is NaN throughout."""
+_MARK = 8
+"""Bytes of a column that tell whether it was written. No column is narrower."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class GraphTaps:
             column = self.columns[name] = Column(size, width, dtype)
             size = -(-column.end // _ALIGNMENT) * _ALIGNMENT
         self.buffer = torch.zeros((capacity, size), dtype=torch.uint8, device=device)
-        self._recording = recording
+        starts = torch.tensor([c.start for c in self.columns.values()], dtype=torch.int64)
+        self._marks = (starts[:, None] + torch.arange(_MARK)).flatten().to(device)
+        self.recording = recording
         self._parts = {name: part.to(device) for name, part in (parts or {}).items()}
         self._large: torch.Tensor | None = None
         self._armed = False
@@ -97,7 +102,7 @@ class GraphTaps:
     def _target(self, n: int) -> torch.Tensor:
         if n <= len(self.buffer):
             return self.buffer
-        if self._recording():
+        if self.recording():
             raise LedgerError(f"a graph of {n} tokens is being captured; the taps have room for {len(self.buffer)}")
         if self._large is not None and len(self._large) == n:
             return self._large
@@ -111,6 +116,15 @@ class GraphTaps:
         self._large, self._armed = None, True
         self._written = dict.fromkeys(self.columns, -1)
         self.buffer[:1].fill_(_UNWRITTEN)
+
+    def marks(self) -> torch.Tensor:
+        """The first bytes of every column after a replay, uint8 `[columns * 8]`: for `unwritten`, once on the host."""
+        return self.buffer[0].index_select(0, self._marks)
+
+    @staticmethod
+    def unwritten(marks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Which columns the graph did not write, bool `[columns]`."""
+        return np.asarray((marks.reshape(-1, _MARK) == _UNWRITTEN).all(1))
 
     def check_recorded(self, tokens: int) -> None:
         """After a graph of `tokens` was captured: every tap must be in it.
@@ -138,16 +152,29 @@ class GraphTaps:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
                 nothing of this is visible from the host; `Snapshot.finish` looks at what arrived.
         """
-        self._armed = False
+        source = self.source(tokens, replayed=replayed)
+        self.disarm()
+        return self._gather(source, tokens, kept or {}, replayed=replayed)
+
+    def source(self, tokens: int, *, replayed: bool) -> torch.Tensor:
+        """Where the rows of the forward that was just enqueued lie, `[tokens or more, bytes]`. The next one writes
+        there: what reads them has to be enqueued before.
+
+        Raises:
+            LedgerError: as `snapshot`.
+        """
         if replayed:
             if tokens > len(self.buffer):
                 raise LedgerError(f"a graph of {tokens} tokens was replayed; the taps have {len(self.buffer)} rows")
-            return self._gather(self.buffer, tokens, kept or {}, replayed=True)
+            return self.buffer
         for name, written in self._written.items():
             if written != tokens:
                 raise LedgerError(f"hook point {name} saw {max(written, 0)} rows in a forward of {tokens} tokens")
-        source, self._large = self._large, None
-        return self._gather(self.buffer if source is None else source, tokens, kept or {}, replayed=False)
+        return self.buffer if self._large is None else self._large
+
+    def disarm(self) -> None:
+        """Nothing of this forward will be read any more."""
+        self._large, self._armed = None, False
 
     def _gather(
         self, source: torch.Tensor, tokens: int, kept: Mapping[str, np.ndarray[Any, Any]], *, replayed: bool
@@ -156,18 +183,13 @@ class GraphTaps:
             # The first row is taken in any case: it tells whether the taps were written.
             index = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *kept.values()]))
             if len(index) < tokens:
-                rows = source.index_select(0, _upload(index, source.device))
+                rows = source.index_select(0, upload(index, source.device))
                 return Snapshot(rows, self.columns, replayed=replayed, index=index, kept=kept)
         rows = source if source is not self.buffer else source[:tokens].clone()
         return Snapshot(rows, self.columns, replayed=replayed, index=np.arange(tokens), kept=kept)
 
 
-def _upload(index: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    host = torch.tensor(index)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-class Snapshot:
+class Snapshot(Transfer):
     """Rows of one forward pass on their way to the host."""
 
     def __init__(
@@ -179,32 +201,10 @@ class Snapshot:
         index: np.ndarray[Any, Any],
         kept: Mapping[str, np.ndarray[Any, Any]],
     ) -> None:
-        self._device_rows: torch.Tensor | None = device_rows
-        self._host_rows: torch.Tensor | None = None
+        super().__init__(device_rows)
         self._columns = columns
         self._replayed = replayed
         self._index, self._kept = index, kept
-        self._arrived = False
-
-    def send(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Enqueue the transfer. `copy` returns the host tensor at once; it is filled later."""
-        assert self._device_rows is not None
-        self._host_rows = copy(self._device_rows)
-        self._device_rows = None
-
-    def arrive(self) -> None:
-        """Note that the transfer was waited for."""
-        self._arrived = self._host_rows is not None
-
-    def wait(self) -> None:
-        """Fetch the rows at once if they have not arrived. Waits for the device: only for a recording that closes."""
-        if not self._arrived:
-            source = self._device_rows if self._device_rows is not None else self._host_rows
-            assert source is not None
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            self._host_rows, self._device_rows = source.to("cpu"), None
-            self.arrive()
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The rows by hook point, `[kept tokens, width]`, in host memory that nothing else writes; a hook point that
@@ -213,15 +213,10 @@ class Snapshot:
         Raises:
             LedgerError: they have not arrived, or a tap is missing from the graph that was replayed.
         """
-        rows = self._host_rows
-        if not self._arrived or rows is None:
-            raise LedgerError("the rows of a forward had not arrived on the host when its result was processed")
+        rows = self.host
         if self._replayed and len(rows):
             starts = [c.start for c in self._columns.values()]
-            unwritten = np.minimum.reduceat(rows[0].numpy(), starts) == _UNWRITTEN
-            for name, missing in zip(self._columns, unwritten, strict=True):
-                if missing:
-                    raise LedgerError(f"hook point {name} was not written by the graph that was replayed")
+            refuse_unwritten(self._columns, np.minimum.reduceat(rows[0].numpy(), starts) == _UNWRITTEN)
         found = {}
         for name, column in self._columns.items():
             kept = self._kept.get(name)
@@ -230,3 +225,14 @@ class Snapshot:
             elif len(kept):
                 found[name] = column.of(rows)[torch.from_numpy(np.searchsorted(self._index, kept))]
         return found
+
+
+def refuse_unwritten(columns: Iterable[str], unwritten: Iterable[bool]) -> None:
+    """Refuse a replayed forward one of whose taps kept the pattern of `GraphTaps.arm`.
+
+    Raises:
+        LedgerError: names the hook point.
+    """
+    for name, missing in zip(columns, unwritten, strict=True):
+        if missing:
+            raise LedgerError(f"hook point {name} was not written by the graph that was replayed")

@@ -28,7 +28,7 @@ REGIONS = ("sinks", "system", "prompt", "window", "generated")
 NUMBERS = ("entropy", "entropy_without_sinks", "support", *(f"mass_{r}" for r in REGIONS), "jump")
 """One of each per step, layer and head."""
 
-_SYSTEM = REGIONS.index("system")
+SYSTEM = REGIONS.index("system")
 _UNSEEN = -1e30
 """Logit of a key behind the step. Not -inf: its weight times its logit must be 0, not NaN."""
 _BLOCK_ELEMENTS = 1 << 25
@@ -166,15 +166,19 @@ class Memory:
     """Attention over the prompt in the last `M` measured steps of each running request, per layer.
 
     A request has a place from its first measured step to its end.
+
+    Args:
+        most_bytes: what it may take of the device's memory; None: whatever it needs.
     """
 
-    def __init__(self, layers: int, memory: int) -> None:
-        self._size = memory
+    def __init__(self, layers: int, memory: int, most_bytes: int | None = None) -> None:
+        self._size, self._most_bytes = memory, most_bytes
         self._past: list[Tensor | None] = [None] * layers
         self._place: dict[str, int] = {}
         self._free: list[int] = []
         self._held = np.empty((0, memory), dtype=np.int64)  # number of the measured step in each cell; -1: none
-        self._fresh: list[int] = []
+        self.fresh: list[int] = []
+        """Places of requests that were not measured before, in which an earlier request may have left something."""
 
     def places(self, rids: list[str]) -> np.ndarray[Any, Any]:
         """Places of requests, int64 `[B]`."""
@@ -186,7 +190,7 @@ class Memory:
                     self._held = np.pad(self._held, ((0, grown - len(self._held)), (0, 0)), constant_values=-1)
                 self._place[rid] = place = self._free.pop()
                 self._held[place] = -1
-                self._fresh.append(place)
+                self.fresh.append(place)
         return np.array([self._place[r] for r in rids], dtype=np.int64)
 
     def end(self, rid: str) -> None:
@@ -201,25 +205,42 @@ class Memory:
         held = np.take_along_axis(self._held[places], before % self._size, 1)
         return np.asarray(((held == before) & (before >= 0)).all(1))
 
-    def past(self, layer: int, places: np.ndarray[Any, Any], heads: int, prompt: int, device: torch.device) -> Tensor:
-        """What is remembered, `[B, M, H, P]`; a view of the buffer or a copy."""
+    def has_room(self, heads: int, prompt: int) -> bool:
+        """Whether steps of all requests that have a place can be remembered, with prompts of up to `prompt` keys."""
+        if self._most_bytes is None:
+            return True
+        width = max(prompt, *(0 if past is None else past.shape[3] for past in self._past), 0)
+        return 4 * len(self._past) * self._held.size * heads * width <= self._most_bytes
+
+    def past(
+        self, layer: int, places: np.ndarray[Any, Any], places_B: Tensor, fresh_N: Tensor, heads: int, prompt: int
+    ) -> Tensor:
+        """What is remembered, `[B, M, H, P]`; a view of the buffer or a copy.
+
+        Args:
+            places_B, fresh_N: `places` and `fresh` on the device, int64.
+        """
         past = self._past[layer]
         if past is None or past.shape[0] < len(self._held) or past.shape[3] < prompt:
             old = past
             width = max(prompt, 0 if old is None else old.shape[3])
-            past = torch.zeros((len(self._held), self._size, heads, width), device=device)
+            past = torch.zeros((len(self._held), self._size, heads, width), device=places_B.device)
             if old is not None:
                 past[: old.shape[0], ..., : old.shape[3]] = old
             self._past[layer] = past
-        if self._fresh:  # what an earlier request left there
-            past[self._fresh] = 0
+        if len(fresh_N):  # what an earlier request left there
+            past.index_fill_(0, fresh_N, 0.0)
         first = int(places[0])
         if np.array_equal(places, np.arange(first, first + len(places))):  # so while nobody comes or goes
             return past[first : first + len(places), ..., :prompt]
-        return past.index_select(0, torch.from_numpy(places).to(device))[..., :prompt]
+        return past.index_select(0, places_B)[..., :prompt]
+
+    def cells(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Where these steps are remembered, for `keep`, int64 `[B]`."""
+        return places * self._size + step % self._size
 
     def keep(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
-        """Remember this step of a layer; `cells_B` is place times `M` plus the step's number modulo `M`."""
+        """Remember this step of a layer."""
         past = self._past[layer]
         assert past is not None
         room = past.shape[3] - p_BHP.shape[2]
@@ -228,7 +249,7 @@ class Memory:
     def kept(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
         """All layers have remembered these steps."""
         self._held[places, step % self._size] = step
-        self._fresh.clear()
+        self.fresh.clear()
 
 
 class Telemetry:
@@ -253,14 +274,14 @@ class Telemetry:
         places = self.memory.places(rids)
         step = (steps.keys - 1 - steps.prompt) // self.options.every
         at = _Places.of(steps, self.options, device)
-        memory = self.options.memory
-        cells_B = torch.from_numpy(places * memory + step % memory).to(device)
+        places_B, fresh_N = (torch.tensor(x, dtype=torch.int64).to(device) for x in (places, self.memory.fresh))
+        cells_B = torch.from_numpy(self.memory.cells(places, step)).to(device)
         incomplete_B1 = torch.from_numpy(~self.memory.complete(places, step)[:, None]).to(device)
         found = []
         for i in range(len(self.layers)):
             numbers, p_BHP = _numbers(logits_of(i), at, self.options)
-            past_BMHP = self.memory.past(i, places, p_BHP.shape[1], p_BHP.shape[2], device)
-            numbers["jump"] = _jump(p_BHP, past_BMHP.mean(1)).masked_fill(incomplete_B1, torch.nan)
+            past_BMHP = self.memory.past(i, places, places_B, fresh_N, p_BHP.shape[1], p_BHP.shape[2])
+            numbers["jump"] = jump_scores(p_BHP, past_BMHP.mean(1)).masked_fill(incomplete_B1, torch.nan)
             self.memory.keep(i, cells_B, p_BHP)
             found.append(numbers)
         self.memory.kept(places, step)
@@ -278,11 +299,11 @@ def _numbers(logits_BHJ: Tensor, at: _Places, options: TelemetryOptions) -> tupl
     # Of weights a / rest: log(rest) - sum(a log a) / rest.
     without = rest.log() - terms_BHJ[..., sinks:].sum(-1) / rest
     masses_BHR = a_BHJ @ at.regions_BJR
-    masses_BHR[..., REGIONS.index("prompt")] += masses_BHR[..., _SYSTEM].masked_fill(~at.system_unknown_B1, 0)
-    masses_BHR[..., _SYSTEM].masked_fill_(at.system_unknown_B1, torch.nan)
+    masses_BHR[..., REGIONS.index("prompt")] += masses_BHR[..., SYSTEM].masked_fill(~at.system_unknown_B1, 0)
+    masses_BHR[..., SYSTEM].masked_fill_(at.system_unknown_B1, torch.nan)
     numbers = {
-        "entropy": _relative(whole, at.keys_B1),
-        "entropy_without_sinks": _relative(without, at.keys_B1 - options.sinks),
+        "entropy": relative(whole, at.keys_B1),
+        "entropy_without_sinks": relative(without, at.keys_B1 - options.sinks),
         "support": whole.exp(),
         **{f"mass_{r}": masses_BHR[..., i] for i, r in enumerate(REGIONS)},
     }
@@ -291,7 +312,7 @@ def _numbers(logits_BHJ: Tensor, at: _Places, options: TelemetryOptions) -> tupl
     return numbers, p_BHP / p_BHP.sum(-1, keepdim=True)
 
 
-def _relative(h_BH: Tensor, keys_B1: Tensor) -> Tensor:
+def relative(h_BH: Tensor, keys_B1: Tensor) -> Tensor:
     most = keys_B1.log()
     return torch.where(most > 0, h_BH.clamp(min=0) / most, 0.0)
 
@@ -318,7 +339,7 @@ def top(a_BHJ: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return positions.to(torch.int32).masked_fill(weights == 0, -1), weights
 
 
-def _jump(p_BHP: Tensor, past_BHP: Tensor) -> Tensor:
+def jump_scores(p_BHP: Tensor, past_BHP: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats, `[B, H]`; 0 where nothing is remembered is masked by the caller."""
     middle = (p_BHP + past_BHP) / 2
     entropies = [_entropy(x) for x in (middle, p_BHP, past_BHP)]

@@ -47,7 +47,7 @@ class Prepared:
         features = ["accounting", "control", "rows", "forced decoding", "platform"]
         if attention_points(config.hook_points) or config.telemetry is not None:
             features.append("attention rows")
-        if config.hook_points and config.accelerator == "unproved":
+        if (config.hook_points or config.telemetry is not None) and config.accelerator == "unproved":
             features.append("accelerator rows")
         if config.telemetry is not None:
             features.append("telemetry")

@@ -86,7 +86,7 @@ class EngineProbeConfig(Config):
             features.append("rows")
         if attention_points(self.hook_points) or self.telemetry is not None:
             features.append("attention rows")
-        if self.hook_points and self.accelerator == "unproved":
+        if (self.hook_points or self.telemetry is not None) and self.accelerator == "unproved":
             features.append("accelerator rows")
         if self.telemetry is not None:
             features.append("telemetry")

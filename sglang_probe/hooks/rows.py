@@ -8,6 +8,7 @@ not a residual to be added), so only architectures that were compared with `tran
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,9 @@ from sglang_probe.capture.hook_points import (
 )
 from sglang_probe.capture.selection import kept_heads
 from sglang_probe.hooks import session as probe
-from sglang_probe.hooks.accelerator import check_device, check_server, graph_taps
+from sglang_probe.hooks.accelerator import check_captures, check_device, check_server, graph_taps, make_taps
 from sglang_probe.hooks.attention import install_attention_taps
+from sglang_probe.hooks.device_telemetry import AcceleratorTelemetry
 from sglang_probe.hooks.telemetry import EngineTelemetry
 from sglang_probe.releases import release
 
@@ -42,18 +44,26 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     session = probe.active()
     session.tp_size = get_parallel().tp_size
     check_tensor_parallel(session.config.hook_points, session.tp_size, telemetry=session.config.telemetry is not None)
-    check_device(runner.device, session.config.accelerator, telemetry=session.config.telemetry is not None)
+    check_device(runner.device, session.config.accelerator)
     check_server(runner.server_args)
     install_taps(runner.model, session.config.hook_points)
     model_config = runner.model_config
     check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
     heads = _heads(runner.model, session.config.hook_points)
     session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
-    if session.config.hook_points and session.config.accelerator == "unproved":
-        session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads, session.kept_columns())
+    through_graphs = session.config.accelerator == "unproved"
+    if through_graphs:
+        check_captures(runner)
+        if session.config.hook_points:
+            session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads, session.kept_columns())
     session.new_taps()
     if session.config.telemetry is not None:
-        session.telemetry = EngineTelemetry(runner.model.model.layers, session.config.telemetry)
+        asked = runner.model.model.layers, session.config.telemetry
+        session.telemetry = (
+            AcceleratorTelemetry(*asked, functools.partial(make_taps, runner), runner.dtype)
+            if through_graphs
+            else EngineTelemetry(*asked)
+        )
         session.telemetry_layers = session.telemetry.layers
 
 
@@ -85,26 +95,28 @@ def _heads(model: Any, hook_points: list[str]) -> dict[str, list[int]]:
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `ModelRunner.forward`: take the rows that the taps wrote."""
-    _arm()
+    _arm(runner, forward_batch)
     output = original(runner, forward_batch, *args, **kwargs)
     if not runner.is_draft_worker:
         _take(output)
-        _measure(runner, forward_batch)
+        _measure(runner, forward_batch, output)
     return output
 
 
 @probe.guarded
-def _arm() -> None:
-    taps = probe.active().taps
-    if taps is not None:
-        taps.arm()
+def _arm(runner: Any, forward_batch: Any) -> None:
+    session = probe.active()
+    if session.taps is not None:
+        session.taps.arm()
+    if session.telemetry is not None and session.current is not None and not runner.is_draft_worker:
+        session.telemetry.prepare(runner, forward_batch, session.current)
 
 
 @probe.guarded
 def _take(output: Any) -> None:
     session = probe.active()
     plan, taps = session.current, session.taps
-    if plan is None or taps is None:
+    if plan is None or taps is None or not session.config.hook_points:
         return
     plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
     if isinstance(taps, GraphTaps):
@@ -114,10 +126,10 @@ def _take(output: Any) -> None:
 
 
 @probe.guarded
-def _measure(runner: Any, forward_batch: Any) -> None:
+def _measure(runner: Any, forward_batch: Any, output: Any) -> None:
     session = probe.active()
     if session.current is not None and session.telemetry is not None:
-        session.current.telemetry = session.telemetry.measure(runner, forward_batch, session.current)
+        session.telemetry.measure(runner, forward_batch, session.current, replayed=output.can_run_graph)
 
 
 def _embed_hook(name: str) -> Callable[..., None]:

@@ -23,6 +23,7 @@ from sglang_probe.policy.switches import Switches
 if TYPE_CHECKING:
     import torch
 
+    from sglang_probe.hooks.device_telemetry import AcceleratorTelemetry
     from sglang_probe.hooks.telemetry import EngineTelemetry
 
 logger = logging.getLogger("sglang_probe")
@@ -59,7 +60,7 @@ class Session:
         self.head_numbers: dict[str, list[int]] = {}
         """Which heads these are, where it is not all of them."""
         self.selected = Selected(config.rows, config.hook_points)
-        self.telemetry: EngineTelemetry | None = None
+        self.telemetry: EngineTelemetry | AcceleratorTelemetry | None = None
         """Set once the model is loaded, if the config asks for it."""
         self.telemetry_layers: list[int] = []
         self.tp_size = 1
@@ -155,15 +156,16 @@ class Session:
         if self.recorder is not None and self.writer is not None:
             recorder, self.recorder = self.recorder, None
             for plan in recorder.in_flight:
-                if plan.snapshot is not None:
-                    plan.snapshot.wait()
+                for transfer in plan.travelling:
+                    transfer.wait()
             recorder.drain()
             self.writer.flush()
 
     @property
     def taps_write(self) -> bool:
         """Whether taps write what they see."""
-        return self.taps is not None and (self.recorder is not None or self.graph_taps is not None)
+        in_graphs = self.config.accelerator == "unproved"  # which are captured before the recording opens
+        return self.taps is not None and (self.recorder is not None or in_graphs)
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop recording for good, loudly. Requests go on."""

@@ -54,12 +54,18 @@ class ForwardPlan:
     graph: bool = False  # whether the forward was replayed from a graph
     kept: dict[str, Any] = field(default_factory=dict)  # see Commit
     telemetry: Any = None
+    measuring: Any = None  # telemetry that is on its way from the device (capture/device_telemetry.py)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
     def tokens(self) -> int:
         return sum(self.ends) - sum(self.starts)
+
+    @property
+    def travelling(self) -> list[Any]:
+        """What is on its way from the device."""
+        return [x for x in (self.snapshot, self.measuring) if x is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,8 @@ class Recorder:
         plan.discarded.update(retracted)
         if plan.snapshot is not None:
             plan.rows = plan.snapshot.finish()
+        if plan.measuring is not None:
+            plan.telemetry = plan.measuring.finish()
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
         commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)

@@ -1,16 +1,18 @@
 """Cases of test_attention_kernel.py, run in Triton's interpreter, which has to be chosen before Triton is imported.
 
-Prints one JSON object a case: the largest absolute differences from `study.attention` and `study.telemetry`.
+Prints one JSON object for the kernel and each case, and for its counterpart in PyTorch: the largest absolute
+differences from `study.attention` and `study.telemetry`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from sglang_probe.capture.attention_kernel import attention_summary
+from sglang_probe.capture import attention_kernel, attention_reference
 from sglang_probe.study.attention import AttentionSpec, attention_weights
 from sglang_probe.study.telemetry import entropy, mass_by_region, top_positions
 
@@ -44,7 +46,7 @@ CASES = [
 ]
 
 
-def run(case: Case) -> dict[str, float | str | bool]:
+def run(case: Case, by: str, attention_summary: Any) -> dict[str, float | str | bool]:
     generator = torch.Generator().manual_seed(len(case.name))
     b, longest, slots = len(case.lengths), max(case.lengths), sum(case.lengths) + 50
     pool = torch.randn(slots, case.kv_heads, case.dim, generator=generator).to(case.dtype)
@@ -61,6 +63,7 @@ def run(case: Case) -> dict[str, float | str | bool]:
     # sinks, system, rest of the prompt, generated (nothing in the first request)
     ends = torch.tensor([[4, n // 3, n if i == 0 else n - n // 4, n] for i, n in enumerate(case.lengths)])
     ends = ends.minimum(torch.tensor(case.lengths)[:, None]).cummax(1).values
+    first = [max(1, n - n // 4 - i) for i, n in enumerate(case.lengths)]
     got = attention_summary(
         q,
         pool,
@@ -72,9 +75,11 @@ def run(case: Case) -> dict[str, float | str | bool]:
         top_k=case.top_k,
         softcap=case.softcap or 0.0,
         sliding_window=case.window or 0,
+        first_B=torch.tensor(first),
+        longest=max(first) + 2,
     )
     spec = AttentionSpec(case.dim**-0.5, case.softcap, case.window)
-    worst = {"mass": 0.0, "entropy": 0.0, "without_sinks": 0.0, "weights": 0.0}
+    worst = {"mass": 0.0, "entropy": 0.0, "without_sinks": 0.0, "weights": 0.0, "first": 0.0}
     same_positions = True
     for i, n in enumerate(case.lengths):
         weights_GRNJ = attention_weights(q[i : i + 1], pool[table[i, :n].long()], spec, first=n - 1)
@@ -89,16 +94,22 @@ def run(case: Case) -> dict[str, float | str | bool]:
             reference = entropy(a, n - 1, sinks=int(ends[i, 0])).support.log()[:, 0]
             difference = got.entropy(without=[0])[i] - reference
             worst["without_sinks"] = max(worst["without_sinks"], float(difference.abs().max()))
-        first = max(0, n - case.window) if case.window else 0
-        k = min(case.top_k, n - first)
+        assert torch.isneginf(got.first_logits[i, :, first[i] :]).all()
+        whole = a[:, 0, : first[i]]
+        if float(whole.sum(-1).min()) > 1e-6:
+            difference = torch.softmax(got.first_logits[i, :, : first[i]], -1) - whole / whole.sum(-1, keepdim=True)
+            worst["first"] = max(worst["first"], float(difference.abs().max()))
+        oldest = max(0, n - case.window) if case.window else 0
+        k = min(case.top_k, n - oldest)
         positions, values = top_positions(a[:, 0], k)
         same_positions &= got.top_positions[i, :, :k].tolist() == positions.tolist()
         same_positions &= bool((got.top_positions[i, :, k:] == -1).all())
         worst["weights"] = max(worst["weights"], float((got.top_weights[i, :, :k] - values).abs().max()))
         assert not got.top_weights[i, :, k:].any()
-    return {"name": case.name, "same_positions": same_positions, **worst}
+    return {"name": case.name, "by": by, "same_positions": same_positions, **worst}
 
 
 if __name__ == "__main__":
     for case in CASES:
-        print(json.dumps(run(case)), flush=True)
+        for by, function in (("kernel", attention_kernel), ("reference", attention_reference)):
+            print(json.dumps(run(case, by, function.attention_summary)), flush=True)

@@ -78,8 +78,8 @@ def test_a_replay_gives_the_rows_of_its_own_batch_without_the_padding(real: int)
         taps.arm()
         graph.replay(batch(real, first))
         snapshot = taps.snapshot(real, replayed=True)
-        assert snapshot._device_rows is not None
-        assert len(snapshot._device_rows) == real  # nothing of the padding is even copied
+        assert snapshot._on_device is not None
+        assert len(snapshot._on_device) == real  # nothing of the padding is even copied
         assert_rows(arrived(snapshot), batch(real, first))
     assert model.hooks_run == hooks_run
 
@@ -210,8 +210,8 @@ def test_tokens_that_no_hook_point_keeps_stay_on_the_device(others: list[int]) -
     taps.arm()
     graph.replay(batch(7, 0.0))
     snapshot = taps.snapshot(7, replayed=True, kept=kept)
-    assert snapshot._device_rows is not None
-    assert len(snapshot._device_rows) == len({0, 3, 5, *others})  # the first shows that the taps were written
+    assert snapshot._on_device is not None
+    assert len(snapshot._on_device) == len({0, 3, 5, *others})  # the first shows that the taps were written
     rows = arrived(snapshot)
     assert set(rows) == {"early", "late"} if others else {"early"}
     for name, x in rows.items():

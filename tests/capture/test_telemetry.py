@@ -95,13 +95,18 @@ def test_numbers_are_those_of_the_definitions_while_requests_come_and_go(every: 
     assert compared > 900
 
 
+def past(memory: Memory, places: np.ndarray, prompt: int) -> torch.Tensor:
+    """Of the only layer, one head."""
+    return memory.past(0, places, torch.from_numpy(places), torch.tensor(memory.fresh, dtype=torch.int64), 1, prompt)
+
+
 def test_a_step_measured_again_after_a_retraction_has_no_jump() -> None:
     """Its own first measurement has taken the place of the oldest step before it: absent, not wrong."""
     memory = Memory(1, 3)
     places = memory.places(["a"])
     for step in range(5):
         assert memory.complete(places, np.array([step])).item() == (step >= 3)
-        memory.past(0, places, 1, 4, CPU)
+        past(memory, places, 4)
         memory.kept(places, np.array([step]))
     assert not memory.complete(places, np.array([4])).item()
     assert memory.complete(places, np.array([5])).item()
@@ -110,15 +115,15 @@ def test_a_step_measured_again_after_a_retraction_has_no_jump() -> None:
 def test_what_an_ended_request_left_is_not_the_next_ones_past() -> None:
     memory = Memory(1, 2)
     at = memory.places(["a"])
-    memory.past(0, at, 1, 8, CPU)
+    past(memory, at, 8)
     memory.keep(0, torch.from_numpy(at * 2), torch.ones(1, 1, 8))
     memory.kept(at, np.array([0]))
-    assert memory.past(0, at, 1, 8, CPU).sum() == 8
+    assert past(memory, at, 8).sum() == 8
     memory.end("a")
     again = memory.places(["b"])
     assert again.tolist() == at.tolist()
     assert not memory.complete(again, np.array([2])).item()
-    assert memory.past(0, again, 1, 8, CPU).sum() == 0
+    assert past(memory, again, 8).sum() == 0
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 40, 257, 1000])

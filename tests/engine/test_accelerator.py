@@ -23,11 +23,14 @@ from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
 from sglang_probe.study.reference import reference_errors
 from tests.attack.outcome import attack
+from tests.engine.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("accelerator rows")]
 ROOT = Path(__file__).parents[2]
 MODEL = shipped("models/probe-text/checkpoint")
 POINTS = ["hook_embed", "blocks.3.hook_resid_post", *(f"blocks.3.{s}" for s in ATTENTION)]
+MEASURED = ["blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k"]
+"""Captured in order to compute the telemetry again."""
 
 
 def watching(folder: Path) -> dict[str, str]:
@@ -46,7 +49,8 @@ def folder(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pyt
         accelerator="unproved",
         replicates=1,
         workload={"requests_per_family": 3},
-        hook_points=POINTS,
+        hook_points=[*POINTS, *MEASURED],
+        telemetry={"layers": [0, 3], "every": 2, "memory": 3},
         sampling={"max_new_tokens": 16, "temperature": 1.0},
         server={"chunked_prefill_size": 128, "enable_mixed_chunk": True},
     )
@@ -67,9 +71,21 @@ def test_every_row_is_of_the_position_that_the_ledger_says(runs: dict[str, Run])
         assert [str(c) for c in verify(run) if not c.holds] == []
         assert (run.forwards()["mode"] == "mixed").any()
         errors = reference_errors(run, str(MODEL), requests=6)
-        assert set(errors) == set(POINTS)
-        assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
+        assert set(errors) == {*POINTS, *MEASURED}
+        assert sum(len(e) for e in errors.values()) == run.row_count() * (len(POINTS) + len(MEASURED))
         assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+def test_telemetry_that_is_never_waited_for_is_that_of_captured_rows(runs: dict[str, Run], tmp_path: Path) -> None:
+    """Requests come and go, decode steps lie in mixed batches, and the second recording forgets the first's past."""
+    for name, run in runs.items():
+        worst = telemetry_differences(run, tmp_path / f"{name}.parquet")
+        assert min(worst.loc["jump", "values"], worst.loc["top_weights", "values"]) > 100
+        assert worst.loc["support", "max"] < 1e-4
+        assert worst["max"].drop(["support", SHARE]).max() < 1e-5, worst
+        assert worst.loc[SHARE, "max"] < 0.01
+        measured = run.telemetry_table()["forward_id"].unique()
+        assert set(run.forwards().set_index("forward_id").loc[measured, "mode"]) == {"decode", "mixed"}
 
 
 def test_every_forward_says_whether_it_was_replayed(runs: dict[str, Run]) -> None:
@@ -90,9 +106,10 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
     watched = json.loads((folder.parent / "watched.json").read_text())
     assert {run.manifest.get("fault") for run in runs.values()} == {None}
     forwards = sum(len(run.forwards()) for run in runs.values())
-    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_send", "_copy", "_arrived"):
+    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_measure", "_send", "_copy", "_arrived"):
         assert watched[name] >= forwards, name
-    for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding"):
+    query = "AcceleratorTelemetry._query_hook.<locals>.write_query"
+    for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding", query):
         assert watched[name] > 0, name
 
 

@@ -20,7 +20,7 @@ def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(UnsupportedError, match=r"`cuda` has not been run on a GPU(.|\n)*accelerator: unproved"):
         accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
-    accelerator.check_device("cuda", "unproved")
+    accelerator.check_device("cuda", "unproved")  # with telemetry or without
     accelerator.check_device("cpu", "refused")
 
 
@@ -51,7 +51,7 @@ def test_a_release_without_the_channel_is_refused(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
-    running = session.Session(EngineProbeConfig(run=tmp_path))
+    running = session.Session(EngineProbeConfig(run=tmp_path, accelerator="unproved"))
     monkeypatch.setattr(running, "recorder", object())
     monkeypatch.setattr(session, "session", running)
     running.taps = running.graph_taps = GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu")

@@ -106,7 +106,7 @@ def register() -> None:
         for function in vars(module).values():  # for what has been
             if getattr(getattr(function, "__wrapped__", None), "__module__", None) == module.__name__:
                 _watch_decorated(function)
-    _rows_may_be_read_once_sent()
+    _what_was_sent_may_be_read()
     if "SIMULATED_REPLAY" in os.environ:
         simulate_replay()
     report = Path(os.environ["NO_DEVICE_READS"])
@@ -119,17 +119,17 @@ def register() -> None:
     session.Session.close = close_and_report  # type: ignore[method-assign]
 
 
-def _rows_may_be_read_once_sent() -> None:
-    """On a GPU they are another tensor then, in host memory."""
-    from sglang_probe.capture.graph_taps import Snapshot
+def _what_was_sent_may_be_read() -> None:
+    """On a GPU it is another tensor then, in host memory."""
+    from sglang_probe.capture.transfer import Transfer
 
-    send = Snapshot.send
+    send = Transfer.send
 
-    def send_and_mark(snapshot: Any, copy: Any) -> None:
-        send(snapshot, copy)
-        snapshot._host_rows.from_host = True
+    def send_and_mark(transfer: Any, copy: Any) -> None:
+        send(transfer, copy)
+        transfer._on_host.from_host = True
 
-    Snapshot.send = send_and_mark  # type: ignore[method-assign]
+    Transfer.send = send_and_mark  # type: ignore[method-assign]
 
 
 def simulate_replay() -> None:
@@ -140,11 +140,13 @@ def simulate_replay() -> None:
     from sglang_probe.hooks import session
 
     def replayed(output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> Any:
-        taps = session.session.graph_taps if session.session is not None else None
-        if taps is not None and forward_batch.forward_mode.is_decode():
+        running = session.session
+        if running is not None and running.graph_taps is not None and forward_batch.forward_mode.is_decode():
             output.can_run_graph = True
-            taps._written = dict.fromkeys(taps.columns, -1)
-            taps.buffer[forward_batch.batch_size :].fill_(7)
+            for taps in (running.graph_taps, getattr(running.telemetry, "taps", None)):
+                if taps is not None:
+                    taps._written = dict.fromkeys(taps.columns, -1)
+                    taps.buffer[forward_batch.batch_size :].fill_(7)
         return output
 
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner._forward_raw", replayed, HookType.AFTER)
@@ -158,6 +160,6 @@ def _watch_decorated(function: Any) -> None:
     """Put the watched observation into a guard's closure."""
     if function.__wrapped__.__name__ in ALLOWED:
         return
-    for cell in function.__closure__ or ():
+    for cell in getattr(function, "__closure__", None) or ():
         if cell.cell_contents is function.__wrapped__:
             cell.cell_contents = without_reads(function.__wrapped__)
