@@ -15,6 +15,7 @@ import yaml
 from sglang_probe.hooks.inventory import load_inventory
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+ENGINE_TESTS = "tests/engine/"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,12 +26,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{', '.join(missing)}: not reviewed on this release")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start engines run one behind another in one worker, which keeps their shared fixtures (`--dist
-    loadgroup`); the other worker runs the rest meanwhile."""
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group("engine"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`: tests that start engines run one behind another in one worker, where they share fixtures; the other
+    worker runs the rest meanwhile, file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EnginesTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return ENGINE_TESTS if nodeid.startswith(ENGINE_TESTS) else nodeid.split("::")[0]
+
+    return EnginesTogether(config, log)
 
 
 @pytest.fixture(scope="session")
