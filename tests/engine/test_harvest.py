@@ -97,6 +97,7 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     assert {p.session for p in run.parts()} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, tmp_path: Path, cli: Callable) -> None:
     """The first arm is killed on the way; its interrupted requests must not count twice, nor block the comparison."""
     path = tmp_path / "experiment"
