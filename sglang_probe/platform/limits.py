@@ -13,6 +13,8 @@ PROBE_TORCH = "probe_torch"
 
 _ATTENTION = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
+_RANKS = ("tp_size", "dp_size")
+
 _WITHOUT_GPU: dict[str, tuple[tuple[object, ...], str]] = {
     # server argument: (values that are fine, why no other is)
     "enable_deterministic_inference": ((None, False), "SGLang's batch-invariant operators are GPU kernels"),
@@ -31,6 +33,9 @@ def refuse_without_gpu(server: Mapping[str, Any]) -> None:
     backends = release().cpu_attention
     why = f"the reference platform has PyTorch's attention only ({', '.join(backends)})"
     attention = dict.fromkeys(_ATTENTION, ((None, *backends), why))
-    for name, (fine, why) in {**_WITHOUT_GPU, **attention}.items():
+    ranks: dict[str, tuple[tuple[object, ...], str]] = {}
+    if not release().cpu_ranks:
+        ranks = dict.fromkeys(_RANKS, ((None, 1), f"SGLang {release().version} starts one rank without an accelerator"))
+    for name, (fine, why) in {**_WITHOUT_GPU, **attention, **ranks}.items():
         if name in server and server[name] not in fine:
             raise UnsupportedError(f"`{name}: {server[name]}` cannot run on this machine: {why}")

@@ -25,6 +25,9 @@ class Release(ABC):
     cpu_attention: ClassVar[tuple[str, ...]]
     """Attention backends of that platform, the default of a harvest first."""
 
+    cpu_ranks: ClassVar[bool]
+    """Whether several tensor- or data-parallel ranks start on that platform."""
+
     overshoots_at_length: ClassVar[bool]
     """Whether overlap scheduling computes one step behind a finish by length too, and not by a stop alone."""
 

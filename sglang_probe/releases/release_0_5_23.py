@@ -24,6 +24,7 @@ class Adapter(Release):
     tree = _TREE
     cpu_platform = "sglang_probe.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
+    cpu_ranks = True
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`
     namespace_fields = ("extra_key", "cache_salt")
     refused = MappingProxyType({"enable_unified_cache_external_linker": (False, "an external KV store")})

@@ -11,10 +11,14 @@ import pytest
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.run import Run, load_run
 from sglang_probe.ledger.verify import verify
+from sglang_probe.releases import release
 from sglang_probe.study.reference import reference_errors
 from tests.engine.live_server import MODEL, LiveServer
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not release().cpu_ranks, reason="this release starts one rank without an accelerator"),
+]
 
 HOOK_POINTS = ["hook_embed", "blocks.0.hook_resid_post", "blocks.3.hook_resid_post"]
 BINDING = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

@@ -52,7 +52,8 @@ def test_every_invariant_holds_and_kept_rows_are_the_models(run: Run) -> None:
     checks = {c.name: c for c in verify(run)}
     assert [str(c) for c in checks.values() if not c.holds] == []
     assert checks["selection"].covered > run.row_count()
-    assert checks["telemetry"].covered == (run.requests()["output_len"] - 1).sum()
+    overshoot = (run.spans()["phase"] == "overshoot").sum()  # a step too many, on releases that compute one
+    assert checks["telemetry"].covered == (run.requests()["output_len"] - 1).sum() + overshoot
     errors = reference_errors(run, str(MODEL), requests=10)
     assert max(float(e.max()) for e in errors.values()) < 5e-2
     assert len(errors[KEYS]) == run.row_count() > len(errors[QUERIES]) > 10 * len(errors[RESID]) > 0
