@@ -23,9 +23,7 @@ class Adapter(Release):
     tree = _TREE
     cpu_platform = "sglang_probe.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention = ("torch_native",)
-    cpu_ranks = (
-        False  # tensor parallelism asks for NCCL (`parallel_state.py`), data parallelism for bindings of one rank
-    )
+    cpu_ranks = False  # tensor parallelism asks for NCCL (`parallel_state.py`), data parallelism for one rank's cores
     overshoots_at_length = True
     namespace_fields = ("extra_key",)  # OpenAI's `cache_salt` is put in front of it
     refused = MappingProxyType(
