@@ -34,6 +34,16 @@ REFUSED = (
     {"enable_session_radix_cache": True},
 )
 """Server arguments that the probe must refuse by name, whatever else is set."""
+TIGHT = {
+    "page_size": 1,
+    "chunked_prefill_size": 64,
+    "max_total_tokens": 1024,
+    "enable_mixed_chunk": True,
+    "radix_eviction_policy": "lfu",
+    "schedule_policy": "lpm",
+    "schedule_conservativeness": 0.3,
+}
+"""Engine options with which little traffic reaches most paths; a random configuration may miss the one in question."""
 
 
 @dataclass(frozen=True)

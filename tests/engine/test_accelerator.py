@@ -23,6 +23,7 @@ from sglang_probe.ledger.verify import verify
 from sglang_probe.paths import shipped
 from sglang_probe.study.reference import reference_errors
 from tests.attack.outcome import attack
+from tests.attack.plan import TIGHT
 from tests.engine.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("accelerator rows")]
@@ -113,15 +114,6 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
         assert watched[name] > 0, name
 
 
-TIGHT = {
-    "page_size": 1,
-    "chunked_prefill_size": 64,
-    "max_total_tokens": 1024,
-    "enable_mixed_chunk": True,
-    "radix_eviction_policy": "lfu",
-    "schedule_policy": "lpm",
-    "schedule_conservativeness": 0.3,
-}
 PLAN = {
     "server": TIGHT,
     "env": {},

@@ -12,19 +12,10 @@ from typing import Any
 import pytest
 
 from tests.attack.outcome import Outcome, attack
+from tests.attack.plan import TIGHT
 
 pytestmark = pytest.mark.engine
 
-TIGHT = {
-    "page_size": 1,
-    "chunked_prefill_size": 64,
-    "max_total_tokens": 1024,
-    "enable_mixed_chunk": True,
-    "radix_eviction_policy": "lfu",
-    "schedule_policy": "lpm",
-    "schedule_conservativeness": 0.3,
-}
-"""Engine options with which little traffic reaches most paths; a random configuration may miss the one in question."""
 CALM = {
     "cache": "on",
     "bypass": False,
