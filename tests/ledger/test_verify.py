@@ -16,7 +16,7 @@ from sglang_probe.capture import journal
 from sglang_probe.ledger import schema
 from sglang_probe.ledger.ownership import hash_rows, write_oracle
 from sglang_probe.ledger.run import Run
-from sglang_probe.ledger.verify import verify
+from sglang_probe.ledger.verify import spans_tile, verify
 from tests.ledger.conftest import EMBEDDING
 
 
@@ -217,3 +217,25 @@ def _rewrite(path: Path, name: str, table: pa.Table) -> None:
     part.files[name] = journal.write_durably(path / name, lambda p: pq.write_table(table, p))
     (path / journal.NAME).unlink()
     journal.append(path, part)
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "violation"),
+    [
+        ("recompute", "abort", None),
+        ("recompute", "length", "a: spans end at 9, expected 8"),
+        ("prefill", "abort", "a: spans end at 9, expected 8"),
+    ],
+)
+def test_an_abort_behind_a_recompute_leaves_the_last_sampled_token_with_an_entry(
+    make_run: Callable[..., Run], phase: str, reason: str, violation: str | None
+) -> None:
+    """Found by attack, seed 121: retracted, computed again up to its last token, and dropped before the next one."""
+    run = make_run()
+    spans, requests = run.last_attempt(), run.requests(interrupted=True)
+    last = spans.index[(spans["rid"] == "a") & (spans["end"] == 8)]
+    spans.loc[last, ["end", "phase"]] = [9, phase]
+    requests.loc[requests["rid"] == "a", "finish_reason"] = reason
+    run.last_attempt = lambda: spans  # type: ignore[method-assign]
+    run.requests = lambda **_: requests  # type: ignore[method-assign]
+    assert spans_tile(run).violation == violation
