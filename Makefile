@@ -56,11 +56,11 @@ define install # environment, constraints, what
 	@touch $@
 endef
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,$(NEWEST_NEEDS))
+$(VENV)/.ready: pyproject.toml constraints/0.5.23.txt
+	$(call install,$(VENV),constraints/0.5.23.txt,$(NEWEST_NEEDS))
 
-$(OLDER)/.ready: pyproject.toml constraints-0.5.17.txt
-	$(call install,$(OLDER),constraints-0.5.17.txt,$(OLDER_NEEDS))
+$(OLDER)/.ready: pyproject.toml constraints/0.5.17.txt
+	$(call install,$(OLDER),constraints/0.5.17.txt,$(OLDER_NEEDS))
 
 clean:
 	rm -rf $(VENV) $(OLDER) .cache runs

@@ -25,10 +25,10 @@ import torch
 from overhead import scheduler_process
 from page import machine, write_section
 
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.harvest.engine import ProbedEngine
-from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.kept_set import Kept, write_kept
 from sglang_probe.paths import shipped
-from sglang_probe.study.eviction.kept import Kept, write_kept
 
 STOCK, NONE = "stock `torch_native`", "ours, no eviction"
 BUDGETS = {"ours, 100 %": 1.0, "ours, 50 %": 0.5, "ours, 50 % uneven": 0.5, "ours, 12.5 %": 0.125}

@@ -35,11 +35,11 @@ from typing import Any
 import torch
 import yaml
 
-from sglang_probe.capture import journal
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.harvest.engine import default_server_args
-from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.ledger.run import load_run
 from sglang_probe.paths import shipped
+from sglang_probe.run import journal
+from sglang_probe.run.run import load_run
 
 NO_GPU = (
     "bench-gpu needs an NVIDIA GPU that PyTorch can use, and this machine has none; nothing was run. "
@@ -246,10 +246,10 @@ def _copy_rate() -> float | None:
 def kernel(bench: Bench) -> dict[str, Any]:
     """32 requests of 4,096 keys, four sampled heads, a 1 B shape."""
     if bench.rehearse:
-        return {"skipped": "the compiled kernel needs a GPU; tests/capture/test_attention_kernel.py interprets it"}
-    from sglang_probe.capture.attention_kernel import attention_summary
-    from sglang_probe.study.attention import AttentionSpec, attention_weights
-    from sglang_probe.study.telemetry import entropy, mass_by_region
+        return {"skipped": "the compiled kernel needs a GPU; test_attention_kernel.py interprets it"}
+    from sglang_probe.attention.telemetry import entropy, mass_by_region
+    from sglang_probe.attention.weights import AttentionSpec, attention_weights
+    from sglang_probe.engine.capture.attention_kernel import attention_summary
 
     b, n, heads, kv_heads, dim = 32, 4096, 32, 8, 64
     torch.manual_seed(0)

@@ -19,9 +19,9 @@ import torch
 from eviction import BUDGETS, CONCURRENT, KV_HEADS, LAYERS, NONE, PROMPTS, STOCK, kept_set
 from page import machine
 
-from sglang_probe.hooks import session as probe
-from sglang_probe.hooks.eviction import EvictedRow
-from sglang_probe.platform.environment import prepare_this_process
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
+from sglang_probe.engine.platform.environment import prepare_this_process
 
 HEADS, DIM, POOL, STEPS = 8, 32, 65536, 64
 
@@ -30,7 +30,7 @@ def run_round(dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of one decode step, all layers, by mode."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    from sglang_probe.platform.attention import ProbeTorchBackend
+    from sglang_probe.engine.platform.attention import ProbeTorchBackend
 
     table = torch.zeros(CONCURRENT, 1024, dtype=torch.int32)
     free = torch.arange(POOL).int()

@@ -34,10 +34,10 @@ from typing import Any
 import psutil
 from page import machine, write_section
 
-from sglang_probe.capture import journal
-from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.platform.environment import prepare_this_process
 from sglang_probe.paths import shipped
-from sglang_probe.platform.environment import prepare_this_process
+from sglang_probe.run import journal
 
 HOOK_POINTS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
 QUERIES, KEYS = ([f"blocks.{i}.attn.{site}" for i in range(4)] for site in ("hook_rot_q", "hook_rot_k"))

@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sglang_probe.capture import journal
-from sglang_probe.ledger import schema
-from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE
+from sglang_probe.run import journal, schema
+from sglang_probe.run.run import MANIFEST, REQUESTS_FILE
 
 TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
 VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`

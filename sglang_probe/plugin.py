@@ -22,8 +22,8 @@ def register() -> None:
     path = os.environ.get(CONFIG_VARIABLE)
     if not path:
         return
+    from sglang_probe.engine.hooks import install
     from sglang_probe.errors import ProbeError
-    from sglang_probe.hooks import install
 
     try:
         install.install(path)
@@ -35,8 +35,8 @@ def activate_cpu_platform() -> str | None:
     """Platform plugin: name the CPU reference platform where no accelerator is present, else None."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None  # the user asked for SGLang's own CPU platform
-    from sglang_probe.platform.environment import accelerator_present, set_process_defaults
-    from sglang_probe.releases import release
+    from sglang_probe.engine.platform.environment import accelerator_present, set_process_defaults
+    from sglang_probe.engine.releases import release
 
     if accelerator_present():
         return None

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from sglang_probe.hooks.inventory import load_inventory
+from sglang_probe.engine.hooks.inventory import load_inventory
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-ENGINE_TESTS = "tests/engine/"
+ENGINE_TESTS = "tests/end_to_end/"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.session import Hooks, harvest
+from sglang_probe.harvest.recording import Hooks, harvest
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.facts import TASKS
 from sglang_probe.workload.request import Request

@@ -6,7 +6,14 @@ import sys
 
 import typer
 
-from sglang_probe.cli import ab, coverage, doctor, evict, factorial, harvest, lossless, phase, query_drift, verify
+from sglang_probe.cli import doctor, harvest, verify
+from sglang_probe.studies.ab import command as ab
+from sglang_probe.studies.ab import lossless_command as lossless
+from sglang_probe.studies.coverage import command as coverage
+from sglang_probe.studies.evict import command as evict
+from sglang_probe.studies.factorial import command as factorial
+from sglang_probe.studies.phase import command as phase
+from sglang_probe.studies.query_drift import command as query_drift
 
 app = typer.Typer(
     name="sglang-probe",

@@ -20,9 +20,9 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from sglang_probe.hooks import inventory
+    from sglang_probe.engine.hooks import inventory
+    from sglang_probe.engine.platform.environment import accelerator_present
     from sglang_probe.paths import shipped
-    from sglang_probe.platform.environment import accelerator_present
 
     console = Console()
     version = inventory.installed_version()

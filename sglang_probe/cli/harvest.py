@@ -28,8 +28,8 @@ def command(
     from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.harvest.session import harvest
-    from sglang_probe.study.coverage import coverage_by_segment
+    from sglang_probe.harvest.recording import harvest
+    from sglang_probe.studies.coverage.prompts import coverage_by_segment
 
     console = Console()
     cfg = with_skip_bad(load_config(config, HarvestConfig), skip_bad)

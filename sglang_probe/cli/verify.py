@@ -28,14 +28,14 @@ def command(
 
     from rich.console import Console
 
-    from sglang_probe.ledger.ownership import load_embedding
-    from sglang_probe.ledger.run import load_run
-    from sglang_probe.ledger.verify import verify
+    from sglang_probe.run.run import load_run
+    from sglang_probe.verify.ownership import load_embedding
+    from sglang_probe.verify.verify import verify
 
     opened = load_run(run)
     checks = verify(opened, embedding=load_embedding(model) if model else None)
     if transformers:
-        from sglang_probe.study.reference import check_against_transformers
+        from sglang_probe.verify.reference import check_against_transformers
 
         checks.append(
             check_against_transformers(opened, str(model or opened.manifest["model_path"]), requests=transformers)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from sglang_probe.capture import journal
-from sglang_probe.capture.selection import Selected
 from sglang_probe.errors import LedgerError
-from sglang_probe.ledger.run import Run
-from sglang_probe.study.coverage import coverage_by_segment, study_coverage, totals
-from sglang_probe.study.coverage.words import paragraph
+from sglang_probe.run import journal
+from sglang_probe.run.run import Run
+from sglang_probe.run.selection import Selected
+from sglang_probe.studies.coverage.prompts import coverage_by_segment, totals
+from sglang_probe.studies.coverage.study import study_coverage
+from sglang_probe.studies.coverage.words import paragraph
 
 _CARD = """# {name}
 

@@ -15,12 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sglang_probe.capture import journal
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.harvest.kept import kept_key
-from sglang_probe.ledger import schema
-from sglang_probe.ledger.run import MANIFEST, REQUESTS_FILE, Run
-from sglang_probe.study.eviction.kept import KeptFile
+from sglang_probe.kept_set import KeptFile
+from sglang_probe.run import journal, schema
+from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run
 from sglang_probe.workload.request import Request
 
 CONFIGURATION = (

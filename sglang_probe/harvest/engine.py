@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.control import CLOSE, OPEN
+from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
+from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
-from sglang_probe.hooks.config import EngineProbeConfig
-from sglang_probe.hooks.control import CLOSE, OPEN
-from sglang_probe.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.plugin import CONFIG_VARIABLE
-from sglang_probe.releases import release
 
 PROBE_FILE = "probe.yaml"
 
@@ -226,7 +226,7 @@ class ProbedEngine:
             raise ProbeError(fault_of(self._probe.run) or "the engine refused to close the recording")
 
     def _tell(self, command: str, value: int, timeout: float) -> list[bool]:
-        """Send a command to every data-parallel rank (`sglang_probe.hooks.control`)."""
+        """Send a command to every data-parallel rank (`sglang_probe.engine.hooks.control`)."""
         from sglang.srt.managers.io_struct import SetInternalStateReq
 
         async def tell() -> list[bool]:
@@ -239,7 +239,7 @@ class ProbedEngine:
 
 def fault_of(run: Path) -> str | None:
     """Why the probe stopped recording, if it did."""
-    from sglang_probe.hooks.session import FAULT_FILE
+    from sglang_probe.engine.hooks.session import FAULT_FILE
 
     path = run / FAULT_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None

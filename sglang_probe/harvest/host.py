@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.harvest.engine import ProbedEngine
-from sglang_probe.hooks.config import EngineProbeConfig
 
 
 class EngineHost:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.engine.platform.environment import accelerator_present
+from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.model import Model
-from sglang_probe.platform.environment import accelerator_present
-from sglang_probe.platform.limits import PROBE_TORCH
-from sglang_probe.study.eviction.kept import KeptFile
+from sglang_probe.kept_set import KeptFile
 from sglang_probe.workload.request import Request
 
 KEPT_FILE = "kept.safetensors"

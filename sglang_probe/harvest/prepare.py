@@ -5,16 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from sglang_probe.capture.hook_points import (
-    attention_points,
-    check_architecture,
-    check_hook_points,
-    check_sliding_window,
-    check_tensor_parallel,
-    head_counts,
-)
-from sglang_probe.capture.selection import check_selection, kept_heads
-from sglang_probe.capture.telemetry import layers_of
+from sglang_probe.engine.capture.telemetry import layers_of
+from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.supported import refuse_unsupported
+from sglang_probe.engine.platform.environment import accelerator_present
+from sglang_probe.engine.platform.limits import refuse_without_gpu
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -24,11 +19,16 @@ from sglang_probe.harvest.engine import (
     server_argument_names,
 )
 from sglang_probe.harvest.model import resolve_model
-from sglang_probe.hooks import inventory
-from sglang_probe.hooks.supported import refuse_unsupported
-from sglang_probe.platform.environment import accelerator_present
-from sglang_probe.platform.limits import refuse_without_gpu
 from sglang_probe.policy.arm import Arm
+from sglang_probe.run.hook_points import (
+    attention_points,
+    check_architecture,
+    check_hook_points,
+    check_sliding_window,
+    check_tensor_parallel,
+    head_counts,
+)
+from sglang_probe.run.selection import check_selection, kept_heads
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
 

@@ -13,7 +13,7 @@ class Switches(Config):
     """Settings of a running, idle engine. None: as the engine was started.
 
     Named like the server arguments they stand for. They were changed in a running SGLang 0.5.23 and compared with an
-    engine started with the argument (`tests/engine/test_switches.py`).
+    engine started with the argument (`tests/end_to_end/test_switches.py`).
     """
 
     radix_cache: bool = True

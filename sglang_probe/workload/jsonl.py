@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sglang_probe.axes.axes import AXES
 from sglang_probe.config import Config
-from sglang_probe.workload.classes.axes import AXES
 from sglang_probe.workload.request import SPECIAL, TEMPLATE, Conversation, Label, Segment
 from sglang_probe.workload.sources import FileSource, SourceReport, Text, read_lines
 

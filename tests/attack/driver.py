@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.harvest import session
+from sglang_probe.harvest import recording as session
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.engine import Answer, ProbedEngine, server_argument_choices, server_argument_names
 from sglang_probe.harvest.prepare import Prepared

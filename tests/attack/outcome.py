@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.ledger.run import load_run
-from sglang_probe.ledger.verify import verify
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.verify import verify
 from tests.attack.written import compare
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,8 +11,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_probe.capture.hook_points import EMBED
-from sglang_probe.releases import release
+from sglang_probe.engine.releases import release
+from sglang_probe.run.hook_points import EMBED
 from sglang_probe.workload.request import Request, SegmentSpan
 
 VOCABULARY = 3072

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.ledger import schema
-from sglang_probe.ledger.run import Run
+from sglang_probe.run import schema
+from sglang_probe.run.run import Run
 
 Attempt = tuple[str, int]
 

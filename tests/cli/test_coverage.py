@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from sglang_probe.ledger.run import Run
+from sglang_probe.run.run import Run
 from tests.conftest import Cli
-from tests.study.coverage.conftest import random_traffic, write_run
+from tests.studies.coverage.conftest import random_traffic, write_run
 
 __all__ = ["write_run"]
 

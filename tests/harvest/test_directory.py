@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sglang_probe.capture.writer import Writer
+from sglang_probe.engine.ledger.lineage import Lineage
+from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.harvest.directory import write_requests
-from sglang_probe.ledger import schema
-from sglang_probe.ledger.lineage import Lineage
-from sglang_probe.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
-from sglang_probe.ledger.run import MANIFEST, load_run
-from sglang_probe.ledger.verify import verify
+from sglang_probe.run import schema
+from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.verify.verify import verify
 from sglang_probe.workload.request import Request, SegmentSpan
 
 

@@ -12,7 +12,7 @@ import torch
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.kept import check_backend, check_kept, keep_with_run
 from sglang_probe.harvest.model import Model, resolve_model
-from sglang_probe.study.eviction.kept import Kept, KeptFile, write_kept
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.workload.request import Request, SegmentSpan
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from sglang_probe.config import parse_config
+from sglang_probe.engine.hooks import inventory
 from sglang_probe.errors import InventoryError
 from sglang_probe.harvest.config import HarvestConfig
-from sglang_probe.harvest.evict import prepare
-from sglang_probe.harvest.evict_config import EvictionConfig
-from sglang_probe.harvest.factorial import FactorialConfig, run_factorial
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.session import harvest
-from sglang_probe.hooks import inventory
+from sglang_probe.harvest.recording import harvest
 from sglang_probe.policy.arm import Arm
+from sglang_probe.studies.evict.config import EvictionConfig
+from sglang_probe.studies.evict.runs import prepare
+from sglang_probe.studies.factorial.runs import FactorialConfig, run_factorial
 
 WORKLOAD = {"source": "documents", "count": 2, "chars": 400}
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from sglang_probe.harvest.config import ExperimentConfig
-from sglang_probe.harvest.plan import plan
+from sglang_probe.studies.ab.plan import plan
 
 WORKLOAD = {"source": "shared_prefix", "families": 1, "requests_per_family": 1}
 

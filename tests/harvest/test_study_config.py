@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sglang_probe.config import parse_config
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.config import ExperimentConfig, HarvestConfig, Recording
-from sglang_probe.harvest.factorial import EVICTED, EVICTED_OPTIONS, FactorialConfig, _evicted, _options_text
-from sglang_probe.harvest.phase import PhaseConfig
-from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.studies.factorial.runs import EVICTED, EVICTED_OPTIONS, FactorialConfig, _evicted, _options_text
+from sglang_probe.studies.phase.runs import PhaseConfig
 
 WORKLOAD = {"source": "shared_prefix"}
 

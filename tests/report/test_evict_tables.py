@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sglang_probe.report.evict_tables import budgets_of, by_budget, gap_table, wide
+from sglang_probe.studies.evict.tables import budgets_of, by_budget, gap_table, wide
 
 
 def means() -> pd.DataFrame:

@@ -95,7 +95,7 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_probe.hooks import session as probe
+    from sglang_probe.engine.hooks import session as probe
 
     # Every data-parallel rank is a process of its own, with slots of its own.
     oracle = Oracle(Path(f"{os.environ['SLOT_ORACLE']}.{os.getpid()}.json"))

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.capture.graph_taps import GraphTaps, Snapshot
-from sglang_probe.capture.taps import Taps
-from sglang_probe.hooks import accounting, lineage
-from sglang_probe.hooks import session as probe
-from sglang_probe.ledger import lineage as shadow
-from sglang_probe.ledger.lineage import Lineage
-from sglang_probe.ledger.recorder import Recorder
+from sglang_probe.engine.capture.graph_taps import GraphTaps, Snapshot
+from sglang_probe.engine.capture.taps import Taps
+from sglang_probe.engine.hooks import scheduler as accounting
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks import tree as lineage
+from sglang_probe.engine.ledger import lineage as shadow
+from sglang_probe.engine.ledger.lineage import Lineage
+from sglang_probe.engine.ledger.recorder import Recorder
 
 
 def sabotage(what: str) -> None:

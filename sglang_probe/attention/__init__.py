@@ -1,0 +1,1 @@
+"""Attention from captured queries and keys: weights, rotations, telemetry definitions. On tensors; no engine."""

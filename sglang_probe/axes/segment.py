@@ -1,0 +1,42 @@
+"""Axis `segment`: the part of the prompt that a token came from, as the workload named it. And the user's own labels.
+
+A workload names segments by role or by the key `segment` of a message; the chat template's tokens are `template` and
+`special`. Labels are character spans in the JSONL (`workload/jsonl.py`): an axis of the user's own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_probe.axes.axis import UNKNOWN, Axis
+from sglang_probe.axes.batch import SEGMENT, Array, Batch
+
+GENERATED = "generated"
+OTHER = "other"
+
+
+class Segment(Axis):
+    """Segments of the prompt, `generated` behind it; `unknown` where a live recording lacks the prompt's length."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(SEGMENT, [*names, GENERATED, UNKNOWN])
+
+    def labels(self, batch: Batch) -> Array:
+        """See `Axis`."""
+        generated, unknown = len(self.classes) - 2, len(self.classes) - 1
+        codes = batch.paint(SEGMENT, unknown)
+        gaps = codes == unknown
+        if gaps.any():
+            codes[gaps & (batch.depth >= 0) & batch.each(batch.prompt_len >= 0)] = generated
+        return codes
+
+
+class Labelled(Axis):
+    """An axis that the workload labelled by character spans; positions without a label are `other`."""
+
+    def __init__(self, name: str, names: tuple[str, ...]) -> None:
+        super().__init__(name, [*names, OTHER])
+
+    def labels(self, batch: Batch) -> Array:
+        """See `Axis`."""
+        return batch.paint(self.name, len(self.classes) - 1).astype(np.uint16, copy=False)

@@ -1,0 +1,103 @@
+"""What the probe does inside the engine: the YAML that `SGLANG_PROBE` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sglang_probe.config import Config
+from sglang_probe.engine.capture.telemetry import TelemetryConfig
+from sglang_probe.engine.live.config import LiveConfig
+from sglang_probe.errors import ConfigError
+from sglang_probe.policy.switches import Switches
+from sglang_probe.run.hook_points import attention_points, parse_hook_point
+from sglang_probe.run.selection import RowsConfig, check_selection
+
+
+class EngineProbeConfig(Config):
+    """Configuration of one engine process.
+
+    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
+    fields are set by `sglang-probe harvest`.
+    """
+
+    run: Path
+    hook_points: list[str] = Field(default_factory=list)
+    accelerator: Literal["refused", "unproved"] = "refused"
+    """`unproved`: capture rows on a GPU too, inside its graphs. That has been tested by simulation only (docs/gpu.md).
+    On a CPU the same path is taken, without graphs, for tests."""
+    rows: RowsConfig = RowsConfig()
+    """Which positions and heads of them; by default all."""
+    telemetry: TelemetryConfig | None = None
+    """Attention statistics of decode steps; absent: none."""
+    live: LiveConfig | None = None
+    """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
+    session: int = 0
+    """Number of this engine within the run; a resumed run goes on behind what is on disk."""
+    checkpoint_seconds: float = 20.0
+    """Longest time between two durable parts while forwards run."""
+    forced_outputs: bool = False
+    """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
+    bypass: bool = False
+    """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
+    positions: bool = False
+    """Honour `sampling_params.custom_params.probe.positions`: RoPE positions apart from sequence positions. Requests
+    that ask for them read the radix cache up to there and never write it."""
+    evictions: bool = False
+    """Honour `sampling_params.custom_params.probe.evict`: requests that attend to a kept set. Implies `bypass`."""
+    kept: Path | None = None
+    """The kept sets that requests of this recording may name (`sglang_probe.kept_set`)."""
+    switches: Switches = Switches()
+    """What is set in the running engine before this recording begins."""
+    ignore_interrupt: bool = False
+    """Leave Ctrl-C to the process that started the engine, so that it can close the run first."""
+
+    @field_validator("hook_points")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            parse_hook_point(name)
+        return names
+
+    @model_validator(mode="after")
+    def _fits(self) -> EngineProbeConfig:
+        if self.kept is not None and not self.evictions:
+            raise ValueError("`kept` has no effect without `evictions: true`")
+        if self.kept is not None and self.telemetry is not None:
+            raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
+        try:
+            check_selection(self.rows, self.hook_points)
+        except ConfigError as e:
+            raise ValueError(str(e)) from None
+        if self.live is not None and self.hook_points:
+            if self.live.privacy != "ids":
+                raise ValueError("captured rows can be inverted to text: `hook_points` need `live: {privacy: ids}`")
+            if self.live.when_full == "drop":
+                raise ValueError("rows cannot be dropped: with `hook_points` set `live: {when_full: block}` or nothing")
+        return self
+
+    @property
+    def features(self) -> list[str]:
+        """Features of the patch inventory that this config needs."""
+        features = ["accounting", "control"]
+        if self.hook_points or self.telemetry is not None:
+            features.append("rows")
+        if attention_points(self.hook_points) or self.telemetry is not None:
+            features.append("attention rows")
+        if (self.hook_points or self.telemetry is not None) and self.accelerator == "unproved":
+            features.append("accelerator rows")
+        if self.telemetry is not None:
+            features.append("telemetry")
+        if self.forced_outputs:
+            features.append("forced decoding")
+        if self.bypass or self.positions or self.evictions:
+            features.append("bypass")
+        if self.positions:
+            features.append("positions")
+        if self.evictions:
+            features.append("eviction")
+        if self.live is not None:
+            features.append("live")
+        return features

@@ -1,0 +1,60 @@
+"""Commands to the probe through SGLang's own `/set_internal_state`, which reaches every scheduler process.
+
+Values are numbers. `probe_close` ends the recording and writes everything that is known; `probe_open: n` begins another
+one as `probe-<n>.yaml` says, which lies beside the file that `SGLANG_PROBE` names. The reply is true only if nothing
+failed. SGLang hears the first tensor-parallel rank only, which is the one that records.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.config import load_config
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.plugin import CONFIG_VARIABLE
+
+logger = logging.getLogger("sglang_probe")
+
+CLOSE = "probe_close"
+OPEN = "probe_open"
+KEYS = (CLOSE, OPEN)
+
+
+class Refused(Exception):
+    """A command was not carried out; the message says why, and is logged by SGLang or the adapter."""
+
+
+def carry_out(key: str, value: Any) -> None:
+    """Do what the probe's `key` says. Called by the release's own handler of `/set_internal_state`.
+
+    Raises:
+        Refused: it could not be done.
+    """
+    if key == CLOSE:
+        if probe.active().records and _close() is None:
+            raise Refused("the probe is not recording, or failed; see the scheduler's log")
+        return
+    try:
+        probe.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
+    except Exception as e:
+        logger.exception("sglang-probe could not begin another recording")
+        raise Refused(str(e)) from e
+
+
+def next_config(number: int) -> Path:
+    """Where the configuration of the engine's recording `number` lies."""
+    return Path(os.environ[CONFIG_VARIABLE]).with_name(f"probe-{number}.yaml")
+
+
+@probe.guarded
+def _close() -> bool:
+    session = probe.active()
+    if session.live is not None:  # goes on: the current segment is closed, and nobody waits for the disk here
+        session.live.ask_flush()
+    else:
+        session.close()
+    return True

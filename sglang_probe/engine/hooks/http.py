@@ -1,0 +1,157 @@
+"""`/probe/*` on SGLang's own HTTP server, in the process that serves it.
+
+The routes ask the scheduler process over SGLang's internal-state channel. They are added before SGLang installs its API
+key check (`utils/auth.py`), which covers every route of the application; `POST /probe/flush` takes the admin key where
+there is one, like SGLang's own `/set_internal_state`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.metadata
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from sglang_probe.engine.hooks.control import CLOSE
+from sglang_probe.engine.hooks.instruments.live import STATE_KEY
+from sglang_probe.engine.live.merge import merge_states
+
+logger = logging.getLogger("sglang_probe")
+
+TARGET = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+
+_FLUSH_SECONDS = 30.0
+_COVERAGE = ("positions", "requests", "requests_in_flight", "forwards", "recent")
+
+
+def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs: Any) -> None:
+    """BEFORE `_setup_and_run_http_server`: add the routes. A failure costs the routes, not the server."""
+    try:
+        if server_args.tokenizer_worker_num > 1:
+            logger.warning(
+                "sglang-probe: no /probe endpoints with --tokenizer-worker-num > 1, because SGLang loads no plugins in "
+                "these processes; the recording itself is not affected"
+            )
+            return
+        from sglang.srt.entrypoints.http_server import app
+        from sglang.srt.utils.auth import AuthLevel, auth_level
+
+        endpoints = Endpoints(
+            tokenizer_manager.get_internal_state, _closer(tokenizer_manager), _emptier(tokenizer_manager)
+        )
+        app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
+        app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
+        flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
+        app.add_api_route("/probe/flush", flush, methods=["POST"])
+    except Exception:
+        logger.exception("sglang-probe could not add its endpoints")
+
+
+class Endpoints:
+    """The three routes.
+
+    Args:
+        states: asks every scheduler process for its internal state.
+        close: has every scheduler process close its segment; true for each that agreed.
+        empty: flushes the radix cache once nothing is in flight, if that is so within so many seconds; whether it did.
+    """
+
+    def __init__(
+        self,
+        states: Callable[[], Awaitable[list[dict[str, Any]]]],
+        close: Callable[[], Awaitable[list[bool]]],
+        empty: Callable[[float], Awaitable[bool]],
+    ) -> None:
+        self._states = states
+        self._close = close
+        self._empty = empty
+
+    async def status(self) -> dict[str, Any]:
+        """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
+        state = await self._state()
+        versions = {name: importlib.metadata.version(name) for name in ("sglang-probe", "sglang", "torch")}
+        return {**{k: v for k, v in state.items() if k != "recent"}, "versions": versions}
+
+    async def coverage(self, n: int = 20) -> dict[str, Any]:
+        """`GET /probe/coverage?n=20`: totals by class, and the last `n` requests."""
+        state = await self._state()
+        out = {k: state[k] for k in _COVERAGE if k in state}
+        out["recent"] = out.get("recent", [])[: max(n, 0)]
+        p = state.get("positions", {})
+        prompt = p.get("computed", 0) + p.get("reused", 0)
+        out["prompt_reused_fraction"] = round(p["reused"] / prompt, 6) if prompt else None
+        return out
+
+    async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
+        """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 if the
+        probe has stopped recording, 504 if the disk does not finish in time.
+
+        With `cache` the radix cache is flushed first, so that nothing in the next segment is reused from this one.
+        SGLang does that only while nothing is in flight; `timeout` seconds are waited for such a moment, then the
+        answer is 409 and the segment goes on.
+        """
+        from fastapi.responses import JSONResponse
+
+        if cache and not await self._empty(timeout):
+            reason = "requests are in flight, so SGLang does not flush its cache; the segment goes on"
+            return JSONResponse({"flushed": False, "reason": reason}, status_code=409)
+        if not all(await self._close()):
+            state = await self._state()
+            return JSONResponse({"flushed": False, "reason": state.get("reason")}, status_code=503)
+        states = await self._each()
+        asked = [state["flush"]["asked"] for state in states]
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while any(state["flush"]["done"] < n for state, n in zip(states, asked, strict=True)):
+            state = merge_states(states)
+            if time.monotonic() > deadline or not state["recording"]:
+                return JSONResponse({"flushed": False, "reason": state["reason"] or "timeout"}, status_code=504)
+            await asyncio.sleep(0.05)
+            states = await self._each()
+        closed = [state["flush"]["segment"] for state in states]
+        following = [state["segment"]["path"] for state in states]
+        if len(states) == 1:
+            return {"flushed": True, "segment": closed[0], "next": following[0]}
+        return {"flushed": True, "segments": closed, "next": following}
+
+    async def _state(self) -> dict[str, Any]:
+        return merge_states(await self._each())
+
+    async def _each(self) -> list[dict[str, Any]]:
+        """The state of every data-parallel rank, in their order; they answer in any."""
+        silent = {"recording": False, "reason": "the scheduler process has no probe"}
+        states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
+        return sorted(states, key=lambda state: state.get("dp_rank", 0))
+
+
+def _closer(tokenizer_manager: Any) -> Callable[[], Awaitable[list[bool]]]:
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    async def close() -> list[bool]:
+        return list(await tokenizer_manager.set_internal_state(SetInternalStateReq(server_args={CLOSE: 1})))
+
+    return close
+
+
+def _emptier(tokenizer_manager: Any) -> Callable[[float], Awaitable[bool]]:
+    from sglang.srt.managers.io_struct import FlushCacheReqInput
+
+    async def empty(timeout: float) -> bool:
+        # SGLang's own `flush_cache` looks at the first data-parallel rank's answer only.
+        tokenizer_manager.auto_create_handle_loop()
+        replies = await tokenizer_manager.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout))
+        return all(reply.success for reply in replies)
+
+    return empty
+
+
+def _function(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """SGLang marks the auth level on the endpoint itself, and a bound method takes no attributes."""
+
+    @functools.wraps(method)  # and with it the signature, which names the query parameters
+    async def endpoint(*args: Any, **kwargs: Any) -> Any:
+        return await method(*args, **kwargs)
+
+    return endpoint

@@ -1,0 +1,1 @@
+"""One file an instrument: what the probe can do for a request or a forward pass."""

@@ -1,0 +1,213 @@
+"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel. Not run on a GPU yet.
+
+SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
+`ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
+segments, with attention between them), `managers/auxiliary_output.py` (device tensors that travel with a result:
+copied to pinned memory on the copy stream, waited for with the result, consumed in launch order).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_probe.engine.capture.graph_taps import GraphTaps
+from sglang_probe.engine.capture.transfer import Transfer
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.errors import UnsupportedError
+from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+
+logger = logging.getLogger("sglang_probe")
+
+_CHANNEL = "sglang.srt.managers.auxiliary_output"
+_ROUND = 64
+"""SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
+
+
+def check_device(device: str, accelerator: str) -> None:
+    """Refuse rows and telemetry on a device where they have not been proved, unless the user asked to try.
+
+    Raises:
+        UnsupportedError: says how to try.
+    """
+    if device == "cpu":
+        return
+    if device != "cuda" or torch.version.hip is not None:
+        raise UnsupportedError(
+            f"capturing rows on `{'rocm' if device == 'cuda' else device}` is not supported",
+            fix="remove `hook_points` and `telemetry` to record the ledger alone",
+        )
+    if accelerator != "unproved":
+        raise UnsupportedError(
+            f"capturing rows on `{device}` has not been run on a GPU",
+            fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
+            "--transformers` (docs/gpu.md); or remove `hook_points` and `telemetry` to record the ledger alone",
+        )
+
+
+def check_channel() -> None:
+    """Refuse a release without the channel that rows travel on (it came with 0.5.20).
+
+    Raises:
+        UnsupportedError: names it.
+    """
+    if importlib.util.find_spec(_CHANNEL) is None:
+        raise UnsupportedError(
+            f"this release of SGLang has no `{_CHANNEL}`, on which rows leave an accelerator",
+            fix="remove `hook_points` and `telemetry` to record the ledger alone, or `accelerator: unproved` on a CPU",
+        )
+
+
+def check_server(server_args: Any) -> None:
+    """Refuse what leaves the modules out that our taps are on.
+
+    Raises:
+        UnsupportedError: names the argument.
+    """
+    if getattr(server_args, "enable_nvidia_megakernel", False):
+        raise UnsupportedError(
+            "rows cannot be captured with `enable_nvidia_megakernel`: its decode steps run no module of the model",
+            fix="leave it out, or remove `hook_points` to record the ledger alone",
+        )
+
+
+def graph_taps(
+    runner: Any, hook_points: list[str], heads: dict[str, list[int]], parts: dict[str, torch.Tensor]
+) -> GraphTaps:
+    """Taps for the rows of a loaded model.
+
+    Args:
+        heads: kept heads and their width at hook points whose rows are per head.
+        parts: their columns, where some heads only are kept.
+    """
+    columns = {h: (_width(h, runner.model_config.hidden_size, heads), runner.dtype) for h in hook_points}
+    return make_taps(runner, columns, parts)
+
+
+def make_taps(
+    runner: Any, columns: dict[str, tuple[int, torch.dtype]], parts: dict[str, torch.Tensor] | None = None
+) -> GraphTaps:
+    """Taps with room for the largest shape that will be captured.
+
+    A larger forward is not replayed; the taps give it memory of its own.
+    """
+    from sglang.srt.runtime_context import get_exec
+
+    config = get_exec().graph.cuda_graph_config
+    sizes = [bs for phase in (config.decode, config.prefill) if phase.backend != "disabled" for bs in phase.bs or ()]
+    taps = GraphTaps(
+        columns,
+        capacity=-(-max(sizes, default=1) // _ROUND) * _ROUND,
+        device=runner.device,
+        parts=parts,
+        recording=_recording if runner.device == "cuda" else lambda: False,
+    )
+    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
+    return taps
+
+
+def _width(hook_point: str, hidden: int, heads: dict[str, list[int]]) -> int:
+    if parse_hook_point(hook_point).site in (EMBED, RESID_POST):
+        return hidden
+    count, head_dim = heads[hook_point]
+    return count * head_dim
+
+
+def _recording() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def check_captures(runner: Any) -> None:
+    """Look into every graph that will be captured."""
+    check_channel()
+    runner.capture_tail_hooks.append(_check_captured)
+
+
+def _check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
+    """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap."""
+    session = probe.active()
+    queries = None if session.telemetry is None else session.telemetry.taps
+    for taps in (session.taps, queries):
+        if isinstance(taps, GraphTaps):
+            try:
+                taps.check_recorded(num_tokens)
+            except Exception as e:
+                session.fail("_check_captured", e)
+
+
+def forward_batch_generation(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `TpModelWorker.forward_batch_generation`: send the rows with the result of their forward."""
+    result = original(worker, batch, *args, **kwargs)
+    _send(result)
+    return result
+
+
+@probe.guarded
+def _send(result: Any) -> None:
+    plan = probe.active().current
+    if plan is None or not plan.travelling:
+        return
+    if result.delay_sample_func is None:
+        attach(result, plan.travelling)
+    else:  # sampled behind the previous result, for the sake of its grammar; sampling resets the channel
+        result.delay_sample_func = _sample_then_attach(result, plan.travelling)
+
+
+def _sample_then_attach(result: Any, transfers: list[Transfer]) -> Callable[[], Any]:
+    sample = result.delay_sample_func
+    attach_guarded = probe.guarded(attach)
+
+    def sample_then_attach() -> Any:
+        sampled = sample()
+        attach_guarded(result, transfers)
+        return sampled
+
+    return sample_then_attach
+
+
+def attach(result: Any, transfers: list[Transfer]) -> None:
+    """Add rows and telemetry to what SGLang copies to the host with a `GenerationBatchResult`, beside what others put
+    there."""
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
+    logits = result.logits_output
+    logits.auxiliary_device_output = append_auxiliary_output(logits.auxiliary_device_output, OnDevice(transfers))
+
+
+class OnDevice:
+    """SGLang's `DeviceAuxiliaryOutput`."""
+
+    def __init__(self, transfers: list[Transfer]) -> None:
+        self._transfers = transfers
+
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> OnHost:
+        """Enqueue the copy on the stream that SGLang has made current, behind the forward."""
+        _copy(self._transfers, copy_tensor)
+        return OnHost(self._transfers)
+
+
+class OnHost:
+    """SGLang's `HostAuxiliaryOutput`."""
+
+    def __init__(self, transfers: list[Transfer]) -> None:
+        self._transfers = transfers
+
+    def consume(self, _batch: Any, _commits: Any) -> None:
+        """SGLang has waited for the copy, and has committed the tokens."""
+        _arrived(self._transfers)
+
+
+@probe.guarded
+def _copy(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for transfer in transfers:
+        transfer.send(copy_tensor)
+
+
+@probe.guarded
+def _arrived(transfers: list[Transfer]) -> None:
+    for transfer in transfers:
+        transfer.arrive()

@@ -1,0 +1,226 @@
+"""Launch, commit and finish of forward passes, read from the scheduler's host lists.
+
+SGLang: `managers/scheduler.py` (`run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks.instruments import kept_sets as eviction
+from sglang_probe.engine.hooks.instruments import live as live_server
+from sglang_probe.engine.hooks.instruments.positions import moved_positions
+from sglang_probe.engine.hooks.supported import refuse_unsupported
+from sglang_probe.engine.hooks.tree import refuse_other_trees
+from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
+from sglang_probe.engine.releases import release
+from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.run import schema
+
+
+def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `Scheduler.__init__`: refuse what is not handled, then start recording."""
+    from sglang.srt.runtime_context import get_parallel
+
+    refuse_unsupported(server_args)
+    refuse_other_trees(scheduler.tree_cache)
+    if scheduler.model_config.is_multimodal:
+        raise UnsupportedError(
+            "the accounting is not proved for multimodal models, whose prompts hold positions without a token",
+            fix="use a text model, or run without the probe",
+        )
+    session = probe.active()
+    if session.fault is not None:  # while graphs were captured
+        raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
+    session.attach(
+        scheduler,
+        dp_rank=release().dp_rank(scheduler),
+        # Every tensor-parallel rank sees the same requests and plans; the first records them.
+        records=get_parallel().tp_rank == 0,
+    )
+    if session.records and session.config.live is not None:
+        session.live = live_server.start(session.config, server_args, session.dp_rank)
+    session.open()
+
+
+def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler.run_batch`: note the plan before the forward runs."""
+    _launch(scheduler, batch)
+    result = original(scheduler, batch, *args, **kwargs)
+    _launched(result)
+    return result
+
+
+def process_batch_result(
+    original: Callable[..., Any], scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND `Scheduler.process_batch_result`: commit the forward after the engine has processed its result."""
+    finished_before = {r.rid for r in batch.reqs if r.finished()}
+    retracted = {r.rid for r in batch.reqs if r.is_retracted}
+    value = original(scheduler, batch, result, *args, **kwargs)
+    _commit(batch, result, finished_before, retracted)
+    return value
+
+
+def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER what the scheduler calls for every request that it drops outside a forward's result (`abort_hooks`):
+    waiting, in the middle of its prompt, or retracted for good."""
+    _aborted(req)
+
+
+@probe.guarded
+def _aborted(req: Any) -> None:
+    recorder = probe.active().recorder
+    assert recorder is not None
+    (end,) = live_server.ending([req], [end_of(req, reason="abort")])
+    recorder.abort(end)
+    _forget([end])
+
+
+@probe.guarded
+def _launch(scheduler: Any, batch: Any) -> None:
+    session = probe.active()
+    session.current = session.forced = session.positions = session.evicting = None
+    if not batch.reqs:
+        return
+    plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
+    assert session.recorder is not None
+    _explained(batch.reqs, plan)
+    live_server.named(plan)
+    session.recorder.launch(plan)
+    live_server.launched(batch.reqs, plan)
+    session.current = plan
+    if session.telemetry is not None:
+        session.telemetry.launch(batch.reqs, plan)
+    if session.config.forced_outputs:
+        session.forced = forced_tokens(batch.reqs, plan)
+    if session.config.positions:
+        session.positions = moved_positions(batch.reqs, plan)
+    if session.evictions is not None:
+        session.evicting = eviction.rows_of(session.evictions, batch.reqs, plan)
+
+
+@probe.guarded
+def _launched(result: Any) -> None:
+    session = probe.active()
+    if session.current is not None:
+        session.current.graph = bool(result.can_run_cuda_graph)
+    session.current = session.evicting = None
+
+
+@probe.guarded
+def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[str]) -> None:
+    if not batch.reqs:
+        return
+    finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
+    ended = live_server.ending(finished, [end_of(r) for r in finished])
+    recorder = probe.active().recorder
+    assert recorder is not None
+    recorder.commit(
+        batch.forward_iter,
+        graph=bool(result.can_run_cuda_graph),
+        ended=ended,
+        retracted={live_server.name_of(rid) for rid in retracted},
+    )
+    _forget(ended)
+
+
+def _forget(ended: list[RequestEnd]) -> None:
+    telemetry = probe.active().telemetry
+    if telemetry is not None:
+        for end in ended:
+            telemetry.end(end.rid)
+
+
+def _explained(reqs: list[Any], plan: ForwardPlan) -> None:
+    """A forward that computes more than the scheduler's lists say is not recorded as if it did not.
+
+    Raises:
+        LedgerError: the forward has rows of no request's position, such as those of beams.
+    """
+    beams = [r.rid for r in reqs if release().in_beam(r)]
+    if beams:
+        raise LedgerError(f"request {beams[0]} asks for beam search, whose rows have no position of their own")
+    if plan.tokens != plan.slots:
+        raise LedgerError(
+            f"SGLang allocated {plan.slots} KV slots for a forward pass of {plan.tokens} positions "
+            f"(of {', '.join(plan.rids[:3])})"
+        )
+
+
+def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
+    """The positions that a `ScheduleBatch` is about to compute, from host integers only.
+
+    Extend: `prefix_lens[i] .. prefix_lens[i] + extend_lens[i]`. Decode: the one position that `prepare_for_decode`
+    has just reserved, `committed_len - 1`; `len(output_ids)` would lag one step under overlap scheduling. Mixed:
+    the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
+    """
+    reqs = batch.reqs
+    if batch.forward_mode.is_decode():
+        starts = [release().committed_len(r) - 1 for r in reqs]
+        ends = [s + 1 for s in starts]
+        decoding = [True] * len(reqs)
+    else:
+        starts = list(batch.prefix_lens)
+        ends = [s + n for s, n in zip(starts, batch.extend_lens, strict=True)]
+        prefills = len(reqs) - (len(batch.decoding_reqs) if batch.forward_mode.is_mixed() else 0)
+        decoding = [False] * prefills + [True] * (len(reqs) - prefills)
+    return ForwardPlan(
+        tag=tag,
+        mode="decode" if batch.forward_mode.is_decode() else "mixed" if batch.forward_mode.is_mixed() else "extend",
+        rids=[r.rid for r in reqs],
+        starts=starts,
+        ends=ends,
+        decoding=decoding,
+        attempts=[r.retraction_count for r in reqs],
+        prompt_lens=[len(r.origin_input_ids) for r in reqs],
+        contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
+        slots=batch.out_cache_loc.shape[0],
+        waiting=waiting,
+    )
+
+
+def context_of(req: Any) -> Context:
+    """What identifies a request's prefix in the radix tree (`RadixKey`)."""
+    return Context(req.full_untruncated_fill_ids, release().namespace(req))
+
+
+def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:
+    """Rows of this forward whose sampled token is prescribed, and the tokens. A prescription of None leaves the sample.
+
+    A forward that ends at position `end` samples output number `end - prompt_len`; a prefill chunk before the last
+    ends inside the prompt and its sample is discarded by the engine. A client's list may hold anything: what is not a
+    token leaves the sample too.
+    """
+    rows, tokens = [], []
+    for i, req in enumerate(reqs):
+        params = req.sampling_params.custom_params
+        options = params.get("probe") if isinstance(params, dict) else None
+        force = options.get("force") if isinstance(options, dict) else None
+        if not isinstance(force, list):
+            continue
+        n = plan.ends[i] - plan.prompt_lens[i]
+        if 0 <= n < len(force) and type(force[n]) is int:
+            rows.append(i)
+            tokens.append(force[n])
+    return (rows, tokens) if rows else None
+
+
+def _replaced(req: Any) -> bool:
+    """Whether SGLang refused the request and ran one token in the place of its prompt (`Req.set_finish_with_abort`)."""
+    return len(req.origin_input_ids) == 1 and req.origin_input_ids != req.origin_input_ids_unpadded
+
+
+def end_of(req: Any, reason: str | None = None) -> RequestEnd:
+    """What the engine says of a finished `Req`; `reason` for one that was dropped without a finish reason."""
+    return RequestEnd(
+        rid=req.rid,
+        prompt_len=len(req.origin_input_ids),
+        output_len=len(req.output_ids),
+        cached_tokens=req.cached_tokens,
+        retractions=req.retraction_count,
+        finish_reason=reason or (schema.REFUSED if _replaced(req) else req.finished_reason.to_json()["type"]),
+        output_ids=req.output_ids.tolist(),
+    )

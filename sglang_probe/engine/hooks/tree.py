@@ -1,0 +1,81 @@
+"""What the radix tree takes and gives back, for the lineage.
+
+Where a release publishes is its adapter's to say (`Release.publication_hooks`). 0.5.23 inserts a request's entries
+once, and then a second time only to split the leaf at the end of the prompt; the first insertion says what the tree
+had already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks.instruments import live as live_server
+from sglang_probe.engine.ledger.recorder import Context
+from sglang_probe.engine.releases import release
+from sglang_probe.errors import UnsupportedError
+
+
+def refuse_other_trees(tree: Any) -> None:
+    """Refuse every cache but SGLang's radix tree of full attention: sliding windows and recurrent states live in
+    components of their own, whose entries can be dropped while the prefix stays matched.
+
+    Raises:
+        UnsupportedError: names the cache and its components.
+    """
+    if not release().is_plain_tree(tree):
+        named = ", ".join(sorted(str(getattr(c, "value", c)) for c in getattr(tree, "components", ()))) or "none"
+        raise UnsupportedError(
+            f"the accounting is proved for the radix tree of full attention only; this model's cache is "
+            f"{type(tree).__name__} with components: {named} (sliding-window, mamba or hybrid attention)",
+            fix="use a model whose layers all have full attention, or run without the probe",
+        )
+
+
+def publication(original: Callable[..., Any], tree: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND the tree's method that publishes a request: whose entries the next insertion takes."""
+    _publishing(req)
+    try:
+        return original(tree, req, *args, **kwargs)
+    finally:
+        _publishing(None)
+
+
+def insert(result: Any, _tree: Any, params: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER the tree's `insert`: what was new to the tree, and what the request now shares."""
+    _published(result, params)
+
+
+def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER the tree's `reset`: the tree is empty."""
+    _forget()
+
+
+@probe.guarded
+def _publishing(req: Any) -> None:
+    probe.active().publishing = req
+
+
+@probe.guarded
+def _published(result: Any, params: Any) -> None:
+    session = probe.active()
+    req, session.publishing = session.publishing, None
+    if req is None or session.recorder is None:
+        return
+    key = params.key
+    session.recorder.publish(
+        live_server.name_of(req.rid),
+        req.retraction_count,
+        Context(key.raw_token_ids(), release().namespace(key)),
+        length=len(key),
+        first_new=result.prefix_len,
+        protected=release().protected_len(params, req),
+    )
+
+
+@probe.guarded
+def _forget() -> None:
+    recorder = probe.active().recorder
+    if recorder is not None and recorder.lineage is not None:
+        recorder.lineage.forget_tree()

@@ -1,0 +1,337 @@
+"""The recorder: turns what the scheduler launches and commits into spans.
+
+It runs on the scheduler thread and touches host integers only, never a tensor. Two facts make it exact.
+
+*Launch.* Before a forward pass the scheduler's host lists say which positions it will compute. Positions below the
+first one, if this attempt has not accounted for them yet, are being reused.
+
+*Commit.* Results are processed in launch order, under overlap scheduling one step late. Only then is it known that a
+request had finished before (SGLang then discards the output: `batch_result_processor.process_batch_result_decode`),
+so spans are built at commit: such a row is an overshoot, its KV exists and its token does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sglang_probe.engine.ledger.lineage import Lineage, Origin
+from sglang_probe.errors import LedgerError
+from sglang_probe.run import schema
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Token ids of a request (any buffer of int64) and what else separates prefixes: `(extra_key, cache_salt)`."""
+
+    tokens: Any
+    namespace: object
+
+
+@dataclass(slots=True)
+class ForwardPlan:
+    """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
+
+    tag: int  # the scheduler's own number of this forward, to match launch and commit
+    mode: str
+    rids: list[str]
+    starts: list[int]
+    ends: list[int]
+    decoding: list[bool]
+    attempts: list[int]
+    prompt_lens: list[int]
+    contexts: list[Context | None]  # what identifies the prefix of each prefill row; None for decode rows
+    slots: int  # KV slots that the engine allocated for this forward
+    waiting: int = 0
+    launched: float = field(default_factory=time.time)
+    forward_id: int = -1
+    row_start: int = -1
+    rows: dict[str, Any] | None = None
+    snapshot: Any = None  # rows that are on their way from the device (engine/capture/graph_taps.py)
+    graph: bool = False  # whether the forward was replayed from a graph
+    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    telemetry: Any = None
+    measuring: Any = None  # telemetry that is on its way from the device (engine/capture/device_telemetry.py)
+    origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
+    discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
+    @property
+    def travelling(self) -> list[Any]:
+        """What is on its way from the device."""
+        return [x for x in (self.snapshot, self.measuring) if x is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    """What the engine says of a request when it finishes."""
+
+    rid: str
+    prompt_len: int
+    output_len: int
+    cached_tokens: int
+    retractions: int
+    finish_reason: str
+    output_ids: list[int]
+
+
+@dataclass(slots=True)
+class Commit:
+    """Facts ready to be written: rows of one forward pass, and spans and requests that closed with it."""
+
+    forward: tuple[Any, ...] | None = None
+    rows: dict[str, Any] | None = None
+    numbered: int = 0  # rows that the forward was given numbers for
+    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
+    kept: dict[str, Any] = field(default_factory=dict)
+    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
+    spans: list[tuple[Any, ...]] = field(default_factory=list)
+    rebinds: list[tuple[Any, ...]] = field(default_factory=list)
+    requests: list[tuple[Any, ...]] = field(default_factory=list)
+    prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
+
+
+class Sink(Protocol):
+    """Where commits go; it may block (back-pressure) but never raises for a full queue."""
+
+    def put(self, commit: Commit) -> None: ...
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far one attempt of one request is accounted for, and how far it is launched."""
+
+    attempt: int
+    covered: int = 0
+    launched: int = 0
+    chunks: int = 0
+
+
+class Recorder:
+    """Builds the ledger of one engine process.
+
+    Args:
+        sink: receives finished facts in commit order.
+        lineage: follows who computed what is reused; None if the engine cannot reuse.
+        captures_rows: whether every launched forward will have rows attached.
+        first_forward, first_row: numbering starts here (a resumed run continues its numbering).
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        lineage: Lineage | None,
+        captures_rows: bool,
+        first_forward: int = 0,
+        first_row: int = 0,
+    ) -> None:
+        self._sink = sink
+        self.lineage = lineage
+        self._captures_rows = captures_rows
+        self._next_forward = first_forward
+        self._next_row = first_row
+        self._pending: deque[ForwardPlan] = deque()
+        self._progress: dict[str, _Progress] = {}
+        self._rebinds: list[tuple[Any, ...]] = []
+        self._ended: list[RequestEnd] = []
+        self._gone: list[str] = []
+
+    def launch(self, plan: ForwardPlan) -> None:
+        """Number a forward pass and its rows, and look up the origins of what it reuses. Called before it runs."""
+        plan.forward_id = self._next_forward
+        self._next_forward += 1
+        if self._captures_rows:
+            plan.row_start = self._next_row
+            self._next_row += plan.tokens
+        for i, context in enumerate(plan.contexts):
+            rid, attempt = plan.rids[i], plan.attempts[i]
+            p = self._progress.get(rid)
+            if p is None or p.attempt != attempt:
+                p = self._progress[rid] = _Progress(attempt)
+            if context is not None and self.lineage is not None:
+                origins = self.lineage.launch(
+                    rid, attempt, plan.starts[i], plan.ends[i], context.tokens, context.namespace
+                )
+                if origins:
+                    plan.origins[i] = origins
+            p.launched = plan.ends[i]
+        self._pending.append(plan)
+
+    def publish(self, rid: str, attempt: int, context: Context, length: int, first_new: int, protected: int) -> None:
+        """The tree took a request's entries and perhaps repointed some (`Lineage.publish`).
+
+        The row is rewritten on the device behind the forwards already launched, so the next one is the first to see it.
+        """
+        if self.lineage is None:
+            return
+        for o in self.lineage.publish(rid, context.tokens, length, first_new, protected, context.namespace):
+            self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
+
+    def end(self, end: RequestEnd) -> None:
+        """Note a finished or aborted request; what is in flight for it will be discarded.
+
+        Call it after `commit` of the forward with which it finished.
+        """
+        for plan in self._pending:
+            if end.rid in plan.rids:
+                plan.discarded.add(end.rid)
+        self._ended.append(end)
+        if self.lineage is not None:
+            self.lineage.end(end.rid)
+
+    def abort(self, end: RequestEnd) -> None:
+        """Note a request that was dropped outside a forward's result. On an idle engine no commit would follow."""
+        self.end(end)
+        if not self._pending:
+            self._put_ended()
+
+    def commit(
+        self, tag: int, *, graph: bool, ended: Sequence[RequestEnd] = (), retracted: Collection[str] = ()
+    ) -> None:
+        """Account for the oldest launched forward, after the engine has processed its result.
+
+        Args:
+            tag: the scheduler's number of the forward, as given at launch.
+            graph: whether it was replayed from a graph.
+            ended: requests that finished with this result.
+            retracted: requests that were retracted while it was in flight: their output was discarded too.
+
+        Raises:
+            LedgerError: commits are out of launch order, or positions of a request do not follow each other.
+        """
+        if not self._pending or self._pending[0].tag != tag:
+            expected = self._pending[0].tag if self._pending else "none"
+            raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
+        plan = self._pending.popleft()
+        plan.discarded.update(retracted)
+        if plan.snapshot is not None:
+            plan.rows = plan.snapshot.finish()
+        if plan.measuring is not None:
+            plan.telemetry = plan.measuring.finish()
+        if self._captures_rows and plan.rows is None:
+            raise LedgerError(f"forward {plan.forward_id} has no captured rows")
+        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit.numbered = plan.tokens if self._captures_rows else 0
+        offset = 0
+        for i in range(len(plan.rids)):
+            self._account(plan, i, offset, commit.spans)
+            offset += plan.ends[i] - plan.starts[i]
+        for end in ended:
+            self.end(end)
+        self._close_ended(commit)
+        decode = sum(plan.decoding)
+        commit.forward = (
+            plan.forward_id,
+            plan.mode,
+            len(plan.rids),
+            plan.tokens - decode,
+            decode,
+            plan.slots,
+            graph,
+            plan.launched,
+            time.time() - plan.launched,
+            plan.waiting,
+            plan.row_start,
+        )
+        commit.rebinds, self._rebinds = self._rebinds, []
+        self._sink.put(commit)
+
+    @property
+    def in_flight(self) -> Iterable[ForwardPlan]:
+        """Forwards that were launched and not committed, oldest first."""
+        return self._pending
+
+    def drain(self) -> None:
+        """Account for what is still in flight when the recording closes."""
+        while self._pending:
+            self.commit(self._pending[0].tag, graph=self._pending[0].graph)
+        self._put_ended()
+
+    def _put_ended(self) -> None:
+        commit = Commit(rebinds=self._rebinds)
+        self._rebinds = []
+        self._close_ended(commit)
+        self._sink.put(commit)
+
+    def _account(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> None:
+        rid, attempt, start, end = plan.rids[i], plan.attempts[i], plan.starts[i], plan.ends[i]
+        row = plan.row_start + offset if plan.row_start >= 0 else -1
+        p = self._progress[rid]
+        if p.attempt != attempt:  # retracted while this forward was in flight; the new attempt is launched already
+            p = _Progress(attempt, covered=start)
+        if start < p.covered:
+            raise LedgerError(f"{rid}: position {start} launched again in attempt {attempt}; {p.covered} accounted")
+        if plan.decoding[i]:
+            if start != p.covered:
+                raise LedgerError(f"{rid}: decode of position {start}, but {p.covered} positions are accounted for")
+            phase = schema.OVERSHOOT if rid in plan.discarded else schema.DECODE
+            spans.append(_computed(rid, attempt, start, end, phase, plan.forward_id, -1, row))
+        else:
+            if start > p.covered:
+                spans.extend(_reused(plan, i, p))
+            phase = schema.RECOMPUTE if attempt else schema.PREFILL
+            spans.append(_computed(rid, attempt, start, end, phase, plan.forward_id, p.chunks, row))
+            p.chunks += 1
+        p.covered = end
+
+    def _close_ended(self, commit: Commit) -> None:
+        """Write requests that ended. Their progress stays until nothing of theirs is in flight."""
+        for end in self._ended:
+            p = self._progress.get(end.rid)
+            launched = p.launched if p else 0
+            due = end.prompt_len + max(end.output_len - 1, 0)
+            if launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
+                attempt = p.attempt if p else 0
+                commit.spans.append((end.rid, attempt, launched, due, schema.UNREQUESTED, None, *_NOWHERE, None, None))
+            commit.requests.append(
+                (
+                    end.rid,
+                    end.prompt_len,
+                    end.output_len,
+                    end.cached_tokens,
+                    end.retractions,
+                    end.finish_reason,
+                    end.output_ids,
+                )
+            )
+            self._gone.append(end.rid)
+        self._ended.clear()
+        if not self._gone:
+            return
+        in_flight = {rid for plan in self._pending for rid in plan.discarded}
+        for rid in self._gone:
+            if rid not in in_flight:
+                self._progress.pop(rid, None)
+        self._gone = [rid for rid in self._gone if rid in in_flight]
+
+
+_NOWHERE = (-1, -1, None, -1, 0)
+"""forward_id, chunk, tier, row_start and row_step of a span that was never computed."""
+
+
+def _computed(
+    rid: str, attempt: int, start: int, end: int, phase: str, forward: int, chunk: int, row: int
+) -> tuple[Any, ...]:
+    step = 1 if row >= 0 else 0
+    return (rid, attempt, start, end, schema.COMPUTED, phase, forward, chunk, None, row, step, None, None)
+
+
+def _reused(plan: ForwardPlan, i: int, p: _Progress) -> list[tuple[Any, ...]]:
+    """Spans `[p.covered, start)` of a prefill row, cut where the origin changes."""
+    rid, start = plan.rids[i], plan.starts[i]
+    origins = plan.origins.get(i)
+    if not origins or origins[0].start != p.covered or origins[-1].end != start:
+        raise LedgerError(f"{rid}: origins {origins} do not fill the reused positions {p.covered} to {start}")
+    fate = (schema.REUSED, None, plan.forward_id, p.chunks, "device", -1, 0)
+    return [(rid, p.attempt, o.start, o.end, *fate, o.rid, _or_none(o)) for o in origins]
+
+
+def _or_none(origin: Origin) -> int | None:
+    return None if origin.rid is None else origin.attempt

@@ -1,0 +1,4 @@
+"""Recording a live server: totals, segments, metrics, privacy, provenance.
+
+Imports no SGLang; `engine/hooks/instruments/live.py` does.
+"""

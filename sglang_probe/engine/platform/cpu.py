@@ -1,0 +1,47 @@
+"""Stock SGLang on a plain CPU: a reference for correctness, not for speed.
+
+SGLang selects an out-of-tree platform when one is registered; its own CPU platform needs kernels that its registry
+package does not carry. This one subclasses it and points at `torch_native` attention. Imported by SGLang only, after
+`sglang_probe.plugin.activate_cpu_platform` has found no accelerator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.platforms.cpu import CpuSRTPlatform
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities
+
+from sglang_probe.engine.platform.limits import PROBE_TORCH
+
+if PROBE_TORCH not in ATTENTION_BACKEND_CHOICES:
+    add_attention_backend_choices([PROBE_TORCH])
+
+
+class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
+    """`CpuSRTPlatform` as an out-of-tree platform: PyTorch-only operators, eager execution.
+
+    The default attention is SGLang's own; `--attention-backend probe_torch` chooses `attention.py` beside this file.
+    """
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities(graph_capture=False)
+
+    def get_device(self, device_id: int = 0) -> str:
+        """A name, as SGLang's interface declares and a server without `--device` needs; its own returns an object."""
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def init_backend(self) -> None:
+        """Register the attention backend; SGLang calls this when it imports its model runner."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        @register_attention_backend(PROBE_TORCH)  # type: ignore[untyped-decorator]
+        def create(runner: Any) -> Any:
+            from sglang_probe.engine.platform.attention import ProbeTorchBackend
+
+            return ProbeTorchBackend(runner)

@@ -1,0 +1,108 @@
+"""What a release's adapter answers. Imports nothing of SGLang, because SGLang loads it while it imports itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+Hook = tuple[str, Callable[..., Any], str]
+"""Target, function, and `AROUND`, `AFTER` or `BEFORE`."""
+
+
+class Release(ABC):
+    """The differences of one SGLang release. Hook functions are those of `engine/hooks/` wherever the signature
+    allows; otherwise the adapter's own, which call them."""
+
+    version: ClassVar[str]
+
+    tree: ClassVar[str]
+    """Dotted path of the class of the radix tree of full attention."""
+
+    cpu_platform: ClassVar[str]
+    """Dotted path of the CPU reference platform."""
+
+    cpu_attention: ClassVar[tuple[str, ...]]
+    """Attention backends of that platform, the default of a harvest first."""
+
+    cpu_ranks: ClassVar[bool]
+    """Whether several tensor- or data-parallel ranks start on that platform."""
+
+    overshoots_at_length: ClassVar[bool]
+    """Whether overlap scheduling computes one step behind a finish by length too, and not by a stop alone."""
+
+    namespace_fields: ClassVar[tuple[str, ...]]
+    """Fields of a request that separate prefixes besides its tokens."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, str]]]
+    """Server arguments that only this release has: the value that is fine, and what any other turns on."""
+
+    # The radix tree and its publications
+
+    @abstractmethod
+    def publication_hooks(self) -> list[Hook]:
+        """Where a request's entries enter the tree, and where the tree is emptied (`engine/hooks/tree.py`)."""
+
+    @abstractmethod
+    def is_plain_tree(self, tree: Any) -> bool:
+        """Whether this is SGLang's radix tree of full attention, or no tree at all."""
+
+    def namespace(self, of: Any) -> tuple[Any, ...]:
+        """What separates prefixes besides tokens, of a `Req` or a `RadixKey`."""
+        return tuple(getattr(of, field) for field in self.namespace_fields)
+
+    @abstractmethod
+    def protected_len(self, params: Any, req: Any) -> int:
+        """Positions of the request that the tree holds already when `insert(params)` publishes more of it."""
+
+    @abstractmethod
+    def bypass_hooks(self) -> list[Hook]:
+        """The match whose length becomes the reused prefix, and where a request is told not to publish."""
+
+    # Requests and batches
+
+    @abstractmethod
+    def abort_hooks(self) -> list[Hook]:
+        """What the scheduler calls for every request that it drops outside a forward's result."""
+
+    @abstractmethod
+    def committed_len(self, req: Any) -> int:
+        """Positions with a KV slot, that of a decode step about to run included."""
+
+    @abstractmethod
+    def in_beam(self, req: Any) -> bool:
+        """Whether the request's rows are those of beams."""
+
+    @abstractmethod
+    def dp_rank(self, scheduler: Any) -> int:
+        """Data-parallel rank of this process; 0 where there is one rank."""
+
+    @abstractmethod
+    def position_hooks(self) -> list[Hook]:
+        """Where a request that prescribes RoPE positions is checked, with the context at hand."""
+
+    # The model
+
+    @abstractmethod
+    def residual(self, forward_batch: Any, output: Any) -> Any:
+        """The residual stream `[tokens, d_model]` behind a decoder layer that gave `output`."""
+
+    # Commands and answers
+
+    @abstractmethod
+    def control_hooks(self) -> list[Hook]:
+        """Where `/set_internal_state` takes the probe's commands (`engine/hooks/control.py`)."""
+
+    @abstractmethod
+    def live_hooks(self) -> list[Hook]:
+        """Where the internal state is read, and where an answer's `meta_info` is built (`instruments/live.py`)."""
+
+    # Server arguments
+
+    @abstractmethod
+    def argument_names(self, server_args: type[Any]) -> set[str]:
+        """Fields of the class `ServerArgs`."""
+
+    @abstractmethod
+    def arguments(self, server_args: Any) -> dict[str, Any]:
+        """Fields and values of a `ServerArgs`."""

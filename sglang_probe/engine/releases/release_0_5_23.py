@@ -1,0 +1,160 @@
+"""SGLang 0.5.23: `UnifiedRadixCache`, published by `checkpoint_into_tree`; `match_kv_cache`; a residual stream object;
+a class for the output streamer; a controller for the internal state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+from sglang_probe.engine.releases.base import Hook, Release
+
+logger = logging.getLogger("sglang_probe")
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+
+
+class Adapter(Release):
+    """See `Release`."""
+
+    version = "0.5.23"
+    tree = _TREE
+    cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
+    cpu_attention = ("probe_torch", "torch_native")
+    cpu_ranks = True
+    overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`
+    namespace_fields = ("extra_key", "cache_salt")
+    refused = MappingProxyType({"enable_unified_cache_external_linker": (False, "an external KV store")})
+
+    def publication_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks import tree as lineage
+
+        return [
+            (f"{_TREE}.checkpoint_into_tree", lineage.publication, "AROUND"),
+            (f"{_TREE}.insert", lineage.insert, "AFTER"),
+            (f"{_TREE}.reset", lineage.reset, "AFTER"),
+        ]
+
+    def is_plain_tree(self, tree: Any) -> bool:
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        return type(tree) is UnifiedRadixCache and set(tree.components) == {ComponentType.FULL}
+
+    def protected_len(self, params: Any, req: Any) -> int:
+        return int(params.prev_prefix_len)
+
+    def bypass_hooks(self) -> list[Hook]:
+        return [
+            ("sglang.srt.mem_cache.common.match_kv_cache", match_kv_cache, "AROUND"),
+            (f"{_SCHEDULER}.Scheduler._create_generation_req", create_generation_req, "AFTER"),
+        ]
+
+    def abort_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks import scheduler as accounting
+
+        return [(f"{_SCHEDULER}._make_abort_req", accounting.make_abort_req, "AFTER")]
+
+    def committed_len(self, req: Any) -> int:
+        return int(req.kv.kv_committed_len)
+
+    def in_beam(self, req: Any) -> bool:
+        return req.beam_group is not None
+
+    def dp_rank(self, scheduler: Any) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        return get_parallel().dp_rank or 0
+
+    def position_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks.instruments import positions
+
+        return [(f"{_SCHEDULER}.Scheduler._create_generation_req", positions.create_generation_req, "AFTER")]
+
+    def residual(self, forward_batch: Any, output: Any) -> Any:
+        return forward_batch.residual_stream.snapshot(output)
+
+    def control_hooks(self) -> list[Hook]:
+        return [(f"{_CONTROLLER}._update_handlers", update_handlers, "AFTER")]
+
+    def live_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks.instruments import live
+
+        return [
+            (f"{_SCHEDULER}.Scheduler.get_output_streamer_class", output_streamer_class, "AFTER"),
+            (f"{_CONTROLLER}.get_internal_state", live.get_internal_state, "AFTER"),
+        ]
+
+    def argument_names(self, server_args: type[Any]) -> set[str]:
+        return set(server_args.__struct_fields__)
+
+    def arguments(self, server_args: Any) -> dict[str, Any]:
+        import msgspec
+
+        return msgspec.structs.asdict(server_args)
+
+
+def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `match_kv_cache`: no more than the request may read."""
+    from sglang_probe.engine.hooks import policy
+
+    limits = [n for n in (policy.read_limit(req), kwargs.get("max_prefix_len")) if n is not None]
+    if limits:
+        kwargs["max_prefix_len"] = min(limits)
+    return original(req, *args, **kwargs)
+
+
+def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `Scheduler._create_generation_req`."""
+    from sglang_probe.engine.hooks import policy
+
+    policy.admit(req)
+
+
+def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any]:
+    """AFTER `SchedulerInternalStateController._update_handlers`: add the probe's keys."""
+    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+
+    from sglang_probe.engine.hooks import control
+
+    # Validation may refuse; `apply` may not. So the work is done here, and a failure is a refusal.
+    def validate(key: str, value: Any) -> None:
+        try:
+            control.carry_out(key, value)
+        except control.Refused as e:
+            raise UpdateRejected(f"{key}: {e}") from e
+
+    for key in control.KEYS:
+        handlers[key] = _UpdateHandler(validate, lambda _key, _value: None)
+    return handlers
+
+
+def output_streamer_class(streamer: type[Any], scheduler: Any) -> type[Any] | None:
+    """AFTER `Scheduler.get_output_streamer_class`: a subclass that adds provenance to `meta_info`."""
+    from sglang_probe.engine.hooks.instruments import live
+
+    if getattr(scheduler, "rust_server", None) is not None:
+        logger.warning("sglang-probe: no provenance in meta_info behind SGLang's Rust server")
+        return None
+    base: Any = streamer
+
+    class ProvenanceStreamer(base):  # type: ignore[misc]
+        has_additional_customized_info = True
+
+        def should_build_additional_customized_info(self) -> bool:
+            return live.anybody_asks() or (
+                base.has_additional_customized_info and super().should_build_additional_customized_info()
+            )
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+            info: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
+            spans = live.provenance_of([r.rid for r in reqs], [r.finished() for r in reqs])
+            return info if spans is None else {**info, live.META_KEY: spans}
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == live.META_KEY or bool(super().is_request_level_customized_info_key(key))
+
+    return ProvenanceStreamer

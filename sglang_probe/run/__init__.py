@@ -1,0 +1,1 @@
+"""The run directory: what it is, and reading it. Needs neither SGLang nor a GPU."""

@@ -1,0 +1,80 @@
+"""Rows for training and analysis: whole requests, and shuffled batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run import schema, weighting
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_probe.run.run import Run
+
+
+def activations(
+    run: Run, rid: str, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
+) -> torch.Tensor:
+    """See `Run.activations`."""
+    import torch
+
+    tokens = run.tokens_of(rid)
+    tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (tokens["position"] >= first)].sort_values("position")
+    rows = tokens["source_row"].to_numpy()
+    have = run.holds(hook_point, rows)
+    absent = tokens[~have]
+    if len(absent) and missing == "raise":
+        raise RunDirectoryError(
+            f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {_why(absent)}",
+            fix='pass missing="nan"; a server begins a segment that reuses nothing older with '
+            "`POST /probe/flush?cache=true`",
+        )
+    values = run.rows(hook_point, rows[have])
+    if have.all():
+        return values
+    out = torch.full((len(rows), values.shape[1]), float("nan"), dtype=values.dtype)
+    out[torch.from_numpy(have)] = values
+    return out
+
+
+def _why(absent: pd.DataFrame) -> str:
+    """What became of positions without a row, in words: how many, and where the first is."""
+    elsewhere = (absent["status"] == schema.REUSED) & ~absent["covered"]
+    kinds = np.where(elsewhere, "reused from entries whose forward pass is not in this run", absent["status"])
+    kinds = np.where(absent["source_row"] >= 0, "not selected (`rows` of the configuration)", kinds)
+    first = absent.groupby(kinds, sort=False)["position"].agg(["size", "min"])
+    return "; ".join(f"{n} {kind} (from position {start})" for kind, n, start in first.itertuples(name=None))
+
+
+def iter_batches(
+    run: Run,
+    hook_point: str,
+    *,
+    batch_size: int,
+    where: str | Callable[[pd.DataFrame], Any] | None,
+    weight: str | Path | pd.DataFrame,
+    shuffle: bool,
+    seed: int,
+) -> Iterator[torch.Tensor]:
+    """See `Run.iter_batches`."""
+    tokens = run.tokens()
+    tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
+    if where is not None:
+        tokens = tokens.query(where) if isinstance(where, str) else tokens[where(tokens)]
+    rng = np.random.default_rng(seed)
+    if isinstance(weight, str) and weight in ("unique", "traffic"):
+        rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]].to_numpy()
+        rows = rows[run.holds(hook_point, rows)]
+    else:
+        tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
+        rows = np.repeat(tokens["row"].to_numpy(), weighting.copies(weighting.weights_of(tokens, weight), rng))
+    if shuffle:
+        rows = rng.permutation(rows)
+    for i in range(0, len(rows), batch_size):
+        yield run.rows(hook_point, rows[i : i + batch_size])

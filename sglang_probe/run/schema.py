@@ -1,0 +1,181 @@
+"""Tables of the ledger and their columns. One source of truth for writer, reader and checks."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 3
+"""3: a shard may hold some rows of its part only, and says which (`capture.writer.INDEX_KEY`)."""
+
+COMPUTED = "computed"
+REUSED = "reused"
+UNREQUESTED = "unrequested"
+DROPPED = "dropped"
+"""Positions whose facts were lost because the disk was slower than a live server."""
+
+PREFILL = "prefill"
+DECODE = "decode"
+RECOMPUTE = "recompute"
+OVERSHOOT = "overshoot"
+"""A decode step whose output SGLang discarded, because its request had stopped (its KV is published) or was retracted
+(its KV is freed)."""
+
+RANK_SHIFT = 40
+"""Numbers of forwards and rows of data-parallel rank r begin at r << 40, so that each belongs to one ledger."""
+
+STEP_PHASES = (DECODE, OVERSHOOT)
+"""Phases in which each position of a span has a forward pass of its own, numbered consecutively."""
+
+SPANS = pa.schema(
+    [
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),  # 0, and one more after each retraction
+        ("start", pa.int32()),  # token positions [start, end) of prompt + output
+        ("end", pa.int32()),
+        ("status", pa.string()),  # computed | reused | unrequested | dropped
+        ("phase", pa.string()),  # prefill | decode | recompute | overshoot
+        # computed: the forward pass of position `start`. In decode and overshoot, position start + i was computed by
+        # forward_id + i; in prefill all positions by the same one. reused: the forward that first attended to it.
+        ("forward_id", pa.int64()),
+        ("chunk", pa.int32()),  # number of the prefill chunk within the attempt; -1 in decode
+        ("tier", pa.string()),  # device for reused spans, else null
+        # Row of position start + i in the row store is row_start + i * row_step; -1: no rows were captured.
+        ("row_start", pa.int64()),
+        ("row_step", pa.int32()),
+        # reused: the request and attempt that computed the entry, at the same positions; null: before the recording.
+        ("origin_rid", pa.string()),
+        ("origin_attempt", pa.int32()),
+    ]
+)
+
+REBINDS = pa.schema(
+    [
+        # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("at_forward", pa.int64()),
+        ("origin_rid", pa.string()),
+        ("origin_attempt", pa.int32()),
+    ]
+)
+
+FORWARDS = pa.schema(
+    [
+        ("forward_id", pa.int64()),
+        ("mode", pa.string()),  # extend | mixed | decode
+        ("requests", pa.int32()),
+        ("prefill_tokens", pa.int32()),
+        ("decode_tokens", pa.int32()),
+        ("slots", pa.int32()),  # KV slots that SGLang allocated for it: its own count of the tokens
+        ("graph", pa.bool_()),  # replayed from a graph, else eager
+        ("launched", pa.float64()),  # unix seconds
+        ("seconds", pa.float64()),  # launch to result processed
+        ("waiting", pa.int32()),  # queue length at launch
+        ("row_start", pa.int64()),
+    ]
+)
+
+ENGINE_REQUESTS = pa.schema(
+    [
+        ("rid", pa.string()),
+        ("prompt_len", pa.int32()),
+        ("output_len", pa.int32()),
+        ("cached_tokens", pa.int32()),  # SGLang's own count
+        ("retractions", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("output_ids", pa.list_(pa.int32())),
+    ]
+)
+
+PROMPTS = pa.schema(
+    [
+        # Of a live recording, as its privacy level allows: one of the two, or no such table.
+        ("rid", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt_hash", pa.string()),  # keyed: equal prompts have equal hashes within one server process
+    ]
+)
+
+_PER_HEAD = pa.list_(pa.float32())
+
+TELEMETRY = pa.schema(
+    [
+        # One row per measured decode step and layer; lists have one entry per query head. What the numbers are:
+        # `sglang_probe.engine.capture.telemetry` and `study.telemetry`.
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),
+        ("position", pa.int32()),
+        ("forward_id", pa.int64()),
+        ("layer", pa.int16()),
+        ("entropy", _PER_HEAD),  # over the logarithm of the number of visible keys
+        ("entropy_without_sinks", _PER_HEAD),  # the rest renormalised
+        ("support", _PER_HEAD),  # exp(entropy in nats)
+        ("mass_sinks", _PER_HEAD),
+        ("mass_system", _PER_HEAD),  # NaN: the request did not say where its system prompt is
+        ("mass_prompt", _PER_HEAD),  # the rest of the prompt, with the system prompt where that is NaN
+        ("mass_window", _PER_HEAD),
+        ("mass_generated", _PER_HEAD),
+        ("jump", _PER_HEAD),  # NaN until `memory` steps were measured
+        ("top_positions", pa.list_(pa.int32())),  # `top_k` entries per head, most weight first; -1: fewer keys
+        ("top_weights", _PER_HEAD),
+    ]
+)
+
+_LABEL = [("axis", pa.string()), ("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
+
+_POSITIONS = pa.list_(pa.list_(pa.int32()))  # for each answer
+
+TRUTH = pa.schema(
+    [
+        # What is known of requests that have one right answer (`workload.request.Truth`); null in all others.
+        ("task", pa.string()),
+        ("context_len", pa.int32()),
+        ("continuation_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("answer_steps", pa.list_(pa.int32())),
+        ("needed_content", _POSITIONS),
+        ("needed_causal", _POSITIONS),
+        ("depth", pa.float64()),
+    ]
+)
+
+REQUESTS = pa.schema(
+    [
+        *ENGINE_REQUESTS,
+        ("index", pa.int64()),  # number of the request in the workload
+        ("family", pa.string()),  # requests that share a prefix by design
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("segments", pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))),
+        ("sampling_params", pa.string()),  # JSON
+        # Token classes along axes of the user's own; null in runs that have none.
+        ("labels", pa.list_(pa.struct(_LABEL))),
+        *TRUTH,
+        # Of a request that attended to a kept set, else null: its key, the positions that the set is about, and how
+        # many of them each kv head kept (layer by layer, at the first step of a selection).
+        ("evict", pa.string()),
+        ("cache_len", pa.int32()),
+        ("kept", pa.list_(pa.int32())),
+    ]
+)
+
+LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
+"""`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
+
+CONTINUES = "continues"
+"""Finish reason of a request that was in flight when its segment was closed: the next segment goes on with it."""
+
+ENDED_EARLIER = "ended earlier"
+"""Finish reason of a request that ended in the segment before; a discarded step of it was still running."""
+
+INTERRUPTED = "interrupted"
+"""Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""
+
+REFUSED = "refused"
+"""Finish reason of a request that SGLang's scheduler refused after it was queued (a regular expression that does not
+compile, a session that does not exist, ...). It serves a prompt of one token instead, and that is the prompt in the
+ledger. Also the name of that token's segment."""
+
+REFUSED_TOKEN = 0
+"""The prompt that SGLang serves in place of a refused one (`Req.set_finish_with_abort`)."""

@@ -1,0 +1,44 @@
+"""Reading shards of rows, and which rows they hold."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
+
+
+@functools.lru_cache(maxsize=16)
+def rows_of(path: Path) -> torch.Tensor:
+    """The rows of a shard, `[n, width]`."""
+    from safetensors.torch import load_file
+
+    from sglang_probe.engine.ledger.writer import ROWS_KEY
+
+    return load_file(path)[ROWS_KEY]
+
+
+@functools.lru_cache(maxsize=64)
+def index_of(path: Path) -> Array | None:
+    """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
+    from safetensors import safe_open
+
+    from sglang_probe.engine.ledger.writer import INDEX_KEY
+
+    with safe_open(path, framework="np") as f:
+        return np.asarray(f.get_tensor(INDEX_KEY)) if INDEX_KEY in f.keys() else None  # noqa: SIM118 (not a mapping)
+
+
+def place_of(path: Path, wanted: Array) -> Array:
+    """Where in a shard the rows of these numbers are, `[len(wanted)]`; -1: it does not hold them."""
+    index = index_of(path)
+    if index is None:
+        return wanted
+    at = np.minimum(np.searchsorted(index, wanted), len(index) - 1)
+    return np.where(index[at] == wanted, at, -1)

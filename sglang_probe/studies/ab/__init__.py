@@ -1,0 +1,1 @@
+"""Arms over the same requests: effect beside floor, and what a cached harvest loses."""

@@ -1,0 +1,202 @@
+"""The paired study: coverage of each arm, and the drift between arms beside the drift of an arm to itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.errors import ProbeError
+from sglang_probe.run.run import Run
+from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
+from sglang_probe.studies.drift import compare_runs, drift_table, first_divergence
+from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
+from sglang_probe.verify.check import Check
+from sglang_probe.verify.verify import verify
+
+BIN = 32
+"""Positions in a bin."""
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """Everything the report and the terminal show. All frames are tidy: one observation a row."""
+
+    name: str
+    totals: pd.DataFrame
+    """One row per run: `coverage.totals` plus `run` and `arm`."""
+    by_segment: pd.DataFrame
+    """arm, segment, positions, computed, reused, coverage."""
+    by_position: pd.DataFrame
+    """arm, start, end, positions, computed, reused, coverage."""
+    baseline: str
+    """The arm that the others are compared with."""
+    drift: pd.DataFrame
+    """kind (effect | floor), arm, comparison, and the columns of `drift_table`."""
+    floors: pd.DataFrame
+    """Effect beside floor per arm, hook point and phase (`sglang_probe.studies.floor.floor_table`)."""
+    by_class: pd.DataFrame
+    """The same per segment of the prompt, or `generated`."""
+    by_bin: pd.DataFrame
+    """The same per bin of positions, which begins at `start`."""
+    flips: pd.DataFrame
+    """Where outputs were not forced: per comparison the share of requests whose outputs part, and where."""
+    checks: dict[str, list[Check]]
+    """Invariants of each run."""
+    manifests: dict[str, dict[str, Any]]
+    example: dict[str, Any]
+    """One request for the strip figure: rid, segments, and spans (start, end, fate) per arm."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant holds in every run."""
+        return all(c.holds for checks in self.checks.values() for c in checks)
+
+
+def study_pair(
+    runs: Mapping[str, Run],
+    arms: Mapping[str, str],
+    name: str,
+    *,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    tell: Callable[[str], None] = lambda _: None,
+) -> PairResult:
+    """Compare the runs of an experiment.
+
+    Args:
+        runs: by name, in execution order; the first is the reference whose outputs the others were forced to.
+        arms: arm of each run; further runs of an arm give its floor.
+        baseline: the arm that the others are compared with; None: the first.
+        margin: by how much an effect may exceed the floor and still be called equivalent.
+        tell: called with what is being done.
+
+    Raises:
+        ProbeError: an arm did not produce the reference's output tokens, so that nothing can be compared.
+    """
+    tokens: dict[str, pd.DataFrame] = {}
+    checks: dict[str, list[Check]] = {}
+    for run_name, run in runs.items():
+        tell(f"reading and verifying {run_name}")
+        tokens[run_name] = run.tokens()
+        checks[run_name] = verify(run)
+    reference = next(iter(runs))
+    forced = any(run.manifest.get("forced_from") for run in runs.values())
+    if forced:
+        for run_name in runs:
+            _check_same_outputs(runs[reference], runs[run_name])
+
+    firsts = list(dict.fromkeys(arms.values()))
+    baseline = baseline or arms[reference]
+    drift: list[pd.DataFrame] = []
+    sums: dict[str, list[pd.DataFrame]] = {"all": [], "segment": [], "start": []}
+    flips = []
+    for c in comparisons(dict(arms), baseline):
+        tell(f"comparing {c.a} with {c.b}")
+        until = None if forced else first_divergence(runs[c.a], runs[c.b])
+        compared = compare_runs(runs[c.a], runs[c.b], tokens[c.a], tokens[c.b], until=until)
+        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label}
+        drift.append(drift_table(compared).assign(**what))
+        positions = compared.positions.assign(start=compared.positions["position"] // BIN * BIN)
+        for key, found in sums.items():
+            by = () if key == "all" else (key,)
+            found.append(cell_sums(positions, compared.relative_l2, by).assign(**what))
+        if until is not None:
+            flips.append({**what, **_flips(runs[c.b], until)})
+    tables = {
+        key: floor_table(
+            pd.concat(found, ignore_index=True), baseline, by=() if key == "all" else (key,), margin=margin
+        )
+        for key, found in sums.items()
+    }
+    return PairResult(
+        name=name,
+        totals=pd.DataFrame([{"run": n, "arm": arms[n], **totals(r, tokens[n])} for n, r in runs.items()]),
+        by_segment=pd.concat([coverage_by_segment(tokens[a]).assign(arm=a) for a in firsts], ignore_index=True),
+        by_position=pd.concat(
+            [coverage_by_position(tokens[a], width=BIN).assign(arm=a) for a in firsts], ignore_index=True
+        ),
+        baseline=baseline,
+        drift=pd.concat(drift, ignore_index=True),
+        floors=tables["all"],
+        by_class=tables["segment"],
+        by_bin=tables["start"],
+        flips=pd.DataFrame(flips),
+        checks=checks,
+        manifests={n: r.manifest for n, r in runs.items()},
+        example=_example(runs, firsts),
+    )
+
+
+def write_summary(result: PairResult, path: Path) -> None:
+    """The numbers of the study as one JSON file, for other programs and for committing."""
+    data = {
+        "name": result.name,
+        "ok": result.ok,
+        "baseline": result.baseline,
+        **{
+            k: json.loads(getattr(result, k).to_json(orient="records"))
+            for k in ("totals", "by_segment", "by_position", "drift", "floors", "by_class", "flips")
+        },
+        "checks": {
+            n: [{"name": c.name, "covered": c.covered, "unit": c.unit, "violation": c.violation} for c in cs]
+            for n, cs in result.checks.items()
+        },
+        "versions": next(iter(result.manifests.values()))["versions"],
+    }
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_same_outputs(a: Run, b: Run) -> None:
+    left = a.requests().set_index("index")["output_ids"]
+    right = b.requests().set_index("index")["output_ids"]
+    for index, ids in left.items():
+        other = right.get(index)
+        if ids is None or other is None or not np.array_equal(ids, other):
+            raise ProbeError(f"{b.path}: the output of request {index} differs from that of {a.path}")
+
+
+def _flips(reference: Run, until: pd.Series) -> dict[str, Any]:
+    """How many requests got other tokens, and after how many output tokens.
+
+    Args:
+        until: of `first_divergence`, by request index.
+    """
+    requests = reference.requests().set_index("index").loc[until.index]
+    agreed = until - requests["prompt_len"]
+    parted = agreed < requests["output_len"]
+    return {
+        "requests": len(until),
+        "parted": int(parted.sum()),
+        "tokens_before_median": float(agreed[parted].median()) if parted.any() else float("nan"),
+        "tokens_before_min": float(agreed[parted].min()) if parted.any() else float("nan"),
+    }
+
+
+def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
+    """The request with the largest reused share in the first arm: where a cached harvest is blindest."""
+    spans = runs[names[0]].last_attempt()
+    reused = spans[spans["status"] == "reused"]
+    size = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
+    requests = runs[names[0]].requests()
+    rid = size.idxmax() if len(size) else requests["rid"].iloc[0]
+    request = requests.set_index("rid").loc[rid]
+    strips = {}
+    for name in names:
+        run = runs[name]
+        other = run.requests().set_index("index").loc[request["index"], "rid"]
+        mine = run.last_attempt()
+        mine = mine[mine["rid"] == other].sort_values("start")
+        strips[name] = [
+            (int(s.start), int(s.end), "decode" if s.phase in ("decode", "overshoot") else str(s.status))
+            for s in mine.itertuples()
+        ]
+    segments = [(int(s["start"]), int(s["end"]), str(s["name"])) for s in request["segments"]]
+    end = max(e for strip in strips.values() for _, e, _ in strip)
+    segments.append((int(request["prompt_len"]), end, "generated"))
+    return {"rid": rid, "segments": segments, "strips": strips}

@@ -1,0 +1,1 @@
+"""Content by position: what pseudo queries say of the real decoding."""

@@ -1,0 +1,159 @@
+"""Human text, the model's own text prefilled, and the same text decoded: three kinds of rows at the same positions.
+
+Decoded against reforward is *numerics*: same tokens, same positions, another path through the engine. Reforward against
+human is *content*: same path, other text. Decoded against human, which is what calibration on prompts and use on
+answers compares, is both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sglang_probe.run.run import Run
+from sglang_probe.studies.drift import row_distance
+from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, floor_table
+from sglang_probe.studies.phase.moments import describe, reference_band
+from sglang_probe.studies.phase.probe import probe
+from sglang_probe.studies.phase.rows import read_rows, row_indices
+from sglang_probe.verify.check import Check
+from sglang_probe.verify.verify import verify
+
+Array = np.ndarray[Any, Any]
+
+HUMAN, DECODED, REFORWARD = "human", "decoded", "reforward"
+BIN = 32
+CONTRASTS = {
+    "numerics and content": (DECODED, HUMAN),
+    "content": (REFORWARD, HUMAN),
+    "numerics": (DECODED, REFORWARD),
+}
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Everything the report and the terminal show; frames are tidy."""
+
+    name: str
+    moments: pd.DataFrame
+    """kind, hook_point and the columns of `moments.describe`."""
+    by_position: pd.DataFrame
+    """kind, hook_point, start (bin of positions behind the prompt), norm, variance, outliers."""
+    probes: pd.DataFrame
+    """contrast, hook_point, auc, low, high, null_low, null_high."""
+    numerics: pd.DataFrame
+    """Decoded against reforward beside the floor (`sglang_probe.studies.floor.floor_table`), per hook point."""
+    texts: int
+    positions: int
+    checks: dict[str, list[Check]]
+    manifest: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant holds in every run."""
+        return all(c.holds for checks in self.checks.values() for c in checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        frames = ("moments", "by_position", "probes", "numerics")
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "texts": self.texts,
+            "positions": self.positions,
+            **{k: json.loads(getattr(self, k).to_json(orient="records")) for k in frames},
+            "versions": self.manifest["versions"],
+        }
+
+
+def study_phase(
+    runs: Mapping[str, Sequence[Run]], start: int, end: int, name: str, *, tell: Callable[[str], None] = lambda _: None
+) -> PhaseResult:
+    """Compare the rows of positions `[start, end)`.
+
+    Args:
+        runs: `human`, `decoded` and `reforward`, each with its replicates.
+        start, end: the positions of the continuation.
+        tell: called with what is being done.
+
+    Raises:
+        ProbeError: a run has not computed all these positions itself.
+    """
+    checks = {}
+    where: dict[str, list[Array]] = {}
+    texts = 0
+    for kind, replicates in runs.items():
+        where[kind] = []
+        for run in replicates:
+            tell(f"reading and verifying {run.path.name}")
+            checks[run.path.name] = verify(run)
+            index, rows = row_indices(run, start, end)
+            where[kind].append(rows)
+            texts = len(index)
+    moments, by_position, probes, sums = [], [], [], []
+    for hook_point in runs[HUMAN][0].hook_points:
+        tell(f"comparing {hook_point}")
+        by_kind = {
+            kind: [read_rows(run, hook_point, w) for run, w in zip(runs[kind], where[kind], strict=True)]
+            for kind in runs
+        }
+        firsts = {kind: r[0] for kind, r in by_kind.items()}
+        moments += _moments(firsts, hook_point)
+        by_position += _by_position(firsts, hook_point)
+        for contrast, (a, b) in CONTRASTS.items():
+            found = asdict(probe(firsts[a], firsts[b]))
+            probes.append({"contrast": contrast, "hook_point": hook_point, **found})
+        sums.append(_numerics(by_kind, hook_point))
+    return PhaseResult(
+        name=name,
+        moments=pd.DataFrame(moments),
+        by_position=pd.DataFrame(by_position),
+        probes=pd.DataFrame(probes),
+        numerics=floor_table(pd.concat(sums, ignore_index=True), REFORWARD, margin=MARGIN),
+        texts=texts,
+        positions=texts * (end - start),
+        checks=checks,
+        manifest=runs[HUMAN][0].manifest,
+    )
+
+
+def _moments(rows: Mapping[str, Array], hook_point: str) -> list[dict[str, Any]]:
+    """Moments on the texts with odd numbers; the human rows of the even ones are the reference for outliers."""
+    band = reference_band(rows[HUMAN][::2])
+    return [{"kind": k, "hook_point": hook_point, **describe(x[1::2], band)} for k, x in rows.items()]
+
+
+def _by_position(rows: Mapping[str, Array], hook_point: str) -> list[dict[str, Any]]:
+    out = []
+    for at in range(0, rows[HUMAN].shape[1], BIN):
+        band = reference_band(rows[HUMAN][::2, at : at + BIN])
+        for kind, x in rows.items():
+            found = describe(x[1::2, at : at + BIN], band)
+            out.append({"kind": kind, "hook_point": hook_point, "start": at, **found})
+    return out
+
+
+def _numerics(rows: Mapping[str, Sequence[Array]], hook_point: str) -> pd.DataFrame:
+    """Sums of the relative L2 of decoded against reforward rows, and of replicates, per text."""
+    texts, positions = rows[DECODED][0].shape[:2]
+    at = pd.DataFrame({"cluster": np.repeat(np.arange(texts), positions), "phase": "both"})
+    pairs = [
+        (EFFECT, DECODED, f"{i}", a, b) for i, (a, b) in enumerate(zip(rows[DECODED], rows[REFORWARD], strict=True))
+    ]
+    pairs += [
+        (FLOOR, kind, f"{kind}{i}", a, b)
+        for kind in (DECODED, REFORWARD)
+        for i, (a, b) in enumerate(zip(rows[kind][1:], rows[kind], strict=False))
+    ]
+    frames = []
+    for what, arm, label, a, b in pairs:
+        width = a.shape[-1]
+        l2 = row_distance(torch.from_numpy(a.reshape(-1, width)), torch.from_numpy(b.reshape(-1, width)))[0]
+        frames.append(cell_sums(at, {hook_point: l2}, ()).assign(kind=what, arm=arm, comparison=label))
+    return pd.concat(frames, ignore_index=True)

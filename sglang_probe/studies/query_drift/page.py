@@ -1,0 +1,278 @@
+"""The report of a drift study."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from sglang_probe.report.figures import Figure, heatmap, lines
+from sglang_probe.report.page import Page, Section, Tile
+from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.studies.query_drift.reading import changes, horizon, importance
+from sglang_probe.studies.query_drift.study import DriftResult
+from sglang_probe.studies.query_drift.summary import ALL
+from sglang_probe.studies.query_drift.tautologies import TAUTOLOGIES
+
+COSINES = {
+    "pre": "before RoPE",
+    "pre_centred": "before RoPE, centred",
+    "post": "behind RoPE",
+    "null_post": "rotation alone",
+}
+NEAREST = {
+    "pre_nearest": "before RoPE",
+    "pre_centred_nearest": "before RoPE, centred",
+    "post_nearest": "behind RoPE",
+}
+
+
+def drift_page(result: DriftResult) -> Page:
+    """The page of one study: how far do decode queries leave the window that eviction scores with, and does it
+    matter?"""
+    m, f, o = result.manifest, result.found, result.options
+    excess = f.excess[(f.excess["layer"] == ALL) & (f.excess["kind"] == "centred")].sort_values("distance")
+    recall = f.recall[f.recall["layer"] == ALL]
+    last = int(recall["step"].max())
+    at_last = recall[recall["step"] == last].set_index("policy")
+    lead = (
+        f"{result.requests} requests with prompts of {result.lengths[0]:,} to {result.lengths[1]:,} tokens and "
+        f"{result.steps[0]} to {result.steps[1]} decode steps. The window is the last {o.window} prompt positions. "
+        f"Decode queries are compared with it before and behind RoPE, raw and without the prompt's mean query, and "
+        f"every "
+        "curve stands beside what would be seen without any drift of content."
+    )
+    tiles = [
+        Tile(
+            "excess drift, centred",
+            _interval(excess.iloc[0], "excess") if len(excess) else "none",
+            _reach(excess),
+        ),
+        Tile(
+            "still predicted",
+            format_number(at_last.loc["window", "value"], "percent"),
+            f"of the non-trivial mass at step {last} is on what the window chose; at random "
+            f"{format_number(at_last.loc['random', 'value'], 'percent')}, most recent "
+            f"{format_number(at_last.loc['recency', 'value'], 'percent')}",
+        ),
+    ]
+    v = m["versions"]
+    return Page(
+        title=f"Query drift: {result.name}",
+        lead=lead,
+        tiles=tiles,
+        facts=[
+            ("model", f"{m['model']['name']} ({m['model']['architecture']}, {m['model']['layers']} layers)"),
+            ("layers", ", ".join(map(str, result.layers))),
+            ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
+            ("rows in", str(m["rows_dtype"])),
+            ("options", ", ".join(f"{k} {val}" for k, val in o.model_dump().items())),
+            ("left out", "; ".join(f"{n} requests: {why}" for why, n in result.left_out.items()) or "nothing"),
+            ("recorded", m["created"]),
+        ],
+        sections=[
+            _cosines(result),
+            _excess(result),
+            _subspace(result),
+            importance(result),
+            horizon(result),
+            changes(result),
+            _controls(result),
+            _coverage(result),
+            _proof(result),
+        ],
+        footer=f"sglang-probe {v['sglang-probe']}. Every number was measured in the run listed here, but published "
+        f"ones.",
+    )
+
+
+def _cosines(result: DriftResult) -> Section:
+    steps = result.found.steps
+    heads = result.found.maps
+    late = int(heads["late_step"].iloc[0])
+    map_rows = heads.assign(layer="layer " + heads["layer"].astype(str), head=heads["head"].astype(str))
+    return Section(
+        heading="Decode queries beside the window",
+        text=TAUTOLOGIES,
+        figures=[
+            _curves(
+                steps, COSINES, "Cosine to the mean window query", "Means over heads and layers; bands over prompts."
+            ),
+            _curves(
+                steps,
+                NEAREST,
+                "Cosine to the nearest window query",
+                "A nearest neighbour among many is near even where nothing is shared: compare with the controls below.",
+            ),
+            lines(
+                steps[(steps["metric"] == "pre_centred") & (steps["layer"] != ALL)].assign(
+                    layer=lambda d: "layer " + d["layer"]
+                ),
+                "step",
+                "value",
+                "layer",
+                low="value_low",
+                high="value_high",
+                log_x=True,
+                title="Centred cosine before RoPE, by layer",
+                x_label="decode step (first of its bin)",
+                y_label="cosine",
+            ),
+            heatmap(
+                map_rows,
+                "layer",
+                "head",
+                "pre_centred_late",
+                kind="decimal",
+                title=f"Centred cosine before RoPE from step {late} on, by head",
+                column_label="query head",
+                caption="Means over prompts. No single cell is tested.",
+            ),
+        ],
+    )
+
+
+def _curves(steps: pd.DataFrame, names: dict[str, str], title: str, caption: str) -> Figure:
+    part = steps[(steps["layer"] == ALL) & steps["metric"].isin(names)]
+    part = part.assign(metric=pd.Categorical(part["metric"].map(names), list(names.values()), ordered=True))
+    return lines(
+        part.sort_values(["metric", "step"]),
+        "step",
+        "value",
+        "metric",
+        low="value_low",
+        high="value_high",
+        log_x=True,
+        title=title,
+        caption=caption,
+        x_label="decode step (first of its bin)",
+        y_label="cosine",
+    )
+
+
+def _excess(result: DriftResult) -> Section:
+    f = result.found
+    part = f.excess[f.excess["layer"] == ALL].sort_values(["kind", "distance"])
+    heads = f.maps.assign(layer="layer " + f.maps["layer"].astype(str), head=f.maps["head"].astype(str))
+    return Section(
+        heading="Is it decoding, or is it distance?",
+        text="Excess drift: the mean cosine before RoPE of prompt queries a distance apart, minus that of window and "
+        "decode "
+        "queries equally far apart in the same request. 0 means that decode queries are no further from the window "
+        "than "
+        "prompt queries would be.",
+        figures=[
+            lines(
+                part,
+                "distance",
+                "excess",
+                "kind",
+                low="excess_low",
+                high="excess_high",
+                log_x=True,
+                title="Excess drift by distance",
+                x_label="distance (start of its bin)",
+                y_label="prompt cosine minus decode cosine",
+                caption="Bands over prompts.",
+            ),
+            heatmap(
+                heads,
+                "layer",
+                "head",
+                "excess_centred",
+                kind="decimal",
+                title="Excess drift by head, centred, all distances",
+                column_label="query head",
+                caption="Weighted by pairs. Negative cells: decode queries are nearer than prompt queries as far "
+                "apart.",
+            ),
+        ],
+        tables=[Table(part.drop(columns=["layer"]), "Excess drift", {})],
+    )
+
+
+def _subspace(result: DriftResult) -> Section:
+    names = {
+        "first": "first window of steps",
+        "last": "last window of steps",
+        "earlier": "null: the prompt window before",
+        "split_half": "null: other half of the window",
+        "random": "null: random directions",
+    }
+    part = result.found.subspace
+    part = part[part["measure"].isin(names)]
+    part = part.assign(queries=part["measure"].map(names), layer="layer " + part["layer"].astype(str))
+    wide = part.pivot(index="queries", columns="layer", values="value").loc[list(names.values())].reset_index()
+    kinds: dict[str, Kind] = {c: "percent" for c in wide.columns if c != "queries"}
+    return Section(
+        heading="Do decode queries leave the window's directions?",
+        text=f"The directions that hold {result.options.energy:.0%} of the window's energy (at most half as many as "
+        f"the "
+        "window has queries), and how much of the energy of decode queries lies within them, centred and before RoPE. "
+        "The "
+        "halves of a window find fewer directions than the whole, so that this null is a low one.",
+        tables=[Table(wide, "Captured energy", kinds)],
+    )
+
+
+def _controls(result: DriftResult) -> Section:
+    wide = result.found.controls.pivot_table(index=["layer", "control"], columns="measure", values="value", sort=False)
+    return Section(
+        heading="Negative controls",
+        text="The same measures with something broken on purpose: the decode queries (and the scoring window) of "
+        "another "
+        "request, the prompt's first positions as the window, and keys that changed places before scoring. Shuffled "
+        "keys must "
+        "bring the kept mass to chance; where another request's queries do not, importance is a matter of the keys.",
+        tables=[Table(wide.reset_index(), "Late steps")],
+    )
+
+
+def _coverage(result: DriftResult) -> Section:
+    c = result.found.coverage.iloc[0]
+    text = (
+        f"{int(c['whole_windows'])} of {int(c['requests'])} requests computed all queries of their window themselves; "
+        f"{format_number(c['window_coverage'], 'percent')} of the window positions were computed, the others came "
+        f"from the "
+        "prefix cache, where queries do not exist. They were gathered through lineage from the requests that computed "
+        "them."
+    )
+    if c["cut_windows"]:
+        text += (
+            f" In the {int(c['cut_windows'])} requests with a cut window the mean centred cosine is "
+            f"{format_number(c['cosine_with_lineage'])} with lineage"
+        )
+        own = c["cosine_of_own_queries"]
+        text += (
+            "."
+            if own is None or math.isnan(own)
+            else f", and {format_number(own)} from the queries alone that they computed themselves."
+        )
+    return Section(heading="Which of these queries exist", text=text)
+
+
+def _proof(result: DriftResult) -> Section:
+    rows = [
+        {"check": c.name, "covered": f"{c.covered:,} {c.unit}", "result": c.violation or "holds"} for c in result.checks
+    ]
+    return Section(
+        heading="Why to believe it",
+        text="The invariants of the ledger, checked on the files of the run.",
+        tables=[Table(pd.DataFrame(rows), "Checks")],
+    )
+
+
+def _reach(excess: pd.DataFrame) -> str:
+    """In which distances the tile's excess is, and what it is at the farthest."""
+    if len(excess) < 2:
+        return "0 means that decoding is only far away"
+    farthest = excess.iloc[-1]
+    return (
+        f"fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
+        f"{_interval(farthest, 'excess')}. 0 means that decoding is only far away"
+    )
+
+
+def _interval(row: pd.Series, column: str) -> str:
+    low, high = (format_number(row[f"{column}_{side}"], "decimal") for side in ("low", "high"))
+    return f"{format_number(row[column], 'decimal')} ({low} to {high})"

@@ -1,0 +1,157 @@
+"""Sections of the drift report on what is read: importance, how long the window predicts it, and where it changes."""
+
+from __future__ import annotations
+
+import math
+
+from sglang_probe.report.figures import lines
+from sglang_probe.report.page import Section
+from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.studies.query_drift.study import DriftResult
+from sglang_probe.studies.query_drift.summary import ALL
+
+SNAPKV_PUBLISHED = {128: 0.9463, 64: 0.9429, 32: 0.9508, 16: 0.9466, 8: 0.9416, 4: 0.9385, 2: 0.9332, 1: 0.8426}
+DAPQ_PUBLISHED = {128: 0.9785, 64: 0.9747, 32: 0.9726, 16: 0.9713, 8: 0.9705, 4: 0.9644, 2: 0.9615, 1: 0.8768}
+"""Cosine of window-averaged attention to that of the response, DapQ (arXiv 2603.11564v1), table 8."""
+
+
+def importance(result: DriftResult) -> Section:
+    """Does the drift reach the attention weights?"""
+    f = result.found
+    windows = f.windows.pivot(index="window", columns="measure", values="value").reset_index()
+    windows = windows.assign(
+        **{
+            "SnapKV, published": windows["window"].map(SNAPKV_PUBLISHED),
+            "DapQ, published": windows["window"].map(DAPQ_PUBLISHED),
+        }
+    ).rename(columns={"cosine": "window here", "without_sinks": "window here, sinks left out"})
+    distances = {"js": "Jensen-Shannon divergence", "functional": "change of the logits"}
+    part = f.steps[(f.steps["layer"] == ALL)]
+    figures = [
+        lines(
+            part[part["metric"] == name],
+            "step",
+            "value",
+            low="value_low",
+            high="value_high",
+            log_x=True,
+            title=title,
+            caption=caption,
+            x_label="decode step (first of its bin)",
+            y_label=y,
+        )
+        for name, title, y, caption in (
+            (
+                "js",
+                "What the window reads beside what decoding reads",
+                f"{distances['js']} in nats",
+                "Over prompt positions that are neither sinks nor window; ln 2 is disjoint. Weights of a bin are "
+                "summed.",
+            ),
+            (
+                "functional",
+                "Functional drift",
+                distances["functional"],
+                "Root mean square change of the logits over the prompt keys, to the mean window query; a change "
+                "common to "
+                "all keys is removed.",
+            ),
+        )
+    ]
+    return Section(
+        heading="Does it change what is read?",
+        figures=figures,
+        tables=[
+            Table(
+                windows.sort_values("window", ascending=False),
+                "Cosine of window-averaged attention to that of the whole response, in the layout of DapQ's table 8",
+                {"window": "integer"},
+            )
+        ],
+        notes=[
+            "Published numbers: arXiv 2603.11564v1, table 8, other models and other prompts. A cosine of attention "
+            "rows is "
+            "ruled by sinks where a model has them."
+        ],
+    )
+
+
+def horizon(result: DriftResult) -> Section:
+    """For how many steps the window's choice is worth more than a baseline."""
+    f = result.found
+    part = f.survival[f.survival["layer"] == ALL].assign(baseline=lambda d: "against " + d["baseline"])
+    recall = f.recall[f.recall["layer"] == ALL]
+    shown = f.horizon.assign(
+        median=[_median(x) for x in f.horizon["median"]],
+        interval=[
+            f"{_median(a)} to {_median(b)}"
+            for a, b in zip(f.horizon["median_low"], f.horizon["median_high"], strict=True)
+        ],
+    )
+    columns = ["layer", "baseline", "requests", "failed", "failed_at_once", "median", "interval", "recall"]
+    columns += ["baseline_recall", "half_life"]
+    kinds: dict[str, Kind] = {"recall": "percent", "baseline_recall": "percent"}
+    o = result.options
+    return Section(
+        heading="How long does the window predict?",
+        text=f"The window keeps {o.budget:.0%} of the prompt (unpooled attention of its queries, sinks and window "
+        f"included). "
+        "Recall is the share of the attention mass on candidates (neither sinks nor window) that falls on kept ones. "
+        "The "
+        f"horizon ends at the first {o.run} steps in a row in which recall is no better than the baseline's; a "
+        f"response that "
+        "ends first is censored, not a failure (Kaplan and Meier). Half-lives are of the mean recall of requests that "
+        "last as long as the longest; none is given where the curve does not come down to a limit.",
+        figures=[
+            lines(
+                part,
+                "step",
+                "survival",
+                "baseline",
+                kind="percent",
+                step=False,
+                title="Requests whose window still predicts",
+                x_label="decode step",
+                y_label="survival",
+                caption="Pooled over layers and heads.",
+            ),
+            lines(
+                recall,
+                "step",
+                "value",
+                "policy",
+                low="value_low",
+                high="value_high",
+                kind="percent",
+                log_x=True,
+                title="Non-trivial mass that is kept",
+                x_label="decode step (first of its bin)",
+                y_label="share",
+                caption="Only requests that reach the last step shown, so that late steps are not those of long "
+                "responses.",
+            ),
+        ],
+        tables=[Table(shown[columns], "Horizons in steps", kinds)],
+        notes=[
+            "Horizons are of requests; responses of one prompt family are not independent, and the interval ignores it."
+        ],
+    )
+
+
+def changes(result: DriftResult) -> Section:
+    """Change points of the attention over the prompt."""
+    return Section(
+        heading="Phase jumps",
+        text="A CUSUM over the steps of each response finds the split at which attention over the prompt changes "
+        "most; the "
+        "same steps in random order give its null. `found` is the share of heads beyond their null, `shuffled` the "
+        "same for "
+        "responses whose steps were shuffled before (false alarms; `level` is expected), `agreement` the largest "
+        "share of "
+        "heads that change within one step of each other. Slow drift is found as well as a jump.",
+        tables=[Table(result.found.changes, "Change points", {"level": "percent"})],
+    )
+
+
+def _median(x: float) -> str:
+    return "beyond the data" if math.isinf(x) else format_number(x)

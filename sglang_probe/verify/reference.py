@@ -1,0 +1,152 @@
+"""Captured rows against `transformers` on the same tokens, in the same dtype: are they the model's?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_probe.policy.positions import recorded_override
+from sglang_probe.run.hook_points import (
+    KEY,
+    QUERY,
+    ROTATED_KEY,
+    ROTATED_QUERY,
+    VALUE,
+    HookPoint,
+    parse_hook_point,
+)
+from sglang_probe.run.run import Run
+from sglang_probe.studies.drift import row_distance
+from sglang_probe.verify.check import Check
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest accepted relative error of a row, by dtype. In half precision it bounds rounding through all layers."""
+
+_ATTENTION = "sglang_probe"
+_ROTATED = (ROTATED_QUERY, ROTATED_KEY)
+
+
+def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, np.ndarray]:
+    """Relative L2 error of each captured row of the first `requests` requests, per hook point.
+
+    Each request's prompt and output are run through the `transformers` model at once, without a cache.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    hook_points = run.hook_points
+    dtype = run.rows_dtype()
+    _register_attention()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
+    errors: dict[str, list[np.ndarray]] = {h: [] for h in hook_points}
+    tokens = run.tokens()
+    tokens = tokens[tokens["row"] >= 0]
+    with _recorded(model, hook_points) as outputs:
+        for r in run.requests().head(requests).itertuples():
+            mine = tokens[tokens["rid"] == r.rid]
+            ids = [*r.prompt_ids, *r.output_ids]
+            with torch.no_grad():
+                model(torch.tensor([ids]), **_moved(r.sampling_params, len(ids)))
+            for name in hook_points:
+                held = mine[run.holds(name, mine["row"].to_numpy())]
+                expected = _heads(run, name, outputs[name])[torch.tensor(held["position"].tolist(), dtype=torch.int64)]
+                errors[name].append(row_distance(run.rows(name, held["row"].to_numpy()), expected)[0])
+    return {h: np.concatenate(e) for h, e in errors.items()}
+
+
+def _moved(sampling_params: str, length: int) -> dict[str, torch.Tensor]:
+    """Positions of a request that prescribed them, and a mask: without one `transformers` takes positions that do not
+    ascend for several packed sequences, which do not see each other."""
+    override = recorded_override(sampling_params)
+    if override is None:
+        return {}
+    before, to = override.moved(0, length)
+    positions = torch.tensor([*range(before), *to])
+    return {"position_ids": positions[None], "attention_mask": torch.ones(1, length, dtype=torch.int64)}
+
+
+def check_against_transformers(run: Run, model_path: str, *, requests: int) -> Check:
+    """The comparison as a check: the worst row stays within `TOLERANCE` of its dtype."""
+    errors = reference_errors(run, model_path, requests=requests)
+    dtype = run.rows_dtype() or torch.float32
+    worst_hook = max(errors, key=lambda h: float(errors[h].max()))
+    worst = float(errors[worst_hook].max())
+    covered = sum(len(e) for e in errors.values())
+    summary = ", ".join(f"{h}: median {np.median(e):.1e}, max {e.max():.1e}" for h, e in errors.items())
+    limit = TOLERANCE[dtype]
+    return Check(
+        "reference",
+        f"rows agree with transformers in {str(dtype).removeprefix('torch.')} (relative error below {limit:g})",
+        covered,
+        "rows",
+        None if worst < limit else f"{worst_hook}: relative error {worst:.2e}",
+        note=summary,
+    )
+
+
+def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:
+    """The columns of the heads that the run holds."""
+    if hook_point not in run.manifest.get("head_numbers", {}):
+        return x_NW
+    _, head_dim = run.heads(hook_point)
+    return torch.unflatten(x_NW, 1, (-1, head_dim))[:, run.head_numbers(hook_point)].flatten(1)
+
+
+@contextmanager
+def _recorded(model: Any, hook_points: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dictionary that holds `[positions, width]` of each hook point after every forward of `model`.
+
+    Pre-RoPE rows and values are outputs of the projections or of q/k norm, post-RoPE rows what attention is given: all
+    taken outside the rotation.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for point in map(parse_hook_point, hook_points):
+        if point.site in _ROTATED:
+            core = model.model.layers[point.layer].self_attn
+            core.probe_sink = {**getattr(core, "probe_sink", {}), _ROTATED.index(point.site): (point.name, outputs)}
+            continue
+
+        def keep(_module: object, _args: object, output: Any, name: str = point.name) -> None:
+            x = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+            outputs[name] = x.flatten(1)
+
+        handles.append(_module(model.model, point).register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module(model: Any, point: HookPoint) -> Any:
+    # Hooks, not `output_hidden_states`: its last entry is behind the final norm.
+    if point.layer is None:
+        return model.embed_tokens
+    layer = model.layers[point.layer]
+    if not point.in_attention:
+        return layer
+    attention = layer.self_attn
+    name = {QUERY: "q", KEY: "k", VALUE: "v"}[point.site]
+    return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+
+
+def _register_attention() -> None:
+    """Make SDPA known under a name of its own that also keeps its queries and keys."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        for which, (name, outputs) in getattr(module, "probe_sink", {}).items():
+            x_BHND = args[which]
+            outputs[name] = x_BHND[0].transpose(0, 1).flatten(1)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

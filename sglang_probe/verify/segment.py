@@ -1,0 +1,79 @@
+"""What a segment of a live recording leaves to its neighbours, so that the checks can say so instead of guessing.
+
+A request that is in flight when a segment is closed has spans in two segments. The manifest of the later one names it
+with the position at which it goes on (`segment.carried_in`), and its row in the earlier one has the finish reason
+`continues`. For a run that is no segment, everything here is empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.run import schema
+from sglang_probe.run.run import Run
+
+OPEN_ENDED = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER)
+"""Finish reasons of requests whose end is not in this run."""
+
+
+def carried_in(run: Run) -> dict[str, tuple[int, int]]:
+    """`rid: (attempt, position)` of requests that the segment before began."""
+    carried = (run.manifest.get("segment") or {}).get("carried_in", {})
+    return {rid: (int(attempt), int(position)) for rid, (attempt, position) in carried.items()}
+
+
+def first_positions(run: Run, spans: pd.DataFrame) -> pd.Series:
+    """For each span the position at which its request and attempt begin in this run: 0, or where it was carried in."""
+    carried = carried_in(run)
+    if not carried:
+        return pd.Series(0, index=spans.index)
+    begins = [
+        carried[rid][1] if rid in carried and carried[rid][0] == attempt else 0
+        for rid, attempt in zip(spans["rid"], spans["attempt"], strict=True)
+    ]
+    return pd.Series(begins, index=spans.index)
+
+
+def not_wholly_here(run: Run) -> set[str]:
+    """Requests whose reuse cannot be counted in this run: begun in another segment, or dropped in part."""
+    spans = run.spans()
+    return set(carried_in(run)) | set(spans.loc[spans["status"] == schema.DROPPED, "rid"])
+
+
+def computed_elsewhere(run: Run, tokens: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which reused positions may have their origin outside this run: in an earlier segment, or among dropped facts.
+
+    An origin that this run knows from its first position on must be here, and so must every origin in the first segment
+    of a server process.
+    """
+    spans = run.spans()
+    dropped = tokens["origin_rid"].isin(set(spans.loc[spans["status"] == schema.DROPPED, "rid"])).to_numpy()
+    segment = run.manifest.get("segment")
+    if segment is None or segment["first_of_process"]:
+        return np.asarray(dropped)
+    carried = carried_in(run)
+    here = set(spans["rid"]) - set(carried)
+    begins = tokens["origin_rid"].map({rid: position for rid, (_, position) in carried.items()}).fillna(0)
+    attempts = tokens["origin_rid"].map({rid: attempt for rid, (attempt, _) in carried.items()}).fillna(0)
+    before = (tokens["position"] < begins) | (tokens["origin_attempt"] < attempts)
+    unknown = ~tokens["origin_rid"].isin(here | set(carried))
+    return np.asarray(dropped | unknown.to_numpy() | before.to_numpy())
+
+
+def note(run: Run) -> str | None:
+    """What of this segment is in its neighbours, in words."""
+    carried, finish = carried_in(run), run.requests()["finish_reason"]
+    continues = int((finish == schema.CONTINUES).sum())
+    said = []
+    if carried:
+        said.append(f"{len(carried)} requests began in the segment before")
+    if continues:
+        said.append(f"{continues} requests continue in another segment")
+    spans = run.spans()
+    lengths = (spans["end"] - spans["start"])[spans["status"] == schema.DROPPED]
+    if len(lengths):
+        said.append(f"{int(lengths.sum())} positions were dropped because the disk was too slow")
+    return "; ".join(said) or None

@@ -1,0 +1,191 @@
+"""Other dtypes and scheduler options, interruption, and faults, on real SGLang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_probe.paths import shipped
+from sglang_probe.run.hook_points import ATTENTION
+from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.verify.reference import reference_errors
+from sglang_probe.verify.verify import verify
+
+pytestmark = pytest.mark.engine
+MODEL = shipped("models/probe-text/checkpoint")
+
+
+def test_fp32_rows_agree_with_transformers(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
+    hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(4))]
+    hook_points += [f"blocks.{i}.{site}" for i in range(4) for site in ATTENTION]
+    config = write_yaml("fp32", dtype="float32", hook_points=hook_points, arm={"cache": "off"})
+    done = cli("harvest", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = reference_errors(load_run(tmp_path / "run"), str(MODEL), requests=10)
+    assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"enable_mixed_chunk": True, "chunked_prefill_size": 64},
+        {"disable_overlap_schedule": True, "page_size": 16, "chunked_prefill_size": 128},
+    ],
+    ids=["mixed chunks", "no overlap, page size 16"],
+)
+def test_the_ledger_holds_under(server: dict, cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
+    config = write_yaml("options", server=server, sampling={"max_new_tokens": 24, "temperature": 1.0})
+    done = cli("harvest", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(tmp_path / "run")
+    assert [str(c) for c in verify(run) if not c.holds] == []
+    if "enable_mixed_chunk" in server:
+        assert (run.forwards()["mode"] == "mixed").any()
+    else:
+        assert (run.spans()["phase"] != "overshoot").all()
+
+
+def test_an_interrupted_harvest_says_so_and_can_be_finished(
+    write_yaml: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    """Ctrl-C, resume, kill -9, resume: nothing durable is lost, every request is served once."""
+    path = tmp_path / "run"
+    config = write_yaml(
+        "long",
+        workload={"requests_per_family": 40, "exemplars": 1},
+        sampling={"max_new_tokens": 100, "temperature": 0.0, "ignore_eos": True},
+        checkpoint_seconds=0.5,
+    )
+    first = _start(config, path)
+    _wait_for_requests(first, path, 5)
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(60) == 130
+    assert not _alive(first.pid)
+    interrupted = load_run(path)
+    assert not interrupted.complete
+    served = set(interrupted.engine_requests()["rid"])
+    assert 5 <= len(served) < 80
+    assert all(c.holds for c in verify(interrupted))
+    refused = cli("harvest", config, "--output", path)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+
+    second = _start(config, path, "--resume")
+    _wait_for_requests(second, path, len(served) + 5)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait(60)
+    time.sleep(1)
+
+    done = cli("harvest", config, "--output", path, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(path)
+    assert run.complete
+    assert all(c.holds for c in verify(run)), [c.violation for c in verify(run)]
+    requests = run.requests()
+    finished = requests[requests["finish_reason"] != "interrupted"]
+    assert sorted(finished["index"]) == list(range(80))
+    assert served <= set(finished["rid"])
+    assert len(run.manifest["sessions"]) == 3
+    assert {p.session for p in run.parts()} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, tmp_path: Path, cli: Callable) -> None:
+    """The first arm is killed on the way; its interrupted requests must not count twice, nor block the comparison."""
+    path = tmp_path / "experiment"
+    config = write_yaml(
+        "ab",
+        workload={"requests_per_family": 10, "exemplars": 1},
+        sampling={"max_new_tokens": 100, "temperature": 1.0, "ignore_eos": True},
+        checkpoint_seconds=0.5,
+        replicates=1,
+    )
+    first = _start(config, path, command="ab")
+    _wait_for_requests(first, path / "cache_on", 5)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait(60)
+    time.sleep(1)
+    done = cli("ab", config, "--output", path, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in 40 of 40 requests" in done.stdout
+    run = load_run(path / "cache_on")
+    assert [s["seconds"] is None for s in run.manifest["sessions"]] == [True, False]
+    assert run.tokens()["rid"].nunique() == 20
+
+    other = write_yaml("ab", workload={"requests_per_family": 10, "exemplars": 1}, dtype="float32", replicates=1)
+    refused = cli("ab", other, "--output", path, "--resume")
+    assert refused.returncode == 2
+    assert "was recorded with another" in refused.stderr
+
+
+def test_a_fault_of_the_probe_leaves_requests_alone_and_is_reported(tmp_path: Path) -> None:
+    """The rows folder cannot be made: recording stops, says why, and the engine answers as without the probe."""
+    (tmp_path / "rows").write_text("in the way")
+    code = (
+        "from pathlib import Path\n"
+        "from sglang_probe.harvest.engine import ProbedEngine\n"
+        "from sglang_probe.engine.hooks.config import EngineProbeConfig\n"
+        "from sglang_probe.errors import ProbeError\n"
+        "if __name__ == '__main__':\n"
+        f"    probe = EngineProbeConfig(run=Path({str(tmp_path)!r}), hook_points=['hook_embed'],\n"
+        "                              checkpoint_seconds=0.01)\n"
+        f"    with ProbedEngine({str(MODEL)!r}, probe, {{}}) as engine:\n"
+        "        params = {'max_new_tokens': 30, 'temperature': 0.0, 'ignore_eos': True}\n"
+        "        answers = [engine.run(engine.generate(f'r{i}', range(50, 90), params)) for i in range(3)]\n"
+        "        assert [len(a.output_ids) for a in answers] == [30] * 3\n"
+        "        assert answers[0].output_ids == answers[2].output_ids\n"
+        "        try:\n"
+        "            engine.close_recording()\n"
+        "        except ProbeError as e:\n"
+        "            print('REPORTED', e)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "REPORTED" in done.stdout
+    assert "the writer stopped" in (tmp_path / "fault.txt").read_text()
+    assert "sglang-probe stopped recording" in done.stderr + done.stdout
+
+
+def _start(config: Path, path: Path, *options: str, command: str = "harvest") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sglang_probe", command, str(config), "--output", str(path), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell gives its background jobs a Ctrl-C that is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def _wait_for_requests(process: subprocess.Popen, path: Path, count: int, timeout: float = 180) -> None:
+    """Wait until that many requests are on disk."""
+    deadline = time.time() + timeout
+    while time.time() < deadline:
+        assert process.poll() is None, "the harvest ended before it could be interrupted"
+        if (path / MANIFEST).exists() and len(load_run(path).engine_requests()) >= count:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{count} requests were not on disk after {timeout} s")
+
+
+def _alive(group: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for process in psutil.process_iter(["pid"]):
+        try:
+            if os.getsid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found

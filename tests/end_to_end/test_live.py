@@ -1,0 +1,271 @@
+"""Attached to a real server: clients notice nothing, and everything they cause is in the ledger.
+
+One server for the whole file; the tests run in order, and the last one ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from openai import OpenAI
+
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.verify import verify
+from tests.end_to_end.live_server import ADMIN_KEY, KEY, MODEL, LiveServer
+
+pytestmark = pytest.mark.engine
+PROVENANCE = {"custom_params": {"probe": {"provenance": True}}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("live")
+    started = LiveServer(folder, "--admin-api-key", ADMIN_KEY, privacy="hashes", probe={"telemetry": {}})
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture(scope="module")
+def openai(server: LiveServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+
+
+def test_the_endpoints_ask_for_the_servers_keys(server: LiveServer) -> None:
+    for client, path, expected in (
+        (server.anybody, "/probe/status", 401),
+        (server.anybody, "/probe/coverage", 401),
+        (server.http, "/probe/status", 200),
+        (server.http, "/probe/coverage", 200),
+    ):
+        assert client.get(path).status_code == expected, path
+    assert server.anybody.post("/probe/flush").status_code == 401
+    assert server.http.post("/probe/flush").status_code == 401  # there is an admin key, so it is the admin's
+    assert server.admin.post("/probe/flush").status_code == 200
+
+
+def test_the_openai_client_is_served_as_ever(server: LiveServer, openai: OpenAI) -> None:
+    before = server.status()["requests"]
+    messages: list[Any] = [{"role": "user", "content": "Write a queue in Python, please. " * 10}]
+    asked: dict[str, Any] = {"model": "m", "max_tokens": 12, "temperature": 0.0}
+    chat = openai.chat.completions.create(messages=messages, **asked)
+    streamed = openai.chat.completions.create(messages=messages, stream=True, **asked)
+    text = "".join(c.choices[0].delta.content or "" for c in streamed if c.choices)
+    assert text == chat.choices[0].message.content
+    done = openai.completions.create(prompt="def is_empty(self):", **asked)
+    pieces = openai.completions.create(prompt="def is_empty(self):", stream=True, **asked)
+    assert "".join(c.choices[0].text for c in pieces if c.choices) == done.choices[0].text
+    assert _settled(server)["requests"] == before + 4
+    rows = server.http.get("/probe/coverage?n=4").json()["recent"]
+    assert len(rows) == 4
+    assert [r.get("reused", 0) for r in rows] == [rows[0]["prompt"] - 1, 0, rows[2]["prompt"] - 1, 0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_asks_learns_where_its_positions_came_from(server: LiveServer, stream: bool) -> None:
+    prompt = [100 + stream, *range(500, 560)]
+    first = server.generate(prompt, rid=f"first-{stream}")
+    assert "probe" not in first["meta_info"]
+    if stream:
+        meta = _last_chunk(server, [*prompt, 7], rid="second-True", sampling_params={"max_new_tokens": 5, **PROVENANCE})
+    else:
+        meta = server.generate([*prompt, 7], 5, rid="second-False", sampling_params=PROVENANCE)["meta_info"]
+    spans = meta["probe"]
+    assert [(s["start"], s["end"], s["status"], s["phase"]) for s in spans] == [
+        (0, 61, "reused", None),
+        (61, 62, "computed", "prefill"),
+        (62, 66, "computed", "decode"),
+    ]
+    assert spans[0]["origin"] == f"first-{stream}"
+    assert meta["cached_tokens"] == 61
+
+
+def test_totals_agree_with_sglangs_own_counts(server: LiveServer) -> None:
+    before = server.http.get("/probe/coverage").json()
+    cached = sum(server.generate([9, *range(600, 700)], 10)["meta_info"]["cached_tokens"] for _ in range(3))
+    after = server.http.get("/probe/coverage").json()
+    gained = {k: after["positions"][k] - before["positions"][k] for k in after["positions"]}
+    assert gained["reused"] == cached == 200
+    assert gained["computed"] == 3 * 101 - 200
+    assert gained["decode"] == 27  # the last of ten sampled tokens has no KV entry
+    assert gained["dropped"] == gained["recompute"] == 0
+
+
+def test_the_series_are_on_sglangs_metrics(server: LiveServer) -> None:
+    server.generate([5, *range(50)])
+    p = server.status()["positions"]
+    computed = p["computed"] + p["decode"] + p["overshoot"] + p["recompute"]
+    deadline = time.monotonic() + 60  # published once a second, by a thread that waits for its turn on a busy machine
+    while time.monotonic() < deadline:
+        series = _series(server)
+        if series["computed_tokens_total"] == computed and not series["writer_queue_depth"]:
+            break
+        time.sleep(0.2)
+    assert series["computed_tokens_total"] == computed
+    assert series["reused_tokens_total"] == p["reused"] > 0
+    assert series["recomputed_tokens_total"] == series["dropped_tokens_total"] == series["write_errors_total"] == 0
+    assert series["writer_queue_depth"] == 0
+
+
+def _series(server: LiveServer) -> dict[str, float]:
+    return {
+        line.split("{")[0].removeprefix("sglang_probe:"): float(line.rsplit(" ", 1)[1])
+        for line in server.anybody.get("/metrics").text.splitlines()
+        if line.startswith("sglang_probe:")
+    }
+
+
+def test_a_flushed_segment_is_an_ordinary_run(server: LiveServer, cli: Callable) -> None:
+    path = server.flush()
+    done = cli("verify", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(path)
+    assert run.complete
+    tokens = run.tokens()
+    assert {"computed", "reused"} <= set(tokens["status"])
+    assert server.status()["segment"]["path"] != str(path)
+    requests = run.requests().set_index("rid")
+    assert (requests["cached_tokens"] >= 0).all()
+
+
+def test_equal_prompts_have_equal_hashes_and_no_token_id_is_on_disk(server: LiveServer) -> None:
+    for rid in ("twin-a", "twin-b"):
+        server.generate([77, 78, 79, 80], rid=rid)
+    server.generate([77, 78, 79, 81], rid="other")
+    path = server.flush()
+    hashes = load_run(path).requests().set_index("rid")["prompt_hash"]
+    assert hashes["twin-a"] == hashes["twin-b"] != hashes["other"]
+    for file in server.run.rglob("*.parquet"):
+        table = pq.read_table(file)
+        for column in ("prompt_ids", "output_ids"):
+            assert column not in table.column_names or table[column].null_count == len(table), file
+
+
+def test_a_request_cut_by_a_flush_is_continued_and_both_halves_verify(server: LiveServer) -> None:
+    shared = [33, *range(900, 960)]
+    server.generate(shared, rid="owner")
+    answer: dict[str, Any] = {}
+    worker = threading.Thread(
+        target=lambda: answer.update(server.generate([*shared, 1], 400, rid="long", sampling_params=PROVENANCE))
+    )
+    worker.start()
+    time.sleep(0.8)
+    first = server.flush()
+    server.generate([*shared, 2], rid="later")
+    worker.join()
+    _settled(server)
+    second = server.flush()
+    halves = [load_run(first), load_run(second)]
+    reasons = [h.requests().set_index("rid")["finish_reason"].get("long") for h in halves]
+    assert reasons == ["continues", "length"]
+    position = halves[1].manifest["segment"]["carried_in"]["long"][1]
+    assert 61 < position < 461
+    notes = []
+    for half in halves:
+        checks = verify(half)
+        assert [c.violation for c in checks] == [None] * len(checks)
+        notes.append(" ".join(c.note or "" for c in checks))
+    assert "1 requests continue in another segment" in notes[0]
+    assert "1 requests began in the segment before" in notes[1]
+    assert "computed in another segment" in notes[1]
+    assert answer["meta_info"]["probe"][-1]["end"] == 461
+
+
+def test_a_client_that_uses_an_id_again_breaks_nothing(server: LiveServer) -> None:
+    for n in (3, 5):
+        server.generate([66, 67, 68, n], n, rid="same")
+    run = load_run(server.flush())
+    assert {"same": 3, "same~1": 5}.items() <= run.requests().set_index("rid")["output_len"].to_dict().items()
+    assert all(c.holds for c in verify(run))
+
+
+def test_an_aborted_request_is_accounted_for(server: LiveServer) -> None:
+    with server.http.stream(
+        "POST",
+        "/generate",
+        json={
+            "input_ids": [44] * 20,
+            "rid": "gone",
+            "stream": True,
+            "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True},
+        },
+    ) as response:
+        next(response.iter_lines())
+    status = _settled(server)
+    assert status["recording"]
+    run = load_run(server.flush())
+    assert run.requests().set_index("rid").at["gone", "finish_reason"] == "abort"
+    assert all(c.holds for c in verify(run))
+
+
+def test_sglangs_own_benchmark_runs_against_it_and_reconciles(server: LiveServer, tmp_path: Path) -> None:
+    before, cached_before = _settled(server)["positions"], _sglangs_cached_tokens(server)
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
+    command += ["--model", str(MODEL), "--tokenizer", str(MODEL), "--dataset-name", "generated-shared-prefix"]
+    command += ["--gsp-num-groups", "4", "--gsp-prompts-per-group", "6", "--gsp-system-prompt-len", "200"]
+    command += ["--gsp-question-len", "20", "--gsp-output-len", "16", "--max-concurrency", "4"]
+    command += ["--output-file", str(tmp_path / "bench.jsonl")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120, env=_with_key()
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Successful requests:                     24" in done.stdout, done.stdout
+    after = _settled(server)["positions"]
+    reused = after["reused"] - before["reused"]
+    computed = after["computed"] - before["computed"]
+    assert reused / (reused + computed) > 0.4
+    assert reused == _sglangs_cached_tokens(server) - cached_before
+    run = load_run(server.flush())
+    checks = verify(run)
+    assert [c.violation for c in checks] == [None] * len(checks)
+    assert len(run.requests()) >= 24
+
+
+def test_sigterm_closes_the_last_segment(server: LiveServer) -> None:
+    server.generate([3, *range(40)], rid="last")
+    server.terminate()
+    last = sorted(server.run.glob("segment-*"))[-1]
+    run = load_run(last)
+    assert run.complete, server.log.read_text()[-3000:]
+    assert "last" in set(run.requests()["rid"])
+    assert all(c.holds for c in verify(run))
+
+
+def _sglangs_cached_tokens(server: LiveServer) -> int:
+    time.sleep(1.5)
+    lines = server.anybody.get("/metrics").text.splitlines()
+    return int(sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("sglang:cached_tokens_total")))
+
+
+def _with_key() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "SGLANG_PROBE"} | {"OPENAI_API_KEY": KEY}
+
+
+def _settled(server: LiveServer) -> dict[str, Any]:
+    """Status once nothing is in flight: a client has its answer a moment before the scheduler has committed it."""
+    for _ in range(100):
+        status = server.status()
+        if not status["requests_in_flight"]:
+            return status
+        time.sleep(0.05)
+    return status
+
+
+def _last_chunk(server: LiveServer, prompt: list[int], **fields: Any) -> dict[str, Any]:
+    params = {"temperature": 0.0, "ignore_eos": True, **fields.pop("sampling_params")}
+    body = {"input_ids": prompt, "sampling_params": params, "stream": True, **fields}
+    with server.http.stream("POST", "/generate", json=body) as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    return dict(json.loads(lines[-1])["meta_info"])

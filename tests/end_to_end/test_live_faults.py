@@ -1,0 +1,58 @@
+"""A server that is killed, and a disk that fails: requests go on, and the directory says what happened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.verify import verify
+from tests.end_to_end.live_server import LiveServer
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_a_killed_server_leaves_an_interrupted_segment_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    server = LiveServer(tmp_path, privacy="ids")
+    try:
+        server.wait_until_ready()
+        for i in range(5):
+            server.generate([9, *range(100, 130), i], rid=f"before-{i}")
+        time.sleep(4)  # checkpoint_seconds is 2
+    finally:
+        server.kill()
+    assert load_run(server.run / "segment-00000").manifest["status"] == "recording"
+
+    server = LiveServer(tmp_path, privacy="ids")
+    try:
+        server.wait_until_ready()
+        server.generate([9, *range(100, 130)], rid="after")
+        status = server.status()
+        assert status["segments_interrupted_before"] == ["segment-00000"]
+        assert status["segment"]["number"] == 1
+        run = load_run(server.run / "segment-00000")
+        assert run.manifest["status"] == "interrupted"
+        assert {f"before-{i}" for i in range(5)} <= set(run.requests()["rid"])
+        assert [c.violation for c in verify(run) if not c.holds] == []
+
+        # The disk fails: the folder of the coming part cannot be made.
+        (server.run / "segment-00001" / "ledger").rename(tmp_path / "gone") if (
+            server.run / "segment-00001" / "ledger"
+        ).exists() else None
+        (server.run / "segment-00001" / "ledger").write_text("in the way")
+        answers = []
+        for _ in range(8):
+            answers.append(server.generate([1, 2, 3])["text"])
+            time.sleep(0.5)
+        assert len(set(answers)) == 1
+        status = server.status()
+        assert status["recording"] is False
+        assert "the writer stopped" in status["reason"]
+        assert status["write_errors"] >= 1
+        refused = server.http.post("/probe/flush")
+        assert refused.status_code == 503
+        assert "the writer stopped" in (server.run / "fault.txt").read_text()
+    finally:
+        server.kill()

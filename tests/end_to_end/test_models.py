@@ -1,0 +1,91 @@
+"""Rows of every reviewed architecture against `transformers`, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_probe.paths import shipped
+from sglang_probe.run.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.reference import reference_errors
+from sglang_probe.verify.verify import verify
+
+pytestmark = pytest.mark.engine
+
+CASES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "MistralForCausalLM": "mistral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+
+_OPTIONS = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+def make_model(folder: Path, kind: str) -> Path:
+    """A model of 3 layers and width 64 with random weights, and the tokenizer of `probe-text`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = _OPTIONS.get(kind, {})
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=3072,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **options,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # norms of one and biases of zero would hide a wrong tensor
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(shipped("models/probe-text/checkpoint") / name, folder / name)
+    return folder
+
+
+def test_every_reviewed_architecture_is_compared_here() -> None:
+    assert {*CASES, "LlamaForCausalLM"} == set(REVIEWED_ARCHITECTURES)  # Llama: tests/end_to_end/test_harvest.py
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3ForCausalLM", *(pytest.param(a, marks=pytest.mark.slow) for a in list(CASES)[1:])]
+)
+def test_fp32_rows_agree_with_transformers(
+    architecture: str, cli: Callable, write_yaml: Callable, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", CASES[architecture])
+    hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    hook_points += [f"blocks.{i}.{site}" for i in (0, 2) for site in ATTENTION]
+    config = write_yaml(
+        "model",
+        model=str(model),
+        dtype="float32",
+        hook_points=hook_points,
+        arm={"cache": "off"},
+        workload={"families": 1, "requests_per_family": 3, "exemplars": 1},
+    )
+    done = cli("harvest", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(tmp_path / "run")
+    assert run.manifest["model"]["architecture"] == architecture
+    assert all(c.holds for c in verify(run))
+    errors = reference_errors(run, str(model), requests=3)
+    assert max(float(e.max()) for e in errors.values()) < 1e-4

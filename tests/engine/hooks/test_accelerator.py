@@ -1,0 +1,155 @@
+"""What is refused on an accelerator, and how rows travel with a result of SGLang's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_probe.engine.capture.graph_taps import GraphTaps
+from sglang_probe.engine.hooks import session
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments import accelerator
+from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.errors import LedgerError, UnsupportedError
+
+
+def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(UnsupportedError, match=r"`cuda` has not been run on a GPU(.|\n)*accelerator: unproved"):
+        accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
+    accelerator.check_device("cuda", "unproved")  # with telemetry or without
+    accelerator.check_device("cpu", "refused")
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "named"), [("xpu", None, "xpu"), ("npu", None, "npu"), ("cuda", "7", "rocm")]
+)
+def test_other_accelerators_are_refused_whatever_is_asked(
+    device: str, hip: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(UnsupportedError, match=f"`{named}` is not supported"):
+        accelerator.check_device(device, "unproved")
+
+
+def test_the_megakernel_is_refused_by_name() -> None:
+    accelerator.check_server(SimpleNamespace(enable_nvidia_megakernel=False))
+    with pytest.raises(UnsupportedError, match="enable_nvidia_megakernel"):
+        accelerator.check_server(SimpleNamespace(enable_nvidia_megakernel=True))
+
+
+@pytest.mark.reviewed("accelerator rows")
+def test_a_release_without_the_channel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator.check_channel()
+    monkeypatch.setattr(accelerator, "_CHANNEL", "sglang.srt.managers.no_such_output")
+    with pytest.raises(UnsupportedError, match="no_such_output"):
+        accelerator.check_channel()
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
+    running = session.Session(EngineProbeConfig(run=tmp_path, accelerator="unproved"))
+    monkeypatch.setattr(running, "recorder", object())
+    monkeypatch.setattr(session, "session", running)
+    running.taps = running.graph_taps = GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu")
+    return running
+
+
+def _forward(running: session.Session, value: float) -> ForwardPlan:
+    """A forward of two tokens whose rows are `value`, as far as its rows are on the way."""
+    assert running.graph_taps is not None
+    plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
+    running.graph_taps.arm()
+    running.graph_taps.write("h", torch.full((2, 2), value))
+    plan.snapshot = running.graph_taps.snapshot(2, replayed=False)
+    running.current = plan
+    return plan
+
+
+def _result(**fields: Any) -> Any:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    return GenerationBatchResult(logits_output=LogitsProcessorOutput(next_token_logits=None), **fields)
+
+
+def _copied(result: Any) -> None:
+    """What SGLang's scheduler does behind the forward, and with the result."""
+    result.copy_auxiliary_output_to_cpu()
+    result.auxiliary_host_output.consume(None, [])
+
+
+@pytest.mark.reviewed("accelerator rows")
+def test_rows_travel_with_the_result_of_their_forward(recording: session.Session) -> None:
+    plans, results = [], []
+    for value in (1.0, 2.0):  # both launched before the first is processed
+        plans.append(_forward(recording, value))
+        results.append(accelerator.forward_batch_generation(lambda *_: _result(), None, None))
+    for plan, result, value in zip(plans, results, (1.0, 2.0), strict=True):
+        with pytest.raises(LedgerError, match="had not arrived"):
+            plan.snapshot.finish()
+        _copied(result)
+        assert plan.snapshot.finish()["h"].tolist() == [[value] * 2] * 2
+    assert recording.fault is None
+
+
+@pytest.mark.reviewed("accelerator rows")
+def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: session.Session) -> None:
+    """SGLang delays the sample of constrained requests (`ModelRunner.sample` begins by clearing the field)."""
+
+    def sample() -> Any:
+        result.logits_output.auxiliary_device_output = None
+        return result
+
+    plan, result = _forward(recording, 3.0), _result()
+    result.delay_sample_func = sample
+    assert accelerator.forward_batch_generation(lambda *_: result, None, None) is result
+    recording.current = None  # the launch is over
+    assert result.delay_sample_func() is result
+    _copied(result)
+    assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
+
+
+@pytest.mark.reviewed("accelerator rows")
+def test_what_another_plugin_attached_arrives_too(recording: session.Session) -> None:
+    consumed = []
+
+    class Other:
+        def copy_to_host(self, _copy: Any) -> Other:
+            return self
+
+        def consume(self, *_: Any) -> None:
+            consumed.append(True)
+
+    plan, result = _forward(recording, 4.0), _result()
+    result.logits_output.auxiliary_device_output = Other()
+    accelerator.forward_batch_generation(lambda *_: result, None, None)
+    _copied(result)
+    assert consumed == [True]
+    assert plan.snapshot.finish()["h"].tolist() == [[4.0] * 2] * 2
+
+
+@pytest.mark.reviewed("accelerator rows")
+def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: session.Session) -> None:
+    plan = _forward(recording, 5.0)
+    plan.snapshot.send(torch.clone)  # a second send has nothing to send
+    result = accelerator.forward_batch_generation(lambda *_: _result(), None, None)
+    _copied(result)
+    assert recording.fault is not None
+    assert "_copy" in recording.fault
+
+
+def test_taps_write_while_graphs_are_captured_which_is_before_the_recording_opens(recording: session.Session) -> None:
+    assert recording.graph_taps is not None
+    recording.recorder = None
+    write = session.tapping(lambda n: recording.graph_taps.write("h", torch.ones(n, 2)))  # type: ignore[union-attr]
+    write(4)
+    accelerator._check_captured(None, None, None, 4)
+    assert recording.fault is None
+    accelerator._check_captured(None, None, None, 4)  # the next graph was captured without the tap
+    assert recording.fault is not None
+    assert "not part of the graph captured for 4 tokens" in recording.fault

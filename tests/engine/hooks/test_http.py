@@ -1,0 +1,77 @@
+"""The endpoints' answers, with a made-up scheduler behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sglang_probe.engine.hooks import http
+from sglang_probe.engine.hooks.http import Endpoints
+from sglang_probe.engine.hooks.install import _serves_http
+
+STATE = {
+    "recording": True,
+    "reason": None,
+    "positions": {"computed": 30, "reused": 10},
+    "requests": 3,
+    "recent": [{"rid": str(i)} for i in range(50)],
+    "flush": {"asked": 1, "done": 0, "segment": "s0"},
+    "segment": {"path": "s1"},
+}
+
+
+def _endpoints(states: list[Any], agrees: bool = True, idle: bool = True) -> Endpoints:
+    """Answers `states` in turn, the last one for ever."""
+
+    async def get() -> list[dict[str, Any]]:
+        return [{"probe": states.pop(0) if len(states) > 1 else states[0]}]
+
+    async def close() -> list[bool]:
+        return [agrees]
+
+    async def empty(_timeout: float) -> bool:
+        return idle
+
+    return Endpoints(get, close, empty)
+
+
+def test_coverage_lists_as_many_requests_as_asked() -> None:
+    out = asyncio.run(_endpoints([STATE]).coverage(n=2))
+    assert [r["rid"] for r in out["recent"]] == ["0", "1"]
+    assert out["prompt_reused_fraction"] == 0.25
+
+
+def test_flush_waits_until_the_segment_is_on_disk() -> None:
+    done = {**STATE, "flush": {"asked": 1, "done": 1, "segment": "s0"}}
+    out = asyncio.run(_endpoints([STATE, STATE, done]).flush())
+    assert out == {"flushed": True, "segment": "s0", "next": "s1"}
+
+
+def test_a_cache_that_is_in_use_is_not_flushed_and_the_segment_goes_on() -> None:
+    out = asyncio.run(_endpoints([STATE], idle=False).flush(cache=True))
+    assert (out.status_code, b"in flight" in out.body) == (409, True)
+
+
+def test_flush_says_why_when_nothing_is_recorded() -> None:
+    out = asyncio.run(_endpoints([{"recording": False, "reason": "the disk"}], agrees=False).flush())
+    assert (out.status_code, b"the disk" in out.body) == (503, True)
+
+
+def test_flush_gives_up_when_the_disk_does_not_finish(monkeypatch: Any) -> None:
+    monkeypatch.setattr(http, "_FLUSH_SECONDS", 0.1)
+    assert asyncio.run(_endpoints([STATE]).flush()).status_code == 504
+
+
+def test_a_scheduler_without_the_probe_is_not_an_error() -> None:
+    status = asyncio.run(_endpoints([None]).status())
+    assert status["recording"] is False
+    coverage = asyncio.run(_endpoints([None]).coverage())
+    assert coverage["prompt_reused_fraction"] is None
+
+
+def test_routes_are_added_only_where_http_is_served() -> None:
+    scheduler, detokenizer = "sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager"
+    assert _serves_http({"sglang.srt.plugins"})  # launch_server loads plugins first
+    assert _serves_http({scheduler, detokenizer, "sglang.srt.entrypoints.http_server"})  # an embedding script
+    assert not _serves_http({scheduler})
+    assert not _serves_http({detokenizer})

@@ -1,0 +1,167 @@
+"""The inventory is a gate: what it lists exists in the installed SGLang and is as reviewed."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from sglang_probe.engine.hooks import http, install, inventory
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.install import _hooks
+from sglang_probe.engine.live.config import LiveConfig
+from sglang_probe.engine.releases import MODULES, load
+from sglang_probe.errors import InventoryError
+from tests.test_imports import PACKAGE
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package `fakepkg` with one module to be changed."""
+    (tmp_path / "fakepkg").mkdir()
+    (tmp_path / "fakepkg" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inventory._parse.cache_clear()
+    return tmp_path / "fakepkg" / "mod.py"
+
+
+def _print(package: Path, source: str) -> str | None:
+    package.write_text(textwrap.dedent(source))
+    inventory._parse.cache_clear()
+    return inventory.fingerprint("fakepkg.mod.C.f")
+
+
+def test_formatting_comments_and_docstrings_do_not_change_a_fingerprint(package: Path) -> None:
+    plain = _print(package, "class C:\n    def f(self, x=1):\n        return x + 1\n")
+    dressed = _print(
+        package,
+        '''
+        class C:
+            """Doc."""
+            def f(self,
+                  x = 1):
+                """Doc."""
+                # why
+                return (x
+                        + 1)
+        ''',
+    )
+    assert plain == dressed is not None
+
+
+def test_any_change_of_code_changes_it(package: Path) -> None:
+    prints = {
+        _print(package, f"class C:\n    def f(self, x=1):\n        {body}\n")
+        for body in ("return x + 1", "return x + 2", "return x - 1", "return x", "return self.x + 1")
+    }
+    assert len(prints) == 5
+
+
+def test_a_target_that_is_gone_is_missing(package: Path) -> None:
+    assert _print(package, "class C:\n    def g(self): pass\n") is None
+    assert inventory.fingerprint("fakepkg.nowhere.f") is None
+    assert inventory.fingerprint("no_such_package.f") is None
+
+
+def test_every_target_is_as_reviewed_in_the_installed_release() -> None:
+    states = {f.target.target: f.state for f in inventory.examine(inventory.load_inventory())}
+    assert states
+    assert set(states.values()) == {"fine"}
+
+
+def test_every_hook_that_can_be_installed_is_in_the_inventory() -> None:
+    _assert_hooks_are_listed(inventory.load_inventory())
+
+
+def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
+    features = {t.feature for t in reviewed.targets}
+    config = EngineProbeConfig(
+        run=Path("x"),
+        hook_points=["hook_embed"],
+        accelerator="unproved" if "accelerator rows" in features else "refused",
+        forced_outputs=True,
+        bypass=True,
+        positions="positions" in features,
+        live=LiveConfig(privacy="ids"),
+    )
+    listed = {t.target: t for t in reviewed.targets}
+    for target, _hook, kind in _hooks(config):
+        assert listed[target].hook == kind.lower()
+        assert listed[target].feature in config.features
+    patched = {t.target for t in listed.values() if t.hook in ("around", "after", "before")}
+    elsewhere = {"sglang.srt.managers.scheduler.Scheduler.__init__", http.TARGET}
+    assert patched == {t for t, _, _ in _hooks(config)} | elsewhere
+
+
+def test_attention_is_asked_of_those_alone_who_capture_it() -> None:
+    run = Path("x")
+    assert "attention rows" not in EngineProbeConfig(run=run, hook_points=["blocks.0.hook_resid_post"]).features
+    features = EngineProbeConfig(run=run, hook_points=["blocks.0.attn.hook_v"]).features
+    targets = {f.target.target for f in inventory.examine(inventory.load_inventory(), features)}
+    assert "sglang.srt.layers.radix_attention.RadixAttention.forward" in targets
+
+
+def test_every_reviewed_release_has_an_adapter_and_an_inventory() -> None:
+    assert inventory.known_versions() == list(MODULES)
+    assert [load(version).version for version in MODULES] == list(MODULES)
+
+
+def test_an_adapter_hooks_what_its_inventory_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every release, whichever is installed."""
+    for version in MODULES:
+        monkeypatch.setattr(install, "release", lambda version=version: load(version))
+        _assert_hooks_are_listed(inventory.load_inventory(version))
+
+
+def test_nothing_but_the_adapters_looks_at_the_version() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                versions = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and "0.5." in str(n.value)]
+                assert not versions, f"{path}:{node.lineno}"
+
+
+def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inventory.fingerprint
+    changed = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+    monkeypatch.setattr(inventory, "fingerprint", lambda t: "0" * 16 if t == changed else real(t))
+    with pytest.raises(InventoryError, match=r"run_batch.*changed; reviewed \w{16}, installed 0{16}"):
+        inventory.require(["accounting"])
+    inventory.require(["platform"])  # a feature that does not need the target is not refused
+
+
+def test_a_feature_that_was_reviewed_elsewhere_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inventory.load_inventory
+    installed = real()
+    older, newer = MODULES
+    without = installed.model_copy(update={"targets": [t for t in installed.targets if t.feature != "live"]})
+    known = {None: without, older: without, newer: real(newer)}
+    monkeypatch.setattr(inventory, "load_inventory", lambda version=None: known[version])
+    inventory.require(["accounting"])
+    with pytest.raises(InventoryError, match=rf"live: not reviewed on SGLang {installed.sglang}") as e:
+        inventory.require(["accounting", "live"])
+    assert f"install SGLang {newer}," in str(e.value)
+
+
+def test_an_unknown_release_is_refused_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory.importlib.metadata, "version", lambda _: "9.9.9")
+    with pytest.raises(InventoryError, match=r"9\.9\.9 is installed.*0\.5\.23"):
+        inventory.require(["accounting"])
+
+
+def test_no_sglang_is_refused_naming_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: str) -> str:
+        raise inventory.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(inventory.importlib.metadata, "version", missing)
+    with pytest.raises(InventoryError, match="not installed") as e:
+        inventory.require(["accounting"])
+    assert "0.5.23" in str(e.value)
+
+
+def test_a_draft_for_another_release_is_not_taken_for_a_reviewed_one(tmp_path: Path) -> None:
+    path = inventory.draft(tmp_path, "0.5.23")
+    assert path.name == "sglang-0.5.23.draft.yaml"
+    assert all(not v.endswith("draft") for v in inventory.known_versions())

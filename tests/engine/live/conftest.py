@@ -1,0 +1,152 @@
+"""A made-up engine in front of the real recorder and the real live recording."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.ledger.lineage import Lineage
+from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.live.config import LiveConfig
+from sglang_probe.engine.live.recording import LiveRecording
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.verify.check import Check
+from sglang_probe.verify.verify import verify
+
+EMBEDDING = torch.randn((100, 4), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+class FakeEngine:
+    """Page size 1, no overlap scheduling, every request's prefix published after its prefill and its end."""
+
+    def __init__(self, root: Path, *, rows: bool = False, **options: Any) -> None:
+        drops = options.pop("drops", True)
+        config = EngineProbeConfig(run=root, live=LiveConfig(**options), checkpoint_seconds=0.05)
+        assert config.live is not None
+        facts = {"hook_points": {"hook_embed": ""} if rows else {}}
+        self.live = LiveRecording(root, config.live, facts, part_seconds=0.05, drops=drops, tick=0.02)
+        self.recorder = Recorder(self.live, lineage=Lineage(1, 10_000), captures_rows=rows)
+        self._rows = rows
+        self._tag = 0
+        self.tokens: dict[str, list[int]] = {}
+        self._prompt: dict[str, int] = {}
+        self._cached: dict[str, int] = {}
+
+    def prefill(self, rid: str, prompt: list[int], *, reused: int = 0, asking: bool = False) -> None:
+        self.tokens[rid], self._prompt[rid], self._cached[rid] = list(prompt), len(prompt), reused
+        self._forward("extend", [(rid, reused, len(prompt))], asking={rid} if asking else set())
+        self._publish(rid, protected=reused)
+        self.tokens[rid].append(99)
+
+    def decode(self, *rids: str, n: int = 1) -> None:
+        for _ in range(n):
+            self._forward("decode", [(r, len(self.tokens[r]) - 1, len(self.tokens[r])) for r in rids])
+            for r in rids:
+                self.tokens[r].append(98)
+
+    def end(self, *rids: str, reason: str = "length") -> None:
+        """End requests with a last decode step."""
+        rows = [(r, len(self.tokens[r]) - 1, len(self.tokens[r])) for r in rids]
+        self._forward("decode", rows, ending=rids, reason=reason)
+
+    def _ends(self, rids: Sequence[str], reason: str) -> list[RequestEnd]:
+        ended = []
+        for r in rids:
+            name = self.live.names.end(r)
+            self.live.ending(name, self.tokens[r][: self._prompt[r]])
+            n = len(self.tokens[r]) + 1 - self._prompt[r]
+            output = [*self.tokens[r][self._prompt[r] :], 97]
+            ended.append(RequestEnd(name, self._prompt[r], n, self._cached[r], 0, reason, output))
+        return ended
+
+    def serve(self, rid: str, prompt: list[int], n: int = 3, reused: int = 0) -> None:
+        """A whole request."""
+        self.prefill(rid, prompt, reused=reused)
+        self.decode(rid, n=n - 2)
+        self.end(rid)
+
+    def flush(self) -> Path:
+        asked = self.live.ask_flush()
+        _wait(lambda: self.live.status()["flush"]["done"] >= asked)
+        return Path(self.live.status()["flush"]["segment"])
+
+    def _publish(self, rid: str, protected: int) -> None:
+        length = self._prompt[rid]
+        context = Context(np.array(self.tokens[rid]), None)
+        name = self.live.names.get(rid)
+        self.recorder.publish(name, 0, context, length=length, first_new=protected, protected=protected)
+
+    def _forward(
+        self,
+        mode: str,
+        rows: list[tuple[str, int, int]],
+        *,
+        ending: Sequence[str] = (),
+        reason: str = "",
+        asking: set[str] | None = None,
+    ) -> None:
+        self._tag += 1
+        decoding = mode == "decode"
+        plan = ForwardPlan(
+            self._tag,
+            mode,
+            [r for r, _, _ in rows],
+            [s for _, s, _ in rows],
+            [e for _, _, e in rows],
+            [decoding] * len(rows),
+            [0] * len(rows),
+            [self._prompt[r] for r, _, _ in rows],
+            [None if decoding else Context(np.array(self.tokens[r]), None) for r, _, _ in rows],
+            sum(e - s for _, s, e in rows),
+        )
+        self.live.names.launch(plan)
+        self.recorder.launch(plan)
+        self.live.launched(plan, asking or set())
+        if self._rows:
+            plan.rows = {"hook_embed": EMBEDDING[[self.tokens[r][p] for r, s, e in rows for p in range(s, e)]]}
+        self.recorder.commit(self._tag, graph=False, ended=self._ends(ending, reason))
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def wait() -> Callable[..., None]:
+    return _wait
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> Iterator[Callable[..., FakeEngine]]:
+    engines: list[FakeEngine] = []
+
+    def make(name: str = "live", **options: Any) -> FakeEngine:
+        engines.append(FakeEngine(tmp_path / name, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.live.close()
+
+
+def checked(path: Path) -> tuple[Run, list[Check]]:
+    run = load_run(path)
+    return run, verify(run)
+
+
+def notes(checks: list[Check]) -> str:
+    return "; ".join(c.note for c in checks if c.note)
+
+
+def violations(checks: list[Check]) -> list[str]:
+    return [c.violation for c in checks if c.violation]

@@ -1,0 +1,224 @@
+"""What the adapter of 0.5.17 does itself, on that release's own classes, without an engine."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_probe.engine.hooks import control
+from sglang_probe.engine.hooks import scheduler as accounting
+from sglang_probe.engine.hooks import tree as lineage
+from sglang_probe.engine.hooks.instruments import live
+from sglang_probe.engine.releases import release
+from sglang_probe.engine.releases import release_0_5_17 as adapter
+from sglang_probe.errors import UnsupportedError
+
+pytestmark = pytest.mark.skipif(release().version != "0.5.17", reason="another release of SGLang is installed")
+
+
+def request(cache: str | None = None) -> Any:
+    params = {"probe": {"cache": cache}} if cache else None
+    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=params), skip_radix_cache_insert=False)
+
+
+def test_a_request_that_does_not_read_matches_nothing() -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    tree = RadixCache.create_simulated()
+    ids = array("q", range(10))
+    tree.insert(InsertParams(key=RadixKey(ids), value=torch.arange(10)))
+
+    def matched(req: Any) -> int:
+        params = MatchPrefixParams(key=RadixKey(ids), req=req)
+        return len(adapter.match_prefix(RadixCache.match_prefix, tree, params).device_indices)
+
+    assert matched(request()) == matched(request("read_only")) == matched(None) == 10
+    assert matched(request("write_only")) == matched(request("off")) == 0
+
+
+def test_a_request_that_does_not_write_is_told_so() -> None:
+    made = {use: request(use) for use in (None, "write_only", "read_only", "off")}
+    for req in made.values():
+        adapter.create_req(None, req)
+    assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
+
+
+def test_the_tree_of_waiting_prompts_is_not_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lpm` empties it before each forward, and what the cache holds would be forgotten."""
+    from sglang.srt.managers.schedule_policy import SchedulePolicy
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    forgotten: list[Any] = []
+    monkeypatch.setattr(lineage, "reset", lambda _result, tree: forgotten.append(tree))
+    cache = RadixCache.create_simulated(mock_allocator=SimpleNamespace(device="cpu"))
+    waiting = SchedulePolicy("lpm", cache, False, False, None).waiting_queue_radix_tree
+    for tree in (waiting, cache):
+        adapter.reset(tree.reset(), tree)
+    assert forgotten == [cache]
+
+
+def test_positions_outside_the_context_are_refused_once() -> None:
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(context_len=64))
+    said: dict[str, str] = {}
+
+    def check(name: str, to: object, to_finish: object = None) -> None:
+        params = {"probe": {"positions": {"from": 8, "to": to}}}
+        req = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=params, max_new_tokens=4),
+            origin_input_ids=[0] * 16,
+            to_finish=to_finish,
+            set_finish_with_abort=lambda message: said.__setitem__(name, message),
+        )
+        adapter.init_req_max_new_tokens(None, scheduler, req)
+
+    check("inside", 40)
+    check("outside", 60)
+    check("unreadable", "there")
+    check("refused before", 60, to_finish="for another reason")
+    assert set(said) == {"outside", "unreadable"}
+    assert "not within a prompt of 16 tokens and a context of 64" in said["outside"]
+
+
+def test_our_attention_backend_is_refused_by_name() -> None:
+    from sglang_probe.engine.platform.limits import refuse_without_gpu
+
+    refuse_without_gpu({"attention_backend": "torch_native"})
+    with pytest.raises(UnsupportedError, match="`attention_backend: probe_torch` cannot run"):
+        refuse_without_gpu({"attention_backend": "probe_torch"})
+
+
+@pytest.mark.parametrize(("disable", "skip"), [(True, False), (False, True), (False, False)])
+def test_a_chunk_that_was_not_published_is_done(disable: bool, skip: bool) -> None:
+    table = torch.arange(20, dtype=torch.int32).reshape(2, 10)
+    tree = SimpleNamespace(disable=disable, req_to_token_pool=SimpleNamespace(req_to_token=table))
+    req = SimpleNamespace(
+        skip_radix_cache_insert=skip,
+        req_pool_idx=1,
+        extend_range=SimpleNamespace(end=7),
+        prefix_indices="as SGLang left it",
+    )
+    adapter.keep_chunks(None, req, tree)
+    if not disable and not skip:
+        assert req.prefix_indices == "as SGLang left it"
+        return
+    assert req.prefix_indices.tolist() == [10, 11, 12, 13, 14, 15, 16]
+    assert req.prefix_indices.dtype == torch.int64
+    table.zero_()  # the row is rewritten while the request runs
+    assert req.prefix_indices.tolist()[0] == 10
+
+
+def test_a_dropped_request_is_told_from_other_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqOutput
+    from sglang.srt.managers.schedule_batch import Req
+
+    aborted: list[Any] = []
+    monkeypatch.setattr(accounting, "make_abort_req", lambda _result, req: aborted.append(req))
+    req = object.__new__(Req)
+    adapter.send_output(None, None, AbortReq(rid="x"), req)
+    adapter.send_output(None, None, AbortReq(rid="x"))
+    adapter.send_output(None, None, FlushCacheReqOutput(success=True), req)
+    assert aborted == [req]
+
+
+def test_our_keys_are_carried_out_and_others_left_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
+
+    done: list[tuple[str, Any]] = []
+    left: list[dict[str, Any]] = []
+
+    def carry_out(key: str, value: Any) -> None:
+        if value == 13:
+            raise control.Refused("no")
+        done.append((key, value))
+
+    def original(_scheduler: Any, asked: Any) -> Any:
+        left.append(dict(asked.server_args))
+        return SetInternalStateReqOutput(updated=True)
+
+    monkeypatch.setattr(control, "carry_out", carry_out)
+
+    def tell(**arguments: Any) -> bool:
+        return bool(adapter.set_internal_state(original, None, SetInternalStateReq(server_args=arguments)).updated)
+
+    assert tell(probe_close=1)
+    assert tell(pp_max_micro_batch_size=4)
+    assert tell(probe_open=2, pp_max_micro_batch_size=5)
+    assert not tell(probe_open=13, pp_max_micro_batch_size=6)
+    assert done == [("probe_close", 1), ("probe_open", 2)]
+    assert left == [{"pp_max_micro_batch_size": 4}, {"pp_max_micro_batch_size": 5}]
+
+
+def test_provenance_is_added_to_what_others_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.io_struct import unwrap_from_pickle, wrap_as_pickle
+
+    asked: list[Any] = []
+
+    def provenance_of(rids: list[str], finished: list[bool]) -> list[Any]:
+        asked.append((rids, finished))
+        return [["span"] if done else [] for done in finished]
+
+    monkeypatch.setattr(live, "anybody_asks", lambda: True)
+    monkeypatch.setattr(live, "provenance_of", provenance_of)
+    theirs = wrap_as_pickle({"theirs": [[1], [2]]})
+    payload = SimpleNamespace(rids=["a", "b"], finished_reasons=[None, {"type": "stop"}], customized_info=theirs)
+    adapter.to_payload(payload, SimpleNamespace(rust_server_mode=False))
+    assert unwrap_from_pickle(payload.customized_info) == {"theirs": [[1], [2]], "probe": [[], ["span"]]}
+    assert asked == [(["a", "b"], [False, True])]
+    adapter.to_payload(None, SimpleNamespace(rust_server_mode=False))  # nothing to send
+
+
+def test_the_residual_is_the_sum_and_an_open_sum_is_refused() -> None:
+    hidden, residual = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 20.0]])
+    assert release().residual(None, (hidden, residual)).tolist() == [[11.0, 22.0]]
+    hidden._sglang_needs_allreduce_fusion = True  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedError, match="share of a sum"):
+        release().residual(None, (hidden, residual))
+
+
+@pytest.mark.parametrize("page", [2, 16])
+def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> None:
+    """Against the definition: within a page slots are consecutive, position `p` lies at `p % page`, and no page has two
+    requests."""
+    from sglang_probe.engine.platform.cpu_0_5_17 import _allocator
+
+    pages = 16
+    allocator = _allocator(
+        pages * page, page_size=page, dtype=torch.bfloat16, device="cpu", kvcache=None, need_sort=False
+    )
+    rows: list[list[int]] = [[], []]
+
+    def grow(by: tuple[int, int], *, decode: bool = False) -> bool:
+        before, after = ([len(row) + n for row, n in zip(rows, add, strict=True)] for add in ((0, 0), by))
+        last = torch.tensor([row[-1] if row else -1 for row in rows], dtype=torch.int32 if decode else torch.int64)
+        seq = torch.tensor(after)
+        if decode:
+            slots = allocator.alloc_decode(seq, seq, last)
+        else:
+            prefix = torch.tensor(before)
+            slots = allocator.alloc_extend(prefix, prefix, seq, seq, last, sum(by))
+        if slots is None:
+            return False
+        flat = iter(slots.tolist())
+        for row, n in zip(rows, by, strict=True):
+            row += [next(flat) for _ in range(n)]
+        return True
+
+    for by in ((page + 1, 2 * page), (1, 3), (page, page - 1)):
+        assert grow(by)
+    for _ in range(2 * page + 1):
+        assert grow((1, 1), decode=True)
+    for row in rows:
+        assert all(slot % page == p % page for p, slot in enumerate(row))
+        assert len({slot // page for slot in row}) == -(-len(row) // page)
+    owned = [{slot // page for slot in row} for row in rows]
+    assert not owned[0] & owned[1]
+    assert 0 not in owned[0] | owned[1]  # the page for padding
+    assert len(allocator.free_pages) == pages - len(owned[0]) - len(owned[1])
+    free = len(allocator.free_pages)
+    assert not grow((free * page + page, 1))  # more than there is: nothing is taken
+    assert len(allocator.free_pages) == free

@@ -1,0 +1,101 @@
+"""Names of hook points, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.run.hook_points import (
+    ATTENTION,
+    attention_points,
+    check_architecture,
+    check_hook_points,
+    check_sliding_window,
+    check_tensor_parallel,
+    engine_module,
+    head_counts,
+    parse_hook_point,
+)
+
+
+@pytest.mark.parametrize("site", ["hook_resid_post", *ATTENTION])
+def test_a_name_says_its_layer_and_site(site: str) -> None:
+    point = parse_hook_point(f"blocks.12.{site}")
+    assert (point.layer, point.site) == (12, site)
+    assert point.in_attention == (site != "hook_resid_post")
+    assert engine_module(point.name).startswith("model.layers.12")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blocks.0.hook_q", "blocks.0.attn.hook_z", "blocks.0.attn.hook_rot_v", "blocks.x.attn.hook_q", "attn.hook_q"],
+)
+def test_other_names_are_refused_with_those_that_exist(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown hook point") as error:
+        parse_hook_point(name)
+    assert "attn.hook_rot_k" in str(error.value)
+
+
+def test_every_site_has_a_place_of_its_own_in_the_engine() -> None:
+    assert len({engine_module(f"blocks.0.{site}") for site in ATTENTION}) == len(ATTENTION)
+
+
+def test_a_layer_that_the_model_lacks_is_refused_at_attention_too() -> None:
+    with pytest.raises(ConfigError, match="numbered 0 to 3"):
+        check_hook_points(["blocks.4.attn.hook_q"], 4)
+
+
+def test_heads_that_are_spread_over_ranks_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"blocks\.1\.attn\.hook_v.*tp_size: 2"):
+        check_tensor_parallel(["hook_embed", "blocks.1.attn.hook_v"], 2)
+    check_tensor_parallel(["hook_embed", "blocks.1.hook_resid_post"], 2)
+    check_tensor_parallel(["blocks.1.attn.hook_v"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Gemma2ForCausalLM", "caps its attention logits"),
+        ("Gemma3ForCausalLM", "sliding-window layers"),
+        ("DeepseekV2ForCausalLM", r"latent attention \(MLA\)"),
+        ("DeepseekV3ForCausalLM", r"latent attention \(MLA\)"),
+        ("GptOssForCausalLM", "has not been compared with a reference"),
+    ],
+)
+def test_architectures_without_a_comparison_are_refused_and_why(name: str, why: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name}.*{why}"):
+        check_architecture(name)
+
+
+_SLIDING = "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"sliding_window": None},
+        {"sliding_window": 2048},
+        {"sliding_window": 16, "use_sliding_window": False},
+        {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["full_attention"]},
+    ],
+)
+def test_a_window_that_no_request_reaches_is_none(config: dict[str, object]) -> None:
+    check_sliding_window(config, 2048)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_a_window_that_sglang_ignores_is_refused(more: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedError, match=r"window of 1024 tokens, which SGLang ignores.*up to 2048") as refused:
+        check_sliding_window({"sliding_window": 1024, **more}, 2048)
+    assert "context_length: 1024" in str(refused.value)
+
+
+def test_keys_and_values_have_kv_heads() -> None:
+    names = ["hook_embed", "blocks.0.hook_resid_post", *(f"blocks.0.{site}" for site in ATTENTION)]
+    found = head_counts(names, heads=8, kv_heads=2, head_dim=16)
+    assert set(found) == {h.name for h in attention_points(names)}
+    assert {h for h, (heads, _) in found.items() if heads == 8} == {"blocks.0.attn.hook_q", "blocks.0.attn.hook_rot_q"}
+    assert {tuple(x) for x in found.values()} == {(8, 16), (2, 16)}

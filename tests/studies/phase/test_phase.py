@@ -1,0 +1,65 @@
+"""The phase study on made-up rows: what was planted is found, where it was planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from sglang_probe.stats.auc import auc
+from sglang_probe.studies.phase.moments import describe, reference_band
+from sglang_probe.studies.phase.probe import probe
+
+TEXTS, POSITIONS, WIDTH = 40, 50, 8
+
+
+def rows(seed: int, shift: float = 0.0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(TEXTS, POSITIONS, WIDTH))
+    x[..., 0] += shift
+    return x
+
+
+def test_auc_counts_pairs() -> None:
+    assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == 3.5 / 4
+    assert auc(np.array([1.0]), np.array([1.0])) == 0.5
+    assert np.isnan(auc(np.array([]), np.array([1.0])))
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0])
+def test_a_planted_direction_is_found_with_the_auc_that_theory_gives(shift: float) -> None:
+    found = probe(rows(0, shift), rows(1))
+    expected = norm.cdf(shift / np.sqrt(2))
+    assert found.low < expected < found.high
+    assert found.auc == pytest.approx(expected, abs=0.02)
+    assert found.null_low < 0.5 < found.null_high < found.low
+
+
+def test_nothing_is_found_where_nothing_was_planted() -> None:
+    found = probe(rows(0), rows(1))
+    assert found.auc == pytest.approx(0.5, abs=0.03)
+    assert found.null_low <= found.auc + 0.02
+    same = rows(2)
+    assert probe(same, same.copy()).auc == 0.5
+
+
+def test_a_text_that_is_on_both_sides_would_be_learned_by_heart() -> None:
+    """Each text has a level of its own: a probe that saw the text would tell its two kinds apart, ours must not."""
+    level = np.random.default_rng(3).normal(size=(TEXTS, 1, WIDTH)) * 5
+    found = probe(rows(0) + level, rows(1) + level)
+    assert found.auc == pytest.approx(0.5, abs=0.03)
+
+
+def test_moments_of_known_distributions() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(200, 100, 4))
+    band = reference_band(reference)
+    ordinary = describe(rng.normal(size=(200, 100, 4)), band)
+    assert ordinary["outliers"] == pytest.approx(0.001, abs=3e-4)
+    assert ordinary["variance"] == pytest.approx(1.0, abs=0.02)
+    assert ordinary["kurtosis"] == pytest.approx(0.0, abs=0.1)
+    assert ordinary["norm_low"] < ordinary["norm"] < ordinary["norm_high"]
+    heavy = describe(rng.laplace(size=(200, 100, 4)) / np.sqrt(2), band)
+    assert heavy["kurtosis"] == pytest.approx(3.0, abs=0.5)
+    assert heavy["outliers"] > 5 * ordinary["outliers"]
+    shifted = describe(rng.normal(size=(200, 100, 4)) + 2, band)
+    assert shifted["mean"] == pytest.approx(2.0, abs=0.02)
