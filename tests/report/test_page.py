@@ -11,7 +11,19 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from sglang_probe.report import Page, Section, Table, Tile, grouped_bars, heatmap, lines, render, token_strip, write
+from sglang_probe.report import (
+    Column,
+    Page,
+    Section,
+    Table,
+    Tile,
+    grouped_bars,
+    heatmap,
+    lines,
+    render,
+    token_strip,
+    write,
+)
 
 EVIL = "<script>alert('x')</script>"
 
@@ -55,6 +67,16 @@ def test_the_download_holds_the_numbers_at_full_precision() -> None:
     link = re.search(r'href="data:text/csv;charset=utf-8,([^"]*)"', details)
     assert link is not None
     assert unquote(link[1]) == "x,y\n1,0.3333333333333333\n"
+
+
+def test_a_long_table_is_folded_away_with_all_its_columns_as_csv() -> None:
+    table = Table(pd.DataFrame({"x": [1, 2], "y": [3, 4]}), "every one", columns=[Column("x")], long=True)
+    details = _details(render(Page("t", sections=[Section("s", tables=[table])])))
+    assert '<span class="number">Table 1</span> every one <span class="size">(2 rows)</span></summary>' in details
+    assert re.findall(r"<td[^>]*>(.*?)</td>", details) == ["1", "2"]
+    link = re.search(r'href="data:text/csv;charset=utf-8,([^"]*)"', details)
+    assert link is not None
+    assert unquote(link[1]) == "x,y\n1,3\n2,4\n"
 
 
 @pytest.mark.parametrize(

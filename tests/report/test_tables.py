@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sglang_probe.report.tables import MISSING, Kind, Table, format_number
+from sglang_probe.report.tables import MISSING, Column, Kind, Table, format_number
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,18 @@ from sglang_probe.report.tables import MISSING, Kind, Table, format_number
         (3.7, "integer", "3.7"),
         (4.0, "integer", "4"),
         (0.62, "decimal", "0.620"),
-        (0.00003, "decimal", "3.00e-05"),
+        (0.00003, "decimal", "3.00e-5"),
         (0.0, "decimal", "0.000"),
         (-0.0, "decimal", "0.000"),
-        (3.14159e-8, "auto", "3.14e-08"),
+        (3.14159e-8, "auto", "3.14e-8"),
         (np.float32(0.5), "auto", "0.5"),
         (0.123456, "auto", "0.1235"),
         (1234.56, "auto", "1,235"),
         (0.0, "scientific", "0"),
-        (4.2e-7, "scientific", "4.20e-07"),
+        (4.2e-7, "scientific", "4.20e-7"),
         (1234567, "text", "1234567"),
+        (0.5, "signed", "+0.500"),
+        (-0.25, "signed", "-0.250"),
         ("req-1", "auto", "req-1"),
         (True, "auto", "yes"),
         (np.bool_(False), "auto", "no"),
@@ -86,6 +88,27 @@ def test_a_named_index_is_printed_and_an_unnamed_one_is_not() -> None:
 def test_equal_column_names_keep_their_own_values() -> None:
     frame = pd.DataFrame([[1, 2]], columns=["n", "n"])
     assert _cells(Table(frame).to_html()) == [["n", "n"], ["1", "2"]]
+
+
+def test_numbers_that_belong_together_stand_in_one_cell() -> None:
+    frame = pd.DataFrame(
+        {"effect": [2e-3, 1e-3, None], "floor": [1e-3, None, 1.0], "low": [-1e-4, None, 0], "high": [2e-4, None, 0]}
+    )
+    columns = [
+        Column("effect", "effect (floor)", "scientific", beside="floor", bounds=("low", "high"), digits=1),
+        Column(header="interval", kind="scientific", bounds=("low", "high"), digits=0),
+    ]
+    assert _cells(Table(frame, columns=columns).to_html()) == [
+        ["effect (floor)", "interval"],
+        ["2.0e-3 (1.0e-3) [-1.0e-4, 2.0e-4]", "[-1e-4, 2e-4]"],
+        ["1.0e-3", MISSING],
+        [MISSING, "[0, 0]"],
+    ]
+
+
+def test_columns_are_named_in_words_and_their_dashes_are_no_missing_values() -> None:
+    frame = pd.DataFrame({"left_out": ["3–4"], "n": [2]})
+    assert _cells(Table(frame, columns=[Column("left_out")]).to_html()) == [["left out"], ["3–4"]]
 
 
 def test_empty_tables_say_so() -> None:

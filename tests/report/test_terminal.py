@@ -1,0 +1,23 @@
+"""The terminal shows the tables that pages show."""
+
+from __future__ import annotations
+
+import io
+
+import pandas as pd
+from rich.console import Console
+
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.report.terminal import print_table
+
+
+def test_headers_and_cells_are_those_of_the_page_and_no_markup() -> None:
+    frame = pd.DataFrame({"arm": ["[red]on[/]"], "share": [0.314], "low": [0.3], "high": [0.33]})
+    console = Console(file=io.StringIO(), width=80)
+    columns = [Column("arm"), Column("share", "computed", "percent", bounds=("low", "high"))]
+    print_table(console, Table(frame, "Coverage", columns=columns))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith("Coverage")
+    assert "computed" in text
+    assert "[red]on[/]" in text
+    assert "31.4% [30.0%, 33.0%]" in text
