@@ -15,7 +15,8 @@ from sglang_probe.errors import ConfigError
 class Config(BaseModel):
     """Base of all configuration: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The docstrings of fields are their descriptions in the JSON schema that `--schema` prints.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 M = TypeVar("M", bound=Config)

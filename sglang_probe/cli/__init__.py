@@ -1,4 +1,4 @@
-"""The command line. One file per command; each is thin and imports what it needs when it runs."""
+"""The command line: what each study describes, and `harvest`, `verify` and `doctor`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import sys
 import typer
 
 from sglang_probe.cli import doctor, harvest, verify
-from sglang_probe.studies.ab import command as ab
-from sglang_probe.studies.ab import lossless_command as lossless
-from sglang_probe.studies.coverage import command as coverage
-from sglang_probe.studies.evict import command as evict
-from sglang_probe.studies.factorial import command as factorial
-from sglang_probe.studies.phase import command as phase
-from sglang_probe.studies.query_drift import command as query_drift
+from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
     name="sglang-probe",
@@ -24,13 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("harvest")(harvest.command)
-app.command("ab")(ab.command)
-app.command("coverage")(coverage.command)
-app.command("lossless")(lossless.command)
-app.command("phase")(phase.command)
-app.command("query-drift")(query_drift.command)
-app.command("factorial")(factorial.command)
-app.command("evict")(evict.command)
+for study in STUDIES:
+    app.command(study.name)(study.command())
 app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sglang_probe.studies.base import example_option, schema_option
+
+if TYPE_CHECKING:
+    from sglang_probe.harvest.config import HarvestConfig
+
+EXAMPLE = """
+# sglang-probe harvest mine.yaml
+model: Qwen/Qwen3-0.6B            # a hub id, a folder, or a built-in model
+workload:
+  source: jsonl                   # {"messages": [...]} or {"prompt": "..."} a line; also sharegpt, shared_prefix
+  path: prompts.jsonl
+sampling: {max_new_tokens: 64, temperature: 0.0}
+hook_points: [hook_embed, blocks.10.hook_resid_post]    # rows to capture; [] records the ledger alone
+rows: {window: 32, decode: {every: 4}}                  # which positions; leave it out for all
+"""
+
+
+def _config() -> type[HarvestConfig]:
+    from sglang_probe.harvest.config import HarvestConfig
+
+    return HarvestConfig
+
 
 def command(
-    config: Annotated[Path, typer.Argument(help="YAML: model, workload, hook points, arm. See experiments/.")],
+    config: Annotated[Path, typer.Argument(help="YAML of the harvest; `--example` prints one.")],
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
     skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
     resume: Annotated[bool, typer.Option(help="Finish an interrupted run: only missing requests are served.")] = False,
+    example: Annotated[bool, example_option(EXAMPLE)] = False,
+    schema: Annotated[bool, schema_option(_config)] = False,
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
 
     Every token position of every request is accounted for: computed or reused from the prefix cache, in which forward
     pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
     `sglang-probe verify`.
+
+    The YAML must hold `workload`: a file of prompts, or one of the built-in sources.
+
+    Example: `sglang-probe harvest mine.yaml --output runs/mine`
     """
     from rich.console import Console
 
@@ -29,6 +57,8 @@ def command(
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.harvest.recording import harvest
+    from sglang_probe.report.tables import Column, Table
+    from sglang_probe.report.terminal import print_table
     from sglang_probe.studies.coverage.prompts import coverage_by_segment
 
     console = Console()
@@ -41,9 +71,9 @@ def command(
     run = harvest(prepared, path, cfg.arm, arm_name=name, overwrite=overwrite, resume=resume, reporter=terminal)
     write_card(run)
 
-    from sglang_probe.cli.output import print_frame
-
-    print_frame(console, coverage_by_segment(run.tokens()), "coverage by segment")
+    columns = [Column("segment"), Column("coverage", kind="percent")]
+    columns += [Column(c) for c in ("positions", "computed", "reused")]
+    print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
         console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
     console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

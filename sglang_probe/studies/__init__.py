@@ -1,1 +1,1 @@
-"""Studies: what the recordings say. Nothing here imports SGLang."""
+"""Studies: a folder each, from the YAML to the report. `base.py` says what a study is, `catalogue.py` lists them."""

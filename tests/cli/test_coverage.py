@@ -22,7 +22,7 @@ def test_one_run(cli: Cli, write_run: Callable[..., Run]) -> None:
     assert "coverage by segment" in done.stdout
     assert "weights-phase-position.parquet" in done.stdout
     folder = run.path / "coverage"
-    data = json.loads((folder / "coverage.json").read_text())
+    data = json.loads((folder / "summary.json").read_text())
     assert [m["axes"] for m in data["runs"][0]["maps"]] == [
         ["segment"],
         ["phase"],
@@ -33,7 +33,10 @@ def test_one_run(cli: Cli, write_run: Callable[..., Run]) -> None:
         weights = pd.read_parquet(folder / m["weights"])
         rows = (weights["end"] - weights["start"]).sum()
         assert rows == data["runs"][0]["totals"]["computed"]
-    html = (folder / "coverage.html").read_text()
+    assert len(pd.read_parquet(folder / "tables" / "classes-segment.parquet")) == len(
+        data["runs"][0]["maps"][0]["classes"]
+    )
+    html = (folder / "report.html").read_text()
     assert "Coverage by segment" in html
     assert data["runs"][0]["paragraph"].split(".")[0] in (folder / "coverage.md").read_text()
 
@@ -45,7 +48,7 @@ def test_several_runs_of_one_name_side_by_side(cli: Cli, write_run: Callable[...
     data = json.loads(done.stdout)
     assert [r["run"] for r in data["runs"]] == ["x", "y"]
     assert all((tmp_path / "out" / r["run"] / "weights-segment.parquet").exists() for r in data["runs"])
-    assert "<html" in (tmp_path / "out" / "coverage.html").read_text()
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_bad_input_is_told_in_a_sentence(cli: Cli, write_run: Callable[..., Run], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     assert (computed["end"] - computed["start"]).sum() == N * computed["rid"].nunique()
     assert set(pseudo.loc[pseudo["status"] == "reused", "origin_rid"]) == set(treated.requests()["rid"].head(PROMPTS))
 
-    rows = pd.read_parquet(folder / "cells.parquet")
+    rows = pd.read_parquet(folder / "tables" / "cells.parquet")
     mean = rows.groupby(["content", "position", "layer", "outcome"])["value"].mean()
     # The true tokens at the true positions are the decode queries themselves, up to rounding.
     assert mean.loc["real", "true", :, ["post", "pre", "pre_centred"]].min() > 1 - 1e-5

@@ -45,7 +45,7 @@ def test_three_runs_hold_the_same_positions_and_the_study_tells_them_apart(cli: 
     assert ids["decoded"] != ids["human"] == ids["human.repeat"]
     assert phases["decoded"] == {"decode"}
     assert phases["reforward"] == phases["human"] == {"prefill"}
-    result = json.loads((folder / "phase.json").read_text())
+    result = json.loads((folder / "summary.json").read_text())
     assert result["ok"]
     numerics = {r["hook_point"]: r for r in result["numerics"]}
     assert numerics["hook_embed"]["verdict"] == "bit-identical"

@@ -192,13 +192,12 @@ def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict
     assert cached.ok
     assert cached.requests == full.requests == len(recorded["cache_on"].requests())
     assert float(full.found.coverage["window_coverage"].iloc[0]) == 1
-    steps = [r.tables["steps"].set_index(["rid", "layer", "head", "step"]) for r in (cached, full)]
+    steps = [r.rows["steps"].set_index(["rid", "layer", "head", "step"]) for r in (cached, full)]
     for metric in ("pre", "post", "pre_centred_nearest", "functional", "js"):
         assert np.allclose(*(s[metric] for s in steps), atol=1e-3), metric
     page = render(drift_page(cached))
     assert "Is it decoding, or is it distance?" in page
-    cached.write_tables(tmp_path)
-    assert len(pd.read_parquet(tmp_path / "steps.parquet")) == len(steps[0])
+    assert len(cached.tables()["steps"]) == len(steps[0])
     json.dumps(cached.to_json(), allow_nan=False)
 
 

@@ -2,135 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sglang_probe.harvest.config import ExperimentConfig
-    from sglang_probe.studies.ab.study import PairResult
-
-
-def command(
-    experiment: Annotated[Path, typer.Argument(help="YAML with model, workload and arms; see experiments/.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: `<output>/<name>`.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Run every arm again.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep complete arms, finish the interrupted one, run the rest.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Study the runs that are there; start no engine.")] = False,
-) -> None:
-    """Run several policies over the same requests with the same output tokens, and compare them.
-
-    The first arm samples its outputs; the others decode the same tokens through the real decode path. Each arm runs
-    at least twice, so that every difference stands beside the difference of an arm to itself. What SGLang can change
-    while it runs is changed while it runs; the plan says for which runs it is started. Writes `report.html`.
-    """
-    from rich.console import Console
-
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.config import ExperimentConfig, with_skip_bad
+    from sglang_probe.harvest.config import ExperimentConfig as AbConfig
     from sglang_probe.harvest.prepare import Prepared
-    from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.report.page import write
-    from sglang_probe.run.run import load_run
-    from sglang_probe.studies.ab.page import pair_page
-    from sglang_probe.studies.ab.runs import run_names, run_pair
-    from sglang_probe.studies.ab.study import study_pair, write_summary
-
-    console = Console()
-    terminal = Terminal(console)
-    config = with_skip_bad(load_config(experiment, ExperimentConfig), skip_bad)
-    name = config.name or experiment.stem
-    folder = output or config.output / name
-    if report_only:
-        runs = {run: load_run(folder / run) for run, _ in run_names(config)}
-    else:
-        with terminal.stage("checking model and workload"):
-            prepared = Prepared(config, config.arms)
-        _print_plan(console, config, len(prepared.workload.requests))
-        runs = run_pair(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
-        for run in runs.values():
-            write_card(run)
-    with terminal.stage("studying"):
-        result = study_pair(runs, dict(run_names(config)), name, baseline=config.baseline, margin=config.margin)
-        write_summary(result, folder / "summary.json")
-        write(pair_page(result), folder / "report.html")
-
-    shown = {"run": "run", "prompt_tokens": "prompt", "computed": "computed", "reused": "reused", "generated": "output"}
-    shown |= {"sglang_cached_tokens": "SGLang", "seconds": "s", "tokens_per_second": "tok/s"}
-    tokens = result.totals[list(shown)].rename(columns=shown)
-    print_frame(console, tokens, "tokens per run", {"s": ".1f", "tok/s": ",.0f"})
-    _print_coverage(console, result)
-    _print_floors(console, result)
-    reconciled, requests = int(result.totals["requests_reconciled"].sum()), int(result.totals["requests"].sum())
-    console.print(f"reused count equals SGLang's cached_tokens in {reconciled} of {requests} requests")
-    for run_name, checks in result.checks.items():
-        for c in checks:
-            if not c.holds:
-                console.print(f"[bold red]VIOLATED[/] in {run_name}: {c.name}: {c.violation}")
-    if result.ok:
-        covered = sum(c.covered for checks in result.checks.values() for c in checks if c.name == "content")
-        console.print(f"[green]all invariants hold[/] ({covered:,} rows proved to belong to their tokens)")
-    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
-    raise typer.Exit(0 if result.ok else 1)
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.run.run import Run
+    from sglang_probe.studies.ab.study import AbResult
 
 
-def _print_coverage(console: Console, result: PairResult) -> None:
-    """Computed share of prompt positions, segments by arms; the longer of the two runs down."""
-    from sglang_probe.cli.output import print_frame
+class Ab(RecordedStudy):
+    """What does a serving policy change? Several policies over the same requests with the same output tokens.
 
-    arms, segments = (list(dict.fromkeys(result.by_segment[c])) for c in ("arm", "segment"))
-    pivot = result.by_segment.pivot(index="segment", columns="arm", values="coverage").loc[segments, arms]
-    title = "coverage (computed share of prompt positions)"
-    if len(arms) > 3:
-        frame = pivot.T.reset_index()
-        print_frame(console, frame, title, dict.fromkeys(segments, ".1%"))
-        return
-    counts = result.by_segment.drop_duplicates("segment").set_index("segment")["positions"]
-    frame = pivot.reset_index()
-    frame.insert(1, "positions", [int(counts[s]) for s in segments])
-    print_frame(console, frame, title, dict.fromkeys(arms, ".1%"))
+    The first arm samples its outputs; the others decode the same tokens through the real decode path. Each arm runs at
+    least twice, so that every effect stands beside the difference between two runs of the same arm. SGLang is started
+    again only for arms that need an engine of their own; `--plan` shows for which.
+
+    The YAML must hold `workload`. `arms` names the policies (default: cache on and cache off), `hook_points` the rows
+    that are compared.
+
+    Example: `sglang-probe ab experiments/cache-on-off.yaml --plan`
+    """
+
+    name = "ab"
+    example = """
+# sglang-probe ab mine.yaml
+model: probe-text                 # built in; or a folder, or a hub id
+workload:                         # also: jsonl, sharegpt (read a file), documents, retrieval
+  source: shared_prefix
+  families: 6                     # intervals need six prefix families or more
+  requests_per_family: 8
+sampling: {max_new_tokens: 48, temperature: 0.0}
+hook_points: [hook_embed, blocks.0.hook_resid_post]
+baseline: cache_off               # what the other arms are compared with
+arms:                             # the first samples, the others decode its tokens
+  cache_on: {cache: on}
+  cache_off: {cache: off}
+  chunk_64: {cache: off, server: {chunked_prefill_size: 64}}
+"""
+
+    def config(self) -> type[AbConfig]:
+        """The YAML."""
+        from sglang_probe.harvest.config import ExperimentConfig as AbConfig
+
+        return AbConfig
+
+    def prepare(self, config: AbConfig) -> Prepared:
+        """Check model, workload and arms."""
+        from sglang_probe.harvest.prepare import Prepared
+
+        return Prepared(config, config.arms)
+
+    def plan(self, prepared: Prepared, config: AbConfig) -> Plan:
+        """What runs in which order, what is changed in the running engine, and what needs a start of SGLang."""
+        from sglang_probe.studies.ab.plan import START_SECONDS, plan
+
+        starts = sum(p.starts_engine for p in plan(config))
+        note = (
+            f"about {START_SECONDS} s a start on the CPU reference platform; the first run tells how long a run takes"
+        )
+        return Plan(plan_table(config, len(prepared.workload.requests)), starts, [note])
+
+    def run(self, prepared: Prepared, config: AbConfig, folder: Path, **how: Any) -> dict[str, Run]:
+        """Run every arm."""
+        from sglang_probe.studies.ab.runs import run_pair
+
+        return run_pair(prepared, config, folder, **how)
+
+    def read(self, config: AbConfig, folder: Path) -> dict[str, Run]:
+        """The runs of before."""
+        from sglang_probe.run.run import load_run
+        from sglang_probe.studies.ab.plan import plan
+
+        return {p.name: load_run(folder / p.name) for p in plan(config)}
+
+    def study(self, found: Mapping[str, Run], config: AbConfig, name: str, tell: Tell) -> AbResult:
+        """Compare the arms."""
+        from sglang_probe.studies.ab.plan import plan
+        from sglang_probe.studies.ab.study import study_ab
+
+        arms = {p.name: p.arm for p in plan(config)}
+        return study_ab(found, arms, name, baseline=config.baseline, margin=config.margin, tell=tell)
+
+    def page(self, result: AbResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.ab.page import ab_page
+
+        return ab_page(result)
+
+    def shown(self, result: AbResult) -> Iterator[Table | str]:
+        """Tokens, coverage and verdicts."""
+        from sglang_probe.studies.ab.tables import coverage_table, effects_table, flips_table, tokens_table
+
+        yield tokens_table(result)
+        yield coverage_table(result)
+        if len(result.floors):
+            yield effects_table(result)
+            if result.floors["verdict"].str.endswith("no test").any():
+                families = int(result.floors["clusters"].max())
+                yield f"no test: {families} prefix families are too few for an interval; use six or more"
+        if len(result.flips):
+            yield flips_table(result)
+        yield result.reconciled
 
 
-def _print_floors(console: Console, result: PairResult) -> None:
-    """Effect beside floor at the deepest hook point; the report has all."""
+def plan_table(config: AbConfig, requests: int) -> Table:
+    """Runs in execution order: what SGLang is started with, and what is set in the engine that is running."""
     import pandas as pd
 
-    from sglang_probe.cli.output import print_frame
-
-    if result.floors.empty:
-        return
-    deepest = result.floors["hook_point"].iloc[-1]
-    rows = []
-    for arm, part in result.floors.groupby("arm", sort=False):
-        if (part["verdict"] == "bit-identical").all():
-            rows.append({"arm": arm, "phase": "all", "same": 1.0, "verdict": "bit-identical at every hook point"})
-            continue
-        for r in part[part["hook_point"] == deepest].to_dict("records"):
-            same = {"same": r["identical_effect"], "floor same": r["identical_floor"]}
-            rows.append({"arm": arm, **{k: r[k] for k in ("phase", "effect", "floor", "verdict")}, **same})
-    columns = ["arm", "phase", "same", "floor same", "effect", "floor", "verdict"]
-    formats = {"same": ".1%", "floor same": ".1%", "effect": ".2g", "floor": ".2g"}
-    title = f"{deepest} against `{result.baseline}`: bit-identical share and mean relative L2, effect beside floor"
-    print_frame(console, pd.DataFrame(rows).reindex(columns=columns), title, formats)
-    if result.floors["verdict"].str.endswith("no test").any():
-        families = int(result.floors["clusters"].max())
-        console.print(f"no test: {families} prefix families are too few for an interval; use six or more")
-    if len(result.flips):
-        print_frame(console, result.flips, "outputs were not forced: where they part")
-
-
-def _print_plan(console: Console, config: ExperimentConfig, requests: int) -> None:
-    """What will run in which order, what is changed in the running engine, and what needs a start of SGLang."""
-    import pandas as pd
-
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.studies.ab.plan import START_SECONDS, plan
+    from sglang_probe.report.tables import Table
+    from sglang_probe.studies.ab.plan import plan
 
     rows = []
     for p in plan(config):
@@ -148,10 +135,8 @@ def _print_plan(console: Console, config: ExperimentConfig, requests: int) -> No
                 "set while it runs": _text({**set_now, **told, **partners}),
             }
         )
-    starts = sum(p.starts_engine for p in plan(config))
-    print_frame(console, pd.DataFrame(rows), f"plan: {len(rows)} runs of {requests} requests", {})
-    console.print(f"{starts} starts of SGLang, about {START_SECONDS} s each; the first run will tell about the rest")
+    return Table(pd.DataFrame(rows), f"plan: {len(rows)} runs of {requests} requests")
 
 
-def _text(values: dict[str, object]) -> str:
+def _text(values: dict[str, Any]) -> str:
     return ", ".join(f"{k}: {v}" for k, v in values.items())

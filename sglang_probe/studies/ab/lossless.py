@@ -7,7 +7,6 @@ floor that explains the first; if it does not, something other than rounding was
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,9 @@ import pandas as pd
 from sglang_probe.errors import ProbeError
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
+from sglang_probe.studies.base import records
 from sglang_probe.studies.drift import compare_runs
+from sglang_probe.verify.check import Check
 
 HERE = "computed by the request"
 GATHERED = "gathered from another request"
@@ -30,21 +31,46 @@ class LosslessResult:
     """`coverage` has one row per run, `distance` one per pair of runs, hook point and kind of position in the cached
     run of the replicate."""
 
+    name: str
+    cached: str
+    """The arm that reuses positions."""
+    reference: str
+    """The arm that it is compared with."""
     coverage: pd.DataFrame
     distance: pd.DataFrame
     speedup: list[float]
     """Serving time without cache over serving time with it, replicate by replicate."""
+    manifest: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every position of the cached runs has a row."""
+        runs = self.coverage
+        return bool((runs.loc[runs["arm"] == self.cached, "covered"] == 1).all())
+
+    @property
+    def checks(self) -> dict[str, list[Check]]:
+        """None: `sglang-probe ab` has checked the runs."""
+        return {}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "coverage": json.loads(self.coverage.to_json(orient="records")),
-            "distance": json.loads(self.distance.to_json(orient="records")),
+            "name": self.name,
+            "cached": self.cached,
+            "reference": self.reference,
+            "coverage": records(self.coverage),
+            "distance": records(self.distance),
             "speedup": self.speedup,
+            "versions": self.manifest["versions"],
         }
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Both tables."""
+        return {"coverage": self.coverage, "distance": self.distance}
 
-def study_lossless(arms: Mapping[str, Sequence[Run]]) -> LosslessResult:
+
+def study_lossless(arms: Mapping[str, Sequence[Run]], name: str = "lossless") -> LosslessResult:
     """Study the runs of an experiment, by arm and in the order of their replicates.
 
     The cached arm is the first with reused positions; the reference is the first without; all others without reuse are
@@ -77,10 +103,15 @@ def study_lossless(arms: Mapping[str, Sequence[Run]]) -> LosslessResult:
         for i, (a, b) in enumerate(zip(arms[n], reference, strict=False))
     ]
     kinds = [_kinds(run, tokens[id(run)]) for run in arms[cached]]
+    coverage = [_coverage(run, tokens[id(run)]) | {"arm": arm} for arm, runs in arms.items() for run in runs]
     return LosslessResult(
-        coverage=pd.DataFrame([_coverage(run, tokens[id(run)]) for runs in arms.values() for run in runs]),
+        name=name,
+        cached=cached,
+        reference=computed[0],
+        coverage=pd.DataFrame(coverage),
         distance=pd.concat([_distance(what, a, b, tokens, kinds[i]) for what, i, a, b in pairs], ignore_index=True),
         speedup=[_seconds(off) / _seconds(on) for on, off in zip(arms[cached], reference, strict=False)],
+        manifest=arms[cached][0].manifest,
     )
 
 

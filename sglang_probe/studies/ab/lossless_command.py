@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from sglang_probe.studies.base import EXPERIMENT, Parameter, Study, opened, output_option
 
-
-def command(
-    experiment: Annotated[Path, typer.Argument(help="YAML of an experiment that `ab` has run.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: `<output>/<name>`.")] = None,
-) -> None:
-    """Compare what a cached harvest gathers through lineage with what a harvest without cache computes.
-
-    Prints how many positions have a row, what the cache saved in time, and the distance between the rows beside the
-    distance of a run without cache to itself, and to one whose prefill was cut elsewhere. Writes `lossless.json`.
-    """
-    import json
-
+if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.config import load_config
-    from sglang_probe.harvest.config import ExperimentConfig
-    from sglang_probe.run.run import Run, load_run
-    from sglang_probe.studies.ab.lossless import study_lossless
-    from sglang_probe.studies.ab.plan import plan
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.run.run import Run
+    from sglang_probe.studies.ab.lossless import LosslessResult
 
-    console = Console()
-    config = load_config(experiment, ExperimentConfig)
-    folder = output or config.output / (config.name or experiment.stem)
-    arms: dict[str, list[Run]] = {name: [] for name in config.arms}
-    for p in sorted(plan(config), key=lambda p: p.replicate):
-        arms[p.arm].append(load_run(folder / p.name))
-    result = study_lossless(arms)
-    print_frame(console, result.coverage, "positions with a row", {"covered": ".1%", "seconds": ".1f"})
-    deepest = result.distance["hook_point"].iloc[-1]
-    shown = result.distance[result.distance["hook_point"] == deepest]
-    formats = {"identical": ".1%", "l2_median": ".2g", "l2_p99": ".2g", "l2_max": ".2g"}
-    for kind, part in shown.groupby("positions", sort=False):
-        frame = part.drop(columns=["hook_point", "positions", "runs"])
-        print_frame(console, frame, f"relative L2 of {deepest}, positions {kind} (lossless.json has all)", formats)
-    console.print("faster than without cache, by replicate: " + ", ".join(f"{s:.2f} x" for s in result.speedup))
-    path = folder / "lossless.json"
-    path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    console.print(f"written: [bold]{path}[/]", soft_wrap=True)
+FOLDER = "lossless"
+
+
+class Lossless(Study):
+    """Does a harvest with the prefix cache on lose anything, if reused positions are gathered from their origin?
+
+    Reads an experiment that `sglang-probe ab` has recorded, with an arm that reuses positions and one that reuses none.
+    Shows how many positions have a row, how much time the cache saved, and how far gathered rows are from computed
+    ones, beside how far a run without cache is from itself. An arm whose prefill is cut elsewhere is a floor too.
+
+    The YAML is that of `ab`; the result is in the folder `lossless` of the experiment.
+
+    Example: `sglang-probe lossless experiments/lossless/experiment.yaml`
+    """
+
+    name = "lossless"
+
+    def parameters(self) -> list[Parameter]:
+        """The experiment."""
+        return [EXPERIMENT, output_option("Folder of the experiment; default: `<output>/<name>` of the YAML.")]
+
+    def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[LosslessResult, Path]:
+        """Read the arms and compare them."""
+        from sglang_probe.run.run import load_run
+        from sglang_probe.studies.ab.command import Ab
+        from sglang_probe.studies.ab.lossless import study_lossless
+        from sglang_probe.studies.ab.plan import plan
+
+        config, name, folder = opened(given, Ab().config())
+        arms: dict[str, list[Run]] = {arm: [] for arm in config.arms}
+        for p in sorted(plan(config), key=lambda p: p.replicate):
+            arms[p.arm].append(load_run(folder / p.name))
+        with console.status("comparing rows"):
+            return study_lossless(arms, name), folder / FOLDER
+
+    def page(self, result: LosslessResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.ab.lossless_page import lossless_page
+
+        return lossless_page(result)
+
+    def shown(self, result: LosslessResult) -> Iterator[Table | str]:
+        """Coverage, distances at the deepest hook point, and the speed-up."""
+        from sglang_probe.studies.ab.lossless_page import coverage_table, distance_tables
+
+        yield coverage_table(result)
+        yield from distance_tables(result)
+        yield "faster than without cache, by replicate: " + ", ".join(f"{s:.2f} x" for s in result.speedup)

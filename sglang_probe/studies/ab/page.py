@@ -1,4 +1,4 @@
-"""The report of a paired experiment."""
+"""The report of an experiment with several arms."""
 
 from __future__ import annotations
 
@@ -8,100 +8,116 @@ import pandas as pd
 
 from sglang_probe.report.figures import Figure, grouped_bars, lines, token_strip
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.report.tables import Table, format_number
 from sglang_probe.run.hook_points import EMBED
-from sglang_probe.studies.ab.study import BIN, PairResult
+from sglang_probe.studies.ab.study import BIN, AbResult
+from sglang_probe.studies.ab.tables import (
+    arms_of,
+    counts_table,
+    coverage_table,
+    effects_table,
+    every_comparison,
+    every_effect,
+    flips_table,
+    tokens_table,
+)
+from sglang_probe.studies.pages import FLOOR, facts, footer, proof
+
+_SHARED_PREFIX = "shared_prefix"
 
 
-def pair_page(result: PairResult) -> Page:
+def ab_page(result: AbResult) -> Page:
     """The page of one experiment: what was computed, what was not, and how far the common rows differ."""
-    first, last = _arms(result)[0], _arms(result)[-1]
+    first, last = arms_of(result)[0], arms_of(result)[-1]
+    m = _manifest(result)
+    workload = f"{m['workload']['source']}, {m['requests_expected']} requests, digest {m['workload_digest'][:12]}"
+    backend = str(m.get("server_resolved", {}).get("attention_backend"))
     return Page(
         title=f"What the engine computed: {result.name}",
         lead=_lead(result, first, last),
         tiles=_tiles(result, first),
-        facts=_facts(result),
-        sections=[_coverage(result, first), _tokens(result), _drift(result), _proof(result), _arguments(result)],
-        footer=f"sglang-probe {_manifest(result)['versions']['sglang-probe']}. Every number was measured in the runs "
-        "listed here; a reused position is one whose forward pass SGLang skipped.",
+        facts=facts(
+            m, ("attention backend", backend), ("workload", workload), ("requests in flight", str(m["concurrency"]))
+        ),
+        sections=[
+            _coverage(result, first),
+            _drift(result),
+            _tokens(result),
+            proof(result.checks, f"{result.reconciled} {_proved(result)}"),
+            _arguments(result),
+        ],
+        footer=footer(
+            m,
+            "Every number was measured in the runs named here; a reused position is one whose forward pass SGLang "
+            "skipped.",
+        ),
     )
 
 
-def _arms(result: PairResult) -> list[str]:
-    return list(dict.fromkeys(result.totals["arm"]))
-
-
-def _manifest(result: PairResult) -> dict[str, Any]:
+def _manifest(result: AbResult) -> dict[str, Any]:
     return next(iter(result.manifests.values()))
 
 
-def _row(result: PairResult, run: str) -> dict[str, Any]:
+def _row(result: AbResult, run: str) -> dict[str, Any]:
     return dict(result.totals.set_index("run").loc[run])
 
 
-def _coverage_of(result: PairResult, arm: str, segment: str) -> float:
+def _coverage_of(result: AbResult, arm: str, segment: str) -> float:
     frame = result.by_segment
     values = frame[(frame["arm"] == arm) & (frame["segment"] == segment)]["coverage"]
     return float(values.iloc[0]) if len(values) else float("nan")
 
 
-def _lead(result: PairResult, first: str, last: str) -> str:
-    frame = result.by_segment[(result.by_segment["arm"] == first) & (result.by_segment["segment"] != "all")]
-    worst = frame.loc[frame["coverage"].idxmin()]
-    overall = _coverage_of(result, first, "all")
+def _worst(result: AbResult, arm: str) -> dict[str, Any]:
+    """The segment of the prompt with the least coverage."""
+    frame = result.by_segment[(result.by_segment["arm"] == arm) & (result.by_segment["segment"] != "all")]
+    return dict(frame.loc[frame["coverage"].idxmin()])
+
+
+def _lead(result: AbResult, first: str, last: str) -> str:
+    worst, overall = _worst(result, first), _coverage_of(result, first, "all")
     return (
         f"The same {int(_row(result, first)['requests'])} requests with the same output tokens under "
-        f"{len(_arms(result))} policies. Under `{first}` the engine computed {format_number(overall, 'percent')} of "
+        f"{len(arms_of(result))} policies. Under `{first}` the engine computed {format_number(overall, 'percent')} of "
         f"the prompt tokens; the others came from the cache and have no row. Worst covered: `{worst['segment']}`, at "
-        f"{format_number(float(worst['coverage']), 'percent')}. Under `{last}` it computed "
+        f"{format_number(worst['coverage'], 'percent')}. Under `{last}` it computed "
         f"{format_number(_coverage_of(result, last, 'all'), 'percent')}."
     )
 
 
-def _tiles(result: PairResult, first: str) -> list[Tile]:
-    row = _row(result, first)
-    reconciled = int(result.totals["requests_reconciled"].sum())
-    requests = int(result.totals["requests"].sum())
-    rows = [c for checks in result.checks.values() for c in checks if c.name == "content"]
+def _tiles(result: AbResult, first: str) -> list[Tile]:
+    row, worst = _row(result, first), _worst(result, first)
+    prompt = format_number(int(row["prompt_tokens"]))
     tiles = [
         Tile(
-            "forward passes skipped",
+            "positions not computed",
             format_number(int(row["reused"])),
-            f"prompt tokens of {format_number(int(row['prompt_tokens']))} in `{first}` came from the prefix cache",
+            f"of {prompt} prompt positions in `{first}`: they came from the prefix cache and have no row",
         ),
-        Tile("reconciled", f"{reconciled} / {requests}", "requests whose reused count equals SGLang's `cached_tokens`"),
+        Tile(
+            "least covered",
+            format_number(worst["coverage"], "percent"),
+            f"of the `{worst['segment']}` positions were computed in `{first}`",
+        ),
     ]
-    if rows:
-        proved = sum(c.covered for c in rows if c.holds)
+    deepest = result.floors[result.floors["hook_point"] == result.floors["hook_point"].iloc[-1]]
+    if deepest["effect"].notna().any():
+        r = dict(deepest.loc[deepest["effect"].idxmax()])
+        floor = format_number(r["floor"], "scientific", digits=1)
         tiles.append(
             Tile(
-                "rows proved",
-                format_number(proved),
-                "captured rows whose embedding equals `embed(token_id)` bit for bit",
+                "largest effect",
+                format_number(r["effect"], "scientific", digits=1),
+                f"relative L2 of `{r['arm']}` against `{result.baseline}` in {r['phase']}, floor {floor}: "
+                f"{r['verdict']}",
             )
         )
     return tiles
 
 
-def _facts(result: PairResult) -> list[tuple[str, str]]:
-    m = _manifest(result)
-    v = m["versions"]
-    model = m["model"]
-    return [
-        ("model", f"{model['name']} ({model['architecture']}, {model['layers']} layers), rows in {m['rows_dtype']}"),
-        ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
-        ("attention backend", str(m.get("server_resolved", {}).get("attention_backend"))),
-        (
-            "workload",
-            f"{m['workload']['source']}, {m['requests_expected']} requests, digest {m['workload_digest'][:12]}",
-        ),
-        ("concurrency", str(m["concurrency"])),
-        ("recorded", m["created"]),
-    ]
-
-
-def _coverage(result: PairResult, first: str) -> Section:
+def _coverage(result: AbResult, first: str) -> Section:
     by_position = result.by_position.assign(position=result.by_position["start"])
+    shared = _manifest(result)["workload"]["source"] == _SHARED_PREFIX
     return Section(
         heading="Coverage: which prompt tokens were computed",
         text="Coverage is the computed share of prompt positions. A position that is not computed was served from the "
@@ -115,8 +131,8 @@ def _coverage(result: PairResult, first: str) -> Section:
                 "coverage",
                 title="Coverage by segment class",
                 kind="percent",
-                caption="Share of prompt positions in traffic that the engine computed. A prefix computed once "
-                "and reused eleven times has a coverage of 8 %: one row stands for twelve occurrences.",
+                caption="Share of prompt positions in traffic that the engine computed. For example, a prefix that is "
+                "computed once and reused eleven times has a coverage of 8.3%: one row stands for twelve occurrences.",
             ),
             lines(
                 by_position,
@@ -124,11 +140,14 @@ def _coverage(result: PairResult, first: str) -> Section:
                 "coverage",
                 "arm",
                 title="Coverage by position in the prompt",
-                x_label="position (start of bin of 32)",
+                x_label=f"position (start of bin of {BIN})",
                 y_label="computed share",
                 kind="percent",
                 step=True,
-                caption="Shared prefixes sit at the front, so a cached harvest under-samples the early positions.",
+                caption="This workload's shared prefixes are at the front, so that a cached harvest under-samples "
+                "early positions."
+                if shared
+                else "",
             ),
             token_strip(
                 result.example["strips"],
@@ -137,71 +156,46 @@ def _coverage(result: PairResult, first: str) -> Section:
                 caption=f"The request with the most reused tokens under {first}.",
             ),
         ],
-        tables=[
-            Table(result.by_segment[["arm", "segment", "positions", "computed", "reused", "coverage"]], "By segment")
-        ],
+        tables=[coverage_table(result)],
     )
 
 
-def _tokens(result: PairResult) -> Section:
-    columns = [
-        "run",
-        "requests",
-        "prompt_tokens",
-        "computed",
-        "reused",
-        "generated",
-        "decode_steps",
-        "overshoot",
-        "recomputed",
-        "sglang_cached_tokens",
-        "requests_reconciled",
-        "seconds",
-        "tokens_per_second",
-    ]
+def _tokens(result: AbResult) -> Section:
     return Section(
         heading="Tokens and time",
         text="`generated` counts sampled tokens. The last one of each request has no KV entry, so there are fewer "
-        "`decode_steps`; an `overshoot` is a step that overlap scheduling computed after a request had stopped. Wall "
+        "decode steps; an overshoot is a step that overlap scheduling computed after a request had stopped. Wall "
         "time is from the first request to the last answer, without the engine's start, with rows being captured.",
-        tables=[Table(result.totals[columns], "Per run")],
-        notes=["One run each on a shared machine: the times show an order of magnitude, not a benchmark."],
+        tables=[tokens_table(result), counts_table(result)],
+        notes=["Each run was timed once: the times show an order of magnitude, not a benchmark."],
     )
 
 
-def _drift(result: PairResult) -> Section:
-    columns = ["comparison", "kind", "hook_point", "phase", "positions", "identical", "l2_median", "l2_p99", "l2_max"]
-    floors = result.floors[result.floors["hook_point"] != EMBED]
+def _drift(result: AbResult) -> Section:
+    floors = result.floors[result.floors["hook_point"] != EMBED] if len(result.floors) else result.floors
     deepest = floors[floors["hook_point"] == floors["hook_point"].iloc[-1]] if len(floors) else floors
-    text = (
-        "For positions that both runs computed: the distance of their captured rows, relative to the row's norm. An "
-        "effect means something only beside the floor, the distance of an arm to its own further runs in the same "
-        "session, which submit the requests in another order. Effects are taken within a replicate, so that both "
-        f"sides served the requests in one order; the baseline is `{result.baseline}`. Intervals are 95 % cluster "
-        "bootstrap intervals over prefix families; with fewer than six families there are none."
-    )
+    no_floor = not len(result.floors) or not result.floors["floor"].notna().any()
     return Section(
         heading="Drift: the same token, computed under another policy",
-        text=text,
+        text="For positions that both runs computed: the distance of their captured rows, relative to the row's norm. "
+        f"{FLOOR} Effects are taken within a replicate, so that both sides served the requests in one order; the "
+        f"baseline is `{result.baseline}`. Intervals are 95 % cluster bootstrap intervals over prefix families; with "
+        "fewer than six families there are none.",
         figures=[*_effects(deepest), *_by_bin(result)],
         tables=[
-            Table(_floor_columns(result.floors), "Effect over floor, mean relative L2", _floor_formats()),
-            Table(_floor_columns(result.by_class, "segment"), "By class of token", _floor_formats()),
-            Table(
-                result.drift[[*columns, "cosine_min", "deviation_max"]].sort_values(["hook_point", "phase", "kind"]),
-                "Every comparison",
-                {"identical": "percent", "l2_median": "scientific", "l2_p99": "scientific", "l2_max": "scientific"},
-            ),
-            *([Table(result.flips, "Where outputs part")] if len(result.flips) else []),
+            *([effects_table(result)] if len(result.floors) else []),
+            *([flips_table(result)] if len(result.flips) else []),
+            *every_effect(result),
+            every_comparison(result),
         ],
-        notes=[] if result.floors["floor"].notna().any() else ["No floor was measured, so no effect can be claimed."],
+        notes=["No floor was measured, so no effect can be claimed."] if no_floor else [],
     )
 
 
 def _effects(floors: pd.DataFrame) -> list[Figure]:
     """Effect and floor of every arm at the deepest hook point, one figure a phase."""
     figures = []
-    for phase, part in floors.groupby("phase", sort=False):
+    for phase, part in floors.groupby("phase", sort=False) if len(floors) else ():
         long = pd.concat(
             [
                 pd.DataFrame({"arm": part["arm"], "what": what, "l2": part[what], "low": part[low], "high": part[high]})
@@ -225,7 +219,7 @@ def _effects(floors: pd.DataFrame) -> list[Figure]:
     return figures
 
 
-def _by_bin(result: PairResult) -> list[Figure]:
+def _by_bin(result: AbResult) -> list[Figure]:
     """How much effect exceeds floor along the sequence, per arm, at the deepest hook point."""
     frame = result.by_bin
     if frame.empty or frame["excess"].isna().all():
@@ -249,40 +243,16 @@ def _by_bin(result: PairResult) -> list[Figure]:
     ]
 
 
-def _floor_columns(floors: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """What a reader needs of a floor table."""
-    columns = ["arm", "hook_point", "phase", *by, "positions", "identical_effect", "identical_floor", "effect", "floor"]
-    columns += ["excess_low", "excess_high", "q", "verdict"]
-    return floors[columns] if len(floors) else floors
+def _proved(result: AbResult) -> str:
+    """How many rows were proved to belong to their tokens."""
+    proved = [c for checks in result.checks.values() for c in checks if c.name == "content" and c.holds]
+    if not proved:
+        return ""
+    rows = format_number(sum(c.covered for c in proved))
+    return f"The embedding of {rows} captured rows equals `embed(token_id)` bit for bit."
 
 
-def _floor_formats() -> dict[str, Kind]:
-    scientific: dict[str, Kind] = dict.fromkeys(["effect", "floor", "excess_low", "excess_high"], "scientific")
-    return scientific | {"identical_effect": "percent", "identical_floor": "percent"}
-
-
-def _proof(result: PairResult) -> Section:
-    rows = [
-        {
-            "run": n,
-            "check": c.name,
-            "claim": c.claim,
-            "covered": f"{c.covered:,} {c.unit}",
-            "result": c.violation or "holds",
-        }
-        for n, checks in result.checks.items()
-        for c in checks
-    ]
-    return Section(
-        heading="Why to believe it",
-        text="The invariants of the ledger, checked on the files after each run. `sglang-probe verify RUN` repeats "
-        "them on any machine, without SGLang.",
-        tables=[Table(pd.DataFrame(rows), "Checks")],
-        notes=[] if result.ok else ["**At least one invariant is violated. Do not use these numbers.**"],
-    )
-
-
-def _arguments(result: PairResult) -> Section:
+def _arguments(result: AbResult) -> Section:
     """Resolved server arguments in which the arms differ, and what was set in the running engine."""
     resolved = {
         n: {
@@ -293,16 +263,12 @@ def _arguments(result: PairResult) -> Section:
         }
         for n, m in result.manifests.items()
     }
-    names = sorted({k for args in resolved.values() for k in args})
     volatile = {"port", "nccl_port", "_launch_command", "random_seed_offset"}
-    rows = [
-        {"argument": k, **{n: str(args.get(k)) for n, args in resolved.items()}}
-        for k in names
-        if k not in volatile and len({str(args.get(k)) for args in resolved.values()}) > 1
-    ]
-    frame = pd.DataFrame(rows, columns=["argument", *resolved])
+    names = sorted({k for args in resolved.values() for k in args} - volatile)
+    differing = [k for k in names if len({str(args.get(k)) for args in resolved.values()}) > 1]
+    rows = [{"run": n, **{k: str(args.get(k)) for k in differing}} for n, args in resolved.items()]
     return Section(
         heading="How the arms differ",
         text="Every resolved server argument that is not the same in all runs.",
-        tables=[Table(frame, "Server arguments")],
+        tables=[Table(pd.DataFrame(rows), "Server arguments")],
     )

@@ -1,11 +1,9 @@
-"""The paired study: coverage of each arm, and the drift between arms beside the drift of an arm to itself."""
+"""The study of arms: coverage of each arm, and the drift between arms beside the drift of an arm to itself."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pandas as pd
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.run.run import Run
+from sglang_probe.studies.base import records
 from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
 from sglang_probe.studies.drift import compare_runs, drift_table, first_divergence
 from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
@@ -24,7 +23,7 @@ BIN = 32
 
 
 @dataclass(frozen=True)
-class PairResult:
+class AbResult:
     """Everything the report and the terminal show. All frames are tidy: one observation a row."""
 
     name: str
@@ -57,8 +56,33 @@ class PairResult:
         """Whether every invariant holds in every run."""
         return all(c.holds for checks in self.checks.values() for c in checks)
 
+    @property
+    def reconciled(self) -> str:
+        """How many requests have the reused count that SGLang reports, in words."""
+        equal, requests = int(self.totals["requests_reconciled"].sum()), int(self.totals["requests"].sum())
+        return f"The reused count equals SGLang's `cached_tokens` in {equal} of {requests} requests."
 
-def study_pair(
+    def to_json(self) -> dict[str, Any]:
+        """The summary, for other programs and for committing."""
+        frames = ("totals", "by_segment", "by_position", "drift", "floors", "by_class", "flips")
+        return {
+            "name": self.name,
+            "baseline": self.baseline,
+            **{k: records(getattr(self, k)) for k in frames},
+            "checks": {
+                n: [{"name": c.name, "covered": c.covered, "unit": c.unit, "violation": c.violation} for c in cs]
+                for n, cs in self.checks.items()
+            },
+            "versions": next(iter(self.manifests.values()))["versions"],
+        }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Everything that the report prints, at full precision."""
+        names = ("totals", "by_segment", "by_position", "drift", "floors", "by_class", "by_bin", "flips")
+        return {k: getattr(self, k) for k in names}
+
+
+def study_ab(
     runs: Mapping[str, Run],
     arms: Mapping[str, str],
     name: str,
@@ -66,7 +90,7 @@ def study_pair(
     baseline: str | None = None,
     margin: float = MARGIN,
     tell: Callable[[str], None] = lambda _: None,
-) -> PairResult:
+) -> AbResult:
     """Compare the runs of an experiment.
 
     Args:
@@ -114,7 +138,7 @@ def study_pair(
         )
         for key, found in sums.items()
     }
-    return PairResult(
+    return AbResult(
         name=name,
         totals=pd.DataFrame([{"run": n, "arm": arms[n], **totals(r, tokens[n])} for n, r in runs.items()]),
         by_segment=pd.concat([coverage_by_segment(tokens[a]).assign(arm=a) for a in firsts], ignore_index=True),
@@ -131,25 +155,6 @@ def study_pair(
         manifests={n: r.manifest for n, r in runs.items()},
         example=_example(runs, firsts),
     )
-
-
-def write_summary(result: PairResult, path: Path) -> None:
-    """The numbers of the study as one JSON file, for other programs and for committing."""
-    data = {
-        "name": result.name,
-        "ok": result.ok,
-        "baseline": result.baseline,
-        **{
-            k: json.loads(getattr(result, k).to_json(orient="records"))
-            for k in ("totals", "by_segment", "by_position", "drift", "floors", "by_class", "flips")
-        },
-        "checks": {
-            n: [{"name": c.name, "covered": c.covered, "unit": c.unit, "violation": c.violation} for c in cs]
-            for n, cs in result.checks.items()
-        },
-        "versions": next(iter(result.manifests.values()))["versions"],
-    }
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_same_outputs(a: Run, b: Run) -> None:

@@ -5,7 +5,7 @@ model computes the same for both, up to rounding. `cache_salt` and `extra_key` s
 they say what SGLang may reuse, not what the model computes. (LoRA, which would, is refused when recording.)
 
 The requests are paths in a trie. A request's path leaves the paths of all earlier requests at one position, `new_from`;
-behind it every context is seen for the first time. So one integer per request says which positions are first
+after it every context is seen for the first time. So one integer per request says which positions are first
 occurrences, and no set of a hundred million contexts is ever held.
 
 `new_from` is found in two passes. The first compares whole blocks of 32 tokens by a 64-bit hash of the prefix up to the
@@ -89,7 +89,7 @@ class TrieBuilder:
         parent_block = np.where(seen > 0, creator[np.maximum(first_of + seen - 1, 0)] if len(creator) else 0, -1)
 
         # Rows to compare: the first block of each request that is not seen, and, of the requests that were the first
-        # with the block before it, the block behind that.
+        # with the block before it, the block after that.
         leaving = np.flatnonzero(lengths > seen * BLOCK)
         shared = np.unique(parent_block[leaving])
         shared = shared[shared >= 0]
@@ -113,7 +113,7 @@ def _joined(arrays: list[Array], dtype: Any = np.int64) -> Array:
 
 
 def _gather(second_pass: Pass, request: Array, start: Array) -> Array:
-    """Tokens `[start, start + BLOCK)` of each row's request, plus one; 0 behind the request's end. `[rows, BLOCK]`."""
+    """Tokens `[start, start + BLOCK)` of each row's request, plus one; 0 past the request's end. `[rows, BLOCK]`."""
     rows = np.zeros((len(request), BLOCK), dtype=np.int32)
     order = np.argsort(request, kind="stable")
     done = 0

@@ -1,10 +1,10 @@
-"""The study as files: `coverage.json` for programs, `coverage.md` for people."""
+"""What the study leaves: a summary for programs, `coverage.md` for people, and tables."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,39 @@ import pandas as pd
 from sglang_probe.run import journal
 from sglang_probe.studies.coverage.result import Coverage
 from sglang_probe.studies.coverage.words import card_text, paragraph, worst_in_words
+from sglang_probe.verify.check import Check
+
+
+@dataclass(frozen=True)
+class CoverageResult:
+    """The studies of one run or several, and the files of correction weights of each run, by the name of the map."""
+
+    studies: Sequence[Coverage]
+    weights: Mapping[str, Mapping[str, Path]]
+
+    @property
+    def ok(self) -> bool:
+        """A damaged run is refused, so that what is here can be used."""
+        return True
+
+    @property
+    def checks(self) -> dict[str, list[Check]]:
+        """None: `sglang-probe verify` checks a run."""
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return to_json(self.studies, self.weights)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Classes of every map, and how many occurrences a computed position stands for."""
+        frames: dict[str, list[pd.DataFrame]] = {}
+        for c in self.studies:
+            for m in c.maps:
+                for kind in ("classes", "multiplicity"):
+                    frame = getattr(m, kind).astype(dict.fromkeys(m.axes, str))
+                    frames.setdefault(f"{kind}-{'-'.join(m.axes)}", []).append(frame.assign(run=c.run))
+        return {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
 
 
 def to_json(studies: Sequence[Coverage], weights: Mapping[str, Mapping[str, Path]]) -> dict[str, Any]:
@@ -45,10 +78,9 @@ def to_json(studies: Sequence[Coverage], weights: Mapping[str, Mapping[str, Path
     }
 
 
-def write_files(studies: Sequence[Coverage], weights: Mapping[str, Mapping[str, Path]], folder: Path) -> None:
-    """Write `coverage.json` and `coverage.md`."""
-    data = json.dumps(to_json(studies, weights), indent=2, allow_nan=False)
-    journal.write_text_durably(folder / "coverage.json", data + "\n")
+def write_files(studies: Sequence[Coverage], folder: Path) -> None:
+    """Write `coverage.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
     journal.write_text_durably(folder / "coverage.md", "\n".join(card_text(c) for c in studies))
 
 

@@ -9,18 +9,18 @@ import pandas as pd
 
 from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Kind, Table, format_number
-from sglang_probe.studies.coverage.result import Coverage
-from sglang_probe.studies.coverage.words import paragraph, worst_in_words
+from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.studies.coverage.result import Coverage, Map
+from sglang_probe.studies.coverage.words import paragraph, ratio_in_words, worst_in_words
 
-_COUNTS = ["positions", "computed", "reused", "coverage"]
-_RARE = ["dropped", "unrequested"]
-_CONTEXTS = ["contexts", "context_coverage"]
-_BIAS = ["traffic_share", "harvest_share", "log2_ratio", "low", "high", "weight"]
-_FORMATS: dict[str, Kind] = {
-    **dict.fromkeys(["coverage", "context_coverage", "traffic_share", "harvest_share"], "percent"),
-    **dict.fromkeys(["log2_ratio", "low", "high", "weight"], "decimal"),
-}
+_COVERAGE = Column("coverage", kind="percent")
+_COUNTS = [Column("positions"), Column("computed"), Column("reused")]
+_RARE = [Column("dropped"), Column("unrequested")]
+_CONTEXTS = [Column("contexts", "unique contexts"), Column("context_coverage", "of them computed", "percent")]
+_SHARES = [
+    Column("harvest_share", "share of harvest", "percent"),
+    Column("traffic_share", "share of traffic", "percent"),
+]
 
 
 def coverage_page(studies: Sequence[Coverage]) -> Page:
@@ -78,7 +78,17 @@ def _tiles(c: Coverage) -> list[Tile]:
 
 def _totals(studies: Sequence[Coverage]) -> Section:
     frame = pd.DataFrame([{"run": c.run, **c.totals} for c in studies])
-    return Section("Runs", tables=[Table(frame, "Positions of each run", _FORMATS | {"effective_rows": "integer"})])
+    effective = Column("effective_rows", kind="decimal", digits=0)
+    columns = [Column("run"), _COVERAGE, *_COUNTS, effective, *_CONTEXTS, *_present(frame, _RARE), Column("requests")]
+    return Section("Runs", tables=[Table(frame, "Positions of each run", columns=columns)])
+
+
+def class_table(c: Coverage, m: Map) -> Table:
+    """Classes of one axis: coverage, and the bias of the harvest against the traffic."""
+    frame = m.classes.assign(ratio=[ratio_in_words(row) for row in m.classes.to_dict("records")])
+    columns = [Column(a) for a in m.axes]
+    columns += [_COVERAGE, Column("ratio", "log2 ratio, 95 %"), *_SHARES, *_COUNTS[:2]]
+    return Table(frame, f"{c.run}: coverage by {m.name}", columns=columns)
 
 
 def _axis(studies: Sequence[Coverage], name: str) -> Section:
@@ -169,11 +179,22 @@ def _together(studies: Sequence[Coverage], name: str) -> pd.DataFrame:
 
 def _tables(c: Coverage, name: str) -> list[Table]:
     frame = c.map(name).classes
-    counts = [*_COUNTS, *(k for k in _RARE if frame[k].any()), *_CONTEXTS]
+    ratio = Column("log2_ratio", "log2 of their ratio, 95 %", "signed", bounds=("low", "high"), digits=2)
+    weight = Column("weight", "correction weight", "decimal")
+    counts = [Column(name), _COVERAGE, *_COUNTS, *_present(frame, _RARE), *_CONTEXTS]
     return [
-        Table(frame[[name, *counts]], f"{c.run}: counts by {name}", _FORMATS),
-        Table(frame[[name, *_BIAS]], f"{c.run}: bias by {name}, and the weight that mends it", _FORMATS),
+        Table(
+            frame,
+            f"{c.run}: bias by {name}, and the correction weight",
+            columns=[Column(name), ratio, *_SHARES, weight],
+        ),
+        Table(frame, f"{c.run}: counts by {name}", columns=counts),
     ]
+
+
+def _present(frame: pd.DataFrame, columns: Sequence[Column]) -> list[Column]:
+    """Those that are not zero throughout."""
+    return [c for c in columns if frame[c.name].any()]
 
 
 def _ordered(frame: pd.DataFrame, column: str) -> pd.DataFrame:

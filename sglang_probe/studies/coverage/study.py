@@ -207,7 +207,7 @@ def _multiplicity(step: Step, reuses: lineage.Reuses, walk: Walk) -> Array:
     offsets = step.batch.offsets
     local = reuses.request[a:b] - step.low
     at = offsets[local] + reuses.position[a:b] - walk.traffic.begin[step.low : step.high][local]
-    # Between two steps the number is constant, and behind the last step of a request it is one again.
+    # Between two steps the number is constant, and after the last step of a request it is one again.
     edges = np.concatenate([[0], at, [len(step.batch)]])
     level = 1 + np.concatenate([[0], np.cumsum(reuses.step[a:b])])
     return np.repeat(level, np.diff(edges))

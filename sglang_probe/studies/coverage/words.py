@@ -107,7 +107,7 @@ def ratio_in_words(row: Mapping[str, Any]) -> str:
     if row["log2_ratio"] == -math.inf:
         return "none computed"
     ratio, low, high = (f"{row[k]:.2f}".replace("-0.00", "0.00") for k in ("log2_ratio", "low", "high"))
-    return ratio if math.isnan(row["low"]) else f"{ratio} ({low} to {high})"
+    return ratio if math.isnan(row["low"]) else f"{ratio} [{low}, {high}]"
 
 
 def card_text(c: Coverage) -> str:

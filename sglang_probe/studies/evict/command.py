@@ -2,105 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from sglang_probe.harvest.prepare import Prepared
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.run.run import Run
     from sglang_probe.studies.evict.config import EvictionConfig
     from sglang_probe.studies.evict.study import EvictionResult
 
 
-def command(
-    experiment: Annotated[Path, typer.Argument(help="YAML of the study; see experiments/eviction/.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the study; default: `<output>/<name>`.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Run everything again.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep the stages that are complete, run the rest.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Study the files that are there; start no engine.")] = False,
-    plan: Annotated[bool, typer.Option(help="Print what would be run, and stop.")] = False,
-) -> None:
-    """Compare eviction methods on captured attention and, in the engine, by what is generated from kept sets.
+class Evict(RecordedStudy):
+    """Which KV-cache eviction method keeps what decoding needs, and what is generated from what it keeps?
 
-    One full-cache harvest captures queries, keys and values; every method selects under every budget and protocol and
-    is judged offline; then each kept set is run for real. Writes `report.html`, `summary.json` and `tables/`.
+    One harvest with the full cache captures queries, keys and values. Every method then selects under every budget and
+    protocol and is judged offline; with `in_engine` (the default) each kept set is run for real, and answers,
+    likelihood and agreement with the full cache are counted.
+
+    The YAML must hold `workloads` (tasks by name), `methods` and `budgets`. Texts without right answers need `cut`.
+
+    Example: `sglang-probe evict experiments/eviction/experiment.yaml --plan`
     """
-    from rich.console import Console
 
-    from sglang_probe.config import load_config
-    from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.report.page import write
-    from sglang_probe.studies.evict.config import EvictionConfig
-    from sglang_probe.studies.evict.page import eviction_page
-    from sglang_probe.studies.evict.runs import prepare
-    from sglang_probe.studies.evict.stages import read_study, run_study
-    from sglang_probe.studies.evict.study import write_summary
+    name = "evict"
+    example = """
+# sglang-probe evict mine.yaml
+model: probe-recall               # built in; or a folder, or a hub id
+workloads:                        # tasks by name; texts without right answers need `cut`
+  chase: {source: retrieval, task: chase, count: 32, prompt_tokens: 228}
+budgets: [1/8, 1/4]               # shares of what is compressed, or positions per kv head (64)
+methods:                          # names, or names with parameters
+  - knorm
+  - {method: snapkv, window: 8, pooling: none}
+  - {method: laq, recent: 8}
+oracles: [static_mean]            # bounds: they read the future
+trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected random
+"""
 
-    console = Console()
-    terminal = Terminal(console)
-    config = load_config(experiment, EvictionConfig)
-    name = config.name or experiment.stem
-    folder = output or config.output / name
-    if report_only:
-        with terminal.stage("studying"):
-            result = read_study(config, folder, name)
-    else:
-        with terminal.stage("checking model and workloads"):
-            prepared = prepare(config)
-        _print_plan(console, config, {t: len(p.workload.requests) for t, p in prepared.items()})
-        if plan:
-            return
-        result = run_study(prepared, config, folder, name, overwrite=overwrite, resume=resume, reporter=terminal)
-    with terminal.stage("writing the report"):
-        write_summary(result, folder)
-        write(eviction_page(result), folder / "report.html")
-    _print_result(console, result)
-    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
-    raise typer.Exit(0 if result.ok else 1)
+    def config(self) -> type[EvictionConfig]:
+        """The YAML."""
+        from sglang_probe.studies.evict.config import EvictionConfig
 
+        return EvictionConfig
 
-def _print_plan(console: Console, config: EvictionConfig, requests: dict[str, int]) -> None:
-    """Engine starts, requests and kept sets, before anything runs."""
-    import pandas as pd
+    def skipping_bad(self, config: EvictionConfig) -> EvictionConfig:
+        """Every task that is read from a file reads past malformed lines."""
+        from sglang_probe.errors import ConfigError
 
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.studies.evict.stages import counts
+        files = {task: w for task, w in config.workloads.items() if "skip_bad" in type(w).model_fields}
+        if not files:
+            raise ConfigError("`--skip-bad` has no meaning here: no workload reads a file")
+        skipping = {task: w.model_copy(update={"skip_bad": True}) for task, w in files.items()}
+        return config.model_copy(update={"workloads": {**config.workloads, **skipping}})
 
-    found = counts(config, requests)
-    print_frame(console, pd.DataFrame(found.rows), "plan: requests by task", {})
-    told = f"{found.policies} policies, {len(config.budgets)} budgets, {len(config.protocols)} protocols: "
-    console.print(told + f"{found.kept:,} kept sets at most, {found.requests:,} requests, {found.starts} engine starts")
+    def prepare(self, config: EvictionConfig) -> dict[str, Prepared]:
+        """Check model and tasks."""
+        from sglang_probe.studies.evict.runs import prepare
 
+        return prepare(config)
 
-def _print_result(console: Console, result: EvictionResult) -> None:
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.studies.evict.tables import accuracy_table, mass_table, predictor_table, stages_table
+    def plan(self, prepared: dict[str, Prepared], config: EvictionConfig) -> Plan:
+        """Engine starts, requests and kept sets."""
+        import pandas as pd
 
-    if result.outcomes:
-        frame, title = accuracy_table(result)
-        print_frame(console, frame, title, dict.fromkeys(map(str, frame.columns[2:]), ".2f"))
-    frame, title = mass_table(result)
-    print_frame(console, frame, title, dict.fromkeys(map(str, frame.columns[2:]), ".2f"))
-    if len(result.predictors):
-        frame, title = predictor_table(result)
-        print_frame(console, frame, title, dict.fromkeys(["spearman", "low", "high"], ".2f"))
-    print_frame(console, stages_table(result), "wall time", {"s": ".1f"})
-    if len(result.excluded):
-        left = int(result.excluded["requests"].sum())
-        console.print(f"{left:,} selections were left out; the reasons are in the report")
-    console.print(
-        f"kept counts asserted on {result.asserted:,} selections and {result.asserted_in_engine:,} requests served"
-    )
-    if result.sanity is not None:
-        colour = "green" if result.sanity.holds else "bold red"
-        console.print(
-            f"[{colour}]budget 100 % gives the full cache's tokens in {result.sanity.exact} of "
-            f"{result.sanity.requests} requests[/]"
+        from sglang_probe.report.tables import Table
+        from sglang_probe.studies.evict.stages import counts
+
+        found = counts(config, {task: len(p.workload.requests) for task, p in prepared.items()})
+        note = (
+            f"{found.policies} policies, {len(config.budgets)} budgets, {len(config.protocols)} protocols: "
+            f"{found.kept:,} kept sets at most, {found.requests:,} requests"
         )
-        if not result.sanity.holds:
-            console.print(
-                "  to fix: in 16-bit dtypes near-ties fall either way, as they do when the full cache is served in "
-                "another order; repeat with `dtype: float32` to tell them from a fault"
-            )
+        return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, [note])
+
+    def run(self, prepared: dict[str, Prepared], config: EvictionConfig, folder: Path, **how: Any) -> EvictionResult:
+        """Run every stage that is missing."""
+        from sglang_probe.studies.evict.stages import run_study
+
+        return run_study(prepared, config, folder, "", **how)
+
+    def read(self, config: EvictionConfig, folder: Path) -> EvictionResult:
+        """The files of before."""
+        from sglang_probe.studies.evict.stages import read_study
+
+        return read_study(config, folder, "")
+
+    def recorded(self, found: EvictionResult) -> list[Run]:
+        """None: full-cache runs are read by this study alone."""
+        return []
+
+    def study(self, found: EvictionResult, config: EvictionConfig, name: str, tell: Tell) -> EvictionResult:
+        """The tables are made with the last stage."""
+        return replace(found, name=name)
+
+    def page(self, result: EvictionResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.evict.page import eviction_page
+
+        return eviction_page(result)
+
+    def shown(self, result: EvictionResult) -> Iterator[Table | str]:
+        """What was generated, what is kept of the attention, and which metric predicts."""
+        from sglang_probe.studies.evict.tables import accuracy_table, mass_table, predictor_table, stages_table
+
+        if result.outcomes:
+            yield accuracy_table(result)
+        yield mass_table(result)
+        if len(result.predictors):
+            yield predictor_table(result)
+        yield stages_table(result)
+        if len(result.excluded):
+            left = int(result.excluded["requests"].sum())
+            yield f"{left:,} selections were left out; the reasons are in the report"
+        yield (
+            f"kept counts asserted on {result.asserted:,} selections and {result.asserted_in_engine:,} requests served"
+        )
+        if (sanity := result.sanity) is not None:
+            colour = "green" if sanity.holds else "bold red"
+            told = f"budget 100 % gives the full cache's tokens in {sanity.exact} of {sanity.requests} requests"
+            yield f"[{colour}]{told}[/]"
+            if not sanity.holds:
+                yield (
+                    "  to fix: in 16-bit dtypes near-ties fall either way, as they do when the full cache is served in "
+                    "another order; repeat with `dtype: float32` to tell them from a fault"
+                )

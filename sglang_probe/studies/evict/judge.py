@@ -42,7 +42,7 @@ METRICS: dict[str, str] = {
     "ndcg": "NDCG of the policy's ranking, gain = mass",
     "rbo": f"rank-biased overlap with the ranking by mass, p = {RBO_P}",
     "js": "Jensen-Shannon distance of the scores to the mass, of methods whose scores are attention; 0 is best",
-    "output_error": "relative error of a layer's attention output behind W_O, full-cache inputs; 0 is best",
+    "output_error": "relative error of a layer's attention output after W_O, full-cache inputs; 0 is best",
     "head_error": "the same per query head, before W_O",
     "evicted": "evicted mass p of the decomposition of the output error",
     "gap": "distance between kept and evicted values over the output norm: head error = p times gap",

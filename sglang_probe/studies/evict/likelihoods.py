@@ -19,7 +19,7 @@ from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.studies.evict.asked import FULL_CACHE
 
 FORCED_OUTCOMES = {
-    "nll": "mean negative log-likelihood of the reference behind its first token, nats per token, teacher-forced",
+    "nll": "mean negative log-likelihood of the reference after its first token, nats per token, teacher-forced",
     "top1": "share of steps at which the most likely token is that of the full cache, teacher-forced",
     "answer_nll": "the same likelihood of the answers alone",
     "kl": "KL(full cache ‖ kept set) of the next-token distribution, nats per token, teacher-forced",

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 OUTCOMES: dict[str, str] = {
-    "accuracy": "share of answers behind the first that are right, generating freely",
+    "accuracy": "share of answers after the first that are right, generating freely",
     "success": "share of prompts of which all these answers are right",
     "first_answer": "share of first answers that are right; the query-visible protocol cannot change it",
     "agreement": "share of generated tokens that are those of the full cache at the same step",
@@ -61,12 +61,12 @@ def compare(
     padded = np.full(max(len(full), int(max(steps)) + 1), -1, dtype=np.int64)
     padded[: min(len(out), len(padded))] = out[: len(padded)]
     right = padded[np.asarray(steps)] == np.asarray(answers)
-    behind = right[np.asarray(steps) > 0]
+    later = right[np.asarray(steps) > 0]
     same = padded[: len(full)] == full
     parted = np.flatnonzero(~same)
     return {
-        "accuracy": float(behind.mean()) if len(behind) else float("nan"),
-        "success": float(behind.all()) if len(behind) else float("nan"),
+        "accuracy": float(later.mean()) if len(later) else float("nan"),
+        "success": float(later.all()) if len(later) else float("nan"),
         "first_answer": float(right[0]) if steps[0] == 0 else float("nan"),
         # The first token comes from prefill here, too.
         "agreement": float(same[1:].mean()),

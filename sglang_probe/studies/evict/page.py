@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sglang_probe.report.figures import Figure, heatmap, panel_lines, panel_scatter
+from sglang_probe.paths import BUILT_IN_MODELS
+from sglang_probe.report.figures import Figure, grouped_bars, heatmap, panel_lines, panel_scatter
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.report.tables import Column, Table, format_number
 from sglang_probe.studies.evict.grid import BASELINE
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
@@ -14,15 +15,21 @@ from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
+    accuracy_table,
+    best_predictors,
+    budget_table,
     budgets_of,
-    by_budget,
     gap_table,
+    kind_of,
+    mass_table,
+    metrics_table,
     middle_budget,
+    parameters_tables,
     predictor_table,
     predictors_by_task,
     stages_table,
-    wide,
 )
+from sglang_probe.studies.pages import facts, footer
 
 _TESTED = (
     "Δ is the paired difference to protected random with its 95 % bootstrap interval over prompts; * marks a sign-flip "
@@ -32,7 +39,6 @@ _TESTED = (
 
 def eviction_page(result: EvictionResult) -> Page:
     """The page of one study: what each method keeps, what is generated from it, and which metric foretells it."""
-    m, v = result.manifest, result.manifest["versions"]
     sections = [_curves(result), _accuracy(result), _prediction(result)] if result.outcomes else []
     sections += [
         _mass(result),
@@ -46,16 +52,14 @@ def eviction_page(result: EvictionResult) -> Page:
         title=f"KV-cache eviction: {result.name}",
         lead=conclusions(result),
         tiles=_tiles(result),
-        facts=[
-            ("model", f"{m['model']['name']} ({m['model']['architecture']}, {m['model']['layers']} layers)"),
-            ("engine", f"SGLang {v['sglang']}, torch {v['torch']}, rows in {m['rows_dtype']}"),
+        facts=facts(
+            result.manifest,
             ("tasks", ", ".join(f"{t} ({n} prompts)" for t, n in _prompts(result).items())),
             ("budgets", ", ".join(budgets_of(result.offline)) + " of the positions that are compressed, per kv head"),
             ("always kept by protected random", _trivial(result)),
-            ("recorded", m["created"]),
-        ],
+        ),
         sections=[s for s in sections if s is not None],
-        footer=f"sglang-probe {v['sglang-probe']}. Every number was measured in the runs of this study's folder.",
+        footer=footer(result.manifest, "Every number was measured in the runs of this study's folder."),
     )
 
 
@@ -64,11 +68,7 @@ def conclusions(result: EvictionResult) -> str:
     told = []
     if result.outcomes:
         decode = next(iter(result.outcomes))
-        frame = result.outcomes[decode]
-        part = frame[(frame["metric"] == result.outcome) & (frame["kind"] == "method")]
-        tested = part[part["p"].notna()]
-        better = tested[(tested["p_holm"] <= 0.05) & (tested["difference"] > 0)]
-        worse = tested[(tested["p_holm"] <= 0.05) & (tested["difference"] < 0)]
+        tested, better, worse = _tested(result)
         told.append(
             f"Of {len(tested)} cells (method, budget, task, protocol) that were generated in the engine ({decode}), "
             f"{len(better)} have more {result.outcome} than protected random and {len(worse)} less, at a family-wise "
@@ -79,19 +79,33 @@ def conclusions(result: EvictionResult) -> str:
             f"Better in every cell: {', '.join(always)}." if always else "No method is better than it in every cell."
         )
     if len(result.predictors):
-        best = predictor_table(result)[0].iloc[0]
+        best = best_predictors(result).iloc[0]
         told.append(
             f"The offline metric that ranks methods most like {result.outcome} is `{best['metric']}` (mean Spearman "
             f"{best['spearman']:.2f}, {best['low']:.2f} to {best['high']:.2f})."
         )
+    small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
     told.append(
-        "\n\nWhat this cannot tell: the model is small, its tasks are synthetic or short, and there is one training "
-        "seed and one engine; intervals are over prompts alone. Rankings are those of these parameters, which are all "
-        "listed below. Nothing is freed in the engine, so no number here is about speed."
+        f"\n\nWhat this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one "
+        "model and one engine. Rankings are those of these parameters, which are all listed below. Nothing is freed in "
+        "the engine, so no number here is about speed."
         if result.outcomes
         else "\n\nNothing was generated under a kept set here: these are statements about attention, not about answers."
     )
     return " ".join(told)
+
+
+def _built_in(result: EvictionResult) -> bool:
+    return result.config["model"] in BUILT_IN_MODELS
+
+
+def _tested(result: EvictionResult) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Cells of methods that were tested against protected random, those that are better, and those that are worse."""
+    frame = next(iter(result.outcomes.values()))
+    part = frame[(frame["metric"] == result.outcome) & (frame["kind"] == "method")]
+    tested = part[part["p"].notna()]
+    sure = tested[tested["p_holm"] <= 0.05]
+    return tested, sure[sure["difference"] > 0], sure[sure["difference"] < 0]
 
 
 def _everywhere(tested: pd.DataFrame, better: pd.DataFrame) -> list[str]:
@@ -109,40 +123,67 @@ def _tiles(result: EvictionResult) -> list[Tile]:
                 "requests whose kept set holds everything, or that have none, give the full cache's tokens exactly",
             )
         )
-    tiles.append(
-        Tile(
-            "kept counts",
-            format_number(result.asserted),
-            "selections of a request whose number of entries was asserted",
+    if result.outcomes:
+        tested, better, _ = _tested(result)
+        text = (
+            f"cells (method, budget, task, protocol) with more {result.outcome} than protected random, family-wise 5 %"
         )
-    )
+        tiles.append(Tile("better than random", f"{len(better)} of {len(tested)}", text))
     if len(result.predictors):
-        best = predictor_table(result)[0].iloc[0]
+        best = best_predictors(result).iloc[0]
         tiles.append(Tile("best predictor", str(best["metric"]), f"mean Spearman {best['spearman']:.2f}"))
     return tiles
 
 
 def _curves(result: EvictionResult) -> Section:
-    """Accuracy by budget, a panel per method."""
-    figures = []
+    """Policies ranked at one budget, and the outcome by budget, a panel per method."""
+    figures = _ranking(result)
     for decode, frame in result.outcomes.items():
         part = frame[(frame["metric"] == result.outcome) & frame["kind"].isin(["method", "baseline", "oracle"])]
         figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in dict.fromkeys(part["task"])]
     return Section(
         heading=f"{result.outcome.capitalize()} by budget",
-        text=f"{_said(result.outcome)} One panel per policy, with 95 % intervals over prompts; protected random is "
-        "drawn dashed behind each. Oracles, marked so, read the future and bound what a kept set can do.",
+        text=f"{_said(result.outcome)} Intervals are 95 % over prompts. Oracles, marked so, read the future and bound "
+        "what a kept set can do.",
         figures=figures,
     )
 
 
+def _ranking(result: EvictionResult) -> list[Figure]:
+    """Policies at the middle budget, best first, a figure per task."""
+    decode, frame = next(iter(result.outcomes.items()))
+    budget = middle_budget(result)
+    part = frame[(frame["metric"] == result.outcome) & (frame["budget"] == budget)]
+    part = _labelled(part[part["kind"].isin(["method", "baseline", "oracle"])])
+    figures = []
+    for task, mine in part.groupby("task", sort=False):
+        order = mine.groupby("panel")["mean"].mean().sort_values(ascending=False, kind="stable").index
+        ranked = mine.assign(panel=pd.Categorical(mine["panel"], list(order), ordered=True)).sort_values("panel")
+        figures.append(
+            grouped_bars(
+                ranked,
+                "panel",
+                "series",
+                "mean",
+                low="low",
+                high="high",
+                kind=kind_of(result.outcome),
+                title=f"{task}: {result.outcome} at budget {budget}, {decode}",
+                caption="Best first, by the mean over protocols.",
+            )
+        )
+    return figures
+
+
+def _labelled(part: pd.DataFrame) -> pd.DataFrame:
+    """With names of policies and protocols for figures."""
+    names = part["policy"].where(part["kind"] != "oracle", "oracle: " + part["policy"])
+    return part.assign(panel=names, series=part["protocol"].map(PROTOCOLS))
+
+
 def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -> Figure:
     sizes = _shares(result, task)
-    frame = part.assign(
-        panel=part["policy"].where(part["kind"] != "oracle", "oracle: " + part["policy"]),
-        series=part["protocol"].map(PROTOCOLS),
-        x=part["budget"].map(sizes),
-    )
+    frame = _labelled(part).assign(x=part["budget"].map(sizes))
     frame = frame.sort_values("kind", key=lambda k: k == "oracle", kind="stable")
     base = frame[frame["policy"] == BASELINE]
     return panel_lines(
@@ -156,27 +197,28 @@ def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -
         behind=base,
         x_ticks={sizes[b]: b for b in budgets_of(part)},
         log_x=True,
-        title=f"{task}: {result.outcome}, {decode}",
+        kind=kind_of(result.outcome),
+        title=f"{task}: {result.outcome} by budget, {decode}",
+        caption="One panel per policy. Dashed: protected random.",
         x_label="budget, share of the compressed positions",
     )
 
 
 def _accuracy(result: EvictionResult) -> Section:
-    tables = []
+    tables = [accuracy_table(result)]
     for decode, frame in result.outcomes.items():
         if result.outcome not in set(frame["metric"]):
             continue
         for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-            table = by_budget(frame, task, protocol, result.outcome)
-            tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}, {decode}: {result.outcome}", _percent(table)))
+            title = f"{task}, {PROTOCOLS[protocol]}, {decode}: {result.outcome} by budget"
+            tables.append(budget_table(frame, task, protocol, result.outcome, title))
     if len(result.outcome_gaps):
         title = f"lost to the full cache, and share of protected random's loss won back, budget {middle_budget(result)}"
-        table = gap_table(result.outcome_gaps, middle_budget(result))
-        tables.append(Table(table, title, {"gap": "decimal"}))
+        tables.append(gap_table(result.outcome_gaps, middle_budget(result), title))
     others = [m for m in OUTCOMES if m != result.outcome]
     first = next(iter(result.outcomes.values()))
     part = first[(first["metric"].isin(others)) & (first["budget"].isin([middle_budget(result), "1"]))]
-    tables.append(Table(wide(part), f"other outcomes at budget {middle_budget(result)}"))
+    tables.append(metrics_table(part, f"other outcomes at budget {middle_budget(result)}"))
     return Section(
         heading="What was generated",
         text=f"{_TESTED} Oracle rows are bounds and are not tested.",
@@ -188,7 +230,6 @@ def _accuracy(result: EvictionResult) -> Section:
 def _prediction(result: EvictionResult) -> Section | None:
     if not len(result.predictors):
         return None
-    frame, title = predictor_table(result)
     points = result.points[result.points["kind"].isin(["method", "baseline"])]
     points = points.assign(panel=points["task"] + ", " + points["protocol"].map(PROTOCOLS))
     order = pd.CategoricalDtype(budgets_of(points), ordered=True)
@@ -210,7 +251,7 @@ def _prediction(result: EvictionResult) -> Section | None:
         if metric in points
     ]
     by_task = predictors_by_task(result)
-    numbers: dict[str, Kind] = dict.fromkeys(map(str, by_task.columns[1:]), "decimal")
+    by_cell = [Column("metric"), *(Column(c, c, "signed", digits=2) for c in map(str, by_task.columns[1:]))]
     return Section(
         heading=f"Which metric predicts {result.outcome}?",
         text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by "
@@ -219,29 +260,30 @@ def _prediction(result: EvictionResult) -> Section | None:
         "Intervals draw prompts with replacement, the same prompts for metric and outcome.",
         figures=figures,
         tables=[
-            Table(frame, title, dict.fromkeys(["spearman", "low", "high"], "decimal")),
-            Table(by_task, "by task and protocol", numbers),
+            predictor_table(result),
+            Table(by_task, "mean Spearman by task and protocol", columns=by_cell, long=True),
         ],
-        notes=[f"`{k}`: {METRICS[k]}." for k in frame["metric"] if k in METRICS],
+        notes=[f"`{k}`: {METRICS[k]}." for k in best_predictors(result)["metric"] if k in METRICS],
     )
 
 
 def _mass(result: EvictionResult) -> Section:
-    tables = []
+    kinds = ("baseline", "method", "oracle")
+    tables = [mass_table(result)]
     cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
     for task, protocol in cells:
-        table = by_budget(result.offline, task, protocol, "nontrivial", kinds=("baseline", "method", "oracle"))
-        tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall", _percent(table)))
+        title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
+        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds))
     budget = middle_budget(result)
     part = result.offline[result.offline["budget"] == budget]
-    part = part[part["metric"].isin(METRICS) & part["kind"].isin(["baseline", "method", "oracle"])]
-    tables.append(Table(wide(part), f"all metrics, budget {budget}"))
+    part = part[part["metric"].isin(METRICS) & part["kind"].isin(kinds)]
+    tables.append(metrics_table(part, f"all metrics, budget {budget}"))
     if "chance" in part and part["chance"].notna().any():
-        levels = wide(part[part["chance"].notna()], "chance")
-        tables.append(Table(levels, f"their chance levels, budget {budget}, exact"))
+        known = part[part["chance"].notna()]
+        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance"))
     if len(result.mass_gaps):
         title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
-        tables.append(Table(gap_table(result.mass_gaps, budget), title, {"gap": "decimal"}))
+        tables.append(gap_table(result.mass_gaps, budget, title))
     return Section(
         heading="Offline: what is kept of the attention",
         text=f"Judged on the full-cache run's own decode steps. {_TESTED} Adaptive budgets, per-step selections and "
@@ -270,8 +312,8 @@ def _heads(result: EvictionResult) -> Section:
     ]
     return Section(
         heading="Where it is lost: layers and heads",
-        text="Sums over prompts and steps. Heads that look at the last positions only have little mass outside the "
-        "trivial set; a method may lose all of theirs and no answer.",
+        text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "
+        "trivial set, so that a method can lose all of it without losing an answer.",
         figures=figures,
     )
 
@@ -283,16 +325,22 @@ def _controls(result: EvictionResult) -> Section | None:
         return None
     sources = {n.split(": ")[0] for n in names}
     rows = part[part["policy"].isin(names | sources)].sort_values(["task", "protocol", "policy"], kind="stable")
-    columns = ["task", "protocol", "budget", "policy", "mean", "low", "high", "chance"]
-    kinds: dict[str, Kind] = dict.fromkeys(columns[4:], "percent")
+    columns = [
+        Column("policy"),
+        Column("mean", "recall, 95 % interval", "percent", bounds=("low", "high")),
+        Column("chance", kind="percent"),
+        Column("budget"),
+        Column("task"),
+        Column("protocol"),
+    ]
     return Section(
         heading="Negative controls",
         text="Methods fed with what must not help: keys in another order, the queries of another request, queries "
-        "from the middle of the prompt in place of the last ones. What a method owes to the thing that was spoiled is "
-        "the drop from its own row; without any of it, its non-trivial mass recall is at the chance level beside it. "
-        "A method that another request's queries serve as well as its own does not read this request's question: it "
-        "has found places that all queries prefer.",
-        tables=[Table(rows[columns], "non-trivial mass recall", kinds)],
+        "from the middle of the prompt in place of the last ones. The drop from a method's own row is what it owes to "
+        "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
+        "queries work equally well, the method is not using this request's question; it keeps positions that every "
+        "query attends to.",
+        tables=[Table(rows, "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
     )
 
 
@@ -302,9 +350,8 @@ def _likelihood(result: EvictionResult) -> Section | None:
         return None
     tables = []
     for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-        table = by_budget(frame, task, protocol, "nll")
-        numbers: dict[str, Kind] = dict.fromkeys(budgets_of(result.offline), "decimal")
-        tables.append(Table(table, f"{task}, {PROTOCOLS[protocol]}: nll, nats per token; lower is better", numbers))
+        title = f"{task}, {PROTOCOLS[protocol]}: nll, nats per token; lower is better"
+        tables.append(budget_table(frame, task, protocol, "nll", title))
     return Section(
         heading="Likelihood of the reference, teacher-forced",
         text=_TESTED,
@@ -317,24 +364,23 @@ def _parameters(result: EvictionResult) -> Section:
     return Section(
         heading="Every parameter",
         text="Window, pooling, group reduction and always-kept set move results by more than many methods differ.",
-        tables=[
-            Table(result.policies, "policies"),
-            Table(result.lengths, "budgets in positions", {"share": "percent"}),
-        ],
+        tables=parameters_tables(result),
     )
 
 
 def _run(result: EvictionResult) -> Section:
-    tables = [Table(stages_table(result), "wall time, seconds", {"s": "decimal"})]
+    tables = [stages_table(result)]
     if len(result.served):
-        tables.append(Table(result.served, "requests in the engine"))
+        columns = [Column(c) for c in ("task", "decode", "asked", "failed", "truncated", "kept_counts_asserted")]
+        tables.append(Table(result.served, "requests in the engine", columns=columns))
     if len(result.excluded):
-        tables.append(Table(result.excluded, "selections that were left out"))
-    return Section(heading="The run", tables=tables)
-
-
-def _percent(table: pd.DataFrame) -> dict[str, Kind]:
-    return {str(c): "percent" for c in table.columns[2:] if not str(c).startswith("Δ")}
+        columns = [Column(str(c)) for c in result.excluded.columns]
+        tables.append(Table(result.excluded, "selections that were left out", columns=columns))
+    text = (
+        f"The number of kept entries was asserted on {format_number(result.asserted)} selections and "
+        f"{format_number(result.asserted_in_engine)} requests served."
+    )
+    return Section(heading="The run", text=text, tables=tables)
 
 
 def _shares(result: EvictionResult, task: str) -> dict[str, float]:

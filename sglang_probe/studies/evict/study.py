@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.studies import base
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, check_served, over_repeats, with_full
 from sglang_probe.studies.evict.grid import Entry, listing
 from sglang_probe.studies.evict.judge import METRICS
@@ -18,11 +18,14 @@ from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outco
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
 from sglang_probe.studies.evict.predict import predictors
 from sglang_probe.studies.evict.summary import by_head, gaps, means
+from sglang_probe.verify.check import Check
 
 OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "excluded.parquet"
-SUMMARY_FILE = "summary.json"
 
 PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo")
+_LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial")
+"""Metrics that the summary has; the tables have all."""
+
 PREDICTORS_LOW = ("output_error", "head_error", "gini", "lost_everywhere")
 
 
@@ -78,6 +81,37 @@ class EvictionResult:
     def asserted_in_engine(self) -> int:
         """Served requests whose kept counts were asserted."""
         return int(self.served["kept_counts_asserted"].sum()) if len(self.served) else 0
+
+    @property
+    def checks(self) -> dict[str, list[Check]]:
+        """None: the sanity row is this study's own."""
+        return {}
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the report."""
+        names = ("offline", "mass_gaps", "outcome_gaps", "predictors", "heads", "points", "policies", "excluded")
+        frames = {name: getattr(self, name) for name in (*names, "lengths", "served")}
+        return frames | {f"outcomes_{d}": frame for d, frame in self.outcomes.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """What the report leads with."""
+        return {
+            "name": self.name,
+            "config": self.config,
+            "versions": self.manifest["versions"],
+            "model": self.manifest["model"],
+            "sanity": None if self.sanity is None else {"requests": self.sanity.requests, "exact": self.sanity.exact},
+            "kept_counts_asserted": {"selections": self.asserted, "requests_in_engine": self.asserted_in_engine},
+            "seconds": dict(self.seconds),
+            "lengths": records(self.lengths),
+            "served": records(self.served),
+            "excluded": records(self.excluded),
+            "outcomes": {d: records(frame[frame["metric"].isin(_LEADING)]) for d, frame in self.outcomes.items()},
+            "offline": records(self.offline[self.offline["metric"].isin(_LEADING)]),
+            "outcome_gaps": records(self.outcome_gaps),
+            "predictors": records(self.predictors),
+            "policies": records(self.policies),
+        }
 
 
 def study_eviction(
@@ -203,46 +237,6 @@ def _lengths(offline: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(share=frame["b"] / frame["L"])
 
 
-def write_summary(result: EvictionResult, folder: Path) -> None:
-    """`summary.json` with what the report leads with, and `tables/*.parquet` and `*.csv` with everything."""
-    tables = folder / "tables"
-    tables.mkdir(exist_ok=True)
-    frames = {
-        "offline": result.offline,
-        "mass_gaps": result.mass_gaps,
-        "outcome_gaps": result.outcome_gaps,
-        "predictors": result.predictors,
-        "heads": result.heads,
-        "points": result.points,
-        "policies": result.policies,
-        "excluded": result.excluded,
-        **{f"outcomes_{d}": frame for d, frame in result.outcomes.items()},
-    }
-    for name, frame in frames.items():
-        frame.to_parquet(tables / f"{name}.parquet")
-        frame.to_csv(tables / f"{name}.csv", index=False)
-    leading = ["accuracy", "success", "agreement", "nll", "nontrivial"]
-    summary = {
-        "name": result.name,
-        "config": result.config,
-        "versions": result.manifest["versions"],
-        "model": result.manifest["model"],
-        "sanity": None if result.sanity is None else {"requests": result.sanity.requests, "exact": result.sanity.exact},
-        "kept_counts_asserted": {"selections": result.asserted, "requests_in_engine": result.asserted_in_engine},
-        "seconds": dict(result.seconds),
-        "lengths": records(result.lengths),
-        "served": records(result.served),
-        "excluded": records(result.excluded),
-        "outcomes": {d: records(frame[frame["metric"].isin(leading)]) for d, frame in result.outcomes.items()},
-        "offline": records(result.offline[result.offline["metric"].isin(leading)]),
-        "outcome_gaps": records(result.outcome_gaps),
-        "predictors": records(result.predictors),
-        "policies": records(result.policies),
-    }
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
-
-
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain data, numbers at four digits behind the point, missing ones left out."""
-    text = frame.to_json(orient="records", double_precision=4)
-    return [{k: v for k, v in row.items() if v is not None} for row in json.loads(text)]
+    """Rows as plain data, numbers at four digits after the point, missing ones left out."""
+    return [{k: v for k, v in row.items() if v is not None} for row in base.records(frame, digits=4)]

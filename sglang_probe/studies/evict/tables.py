@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
+from sglang_probe.report.tables import Column, Kind, Table
+from sglang_probe.studies.evict.judge import METRICS
+from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
+from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.predict import ALL
 from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.summary import KINDS
 
 PROTOCOLS = {"query_visible": "question visible", "query_hidden": "question hidden"}
 """Names of the protocols in reports."""
+
+_NO_SHARE = ("ndcg", "rbo", "js", "output_error", "head_error", "gap", "gini", "divergence", "nll", "answer_nll", "kl")
+
+
+def kind_of(metric: str) -> Kind:
+    """How a metric or an outcome is printed: shares in percent."""
+    return "decimal" if metric in _NO_SHARE else "percent"
 
 
 def budgets_of(frame: pd.DataFrame) -> list[str]:
@@ -51,27 +64,53 @@ def by_budget(
     return _in_order(pd.DataFrame(rows))
 
 
-def accuracy_table(result: EvictionResult) -> tuple[pd.DataFrame, str]:
+def budget_table(
+    means: pd.DataFrame,
+    task: str,
+    protocol: str,
+    metric: str,
+    caption: str,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+) -> Table:
+    """`by_budget` for a page, folded away: the policy, and by budget the mean with its difference to the baseline."""
+    frame = by_budget(means, task, protocol, metric, kinds=kinds)
+    cells = [
+        Column(c, "Δ, 95 %") if c.startswith("Δ") else Column(c, f"budget {c}", kind_of(metric))
+        for c in map(str, frame.columns[2:])
+    ]
+    return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")], long=True)
+
+
+def accuracy_table(result: EvictionResult) -> Table:
     """The greedy outcome of every policy by task and protocol at the middle budget, oracles apart."""
     decode = next(iter(result.outcomes))
-    budget = middle_budget(result)
-    frame = _across(result.outcomes[decode], result.outcome, budget)
-    return frame, f"{result.outcome} in the engine, {decode}, budget {budget} (oracles read the future)"
+    title = f"{result.outcome} in the engine, {decode}, budget {middle_budget(result)} (oracles read the future)"
+    return _across(result, result.outcomes[decode], result.outcome, title)
 
 
-def mass_table(result: EvictionResult) -> tuple[pd.DataFrame, str]:
+def mass_table(result: EvictionResult) -> Table:
     """Non-trivial mass recall of every policy by task and protocol at the middle budget."""
-    budget = middle_budget(result)
-    frame = _across(result.offline, "nontrivial", budget)
-    return frame, f"non-trivial attention mass recall, offline, budget {budget}"
+    title = f"non-trivial attention mass recall, offline, budget {middle_budget(result)}"
+    return _across(result, result.offline, "nontrivial", title)
 
 
-def predictor_table(result: EvictionResult) -> tuple[pd.DataFrame, str]:
+def best_predictors(result: EvictionResult) -> pd.DataFrame:
     """Spearman of each metric with the outcome over all cells, best first."""
     p = result.predictors
-    frame = p[(p["task"] == ALL)].sort_values("spearman", ascending=False)
-    frame = frame[["metric", "cells", "policies", "spearman", "low", "high"]].reset_index(drop=True)
-    return frame, f"which offline metric ranks policies as {result.outcome} does (mean Spearman, 95 % over prompts)"
+    return p[p["task"] == ALL].sort_values("spearman", ascending=False).reset_index(drop=True)
+
+
+def predictor_table(result: EvictionResult) -> Table:
+    """`best_predictors` as it is printed."""
+    columns = [
+        Column("metric"),
+        Column("spearman", "mean Spearman, 95 % over prompts", "signed", bounds=("low", "high"), digits=2),
+        Column("cells"),
+        Column("policies"),
+    ]
+    title = f"which offline metric ranks policies as {result.outcome} does"
+    return Table(best_predictors(result), title, columns=columns)
 
 
 def predictors_by_task(result: EvictionResult) -> pd.DataFrame:
@@ -81,13 +120,22 @@ def predictors_by_task(result: EvictionResult) -> pd.DataFrame:
     part = part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS))
     order = list(dict.fromkeys(part["cell"]))
     wide = part.pivot(index="metric", columns="cell", values="spearman")[order]
-    return wide.loc[[m for m in predictor_table(result)[0]["metric"] if m in wide.index]].reset_index()
+    return wide.loc[[m for m in best_predictors(result)["metric"] if m in wide.index]].reset_index()
 
 
-def stages_table(result: EvictionResult) -> pd.DataFrame:
+def stages_table(result: EvictionResult) -> Table:
     """Wall time by stage, and the total."""
     rows = [*result.seconds.items(), ("total", sum(result.seconds.values()))]
-    return pd.DataFrame(rows, columns=["stage", "s"])
+    frame = pd.DataFrame(rows, columns=["stage", "seconds"])
+    return Table(frame, "wall time", columns=[Column("stage"), Column("seconds", kind="decimal", digits=1)])
+
+
+def metrics_table(part: pd.DataFrame, caption: str, value: str = "mean") -> Table:
+    """`wide` for a page, folded away."""
+    frame = wide(part, value)
+    columns = [Column("task"), Column("protocol"), Column("policy")]
+    known = [c for c in (*METRICS, *OUTCOMES, *FORCED_OUTCOMES) if c in frame]
+    return Table(frame, caption, columns=[*columns, *(Column(c, c, kind_of(c)) for c in known)], long=True)
 
 
 def wide(part: pd.DataFrame, value: str = "mean") -> pd.DataFrame:
@@ -99,26 +147,44 @@ def wide(part: pd.DataFrame, value: str = "mean") -> pd.DataFrame:
     return found.loc[pd.MultiIndex.from_frame(cells), metrics].reset_index()
 
 
-def gap_table(gaps: pd.DataFrame, budget: str) -> pd.DataFrame:
+def gap_table(gaps: pd.DataFrame, budget: str, caption: str) -> Table:
     """Regret and gap closed at one budget, each with its interval."""
-    part = gaps[gaps["budget"] == budget]
-    columns = {
-        n: [_with_interval(*v) for v in part[[n, f"{n}_low", f"{n}_high"]].to_numpy()] for n in ("regret", "closed")
-    }
-    return part[["task", "protocol", "kind", "policy", "gap"]].assign(**columns).reset_index(drop=True)
+    columns = [Column("task"), Column("protocol"), Column("policy")]
+    columns += [
+        Column(n, f"{title}, 95 %", "decimal", bounds=(f"{n}_low", f"{n}_high"), digits=2)
+        for n, title in (("closed", "share closed"), ("regret", "regret"))
+    ]
+    columns.append(Column("gap", "whole gap", "decimal", digits=2))
+    return Table(gaps[gaps["budget"] == budget].reset_index(drop=True), caption, columns=columns, long=True)
 
 
-def _with_interval(value: float, low: float, high: float) -> str | None:
-    return None if pd.isna(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _across(means: pd.DataFrame, metric: str, budget: str) -> pd.DataFrame:
-    part = means[(means["metric"] == metric) & ((means["budget"] == budget) | (means["kind"] == "full"))]
-    part = part.assign(cell=part["task"] + ", " + part["protocol"].str.removeprefix("query_"))
+def _across(result: EvictionResult, means: pd.DataFrame, metric: str, caption: str) -> Table:
+    part = means[(means["metric"] == metric) & ((means["budget"] == middle_budget(result)) | (means["kind"] == "full"))]
+    part = part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS))
     order = list(dict.fromkeys(part["cell"]))
     wide = part.pivot(index=["kind", "policy"], columns="cell", values="mean")[order]
     rows = list(dict.fromkeys(zip(part["kind"], part["policy"], strict=True)))
-    return _in_order(wide.loc[rows].reset_index())
+    frame = _in_order(wide.loc[rows].reset_index())
+    cells = [Column(c, c, kind_of(metric)) for c in map(str, frame.columns[2:])]
+    return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")])
+
+
+def parameters_tables(result: EvictionResult) -> Sequence[Table]:
+    """Every parameter of every policy, and what a budget is in positions."""
+    policies = [Column("policy"), Column("parameters"), Column("kind"), Column("source")]
+    lengths = [
+        Column("task"),
+        Column("protocol"),
+        Column("budget"),
+        Column("share", kind="percent"),
+        Column("b", "positions kept", "decimal", digits=1),
+        Column("L", "positions compressed", "decimal", digits=1),
+        Column("prompts"),
+    ]
+    return [
+        Table(result.policies, "policies", columns=policies, long=True),
+        Table(result.lengths, "budgets in positions", columns=lengths, long=True),
+    ]
 
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,7 +199,7 @@ def _interval(row: pd.Series) -> str | None:
     if pd.isna(row["difference"]):
         return None
     star = "*" if row["p_holm"] <= 0.05 else ""
-    return f"{row['difference']:+.2f} ({row['difference_low']:+.2f} to {row['difference_high']:+.2f}){star}"
+    return f"{row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]{star}"
 
 
 def _size(budget: str) -> tuple[int, float]:

@@ -29,7 +29,7 @@ class Cell:
         return f"{rid}.{self.content}.{self.position}"
 
     def start(self, length: int) -> int:
-        """RoPE position of the first pseudo token behind a prompt of `length`."""
+        """RoPE position of the first pseudo token after a prompt of `length`."""
         return 0 if self.position == ZERO else length + SHIFTS[self.position]
 
 

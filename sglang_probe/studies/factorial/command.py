@@ -2,65 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
-
-def command(
-    experiment: Annotated[Path, typer.Argument(help="YAML of the study; see experiments/factorial/.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the study; default: `<output>/<name>`.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Run everything again.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep complete runs, finish the interrupted one, run the rest.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Study the runs that are there; start no engine.")] = False,
-) -> None:
-    """Content by position: what pseudo queries say of the real decoding, by what they say and where they stand.
-
-    Decodes every prompt, samples another continuation, and runs pseudo tokens of five contents at four positions behind
-    the prompt, in one engine. Writes `cells.parquet`, `summary.json` and `report.html`.
-    """
-    import json
-
-    from rich.console import Console
-
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.model import resolve_model
+if TYPE_CHECKING:
     from sglang_probe.harvest.prepare import Prepared
-    from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.report.page import write
-    from sglang_probe.studies.factorial.page import factorial_page
-    from sglang_probe.studies.factorial.runs import FactorialConfig, options_of, run_factorial, runs_in
-    from sglang_probe.studies.factorial.study import study_factorial
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.run.run import Run
+    from sglang_probe.studies.factorial.runs import FactorialConfig
+    from sglang_probe.studies.factorial.study import FactorialResult
 
-    console = Console()
-    terminal = Terminal(console)
-    config = load_config(experiment, FactorialConfig)
-    name = config.name or experiment.stem
-    folder = output or config.output / name
-    if report_only:
-        runs = runs_in(folder)
+
+class Factorial(RecordedStudy):
+    """Do pseudo queries resemble the real decode queries because of what they say, or because of their position?
+
+    Decodes every prompt, samples another continuation, and runs pseudo tokens of five contents at four RoPE positions
+    after the prompt, in one engine. With `evict_positions` the true continuation is then decoded from the cache that
+    each cell would keep, in a second engine.
+
+    The YAML must hold `layers`, whose queries, keys and values are captured; evictions need all layers.
+
+    Example: `sglang-probe factorial experiments/factorial/text.yaml --plan`
+    """
+
+    name = "factorial"
+    example = """
+# sglang-probe factorial mine.yaml
+model: probe-text                 # built in; or a folder, or a hub id
+workload: {source: documents, count: 64, chars: 1300}    # or jsonl, sharegpt
+layers: [0, 1, 2, 3]              # what is captured
+pseudo_tokens: 32                 # of a cell; as many decode steps are compared with them
+decode_steps: 64                  # of the real decoding
+evict_positions: ["true", zero]   # also decode after evicting by these cells; [] leaves it out
+"""
+
+    def config(self) -> type[FactorialConfig]:
+        """The YAML."""
+        from sglang_probe.studies.factorial.runs import FactorialConfig
+
+        return FactorialConfig
+
+    def prepare(self, config: FactorialConfig) -> Prepared:
+        """Check model and prompts."""
+        from sglang_probe.harvest.prepare import Prepared
+
+        return Prepared(config, {})
+
+    def plan(self, prepared: Prepared, config: FactorialConfig) -> Plan:
+        """Three runs in one engine, and evictions in another."""
+        import pandas as pd
+
+        from sglang_probe.report.tables import Table
+        from sglang_probe.studies.factorial import cells
+        from sglang_probe.studies.factorial.runs import CELLS, DECODED, EVICTED, RESAMPLED
+
+        n = len(prepared.workload.requests)
+        rows: list[tuple[str, int | str]] = [(DECODED, n), (RESAMPLED, n), (CELLS, n * (1 + len(cells.all_cells())))]
+        if config.evict_positions:
+            rows.append((EVICTED, "one by prompt and kept set"))
+        frame = pd.DataFrame(rows, columns=["run", "requests"])
+        starts = 2 if config.evict_positions else 1
+        return Plan(Table(frame, f"plan: {len(rows)} runs"), starts, ["prompts that are too short are left out"])
+
+    def run(self, prepared: Prepared, config: FactorialConfig, folder: Path, **how: Any) -> dict[str, Run]:
+        """Record all runs."""
+        from sglang_probe.studies.factorial.runs import run_factorial
+
+        return run_factorial(prepared, config, folder, **how)
+
+    def read(self, config: FactorialConfig, folder: Path) -> dict[str, Run]:
+        """The runs of before."""
+        from sglang_probe.studies.factorial.runs import runs_in
+
+        return runs_in(folder)
+
+    def study(self, found: Mapping[str, Run], config: FactorialConfig, name: str, tell: Tell) -> FactorialResult:
+        """Measure every cell."""
+        from sglang_probe.harvest.model import resolve_model
+        from sglang_probe.studies.factorial.runs import options_of
+        from sglang_probe.studies.factorial.study import study_factorial
+
         model = resolve_model(config.model).path
-    else:
-        with terminal.stage("checking model and prompts"):
-            prepared = Prepared(config, {})
-        model = prepared.model.path
-        runs = run_factorial(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
-        for run in runs.values():
-            write_card(run)
-    with terminal.stage("studying"):
-        result = study_factorial(runs, options_of(config), name, model=model)
-        result.rows.to_parquet(folder / "cells.parquet", index=False, compression="zstd")
-        text = json.dumps(result.to_json()) + "\n"
-        (folder / "summary.json").write_text(text, encoding="utf-8")
-        write(factorial_page(result), folder / "report.html")
-    columns = ["source", "outcome", "SC&SP", "DC&SP", "SC&DP", "DC&DP", "content", "position", "interaction"]
-    print_frame(console, result.table[columns], "cosine to the true decode queries", dict.fromkeys(columns[2:], ".3f"))
-    for run_name, checks in result.checks.items():
-        for c in checks:
-            if not c.holds:
-                console.print(f"[bold red]VIOLATED[/] in {run_name}: {c.name}: {c.violation}")
-    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
-    raise typer.Exit(0 if result.ok else 1)
+        return study_factorial(found, options_of(config), name, model=model, tell=tell)
+
+    def page(self, result: FactorialResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.factorial.page import factorial_page
+
+        return factorial_page(result)
+
+    def shown(self, result: FactorialResult) -> Iterator[Table]:
+        """Cosines in DapQ's layout."""
+        from sglang_probe.studies.factorial.page import cosines_table
+
+        yield cosines_table(result)

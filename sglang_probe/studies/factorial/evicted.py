@@ -1,6 +1,6 @@
 """What the model predicts after an eviction by a cell's pseudo queries: the outcome that all others stand for.
 
-The tokens of the real decoding are forced, so that every cell predicts the same tokens behind the same text. The first
+The tokens of the real decoding are forced, so that every cell predicts the same tokens after the same text. The first
 of them comes from the prefill with the full cache, in every cell, and does not count.
 """
 
@@ -32,7 +32,7 @@ def predictions(evicted: Run, decoded: Run, model: Path) -> pd.DataFrame:
     log-likelihood in nats per token beyond that with the full cache. Rows of the full cache have no excess.
 
     Raises:
-        RunDirectoryError: the residual stream behind the last layer was not captured.
+        RunDirectoryError: the residual stream after the last layer was not captured.
     """
     unembedding = load_unembedding(model)
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ import pandas as pd
 
 from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.report.tables import Column, Table, format_number
 from sglang_probe.studies.factorial import cells
 from sglang_probe.studies.factorial.evicted import OUTCOMES
 from sglang_probe.studies.factorial.outcomes import COSINES
@@ -17,13 +17,14 @@ from sglang_probe.studies.factorial.study import (
     SAME_CONTENTS,
     FactorialResult,
 )
+from sglang_probe.studies.pages import facts, footer, proof
 from sglang_probe.studies.query_drift.summary import ALL
 from sglang_probe.studies.query_drift.tautologies import TAUTOLOGIES
 
 _TITLES = {
-    "post": "cosine behind RoPE",
-    "pre": "cosine before RoPE",
-    "pre_centred": "cosine before RoPE, centred",
+    "post": "cosine post-RoPE",
+    "pre": "cosine pre-RoPE",
+    "pre_centred": "cosine pre-RoPE, centred",
     "spearman": "rank correlation of importance",
     "overlap": "overlap of kept sets",
     "mass": "non-trivial mass",
@@ -37,8 +38,6 @@ _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 
 def factorial_page(result: FactorialResult) -> Page:
     """The page of one study: does it matter what pseudo tokens say, or where they are said to stand?"""
-    m = result.manifest
-    v = m["versions"]
     o = result.options
     shown = effects_of(result, *_DESIGN, layer=ALL).set_index(["outcome", "effect"])
     mass = f"mass@{o.budgets[0]:g}"
@@ -53,25 +52,38 @@ def factorial_page(result: FactorialResult) -> Page:
     lead = (
         f"{result.prompts} prompts, each decoded for real and followed by {o.pseudo_tokens} pseudo tokens of "
         f"{len(cells.CONTENTS)} contents at {len(cells.POSITIONS)} RoPE positions. The pseudo tokens ran through the "
-        f"same "
-        f"engine behind the prompt, {format_number(result.reused, 'percent')} of whose positions came from the prefix "
-        "cache; what they can attend to is the same in every cell, only the rotation differs."
+        f"same engine after the prompt, {format_number(result.reused, 'percent')} of whose positions came from the "
+        "prefix cache; what they can attend to is the same in every cell, only the rotation differs."
     )
     return Page(
         title=f"Content by position: {result.name}",
         lead=lead,
         tiles=tiles,
-        facts=[
-            ("model", f"{m['model']['name']} ({m['model']['architecture']}, {m['model']['layers']} layers)"),
-            ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
-            ("rows in", str(m["rows_dtype"])),
+        facts=facts(
+            result.manifest,
             ("always kept, never counted", f"{o.sinks} first and {o.window} last prompt positions"),
-            ("recorded", m["created"]),
+        ),
+        sections=[
+            _effects(result),
+            _dapq(result),
+            _importance(result),
+            _layers(result),
+            _all(result),
+            proof(result.checks),
         ],
-        sections=[_dapq(result), _effects(result), _importance(result), _layers(result), _all(result), _proof(result)],
-        footer=f"sglang-probe {v['sglang-probe']}. Every number was measured in these runs, but those marked as "
-        f"published.",
+        footer=footer(
+            result.manifest, "Every number was measured in the runs named here, except those marked as published."
+        ),
     )
+
+
+def cosines_table(result: FactorialResult) -> Table:
+    """Published cosines and ours, with the effects computed from the four cells."""
+    four = [Column(c, kind="decimal") for c in ("SC&SP", "DC&SP", "SC&DP", "DC&DP")]
+    effects = [Column(c, kind="signed") for c in ("content", "position", "interaction")]
+    frame = result.table.assign(outcome=result.table["outcome"].map(_TITLES))
+    columns = [Column("source"), Column("outcome", "cosine"), *effects, *four]
+    return Table(frame, "Cosine to the true decode queries, published and here", columns=columns)
 
 
 def effects_of(result: FactorialResult, same: str, different: str, position: str, *, layer: str) -> pd.DataFrame:
@@ -82,16 +94,12 @@ def effects_of(result: FactorialResult, same: str, different: str, position: str
 
 
 def _dapq(result: FactorialResult) -> Section:
-    columns = ["source", "outcome", "SC&SP", "DC&SP", "SC&DP", "DC&DP", "content", "position", "interaction"]
-    kinds: dict[str, Kind] = dict.fromkeys(columns[2:], "decimal")
     return Section(
         heading="In DapQ's layout",
         text="Cosine of pseudo queries to the decode queries of the same number. S same, D different; C content, P "
-        "position. "
-        "Different content is filler, the different positions are 0, 1, 2, ...; effects are computed from the four "
-        "cells, "
-        "also for the published ones.\n\n" + TAUTOLOGIES,
-        tables=[Table(result.table[columns], "Published and measured here", kinds)],
+        "position. Different content is filler, the different positions are 0, 1, 2, ...; effects are computed from "
+        "the four cells, also for the published ones.\n\n" + TAUTOLOGIES,
+        tables=[cosines_table(result)],
         notes=[
             "Published: arXiv 2603.11564v1, tables 1, 5 and 6; aggregation over layers and heads is not stated there. "
             "The identity row is not exactly 1 here: the true tokens were decoded once and prefilled once, and the "
@@ -111,7 +119,7 @@ def _effects(result: FactorialResult) -> Section:
         low="value_low",
         high="value_high",
         title="Main effects, from a second sample to filler and from the true positions to 0, 1, ...",
-        caption="95 % intervals over prompts. Of output error and excess nats a negative effect is the good one.",
+        caption="95 % intervals over prompts. For output error and excess nats, a negative effect is better.",
         kind="decimal",
     )
     first_budget = f"@{result.options.budgets[0]:g}"
@@ -130,10 +138,9 @@ def _effects(result: FactorialResult) -> Section:
         heading="What matters, by outcome",
         text="Content effect: half of (same - different at the true positions) + (same - different at the other ones); "
         "position effect likewise. Cosines are averages over all heads; mass and output error are what an eviction "
-        "would "
-        "be judged by.",
+        "would be judged by.",
         figures=[figure],
-        tables=[Table(pd.DataFrame(others), "All designs: effect of content / effect of position")],
+        tables=[Table(pd.DataFrame(others), "All designs: effect of content / effect of position", long=True)],
     )
 
 
@@ -156,12 +163,10 @@ def _importance(result: FactorialResult) -> Section:
     return Section(
         heading="Does a pseudo query find what decoding will read?",
         text="Importance is the attention that pseudo queries give to prompt positions, summed over them and averaged "
-        "over the "
-        "query heads of a group, with the pseudo tokens in the softmax, as DapQ has it. Truth is what the real "
-        "decoding reads. "
-        "Sinks and the last positions are kept in every set and counted in none. After an eviction, the real "
-        "continuation is "
-        "forced through the engine behind the kept set; its first token comes from the full cache and does not count.",
+        "over the query heads of a group, with the pseudo tokens in the softmax, as DapQ has it. Truth is what the "
+        "real decoding reads. Sinks and the last positions are kept in every set and counted in none. After an "
+        "eviction, the real continuation is forced through the engine with the kept set; its first token comes from "
+        "the full cache and does not count.",
         figures=figures,
     )
 
@@ -174,35 +179,29 @@ def _layers(result: FactorialResult) -> Section:
     part = pd.concat(frames)
     outcomes = ["post", "pre_centred", *(x for x in _ordered(result) if x.startswith(("mass", "output_error")))]
     part = part[part["outcome"].isin(outcomes) & (part["effect"] != "interaction")]
-    table = part.assign(
-        shown=[
-            f"{_signed(v)} ({_signed(a)} to {_signed(b)})"
-            for v, a, b in zip(part["value"], part["value_low"], part["value_high"], strict=True)
-        ]
-    ).pivot(index=["layer", "outcome"], columns="effect", values="shown")
+    values = part.assign(outcome=part["outcome"].map(_title)).pivot(
+        index=["layer", "outcome"], columns="effect", values=["value", "value_low", "value_high"]
+    )
+    names = {"value": "", "value_low": "_low", "value_high": "_high"}
+    values.columns = [f"{effect}{names[what]}" for what, effect in values.columns]
+    columns = [Column("layer"), Column("outcome")]
+    columns += [
+        Column(e, f"effect of {e}, 95 %", "signed", bounds=(f"{e}_low", f"{e}_high")) for e in ("content", "position")
+    ]
     return Section(
         heading="By layer",
-        text="Means over layers hide that some heads look back by position and others by content.",
-        tables=[Table(table.reset_index(), "Main effects by layer, with 95 % intervals over prompts")],
+        text="A mean over layers can hide heads that look back by position and heads that look back by content.",
+        tables=[Table(values.reset_index(), "Main effects by layer, intervals over prompts", columns=columns)],
     )
 
 
 def _all(result: FactorialResult) -> Section:
     at = result.cells[result.cells["layer"] == ALL]
     wide = at.pivot_table(index=["content", "position"], columns="outcome", values="value", sort=False).reset_index()
-    return Section(heading="Every cell", tables=[Table(wide, "Means over prompts, layers and heads")])
-
-
-def _proof(result: FactorialResult) -> Section:
-    rows = [
-        {"run": n, "check": c.name, "covered": f"{c.covered:,} {c.unit}", "result": c.violation or "holds"}
-        for n, checks in result.checks.items()
-        for c in checks
-    ]
+    columns = [Column("content"), Column("position")]
+    columns += [Column(x, _title(x), "decimal") for x in wide.columns[2:]]
     return Section(
-        heading="Why to believe it",
-        text="The invariants of the ledger, checked on the files of each run.",
-        tables=[Table(pd.DataFrame(rows), "Checks")],
+        heading="Every cell", tables=[Table(wide, "Means over prompts, layers and heads", columns=columns, long=True)]
     )
 
 

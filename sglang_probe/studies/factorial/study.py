@@ -5,7 +5,6 @@ Published numbers beside it: DapQ, arXiv 2603.11564v1, tables 1, 5 and 6.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sglang_probe.attention.run_telemetry import captured_layers
 from sglang_probe.eviction.from_run import layer_from_run
 from sglang_probe.run.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.run.run import Run
+from sglang_probe.studies.base import records
 from sglang_probe.studies.factorial import cells, outcomes
 from sglang_probe.studies.factorial.effects import factorial_effects
 from sglang_probe.studies.factorial.evicted import NO_LAYER, predictions
@@ -63,7 +63,7 @@ class FactorialResult:
     name: str
     options: FactorialOptions
     rows: pd.DataFrame
-    """rid, layer, content, position, outcome, value; the Parquet file. Baselines have content `baseline`."""
+    """rid, layer, content, position, outcome, value; `tables/cells`. Baselines have content `baseline`."""
     cells: pd.DataFrame
     """layer, content, position, outcome: means over prompts."""
     effects: pd.DataFrame
@@ -87,10 +87,9 @@ class FactorialResult:
         first = (e["same"] == SAME_CONTENTS[0]) & (e["different"] == DIFFERENT_CONTENTS[0])
         first &= e["position"] == DIFFERENT_POSITIONS[0]
         shown = {"cells": self.cells, "effects": e[first | (e["layer"] == ALL)], "table": self.table}
-        frames = {k: json.loads(f.to_json(orient="records", double_precision=5)) for k, f in shown.items()}
+        frames = {k: records(f, digits=5) for k, f in shown.items()}
         return {
             "name": self.name,
-            "ok": self.ok,
             "model": self.manifest["model"]["name"],
             "prompts": self.prompts,
             "options": {**self.options.__dict__, "budgets": list(self.options.budgets)},
@@ -98,6 +97,10 @@ class FactorialResult:
             **frames,
             "versions": self.manifest["versions"],
         }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`cells` by prompt and layer, their means, the effects, and DapQ's layout."""
+        return {"cells": self.rows, "means": self.cells, "effects": self.effects, "published": self.table}
 
 
 def study_factorial(

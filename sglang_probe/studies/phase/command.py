@@ -2,71 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
-
-def command(
-    experiment: Annotated[Path, typer.Argument(help="YAML of the study; see experiments/phase/.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the study; default: `<output>/<name>`.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Run everything again.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep complete runs, finish the interrupted one, run the rest.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Study the runs that are there; start no engine.")] = False,
-) -> None:
-    """Compare prefill with decode: human text, the model's own text prefilled again, and the same text decoded.
-
-    Decoded against prefilled again, same tokens and positions, is numerics; the model's text against human text, both
-    prefilled, is content. Every text is cut to a prompt and a continuation, and only continuations are compared. Writes
-    `report.html` and `phase.json`.
-    """
-    import json
-
-    from rich.console import Console
-
-    from sglang_probe.cli.output import print_frame
-    from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
+if TYPE_CHECKING:
     from sglang_probe.harvest.prepare import Prepared
-    from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.report.page import write
-    from sglang_probe.studies.phase.page import phase_page
-    from sglang_probe.studies.phase.runs import PhaseConfig, run_phase, runs_in
-    from sglang_probe.studies.phase.study import study_phase
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.run.run import Run
+    from sglang_probe.studies.phase.runs import PhaseConfig
+    from sglang_probe.studies.phase.study import PhaseResult
 
-    console = Console()
-    terminal = Terminal(console)
-    config = load_config(experiment, PhaseConfig)
-    name = config.name or experiment.stem
-    folder = output or config.output / name
-    if report_only:
-        runs = runs_in(folder, config)
-    else:
-        with terminal.stage("checking model and texts"):
-            prepared = Prepared(config, {"arm": config.arm})
-        runs = run_phase(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
-        for replicates in runs.values():
-            for run in replicates:
-                write_card(run)
-    start, end = config.prompt_tokens, config.prompt_tokens + config.continuation_tokens
-    with terminal.stage("studying"):
-        result = study_phase(runs, start, end, name)
-        (folder / "phase.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-        write(phase_page(result), folder / "report.html")
-    columns = ["hook_point", "kind", "norm", "mean", "variance", "kurtosis", "outliers"]
-    title = f"rows of {result.positions:,} continuation positions of {result.texts} texts"
-    print_frame(console, result.moments[columns], title, {"outliers": ".3%"})
-    shown = result.probes.rename(columns={"null_low": "null from", "null_high": "null to"})
-    title = "linear probe on unseen texts: AUC with its 95 % interval, and its range with exchanged labels"
-    print_frame(console, shown, title, dict.fromkeys(["auc", "low", "high", "null from", "null to"], ".3f"))
-    floors = result.numerics[["hook_point", "identical_effect", "identical_floor", "effect", "floor", "verdict"]]
-    named = {"identical_effect": "same", "identical_floor": "floor same"}
-    formats = {"same": ".1%", "floor same": ".1%", "effect": ".2g", "floor": ".2g"}
-    print_frame(console, floors.rename(columns=named), "numerics: decoded against reforward, relative L2", formats)
-    for run_name, checks in result.checks.items():
-        for c in checks:
-            if not c.holds:
-                console.print(f"[bold red]VIOLATED[/] in {run_name}: {c.name}: {c.violation}")
-    console.print(f"report: [bold]{folder / 'report.html'}[/]", soft_wrap=True)
-    raise typer.Exit(0 if result.ok else 1)
+
+class Phase(RecordedStudy):
+    """Do activations differ between prefill and decode, and is it the numbers or the text?
+
+    Every text is cut to a prompt and a continuation. The continuation is computed three times: human text prefilled,
+    the model's own text decoded, and that text prefilled again. Decoded against prefilled again (same tokens, same
+    positions) is numerics; the model's text against human text (both prefilled) is content.
+
+    The YAML must hold nothing; `workload` has the texts, `prompt_tokens` and `continuation_tokens` say where they are
+    cut, `hook_points` what is compared.
+
+    Example: `sglang-probe phase experiments/phase/experiment.yaml`
+    """
+
+    name = "phase"
+    example = """
+# sglang-probe phase mine.yaml
+model: probe-text                 # built in; or a folder, or a hub id
+workload: {source: documents, count: 96, chars: 1500}    # or jsonl, sharegpt
+prompt_tokens: 128                # every text is cut to a prompt ...
+continuation_tokens: 128          # ... and a continuation, whose positions are compared
+sampling: {temperature: 1.0}      # of the decoded continuation
+hook_points: [hook_embed, blocks.3.hook_resid_post]
+"""
+
+    def config(self) -> type[PhaseConfig]:
+        """The YAML."""
+        from sglang_probe.studies.phase.runs import PhaseConfig
+
+        return PhaseConfig
+
+    def prepare(self, config: PhaseConfig) -> Prepared:
+        """Check model and texts."""
+        from sglang_probe.harvest.prepare import Prepared
+
+        return Prepared(config, {"arm": config.arm})
+
+    def plan(self, prepared: Prepared, config: PhaseConfig) -> Plan:
+        """Three runs by replicate, in one engine."""
+        import pandas as pd
+
+        from sglang_probe.report.tables import Table
+        from sglang_probe.studies.phase.runs import KINDS, _names
+
+        texts = len(prepared.workload.requests)
+        names = [_names(kind, config)[i] for i in range(config.replicates) for kind in KINDS]
+        frame = pd.DataFrame({"run": names, "requests": [texts] * len(names)})
+        return Plan(Table(frame, f"plan: {len(names)} runs"), 1, ["texts that are too short are left out"])
+
+    def run(self, prepared: Prepared, config: PhaseConfig, folder: Path, **how: Any) -> dict[str, list[Run]]:
+        """Record all runs in one engine."""
+        from sglang_probe.studies.phase.runs import run_phase
+
+        return run_phase(prepared, config, folder, **how)
+
+    def read(self, config: PhaseConfig, folder: Path) -> dict[str, list[Run]]:
+        """The runs of before."""
+        from sglang_probe.studies.phase.runs import runs_in
+
+        return runs_in(folder, config)
+
+    def recorded(self, found: Mapping[str, Sequence[Run]]) -> list[Run]:
+        """All replicates."""
+        return [run for replicates in found.values() for run in replicates]
+
+    def study(self, found: Mapping[str, Sequence[Run]], config: PhaseConfig, name: str, tell: Tell) -> PhaseResult:
+        """Compare the continuations."""
+        from sglang_probe.studies.phase.study import study_phase
+
+        start, end = config.prompt_tokens, config.prompt_tokens + config.continuation_tokens
+        return study_phase(found, start, end, name, tell=tell)
+
+    def page(self, result: PhaseResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.phase.page import phase_page
+
+        return phase_page(result)
+
+    def shown(self, result: PhaseResult) -> Iterator[Table]:
+        """Probes, numerics and moments."""
+        from sglang_probe.studies.phase.page import moments_table, numerics_table, probes_table
+
+        yield moments_table(result)
+        yield probes_table(result)
+        yield numerics_table(result)

@@ -7,7 +7,6 @@ answers compares, is both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 
 from sglang_probe.run.run import Run
+from sglang_probe.studies.base import records
 from sglang_probe.studies.drift import row_distance
 from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, floor_table
 from sglang_probe.studies.phase.moments import describe, reference_band
@@ -44,7 +44,7 @@ class PhaseResult:
     moments: pd.DataFrame
     """kind, hook_point and the columns of `moments.describe`."""
     by_position: pd.DataFrame
-    """kind, hook_point, start (bin of positions behind the prompt), norm, variance, outliers."""
+    """kind, hook_point, start (bin of positions after the prompt), norm, variance, outliers."""
     probes: pd.DataFrame
     """contrast, hook_point, auc, low, high, null_low, null_high."""
     numerics: pd.DataFrame
@@ -61,15 +61,17 @@ class PhaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        frames = ("moments", "by_position", "probes", "numerics")
         return {
             "name": self.name,
-            "ok": self.ok,
             "texts": self.texts,
             "positions": self.positions,
-            **{k: json.loads(getattr(self, k).to_json(orient="records")) for k in frames},
+            **{k: records(frame) for k, frame in self.tables().items()},
             "versions": self.manifest["versions"],
         }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table."""
+        return {k: getattr(self, k) for k in ("moments", "by_position", "probes", "numerics")}
 
 
 def study_phase(

@@ -27,7 +27,7 @@ class Captured:
     prompt_pre_LHD: Tensor
     decode_pre_THD: Tensor
     mean_HD: Tensor
-    """Mean pre-RoPE query of prompts behind the sinks: of this one, or of other requests (`centred_by_others`)."""
+    """Mean pre-RoPE query of prompts after the sinks: of this one, or of other requests (`centred_by_others`)."""
     window: int
 
     @property

@@ -1,7 +1,7 @@
 """Phase jumps: is there a step from which on the prompt is read differently, and do heads agree where?
 
 A CUSUM over the steps of one response: for every split the Jensen-Shannon divergence between the mean attention before
-and behind it, weighted by how evenly it splits (Page 1954; for a change of mean: Csörgő and Horváth 1997). Steps in
+and after it, weighted by how evenly it splits (Page 1954; for a change of mean: Csörgő and Horváth 1997). Steps in
 random order are the null: exact for steps that are exchangeable, so that slow drift is found as well as a jump.
 """
 
@@ -21,7 +21,7 @@ class ChangePoint:
     """The most likely change of each head, `[...]`."""
 
     step: Tensor
-    """First step behind the change."""
+    """First step after the change."""
     score: Tensor
     """CUSUM statistic there."""
     p_value: Tensor

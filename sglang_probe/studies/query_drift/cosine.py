@@ -73,7 +73,7 @@ def nearest_cosine(q_THD: Tensor, window_NHD: Tensor) -> Tensor:
 
 
 def prompt_mean(q_pre_LHD: Tensor, *, sinks: int = 4) -> Tensor:
-    """Mean pre-RoPE query behind the sinks, `[..., H, D]`. The first row of `q_pre_LHD` is position 0."""
+    """Mean pre-RoPE query after the sinks, `[..., H, D]`. The first row of `q_pre_LHD` is position 0."""
     return q_pre_LHD[..., sinks:, :, :].to(torch.promote_types(q_pre_LHD.dtype, torch.float32)).mean(-3)
 
 

@@ -8,39 +8,39 @@ import pandas as pd
 
 from sglang_probe.report.figures import Figure, heatmap, lines
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.report.tables import Column, Kind, Table, format_interval, format_number
+from sglang_probe.studies.pages import facts, footer, proof
 from sglang_probe.studies.query_drift.reading import changes, horizon, importance
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
 from sglang_probe.studies.query_drift.tautologies import TAUTOLOGIES
 
 COSINES = {
-    "pre": "before RoPE",
-    "pre_centred": "before RoPE, centred",
-    "post": "behind RoPE",
+    "pre": "pre-RoPE",
+    "pre_centred": "pre-RoPE, centred",
+    "post": "post-RoPE",
     "null_post": "rotation alone",
 }
 NEAREST = {
-    "pre_nearest": "before RoPE",
-    "pre_centred_nearest": "before RoPE, centred",
-    "post_nearest": "behind RoPE",
+    "pre_nearest": "pre-RoPE",
+    "pre_centred_nearest": "pre-RoPE, centred",
+    "post_nearest": "post-RoPE",
 }
 
 
 def drift_page(result: DriftResult) -> Page:
     """The page of one study: how far do decode queries leave the window that eviction scores with, and does it
     matter?"""
-    m, f, o = result.manifest, result.found, result.options
+    f, o = result.found, result.options
     excess = f.excess[(f.excess["layer"] == ALL) & (f.excess["kind"] == "centred")].sort_values("distance")
     recall = f.recall[f.recall["layer"] == ALL]
     last = int(recall["step"].max())
     at_last = recall[recall["step"] == last].set_index("policy")
     lead = (
-        f"{result.requests} requests with prompts of {result.lengths[0]:,} to {result.lengths[1]:,} tokens and "
-        f"{result.steps[0]} to {result.steps[1]} decode steps. The window is the last {o.window} prompt positions. "
-        f"Decode queries are compared with it before and behind RoPE, raw and without the prompt's mean query, and "
-        f"every "
-        "curve stands beside what would be seen without any drift of content."
+        f"{result.requests} requests with prompts of {_between(result.lengths)} tokens and {_between(result.steps)} "
+        f"decode steps. The window is the last {o.window} prompt positions. Decode queries are compared with it "
+        "pre-RoPE and post-RoPE, raw and without the prompt's mean query, and every curve stands beside what would be "
+        "seen without any drift of content."
     )
     tiles = [
         Tile(
@@ -56,20 +56,16 @@ def drift_page(result: DriftResult) -> Page:
             f"{format_number(at_last.loc['recency', 'value'], 'percent')}",
         ),
     ]
-    v = m["versions"]
     return Page(
         title=f"Query drift: {result.name}",
         lead=lead,
         tiles=tiles,
-        facts=[
-            ("model", f"{m['model']['name']} ({m['model']['architecture']}, {m['model']['layers']} layers)"),
+        facts=facts(
+            result.manifest,
             ("layers", ", ".join(map(str, result.layers))),
-            ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
-            ("rows in", str(m["rows_dtype"])),
             ("options", ", ".join(f"{k} {val}" for k, val in o.model_dump().items())),
             ("left out", "; ".join(f"{n} requests: {why}" for why, n in result.left_out.items()) or "nothing"),
-            ("recorded", m["created"]),
-        ],
+        ),
         sections=[
             _cosines(result),
             _excess(result),
@@ -79,11 +75,21 @@ def drift_page(result: DriftResult) -> Page:
             changes(result),
             _controls(result),
             _coverage(result),
-            _proof(result),
+            proof(result.checks),
         ],
-        footer=f"sglang-probe {v['sglang-probe']}. Every number was measured in the run listed here, but published "
-        f"ones.",
+        footer=footer(
+            result.manifest, "Every number was measured in the run named here, except those marked as published."
+        ),
     )
+
+
+def steps_table(result: DriftResult) -> Table:
+    """Means over layers and heads by decode step."""
+    steps = result.found.steps
+    wide = steps[steps["layer"] == ALL].pivot(index="metric", columns="step", values="value").reset_index()
+    wide.columns = [str(c) for c in wide.columns]
+    columns = [Column("metric"), *(Column(c, kind="decimal") for c in wide.columns[1:])]
+    return Table(wide, f"{result.requests} requests: means by decode step (first of its bin)", columns=columns)
 
 
 def _cosines(result: DriftResult) -> Section:
@@ -114,7 +120,7 @@ def _cosines(result: DriftResult) -> Section:
                 low="value_low",
                 high="value_high",
                 log_x=True,
-                title="Centred cosine before RoPE, by layer",
+                title="Centred pre-RoPE cosine, by layer",
                 x_label="decode step (first of its bin)",
                 y_label="cosine",
             ),
@@ -124,7 +130,7 @@ def _cosines(result: DriftResult) -> Section:
                 "head",
                 "pre_centred_late",
                 kind="decimal",
-                title=f"Centred cosine before RoPE from step {late} on, by head",
+                title=f"Centred pre-RoPE cosine from step {late} on, by head",
                 column_label="query head",
                 caption="Means over prompts. No single cell is tested.",
             ),
@@ -156,11 +162,9 @@ def _excess(result: DriftResult) -> Section:
     heads = f.maps.assign(layer="layer " + f.maps["layer"].astype(str), head=f.maps["head"].astype(str))
     return Section(
         heading="Is it decoding, or is it distance?",
-        text="Excess drift: the mean cosine before RoPE of prompt queries a distance apart, minus that of window and "
-        "decode "
-        "queries equally far apart in the same request. 0 means that decode queries are no further from the window "
-        "than "
-        "prompt queries would be.",
+        text="Excess drift: the mean pre-RoPE cosine of prompt queries a distance apart, minus that of window and "
+        "decode queries equally far apart in the same request. 0 means that decode queries are no further from the "
+        "window than prompt queries would be.",
         figures=[
             lines(
                 part,
@@ -187,7 +191,7 @@ def _excess(result: DriftResult) -> Section:
                 "apart.",
             ),
         ],
-        tables=[Table(part.drop(columns=["layer"]), "Excess drift", {})],
+        tables=[Table(part, "Excess drift", columns=_EXCESS)],
     )
 
 
@@ -207,24 +211,22 @@ def _subspace(result: DriftResult) -> Section:
     return Section(
         heading="Do decode queries leave the window's directions?",
         text=f"The directions that hold {result.options.energy:.0%} of the window's energy (at most half as many as "
-        f"the "
-        "window has queries), and how much of the energy of decode queries lies within them, centred and before RoPE. "
-        "The "
-        "halves of a window find fewer directions than the whole, so that this null is a low one.",
+        "the window has queries), and how much of the energy of decode queries lies within them, centred and pre-RoPE. "
+        "Half a window finds fewer directions than the whole, so that the split-half null is too low.",
         tables=[Table(wide, "Captured energy", kinds)],
     )
 
 
 def _controls(result: DriftResult) -> Section:
     wide = result.found.controls.pivot_table(index=["layer", "control"], columns="measure", values="value", sort=False)
+    columns = [Column("layer"), Column("control"), *(Column(c, _MEASURES[c], "decimal") for c in wide.columns)]
     return Section(
         heading="Negative controls",
         text="The same measures with something broken on purpose: the decode queries (and the scoring window) of "
-        "another "
-        "request, the prompt's first positions as the window, and keys that changed places before scoring. Shuffled "
-        "keys must "
-        "bring the kept mass to chance; where another request's queries do not, importance is a matter of the keys.",
-        tables=[Table(wide.reset_index(), "Late steps")],
+        "another request, the prompt's first positions as the window, and keys that changed places before scoring. "
+        "Shuffled keys must bring the kept mass to chance; if another request's queries do not, importance depends on "
+        "the keys alone.",
+        tables=[Table(wide.reset_index(), "Late steps", columns=columns, long=True)],
     )
 
 
@@ -233,9 +235,8 @@ def _coverage(result: DriftResult) -> Section:
     text = (
         f"{int(c['whole_windows'])} of {int(c['requests'])} requests computed all queries of their window themselves; "
         f"{format_number(c['window_coverage'], 'percent')} of the window positions were computed, the others came "
-        f"from the "
-        "prefix cache, where queries do not exist. They were gathered through lineage from the requests that computed "
-        "them."
+        "from the prefix cache, where queries do not exist. They were gathered through lineage from the requests that "
+        "computed them."
     )
     if c["cut_windows"]:
         text += (
@@ -251,15 +252,27 @@ def _coverage(result: DriftResult) -> Section:
     return Section(heading="Which of these queries exist", text=text)
 
 
-def _proof(result: DriftResult) -> Section:
-    rows = [
-        {"check": c.name, "covered": f"{c.covered:,} {c.unit}", "result": c.violation or "holds"} for c in result.checks
-    ]
-    return Section(
-        heading="Why to believe it",
-        text="The invariants of the ledger, checked on the files of the run.",
-        tables=[Table(pd.DataFrame(rows), "Checks")],
-    )
+_EXCESS = [
+    Column("kind", "queries"),
+    Column("distance", "distance from"),
+    Column("excess", "excess, 95 % interval", "signed", bounds=("excess_low", "excess_high")),
+    Column("prompt", "prompt cosine", "decimal"),
+    Column("decode", "decode cosine", "decimal"),
+    Column("prompts"),
+]
+_MEASURES = {
+    "pre_centred": "centred pre-RoPE cosine",
+    "pre_centred_nearest": "to the nearest window query",
+    "js": "Jensen-Shannon divergence, nats",
+    "mass": "kept non-trivial mass",
+    "mass_chance": "chance",
+}
+
+
+def _between(ends: tuple[int, int]) -> str:
+    """`228`, or `128 to 228`."""
+    low, high = ends
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _reach(excess: pd.DataFrame) -> str:
@@ -274,5 +287,5 @@ def _reach(excess: pd.DataFrame) -> str:
 
 
 def _interval(row: pd.Series, column: str) -> str:
-    low, high = (format_number(row[f"{column}_{side}"], "decimal") for side in ("low", "high"))
-    return f"{format_number(row[column], 'decimal')} ({low} to {high})"
+    interval = format_interval(row[f"{column}_low"], row[f"{column}_high"], "signed")
+    return f"{format_number(row[column], 'signed')} {interval}"

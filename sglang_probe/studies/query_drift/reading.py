@@ -6,7 +6,7 @@ import math
 
 from sglang_probe.report.figures import lines
 from sglang_probe.report.page import Section
-from sglang_probe.report.tables import Kind, Table, format_number
+from sglang_probe.report.tables import Column, Table, format_number
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
 
@@ -53,8 +53,7 @@ def importance(result: DriftResult) -> Section:
                 "Functional drift",
                 distances["functional"],
                 "Root mean square change of the logits over the prompt keys, to the mean window query; a change "
-                "common to "
-                "all keys is removed.",
+                "common to all keys is removed.",
             ),
         )
     ]
@@ -65,13 +64,12 @@ def importance(result: DriftResult) -> Section:
             Table(
                 windows.sort_values("window", ascending=False),
                 "Cosine of window-averaged attention to that of the whole response, in the layout of DapQ's table 8",
-                {"window": "integer"},
+                columns=[Column(str(c), kind="integer" if c == "window" else "decimal") for c in windows.columns],
             )
         ],
         notes=[
-            "Published numbers: arXiv 2603.11564v1, table 8, other models and other prompts. A cosine of attention "
-            "rows is "
-            "ruled by sinks where a model has them."
+            "Published numbers: arXiv 2603.11564v1, table 8, other models and other prompts. In a model with "
+            "attention sinks, sinks decide a cosine of attention rows."
         ],
     )
 
@@ -81,27 +79,15 @@ def horizon(result: DriftResult) -> Section:
     f = result.found
     part = f.survival[f.survival["layer"] == ALL].assign(baseline=lambda d: "against " + d["baseline"])
     recall = f.recall[f.recall["layer"] == ALL]
-    shown = f.horizon.assign(
-        median=[_median(x) for x in f.horizon["median"]],
-        interval=[
-            f"{_median(a)} to {_median(b)}"
-            for a, b in zip(f.horizon["median_low"], f.horizon["median_high"], strict=True)
-        ],
-    )
-    columns = ["layer", "baseline", "requests", "failed", "failed_at_once", "median", "interval", "recall"]
-    columns += ["baseline_recall", "half_life"]
-    kinds: dict[str, Kind] = {"recall": "percent", "baseline_recall": "percent"}
     o = result.options
     return Section(
         heading="How long does the window predict?",
         text=f"The window keeps {o.budget:.0%} of the prompt (unpooled attention of its queries, sinks and window "
-        f"included). "
-        "Recall is the share of the attention mass on candidates (neither sinks nor window) that falls on kept ones. "
-        "The "
-        f"horizon ends at the first {o.run} steps in a row in which recall is no better than the baseline's; a "
-        f"response that "
-        "ends first is censored, not a failure (Kaplan and Meier). Half-lives are of the mean recall of requests that "
-        "last as long as the longest; none is given where the curve does not come down to a limit.",
+        "included). Recall is the share of the attention mass on candidates (neither sinks nor window) that falls on "
+        f"kept ones. The horizon ends at the first {o.run} steps in a row in which recall is no better than the "
+        "baseline's; a response that ends first is censored, not a failure (Kaplan and Meier). Half-lives are of the "
+        "mean recall of requests that last as long as the longest; none is given where the curve does not come down "
+        "to a limit.",
         figures=[
             lines(
                 part,
@@ -127,31 +113,55 @@ def horizon(result: DriftResult) -> Section:
                 title="Non-trivial mass that is kept",
                 x_label="decode step (first of its bin)",
                 y_label="share",
-                caption="Only requests that reach the last step shown, so that late steps are not those of long "
-                "responses.",
+                caption="Only requests that reach the last step shown, so that every step is a mean over the same "
+                "requests.",
             ),
         ],
-        tables=[Table(shown[columns], "Horizons in steps", kinds)],
+        tables=[horizon_table(result)],
         notes=[
             "Horizons are of requests; responses of one prompt family are not independent, and the interval ignores it."
         ],
     )
 
 
+def horizon_table(result: DriftResult) -> Table:
+    """Median horizon in steps, and the recall of the window beside that of the baseline."""
+    found = result.found.horizon
+    ends = [f"[{_median(a)}, {_median(b)}]" for a, b in zip(found["median_low"], found["median_high"], strict=True)]
+    frame = found.assign(median=[_median(x) for x in found["median"]], interval=ends)
+    columns = [
+        Column("layer", kind="text"),
+        Column("baseline"),
+        Column("median", "median horizon, steps"),
+        Column("interval", "95 % interval"),
+        Column("recall", "recall (baseline's)", "percent", beside="baseline_recall"),
+        Column("failed", "requests that failed"),
+        Column("failed_at_once", "at once"),
+        Column("requests"),
+        Column("half_life", "half-life, steps"),
+    ]
+    return Table(frame, "For how many steps the window predicts", columns=columns)
+
+
 def changes(result: DriftResult) -> Section:
     """Change points of the attention over the prompt."""
+    shares = ("found", "shuffled", "agreement")
+    columns = [
+        Column("layer", kind="text"),
+        *(Column(c, f"{c}, 95 %", "percent", bounds=(f"{c}_low", f"{c}_high")) for c in shares),
+        Column("level", kind="percent"),
+        Column("prompts"),
+    ]
     return Section(
         heading="Phase jumps",
         text="A CUSUM over the steps of each response finds the split at which attention over the prompt changes "
-        "most; the "
-        "same steps in random order give its null. `found` is the share of heads beyond their null, `shuffled` the "
-        "same for "
-        "responses whose steps were shuffled before (false alarms; `level` is expected), `agreement` the largest "
-        "share of "
-        "heads that change within one step of each other. Slow drift is found as well as a jump.",
-        tables=[Table(result.found.changes, "Change points", {"level": "percent"})],
+        "most; the same steps in random order give its null. **Found** is the share of heads that exceed their null, "
+        "**shuffled** the same for responses whose steps were shuffled before (false alarms; the **level** is "
+        "expected), **agreement** the largest share of heads that change within one step of each other. Slow drift is "
+        "found as well as a jump.",
+        tables=[Table(result.found.changes, "Change points", columns=columns)],
     )
 
 
 def _median(x: float) -> str:
-    return "beyond the data" if math.isinf(x) else format_number(x)
+    return "not reached" if math.isinf(x) else format_number(x)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pandas as pd
@@ -47,22 +46,21 @@ class DriftResult:
     """Shortest and longest prompt."""
     steps: tuple[int, int]
     """Fewest and most decode steps."""
-    tables: dict[str, pd.DataFrame]
-    """Tidy rows by request and layer; the Parquet files."""
+    rows: dict[str, pd.DataFrame]
+    """Tidy rows by request and layer."""
     found: summary.Summary
-    checks: list[Check]
+    checks: dict[str, list[Check]]
     manifest: dict[str, Any]
 
     @property
     def ok(self) -> bool:
         """Whether every invariant of the ledger holds."""
-        return all(c.holds for c in self.checks)
+        return all(c.holds for checks in self.checks.values() for c in checks)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the tables."""
         return {
             "name": self.name,
-            "ok": self.ok,
             "options": self.options.model_dump(mode="json"),
             "model": self.manifest["model"]["name"],
             "layers": self.layers,
@@ -75,10 +73,10 @@ class DriftResult:
             "versions": self.manifest["versions"],
         }
 
-    def write_tables(self, folder: Path) -> None:
-        """One Parquet file per table."""
-        for name, frame in self.tables.items():
-            frame.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Rows by request and layer, and as `means_<name>` what they say together."""
+        rows = {name: frame.reset_index(drop=True) for name, frame in self.rows.items()}
+        return rows | {f"means_{f.name}": getattr(self.found, f.name) for f in fields(self.found)}
 
 
 def study_drift(
@@ -139,9 +137,9 @@ def study_drift(
         left_out={k: v for k, v in left_out.items() if v},
         lengths=(int(measured["prompt_len"].min()), int(measured["prompt_len"].max())),
         steps=(int(measured["output_len"].min()) - 1, int(measured["output_len"].max()) - 1),
-        tables=frames,
+        rows=frames,
         found=summary.summarise(frames, clusters, o),
-        checks=checks,
+        checks={run.path.name: checks},
         manifest=run.manifest,
     )
 

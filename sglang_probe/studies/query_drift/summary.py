@@ -29,7 +29,7 @@ class Summary:
     maps: pd.DataFrame
     """layer, head, pre_centred_late, excess_raw, excess_centred: late is the last bin that every prompt reaches."""
     excess: pd.DataFrame
-    """layer, kind, distance: excess with the prompt and decode cosines behind it."""
+    """layer, kind, distance: excess with the prompt and decode cosines it is made of."""
     subspace: pd.DataFrame
     """layer, measure, value."""
     horizon: pd.DataFrame

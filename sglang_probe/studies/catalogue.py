@@ -1,0 +1,14 @@
+"""Every study, in the order in which `sglang-probe --help` lists them."""
+
+from __future__ import annotations
+
+from sglang_probe.studies.ab.command import Ab
+from sglang_probe.studies.ab.lossless_command import Lossless
+from sglang_probe.studies.base import Study
+from sglang_probe.studies.coverage.command import CoverageStudy
+from sglang_probe.studies.evict.command import Evict
+from sglang_probe.studies.factorial.command import Factorial
+from sglang_probe.studies.phase.command import Phase
+from sglang_probe.studies.query_drift.command import QueryDrift
+
+STUDIES: tuple[Study, ...] = (Ab(), CoverageStudy(), Lossless(), Phase(), QueryDrift(), Factorial(), Evict())

@@ -1,0 +1,80 @@
+"""Parts that the pages of all studies share: what was measured on what, why to believe it, effect beside floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sglang_probe.report.page import Section
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.verify.check import Check
+
+Facts = list[tuple[str, str]]
+
+VERDICT = Column("verdict")
+EFFECT = Column("effect", "effect (floor)", "scientific", beside="floor")
+EXCESS = Column(header="effect minus floor, 95 %", kind="scientific", bounds=("excess_low", "excess_high"))
+Q = Column("q", kind="decimal")
+IDENTICAL = Column("identical_effect", "bit-identical (floor)", "percent", beside="identical_floor")
+POSITIONS = Column("positions")
+HOOK_POINT = Column("hook_point")
+
+FLOOR = (
+    "Compare each effect with the floor: the difference between two runs of the same arm, which submitted the requests "
+    "in another order."
+)
+
+
+def facts(manifest: Mapping[str, Any], *more: tuple[str, str]) -> Facts:
+    """Model, engine, what a study adds, and when it was recorded."""
+    m, v = manifest["model"], manifest["versions"]
+    return [
+        ("model", f"{m['name']} ({m['architecture']}, {m['layers']} layers), rows in {manifest['rows_dtype']}"),
+        ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
+        *more,
+        ("recorded", manifest["created"]),
+    ]
+
+
+def footer(manifest: Mapping[str, Any], text: str = "Every number was measured in the runs named here.") -> str:
+    """The version of the probe, and where the numbers come from."""
+    return f"sglang-probe {manifest['versions']['sglang-probe']}. {text}"
+
+
+def verdicts(*by: Column) -> list[Column]:
+    """Columns of a floor table: what the row is, and the verdict with what it rests on."""
+    return [*by, VERDICT, EFFECT, EXCESS, Q, IDENTICAL, POSITIONS]
+
+
+def checks_in_words(checks: Mapping[str, Sequence[Check]]) -> str:
+    """`9 checks in each of 4 runs: all hold`, or how many do not."""
+    every = [c for mine in checks.values() for c in mine]
+    sizes = {len(mine) for mine in checks.values()}
+    runs = f"{len(checks)} runs" if len(checks) > 1 else "1 run"
+    told = f"{sizes.pop()} checks in each of {runs}" if len(sizes) == 1 else f"{len(every)} checks in {runs}"
+    failed = sum(not c.holds for c in every)
+    return f"{told.replace('each of 1 run', '1 run')}: " + (f"{failed} violated" if failed else "all hold")
+
+
+def proof(checks: Mapping[str, Sequence[Check]], more: str = "") -> Section:
+    """The invariants of the ledger over all runs: a sentence if they hold, the violations if not."""
+    rows = [{"run": run, "check": c.name, "violation": c.violation} for run, mine in checks.items() for c in mine]
+    failed = pd.DataFrame([r for r in rows if r["violation"] is not None], columns=["run", "check", "violation"])
+    covered: dict[str, dict[str, Any]] = {}
+    for mine in checks.values():
+        for c in mine:
+            row = covered.setdefault(c.name, {"check": c.name, "covered": 0, "unit": c.unit, "claim": c.claim})
+            row["covered"] += c.covered
+    return Section(
+        heading="Why to believe it",
+        text=f"{checks_in_words(checks)[0].upper()}{checks_in_words(checks)[1:]}. They are the invariants of the "
+        "ledger, checked on the files of each run; `sglang-probe verify RUN` repeats them on any machine, without "
+        f"SGLang. {more}",
+        tables=[
+            *([Table(failed, "Violated")] if len(failed) else []),
+            Table(pd.DataFrame(covered.values()), "What each check covers, over all runs", long=True),
+        ],
+        notes=["**At least one invariant is violated. Do not use these numbers.**"] if len(failed) else [],
+    )
