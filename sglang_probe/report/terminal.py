@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sglang_probe.report.tables import Printed, Table
 
-_EDGES, _GAP = 4, 3
+_EDGES, _GAP = 2, 3
 _WIDEST_TEXT = 32
 """Longer texts are broken at words."""
 
@@ -17,31 +17,34 @@ _WIDEST_TEXT = 32
 def print_table(console: Console, table: Table) -> None:
     """Print a table, its caption above it. The last columns are left out where the terminal is too narrow for them."""
     columns = table.printed()
-    fits = _fitting([_width(c) for c in columns], console.width)
-    fitting = max(2, fits)
-    more = len(columns) - fitting
-    caption = table.caption.replace("`", "") + (f" ({more} more columns in the report)" if more > 0 else "")
-    out = rich_table.Table(
-        title=Text(caption, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
-    for c in columns[:fitting]:
-        least = _width(c) if fits >= 2 else None
-        out.add_column(Text(c.header), justify="right" if c.numeric else "left", min_width=least)
-    for row in zip(*(c.cells for c in columns[:fitting]), strict=True):
+    widths = _widths(columns, console.width)
+    left_out = len(columns) - len(widths)
+    more = f" ({left_out} more column{'s' if left_out > 1 else ''} in the report)" if left_out else ""
+    out = rich_table.Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for c, width in zip(columns, widths, strict=False):
+        out.add_column(Text(c.header), justify="right" if c.numeric else "left", width=width)
+    for row in zip(*(c.cells for c in columns[: len(widths)]), strict=True):
         out.add_row(*map(Text, row))
+    # As a title of the table it would be broken at the table's width.
+    console.print(Text(f" {table.caption.replace('`', '')}{more}", style="bold"))
     console.print(out)
 
 
-def _width(column: Printed) -> int:
-    """What a column needs: its longest cell, texts up to a limit, and the longest word of its header."""
+def _widths(columns: list[Printed], room: int) -> list[int]:
+    """Widths of the columns that fit, at least two of them; what is left goes to those whose words would be broken."""
+    least = [_least(c) for c in columns]
+    fitting = 0
+    while fitting < len(least) and sum(least[: fitting + 1]) + _GAP * fitting + _EDGES + 2 <= room:
+        fitting += 1
+    widths = least[: max(fitting, 2)]
+    left = room - sum(widths) - _GAP * (len(widths) - 1) - _EDGES - 2
+    for i, c in enumerate(columns[: len(widths)]):
+        more = max(0, min(max(map(len, [c.header, *c.cells])) - widths[i], left))
+        widths[i], left = widths[i] + more, left - more
+    return widths
+
+
+def _least(column: Printed) -> int:
+    """Its longest number, its text up to a limit, and the longest word of its header."""
     cells = max((len(text) for text in column.cells), default=1)
     return max(cells if column.numeric else min(cells, _WIDEST_TEXT), *map(len, column.header.split()), 1)
-
-
-def _fitting(widths: list[int], room: int) -> int:
-    taken = _EDGES - _GAP
-    for i, width in enumerate(widths):
-        taken += width + _GAP
-        if taken > room:
-            return i
-    return len(widths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_probe.report.figures import grouped_bars
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table, format_number
-from sglang_probe.studies.ab.lossless import GATHERED, LosslessResult
+from sglang_probe.studies.ab.lossless import DECODED, GATHERED, HERE, LosslessResult
 from sglang_probe.studies.pages import facts, footer
 
 _DISTANCE = [
@@ -32,16 +32,17 @@ def lossless_page(result: LosslessResult) -> Page:
     cached = result.coverage[result.coverage["arm"] == result.cached]
     covered = format_number(float(cached["covered"].min()), "percent")
     computed = format_number(float(cached["computed"].sum() / cached["positions"].sum()), "percent")
-    speed = " and ".join(f"{s:.2f}" for s in result.speedup)
+    speed = [format_number(s, "decimal", digits=2) for s in result.speedup]
     return Page(
         title=f"Lossless harvesting: {result.name}",
         lead=f"With the prefix cache on (`{result.cached}`) the engine computed {computed} of the positions; gathered "
-        f"through lineage, {covered} of them have a row. Serving was {speed} times as fast as without the cache "
-        f"(`{result.reference}`), replicate by replicate. Gathered rows of `{deepest}` are at most {largest} from "
-        f"computed ones (relative L2); two runs that should be the same are at most {floor} apart.",
+        f"through lineage, {covered} of them have a row. Without the cache (`{result.reference}`) serving took "
+        f"{' and '.join(speed)} times as long, replicate by replicate. Gathered rows of `{deepest}` are at most "
+        f"{largest} from computed ones (relative L2); the floors, runs that differ in order or in where prefills are "
+        f"cut, are at most {floor} apart.",
         tiles=[
             Tile("positions with a row", covered, f"in `{result.cached}`, which computed {computed} of them"),
-            Tile("speed-up", f"{result.speedup[0]:.2f} x", f"serving time of `{result.reference}` over the cached run"),
+            Tile("speed-up", f"{speed[0]} x", f"serving time of `{result.reference}` over the cached run"),
             Tile("largest distance", largest, f"of a gathered row; floor {floor}"),
         ],
         facts=facts(result.manifest),
@@ -90,12 +91,15 @@ def coverage_table(result: LosslessResult) -> Table:
 
 
 def distance_tables(result: LosslessResult) -> list[Table]:
-    """Distances at the deepest hook point, one table by how the cached run came by the row."""
+    """Distances at the deepest hook point, a table for each way in which the cached run came by the row."""
     deepest = _deepest(result)
     part = result.distance[result.distance["hook_point"] == deepest]
     return [
-        Table(mine, f"`{deepest}`, positions {kind}", columns=_DISTANCE)
-        for kind, mine in part.groupby("positions", sort=False)
+        Table(
+            part[part["positions"] == kind], f"`{deepest}`, positions {kind}", columns=_DISTANCE, long=kind != GATHERED
+        )
+        for kind in (GATHERED, HERE, DECODED)
+        if (part["positions"] == kind).any()
     ]
 
 

@@ -87,7 +87,7 @@ def class_table(c: Coverage, m: Map) -> Table:
     """Classes of one axis: coverage, and the bias of the harvest against the traffic."""
     frame = m.classes.assign(ratio=[ratio_in_words(row) for row in m.classes.to_dict("records")])
     columns = [Column(a) for a in m.axes]
-    columns += [_COVERAGE, Column("ratio", "log2 ratio, 95 %"), *_SHARES, *_COUNTS[:2]]
+    columns += [_COVERAGE, Column("ratio", "log2 share ratio, 95 %"), *_SHARES, *_COUNTS[:2]]
     return Table(frame, f"{c.run}: coverage by {m.name}", columns=columns)
 
 
@@ -179,7 +179,7 @@ def _together(studies: Sequence[Coverage], name: str) -> pd.DataFrame:
 
 def _tables(c: Coverage, name: str) -> list[Table]:
     frame = c.map(name).classes
-    ratio = Column("log2_ratio", "log2 of their ratio, 95 %", "signed", bounds=("low", "high"), digits=2)
+    ratio = Column("log2_ratio", "log2 share ratio, 95 %", "signed", bounds=("low", "high"), digits=2)
     weight = Column("weight", "correction weight", "decimal")
     counts = [Column(name), _COVERAGE, *_COUNTS, *_present(frame, _RARE), *_CONTEXTS]
     return [

@@ -36,6 +36,10 @@ _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 """Same content, different content and different position of the effects that are shown first."""
 
 
+_MOST_ROWS = 30
+"""A longer table by layer is folded away."""
+
+
 def factorial_page(result: FactorialResult) -> Page:
     """The page of one study: does it matter what pseudo tokens say, or where they are said to stand?"""
     o = result.options
@@ -191,7 +195,14 @@ def _layers(result: FactorialResult) -> Section:
     return Section(
         heading="By layer",
         text="A mean over layers can hide heads that look back by position and heads that look back by content.",
-        tables=[Table(values.reset_index(), "Main effects by layer, intervals over prompts", columns=columns)],
+        tables=[
+            Table(
+                values.reset_index(),
+                "Main effects by layer, intervals over prompts",
+                columns=columns,
+                long=len(values) > _MOST_ROWS,
+            )
+        ],
     )
 
 

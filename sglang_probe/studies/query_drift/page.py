@@ -45,7 +45,7 @@ def drift_page(result: DriftResult) -> Page:
     tiles = [
         Tile(
             "excess drift, centred",
-            _interval(excess.iloc[0], "excess") if len(excess) else "none",
+            format_number(excess["excess"].iloc[0], "signed") if len(excess) else "none",
             _reach(excess),
         ),
         Tile(
@@ -276,16 +276,13 @@ def _between(ends: tuple[int, int]) -> str:
 
 
 def _reach(excess: pd.DataFrame) -> str:
-    """In which distances the tile's excess is, and what it is at the farthest."""
+    """The interval and the distances of the tile's excess, and the excess at the farthest."""
+    nothing = "0 means that decode queries differ by distance alone"
     if len(excess) < 2:
-        return "0 means that decoding is only far away"
-    farthest = excess.iloc[-1]
+        return nothing
+    nearest, farthest = excess.iloc[0], excess.iloc[-1]
+    near, far = (format_interval(row["excess_low"], row["excess_high"], "signed") for row in (nearest, farthest))
     return (
-        f"fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
-        f"{_interval(farthest, 'excess')}. 0 means that decoding is only far away"
+        f"{near}, fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
+        f"{format_number(farthest['excess'], 'signed')} {far}. {nothing}"
     )
-
-
-def _interval(row: pd.Series, column: str) -> str:
-    interval = format_interval(row[f"{column}_low"], row[f"{column}_high"], "signed")
-    return f"{format_number(row[column], 'signed')} {interval}"

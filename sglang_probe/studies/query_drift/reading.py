@@ -117,16 +117,17 @@ def horizon(result: DriftResult) -> Section:
                 "requests.",
             ),
         ],
-        tables=[horizon_table(result)],
+        tables=[horizon_table(result), horizon_table(result, None)],
         notes=[
             "Horizons are of requests; responses of one prompt family are not independent, and the interval ignores it."
         ],
     )
 
 
-def horizon_table(result: DriftResult) -> Table:
-    """Median horizon in steps, and the recall of the window beside that of the baseline."""
+def horizon_table(result: DriftResult, layer: str | None = ALL) -> Table:
+    """Median horizon in steps, and the recall of the window beside that of the baseline; of one layer, or of each."""
     found = result.found.horizon
+    found = found[found["layer"] == layer] if layer else found
     ends = [f"[{_median(a)}, {_median(b)}]" for a, b in zip(found["median_low"], found["median_high"], strict=True)]
     frame = found.assign(median=[_median(x) for x in found["median"]], interval=ends)
     columns = [
@@ -140,7 +141,8 @@ def horizon_table(result: DriftResult) -> Table:
         Column("requests"),
         Column("half_life", "half-life, steps"),
     ]
-    return Table(frame, "For how many steps the window predicts", columns=columns)
+    title = "For how many steps the window predicts" + ("" if layer else ", by layer")
+    return Table(frame, title, columns=columns, long=layer is None)
 
 
 def changes(result: DriftResult) -> Section:
