@@ -1,7 +1,7 @@
 """The path that rows take on a GPU, in a real engine on the CPU: `accelerator: unproved`.
 
 Nothing is replayed here (test_graph_taps.py simulates that); decode steps only look so. What runs is
-everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's own auxiliary output under
+everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's copies of a result under
 overlap scheduling, the join with the ledger at commit, a second recording in the same engine; and no tensor of the
 engine is read by the host.
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from sglang_probe.engine.releases import release
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
 from sglang_probe.run.run import Run, load_run
@@ -36,7 +37,7 @@ MEASURED = ["blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k"]
 
 def watching(folder: Path) -> dict[str, str]:
     """Environment in which a read of a tensor raises; the observations are counted in `watched.json`."""
-    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/engine/hooks/plugin")])
+    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/end_to_end/hooks/plugin")])
     return {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder / "watched.json"), "SIMULATED_REPLAY": "1"}
 
 
@@ -107,7 +108,8 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
     watched = json.loads((folder.parent / "watched.json").read_text())
     assert {run.manifest.get("fault") for run in runs.values()} == {None}
     forwards = sum(len(run.forwards()) for run in runs.values())
-    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_measure", "_send", "_copy", "_arrived"):
+    sent = ("_send", "_arrived") if release().version == "0.5.23" else ("travelling", "arrived")
+    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_measure", "_copy", *sent):
         assert watched[name] >= forwards, name
     query = "AcceleratorTelemetry._query_hook.<locals>.write_query"
     for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding", query):
@@ -174,7 +176,8 @@ def test_delayed_samples_and_synchronous_scheduling(
     assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
     delayed = json.loads((tmp_path / "watched.json").read_text()).get("attach", 0)
-    assert (delayed > 0) == (not server)
+    if release().version == "0.5.23":
+        assert (delayed > 0) == (not server)
 
 
 @pytest.mark.slow
