@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from sglang_probe.engine.capture.telemetry import layers_of
 from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import refuse_without_gpu
@@ -21,7 +23,6 @@ from sglang_probe.harvest.engine import (
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
-    attention_points,
     check_architecture,
     check_hook_points,
     check_sliding_window,
@@ -44,14 +45,14 @@ class Prepared:
 
     def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
         self.config = config
-        features = ["accounting", "control", "rows", "forced decoding", "platform"]
-        if attention_points(config.hook_points) or config.telemetry is not None:
-            features.append("attention rows")
-        if (config.hook_points or config.telemetry is not None) and config.accelerator == "unproved":
-            features.append("accelerator rows")
-        if config.telemetry is not None:
-            features.append("telemetry")
-        self.inventory = inventory.require(features)
+        asked = EngineProbeConfig(
+            run=config.output,
+            hook_points=config.hook_points,
+            accelerator=config.accelerator,
+            telemetry=config.telemetry,
+            asks=["force"],
+        )
+        self.inventory = inventory.require([*features(asked), "platform"])
         servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
         for server in servers:
             _check_server(server)

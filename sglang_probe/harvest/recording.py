@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.engine import Answer, fault_of
@@ -93,16 +94,18 @@ def harvest(
         accelerator=prepared.config.accelerator,
         rows=prepared.config.rows,
         telemetry=prepared.config.telemetry,
-        forced_outputs=hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)),
-        bypass=hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)),
-        positions=hooks.positions or any(map(moves, requests)),
-        evictions=hooks.evictions or kept is not None,
+        asks=[
+            *(["force"] if hooks.forced_outputs or outputs_of is not None or any(map(forces, requests)) else []),
+            *(["cache"] if hooks.bypass or arm.bypass is not None or any(map(bypasses, requests)) else []),
+            *(["positions"] if hooks.positions or any(map(moves, requests)) else []),
+            *(["evict"] if hooks.evictions or kept is not None else []),
+        ],
         kept=None if kept is None else path.resolve() / KEPT_FILE,
         switches=arm.switches(prepared.config.server),
         checkpoint_seconds=prepared.config.checkpoint_seconds,
         ignore_interrupt=True,
     )
-    inventory.require(probe.features)
+    inventory.require(features(probe))
     start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
     manifest["sessions"] = list(start.sessions)
     if kept is not None:

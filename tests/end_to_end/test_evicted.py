@@ -141,9 +141,7 @@ def _ask(host: EngineHost, like: Run, folder: Path, prompt: list[int]) -> dict[s
         probe = EngineProbeConfig(
             run=run.resolve(),
             hook_points=like.hook_points,
-            forced_outputs=True,
-            bypass=True,
-            evictions=True,
+            asks=["force", "cache", "evict"],
             kept=kept,
             ignore_interrupt=True,
         )

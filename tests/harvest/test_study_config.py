@@ -51,7 +51,7 @@ def test_a_selection_of_what_is_not_captured_is_refused() -> None:
 
 
 def test_an_engine_does_not_measure_requests_with_kept_sets() -> None:
-    given = {"run": "x", "evictions": True, "kept": "kept.safetensors"}
+    given = {"run": "x", "asks": ["evict"], "kept": "kept.safetensors"}
     parse_config(given, EngineProbeConfig, where="test")
     with pytest.raises(ConfigError, match="a kept set some"):
         parse_config({**given, "telemetry": {}}, EngineProbeConfig, where="test")

@@ -60,9 +60,13 @@ class Release(ABC):
 
     @abstractmethod
     def bypass_hooks(self) -> list[Hook]:
-        """The match whose length becomes the reused prefix, and where a request is told not to publish."""
+        """The match whose length becomes the reused prefix."""
 
     # Requests and batches
+
+    @abstractmethod
+    def request_hooks(self) -> list[Hook]:
+        """Where a request has been made and is not queued yet (`engine/hooks/requests.py`)."""
 
     @abstractmethod
     def abort_hooks(self) -> list[Hook]:
@@ -80,10 +84,6 @@ class Release(ABC):
     def dp_rank(self, scheduler: Any) -> int:
         """Data-parallel rank of this process; 0 where there is one rank."""
 
-    @abstractmethod
-    def position_hooks(self) -> list[Hook]:
-        """Where a request that prescribes RoPE positions is checked, with the context at hand."""
-
     # The model
 
     @abstractmethod
@@ -92,8 +92,8 @@ class Release(ABC):
 
     @abstractmethod
     def row_hooks(self) -> list[Hook]:
-        """How rows leave an accelerator with the result of their forward (`instruments/accelerator.py`): the copy is enqueued
-        after the forward and before the event that SGLang waits for when it processes the result."""
+        """How rows leave an accelerator with the result of their forward (`instruments/accelerator.py`): the copy is
+        enqueued after the forward and before the event that SGLang waits for when it processes the result."""
 
     # Commands and answers
 

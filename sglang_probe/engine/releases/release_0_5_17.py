@@ -54,10 +54,10 @@ class Adapter(Release):
         return int(req.cache_protected_len)
 
     def bypass_hooks(self) -> list[Hook]:
-        return [
-            (f"{_TREE}.match_prefix", match_prefix, "AROUND"),
-            ("sglang.srt.managers.schedule_batch.Req.__init__", create_req, "AFTER"),
-        ]
+        return [(f"{_TREE}.match_prefix", match_prefix, "AROUND")]
+
+    def request_hooks(self) -> list[Hook]:
+        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
 
     def abort_hooks(self) -> list[Hook]:
         return [(f"{_COMPONENTS}.output_sender.SenderWrapper.send_output", send_output, "AFTER")]
@@ -70,9 +70,6 @@ class Adapter(Release):
 
     def dp_rank(self, scheduler: Any) -> int:
         return scheduler.ps.dp_rank or 0
-
-    def position_hooks(self) -> list[Hook]:
-        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
 
     def residual(self, forward_batch: Any, output: Any) -> Any:
         hidden, residual = output
@@ -123,28 +120,20 @@ def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `RadixCache.match_prefix`: no more than the request may read. A publication looks up what it has just
     inserted without naming the request."""
-    from sglang_probe.engine.hooks import policy
+    from sglang_probe.engine.hooks import requests
 
     if params.req is not None:
-        limits = [n for n in (policy.read_limit(params.req), params.key.limit) if n is not None]
+        limits = [n for n in (requests.read_limit(params.req), params.key.limit) if n is not None]
         params.key.limit = min(limits, default=None)
     return original(tree, params, *args, **kwargs)
-
-
-def create_req(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Req.__init__`."""
-    from sglang_probe.engine.hooks import policy
-
-    policy.admit(req)
 
 
 def init_req_max_new_tokens(_result: None, scheduler: Any, req: Any) -> None:
     """AFTER `Scheduler.init_req_max_new_tokens`, which every request passes on its way to the queue, those too that
     were refused for something else."""
-    from sglang_probe.engine.hooks.instruments import positions
+    from sglang_probe.engine.hooks import requests
 
-    if req.to_finish is None:
-        positions.create_generation_req(req, scheduler)
+    requests.made(req, scheduler)
 
 
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:

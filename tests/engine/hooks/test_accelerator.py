@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.hooks import session
+from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import accelerator
+from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.session import Session
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
+from tests.engine.made_session import make_session, set_taps
 
 
 def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,22 +61,26 @@ auxiliary = pytest.mark.skipif(
 
 
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
-    running = session.Session(EngineProbeConfig(run=tmp_path, accelerator="unproved"))
-    monkeypatch.setattr(running, "recorder", object())
-    monkeypatch.setattr(session, "session", running)
-    running.taps = running.graph_taps = GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu")
+def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
+    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, accelerator="unproved"), Rows)
+    set_taps(running, GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu"))
     return running
 
 
-def _forward(running: session.Session, value: float) -> ForwardPlan:
+def _taps(running: Session) -> GraphTaps:
+    rows = running.of(Rows)
+    assert rows is not None
+    assert isinstance(rows.taps, GraphTaps)
+    return rows.taps
+
+
+def _forward(running: Session, value: float) -> ForwardPlan:
     """A forward of two tokens whose rows are `value`, as far as its rows are on the way."""
-    assert running.graph_taps is not None
     plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
-    running.graph_taps.arm()
-    running.graph_taps.write("h", torch.full((2, 2), value))
-    plan.snapshot = running.graph_taps.snapshot(2, replayed=False)
-    running.current = plan
+    _taps(running).arm()
+    _taps(running).write("h", torch.full((2, 2), value))
+    plan.snapshot = _taps(running).snapshot(2, replayed=False)
+    running.plan = plan
     return plan
 
 
@@ -85,14 +92,14 @@ def _result(**fields: Any) -> Any:
 
 
 def _copied(result: Any) -> None:
-    """What SGLang's scheduler does behind the forward, and with the result."""
+    """What SGLang's scheduler does after the forward, and with the result."""
     result.copy_auxiliary_output_to_cpu()
     result.auxiliary_host_output.consume(None, [])
 
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
-def test_rows_travel_with_the_result_of_their_forward(recording: session.Session) -> None:
+def test_rows_travel_with_the_result_of_their_forward(recording: Session) -> None:
     plans, results = [], []
     for value in (1.0, 2.0):  # both launched before the first is processed
         plans.append(_forward(recording, value))
@@ -107,7 +114,7 @@ def test_rows_travel_with_the_result_of_their_forward(recording: session.Session
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
-def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: session.Session) -> None:
+def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: Session) -> None:
     """SGLang delays the sample of constrained requests (`ModelRunner.sample` begins by clearing the field)."""
 
     def sample() -> Any:
@@ -117,7 +124,7 @@ def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: s
     plan, result = _forward(recording, 3.0), _result()
     result.delay_sample_func = sample
     assert accelerator.forward_batch_generation(lambda *_: result, None, None) is result
-    recording.current = None  # the launch is over
+    recording.plan = None  # the launch is over
     assert result.delay_sample_func() is result
     _copied(result)
     assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
@@ -125,7 +132,7 @@ def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: s
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
-def test_what_another_plugin_attached_arrives_too(recording: session.Session) -> None:
+def test_what_another_plugin_attached_arrives_too(recording: Session) -> None:
     consumed = []
 
     class Other:
@@ -145,7 +152,7 @@ def test_what_another_plugin_attached_arrives_too(recording: session.Session) ->
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
-def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: session.Session) -> None:
+def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: Session) -> None:
     plan = _forward(recording, 5.0)
     plan.snapshot.send(torch.clone)  # a second send has nothing to send
     result = accelerator.forward_batch_generation(lambda *_: _result(), None, None)
@@ -154,13 +161,12 @@ def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: s
     assert "_copy" in recording.fault
 
 
-def test_taps_write_while_graphs_are_captured_which_is_before_the_recording_opens(recording: session.Session) -> None:
-    assert recording.graph_taps is not None
+def test_taps_write_while_graphs_are_captured_which_is_before_the_recording_opens(recording: Session) -> None:
     recording.recorder = None
-    write = session.tapping(lambda n: recording.graph_taps.write("h", torch.ones(n, 2)))  # type: ignore[union-attr]
+    write = guard.tapping(lambda n: _taps(recording).write("h", torch.ones(n, 2)))
     write(4)
-    accelerator._check_captured(None, None, None, 4)
+    accelerator.check_captured(None, None, None, 4)
     assert recording.fault is None
-    accelerator._check_captured(None, None, None, 4)  # the next graph was captured without the tap
+    accelerator.check_captured(None, None, None, 4)  # the next graph was captured without the tap
     assert recording.fault is not None
     assert "not part of the graph captured for 4 tokens" in recording.fault

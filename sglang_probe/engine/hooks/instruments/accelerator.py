@@ -12,21 +12,71 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.engine.capture.transfer import Transfer
-from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.releases import release
+from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import LedgerError, UnsupportedError
-from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+from sglang_probe.run.hook_points import (
+    EMBED,
+    RESID_POST,
+    check_architecture,
+    check_sliding_window,
+    check_tensor_parallel,
+    parse_hook_point,
+)
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 logger = logging.getLogger("sglang_probe")
 
 _ROUND = 64
 """SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
+
+
+class Accelerator(Instrument):
+    """Rows and telemetry by way of graphs: taps in them, and the transfer of what they wrote."""
+
+    name = "accelerator"
+    features = ("accelerator rows",)
+    in_model = True
+
+    @classmethod
+    def wanted(cls, config: EngineProbeConfig) -> bool:
+        return config.accelerator == "unproved" and (bool(config.hook_points) or config.telemetry is not None)
+
+    @classmethod
+    def hooks(cls, release: Release) -> list[Hook]:
+        return release.row_hooks()
+
+    @classmethod
+    def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+        return started.accelerator == asked.accelerator
+
+    def attach(self, runner: Any) -> None:
+        check_channel()
+        runner.capture_tail_hooks.append(check_captured)
+
+
+def check_model(runner: Any, config: EngineProbeConfig) -> None:
+    """Refuse a device, a server or a model where rows and telemetry have not been proved.
+
+    Raises:
+        UnsupportedError: names what it is.
+    """
+    telemetry = config.telemetry is not None
+    check_tensor_parallel(config.hook_points, guard.active().tp_size, telemetry=telemetry)
+    check_device(runner.device, config.accelerator)
+    check_server(runner.server_args)
+    check_architecture(type(runner.model).__name__)
+    check_sliding_window(runner.model_config.hf_text_config.to_dict(), runner.model_config.context_len)
 
 
 def check_device(device: str, accelerator: str) -> None:
@@ -122,29 +172,27 @@ def _recording() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def check_captures(runner: Any) -> None:
-    """Look into every graph that will be captured."""
-    check_channel()
-    runner.capture_tail_hooks.append(_check_captured)
+def check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
+    """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap."""
+    session = guard.active()
+    try:
+        for instrument in session.instruments:
+            instrument.check_captured(num_tokens)
+    except Exception as e:
+        session.fail("check_captured", e)
 
 
-def _check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
-    """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap.
+def check_recorded(taps: GraphTaps, num_tokens: int) -> None:
+    """Every tap is in the graph that was just recorded. SGLang asks after the two forwards too that warm a shape up
+    before it is captured; there telemetry copies no queries.
 
-    SGLang calls the hook behind the two forwards too that warm a shape up before it is captured; there telemetry copies
-    no queries.
+    Raises:
+        LedgerError: names the hook point that is not.
     """
-    session = probe.active()
-    queries = None if session.telemetry is None else session.telemetry.taps
-    for taps in (session.taps, queries):
-        if isinstance(taps, GraphTaps):
-            try:
-                if taps.warming_up:
-                    taps.disarm()
-                else:
-                    taps.check_recorded(num_tokens)
-            except Exception as e:
-                session.fail("_check_captured", e)
+    if taps.warming_up:
+        taps.disarm()
+    else:
+        taps.check_recorded(num_tokens)
 
 
 def forward_batch_generation(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,9 +202,9 @@ def forward_batch_generation(original: Callable[..., Any], worker: Any, batch: A
     return result
 
 
-@probe.guarded
+@guard.guarded
 def _send(result: Any) -> None:
-    plan = probe.active().current
+    plan = guard.active().plan
     if plan is None or not plan.travelling:
         return
     if result.delay_sample_func is None:
@@ -167,7 +215,7 @@ def _send(result: Any) -> None:
 
 def _sample_then_attach(result: Any, transfers: list[Transfer]) -> Callable[[], Any]:
     sample = result.delay_sample_func
-    attach_guarded = probe.guarded(attach)
+    attach_guarded = guard.guarded(attach)
 
     def sample_then_attach() -> Any:
         sampled = sample()
@@ -209,22 +257,22 @@ class OnHost:
         _arrived(self._transfers)
 
 
-@probe.guarded
+@guard.guarded
 def _copy(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
     for transfer in transfers:
         transfer.send(copy_tensor)
 
 
-@probe.guarded
+@guard.guarded
 def _arrived(transfers: list[Transfer]) -> None:
     for transfer in transfers:
         transfer.arrive()
 
 
-@probe.guarded
+@guard.guarded
 def travelling() -> list[Transfer]:
     """Transfers of the forward that was just enqueued."""
-    plan = probe.active().current
+    plan = guard.active().plan
     return [] if plan is None else plan.travelling
 
 
@@ -238,7 +286,7 @@ def send(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.
     return event
 
 
-@probe.guarded
+@guard.guarded
 def arrived(transfers: list[Transfer], event: Any) -> None:
     """The result of a forward was processed, and its copies waited for.
 

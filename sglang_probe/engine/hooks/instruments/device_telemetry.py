@@ -19,8 +19,8 @@ from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.device_telemetry import DeviceTelemetry, Prepared, TelemetryOnTheWay
 from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.engine.capture.telemetry import Measured, TelemetryConfig
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.telemetry import AskedTelemetry, check_keys, first_rows
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.host_telemetry import AskedTelemetry, check_keys, first_rows
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.run.hook_points import ROTATED_QUERY
 
@@ -104,7 +104,7 @@ class AcceleratorTelemetry(AskedTelemetry):
         self._telemetry.memory.end(rid)
 
     def _query_hook(self, name: str) -> Callable[..., None]:
-        @probe.tapping
+        @guard.tapping
         def write_query(_module: Any, args: tuple[Any, ...]) -> None:
             # A graph has to hold the copy, whatever it will be replayed for.
             if self._prepared is not None or self.taps.recording():
