@@ -37,7 +37,7 @@ MEASURED = ["blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k"]
 
 def watching(folder: Path) -> dict[str, str]:
     """Environment in which a read of a tensor raises; the observations are counted in `watched.json`."""
-    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/end_to_end/hooks/plugin")])
+    plugins = os.pathsep.join([str(ROOT), str(ROOT / "tests/engine/hooks/plugin")])
     return {"PYTHONPATH": plugins, "NO_DEVICE_READS": str(folder / "watched.json"), "SIMULATED_REPLAY": "1"}
 
 
@@ -109,10 +109,10 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
     assert {run.manifest.get("fault") for run in runs.values()} == {None}
     forwards = sum(len(run.forwards()) for run in runs.values())
     sent = ("_send", "_arrived") if release().version == "0.5.23" else ("travelling", "arrived")
-    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_measure", "_copy", *sent):
+    for name in ("_launch", "_launched", "_commit", "_before", "_after", "_copy", *sent):
         assert watched[name] >= forwards, name
     query = "AcceleratorTelemetry._query_hook.<locals>.write_query"
-    for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding", query):
+    for name in ("_published", "_publishing", "_replace", "_write_sites", "_embed_hook.<locals>.write_embedding", query):
         assert watched[name] > 0, name
 
 
