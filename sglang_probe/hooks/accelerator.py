@@ -2,8 +2,9 @@
 
 SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
-segments, with attention between them), `managers/auxiliary_output.py` (device tensors that travel with a result:
-copied to pinned memory on the copy stream, waited for with the result, consumed in launch order).
+segments, with attention between them). How rows leave is the release's own (`Release.row_hooks`): on 0.5.23
+`managers/auxiliary_output.py` (device tensors that travel with a result: copied to pinned memory on the copy stream,
+waited for with the result, consumed in launch order); on 0.5.17 copies in front of `GenerationBatchResult.copy_to_cpu`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from sglang_probe.capture.graph_taps import GraphTaps
 from sglang_probe.capture.hook_points import EMBED, RESID_POST, parse_hook_point
 from sglang_probe.capture.transfer import Transfer
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.hooks import session as probe
+from sglang_probe.releases import release
 
 logger = logging.getLogger("sglang_probe")
 
-_CHANNEL = "sglang.srt.managers.auxiliary_output"
 _ROUND = 64
 """SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
 
@@ -50,14 +51,14 @@ def check_device(device: str, accelerator: str) -> None:
 
 
 def check_channel() -> None:
-    """Refuse a release without the channel that rows travel on (it came with 0.5.20).
+    """Refuse a release without the channel that rows travel on.
 
     Raises:
         UnsupportedError: names it.
     """
-    if importlib.util.find_spec(_CHANNEL) is None:
+    if importlib.util.find_spec(release().row_channel) is None:
         raise UnsupportedError(
-            f"this release of SGLang has no `{_CHANNEL}`, on which rows leave an accelerator",
+            f"this release of SGLang has no `{release().row_channel}`, on which rows leave an accelerator",
             fix="remove `hook_points` and `telemetry` to record the ledger alone, or `accelerator: unproved` on a CPU",
         )
 
@@ -211,3 +212,32 @@ def _copy(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch
 def _arrived(transfers: list[Transfer]) -> None:
     for transfer in transfers:
         transfer.arrive()
+
+
+@probe.guarded
+def travelling() -> list[Transfer]:
+    """Transfers of the forward that was just enqueued."""
+    plan = probe.active().current
+    return [] if plan is None else plan.travelling
+
+
+def send(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Enqueue the copies on the current stream; an event after them, or True where there are no streams."""
+    _copy(transfers, copy_tensor)
+    if not torch.cuda.is_available():
+        return True
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+@probe.guarded
+def arrived(transfers: list[Transfer], event: Any) -> None:
+    """The result of a forward was processed, and its copies waited for.
+
+    Raises:
+        LedgerError: they were not.
+    """
+    if event is None or (event is not True and not event.query()):
+        raise LedgerError("the rows of a forward were still on their way when its result was processed")
+    _arrived(transfers)

@@ -21,7 +21,6 @@ _HTTP = "sglang.srt.entrypoints.http_server"
 _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
 _BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
-_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 
 
 def install(path: str) -> None:
@@ -77,9 +76,7 @@ def _hooks(config: EngineProbeConfig) -> list[Hook]:
             (f"{_RUNNER}.forward", rows.forward, "AROUND"),
         ]
     if "accelerator rows" in config.features:
-        from sglang_probe.hooks import accelerator
-
-        hooks.append((f"{_WORKER}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND"))
+        hooks += sglang.row_hooks()
     if config.forced_outputs:
         from sglang_probe.hooks import forced
 

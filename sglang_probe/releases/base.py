@@ -28,6 +28,9 @@ class Release(ABC):
     cpu_ranks: ClassVar[bool]
     """Whether several tensor- or data-parallel ranks start on that platform."""
 
+    row_channel: ClassVar[str]
+    """Module of what carries rows off an accelerator (`row_hooks`)."""
+
     overshoots_at_length: ClassVar[bool]
     """Whether overlap scheduling computes one step behind a finish by length too, and not by a stop alone."""
 
@@ -86,6 +89,11 @@ class Release(ABC):
     @abstractmethod
     def residual(self, forward_batch: Any, output: Any) -> Any:
         """The residual stream `[tokens, d_model]` behind a decoder layer that gave `output`."""
+
+    @abstractmethod
+    def row_hooks(self) -> list[Hook]:
+        """How rows leave an accelerator with the result of their forward (`hooks/accelerator.py`): the copy is
+        enqueued after the forward and before the event that SGLang waits for before it processes the result."""
 
     # Commands and answers
 

@@ -24,6 +24,7 @@ class Adapter(Release):
     cpu_platform = "sglang_probe.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention = ("torch_native",)
     cpu_ranks = False  # tensor parallelism asks for NCCL (`parallel_state.py`), data parallelism for one rank's cores
+    row_channel = "sglang.srt.managers.utils"
     overshoots_at_length = True
     namespace_fields = ("extra_key",)  # OpenAI's `cache_salt` is put in front of it
     refused = MappingProxyType(
@@ -78,6 +79,16 @@ class Adapter(Release):
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
             raise UnsupportedError("the layer's output is one rank's share of a sum that the next layer completes")
         return hidden + residual
+
+    def row_hooks(self) -> list[Hook]:
+        worker = "sglang.srt.managers.tp_worker.TpModelWorker"
+        processor = f"{_COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor"
+        return [
+            (f"{worker}.forward_batch_generation", forward_batch_generation, "AFTER"),
+            ("sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu", copy_to_cpu, "AROUND"),
+            (f"{processor}.process_batch_result_prefill", process_batch_result, "AFTER"),
+            (f"{processor}.process_batch_result_decode", process_batch_result, "AFTER"),
+        ]
 
     def control_hooks(self) -> list[Hook]:
         return [
@@ -191,3 +202,47 @@ def to_payload(payload: Any, accumulator: Any, *_args: Any, **_kwargs: Any) -> N
 
         info = unwrap_from_pickle(payload.customized_info) or {}
         payload.customized_info = wrap_as_pickle({**info, live.META_KEY: spans})
+
+
+_ROWS = "_sglang_probe_rows"
+"""Attribute of a `GenerationBatchResult`: the transfers of its forward, and the event after them once sent."""
+
+
+def forward_batch_generation(result: Any, worker: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `TpModelWorker.forward_batch_generation`: the result carries the rows of its forward. Without overlap
+    scheduling SGLang copies nothing asynchronously, so that they are sent here, on the stream of the forward."""
+    from sglang_probe.hooks import accelerator
+
+    transfers = accelerator.travelling()
+    if transfers:
+        setattr(result, _ROWS, (transfers, None))
+        if not worker.enable_overlap:
+            _send(result)
+
+
+def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `GenerationBatchResult.copy_to_cpu`: our copies before SGLang's, on the stream that it has made
+    current after the forward (its copy stream; for a delayed sample the forward's own). `copy_done` is recorded at its
+    end, after both, and is waited for before the result is processed."""
+    _send(result)
+    return original(result, *args, **kwargs)
+
+
+def _send(result: Any) -> None:
+    from sglang.srt.managers.utils import _async_d2h
+
+    from sglang_probe.hooks import accelerator
+
+    transfers, event = getattr(result, _ROWS, (None, None))
+    if transfers is not None and event is None:
+        setattr(result, _ROWS, (transfers, accelerator.send(transfers, _async_d2h)))
+
+
+def process_batch_result(_value: Any, _processor: Any, _batch: Any, result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER the result of a forward was processed: SGLang has waited for its copies."""
+    from sglang_probe.hooks import accelerator
+
+    transfers, event = getattr(result, _ROWS, (None, None))
+    if transfers is not None:
+        accelerator.arrived(transfers, event)
+        delattr(result, _ROWS)

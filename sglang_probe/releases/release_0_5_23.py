@@ -25,6 +25,7 @@ class Adapter(Release):
     cpu_platform = "sglang_probe.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
     cpu_ranks = True
+    row_channel = "sglang.srt.managers.auxiliary_output"
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`
     namespace_fields = ("extra_key", "cache_salt")
     refused = MappingProxyType({"enable_unified_cache_external_linker": (False, "an external KV store")})
@@ -76,6 +77,12 @@ class Adapter(Release):
 
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
+
+    def row_hooks(self) -> list[Hook]:
+        from sglang_probe.hooks import accelerator
+
+        worker = "sglang.srt.managers.tp_worker.TpModelWorker"
+        return [(f"{worker}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND")]
 
     def control_hooks(self) -> list[Hook]:
         return [(f"{_CONTROLLER}._update_handlers", update_handlers, "AFTER")]

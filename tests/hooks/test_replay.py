@@ -16,6 +16,7 @@ from sglang_probe.errors import LedgerError
 from sglang_probe.hooks import accelerator, attention, rows, session
 from sglang_probe.hooks.config import EngineProbeConfig
 from sglang_probe.ledger.recorder import ForwardPlan
+from sglang_probe.releases import release
 from tests.capture.graph import WIDTH, Graph
 
 LAYERS = (0, 1)
@@ -53,8 +54,11 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(rotary)
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor, forward_batch: Any) -> torch.Tensor:
-        return forward_batch.residual_stream.write(x + self.self_attn(positions, x, forward_batch))
+    def forward(self, positions: torch.Tensor, x: torch.Tensor, forward_batch: Any) -> Any:
+        x = x + self.self_attn(positions, x, forward_batch)
+        if forward_batch.residual_stream is None:  # 0.5.17: the stream is the sum of what a layer returns
+            return torch.zeros_like(x), x
+        return forward_batch.residual_stream.write(x)
 
 
 class Body(nn.Module):
@@ -73,14 +77,21 @@ class LlamaForCausalLM(nn.Module):
         self.model = Body()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
-
-        batch = SimpleNamespace(residual_stream=ResidualStream(), forward_mode=None)
+        batch = SimpleNamespace(residual_stream=_residual_stream(), forward_mode=None)
         positions = torch.arange(len(x), dtype=x.dtype)
         hidden = self.model.embed_tokens(x)
         for layer in self.model.layers:
-            hidden = layer(positions, hidden, batch)
+            out = layer(positions, hidden, batch)
+            hidden = sum(out) if isinstance(out, tuple) else out
         return hidden
+
+
+def _residual_stream() -> Any:
+    if release().version == "0.5.17":
+        return None
+    from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
+
+    return ResidualStream()
 
 
 def expected(x: torch.Tensor) -> dict[str, torch.Tensor]:

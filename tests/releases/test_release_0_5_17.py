@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_probe.errors import UnsupportedError
-from sglang_probe.hooks import accounting, control, lineage, live
+from sglang_probe.capture.graph_taps import GraphTaps
+from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.hooks import accounting, control, lineage, live, session
+from sglang_probe.hooks.config import EngineProbeConfig
+from sglang_probe.ledger.recorder import ForwardPlan
 from sglang_probe.releases import release
 from sglang_probe.releases import release_0_5_17 as adapter
 
@@ -219,3 +223,81 @@ def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> N
     free = len(allocator.free_pages)
     assert not grow((free * page + page, 1))  # more than there is: nothing is taken
     assert len(allocator.free_pages) == free
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
+    running = session.Session(EngineProbeConfig(run=tmp_path, accelerator="unproved"))
+    monkeypatch.setattr(running, "recorder", object())
+    monkeypatch.setattr(session, "session", running)
+    running.taps = running.graph_taps = GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu")
+    return running
+
+
+def launched(running: session.Session, value: float, *, overlap: bool = True) -> tuple[ForwardPlan, Any]:
+    """A forward of two tokens whose rows are `value`, and SGLang's result of it."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    assert running.graph_taps is not None
+    plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
+    running.graph_taps.arm()
+    running.graph_taps.write("h", torch.full((2, 2), value))
+    plan.snapshot = running.graph_taps.snapshot(2, replayed=False)
+    running.current = plan
+    logits = LogitsProcessorOutput(next_token_logits=None)
+    result = GenerationBatchResult(logits_output=logits, next_token_ids=torch.zeros(2, dtype=torch.int64))
+    adapter.forward_batch_generation(result, SimpleNamespace(enable_overlap=overlap))
+    running.current = None  # the launch is over
+    return plan, result
+
+
+def copied(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's `copy_to_cpu` under our hook; the event is a device's."""
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    monkeypatch.setattr("sglang.srt.managers.utils._async_d2h", torch.clone)
+    original = GenerationBatchResult.copy_to_cpu
+
+    def copy(result: Any) -> None:
+        result.copy_done = SimpleNamespace(record=lambda: None)
+        adapter.copy_to_cpu(original, result, return_logprob=False)
+
+    return copy
+
+
+def test_rows_are_sent_in_front_of_sglangs_copies(recording: session.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(monkeypatch)
+    made = [(v, *launched(recording, v)) for v in (1.0, 2.0)]  # both launched before the first is processed
+    for value, plan, result in made:
+        copy(result)
+        with pytest.raises(LedgerError, match="had not arrived"):
+            plan.snapshot.finish()
+        adapter.process_batch_result(None, None, None, result)
+        assert plan.snapshot.finish()["h"].tolist() == [[value] * 2] * 2
+    assert recording.fault is None
+
+
+def test_without_overlap_rows_are_sent_with_the_forward(recording: session.Session) -> None:
+    plan, result = launched(recording, 3.0, overlap=False)
+    adapter.process_batch_result(None, None, None, result)
+    assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
+    assert recording.fault is None
+
+
+def test_rows_that_were_not_copied_or_are_still_travelling_end_the_recording(
+    recording: session.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, result = launched(recording, 4.0)
+    adapter.process_batch_result(None, None, None, result)
+    assert recording.fault is not None
+    assert "still on their way" in recording.fault
+    monkeypatch.setattr(recording, "fault", None)
+    monkeypatch.setattr(recording, "recorder", object())
+    _, result = launched(recording, 4.0)
+    copied(monkeypatch)(result)
+    transfers, _ = result._sglang_probe_rows
+    result._sglang_probe_rows = (transfers, SimpleNamespace(query=lambda: False))
+    adapter.process_batch_result(None, None, None, result)
+    assert recording.fault is not None
+    assert "still on their way" in recording.fault
