@@ -82,6 +82,11 @@ class GraphTaps:
         """Rows and megabytes of the buffer."""
         return len(self.buffer), self.buffer.nbytes / 1e6
 
+    @property
+    def warming_up(self) -> bool:
+        """Where graphs are recorded at all: whether none is being recorded now."""
+        return self.buffer.is_cuda and not self.recording()
+
     def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
         """Copy `x_ND` to the head of the buffer. Only here does the probe put an operation into a graph.
 
@@ -175,6 +180,7 @@ class GraphTaps:
     def disarm(self) -> None:
         """Nothing of this forward will be read any more."""
         self._large, self._armed = None, False
+        self._written = dict.fromkeys(self.columns, -1)
 
     def _gather(
         self, source: torch.Tensor, tokens: int, kept: Mapping[str, np.ndarray[Any, Any]], *, replayed: bool

@@ -1,4 +1,4 @@
-"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel. Not run on a GPU yet.
+"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel (docs/gpu-results.md).
 
 SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
@@ -44,7 +44,7 @@ def check_device(device: str, accelerator: str) -> None:
         )
     if accelerator != "unproved":
         raise UnsupportedError(
-            f"capturing rows on `{device}` has not been run on a GPU",
+            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/gpu-results.md)",
             fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
             "--transformers` (docs/gpu.md); or remove `hook_points` and `telemetry` to record the ledger alone",
         )
@@ -129,13 +129,20 @@ def check_captures(runner: Any) -> None:
 
 
 def _check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
-    """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap."""
+    """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap.
+
+    SGLang calls the hook after the two forwards too that warm a shape up before it is captured; in these telemetry
+    copies no queries.
+    """
     session = probe.active()
     queries = None if session.telemetry is None else session.telemetry.taps
     for taps in (session.taps, queries):
         if isinstance(taps, GraphTaps):
             try:
-                taps.check_recorded(num_tokens)
+                if taps.warming_up:
+                    taps.disarm()
+                else:
+                    taps.check_recorded(num_tokens)
             except Exception as e:
                 session.fail("_check_captured", e)
 

@@ -20,7 +20,7 @@ from sglang_probe.releases import release
 def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(
-        UnsupportedError, match=r"`cuda` has not been run on a GPU(.|\n)*accelerator: unproved"
+        UnsupportedError, match=r"`cuda` has been shown on one model of GPU(.|\n)*accelerator: unproved"
     ):
         accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
     accelerator.check_device("cuda", "unproved")  # with telemetry or without
@@ -163,5 +163,19 @@ def test_taps_write_while_graphs_are_captured_which_is_before_the_recording_open
     accelerator._check_captured(None, None, None, 4)
     assert recording.fault is None
     accelerator._check_captured(None, None, None, 4)  # the next graph was captured without the tap
+    assert recording.fault is not None
+    assert "not part of the graph captured for 4 tokens" in recording.fault
+
+
+def test_a_warm_up_is_no_capture(recording: session.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang calls the hook after two forwards too that only warm a shape up."""
+    assert recording.graph_taps is not None
+    monkeypatch.setattr(GraphTaps, "warming_up", True)
+    accelerator._check_captured(None, None, None, 4)  # no tap has to have fired
+    recording.graph_taps.write("h", torch.ones(4, 2))
+    accelerator._check_captured(None, None, None, 4)
+    assert recording.fault is None
+    monkeypatch.setattr(GraphTaps, "warming_up", False)
+    accelerator._check_captured(None, None, None, 4)  # what a warm-up wrote is not in the graph
     assert recording.fault is not None
     assert "not part of the graph captured for 4 tokens" in recording.fault
