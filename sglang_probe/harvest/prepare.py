@@ -86,7 +86,7 @@ class Prepared:
                 check_tensor_parallel(config.hook_points, tp_size, telemetry=config.telemetry is not None)
             if accelerator_present() and config.accelerator != "unproved":
                 raise UnsupportedError(
-                    "capturing rows on an accelerator has not been run on a GPU",
+                    "capturing rows on an accelerator has been shown on one model of GPU only (docs/gpu-results.md)",
                     fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
                     "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
                 )

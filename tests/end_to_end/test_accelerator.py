@@ -109,10 +109,21 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
     assert {run.manifest.get("fault") for run in runs.values()} == {None}
     forwards = sum(len(run.forwards()) for run in runs.values())
     sent = ("_send", "_arrived") if release().version == "0.5.23" else ("travelling", "arrived")
-    for name in ("_launch", "_launched", "_commit", "_before", "_after", "_copy", *sent):
+    # 0.5.17 computes a step too many after a finish; a recording may close before its result is processed.
+    unprocessed = len(runs) if release().overshoots_at_length else 0
+    for name in ("_launch", "_launched", "_before", "_after"):
         assert watched[name] >= forwards, name
+    for name in ("_commit", "_copy", *sent):
+        assert watched[name] >= forwards - unprocessed, name
     query = "AcceleratorTelemetry._query_hook.<locals>.write_query"
-    for name in ("_published", "_publishing", "_replace", "_write_sites", "_embed_hook.<locals>.write_embedding", query):
+    for name in (
+        "_published",
+        "_publishing",
+        "_replace",
+        "_write_sites",
+        "_embed_hook.<locals>.write_embedding",
+        query,
+    ):
         assert watched[name] > 0, name
 
 

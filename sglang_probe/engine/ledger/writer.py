@@ -188,8 +188,6 @@ class Writer:
         self._requests += commit.requests
         self._prompts += commit.prompts
         for hook_point, rows in (commit.rows or {}).items():
-            if rows.is_pinned():  # so that PyTorch can use the memory for the next forward: to pin more is slow
-                rows = rows.clone()
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
             if (kept := commit.kept.get(hook_point)) is not None:

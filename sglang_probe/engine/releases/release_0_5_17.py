@@ -194,7 +194,7 @@ def to_payload(payload: Any, accumulator: Any, *_args: Any, **_kwargs: Any) -> N
 
 
 _ROWS = "_sglang_probe_rows"
-"""Attribute of a `GenerationBatchResult`: the transfers of its forward, and the event behind them once sent."""
+"""Attribute of a `GenerationBatchResult`: the transfers of its forward, and the event after them once sent."""
 
 
 def forward_batch_generation(result: Any, worker: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -210,9 +210,9 @@ def forward_batch_generation(result: Any, worker: Any, *_args: Any, **_kwargs: A
 
 
 def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `GenerationBatchResult.copy_to_cpu`: our copies in front of SGLang's, on the stream that it has made
-    current behind the forward (its copy stream; for a delayed sample the forward's own). `copy_done` is recorded at its
-    end, behind both, and is waited for before the result is processed."""
+    """AROUND `GenerationBatchResult.copy_to_cpu`: our copies before SGLang's, on the stream that it has made
+    current after the forward (its copy stream; for a delayed sample the forward's own). `copy_done` is recorded at its
+    end, after both, and is waited for before the result is processed."""
     _send(result)
     return original(result, *args, **kwargs)
 

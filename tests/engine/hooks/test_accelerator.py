@@ -23,7 +23,7 @@ from tests.engine.made_session import make_session, set_taps
 
 def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(UnsupportedError, match=r"`cuda` has not been run on a GPU(.|\n)*accelerator: unproved"):
+    with pytest.raises(UnsupportedError, match=r"`cuda` has been shown on one model(.|\n)*accelerator: unproved"):
         accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
     accelerator.check_device("cuda", "unproved")  # with telemetry or without
     accelerator.check_device("cpu", "refused")
@@ -168,5 +168,18 @@ def test_taps_write_while_graphs_are_captured_which_is_before_the_recording_open
     accelerator.check_captured(None, None, None, 4)
     assert recording.fault is None
     accelerator.check_captured(None, None, None, 4)  # the next graph was captured without the tap
+    assert recording.fault is not None
+    assert "not part of the graph captured for 4 tokens" in recording.fault
+
+
+def test_a_warm_up_is_no_capture(recording: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang calls the hook after two forwards too that only warm a shape up."""
+    monkeypatch.setattr(GraphTaps, "warming_up", True)
+    accelerator.check_captured(None, None, None, 4)  # no tap has to have fired
+    _taps(recording).write("h", torch.ones(4, 2))
+    accelerator.check_captured(None, None, None, 4)
+    assert recording.fault is None
+    monkeypatch.setattr(GraphTaps, "warming_up", False)
+    accelerator.check_captured(None, None, None, 4)  # what a warm-up wrote is not in the graph
     assert recording.fault is not None
     assert "not part of the graph captured for 4 tokens" in recording.fault

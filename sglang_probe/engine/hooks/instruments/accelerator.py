@@ -1,4 +1,4 @@
-"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel. Not run on a GPU yet.
+"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel (docs/gpu-results.md).
 
 SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
@@ -94,7 +94,7 @@ def check_device(device: str, accelerator: str) -> None:
         )
     if accelerator != "unproved":
         raise UnsupportedError(
-            f"capturing rows on `{device}` has not been run on a GPU",
+            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/gpu-results.md)",
             fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
             "--transformers` (docs/gpu.md); or remove `hook_points` and `telemetry` to record the ledger alone",
         )
@@ -277,7 +277,7 @@ def travelling() -> list[Transfer]:
 
 
 def send(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Enqueue the copies on the current stream; an event behind them, or True where there are no streams."""
+    """Enqueue the copies on the current stream; an event after them, or True where there are no streams."""
     _copy(transfers, copy_tensor)
     if not torch.cuda.is_available():
         return True

@@ -120,12 +120,13 @@ def register() -> None:
 
 
 def _what_was_sent_may_be_read() -> None:
-    """On a GPU it is another tensor then, in host memory."""
+    """On a GPU it is another tensor then, in host memory; on a CPU 0.5.17's asynchronous copy is a `to("cpu")`."""
     from sglang_probe.engine.capture.transfer import Transfer
 
     send = Transfer.send
 
     def send_and_mark(transfer: Any, copy: Any) -> None:
+        transfer._on_device.from_host = True
         send(transfer, copy)
         transfer._on_host.from_host = True
 
