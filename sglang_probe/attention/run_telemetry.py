@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sglang_probe.attention.telemetry import entropy, jump_scores, mass_by_region, top_positions
-from sglang_probe.engine.capture.telemetry import REGIONS, TelemetryOptions
 from sglang_probe.errors import ProbeError
 from sglang_probe.eviction.from_run import layer_from_run
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, parse_hook_point
 from sglang_probe.run.run import Run
+from sglang_probe.run.telemetry_options import REGIONS, TelemetryOptions
 
 TELEMETRY = pa.schema(
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from sglang_probe.engine.capture.telemetry import layers_of
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present
@@ -29,6 +28,7 @@ from sglang_probe.run.hook_points import (
     head_counts,
 )
 from sglang_probe.run.selection import check_selection, kept_heads
+from sglang_probe.run.telemetry_options import layers_of
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
 

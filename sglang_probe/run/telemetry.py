@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sglang_probe.engine.capture.telemetry import NUMBERS, REGIONS, TelemetryConfig
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import schema
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.run import Run
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryConfig
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.selected import prompt_lengths
 
@@ -38,7 +38,7 @@ def read_telemetry(run: Run) -> pd.DataFrame:
     """One row per measured decode step, layer and head.
 
     Columns: rid, attempt, position, forward_id, layer, head, step (0 at the first position behind the prompt), the
-    numbers of `capture.telemetry.NUMBERS`, and `top_positions` and `top_weights`, each a list, most weight first.
+    numbers of `telemetry_options.NUMBERS`, and `top_positions` and `top_weights`, each a list, most weight first.
     Discarded steps (overshoot, and steps of an attempt that was retracted) are in it; join the ledger to tell.
 
     Raises:

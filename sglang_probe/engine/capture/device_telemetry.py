@@ -17,18 +17,9 @@ from torch import Tensor
 
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.graph_taps import GraphTaps, refuse_unwritten
-from sglang_probe.engine.capture.telemetry import (
-    NUMBERS,
-    REGIONS,
-    SYSTEM,
-    Measured,
-    Memory,
-    Steps,
-    TelemetryOptions,
-    jump_scores,
-    relative,
-)
+from sglang_probe.engine.capture.telemetry import SYSTEM, Measured, Memory, Steps, jump_scores, relative
 from sglang_probe.engine.capture.transfer import Transfer, upload
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
 
 Array = np.ndarray[Any, Any]
 MOST_BYTES = 1 << 30

@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.config import Config
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run.hook_points import attention_points, parse_hook_point
 from sglang_probe.run.selection import RowsConfig, check_selection
+from sglang_probe.run.telemetry_options import TelemetryConfig
 
 
 class EngineProbeConfig(Config):

@@ -11,16 +11,8 @@ import torch
 
 from sglang_probe.attention import telemetry as definitions
 from sglang_probe.attention.run_telemetry import regions_of
-from sglang_probe.engine.capture.telemetry import (
-    NUMBERS,
-    REGIONS,
-    Memory,
-    Steps,
-    Telemetry,
-    TelemetryOptions,
-    logits,
-    top,
-)
+from sglang_probe.engine.capture.telemetry import Memory, Steps, Telemetry, logits, top
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
 
 HEADS, LAYERS = 3, 2
 CPU = torch.device("cpu")

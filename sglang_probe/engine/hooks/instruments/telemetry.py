@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from sglang_probe.engine.capture.taps import Tap
-from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, TelemetryConfig, layers_of, logits
+from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, logits
 from sglang_probe.engine.hooks import session as probe
 from sglang_probe.engine.hooks.instruments.attention_rows import check_attention
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.run.telemetry_options import TelemetryConfig, layers_of
 
 _MOST_RANGES = 64
 """Ranges of one request; each costs a mask over all keys of the batch."""
