@@ -16,7 +16,9 @@ from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.run import schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.selection import RowsConfig, Selected
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)

@@ -21,6 +21,7 @@ from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.phases import phases_fit
 from sglang_probe.verify.selected import kept_as_selected
+from sglang_probe.verify.telemetry import telemetry_holds
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,6 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         checks.append(kept_sets_stay_private)
     results = [intact, *(check(run) for check in checks)]
     if run.manifest.get("telemetry"):
-        from sglang_probe.run.telemetry import telemetry_holds
-
         results.insert(-1, telemetry_holds(run))
     # Content is asked only of rows that have one owner, and of a run that has any.
     if results[-1].holds and results[-1].covered:

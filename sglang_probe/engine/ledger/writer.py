@@ -18,12 +18,7 @@ from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.coalesce import coalesce
 from sglang_probe.engine.ledger.recorder import Commit
 from sglang_probe.run import journal, schema
-
-ROWS_KEY = "rows"
-"""Name of the tensor in a shard."""
-INDEX_KEY = "index"
-"""Name of a second one, int64 `[n]`, in shards of hook points that do not keep every row: the number of each row,
-counted from the first of the part."""
+from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 
 TELEMETRY_FOLDER = "telemetry"
 

@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.harvest.directory import new_manifest, write_manifest
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST, new_manifest, write_manifest
+from sglang_probe.run.run import Run, load_run
 
 logger = logging.getLogger("sglang_probe")
 
