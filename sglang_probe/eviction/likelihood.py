@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.from_run import model_config
 from sglang_probe.run.hook_points import RESID_POST, REVIEWED_ARCHITECTURES
 from sglang_probe.run.run import Run
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_probe.attention.from_run import _whole_groups
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.eviction.from_run import _whole_groups
 from sglang_probe.run.run import Run
 from sglang_probe.run.selection import RowsConfig
 from sglang_probe.verify.selected import kept_as_selected
