@@ -27,7 +27,7 @@ from sglang_probe.run.hook_points import (
     check_tensor_parallel,
     head_counts,
 )
-from sglang_probe.run.selection import check_selection, kept_heads
+from sglang_probe.run.selection import check_selection, selected_heads
 from sglang_probe.run.telemetry_options import layers_of
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
@@ -69,7 +69,7 @@ class Prepared:
             check_hook_points(config.hook_points, self.model.layers)
             check_selection(config.rows, config.hook_points)
             check_architecture(self.model.architecture)
-            self.heads, self.head_numbers = kept_heads(
+            self.heads, self.head_numbers = selected_heads(
                 config.rows,
                 head_counts(
                     config.hook_points,

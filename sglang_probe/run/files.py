@@ -125,7 +125,7 @@ class RunFiles:
 
     @functools.cached_property
     def selected(self) -> Selected:
-        """Which positions the hook points keep (`rows` of the configuration)."""
+        """Which positions the hook points hold (`rows` of the configuration)."""
         return Selected.from_manifest(self.manifest)
 
     def holds(self, hook_point: str, indices: Sequence[int] | Array) -> Array:

@@ -44,12 +44,12 @@ class Run(RunFiles):
     def tokens(self, *, interrupted: bool = False) -> pd.DataFrame:
         """One row per position of each served request's last attempt (`interrupted` as in `requests`).
 
-        Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
+        Columns: rid, position, token_id, segment (class of a prompt token; `generated` after the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), source_row (its own row, or the row of its origin;
         -1: none), and covered (whether this run has the forward pass that computed the position: not if it was reused
         from an entry of unknown origin or of another segment). Token ids of discarded overshoot positions are those of
-        the last output; -1 where a live recording kept no ids.
+        the last output; -1 where a live recording has no ids.
         """
         return positions.read_tokens(self, interrupted=interrupted)
 
@@ -71,7 +71,7 @@ class Run(RunFiles):
 
         Raises:
             RunDirectoryError: no such request; or a position has no row anywhere in the run, e.g. because its entry was
-                computed before the recording began, or because the hook point does not keep it. With `missing="nan"`
+                computed before the recording began, or because the hook point does not hold it. With `missing="nan"`
                 such rows are NaN instead.
         """
         return batches.activations(self, rid, hook_point, missing=missing, first=first)
@@ -87,7 +87,7 @@ class Run(RunFiles):
         seed: int = 0,
     ) -> Iterator[torch.Tensor]:
         """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly. Rows that the hook
-        point does not keep are left out.
+        point does not hold are left out.
 
         Args:
             where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.

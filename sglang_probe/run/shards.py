@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 ROWS_KEY = "rows"
 """Name of the tensor in a shard."""
 INDEX_KEY = "index"
-"""Name of a second one, int64 `[n]`, in shards of hook points that do not keep every row: the number of each row,
+"""Name of a second one, int64 `[n]`, in shards of hook points that do not hold every row: the number of each row,
 counted from the first of the part."""
 
 

@@ -126,7 +126,7 @@ def _labels(requests: pd.DataFrame) -> pd.DataFrame:
     """Token id and segment of every position of every request."""
     frames = []
     for r in requests.itertuples():
-        if r.prompt_ids is None:  # a live recording that kept no token ids
+        if r.prompt_ids is None:  # a live recording without token ids
             prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
             ids = [-1] * (prompt + int(r.output_len))
         else:

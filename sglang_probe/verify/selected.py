@@ -13,7 +13,7 @@ from sglang_probe.verify.check import Check
 Array = np.ndarray[Any, Any]
 
 
-def kept_as_selected(run: Run) -> Check:
+def held_as_selected(run: Run) -> Check:
     """Compare what every shard holds with the selection, asked again of the positions in the ledger."""
     name, claim = "selection", "every hook point holds the rows that its selection asks for, and no other"
     spans = run.spans()

@@ -154,10 +154,10 @@ class DeviceTelemetry:
                 past_BMHP = memory.past(i, at.places, x["places"], x["fresh"], self._heads, at.longest)
                 jump_BH = jump_scores(p_BHP, past_BMHP.mean(1))
                 jump_BH = jump_BH.masked_fill(x["incomplete"][:, None] != 0, torch.nan)
-                memory.keep(i, x["cells"], p_BHP)
+                memory.remember(i, x["cells"], p_BHP)
             found.append(_numbers(summary, jump_BH, x, self.options))
         if remembers:
-            memory.kept(at.places, at.step)
+            memory.remembered(at.places, at.step)
         return torch.stack(found)
 
 

@@ -20,7 +20,7 @@ from sglang_probe.run.telemetry_options import REGIONS, TelemetryOptions
 
 SYSTEM = REGIONS.index("system")
 _UNSEEN = -1e30
-"""Logit of a key behind the step. Not -inf: its weight times its logit must be 0, not NaN."""
+"""Logit of a key after the step. Not -inf: its weight times its logit must be 0, not NaN."""
 _BLOCK_ELEMENTS = 1 << 25
 """Elements of keys held at once in float32: 128 MiB."""
 
@@ -180,17 +180,17 @@ class Memory:
         return past.index_select(0, places_B)[..., :prompt]
 
     def cells(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where these steps are remembered, for `keep`, int64 `[B]`."""
+        """Where these steps are remembered, for `remember`, int64 `[B]`."""
         return places * self._size + step % self._size
 
-    def keep(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
+    def remember(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
         """Remember this step of a layer."""
         past = self._past[layer]
         assert past is not None
         room = past.shape[3] - p_BHP.shape[2]
         past.flatten(0, 1).index_copy_(0, cells_B, torch.nn.functional.pad(p_BHP, (0, room)) if room else p_BHP)
 
-    def kept(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
+    def remembered(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
         """All layers have remembered these steps."""
         self._held[places, step % self._size] = step
         self.fresh.clear()
@@ -226,9 +226,9 @@ class Telemetry:
             numbers, p_BHP = _numbers(logits_of(i), at, self.options)
             past_BMHP = self.memory.past(i, places, places_B, fresh_N, p_BHP.shape[1], p_BHP.shape[2])
             numbers["jump"] = jump_scores(p_BHP, past_BMHP.mean(1)).masked_fill(incomplete_B1, torch.nan)
-            self.memory.keep(i, cells_B, p_BHP)
+            self.memory.remember(i, cells_B, p_BHP)
             found.append(numbers)
-        self.memory.kept(places, step)
+        self.memory.remembered(places, step)
         return {name: torch.stack([numbers[name] for numbers in found]) for name in found[0]}
 
 

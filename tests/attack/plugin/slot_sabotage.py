@@ -253,8 +253,8 @@ def write_the_first_origin_for_all() -> None:
 def shift_the_rows() -> None:
     take = Taps.take
 
-    def shifted(self: Any, tokens: int, *, replayed: bool) -> Any:
-        return {k: v.roll(1, 0) for k, v in take(self, tokens, replayed=replayed).items()}
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return {k: v.roll(1, 0) for k, v in take(self, *args, **kwargs).items()}
 
     Taps.take = shifted  # type: ignore[method-assign]
 
@@ -262,9 +262,9 @@ def shift_the_rows() -> None:
 def read_the_single_buffer() -> None:
     """The rows of a forward are read where the taps wrote them, when its result is processed."""
 
-    def unprotected(self: Any, source: Any, tokens: int, kept: Any, *, replayed: bool) -> Snapshot:
+    def unprotected(self: Any, source: Any, tokens: int, selected: Any, *, replayed: bool) -> Snapshot:
         index = np.arange(tokens)
-        return Snapshot(source[:tokens], self.columns, replayed=replayed, index=index, kept=kept)
+        return Snapshot(source[:tokens], self.columns, replayed=replayed, index=index, selected=selected)
 
     GraphTaps._gather = unprotected  # type: ignore[method-assign]
 

@@ -108,7 +108,7 @@ def test_a_step_measured_again_after_a_retraction_has_no_jump() -> None:
     for step in range(5):
         assert memory.complete(places, np.array([step])).item() == (step >= 3)
         past(memory, places, 4)
-        memory.kept(places, np.array([step]))
+        memory.remembered(places, np.array([step]))
     assert not memory.complete(places, np.array([4])).item()
     assert memory.complete(places, np.array([5])).item()
 
@@ -117,8 +117,8 @@ def test_what_an_ended_request_left_is_not_the_next_ones_past() -> None:
     memory = Memory(1, 2)
     at = memory.places(["a"])
     past(memory, at, 8)
-    memory.keep(0, torch.from_numpy(at * 2), torch.ones(1, 1, 8))
-    memory.kept(at, np.array([0]))
+    memory.remember(0, torch.from_numpy(at * 2), torch.ones(1, 1, 8))
+    memory.remembered(at, np.array([0]))
     assert past(memory, at, 8).sum() == 8
     memory.end("a")
     again = memory.places(["b"])

@@ -38,7 +38,7 @@ from sglang_probe.run.hook_points import (
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.run.selection import kept_heads
+from sglang_probe.run.selection import selected_heads
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -56,7 +56,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
     model_config = runner.model_config
     check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
     heads = _heads(runner.model, session.config.hook_points)
-    session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
+    session.heads, session.head_numbers = selected_heads(session.config.rows, heads)
     through_graphs = session.config.accelerator == "unproved"
     if through_graphs:
         check_captures(runner)
@@ -124,11 +124,11 @@ def _take(output: Any) -> None:
     plan, taps = session.current, session.taps
     if plan is None or taps is None or not session.config.hook_points:
         return
-    plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+    plan.selected = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
     if isinstance(taps, GraphTaps):
-        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph, selected=plan.selected)
     else:
-        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
+        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph, selected=plan.selected)
 
 
 @probe.guarded
