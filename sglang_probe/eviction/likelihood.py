@@ -76,15 +76,6 @@ def divergence_from(full_TV: Tensor, other_TV: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def first_difference(full_TV: Tensor, other_TV: Tensor) -> int | None:
-    """First output token at which the two predict different tokens greedily; None: nowhere.
-
-    For a free-running greedy output compare the tokens themselves; here both have read the same tokens.
-    """
-    steps = (full_TV.argmax(-1) != other_TV.argmax(-1)).nonzero()
-    return int(steps[0]) if len(steps) else None
-
-
 def _weight(model: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
