@@ -16,7 +16,9 @@ from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.run import schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.selection import RowsConfig, Selected
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -34,35 +36,35 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     """
     selected_points = ("hook_embed", QUERY)
 
-    def make(name: str = "run", rows_kept: RowsConfig = EVERYTHING) -> Run:
+    def make(name: str = "run", rows: RowsConfig = EVERYTHING) -> Run:
         path = tmp_path / name
         path.mkdir()
-        selected = Selected(rows_kept, selected_points)
+        selected = Selected(rows, selected_points)
         writer = Writer(path)
         recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
 
-        def launch(tag: int, mode: str, *rows: tuple[str, int, int]) -> None:
+        def launch(tag: int, mode: str, *asked: tuple[str, int, int]) -> None:
             plan = ForwardPlan(
                 tag,
                 mode,
-                [r for r, _, _ in rows],
-                [s for _, s, _ in rows],
-                [e for _, _, e in rows],
-                [mode == "decode"] * len(rows),
-                [0] * len(rows),
-                [6] * len(rows),
-                [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in rows],
-                sum(e - s for _, s, e in rows),
+                [r for r, _, _ in asked],
+                [s for _, s, _ in asked],
+                [e for _, _, e in asked],
+                [mode == "decode"] * len(asked),
+                [0] * len(asked),
+                [6] * len(asked),
+                [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in asked],
+                sum(e - s for _, s, e in asked),
             )
             recorder.launch(plan)
-            ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]
-            positions = torch.tensor([[p] * 4 for _, s, e in rows for p in range(s, e)]).to(torch.bfloat16)
-            plan.kept = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+            ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in asked for p in range(s, e)]
+            positions = torch.tensor([[p] * 4 for _, s, e in asked for p in range(s, e)]).to(torch.bfloat16)
+            plan.selected = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
             captured = {"hook_embed": EMBEDDING[ids], QUERY: positions}
             plan.rows = {
-                h: x[plan.kept[h]] if h in plan.kept else x
+                h: x[plan.selected[h]] if h in plan.selected else x
                 for h, x in captured.items()
-                if h not in plan.kept or len(plan.kept[h])
+                if h not in plan.selected or len(plan.selected[h])
             }
 
         def end(rid: str, cached: int, reason: str) -> RequestEnd:
@@ -102,7 +104,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             "schema_version": 1,
             "status": "complete",
             "hook_points": dict.fromkeys(selected_points, ""),
-            "rows_kept": rows_kept.model_dump(mode="json"),
+            "rows_kept": rows.model_dump(mode="json"),
             "requests_expected": 2,
         }
         (path / MANIFEST).write_text(json.dumps(manifest))

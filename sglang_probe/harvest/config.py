@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.config import Config
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import EMBED, parse_hook_point
 from sglang_probe.run.selection import RowsConfig, Selected
+from sglang_probe.run.telemetry_options import TelemetryConfig
 from sglang_probe.workload.build import WorkloadConfig
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,9 @@ from sglang_probe.errors import RunDirectoryError
 from sglang_probe.harvest.kept import kept_key
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST, write_manifest
+from sglang_probe.run.run import Run
 from sglang_probe.workload.request import Request
 
 CONFIGURATION = (
@@ -84,23 +83,6 @@ def restore_set_aside(path: Path) -> None:
     shutil.rmtree(path)
     if _set_aside(path).exists():
         _set_aside(path).rename(path)
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest in one step."""
-    journal.write_text_durably(path / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
-
-
-def new_manifest(**fields: Any) -> dict[str, Any]:
-    """The fields of every manifest: versions and machine, then `fields`."""
-    return {
-        "schema_version": schema.SCHEMA_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("sglang-probe", "sglang", "torch", "transformers")},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **fields,
-    }
 
 
 def served(path: Path) -> set[str]:
@@ -199,10 +181,3 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     sessions = list(old.manifest.get("sessions", []))
     sessions += [{"seconds": None, "requests": None}] * (following - len(sessions))
     return Start(session=following, sessions=tuple(sessions))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

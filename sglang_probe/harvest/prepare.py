@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-from sglang_probe.engine.capture.telemetry import layers_of
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
@@ -29,7 +28,8 @@ from sglang_probe.run.hook_points import (
     check_tensor_parallel,
     head_counts,
 )
-from sglang_probe.run.selection import check_selection, kept_heads
+from sglang_probe.run.selection import check_selection, selected_heads
+from sglang_probe.run.telemetry_options import layers_of
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
 
@@ -70,7 +70,7 @@ class Prepared:
             check_hook_points(config.hook_points, self.model.layers)
             check_selection(config.rows, config.hook_points)
             check_architecture(self.model.architecture)
-            self.heads, self.head_numbers = kept_heads(
+            self.heads, self.head_numbers = selected_heads(
                 config.rows,
                 head_counts(
                     config.hook_points,

@@ -26,6 +26,7 @@ from sglang_probe.policy.partners import group
 from sglang_probe.policy.positions import override_of
 from sglang_probe.run import journal
 from sglang_probe.run.hook_points import EMBED, engine_module
+from sglang_probe.run.manifest import new_manifest, write_manifest
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.verify.ownership import load_embedding, write_oracle
 from sglang_probe.workload.request import Request
@@ -177,7 +178,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What is known of a run before it starts."""
     config, model = prepared.config, prepared.model
-    return directory.new_manifest(
+    return new_manifest(
         name=path.name,
         arm=arm_name,
         policy=arm.model_dump(mode="json"),
@@ -275,7 +276,7 @@ def _close(
         cached_tokens_disagreements=disagreements,
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
-    directory.write_manifest(path, manifest)
+    write_manifest(path, manifest)
     if fault is not None:
         raise ProbeError(
             f"the recording of {path} is incomplete: {fault}",

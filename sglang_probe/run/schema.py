@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 SCHEMA_VERSION = 3
-"""3: a shard may hold some rows of its part only, and says which (`capture.writer.INDEX_KEY`)."""
+"""3: a shard may hold some rows of its part only, and says which (`shards.INDEX_KEY`)."""
 
 COMPUTED = "computed"
 REUSED = "reused"
@@ -103,7 +103,7 @@ _PER_HEAD = pa.list_(pa.float32())
 TELEMETRY = pa.schema(
     [
         # One row per measured decode step and layer; lists have one entry per query head. What the numbers are:
-        # `sglang_probe.engine.capture.telemetry` and `study.telemetry`.
+        # `sglang_probe.engine.capture.telemetry` and `sglang_probe.attention.telemetry`.
         ("rid", pa.string()),
         ("attempt", pa.int32()),
         ("position", pa.int32()),

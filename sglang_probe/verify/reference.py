@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_probe.policy.positions import recorded_override
+from sglang_probe.ask import recorded_override
 from sglang_probe.run.hook_points import (
     KEY,
     QUERY,
@@ -20,7 +20,7 @@ from sglang_probe.run.hook_points import (
     parse_hook_point,
 )
 from sglang_probe.run.run import Run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.check import Check
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.attention.run_telemetry import write_telemetry
-from sglang_probe.engine.capture.telemetry import NUMBERS
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.run.telemetry import options_of
+from sglang_probe.run.telemetry_options import NUMBERS
 
 SHARE = "top_positions (share that differ)"
 """Where two weights are equal up to rounding their positions may change places; anything else is an error."""

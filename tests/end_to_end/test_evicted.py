@@ -16,17 +16,18 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction import Queries, parse_method
 from sglang_probe.eviction.from_run import layer_from_run, lookahead_from_run
+from sglang_probe.eviction.keep import kept_of
 from sglang_probe.eviction.likelihood import divergence_from, load_unembedding, output_logits, token_nll
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept import KEPT_FILE
 from sglang_probe.harvest.kept_requests import EvictedRequest, run_evicted
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.kept_set import Kept, KeptFile, kept_of, write_kept
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.verify import verify
 from tests.end_to_end import masked_model
 

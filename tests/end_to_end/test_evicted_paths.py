@@ -16,7 +16,7 @@ from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.kept_set import Kept, write_kept
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.verify import verify
 from tests.end_to_end import masked_model
 

@@ -15,7 +15,8 @@ import pytest
 
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
-from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import load_run
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.from_run import model_config
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared

@@ -24,7 +24,7 @@ from sglang_probe.paths import shipped
 from sglang_probe.report.page import render
 from sglang_probe.run.hook_points import ATTENTION
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.query_drift.study import study_drift

@@ -13,7 +13,8 @@ from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, 
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.harvest.directory import write_requests
 from sglang_probe.run import schema
-from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
 from sglang_probe.workload.request import Request, SegmentSpan
 

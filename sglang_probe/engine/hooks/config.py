@@ -9,12 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.ask import Ask
 from sglang_probe.config import Config
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run.hook_points import parse_hook_point
 from sglang_probe.run.selection import RowsConfig, check_selection
+from sglang_probe.run.telemetry_options import TelemetryConfig
 
 CONFIG_VARIABLE = "SGLANG_PROBE"
 """Environment variable with the path of the probe's YAML; unset means inert."""

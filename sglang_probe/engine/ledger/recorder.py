@@ -52,7 +52,7 @@ class ForwardPlan:
     rows: dict[str, Any] | None = None
     snapshot: Any = None  # rows that are on their way from the device (engine/capture/graph_taps.py)
     graph: bool = False  # whether the forward was replayed from a graph
-    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    selected: dict[str, Any] = field(default_factory=dict)  # see Commit
     telemetry: Any = None
     measuring: Any = None  # telemetry that is on its way from the device (engine/capture/device_telemetry.py)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
@@ -88,8 +88,8 @@ class Commit:
     forward: tuple[Any, ...] | None = None
     rows: dict[str, Any] | None = None
     numbered: int = 0  # rows that the forward was given numbers for
-    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
-    kept: dict[str, Any] = field(default_factory=dict)
+    # Of hook points that do not hold every row, the selected ones, by their place in the forward. They may have none.
+    selected: dict[str, Any] = field(default_factory=dict)
     telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
@@ -217,7 +217,7 @@ class Recorder:
             plan.telemetry = plan.measuring.finish()
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
-        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit = Commit(rows=plan.rows, selected=plan.selected, telemetry=plan.telemetry)
         commit.numbered = plan.tokens if self._captures_rows else 0
         offset = 0
         for i in range(len(plan.rids)):

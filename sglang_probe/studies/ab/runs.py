@@ -12,7 +12,8 @@ from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.recording import Hooks, bypasses, harvest, manifest_of
-from sglang_probe.run.run import MANIFEST, Run, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.ab.plan import plan
 
 

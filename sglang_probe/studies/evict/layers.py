@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.attention.weights import AttentionSpec
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.eviction.from_run import model_config, output_projection
+from sglang_probe.eviction.from_run import output_projection
 from sglang_probe.eviction.layer import Layer, Queries
 from sglang_probe.eviction.protocol import Protocol, under
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, VALUE

@@ -22,7 +22,8 @@ from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.recording import Hooks, harvest, manifest_of
 from sglang_probe.kept_set import write_kept
-from sglang_probe.run.run import MANIFEST, Run, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.ab.runs import complete_run
 from sglang_probe.studies.evict.config import Cut, Decode, EvictionConfig
 from sglang_probe.studies.evict.lookahead_runs import DAPQ, Asked

@@ -26,7 +26,8 @@ from sglang_probe.harvest.recording import Hooks, harvest, manifest_of
 from sglang_probe.kept_set import KeptFile, write_kept
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import EMBED, QUERY, RESID_POST, ROTATED_KEY, ROTATED_QUERY, VALUE
-from sglang_probe.run.run import MANIFEST, Run, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.selection import RowsConfig
 from sglang_probe.studies.ab.runs import complete_run
 from sglang_probe.studies.factorial import cells

@@ -12,7 +12,6 @@ import torch
 from sglang_probe.ask import Ask
 from sglang_probe.engine.capture.attention_reference import attention_summary
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
 from sglang_probe.engine.hooks import model as engine_model
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import accelerator, host_telemetry
@@ -20,6 +19,7 @@ from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTe
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import LedgerError
+from sglang_probe.run.telemetry_options import TelemetryConfig
 from tests.engine.capture.graph import WIDTH, Graph
 from tests.engine.hooks.test_replay import LAYERS, LlamaForCausalLM, expected
 from tests.engine.made_session import make_session

@@ -18,11 +18,12 @@ import torch
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.device_telemetry import DeviceTelemetry, Prepared, TelemetryOnTheWay
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.capture.telemetry import Measured, TelemetryConfig
+from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.host_telemetry import AskedTelemetry, check_keys, first_rows
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.run.hook_points import ROTATED_QUERY
+from sglang_probe.run.telemetry_options import TelemetryConfig
 
 
 class AcceleratorTelemetry(AskedTelemetry):

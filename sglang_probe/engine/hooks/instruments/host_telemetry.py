@@ -15,11 +15,12 @@ import torch
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.capture.taps import Tap
-from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, TelemetryConfig, layers_of, logits
+from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, logits
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.attention_rows import check_attention
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.run.telemetry_options import TelemetryConfig, layers_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

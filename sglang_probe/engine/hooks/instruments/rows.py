@@ -29,7 +29,7 @@ from sglang_probe.run.hook_points import (
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.run.selection import Selected, kept_heads
+from sglang_probe.run.selection import Selected, selected_heads
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
@@ -69,7 +69,7 @@ class Rows(Instrument):
         hook_points = self.config.hook_points
         check_model(runner, self.config)
         install_taps(runner.model, hook_points, self)
-        self._heads, self._head_numbers = kept_heads(self.config.rows, _heads(runner.model, hook_points))
+        self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))
         if self.config.accelerator == "unproved":
             self.taps = graph_taps(runner, hook_points, self._heads, self._columns())
         else:
@@ -93,11 +93,11 @@ class Rows(Instrument):
         plan, taps = forward.plan, self.taps
         if plan is None or taps is None:
             return
-        plan.kept = self._selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+        plan.selected = self._selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
         if isinstance(taps, GraphTaps):
-            plan.snapshot = taps.snapshot(plan.tokens, replayed=forward.replayed, kept=plan.kept)
+            plan.snapshot = taps.snapshot(plan.tokens, replayed=forward.replayed, selected=plan.selected)
         else:
-            plan.rows = taps.take(plan.tokens, replayed=forward.replayed, kept=plan.kept)
+            plan.rows = taps.take(plan.tokens, replayed=forward.replayed, selected=plan.selected)
 
     def facts(self) -> dict[str, Any]:
         return {"heads": self._heads, "head_numbers": self._head_numbers}
