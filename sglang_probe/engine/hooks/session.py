@@ -156,7 +156,7 @@ class Session:
         if self.recorder is not None and self.writer is not None:
             recorder, self.recorder = self.recorder, None
             for plan in recorder.in_flight:
-                for transfer in plan.travelling:
+                for transfer in plan.travelling.values():
                     transfer.wait()
             recorder.drain()
             self.writer.flush()

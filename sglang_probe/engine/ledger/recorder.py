@@ -50,22 +50,17 @@ class ForwardPlan:
     forward_id: int = -1
     row_start: int = -1
     rows: dict[str, Any] | None = None
-    snapshot: Any = None  # rows that are on their way from the device (engine/capture/graph_taps.py)
     graph: bool = False  # whether the forward was replayed from a graph
     selected: dict[str, Any] = field(default_factory=dict)  # see Commit
     telemetry: Any = None
-    measuring: Any = None  # telemetry that is on its way from the device (engine/capture/device_telemetry.py)
+    # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
+    travelling: dict[str, Any] = field(default_factory=dict)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
     def tokens(self) -> int:
         return sum(self.ends) - sum(self.starts)
-
-    @property
-    def travelling(self) -> list[Any]:
-        """What is on its way from the device."""
-        return [x for x in (self.snapshot, self.measuring) if x is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +206,8 @@ class Recorder:
             raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
         plan = self._pending.popleft()
         plan.discarded.update(retracted)
-        if plan.snapshot is not None:
-            plan.rows = plan.snapshot.finish()
-        if plan.measuring is not None:
-            plan.telemetry = plan.measuring.finish()
+        for name, transfer in plan.travelling.items():
+            setattr(plan, name, transfer.finish())
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
         commit = Commit(rows=plan.rows, selected=plan.selected, telemetry=plan.telemetry)

@@ -79,7 +79,7 @@ def _forward(running: Session, value: float) -> ForwardPlan:
     plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
     _taps(running).arm()
     _taps(running).write("h", torch.full((2, 2), value))
-    plan.snapshot = _taps(running).snapshot(2, replayed=False)
+    plan.travelling["rows"] = _taps(running).snapshot(2, replayed=False)
     running.plan = plan
     return plan
 
@@ -106,9 +106,9 @@ def test_rows_travel_with_the_result_of_their_forward(recording: Session) -> Non
         results.append(accelerator.forward_batch_generation(lambda *_: _result(), None, None))
     for plan, result, value in zip(plans, results, (1.0, 2.0), strict=True):
         with pytest.raises(LedgerError, match="had not arrived"):
-            plan.snapshot.finish()
+            plan.travelling["rows"].finish()
         _copied(result)
-        assert plan.snapshot.finish()["h"].tolist() == [[value] * 2] * 2
+        assert plan.travelling["rows"].finish()["h"].tolist() == [[value] * 2] * 2
     assert recording.fault is None
 
 
@@ -127,7 +127,7 @@ def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: S
     recording.plan = None  # the launch is over
     assert result.delay_sample_func() is result
     _copied(result)
-    assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
+    assert plan.travelling["rows"].finish()["h"].tolist() == [[3.0] * 2] * 2
 
 
 @auxiliary
@@ -147,14 +147,14 @@ def test_what_another_plugin_attached_arrives_too(recording: Session) -> None:
     accelerator.forward_batch_generation(lambda *_: result, None, None)
     _copied(result)
     assert consumed == [True]
-    assert plan.snapshot.finish()["h"].tolist() == [[4.0] * 2] * 2
+    assert plan.travelling["rows"].finish()["h"].tolist() == [[4.0] * 2] * 2
 
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
 def test_a_fault_on_the_way_stops_the_recording_and_not_the_request(recording: Session) -> None:
     plan = _forward(recording, 5.0)
-    plan.snapshot.send(torch.clone)  # a second send has nothing to send
+    plan.travelling["rows"].send(torch.clone)  # a second send has nothing to send
     result = accelerator.forward_batch_generation(lambda *_: _result(), None, None)
     _copied(result)
     assert recording.fault is not None

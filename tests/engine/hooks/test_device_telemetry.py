@@ -97,7 +97,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
 
 
 def _arrived(plan: ForwardPlan) -> Any:
-    (way,) = plan.travelling
+    (way,) = plan.travelling.values()
     way.send(torch.clone)
     way.arrive()
     return way.finish()
@@ -115,7 +115,7 @@ def test_a_replay_gives_the_numbers_of_its_own_queries(engine: Engine) -> None:
         prompts, steps = [5, 4, 7], [2, 1, 0]  # the second is no step to be measured
         plan = engine.forward(prompts, steps, lambda x=x: graph.replay(x), replayed=True)
         assert engine.session.fault is None
-        assert plan.snapshot is None  # no rows were asked for
+        assert "rows" not in plan.travelling  # no rows were asked for
         found = _arrived(plan)
         assert (found.rids, found.positions.tolist(), found.forward_id) == (["0", "2"], [7, 7], 7)
         eager = _arrived(engine.forward(prompts, steps, lambda x=x: engine.model(x), replayed=False))
@@ -141,7 +141,7 @@ def test_steps_that_are_not_measured_cost_nothing_outside_the_graph(engine: Engi
     graph = engine.capture()
     engine.session.recorder = object()  # type: ignore[assignment]
     plan = engine.forward([5], [1], lambda: graph.replay(torch.ones(1, WIDTH)), replayed=True)
-    assert plan.travelling == []
+    assert plan.travelling == {}
     found.taps.buffer.zero_()
     engine.forward([5], [3], lambda: engine.model(torch.ones(1, WIDTH)), replayed=False)
     assert not found.taps.buffer.any()

@@ -142,9 +142,9 @@ def _forward(running: Session, tokens: int, run: Any, *, replayed: bool) -> dict
 
     assert engine_model.forward(original, SimpleNamespace(is_draft_worker=False), None) is output
     assert running.fault is None
-    plan.snapshot.send(torch.clone)
-    plan.snapshot.arrive()
-    return plan.snapshot.finish()
+    plan.travelling["rows"].send(torch.clone)
+    plan.travelling["rows"].arrive()
+    return plan.travelling["rows"].finish()
 
 
 @pytest.mark.reviewed("accelerator rows")

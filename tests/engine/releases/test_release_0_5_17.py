@@ -233,7 +233,7 @@ def launched(running: Session, value: float, *, overlap: bool = True) -> tuple[F
     plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
     rows.taps.arm()
     rows.taps.write("h", torch.full((2, 2), value))
-    plan.snapshot = rows.taps.snapshot(2, replayed=False)
+    plan.travelling["rows"] = rows.taps.snapshot(2, replayed=False)
     running.plan = plan
     logits = LogitsProcessorOutput(next_token_logits=None)
     result = GenerationBatchResult(logits_output=logits, next_token_ids=torch.zeros(2, dtype=torch.int64))
@@ -262,16 +262,16 @@ def test_rows_are_sent_in_front_of_sglangs_copies(recording: Session, monkeypatc
     for value, plan, result in made:
         copy(result)
         with pytest.raises(LedgerError, match="had not arrived"):
-            plan.snapshot.finish()
+            plan.travelling["rows"].finish()
         adapter.process_batch_result(None, None, None, result)
-        assert plan.snapshot.finish()["h"].tolist() == [[value] * 2] * 2
+        assert plan.travelling["rows"].finish()["h"].tolist() == [[value] * 2] * 2
     assert recording.fault is None
 
 
 def test_without_overlap_rows_are_sent_with_the_forward(recording: Session) -> None:
     plan, result = launched(recording, 3.0, overlap=False)
     adapter.process_batch_result(None, None, None, result)
-    assert plan.snapshot.finish()["h"].tolist() == [[3.0] * 2] * 2
+    assert plan.travelling["rows"].finish()["h"].tolist() == [[3.0] * 2] * 2
     assert recording.fault is None
 
 

@@ -208,9 +208,9 @@ def _send(result: Any) -> None:
     if plan is None or not plan.travelling:
         return
     if result.delay_sample_func is None:
-        attach(result, plan.travelling)
+        attach(result, [*plan.travelling.values()])
     else:  # sampled behind the previous result, for the sake of its grammar; sampling resets the channel
-        result.delay_sample_func = _sample_then_attach(result, plan.travelling)
+        result.delay_sample_func = _sample_then_attach(result, [*plan.travelling.values()])
 
 
 def _sample_then_attach(result: Any, transfers: list[Transfer]) -> Callable[[], Any]:
@@ -273,7 +273,7 @@ def _arrived(transfers: list[Transfer]) -> None:
 def travelling() -> list[Transfer]:
     """Transfers of the forward that was just enqueued."""
     plan = guard.active().plan
-    return [] if plan is None else plan.travelling
+    return [] if plan is None else [*plan.travelling.values()]
 
 
 def send(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -98,7 +98,7 @@ class AcceleratorTelemetry(AskedTelemetry):
             positions=at.steps.keys - 1,
             forward_id=plan.forward_id,
         )
-        plan.measuring = TelemetryOnTheWay(numbers, marks, self._names, self._config.top_k, measured)
+        plan.travelling["telemetry"] = TelemetryOnTheWay(numbers, marks, self._names, self._config.top_k, measured)
 
     def end(self, rid: str) -> None:
         super().end(rid)

@@ -95,7 +95,7 @@ class Rows(Instrument):
             return
         plan.selected = self._selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
         if isinstance(taps, GraphTaps):
-            plan.snapshot = taps.snapshot(plan.tokens, replayed=forward.replayed, selected=plan.selected)
+            plan.travelling["rows"] = taps.snapshot(plan.tokens, replayed=forward.replayed, selected=plan.selected)
         else:
             plan.rows = taps.take(plan.tokens, replayed=forward.replayed, selected=plan.selected)
 
