@@ -9,11 +9,12 @@ Shapes: S steps, Y layers, G kv heads, N positions of the cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.base import Selection
+
+if TYPE_CHECKING:
+    from sglang_probe.eviction.base import Selection
 
 FORMAT = "sglang-probe kept sets 1"
 
@@ -137,6 +140,13 @@ class KeptFile(Mapping[str, Kept]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def digest(self, keys: Iterable[str]) -> str:
+        """SHA-256 of the sets of `keys`, whatever else the file holds."""
+        h = hashlib.sha256()
+        for key in sorted(set(keys)):
+            h.update(json.dumps([key, self.shapes[key]]).encode() + self._bits[key].tobytes())
+        return h.hexdigest()
 
     def write_subset(self, path: Path, keys: Iterable[str]) -> None:
         """Write the sets of `keys` alone to another file."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_probe.ask import recorded_override
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.attention.weights import AttentionSpec
 from sglang_probe.errors import ProbeError
 from sglang_probe.eviction.layer import Layer, Queries
-from sglang_probe.policy.positions import recorded_override
 from sglang_probe.run.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 

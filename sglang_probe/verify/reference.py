@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_probe.policy.positions import recorded_override
+from sglang_probe.ask import recorded_override
 from sglang_probe.run.hook_points import (
     KEY,
     QUERY,

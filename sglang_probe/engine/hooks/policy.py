@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.instruments import kept_sets as eviction
 from sglang_probe.errors import ConfigError, UnsupportedError
-from sglang_probe.policy.positions import override_of
 from sglang_probe.policy.switches import Switches
 
 
@@ -82,7 +82,7 @@ def cache_use(req: Any) -> str | None:
 def moves_from(req: Any) -> int | None:
     """The first position whose rotation a request prescribes; 0 where that cannot be read, which is refused later."""
     try:
-        override = override_of(req.sampling_params.custom_params)
+        override = Ask.of(req.sampling_params).positions
     except ConfigError:
         return 0
     return None if override is None else override.start

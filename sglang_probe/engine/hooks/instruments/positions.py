@@ -1,4 +1,4 @@
-"""RoPE positions apart from sequence positions (`sglang_probe/policy/positions.py`).
+"""RoPE positions apart from sequence positions (`sglang_probe.ask`).
 
 Positions of a forward pass are built from the host's lists in `ForwardBatch.init_new` and read by nothing but the
 rotation, so that replacing them there leaves KV slots, masks and the ledger alone. Keys of such a request are not those
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from sglang_probe.ask import Ask, PositionOverride
 from sglang_probe.engine.hooks import session as probe
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import ConfigError
-from sglang_probe.policy.positions import PositionOverride, override_of
 
 
 def init_new(forward_batch: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -26,7 +26,7 @@ def init_new(forward_batch: Any, *_args: Any, **_kwargs: Any) -> None:
 def create_generation_req(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """A request was made: refuse what cannot be read or leaves the rotary tables. For the release's own hook."""
     try:
-        override = override_of(req.sampling_params.custom_params)
+        override = Ask.of(req.sampling_params).positions
     except ConfigError as e:
         req.set_finish_with_abort(e.message)
         return
@@ -59,7 +59,7 @@ def moved_positions(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list
 def _readable(req: Any) -> PositionOverride | None:
     """What a request asks for; None also where it was refused for what cannot be read."""
     try:
-        return override_of(req.sampling_params.custom_params)
+        return Ask.of(req.sampling_params).positions
     except ConfigError:
         return None
 
