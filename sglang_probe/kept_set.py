@@ -9,6 +9,7 @@ Shapes: S steps, Y layers, G kv heads, N positions of the cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,13 @@ class KeptFile(Mapping[str, Kept]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def digest(self, keys: Iterable[str]) -> str:
+        """SHA-256 of the sets of `keys`, whatever else the file holds."""
+        h = hashlib.sha256()
+        for key in sorted(set(keys)):
+            h.update(json.dumps([key, self.shapes[key]]).encode() + self._bits[key].tobytes())
+        return h.hexdigest()
 
     def write_subset(self, path: Path, keys: Iterable[str]) -> None:
         """Write the sets of `keys` alone to another file."""

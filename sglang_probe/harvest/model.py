@@ -28,6 +28,11 @@ class Model:
     config: dict[str, Any]
     """`config.json` of the text model, as `transformers` completes it."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model embeds."""
+        return int(self.config["vocab_size"])
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as `transformers` loads it."""
@@ -35,6 +40,7 @@ class Model:
 
         return AutoTokenizer.from_pretrained(self.path)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Identity for the manifest: name, architecture, and hashes of weights and tokenizer where files are local."""
         folder = Path(self.path)

@@ -11,8 +11,7 @@ import pytest
 from sglang_probe.config import load_config, parse_config
 from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.studies.evict.config import EvictionConfig
-from sglang_probe.studies.evict.runs import open_folder
-from sglang_probe.studies.evict.stages import counts
+from sglang_probe.studies.evict.stages import counts, open_folder
 from sglang_probe.studies.evict.study import OFFLINE_FILE
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"

@@ -14,7 +14,7 @@ from sglang_probe.policy.arm import Arm
 
 def _prepare(**fields: Any) -> prepare.Prepared:
     workload = {"source": "shared_prefix", "families": 1, "requests_per_family": 1}
-    return prepare.Prepared(HarvestConfig.model_validate({"workload": workload, **fields}), {"harvest": Arm()})
+    return prepare.prepare(HarvestConfig.model_validate({"workload": workload, **fields}), {"harvest": Arm()})
 
 
 @pytest.mark.reviewed("accelerator rows")

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_probe.harvest.config import ExperimentConfig
+    from sglang_probe.studies.ab.config import AbConfig
     from sglang_probe.studies.ab.study import PairResult
 
 
@@ -32,28 +32,29 @@ def command(
 
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.config import ExperimentConfig, with_skip_bad
-    from sglang_probe.harvest.prepare import Prepared
+    from sglang_probe.harvest.config import with_skip_bad
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.page import write
-    from sglang_probe.run.run import load_run
+    from sglang_probe.studies.ab.config import AbConfig
     from sglang_probe.studies.ab.page import pair_page
-    from sglang_probe.studies.ab.runs import run_names, run_pair
+    from sglang_probe.studies.ab.plan import run_names
+    from sglang_probe.studies.ab.runs import prepare, read
+    from sglang_probe.studies.ab.runs import run as record
     from sglang_probe.studies.ab.study import study_pair, write_summary
+    from sglang_probe.studies.coverage.card import write_card
 
     console = Console()
     terminal = Terminal(console)
-    config = with_skip_bad(load_config(experiment, ExperimentConfig), skip_bad)
+    config = with_skip_bad(load_config(experiment, AbConfig), skip_bad)
     name = config.name or experiment.stem
     folder = output or config.output / name
     if report_only:
-        runs = {run: load_run(folder / run) for run, _ in run_names(config)}
+        runs = read(config, folder)
     else:
         with terminal.stage("checking model and workload"):
-            prepared = Prepared(config, config.arms)
+            prepared = prepare(config)
         _print_plan(console, config, len(prepared.workload.requests))
-        runs = run_pair(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
+        runs = record(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
         for run in runs.values():
             write_card(run)
     with terminal.stage("studying"):
@@ -125,7 +126,7 @@ def _print_floors(console: Console, result: PairResult) -> None:
         print_frame(console, result.flips, "outputs were not forced: where they part")
 
 
-def _print_plan(console: Console, config: ExperimentConfig, requests: int) -> None:
+def _print_plan(console: Console, config: AbConfig, requests: int) -> None:
     """What will run in which order, what is changed in the running engine, and what needs a start of SGLang."""
     import pandas as pd
 

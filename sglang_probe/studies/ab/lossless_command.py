@@ -23,13 +23,13 @@ def command(
 
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.config import ExperimentConfig
     from sglang_probe.run.run import Run, load_run
+    from sglang_probe.studies.ab.config import AbConfig
     from sglang_probe.studies.ab.lossless import study_lossless
     from sglang_probe.studies.ab.plan import plan
 
     console = Console()
-    config = load_config(experiment, ExperimentConfig)
+    config = load_config(experiment, AbConfig)
     folder = output or config.output / (config.name or experiment.stem)
     arms: dict[str, list[Run]] = {name: [] for name in config.arms}
     for p in sorted(plan(config), key=lambda p: p.replicate):

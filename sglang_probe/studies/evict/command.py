@@ -34,8 +34,9 @@ def command(
     from sglang_probe.report.page import write
     from sglang_probe.studies.evict.config import EvictionConfig
     from sglang_probe.studies.evict.page import eviction_page
-    from sglang_probe.studies.evict.runs import prepare
-    from sglang_probe.studies.evict.stages import read_study, run_study
+    from sglang_probe.studies.evict.runs import prepare, read
+    from sglang_probe.studies.evict.runs import run as record
+    from sglang_probe.studies.evict.stages import study_files
     from sglang_probe.studies.evict.study import write_summary
 
     console = Console()
@@ -44,15 +45,16 @@ def command(
     name = config.name or experiment.stem
     folder = output or config.output / name
     if report_only:
-        with terminal.stage("studying"):
-            result = read_study(config, folder, name)
+        runs = read(config, folder)
     else:
         with terminal.stage("checking model and workloads"):
             prepared = prepare(config)
         _print_plan(console, config, {t: len(p.workload.requests) for t, p in prepared.items()})
         if plan:
             return
-        result = run_study(prepared, config, folder, name, overwrite=overwrite, resume=resume, reporter=terminal)
+        runs = record(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
+    with terminal.stage("studying"):
+        result = study_files(config, folder, name, runs)
     with terminal.stage("writing the report"):
         write_summary(result, folder)
         write(eviction_page(result), folder / "report.html")

@@ -26,13 +26,14 @@ def command(
 
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
     from sglang_probe.harvest.model import resolve_model
-    from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.page import write
+    from sglang_probe.studies.coverage.card import write_card
+    from sglang_probe.studies.factorial.config import FactorialConfig
     from sglang_probe.studies.factorial.page import factorial_page
-    from sglang_probe.studies.factorial.runs import FactorialConfig, options_of, run_factorial, runs_in
+    from sglang_probe.studies.factorial.runs import prepare, read
+    from sglang_probe.studies.factorial.runs import run as record
     from sglang_probe.studies.factorial.study import study_factorial
 
     console = Console()
@@ -41,17 +42,17 @@ def command(
     name = config.name or experiment.stem
     folder = output or config.output / name
     if report_only:
-        runs = runs_in(folder)
+        runs = read(config, folder)
         model = resolve_model(config.model).path
     else:
         with terminal.stage("checking model and prompts"):
-            prepared = Prepared(config, {})
+            prepared = prepare(config)
         model = prepared.model.path
-        runs = run_factorial(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
+        runs = record(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
         for run in runs.values():
             write_card(run)
     with terminal.stage("studying"):
-        result = study_factorial(runs, options_of(config), name, model=model)
+        result = study_factorial(runs, config.options, name, model=model)
         result.rows.to_parquet(folder / "cells.parquet", index=False, compression="zstd")
         text = json.dumps(result.to_json()) + "\n"
         (folder / "summary.json").write_text(text, encoding="utf-8")

@@ -27,12 +27,13 @@ def command(
 
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.page import write
+    from sglang_probe.studies.coverage.card import write_card
+    from sglang_probe.studies.phase.config import PhaseConfig
     from sglang_probe.studies.phase.page import phase_page
-    from sglang_probe.studies.phase.runs import PhaseConfig, run_phase, runs_in
+    from sglang_probe.studies.phase.runs import prepare, read
+    from sglang_probe.studies.phase.runs import run as record
     from sglang_probe.studies.phase.study import study_phase
 
     console = Console()
@@ -41,11 +42,11 @@ def command(
     name = config.name or experiment.stem
     folder = output or config.output / name
     if report_only:
-        runs = runs_in(folder, config)
+        runs = read(config, folder)
     else:
         with terminal.stage("checking model and texts"):
-            prepared = Prepared(config, {"arm": config.arm})
-        runs = run_phase(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
+            prepared = prepare(config)
+        runs = record(prepared, config, folder, overwrite=overwrite, resume=resume, reporter=terminal)
         for replicates in runs.values():
             for run in replicates:
                 write_card(run)
