@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def _loads(statement: str) -> set[str]:
 def test_importing_the_package_loads_neither_torch_nor_sglang_nor_pandas() -> None:
     loaded = _loads("import sglang_probe")
     assert not {"torch", "sglang", "transformers", "pandas", "pyarrow", "pydantic"} & loaded
+
+
+@pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction"])
+def test_what_a_door_names_is_there(door: str) -> None:
+    module = importlib.import_module(door if door == "sglang_probe" else f"sglang_probe.{door}")
+    assert module.__all__
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("door", ["harvest", "run", "attention"])
+def test_these_doors_load_nothing(door: str) -> None:
+    assert not {"torch", "sglang", "transformers", "pandas", "pyarrow"} & _loads(f"import sglang_probe.{door}")
 
 
 def test_the_command_line_is_light_until_a_command_runs() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sglang_probe.attention.from_run import attention_rows, head_rows
+from sglang_probe.attention.from_run import attention_rows, head_rows, model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.errors import ProbeError
+from sglang_probe.eviction.base import Method
+from sglang_probe.eviction.keep import kept_of
 from sglang_probe.eviction.layer import Layer, Queries
+from sglang_probe.eviction.registry import parse_method
+from sglang_probe.kept_set import Kept
 from sglang_probe.run.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 
@@ -56,6 +60,33 @@ def layer_from_run(
         request=torch.tensor(rows.request),
         future=Queries(q[prompt:], k[length:], None if v is None else v[length:]) if rows.steps else None,
     )
+
+
+def kept_sets(
+    run: Run, method: Method | Mapping[str, Any] | str, budget: int | float, *, rids: Sequence[str] | None = None
+) -> dict[str, Kept]:
+    """What a method keeps of the prompts of a run that captured queries and keys of all layers.
+
+    Args:
+        method: e.g. `{"method": "snapkv", "window": 8}`, or its name alone.
+        budget: positions per kv head and layer; below 1: a share of the prompt.
+        rids: of which requests; None: all.
+
+    Returns:
+        By request id, bool `[1 or steps, layers, kv heads, prompt positions]`.
+
+    Raises:
+        ConfigError: no such method.
+        ProbeError: as `layer_from_run`; or the method asks for more than a run of the full cache has.
+    """
+    policy = method if isinstance(method, Method) else parse_method(method)
+    layers = range(int(model_config(run)["num_hidden_layers"]))
+    kept = {}
+    for rid in run.requests()["rid"] if rids is None else rids:
+        found = [layer_from_run(run, rid, i) for i in layers]
+        tokens = max(1, round(budget * found[0].length)) if budget < 1 else int(budget)
+        kept[rid] = kept_of([policy.select(layer, tokens) for layer in found])
+    return kept
 
 
 def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int | None = None) -> Queries:

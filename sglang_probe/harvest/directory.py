@@ -49,8 +49,8 @@ _SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
 class Start:
     """What an engine process follows: nothing, in a new run."""
 
-    session: int = 0
-    sessions: tuple[dict[str, Any], ...] = ()
+    number: int = 0
+    earlier: tuple[dict[str, Any], ...] = ()
     """Durations of earlier engine processes; `seconds` is None for one that was killed."""
 
 
@@ -203,6 +203,6 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     if not parts:
         return Start()
     following = max(part.session for part in parts) + 1
-    sessions = list(old.manifest.get("sessions", []))
-    sessions += [{"seconds": None, "requests": None}] * (following - len(sessions))
-    return Start(session=following, sessions=tuple(sessions))
+    earlier = schema.starts_of(old.manifest)
+    earlier += [{"seconds": None, "requests": None}] * (following - len(earlier))
+    return Start(following, tuple(earlier))

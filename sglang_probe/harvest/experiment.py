@@ -80,11 +80,30 @@ def record(
     with nullcontext(host) if host is not None else EngineHost() as engines:
         for spec in specs:
             job, path = resolve(spec, prepared, runs), folder / spec.name
-            run = directory.complete_run(path, manifest_of(job, path)) if resume else None
-            runs[spec.name] = run or harvest(
-                job, path, engines, asks=frozenset(asks), overwrite=overwrite, resume=resume, reporter=reporter
+            runs[spec.name] = record_job(
+                job, path, engines, asks=asks, overwrite=overwrite, resume=resume, reporter=reporter
             )
     return runs
+
+
+def record_job(
+    job: Job,
+    path: Path,
+    engines: EngineHost,
+    *,
+    asks: Collection[str] = (),
+    overwrite: bool = False,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Run:
+    """One run of `record`: kept, finished, or recorded.
+
+    Raises:
+        ProbeError: as `record`.
+    """
+    if resume and (run := directory.complete_run(path, manifest_of(job, path))) is not None:
+        return run
+    return harvest(job, path, engines, asks=frozenset(asks), overwrite=overwrite, resume=resume, reporter=reporter)
 
 
 def resolve(spec: RunSpec, prepared: Prepared, runs: Runs) -> Job:

@@ -118,8 +118,9 @@ def prepare(
         _check_choices(server, server_argument_choices())
     for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
         _check_choices({"dtype": dtype}, server_argument_choices())
-    check_sampling(given.requests)
-    return Prepared(config, reviewed, model, given, room, context)
+    prepared = Prepared(config, reviewed, model, given, room, context)
+    check_requests(given.requests, prepared)
+    return prepared
 
 
 def capture_of(
@@ -171,7 +172,7 @@ def check_ask(request: Request, config: Recording, *, context: int, vocabulary: 
 
 
 def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
-    """Refuse requests made in code that cannot be served.
+    """Refuse requests that cannot be served.
 
     Raises:
         ProbeError: names the request, and file and line if it was read from one.

@@ -58,10 +58,10 @@ def harvest(
     inventory.require(features(probe))
     manifest, server, model = manifest_of(job, path), job.server, job.prepared.model
     start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
-    manifest["sessions"] = list(start.sessions)
+    manifest["starts"] = list(start.earlier)
     if job.kept is not None:
         manifest["kept"] = keep_with_run(path, job.kept, job.requests)
-    probe = probe.model_copy(update={"session": start.session})
+    probe = probe.model_copy(update={"start": start.number})
     try:
         todo = _remaining(job, path, start)
         shared = engines.serves(engine_key(model.path, server, probe))
@@ -70,7 +70,7 @@ def harvest(
         manifest["server_resolved"] = engine.server_args
     except BaseException as e:
         engines.stop()
-        if not start.session:
+        if not start.number:
             directory.restore_set_aside(path)
         if isinstance(e, ValueError | TypeError):  # SGLang refuses an argument
             raise ConfigError(f"SGLang refuses the server arguments: {e}") from e
@@ -96,14 +96,14 @@ def harvest(
         engines.stop()  # so that everything it still knows is on disk
         raise
     finally:
-        manifest["sessions"] = [*start.sessions, {"seconds": round(seconds, 3), "requests": len(answers)}]
+        manifest["starts"] = [*start.earlier, {"seconds": round(seconds, 3), "requests": len(answers)}]
         _close(job, path, manifest, answers)
     return load_run(path)
 
 
 def _remaining(job: Job, path: Path, start: directory.Start) -> list[Todo]:
     """Requests still to be served, in submission order: in the arm's groups, or as one."""
-    done = {asked_rid(rid) for rid in directory.served(path)} if start.session else set()
+    done = {asked_rid(rid) for rid in directory.served(path)} if start.number else set()
     requests = list(job.requests)
     if job.arm.partners is not None:
         groups = group(requests, job.arm.partners, job.order_seed)
@@ -111,7 +111,7 @@ def _remaining(job: Job, path: Path, start: directory.Start) -> list[Todo]:
         if job.order_seed is not None:
             random.Random(job.order_seed).shuffle(requests)
         groups = [requests]
-    again = f"~{start.session}" if start.session else ""
+    again = f"~{start.number}" if start.number else ""
     todo = [[(r.rid + again, r.prompt_ids, job.asked(r)) for r in g if r.rid not in done] for g in groups]
     return [t for t in todo if t]
 

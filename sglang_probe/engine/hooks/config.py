@@ -41,8 +41,8 @@ class EngineProbeConfig(Config):
     """Attention statistics of decode steps; absent: none."""
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
-    session: int = 0
-    """Number of this engine within the run; a resumed run goes on after what is on disk."""
+    start: int = 0
+    """Number of this engine's start within the run; a resumed run goes on after what is on disk."""
     checkpoint_seconds: float = 20.0
     """Longest time between two durable parts while forwards run."""
     asks: list[str] = Field(default_factory=list)

@@ -95,7 +95,7 @@ class Session:
         if self.live is not None:
             self.writer = self.live
         else:
-            self.writer = Writer(c.run, session=c.session, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
+            self.writer = Writer(c.run, session=c.start, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
             forward, row = self.writer.forwards_end, self.writer.rows_end
         self.recorder = Recorder(
             self.writer,
