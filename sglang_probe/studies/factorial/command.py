@@ -27,7 +27,7 @@ def command(
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
     from sglang_probe.harvest.card import write_card
-    from sglang_probe.harvest.model import resolve_model
+    from sglang_probe.harvest.model import model_folder
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.page import write
@@ -42,7 +42,7 @@ def command(
     folder = output or config.output / name
     if report_only:
         runs = runs_in(folder)
-        model = resolve_model(config.model).path
+        model = model_folder(config.model)
     else:
         with terminal.stage("checking model and prompts"):
             prepared = Prepared(config, {})
