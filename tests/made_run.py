@@ -32,14 +32,15 @@ OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step.
 
-    The row of a query is made of its position, so that it shows whose it is.
+    The row of a query is made of its position, so that it shows whose it is. With `cache=False`, `b` reuses nothing.
     """
     selected_points = ("hook_embed", QUERY)
 
-    def make(name: str = "run", rows: RowsConfig = EVERYTHING) -> Run:
+    def make(name: str = "run", rows: RowsConfig = EVERYTHING, *, cache: bool = True) -> Run:
         path = tmp_path / name
         path.mkdir()
         selected = Selected(rows, selected_points)
+        reused = 4 if cache else 0
         writer = Writer(path)
         recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
 
@@ -72,12 +73,13 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
         launch(1, "extend", ("a", 0, 6))
         recorder.commit(1, graph=False)
-        recorder.publish("a", 0, Context(np.array(PROMPTS["a"]), None), length=6, first_new=0, protected=0)
-        launch(2, "extend", ("b", 4, 6))
+        if cache:
+            recorder.publish("a", 0, Context(np.array(PROMPTS["a"]), None), length=6, first_new=0, protected=0)
+        launch(2, "extend", ("b", reused, 6))
         recorder.commit(2, graph=False)
         launch(3, "decode", ("a", 6, 7), ("b", 6, 7))
         launch(4, "decode", ("a", 7, 8), ("b", 7, 8))
-        recorder.commit(3, graph=False, ended=[end("b", 4, "stop")])
+        recorder.commit(3, graph=False, ended=[end("b", reused, "stop")])
         recorder.commit(4, graph=False, ended=[end("a", 0, "length")])
         writer.flush(timeout=30)
 
@@ -87,7 +89,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
                 "rid": rid,
                 "prompt_len": 6,
                 "output_len": len(OUTPUTS[rid]),
-                "cached_tokens": 4 if rid == "b" else 0,
+                "cached_tokens": reused if rid == "b" else 0,
                 "retractions": 0,
                 "finish_reason": "stop" if rid == "b" else "length",
                 "output_ids": OUTPUTS[rid],

@@ -30,6 +30,7 @@ from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.query_drift.study import study_drift
 from sglang_probe.verify.reference import check_against_transformers, reference_errors
 from sglang_probe.verify.verify import verify
+from tests.declared import run_commands
 from tests.end_to_end.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = pytest.mark.engine
@@ -200,6 +201,8 @@ def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict
     cached.write_tables(tmp_path)
     assert len(pd.read_parquet(tmp_path / "steps.parquet")) == len(steps[0])
     json.dumps(cached.to_json(), allow_nan=False)
+    read = ["query-drift", str(recorded["cache_on"].path), "--output", str(tmp_path / "study")]
+    assert list(run_commands([read]).values()) == [0]
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ def command(
 
     from sglang_probe.cli.output import print_frame
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.model import resolve_model
+    from sglang_probe.harvest.model import model_folder
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.report.page import write
     from sglang_probe.studies.coverage.card import write_card
@@ -43,7 +43,7 @@ def command(
     folder = output or config.output / name
     if report_only:
         runs = read(config, folder)
-        model = resolve_model(config.model).path
+        model = model_folder(config.model)
     else:
         with terminal.stage("checking model and prompts"):
             prepared = prepare(config)
