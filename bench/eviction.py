@@ -61,7 +61,9 @@ def measure(stock: bool, dtype: str) -> dict[str, dict[str, float]]:
         write_kept(kept, sets)
         run = Path(folder) / "run"
         run.mkdir()
-        probe = EngineProbeConfig(run=run, bypass=True, evictions=not stock, kept=None if stock else kept)
+        probe = EngineProbeConfig(
+            run=run, asks=["cache"] if stock else ["cache", "evict"], kept=None if stock else kept
+        )
         server: dict[str, Any] = {"dtype": dtype, "attention_backend": "torch_native" if stock else "probe_torch"}
         with ProbedEngine(str(shipped("models/probe-text/checkpoint")), probe, server) as engine:
             scheduler = scheduler_process()

@@ -53,10 +53,19 @@ TOKENIZER = "models/probe-text/checkpoint"
 class Bench:
     """Paths and sizes of one invocation."""
 
-    def __init__(self, out: Path, model: Path | None, rehearse: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        model: Path | None,
+        rehearse: bool,
+        server: dict[str, Any] | None = None,
+        rounds: int = 3,
+        requests: int = 96,
+    ) -> None:
         self.out, self.rehearse = out, rehearse
+        self.server, self.rounds = server or {}, rounds
         self.model = model or out / "model"
-        self.requests, self.concurrent = (8, 4) if rehearse else (96, 64)
+        self.requests, self.concurrent = (8, 4) if rehearse else (requests, min(requests, 64))
 
     @property
     def layers(self) -> list[int]:
@@ -135,6 +144,7 @@ def _experiment(bench: Bench, name: str, arms: dict[str, Any]) -> Path:
     config = {
         "model": str(bench.model),
         "accelerator": "unproved",
+        "server": bench.server,
         "workload": {"source": "jsonl", "path": str(prompts)},
         "hook_points": ["hook_embed", *bench.residuals, *bench.queries],
         "sampling": {"temperature": 1.0, "ignore_eos": True, "max_new_tokens": 64},
@@ -173,11 +183,15 @@ def overhead(bench: Bench) -> dict[str, Any]:
         "residuals of 4 layers": bench.residuals,
         "queries of 4 layers": bench.queries,
     }
-    rng, rounds = random.Random(1), []
-    for _ in range(1 if bench.rehearse else 3):
+    rng = random.Random(1)
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for _ in range(1 if bench.rehearse else bench.rounds):
         order = list(modes)
         rng.shuffle(order)
-        rounds.append({m: _measured(bench, m, modes[m]) for m in order})
+        rounds.append({})
+        for m in order:
+            rounds[-1][m] = _measured(bench, m, modes[m])
+            (bench.out / "overhead-rounds.json").write_text(json.dumps(rounds, indent=2))  # should the time end here
     ratios = {m: [r[m]["decode tok/s"] / r["stock"]["decode tok/s"] for r in rounds] for m in modes}
     return {
         "rounds": rounds,
@@ -187,8 +201,16 @@ def overhead(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _measured(bench: Bench, mode: str, hook_points: list[str] | None) -> dict[str, float]:
-    task = json.dumps({"mode": mode, "hook_points": hook_points, "model": str(bench.model), "rehearse": bench.rehearse})
+def _measured(bench: Bench, mode: str, hook_points: list[str] | None) -> dict[str, Any]:
+    task = json.dumps(
+        {
+            "mode": mode,
+            "hook_points": hook_points,
+            "model": str(bench.model),
+            "rehearse": bench.rehearse,
+            "server": bench.server,
+        }
+    )
     out = subprocess.run([sys.executable, __file__, "--measure", task], capture_output=True, text=True, check=False)
     lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -196,22 +218,26 @@ def _measured(bench: Bench, mode: str, hook_points: list[str] | None) -> dict[st
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def measure(task: dict[str, Any]) -> dict[str, float]:
+def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Throughput of one engine, in a process of its own."""
-    count, prompt, output, passes = (4, 16, 8, 1) if task["rehearse"] else (32, 256, 256, 5)
+    count, prompt, output, passes = (4, 16, 96, 1) if task["rehearse"] else (32, 256, 256, 5)
     with tempfile.TemporaryDirectory() as folder:
         if task["mode"] == "stock":
             os.environ["SGLANG_PLUGINS"] = "sglang_probe_cpu"
         if task["hook_points"] is not None:
             config = Path(folder) / "probe.yaml"
             probe = EngineProbeConfig(
-                run=Path(folder), hook_points=task["hook_points"], accelerator="unproved", checkpoint_seconds=2
+                run=Path(folder),
+                hook_points=task["hook_points"],
+                accelerator="unproved",
+                checkpoint_seconds=0.05 if task["rehearse"] else 2,  # `Engine.shutdown` waits for nothing
             )
             config.write_text(probe.model_dump_json())
             os.environ["SGLANG_PROBE"] = str(config)
         import sglang
 
-        engine = sglang.Engine(model_path=task["model"], log_level="error", **default_server_args())
+        server = {**default_server_args(), **task["server"]}
+        engine = sglang.Engine(model_path=task["model"], log_level="error", **server)
         rng, seconds = random.Random(0), []
         for _ in range(passes + 1):
             prompts = [[rng.randrange(100, 3000) for _ in range(prompt)] for _ in range(count)]
@@ -224,7 +250,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
         rows = sum(p.stat().st_size for p in Path(folder).glob("rows/*/*.safetensors"))
         if task["hook_points"] is not None and not (Path(folder) / journal.NAME).exists():
             raise SystemExit(f"{task['mode']}: nothing was recorded")
-    return {"decode tok/s": count * output / wall, "rows, bytes/s": rows / sum(seconds)}
+    return {"decode tok/s": count * output / wall, "rows, bytes/s": rows / sum(seconds), "seconds": seconds}
 
 
 def _copy_rate() -> float | None:
@@ -301,10 +327,20 @@ def _machine(bench: Bench) -> dict[str, Any]:
     device = "none: a rehearsal on a CPU, whose figures mean nothing"
     return {
         "device": torch.cuda.get_device_name() if not bench.rehearse else device,
-        "driver": torch.version.cuda,
-        "versions": {p: metadata.version(p) for p in ("sglang", "torch", "triton", "sglang-probe")},
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "versions": {p: metadata.version(p) for p in ("sglang", "torch", "triton", "transformers", "sglang-probe")},
         "command": " ".join(sys.argv),
     }
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main() -> None:
@@ -314,6 +350,9 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--again", action="store_true", help="run steps whose result is there")
     parser.add_argument("--rehearse", action="store_true", help="test this script on a CPU")
+    parser.add_argument("--server", type=json.loads, default={}, help="SGLang server arguments of every engine, JSON")
+    parser.add_argument("--requests", type=int, default=96, help="of the steps replay and deterministic")
+    parser.add_argument("--rounds", type=int, default=3, help="of the step overhead")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -321,7 +360,8 @@ def main() -> None:
         return
     if not args.rehearse and not (torch.cuda.is_available() and torch.version.hip is None):
         raise SystemExit(NO_GPU)
-    bench = Bench(args.out.resolve(), args.model and args.model.resolve(), args.rehearse)
+    model = args.model and args.model.resolve()
+    bench = Bench(args.out.resolve(), model, args.rehearse, args.server, args.rounds, args.requests)
     bench.out.mkdir(parents=True, exist_ok=True)
     for name in STEPS:
         result = bench.out / f"{name}.json"

@@ -19,9 +19,10 @@ import torch
 from eviction import BUDGETS, CONCURRENT, KV_HEADS, LAYERS, NONE, PROMPTS, STOCK, kept_set
 from page import machine
 
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.environment import prepare_this_process
+from sglang_probe.engine.platform.kept_rows import KeptRow
 
 HEADS, DIM, POOL, STEPS = 8, 32, 65536, 64
 
@@ -50,8 +51,9 @@ def run_round(dtype: torch.dtype) -> dict[str, float]:
         seconds = 0.0
         for step in range(STEPS):
             ends = torch.tensor(PROMPTS) + step + 1
-            rows = [EvictedRow(i, str(i), 0, k, k.length + step, k.length + step + 1) for i, k in enumerate(sets)]
-            probe.session = SimpleNamespace(recorder=object(), evicting=rows, fail=_fail)  # type: ignore[assignment]
+            rows = [KeptRow(i, str(i), 0, k, k.length + step, k.length + step + 1) for i, k in enumerate(sets)]
+            guard.session = SimpleNamespace(recorder=object(), fail=_fail)  # type: ignore[assignment]
+            kept_rows.at_hand = rows
             batch = SimpleNamespace(out_cache_loc=None, seq_lens=ends, req_pool_indices=requests, forward_mode=mode)
             began = time.perf_counter()
             backend.init_forward_metadata(batch)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
 
 TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
 VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`

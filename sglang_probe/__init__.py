@@ -1,7 +1,9 @@
 """sglang-probe: exact accounting of what an LLM serving engine computed.
 
-    import sglang_probe
-    run = sglang_probe.load_run("runs/my-run")
+    from sglang_probe import load_run, record
+
+    run = record("runs/mine", model="probe-text", prompts=["import json"], hook_points=["hook_embed"])
+    run = load_run("runs/mine")
     run.spans(), run.requests(), run.forwards()     # pandas frames
 
 Importing this package loads neither torch nor SGLang; both are imported where they are used.
@@ -9,18 +11,25 @@ Importing this package loads neither torch nor SGLang; both are imported where t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sglang_probe.lazy import lazily
 
 if TYPE_CHECKING:
+    from sglang_probe.harvest.api import Experiment, record
+    from sglang_probe.kept_set import Kept as KeptSet
     from sglang_probe.run.run import Run, load_run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "load_run"]
+__all__ = ["Experiment", "KeptSet", "Run", "__version__", "load_run", "record"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("Run", "load_run"):
-        from sglang_probe.run import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Experiment": "harvest.api",
+        "KeptSet": "kept_set:Kept",
+        "Run": "run.run",
+        "load_run": "run.run",
+        "record": "harvest.api",
+    },
+)

@@ -9,8 +9,9 @@ Shapes: S steps, Y layers, G kv heads, N positions of the cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.base import Selection
 
 FORMAT = "sglang-probe kept sets 1"
 
@@ -60,28 +60,6 @@ class Kept:
     def at(self, position: int) -> Tensor:
         """What the query at `position >= N` may attend to, bool `[Y, G, N]`."""
         return self.keep_SYGN[min(position - self.length, len(self.keep_SYGN) - 1)]
-
-
-def kept_of(selections: Sequence[Selection], *, lead: int = 0) -> Kept:
-    """The kept set of one request from what a policy selected in each of its layers, in order of the layers.
-
-    A single Selection whose tensors have the layers as leading axis (from a stack of layers) will do as well.
-
-    Args:
-        lead: positions behind the cache before the first selected step, for a selection that changes by step: the
-            question of a query-hidden protocol but its last token (`Queries.skip`). They read what the first step does.
-
-    Raises:
-        ProbeError: layers differ in positions, heads or steps.
-    """
-    keeps = [s.keep_TGL for s in selections]
-    if len({k.shape for k in keeps}) != 1:
-        raise ProbeError(f"layers differ in what they select from: {sorted({tuple(k.shape) for k in keeps})}")
-    keep = keeps[0] if len(keeps) == 1 and keeps[0].ndim == 4 else torch.stack(keeps)
-    keep = keep.movedim(0, 1)
-    if len(keep) > 1 and lead:
-        keep = torch.cat([keep[:1].expand(lead, *keep.shape[1:]), keep])
-    return Kept(keep)
 
 
 def write_kept(path: Path, kept: Mapping[str, Kept], *, notes: Mapping[str, Any] | None = None) -> None:
@@ -137,6 +115,13 @@ class KeptFile(Mapping[str, Kept]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def digest(self, keys: Iterable[str]) -> str:
+        """SHA-256 of the sets of `keys`, whatever else the file holds."""
+        h = hashlib.sha256()
+        for key in sorted(set(keys)):
+            h.update(json.dumps([key, self.shapes[key]]).encode() + self._bits[key].tobytes())
+        return h.hexdigest()
 
     def write_subset(self, path: Path, keys: Iterable[str]) -> None:
         """Write the sets of `keys` alone to another file."""

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import os
 
-CONFIG_VARIABLE = "SGLANG_PROBE"
-"""Environment variable with the path of the probe's YAML; unset means inert."""
-
 
 def register() -> None:
     """General plugin: install the hooks that the config needs.
@@ -19,7 +16,7 @@ def register() -> None:
         SystemExit: the config or the installed SGLang is refused. SGLang would log any other exception and serve on
             without the probe, which is not what somebody who set `SGLANG_PROBE` asked for.
     """
-    path = os.environ.get(CONFIG_VARIABLE)
+    path = os.environ.get("SGLANG_PROBE")  # `CONFIG_VARIABLE` of engine/hooks/config.py, which is not loaded in vain
     if not path:
         return
     from sglang_probe.engine.hooks import install

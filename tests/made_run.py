@@ -16,7 +16,9 @@ from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.run import schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.selection import RowsConfig, Selected
 
 EMBEDDING = torch.randn((50, 8), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -30,39 +32,40 @@ OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step.
 
-    The row of a query is made of its position, so that it shows whose it is.
+    The row of a query is made of its position, so that it shows whose it is. With `cache=False`, `b` reuses nothing.
     """
     selected_points = ("hook_embed", QUERY)
 
-    def make(name: str = "run", rows_kept: RowsConfig = EVERYTHING) -> Run:
+    def make(name: str = "run", rows: RowsConfig = EVERYTHING, *, cache: bool = True) -> Run:
         path = tmp_path / name
         path.mkdir()
-        selected = Selected(rows_kept, selected_points)
+        selected = Selected(rows, selected_points)
+        reused = 4 if cache else 0
         writer = Writer(path)
         recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=True)
 
-        def launch(tag: int, mode: str, *rows: tuple[str, int, int]) -> None:
+        def launch(tag: int, mode: str, *asked: tuple[str, int, int]) -> None:
             plan = ForwardPlan(
                 tag,
                 mode,
-                [r for r, _, _ in rows],
-                [s for _, s, _ in rows],
-                [e for _, _, e in rows],
-                [mode == "decode"] * len(rows),
-                [0] * len(rows),
-                [6] * len(rows),
-                [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in rows],
-                sum(e - s for _, s, e in rows),
+                [r for r, _, _ in asked],
+                [s for _, s, _ in asked],
+                [e for _, _, e in asked],
+                [mode == "decode"] * len(asked),
+                [0] * len(asked),
+                [6] * len(asked),
+                [None if mode == "decode" else Context(np.array(PROMPTS[r]), None) for r, _, _ in asked],
+                sum(e - s for _, s, e in asked),
             )
             recorder.launch(plan)
-            ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in rows for p in range(s, e)]
-            positions = torch.tensor([[p] * 4 for _, s, e in rows for p in range(s, e)]).to(torch.bfloat16)
-            plan.kept = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+            ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in asked for p in range(s, e)]
+            positions = torch.tensor([[p] * 4 for _, s, e in asked for p in range(s, e)]).to(torch.bfloat16)
+            plan.selected = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
             captured = {"hook_embed": EMBEDDING[ids], QUERY: positions}
             plan.rows = {
-                h: x[plan.kept[h]] if h in plan.kept else x
+                h: x[plan.selected[h]] if h in plan.selected else x
                 for h, x in captured.items()
-                if h not in plan.kept or len(plan.kept[h])
+                if h not in plan.selected or len(plan.selected[h])
             }
 
         def end(rid: str, cached: int, reason: str) -> RequestEnd:
@@ -70,12 +73,13 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
         launch(1, "extend", ("a", 0, 6))
         recorder.commit(1, graph=False)
-        recorder.publish("a", 0, Context(np.array(PROMPTS["a"]), None), length=6, first_new=0, protected=0)
-        launch(2, "extend", ("b", 4, 6))
+        if cache:
+            recorder.publish("a", 0, Context(np.array(PROMPTS["a"]), None), length=6, first_new=0, protected=0)
+        launch(2, "extend", ("b", reused, 6))
         recorder.commit(2, graph=False)
         launch(3, "decode", ("a", 6, 7), ("b", 6, 7))
         launch(4, "decode", ("a", 7, 8), ("b", 7, 8))
-        recorder.commit(3, graph=False, ended=[end("b", 4, "stop")])
+        recorder.commit(3, graph=False, ended=[end("b", reused, "stop")])
         recorder.commit(4, graph=False, ended=[end("a", 0, "length")])
         writer.flush(timeout=30)
 
@@ -85,7 +89,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
                 "rid": rid,
                 "prompt_len": 6,
                 "output_len": len(OUTPUTS[rid]),
-                "cached_tokens": 4 if rid == "b" else 0,
+                "cached_tokens": reused if rid == "b" else 0,
                 "retractions": 0,
                 "finish_reason": "stop" if rid == "b" else "length",
                 "output_ids": OUTPUTS[rid],
@@ -102,7 +106,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             "schema_version": 1,
             "status": "complete",
             "hook_points": dict.fromkeys(selected_points, ""),
-            "rows_kept": rows_kept.model_dump(mode="json"),
+            "rows_kept": rows.model_dump(mode="json"),
             "requests_expected": 2,
         }
         (path / MANIFEST).write_text(json.dumps(manifest))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_probe.ask import Ask, recorded, recorded_override
+from sglang_probe.ask import Ask, PositionOverride, recorded, recorded_override
 from sglang_probe.errors import ConfigError
 
 EVERYTHING = {
@@ -133,3 +133,12 @@ def test_the_record_of_a_request_holds_its_positions_and_no_other_ask() -> None:
     override = recorded_override('{"custom_params": {"probe": {"positions": {"from": 3, "to": 40}}}}')
     assert override is not None
     assert override.moved(2, 5) == (1, [40, 41])
+
+
+def test_positions_after_the_start_are_moved_and_those_before_are_not() -> None:
+    override = PositionOverride.model_validate({"from": 10, "to": 3})
+    assert override.moved(8, 13) == (2, [3, 4, 5])
+    assert override.moved(12, 14) == (0, [5, 6])
+    assert override.moved(2, 6) == (4, [])
+    assert override.last(13) == 9  # position 9 is not moved, and is higher than 12, which becomes 5
+    assert PositionOverride.model_validate({"from": 10, "to": 30}).last(13) == 32

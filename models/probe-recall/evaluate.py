@@ -19,10 +19,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sglang_probe.harvest.config import HarvestConfig
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.recording import Hooks, harvest
-from sglang_probe.policy.arm import Arm
+from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.workload.facts import TASKS
 from sglang_probe.workload.request import Request
 
@@ -61,13 +60,12 @@ def _share(values: list[bool]) -> float:
 
 
 def _row(prepared: Prepared, where: str, outputs: list[list[int]]) -> dict[str, Any]:
-    config = prepared.config.workload
     requests = prepared.workload.requests
     graded = right_answers(requests, outputs)
     depth = {d: [g[0] for i, g in enumerate(graded) if i % len(DEPTHS) == n] for n, d in enumerate(DEPTHS)}
     row = {
         "where": where,
-        "task": config.task,  # type: ignore[union-attr]
+        "task": prepared.workload.source["task"],
         "prompt_tokens": len(requests[0].prompt_ids),
         "requests": len(requests),
         "answers": sum(map(len, graded)),
@@ -94,7 +92,7 @@ def main() -> None:
                 for task in TASKS:
                     distractors = min(4, length // 30) if task == "copy" else length // 6 - 8
                     workload = {"source": "retrieval", "task": task, "count": args.count, "prompt_tokens": length}
-                    prepared = Prepared(
+                    prepared = prepare(
                         HarvestConfig.model_validate(
                             {
                                 "model": str(args.model / "checkpoint"),
@@ -102,13 +100,13 @@ def main() -> None:
                                 "workload": {**workload, "seed": 7, "distractors": distractors, "depth": DEPTHS},
                                 "hook_points": [],
                             }
-                        ),
-                        {},
+                        )
                     )
                     if dtype == "float32":
                         rows.append(_row(prepared, "transformers float32", decode(model, prepared.workload.requests)))
                     path = Path(folder) / f"{dtype}-{length}-{task}"
-                    run = harvest(prepared, path, Arm(), host=host, hooks=Hooks(forced_outputs=True))
+                    spec = RunSpec(path.name, prepared.workload.requests)
+                    run = record([spec], prepared, path.parent, host=host, asks={"force"})[path.name]
                     served = run.requests().sort_values("index")
                     rows.append(_row(prepared, f"sglang {dtype}", [o.tolist() for o in served["output_ids"]]))
     (args.model / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import attention_rows
 from sglang_probe.attention.telemetry import entropy, jump_scores, mass_by_region, top_positions
-from sglang_probe.engine.capture.telemetry import REGIONS, TelemetryOptions
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.from_run import layer_from_run
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, parse_hook_point
 from sglang_probe.run.run import Run
+from sglang_probe.run.telemetry_options import REGIONS, TelemetryOptions
 
 TELEMETRY = pa.schema(
     [
@@ -89,17 +89,17 @@ def step_telemetry(run: Run, rid: str, layer: int, segment_J: np.ndarray, option
     Args:
         segment_J: class of each position (column `segment` of `run.tokens()`), at least as many as have a KV entry.
     """
-    bundle = layer_from_run(run, rid, layer, window=0)
-    a = bundle.future_attention.flatten(0, 1)  # [H, T, J]
+    rows = attention_rows(run, rid, layer, window=0)
+    a = rows.decode_attention().flatten(0, 1)  # [H, T, J]
     heads, _, keys = a.shape
     measured = torch.arange(0, a.shape[1], options.every)
     segment_J = segment_J[:keys]
-    whole, rest = (entropy(a, bundle.length, sinks=s) for s in (0, options.sinks))
-    mass = mass_by_region(a, regions_of(segment_J, bundle.length, options), len(REGIONS))
-    top, weights = top_positions(a, min(options.top_k, bundle.length))
+    whole, rest = (entropy(a, rows.length, sinks=s) for s in (0, options.sinks))
+    mass = mass_by_region(a, regions_of(segment_J, rows.length, options), len(REGIONS))
+    top, weights = top_positions(a, min(options.top_k, rows.length))
 
     top, weights = top[:, measured], weights[:, measured]
-    jump = jump_scores(a[:, measured], bundle.length, memory=options.memory)
+    jump = jump_scores(a[:, measured], rows.length, memory=options.memory)
 
     def flat(x: Tensor) -> np.ndarray:
         return x.flatten(0, 1).float().numpy()
@@ -122,7 +122,7 @@ def step_telemetry(run: Run, rid: str, layer: int, segment_J: np.ndarray, option
 
 
 def regions_of(segment_J: np.ndarray, length: int, options: TelemetryOptions) -> Tensor:
-    """Number in `REGIONS` of each key of a prompt of `length` and what was generated behind it, `[J]`."""
+    """Number in `REGIONS` of each key of a prompt of `length` and what was generated after it, `[J]`."""
     at = np.arange(len(segment_J))
     chosen = [at >= length, at < options.sinks, at >= length - options.window, segment_J == "system"]
     return torch.from_numpy(np.select(chosen, [4, 0, 3, 1], default=2))

@@ -60,17 +60,6 @@ def mass_by_region(a: Tensor, region_J: Tensor, regions: int) -> Tensor:
     return a @ one_hot
 
 
-def generated_mass(a: Tensor, length: int) -> Tensor:
-    """Weight on generated tokens, `[..., T]`. Where it nears 1, evicting the prompt no longer matters."""
-    return a[..., length:].sum(-1)
-
-
-def generated_mass_uniform(length: int, steps: int) -> Tensor:
-    """The same if every visible key had equal weight, `[T]`."""
-    generated = torch.arange(1, steps + 1, dtype=torch.float64)
-    return generated / (length + generated)
-
-
 def jump_scores(a: Tensor, length: int, *, memory: int = 4) -> Tensor:
     """Jensen-Shannon divergence between a step and the mean of the `memory` steps before it, over prompt keys, `[...,
     T]`.
@@ -85,27 +74,3 @@ def jump_scores(a: Tensor, length: int, *, memory: int = 4) -> Tensor:
     out = p.new_full(p.shape[:-1], torch.nan)
     out[..., memory:] = jensen_shannon(p[..., memory:, :], past)
     return out
-
-
-def jump_prominence(a: Tensor, length: int, *, memory: int = 4) -> Tensor:
-    """Largest jump score over the median one, `[...]`. A change of phase is one large jump among small ones."""
-    z = jump_scores(a, length, memory=memory)[..., memory:]
-    return z.amax(-1) / z.median(-1).values
-
-
-def jump_null(a: Tensor, length: int, *, memory: int = 4, permutations: int = 100, seed: int = 0) -> Tensor:
-    """`jump_prominence` of each head when the steps of the response are shuffled, `[permutations, ...]`.
-
-    Shuffling destroys the order and keeps every step's distribution. It has to be the prominence: in a shuffled
-    response with two phases every second step jumps, so the largest jump alone is as large as in the true order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(a.shape[-2], generator=generator) for _ in range(permutations)]
-    return torch.stack([jump_prominence(a[..., order, :], length, memory=memory) for order in orders])
-
-
-def agreeing_heads(jumps: Tensor, *, within: int = 1) -> Tensor:
-    """Share of heads that jump within ±`within` steps of each step, `[T]`, from flags `[..., T]`."""
-    flags = jumps.flatten(0, -2).to(torch.float32)
-    near = torch.nn.functional.max_pool1d(flags[:, None], 2 * within + 1, stride=1, padding=within)[:, 0]
-    return near.mean(0)

@@ -35,7 +35,9 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
     skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
-    resume: Annotated[bool, typer.Option(help="Finish an interrupted run: only missing requests are served.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Finish an interrupted run, serving missing requests only; keep a complete one.")
+    ] = False,
     example: Annotated[bool, example_option(EXAMPLE)] = False,
     schema: Annotated[bool, schema_option(_config)] = False,
 ) -> None:
@@ -52,13 +54,13 @@ def command(
     from rich.console import Console
 
     from sglang_probe.config import load_config
-    from sglang_probe.harvest.card import write_card
     from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
-    from sglang_probe.harvest.prepare import Prepared
+    from sglang_probe.harvest.experiment import RunSpec, record
+    from sglang_probe.harvest.prepare import prepare
     from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.harvest.recording import harvest
     from sglang_probe.report.tables import Column, Table
     from sglang_probe.report.terminal import print_table
+    from sglang_probe.studies.coverage.card import write_card
     from sglang_probe.studies.coverage.prompts import coverage_by_segment
 
     console = Console()
@@ -67,8 +69,10 @@ def command(
     path = output or cfg.output / name
     terminal = Terminal(console)
     with terminal.stage("checking model and workload"):
-        prepared = Prepared(cfg, {"arm": cfg.arm})
-    run = harvest(prepared, path, cfg.arm, arm_name=name, overwrite=overwrite, resume=resume, reporter=terminal)
+        prepared = prepare(cfg, {"arm": cfg.arm})
+    spec = RunSpec(path.name, prepared.workload.requests, cfg.arm)
+    runs = record([spec], prepared, path.parent, overwrite=overwrite, resume=resume, reporter=terminal)
+    run = runs[spec.name]
     write_card(run)
 
     columns = [Column("segment"), Column("coverage", kind="percent")]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from sglang_probe.eviction import methods, oracles
 from sglang_probe.eviction.base import Method, Oracle, Policy, Selection
+from sglang_probe.eviction.from_run import kept_sets, layer_from_run, lookahead_from_run
 from sglang_probe.eviction.layer import Layer, Queries, stack
 from sglang_probe.eviction.protocol import Protocol, under
 from sglang_probe.eviction.registry import METHODS, ORACLES, parse_method, parse_oracle
@@ -25,6 +26,9 @@ __all__ = [
     "Protocol",
     "Queries",
     "Selection",
+    "kept_sets",
+    "layer_from_run",
+    "lookahead_from_run",
     "methods",
     "oracles",
     "parse_method",

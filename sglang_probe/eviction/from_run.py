@@ -1,24 +1,22 @@
-"""A captured request as the eviction lab's `Layer`: prompt window, cache and decode steps of one layer.
-
-Prompt rows that the request reused come from the requests that computed them, so that a run with the prefix cache on
-gives the same layer as one without, up to the floor.
-"""
+"""A captured request as a `Layer`: prompt window, cache and decode steps of one layer (`attention/from_run.py`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import attention_rows, head_rows, model_config
 from sglang_probe.attention.rope import Rotary
-from sglang_probe.attention.weights import AttentionSpec
 from sglang_probe.errors import ProbeError
+from sglang_probe.eviction.base import Method
+from sglang_probe.eviction.keep import kept_of
 from sglang_probe.eviction.layer import Layer, Queries
-from sglang_probe.policy.positions import recorded_override
+from sglang_probe.eviction.registry import parse_method
+from sglang_probe.kept_set import Kept
 from sglang_probe.run.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 
@@ -28,7 +26,7 @@ def layer_from_run(
 ) -> Layer:
     """The layer that request `rid` saw, in the dtype of the capture.
 
-    Decode steps are the positions behind the prompt that were computed, `output_len - 1` of them; a request of one
+    Decode steps are the positions after the prompt that were computed, `output_len - 1` of them; a request of one
     output token has no `future`. Values and pre-RoPE queries are there if they were captured, of the same heads as keys
     and queries.
 
@@ -42,54 +40,53 @@ def layer_from_run(
         RunDirectoryError: no such request; post-RoPE queries or keys were not captured; or a position has no row.
         ProbeError: the configuration of the model is not at hand; or the run holds kv heads without all query heads
             that share them, or the reverse; or the request did not attend to its whole cache in the order of its
-            positions (`departs`).
+            positions (`attention.from_run.departs`).
     """
-    config = model_config(run, model)
-    requests = run.requests(interrupted=True).set_index("rid")
-    if rid in requests.index and (how := departs(requests.loc[rid])) is not None:
-        raise ProbeError(
-            f"request {rid} {how}: its layer is not the attention over a whole cache in order",
-            fix="take a request without; `lookahead_from_run` gives its rows",
-        )
-    length = int(requests.loc[rid, "prompt_len"]) if rid in requests.index else 0
-    first = 0 if window is None else max(0, length - window)
-
-    def rows(site: str, begin: int = 0) -> Tensor:
-        name = f"blocks.{layer}.{site}"
-        values = run.activations(rid, name, first=begin)
-        return values.view(len(values), *run.heads(name))
-
-    heads = _whole_groups(run, layer, config)
+    rows = attention_rows(run, rid, layer, window=window, model=model)
     captured = {site for site in (VALUE, QUERY) if _beside(run, layer, site)}
-    q, k = rows(ROTATED_QUERY, first), rows(ROTATED_KEY)
-    v = rows(VALUE) if VALUE in captured else None
-    q_pre = rows(QUERY, first) if QUERY in captured else None
-    steps, prompt = len(k) - length, length - first
+    v = head_rows(run, rid, layer, VALUE) if VALUE in captured else None
+    q_pre = head_rows(run, rid, layer, QUERY, first=rows.first) if QUERY in captured else None
+    q, k, length, prompt = rows.q_NHD, rows.k_JGD, rows.length, rows.window
     return Layer(
         q_NHD=q[:prompt],
         k_LGD=k[:length],
-        # So in all reviewed architectures. SGLang gives none of them a sliding window (models/llama.py, qwen2.py,
-        # qwen3.py), whatever their configuration says.
-        spec=AttentionSpec(scaling=q.shape[-1] ** -0.5),
+        spec=rows.spec,
         v_LGD=None if v is None else v[:length],
         q_pre_NHD=None if q_pre is None else q_pre[:prompt],
-        rotary=Rotary.from_model_config(config),
-        w_o_HDM=None if model is None else output_projection(Path(model), layer, config)[heads],
+        rotary=Rotary.from_model_config(rows.config),
+        w_o_HDM=None if model is None else output_projection(Path(model), layer, rows.config)[rows.heads],
         index=torch.tensor(layer),
-        num_layers=int(config["num_hidden_layers"]),
-        request=torch.tensor(int(requests.loc[rid, "index"])),
-        future=Queries(q[prompt:], k[length:], None if v is None else v[length:]) if steps else None,
+        num_layers=int(rows.config["num_hidden_layers"]),
+        request=torch.tensor(rows.request),
+        future=Queries(q[prompt:], k[length:], None if v is None else v[length:]) if rows.steps else None,
     )
 
 
-def departs(request: Any) -> str | None:
-    """How a row of `run.requests()` departs from attention over its whole cache in the order of its positions."""
-    if isinstance(request["evict"], str):
-        return "has a kept set"
-    params = request["sampling_params"]
-    if isinstance(params, str) and recorded_override(params) is not None:
-        return "has RoPE positions of its own"
-    return None
+def kept_sets(
+    run: Run, method: Method | Mapping[str, Any] | str, budget: int | float, *, rids: Sequence[str] | None = None
+) -> dict[str, Kept]:
+    """What a method keeps of the prompts of a run that captured queries and keys of all layers.
+
+    Args:
+        method: e.g. `{"method": "snapkv", "window": 8}`, or its name alone.
+        budget: positions per kv head and layer; below 1: a share of the prompt.
+        rids: of which requests; None: all.
+
+    Returns:
+        By request id, bool `[1 or steps, layers, kv heads, prompt positions]`.
+
+    Raises:
+        ConfigError: no such method.
+        ProbeError: as `layer_from_run`; or the method asks for more than a run of the full cache has.
+    """
+    policy = method if isinstance(method, Method) else parse_method(method)
+    layers = range(int(model_config(run)["num_hidden_layers"]))
+    kept = {}
+    for rid in run.requests()["rid"] if rids is None else rids:
+        found = [layer_from_run(run, rid, i) for i in layers]
+        tokens = max(1, round(budget * found[0].length)) if budget < 1 else int(budget)
+        kept[rid] = kept_of([policy.select(layer, tokens) for layer in found])
+    return kept
 
 
 def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int | None = None) -> Queries:
@@ -99,7 +96,7 @@ def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int
     the end of its prompt (DapQ). The last sampled token has no query, so n lookahead queries need n + 1 new tokens.
 
     Args:
-        start: first of the positions; None: the first behind the prompt.
+        start: first of the positions; None: the first after the prompt.
 
     Raises:
         RunDirectoryError: no such request, or post-RoPE queries or keys were not captured.
@@ -109,49 +106,13 @@ def lookahead_from_run(run: Run, rid: str, layer: int, steps: int, *, start: int
         start = int(run.requests().set_index("rid").loc[rid, "prompt_len"])
 
     def rows(site: str) -> Tensor:
-        name = f"blocks.{layer}.{site}"
-        values = run.activations(rid, name)[start : start + steps]
-        return values.view(len(values), *run.heads(name))
+        return head_rows(run, rid, layer, site)[start : start + steps]
 
     has_values = f"blocks.{layer}.{VALUE}" in run.hook_points
     q = rows(ROTATED_QUERY)
     if not len(q):
         raise ProbeError(f"request {rid} computed nothing from position {start} on", fix="generate more tokens")
     return Queries(q, rows(ROTATED_KEY), rows(VALUE) if has_values else None)
-
-
-def model_config(run: Run, model: str | Path | None = None) -> Mapping[str, Any]:
-    """Configuration of the run's model: from the manifest, or from a model folder.
-
-    Raises:
-        ProbeError: neither has it.
-    """
-    if model is None and "model_config" in run.manifest:
-        return dict(run.manifest["model_config"])
-    file = Path(model or run.manifest["model_path"]) / "config.json"
-    if not file.exists():
-        raise ProbeError(
-            f"{run.path} does not hold its model's configuration and there is no {file}", fix="give the model folder"
-        )
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _whole_groups(run: Run, layer: int, config: Mapping[str, Any]) -> list[int]:
-    """Numbers of the query heads that the run holds of a layer, which are those of its kv heads.
-
-    Raises:
-        ProbeError: they are not.
-    """
-    queries, keys = (run.head_numbers(f"blocks.{layer}.{site}") for site in (ROTATED_QUERY, ROTATED_KEY))
-    heads = int(config["num_attention_heads"])
-    group = heads // int(config.get("num_key_value_heads") or heads)
-    if queries != [g * group + r for g in keys for r in range(group)]:
-        raise ProbeError(
-            f"{run.path} holds query heads {queries} and kv heads {keys} of layer {layer}; {group} query heads share a "
-            "kv head, and a layer needs both sides of each",
-            fix="record `rows: {heads: ..., kv_heads: ...}` of whole groups",
-        )
-    return queries
 
 
 def _beside(run: Run, layer: int, site: str) -> bool:

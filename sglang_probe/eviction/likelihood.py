@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.from_run import model_config
 from sglang_probe.run.hook_points import RESID_POST, REVIEWED_ARCHITECTURES
 from sglang_probe.run.run import Run
 
@@ -74,15 +74,6 @@ def divergence_from(full_TV: Tensor, other_TV: Tensor) -> Tensor:
     """Kullback-Leibler divergence `KL(full || other)` of two predictions of the same tokens, in nats, `[T]`."""
     p, q = torch.log_softmax(full_TV, -1), torch.log_softmax(other_TV, -1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def first_difference(full_TV: Tensor, other_TV: Tensor) -> int | None:
-    """First output token at which the two predict different tokens greedily; None: nowhere.
-
-    For a free-running greedy output compare the tokens themselves; here both have read the same tokens.
-    """
-    steps = (full_TV.argmax(-1) != other_TV.argmax(-1)).nonzero()
-    return int(steps[0]) if len(steps) else None
 
 
 def _weight(model: Path, name: str) -> Tensor:

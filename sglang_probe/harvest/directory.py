@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sglang_probe.ask import recorded
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.harvest.kept import kept_key
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run
-from sglang_probe.workload.request import Request
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST, write_manifest
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.workload.request import Request, asked_rid
 
 CONFIGURATION = (
     "workload_digest",
@@ -33,20 +33,55 @@ CONFIGURATION = (
     "switches",
     "partners",
     "forced_from",
+    "forced_digest",
+    "kept_digest",
     "submission_order",
     "policy",
     "versions",
 )
 """Manifest keys that must agree for two recordings to be of the same thing."""
 
+_SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
+"""Keys that older manifests do not have: of those runs this much is unknown, and taken on trust."""
+
 
 @dataclass(frozen=True)
 class Start:
     """What an engine process follows: nothing, in a new run."""
 
-    session: int = 0
-    sessions: tuple[dict[str, Any], ...] = ()
+    number: int = 0
+    earlier: tuple[dict[str, Any], ...] = ()
     """Durations of earlier engine processes; `seconds` is None for one that was killed."""
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse a directory that holds anything.
+
+    Raises:
+        RunDirectoryError: says how to go on.
+    """
+    if path.exists() and any(path.iterdir()):
+        if not (path / MANIFEST).exists():
+            raise RunDirectoryError(f"{path} exists and is not a run directory", fix="choose another output")
+        raise RunDirectoryError(
+            f"{path} exists already", fix="--overwrite replaces it, --resume finishes an interrupted run"
+        )
+
+
+def complete_run(path: Path, wanted: dict[str, Any]) -> Run | None:
+    """The run at `path`, if it is complete and is the wanted one; None if it is not complete.
+
+    Raises:
+        RunDirectoryError: it is a complete run of something else; names the key.
+    """
+    if not (path / MANIFEST).exists() or not (run := load_run(path)).complete:
+        return None
+    if key := difference(run.manifest, wanted):
+        raise RunDirectoryError(
+            f"{path} was recorded with another `{key}`",
+            fix="use the original configuration, or --overwrite, which records everything again",
+        )
+    return run
 
 
 def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, resume: bool) -> Start:
@@ -58,17 +93,13 @@ def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, res
     """
     start = Start()
     if path.exists() and any(path.iterdir()):
-        if not (path / MANIFEST).exists():
-            raise RunDirectoryError(f"{path} exists and is not a run directory", fix="choose another output")
+        if not (resume or overwrite) or not (path / MANIFEST).exists():
+            refuse_existing(path)
         if resume:
             start = _resume_point(path, manifest)
-        elif overwrite:
+        else:
             discard_set_aside(path)
             path.rename(_set_aside(path))
-        else:
-            raise RunDirectoryError(
-                f"{path} exists already", fix="--overwrite replaces it, --resume finishes an interrupted run"
-            )
     path.mkdir(parents=True, exist_ok=True)
     write_manifest(path, {**manifest, "status": "incomplete"})
     return start
@@ -86,29 +117,12 @@ def restore_set_aside(path: Path) -> None:
         _set_aside(path).rename(path)
 
 
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest in one step."""
-    journal.write_text_durably(path / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
-
-
-def new_manifest(**fields: Any) -> dict[str, Any]:
-    """The fields of every manifest: versions and machine, then `fields`."""
-    return {
-        "schema_version": schema.SCHEMA_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("sglang-probe", "sglang", "torch", "transformers")},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **fields,
-    }
-
-
 def served(path: Path) -> set[str]:
     """Request ids whose whole record is on disk."""
     return set(Run(path).engine_requests()["rid"])
 
 
-def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = None) -> dict[str, int]:
+def write_requests(run: Run, requests: Sequence[Request], kept: KeptFile | None = None) -> dict[str, int]:
     """Join the workload with what the engine recorded, as `requests.parquet`.
 
     Args:
@@ -121,7 +135,7 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
     by_rid = {r.rid: r for r in requests}
     records = []
     for rid in sorted(seen | set(ended)):
-        request = by_rid.get(rid.split("~")[0])
+        request = by_rid.get(asked_rid(rid))
         if request is None:  # not of the workload: the engine's own warm-up
             continue
         end = ended.get(rid)
@@ -143,7 +157,7 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
                 "family": request.family,
                 "prompt_ids": prompt,
                 "segments": segments,
-                "sampling_params": json.dumps(_told(request.sampling_params)),
+                "sampling_params": json.dumps(recorded(request.sampling_params)),
                 "labels": [asdict(label) for label in request.labels] or None,
                 **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
                 **_evicted(request, kept),
@@ -156,13 +170,6 @@ def write_requests(run: Run, requests: list[Request], kept: KeptFile | None = No
     for r in records:
         counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
     return counts
-
-
-def _told(sampling_params: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters as recorded. Of `custom_params` only what changes the rows that a token gives."""
-    told = {k: v for k, v in sampling_params.items() if k != "custom_params"}
-    positions = ((sampling_params.get("custom_params") or {}).get("probe") or {}).get("positions")
-    return told if positions is None else {**told, "custom_params": {"probe": {"positions": positions}}}
 
 
 def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:
@@ -178,13 +185,13 @@ def _set_aside(path: Path) -> Path:
 
 def difference(old: dict[str, Any], new: dict[str, Any], *, keys: Sequence[str] = CONFIGURATION) -> str | None:
     """The first configuration key in which two manifests differ, if any."""
-    return next((k for k in keys if old.get(k) != json.loads(json.dumps(new.get(k), default=str))), None)
+    unknown = _SINCE_SCHEMA_4 - old.keys() if old["schema_version"] < 4 else frozenset()
+    compared = (k for k in keys if k not in unknown)
+    return next((k for k in compared if old.get(k) != json.loads(json.dumps(new.get(k), default=str))), None)
 
 
 def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     old = Run(path)
-    if old.complete:
-        raise RunDirectoryError(f"{path} is complete; there is nothing to resume", fix="--overwrite runs it again")
     if key := difference(old.manifest, manifest):
         raise RunDirectoryError(
             f"{path} was started with another `{key}` and cannot be resumed",
@@ -196,13 +203,6 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     if not parts:
         return Start()
     following = max(part.session for part in parts) + 1
-    sessions = list(old.manifest.get("sessions", []))
-    sessions += [{"seconds": None, "requests": None}] * (following - len(sessions))
-    return Start(session=following, sessions=tuple(sessions))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    earlier = schema.starts_of(old.manifest)
+    earlier += [{"seconds": None, "requests": None}] * (following - len(earlier))
+    return Start(following, tuple(earlier))

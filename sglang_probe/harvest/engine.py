@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
-from sglang_probe.plugin import CONFIG_VARIABLE
 
 PROBE_FILE = "probe.yaml"
 
@@ -239,7 +238,7 @@ class ProbedEngine:
 
 def fault_of(run: Path) -> str | None:
     """Why the probe stopped recording, if it did."""
-    from sglang_probe.engine.hooks.session import FAULT_FILE
+    from sglang_probe.engine.hooks.config import FAULT_FILE
 
     path = run / FAULT_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from sglang_probe.engine.hooks import instruments
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.harvest.engine import ProbedEngine
 
@@ -26,7 +27,7 @@ class EngineHost:
 
     def serves(self, key: Any) -> bool:
         """Whether the running engine was started with `key`."""
-        return self._engine is not None and self._key == key
+        return self._engine is not None and _serves(self._key, key)
 
     def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> ProbedEngine:
         """An engine that was started with these server arguments and records as `probe` says.
@@ -35,7 +36,7 @@ class EngineHost:
             ProbeError: SGLang or the probe refuses.
         """
         key = engine_key(model_path, server, probe)
-        if self._engine is not None and self._key == key:
+        if self.serves(key) and self._engine is not None:
             self._engine.begin(probe)
             return self._engine
         self.stop()
@@ -53,15 +54,10 @@ class EngineHost:
 
 
 def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> tuple[Any, ...]:
-    """What must be equal for two recordings to share an engine: what SGLang and the hooks are started with."""
-    return (
-        model_path,
-        sorted(server.items(), key=str),
-        probe.hook_points,
-        probe.rows,
-        probe.telemetry,
-        probe.forced_outputs,
-        probe.bypass,
-        probe.positions,
-        probe.evictions,
-    )
+    """What two recordings must agree in to share an engine: what SGLang is started with, and what its instruments can
+    do for both."""
+    return (model_path, sorted(server.items(), key=str), probe)
+
+
+def _serves(started: Any, asked: Any) -> bool:
+    return started is not None and started[:2] == asked[:2] and instruments.serves(started[2], asked[2])

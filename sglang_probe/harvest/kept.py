@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.ask import Ask
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -18,9 +19,9 @@ KEPT_FILE = "kept.safetensors"
 """In the run directory: the sets that were in force."""
 
 
-def kept_key(request: Request) -> Any:
+def kept_key(request: Request) -> str | None:
     """The kept set that a request names, or None."""
-    return ((request.sampling_params.get("custom_params") or {}).get("probe") or {}).get("evict")
+    return Ask.of(request.sampling_params).evict
 
 
 def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model) -> None:
@@ -33,10 +34,12 @@ def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model)
         key = kept_key(r)
         if key is None:
             continue
-        where = f"request {r.rid}: `evict: {key}`"
+        where = f"{r.where}: `evict: {key}`"
         if kept is None:
-            raise ConfigError(f"{where}, but the recording has no kept sets", fix="use `run_evicted(..., kept=file)`")
-        if not isinstance(key, str) or key not in kept.shapes:
+            raise ConfigError(
+                f"{where}, but the recording has no kept sets", fix="give `kept`, e.g. `record_kept(..., kept=file)`"
+            )
+        if key not in kept.shapes:
             raise ConfigError(f"{where} is not in {kept.path}, which has {len(kept)} others")
         _steps, layers, kv_heads, length = kept.shapes[key]
         if (layers, kv_heads) != (model.layers, model.kv_heads):
@@ -66,7 +69,16 @@ def check_backend(server: dict[str, Any]) -> None:
 
 def keep_with_run(path: Path, kept: KeptFile, requests: Iterable[Request]) -> dict[str, Any]:
     """Copy the sets that `requests` name into the run directory; what the manifest says of it."""
-    keys = {key for r in requests if (key := kept_key(r)) is not None}
+    keys = _keys(requests)
     kept.write_subset(path / KEPT_FILE, keys)
     digest = hashlib.sha256((path / KEPT_FILE).read_bytes()).hexdigest()
     return {"file": KEPT_FILE, "sha256": digest, "sets": len(keys), "frees_memory": False}
+
+
+def digest_of_kept(kept: KeptFile, requests: Iterable[Request]) -> str:
+    """SHA-256 of the sets that `requests` name."""
+    return kept.digest(_keys(requests))
+
+
+def _keys(requests: Iterable[Request]) -> set[str]:
+    return {key for r in requests if (key := kept_key(r)) is not None}

@@ -9,28 +9,27 @@ radix cache up to position `n` and publishes nothing.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks import inventory
-from sglang_probe.errors import ConfigError
+from sglang_probe.ask import Ask
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.prepare import Prepared, check_sampling
+from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
-from sglang_probe.harvest.recording import Hooks, harvest
 from sglang_probe.kept_set import KeptFile
-from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run
-from sglang_probe.workload.build import Workload, check_fits
 from sglang_probe.workload.request import Request, SegmentSpan
+
+ASKS = frozenset({"force", "cache", "evict"})
+"""Fields of `Ask` that an engine must honour to serve them."""
 
 
 @dataclass(frozen=True)
-class EvictedRequest:
-    """One request of an eviction run."""
+class KeptRequest:
+    """One request that is served from a kept set, or beside those that are."""
 
     rid: str
     prompt_ids: Sequence[int]
@@ -39,21 +38,22 @@ class EvictedRequest:
     force: Sequence[int | None] | None = None
     """Output tokens to decode in place of sampled ones, a None is sampled; generation ends with them, end of text or
     not."""
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     """Over the recording's own sampling parameters."""
     publishes: bool = True
-    """Whether a request without a kept set leaves its entries in the radix cache for those behind it."""
+    """Whether a request without a kept set leaves its entries in the radix cache for those after it."""
     family: str | None = None
 
 
-def run_evicted(
+def record_kept(
     prepared: Prepared,
     path: Path,
-    requests: Sequence[EvictedRequest],
+    requests: Sequence[KeptRequest],
     *,
     kept: Path | KeptFile | None = None,
     host: EngineHost | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     reporter: Reporter | None = None,
 ) -> Run:
     """Serve `requests`, in order, and record the run directory `path`.
@@ -69,36 +69,30 @@ def run_evicted(
     Raises:
         ConfigError: a key is not in `kept`, its set does not fit the request or the model, or a rid is not usable.
         WorkloadError: a request does not fit into the context.
-        ProbeError: as `sglang_probe.harvest.recording.harvest`.
+        ProbeError: as `sglang_probe.harvest.experiment.record`.
     """
-    inventory.require(["bypass", "eviction"])
-    file = KeptFile(kept) if isinstance(kept, Path) else kept
-    ours = copy.copy(prepared)
-    ours.workload_source = {"source": "requests"}
-    served = [_request(i, r, prepared.config.sampling) for i, r in enumerate(requests)]
-    if len({r.rid for r in served}) < len(served) or any("~" in r.rid for r in served):
-        raise ConfigError("request ids of an eviction run must differ and hold no `~`")
-    check_sampling(served)
-    for r in served:
-        check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
-    ours.workload = Workload(served, skipped=0, corpus_digest=None)
-    hooks = Hooks(forced_outputs=True, bypass=True, evictions=True)
-    return harvest(
-        ours, path, Arm(), arm_name=path.name, overwrite=overwrite, reporter=reporter, host=host, hooks=hooks, kept=file
-    )
+    served = requests_of(requests, prepared.config.sampling)
+    again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter, "host": host}
+    return record([RunSpec(path.name, served, kept=kept)], prepared, path.parent, asks=ASKS, **again)[path.name]
 
 
-def _request(index: int, given: EvictedRequest, default: dict[str, Any]) -> Request:
+def requests_of(given: Sequence[KeptRequest], sampling: Mapping[str, Any]) -> tuple[Request, ...]:
+    """As requests of a `RunSpec`.
+
+    Args:
+        sampling: the recording's own sampling parameters.
+    """
+    return tuple(_request(i, r, sampling) for i, r in enumerate(given))
+
+
+def _request(index: int, given: KeptRequest, default: Mapping[str, Any]) -> Request:
     params = {**default, **given.sampling}
-    probe: dict[str, Any] = {}
-    if given.key is not None:
-        probe["evict"] = given.key
-    if given.key is not None or not given.publishes:
-        probe["cache"] = "read_only"
+    ask = Ask(
+        evict=given.key,
+        cache="read_only" if given.key is not None or not given.publishes else None,
+        force=None if given.force is None else tuple(None if t is None else int(t) for t in given.force),
+    )
     if given.force is not None:
-        probe["force"] = [None if t is None else int(t) for t in given.force]
         params |= {"max_new_tokens": len(given.force), "ignore_eos": True}
-    if probe:
-        params["custom_params"] = {**(params.get("custom_params") or {}), "probe": probe}
     prompt = tuple(int(t) for t in given.prompt_ids)
-    return Request(index, given.rid, prompt, (SegmentSpan("prompt", 0, len(prompt)),), given.family, params)
+    return Request(index, given.rid, prompt, (SegmentSpan("prompt", 0, len(prompt)),), given.family, ask.into(params))

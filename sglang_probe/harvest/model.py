@@ -28,6 +28,11 @@ class Model:
     config: dict[str, Any]
     """`config.json` of the text model, as `transformers` completes it."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model embeds."""
+        return int(self.config["vocab_size"])
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as `transformers` loads it."""
@@ -35,6 +40,7 @@ class Model:
 
         return AutoTokenizer.from_pretrained(self.path)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Identity for the manifest: name, architecture, and hashes of weights and tokenizer where files are local."""
         folder = Path(self.path)
@@ -49,11 +55,11 @@ class Model:
         }
 
 
-def resolve_model(name: str) -> Model:
-    """Find a model and read its configuration.
+def model_folder(name: str) -> str:
+    """Folder of a model: a built-in one, a local one, or what the hub has. Reads no configuration.
 
     Raises:
-        ConfigError: no such model, or its folder has no readable `config.json`.
+        ConfigError: no such model, or its folder has no `config.json`.
     """
     path = str(shipped(f"models/{name}/checkpoint")) if name in BUILT_IN_MODELS else name
     looks_local = name.startswith((".", "/", "~")) or Path(path).expanduser().exists()
@@ -66,6 +72,16 @@ def resolve_model(name: str) -> Model:
             )
     else:
         path = _download(name)
+    return path
+
+
+def resolve_model(name: str) -> Model:
+    """Find a model and read its configuration.
+
+    Raises:
+        ConfigError: no such model, or its folder has no readable `config.json`.
+    """
+    path = model_folder(name)
     from transformers import AutoConfig
 
     try:
@@ -93,11 +109,11 @@ def resolve_model(name: str) -> Model:
 
 def _download(name: str) -> str:
     """Folder of a hub model, fetched if need be: weights that lie in a folder can be hashed and checked against."""
-    from huggingface_hub import snapshot_download
-
     try:
+        from huggingface_hub import snapshot_download
+
         return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except Exception as e:  # the hub's client raises many kinds: no such model, no access, no network
+    except Exception as e:  # the hub's client raises many kinds: no such model, no access, no network; or is missing
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(
             f"cannot get model `{name}` from the hub: {first}",

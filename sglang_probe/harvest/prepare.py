@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
-from sglang_probe.engine.capture.telemetry import layers_of
+from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import refuse_without_gpu
-from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
     default_server_args,
@@ -18,95 +23,167 @@ from sglang_probe.harvest.engine import (
     server_argument_choices,
     server_argument_names,
 )
-from sglang_probe.harvest.model import resolve_model
+from sglang_probe.harvest.model import Model, resolve_model
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
-    attention_points,
     check_architecture,
     check_hook_points,
     check_sliding_window,
     check_tensor_parallel,
     head_counts,
 )
-from sglang_probe.run.selection import check_selection, kept_heads
-from sglang_probe.workload.build import build_requests
+from sglang_probe.run.selection import check_selection, selected_heads
+from sglang_probe.run.telemetry_options import layers_of
+from sglang_probe.workload.build import Workload, WorkloadConfig, build_requests, check_fits, new_tokens
 from sglang_probe.workload.request import Request
 
 _SET_BY_US = {"model_path", "dtype", "disable_radix_cache"}
 
 
+@dataclass(frozen=True)
 class Prepared:
-    """A checked configuration: the inventory, the model, and the requests.
+    """A checked configuration. Nothing in it changes: what one run of it serves and captures is its
+    `sglang_probe.harvest.experiment.RunSpec`."""
 
-    Raises (on construction):
+    config: Recording
+    inventory: inventory.Inventory
+    model: Model
+    workload: Workload
+    """The requests of the configuration's workload, of which those of a run are made."""
+    room: int
+    """Positions that a request may have."""
+    context: int
+    """Positions that the model is served with. `room` may be less: the KV pool bounds it too."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the rows of a run are, beyond the names of its hook points."""
+
+    heads: dict[str, list[int]]
+    """Kept heads and their width at hook points whose rows are per head."""
+    head_numbers: dict[str, list[int]]
+    """Which heads these are, where it is not all of them."""
+    telemetry_layers: list[int]
+
+
+def prepare(
+    config: Recording,
+    arms: Mapping[str, Arm] = MappingProxyType({}),
+    *,
+    workload: WorkloadConfig | Workload | None = None,
+) -> Prepared:
+    """Check a configuration.
+
+    Args:
+        arms: all that will be recorded with it.
+        workload: in place of the configuration's own.
+
+    Raises:
         ProbeError: a child of it for every kind of bad input.
     """
-
-    def __init__(self, config: Recording, arms: Mapping[str, Arm]) -> None:
-        self.config = config
-        features = ["accounting", "control", "rows", "forced decoding", "platform"]
-        if attention_points(config.hook_points) or config.telemetry is not None:
-            features.append("attention rows")
-        if (config.hook_points or config.telemetry is not None) and config.accelerator == "unproved":
-            features.append("accelerator rows")
-        if config.telemetry is not None:
-            features.append("telemetry")
-        self.inventory = inventory.require(features)
-        servers = [dict(config.server), *(dict(arm.server) for arm in arms.values())]
-        for server in servers:
-            _check_server(server)
-            if not accelerator_present():
-                refuse_without_gpu(server)
-        self.model = resolve_model(config.model)
-        self.heads: dict[str, list[int]] = {}
-        """Kept heads and their width at hook points whose rows are per head."""
-        self.head_numbers: dict[str, list[int]] = {}
-        """Which heads these are, where it is not all of them."""
-        self.telemetry_layers: list[int] = []
-        if config.telemetry is not None:
-            self.telemetry_layers = layers_of(config.telemetry, self.model.layers)
-        if config.hook_points or config.telemetry is not None:
-            check_hook_points(config.hook_points, self.model.layers)
-            check_selection(config.rows, config.hook_points)
-            check_architecture(self.model.architecture)
-            self.heads, self.head_numbers = kept_heads(
-                config.rows,
-                head_counts(
-                    config.hook_points,
-                    heads=self.model.heads,
-                    kv_heads=self.model.kv_heads,
-                    head_dim=self.model.head_dim,
-                ),
-            )
-            for server in servers:
-                context = {**config.server, **server}.get("context_length") or self.model.context_length
-                check_sliding_window(self.model.config, int(context))
-                tp_size = int({**config.server, **server}.get("tp_size", 1))
-                check_tensor_parallel(config.hook_points, tp_size, telemetry=config.telemetry is not None)
-            if accelerator_present() and config.accelerator != "unproved":
-                raise UnsupportedError(
-                    "capturing rows on an accelerator has not been run on a GPU",
-                    fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
-                    "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
-                )
-        self.workload_source = config.workload.model_dump(mode="json")
-        room = [self.model.context_length]
-        for server in servers:
-            merged = {**default_server_args(), **config.server, **server}
-            # A request must fit into the KV pool as well as into the context.
-            room += [int(merged[k]) for k in ("context_length", "max_total_tokens") if merged.get(k)]
-        self.room = min(room)
-        """Positions that a request may have."""
-        self.workload = build_requests(
-            config.workload, self.model.tokenizer, context_length=self.room, default_sampling=dict(config.sampling)
+    asked = EngineProbeConfig(
+        run=config.output,
+        hook_points=config.hook_points,
+        accelerator=config.accelerator,
+        telemetry=config.telemetry,
+        asks=["force"],
+    )
+    reviewed = inventory.require([*features(asked), "platform"])
+    servers = [dict(config.server), *({**config.server, **arm.server} for arm in arms.values())]
+    for server in servers:
+        _check_server(server)
+        if not accelerator_present():
+            refuse_without_gpu(server)
+    model = resolve_model(config.model)
+    capture_of(config, model, config.hook_points, servers)
+    merged = [{**default_server_args(), **server} for server in servers]
+    context = min([model.context_length, *(int(m["context_length"]) for m in merged if m.get("context_length"))])
+    # A request must fit into the KV pool as well as into the context.
+    room = min([context, *(int(m["max_total_tokens"]) for m in merged if m.get("max_total_tokens"))])
+    given = getattr(config, "workload", None) if workload is None else workload
+    if not isinstance(given, Workload):
+        if given is None:
+            raise ConfigError("there is no workload", fix="give `workload`, or requests")
+        given = build_requests(
+            given,
+            model.tokenizer,
+            context_length=room,
+            default_sampling=dict(config.sampling),
+            check=lambda r: check_ask(r, config, context=context, vocabulary=model.vocabulary),
         )
-        # Last, because SGLang must be imported to know its names.
-        for server in servers:
-            _check_names(server, server_argument_names(), "server argument")
-            _check_choices(server, server_argument_choices())
-        for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
-            _check_choices({"dtype": dtype}, server_argument_choices())
-        check_sampling(self.workload.requests)
+    # Last, because SGLang must be imported to know its names.
+    for server in servers:
+        _check_names(server, server_argument_names(), "server argument")
+        _check_choices(server, server_argument_choices())
+    for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
+        _check_choices({"dtype": dtype}, server_argument_choices())
+    prepared = Prepared(config, reviewed, model, given, room, context)
+    check_requests(given.requests, prepared)
+    return prepared
+
+
+def capture_of(
+    config: Recording, model: Model, hook_points: Sequence[str], servers: Iterable[Mapping[str, Any]]
+) -> Capture:
+    """What capturing `hook_points` gives.
+
+    Args:
+        servers: the server arguments of every engine that captures them.
+
+    Raises:
+        ConfigError, UnsupportedError: they cannot be captured.
+    """
+    layers = [] if config.telemetry is None else layers_of(config.telemetry, model.layers)
+    if not hook_points and config.telemetry is None:
+        return Capture({}, {}, layers)
+    check_hook_points(list(hook_points), model.layers)
+    check_selection(config.rows, hook_points)
+    check_architecture(model.architecture)
+    counts = head_counts(hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim)
+    for server in servers:
+        check_sliding_window(model.config, int(server.get("context_length") or model.context_length))
+        check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
+    if accelerator_present() and config.accelerator != "unproved":
+        raise UnsupportedError(
+            "capturing rows on an accelerator has been shown on one model of GPU only (docs/gpu-results.md)",
+            fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
+            "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
+        )
+    return Capture(*selected_heads(config.rows, counts), layers)
+
+
+def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int) -> None:
+    """Refuse what a request cannot ask of the probe.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    ask = Ask.of(request.sampling_params)
+    # A harvest starts its engine for what its requests ask; these two need more than that.
+    beyond = {"provenance", *(["system"] if config.telemetry is None else [])}
+    ask.refuse_beyond(frozenset(Ask.model_fields) - beyond)
+    ask.check(
+        prompt_len=len(request.prompt_ids),
+        new_tokens=new_tokens(request.sampling_params),
+        context=context,
+        vocabulary=vocabulary,
+    )
+
+
+def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
+    """Refuse requests that cannot be served.
+
+    Raises:
+        ProbeError: names the request, and file and line if it was read from one.
+    """
+    for r in requests:
+        try:
+            check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
+            check_ask(r, prepared.config, context=prepared.context, vocabulary=prepared.model.vocabulary)
+        except ProbeError as e:
+            raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
+    check_sampling(requests)
 
 
 def _check_server(server: dict[str, object]) -> None:
@@ -117,7 +194,7 @@ def _check_server(server: dict[str, object]) -> None:
         )
 
 
-def check_sampling(requests: list[Request]) -> None:
+def check_sampling(requests: Iterable[Request]) -> None:
     """Refuse sampling parameters that SGLang does not know, and those that give several outputs.
 
     Raises:
@@ -125,11 +202,11 @@ def check_sampling(requests: list[Request]) -> None:
     """
     known = sampling_parameter_names()
     for r in requests:
-        _check_names(r.sampling_params, known, f"request {r.index}: sampling parameter")
+        _check_names(r.sampling_params, known, f"{r.where}: sampling parameter")
         for name in ("n", "beam_width"):
             if r.sampling_params.get(name) not in (None, 1):
                 raise UnsupportedError(
-                    f"request {r.index}: `{name}: {r.sampling_params[name]}` gives several outputs for one request",
+                    f"{r.where}: `{name}: {r.sampling_params[name]}` gives several outputs for one request",
                     fix="repeat the request in the workload instead",
                 )
 

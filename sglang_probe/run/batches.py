@@ -11,20 +11,24 @@ import pandas as pd
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import schema, weighting
+from sglang_probe.run import tokens as positions
+from sglang_probe.run.files import RunFiles
 
 if TYPE_CHECKING:
     import torch
 
-    from sglang_probe.run.run import Run
-
 
 def activations(
-    run: Run, rid: str, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
+    run: RunFiles, rid: str, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
 ) -> torch.Tensor:
-    """See `Run.activations`."""
+    """See `Run.activations`: `[positions, width]`.
+
+    Raises:
+        RunDirectoryError: no such request, or with `missing="raise"` a position has no row.
+    """
     import torch
 
-    tokens = run.tokens_of(rid)
+    tokens = positions.tokens_of(run, rid)
     tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (tokens["position"] >= first)].sort_values("position")
     rows = tokens["source_row"].to_numpy()
     have = run.holds(hook_point, rows)
@@ -53,7 +57,7 @@ def _why(absent: pd.DataFrame) -> str:
 
 
 def iter_batches(
-    run: Run,
+    run: RunFiles,
     hook_point: str,
     *,
     batch_size: int,
@@ -62,8 +66,12 @@ def iter_batches(
     shuffle: bool,
     seed: int,
 ) -> Iterator[torch.Tensor]:
-    """See `Run.iter_batches`."""
-    tokens = run.tokens()
+    """See `Run.iter_batches`: up to `batch_size` rows each, `[n, width]`.
+
+    Raises:
+        RunDirectoryError: the hook point was not captured, or the weights cannot be used.
+    """
+    tokens = positions.read_tokens(run, interrupted=False)
     tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
     if where is not None:
         tokens = tokens.query(where) if isinstance(where, str) else tokens[where(tokens)]

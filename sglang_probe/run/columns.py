@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from sglang_probe.errors import LedgerError, RunDirectoryError
 from sglang_probe.run import schema
-from sglang_probe.run.run import REQUESTS_FILE, Run
+from sglang_probe.run.files import REQUESTS_FILE, RunFiles
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +85,7 @@ class Spans:
         return Spans(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
-def read_requests(run: Run) -> Requests:
+def read_requests(run: RunFiles) -> Requests:
     """The columns of `requests.parquet` that are small; those of requests in flight at a crash are left out."""
     path = run.path / REQUESTS_FILE
     if not path.exists():
@@ -93,8 +93,8 @@ def read_requests(run: Run) -> Requests:
     present = set(pq.read_schema(path).names)
     names = ["rid", "prompt_len", "finish_reason", "family", "segments", "labels"]
     table = pq.read_table(path, columns=[n for n in names if n in present])
-    kept = np.flatnonzero(pc.not_equal(table["finish_reason"], schema.INTERRUPTED).to_numpy())
-    table = table.take(pa.array(kept))
+    served = np.flatnonzero(pc.not_equal(table["finish_reason"], schema.INTERRUPTED).to_numpy())
+    table = table.take(pa.array(served))
     family = pc.index_in(table["family"], value_set=pc.drop_null(pc.unique(table["family"])))
     axes: dict[str, Intervals] = {}
     if "labels" in present:
@@ -105,7 +105,7 @@ def read_requests(run: Run) -> Requests:
             axes[name] = Intervals(tuple(everything.names[i] for i in used), request, start, end, number)
     return Requests(
         rid=table["rid"].combine_chunks(),
-        file_row=kept,
+        file_row=served,
         prompt_len=_ints(table["prompt_len"], np.int32),
         family=_ints(family, np.int32),
         segments=_structs(table["segments"], "name"),
@@ -113,7 +113,7 @@ def read_requests(run: Run) -> Requests:
     )
 
 
-def read_spans(run: Run, requests: Requests) -> Spans:
+def read_spans(run: RunFiles, requests: Requests) -> Spans:
     """All spans of all attempts."""
     files = [run.path / f for part in run.parts() for f in part.files if f.startswith("ledger/spans-")]
     empty = schema.SPANS.empty_table().select(_SPAN_COLUMNS)
@@ -176,7 +176,7 @@ def read_traffic(requests: Requests, spans: Spans) -> Traffic:
 class TokenIds:
     """Token ids of prompts and outputs, read once from front to back, a batch of requests at a time."""
 
-    def __init__(self, run: Run, requests: Requests, traffic: Traffic, rows: int) -> None:
+    def __init__(self, run: RunFiles, requests: Requests, traffic: Traffic, rows: int) -> None:
         # Without `pre_buffer` and with a buffer, a column is decoded page by page and never held as a whole.
         file = pq.ParquetFile(run.path / REQUESTS_FILE, pre_buffer=False, buffer_size=1 << 20)
         self._batches = file.iter_batches(batch_size=rows, columns=["prompt_ids", "output_ids"])

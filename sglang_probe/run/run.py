@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run import batches, journal, schema, shards
+from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
-from sglang_probe.run.selection import Selected
+from sglang_probe.run.files import RunFiles
+from sglang_probe.run.telemetry import read_telemetry
 
 if TYPE_CHECKING:
     import torch
-
-Array = np.ndarray[Any, Any]
-MANIFEST = "manifest.json"
-REQUESTS_FILE = "requests.parquet"
 
 
 def load_run(path: str | Path) -> Run:
@@ -35,69 +26,11 @@ def load_run(path: str | Path) -> Run:
     return Run(Path(path))
 
 
-class Run:
+class Run(RunFiles):
     """One recorded run. Frames are plain pandas; columns are documented in `sglang_probe.run.schema`.
 
     Every ledger table has the column `dp_rank` in front: the data-parallel rank whose ledger it comes from.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        file = path / MANIFEST
-        if not file.exists():
-            raise RunDirectoryError(
-                f"{path} is not a run directory: it has no {MANIFEST}", fix="see `sglang-probe harvest`"
-            )
-        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if self.manifest["schema_version"] > schema.SCHEMA_VERSION:
-            raise RunDirectoryError(
-                f"{path} has schema version {self.manifest['schema_version']}; "
-                f"this package reads up to {schema.SCHEMA_VERSION}",
-                fix="upgrade sglang-probe",
-            )
-
-    @property
-    def complete(self) -> bool:
-        """Whether every request of the workload was served and everything is on disk."""
-        return bool(self.manifest["status"] == "complete")
-
-    @property
-    def hook_points(self) -> list[str]:
-        return list(self.manifest["hook_points"])
-
-    def spans(self) -> pd.DataFrame:
-        """One row per span: consecutive positions of one request with the same fate (`schema.SPANS`)."""
-        return self._table("spans", schema.SPANS)
-
-    def forwards(self) -> pd.DataFrame:
-        """One row per forward pass (`schema.FORWARDS`)."""
-        return self._table("forwards", schema.FORWARDS)
-
-    def requests(self, *, interrupted: bool = False) -> pd.DataFrame:
-        """One row per request that was served, in workload order (`schema.REQUESTS`).
-
-        `interrupted` adds those that were in flight when their engine died; a resumed run asks them again under
-        another rid, so that counting both would count a request twice.
-        """
-        path = self.path / REQUESTS_FILE
-        if not path.exists():
-            if "segment" in self.manifest:
-                raise RunDirectoryError(
-                    f"{path} is missing: the segment is being recorded, or its server died",
-                    fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
-                )
-            raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
-        frame = pq.read_table(path).to_pandas()
-        return frame if interrupted else frame[frame["finish_reason"] != schema.INTERRUPTED].reset_index(drop=True)
-
-    def engine_requests(self) -> pd.DataFrame:
-        """What the engine said of each finished request (`schema.ENGINE_REQUESTS`); survives an interrupted run."""
-        return self._table("requests", schema.ENGINE_REQUESTS)
-
-    def rebinds(self) -> pd.DataFrame:
-        """Positions that a request computed itself and whose KV entry was later replaced by another request's
-        (`schema.REBINDS`)."""
-        return self._table("rebinds", schema.REBINDS)
 
     def telemetry(self) -> pd.DataFrame:
         """Attention telemetry that was recorded while requests were served (`telemetry` of the configuration): one row
@@ -106,33 +39,19 @@ class Run:
         Raises:
             RunDirectoryError: none was recorded.
         """
-        from sglang_probe.run.telemetry import read_telemetry
-
         return read_telemetry(self)
-
-    def telemetry_table(self) -> pd.DataFrame:
-        """The same as it is stored: one row per measured decode step and layer (`schema.TELEMETRY`)."""
-        return self._table("telemetry/part-", schema.TELEMETRY)
-
-    def last_attempt(self) -> pd.DataFrame:
-        """Spans of each request's last attempt: the ones that tile its positions."""
-        spans = self.spans()
-        return spans[spans["attempt"] == spans.groupby("rid")["attempt"].transform("max")]
 
     def tokens(self, *, interrupted: bool = False) -> pd.DataFrame:
         """One row per position of each served request's last attempt (`interrupted` as in `requests`).
 
-        Columns: rid, position, token_id, segment (class of a prompt token; `generated` behind the prompt), status,
+        Columns: rid, position, token_id, segment (class of a prompt token; `generated` after the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), source_row (its own row, or the row of its origin;
         -1: none), and covered (whether this run has the forward pass that computed the position: not if it was reused
         from an entry of unknown origin or of another segment). Token ids of discarded overshoot positions are those of
-        the last output; -1 where a live recording kept no ids.
+        the last output; -1 where a live recording has no ids.
         """
-        requests = self.requests(interrupted=interrupted)
-        spans = self.last_attempt()
-        tokens = self._positions(spans[spans["rid"].isin(requests["rid"])])
-        return tokens.merge(_labels(requests), on=["rid", "position"], how="left", validate="many_to_one")
+        return positions.read_tokens(self, interrupted=interrupted)
 
     def tokens_of(self, rid: str) -> pd.DataFrame:
         """As `tokens()` for one request, without token ids and segments.
@@ -140,97 +59,7 @@ class Run:
         Raises:
             RunDirectoryError: there is no such request.
         """
-        spans = self.last_attempt()
-        mine = spans[spans["rid"] == rid]
-        if mine.empty:
-            raise RunDirectoryError(f"{self.path} has no request `{rid}`", fix="`run.requests()` lists them")
-        return self._positions(mine)
-
-    def _positions(self, spans: pd.DataFrame) -> pd.DataFrame:
-        tokens = positions.expand(spans)
-        tokens["source_row"], tokens["covered"] = positions.sources(tokens, self.spans())
-        return tokens
-
-    def heads(self, hook_point: str) -> tuple[int, int]:
-        """Heads and head dimension of a hook point whose rows are per head: of keys and values the kv heads.
-
-        Raises:
-            RunDirectoryError: it was not captured, or its rows are not per head.
-        """
-        if hook_point not in self.manifest.get("heads", {}):
-            raise RunDirectoryError(
-                f"{self.path} has no rows per head of `{hook_point}`",
-                fix=f"captured hook points: {', '.join(self.hook_points) or 'none'}",
-            )
-        heads, head_dim = self.manifest["heads"][hook_point]
-        return int(heads), int(head_dim)
-
-    def head_numbers(self, hook_point: str) -> list[int]:
-        """Which heads of the model the rows of a hook point hold (`rows: heads` of the configuration), ascending.
-
-        Raises:
-            RunDirectoryError: as `heads`.
-        """
-        count, _ = self.heads(hook_point)
-        chosen = self.manifest.get("head_numbers", {}).get(hook_point)
-        return list(range(count)) if chosen is None else [int(h) for h in chosen]
-
-    @functools.cached_property
-    def selected(self) -> Selected:
-        """Which positions the hook points keep (`rows` of the configuration)."""
-        return Selected.from_manifest(self.manifest)
-
-    def holds(self, hook_point: str, indices: Sequence[int] | Array) -> Array:
-        """Which rows a hook point holds, bool `[len(indices)]`: those that were computed and selected; not -1."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        if hook_point not in self.selected.partial:
-            return np.asarray(wanted >= 0)
-        held = np.zeros(len(wanted), dtype=bool)
-        for start, end, path in self._shards(hook_point):
-            at = np.flatnonzero((wanted >= start) & (wanted < end))
-            held[at] = shards.place_of(path, wanted[at] - start) >= 0
-        return held
-
-    def rows_dtype(self) -> torch.dtype | None:
-        """Dtype of the captured rows; None without any."""
-        held = (self._shards(h) for h in self.hook_points if self._holds_any(h))
-        return next((shards.rows_of(found[0][2]).dtype for found in held), None)
-
-    def rows(self, hook_point: str, indices: Sequence[int] | Array, *, split_heads: bool = False) -> torch.Tensor:
-        """Captured rows by their index in the row store, `[len(indices), width]`, in the model's dtype.
-
-        With `split_heads`, `[len(indices), heads, head_dim]` (see `heads`).
-
-        Raises:
-            RunDirectoryError: the hook point was not captured, or does not hold one of the rows (see `holds`).
-        """
-        import torch
-
-        if split_heads:
-            rows = self.rows(hook_point, indices)
-            return rows.view(len(rows), *self.heads(hook_point))
-        found_in = self._shards(hook_point)
-        wanted = np.asarray(indices, dtype=np.int64)
-        pieces: list[tuple[Array, torch.Tensor]] = []
-        found = 0
-        for start, end, path in found_in:
-            at = np.flatnonzero((wanted >= start) & (wanted < end))
-            if len(at):
-                place = shards.place_of(path, wanted[at] - start)
-                at, place = at[place >= 0], place[place >= 0]
-                pieces.append((at, shards.rows_of(path)[torch.from_numpy(place)]))
-                found += len(at)
-        if found != len(wanted):
-            partial = " or were not selected (`run.holds` says which)" if hook_point in self.selected.partial else ""
-            raise RunDirectoryError(
-                f"{self.path}: {len(wanted) - found} of the asked rows of {hook_point} do not exist{partial}"
-            )
-        if not pieces:
-            return torch.empty((0, shards.rows_of(found_in[0][2]).shape[1]))
-        out = torch.empty((len(wanted), pieces[0][1].shape[1]), dtype=pieces[0][1].dtype)
-        for at, values in pieces:
-            out[torch.from_numpy(at)] = values
-        return out
+        return positions.tokens_of(self, rid)
 
     def activations(
         self, rid: str, hook_point: str, *, missing: Literal["raise", "nan"] = "raise", first: int = 0
@@ -242,7 +71,7 @@ class Run:
 
         Raises:
             RunDirectoryError: no such request; or a position has no row anywhere in the run, e.g. because its entry was
-                computed before the recording began, or because the hook point does not keep it. With `missing="nan"`
+                computed before the recording began, or because the hook point does not hold it. With `missing="nan"`
                 such rows are NaN instead.
         """
         return batches.activations(self, rid, hook_point, missing=missing, first=first)
@@ -258,7 +87,7 @@ class Run:
         seed: int = 0,
     ) -> Iterator[torch.Tensor]:
         """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly. Rows that the hook
-        point does not keep are left out.
+        point does not hold are left out.
 
         Args:
             where: selects positions: a pandas query over the columns of `tokens()`, or a function of that frame.
@@ -270,65 +99,3 @@ class Run:
         return batches.iter_batches(
             self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed
         )
-
-    def iter_shards(self, hook_point: str) -> Iterator[tuple[Array, torch.Tensor]]:
-        """Every shard of a hook point as `(numbers of its rows [n], ascending; rows [n, width])`."""
-        for start, _end, path in self._shards(hook_point) if self._holds_any(hook_point) else []:
-            rows, index = shards.rows_of(path), shards.index_of(path)
-            yield start + (np.arange(len(rows)) if index is None else index), rows
-
-    def parts(self) -> list[journal.Part]:
-        """Durable parts of the run."""
-        return journal.read(self.path)
-
-    def row_count(self) -> int:
-        """Row numbers that were given out, one for every computed position. A hook point holds all of these rows, or
-        those that were selected."""
-        return sum(p.rows for p in self.parts())
-
-    def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
-        prefix = name if "/" in name else f"ledger/{name}-"
-        files = [(part, f) for part in self.parts() for f in part.files if f.startswith(prefix)]
-        tables = [pq.read_table(self.path / f, schema=table_schema) for _, f in files]
-        frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
-        ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)
-        frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))
-        return frame
-
-    def _holds_any(self, hook_point: str) -> bool:
-        return any(f.startswith(f"rows/{hook_point}/") for part in self.parts() for f in part.files)
-
-    def _shards(self, hook_point: str) -> list[tuple[int, int, Path]]:
-        """First row number, end and file of each shard."""
-        found = []
-        for part in self.parts():
-            name = f"rows/{hook_point}/shard-{part.stem}.safetensors"
-            if name in part.files:
-                found.append((part.rows_end - part.rows, part.rows_end, self.path / name))
-        if not found:
-            raise RunDirectoryError(
-                f"{self.path} has no rows of `{hook_point}`",
-                fix=f"captured hook points: {', '.join(self.hook_points) or 'none'}",
-            )
-        return found
-
-
-def _labels(requests: pd.DataFrame) -> pd.DataFrame:
-    """Token id and segment of every position of every request."""
-    frames = []
-    for r in requests.itertuples():
-        if r.prompt_ids is None:  # a live recording that kept no token ids
-            prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
-            ids = [-1] * (prompt + int(r.output_len))
-        else:
-            ids = [*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)]
-        segment = np.full(len(ids), "generated", dtype=object)
-        for s in r.segments:
-            segment[s["start"] : s["end"]] = s["name"]
-        frames.append(
-            pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
-        )
-    if not frames:
-        empty = {"rid": "str", "position": "int64", "token_id": "int64", "segment": "str"}
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in empty.items()})
-    return pd.concat(frames, ignore_index=True)

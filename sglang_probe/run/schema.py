@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 
-SCHEMA_VERSION = 3
-"""3: a shard may hold some rows of its part only, and says which (`capture.writer.INDEX_KEY`)."""
+SCHEMA_VERSION = 4
+"""4: the manifest has `starts` (`sessions` before), and digests of forced outputs and kept sets. 3: a shard may hold
+some rows of its part only, and says which (`run.shards.INDEX_KEY`)."""
+
+
+def starts_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each engine process that wrote a run its `seconds` (None: it was killed) and `requests`."""
+    return list(manifest.get("starts", manifest.get("sessions", [])))
+
 
 COMPUTED = "computed"
 REUSED = "reused"
@@ -103,7 +113,7 @@ _PER_HEAD = pa.list_(pa.float32())
 TELEMETRY = pa.schema(
     [
         # One row per measured decode step and layer; lists have one entry per query head. What the numbers are:
-        # `sglang_probe.engine.capture.telemetry` and `study.telemetry`.
+        # `sglang_probe.engine.capture.telemetry` and `sglang_probe.attention.telemetry`.
         ("rid", pa.string()),
         ("attempt", pa.int32()),
         ("position", pa.int32()),

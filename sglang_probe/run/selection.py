@@ -1,8 +1,8 @@
-"""Which positions and which heads rows are kept for.
+"""Which positions and which heads rows are recorded of.
 
-Whether a position is kept depends on nothing but its place in its request, so that the choice can be repeated from the
-ledger and checked. A retracted request keeps the same positions when it is computed again. Row numbers are given to
-every computed position, kept or not; what a hook point holds of them is written beside its rows.
+Whether a position is selected depends on nothing but its place in its request, so that the choice can be repeated from
+the ledger and checked. Of a retracted request the same positions are selected when it is computed again. Row numbers
+are given to every computed position, selected or not; what a hook point holds of them is written beside its rows.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Selection(Config):
     prefill: Literal["all", "none"] = "all"
     """Positions of the prompt. Giving `window` alone means `none` besides it."""
     window: int = Field(default=0, ge=0)
-    """Positions at the end of the prompt that are kept in any case: the observation window."""
+    """Positions at the end of the prompt that are selected in any case: the observation window."""
     decode: Decode = "all"
-    """Positions behind the prompt."""
+    """Positions after the prompt."""
     heads: list[int] | None = None
     """Query heads; None: all."""
     kv_heads: list[int] | None = None
@@ -71,12 +71,12 @@ class Selection(Config):
         return self
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether every position is kept."""
+    def selects_all(self) -> bool:
+        """Whether every position is selected."""
         return self.prefill == "all" and self.decode == "all"
 
     def positions(self, position_N: Array, prompt_len_N: Array) -> Array:
-        """Which positions are kept, bool `[N]`; `prompt_len_N` of the request of each."""
+        """Which positions are selected, bool `[N]`; `prompt_len_N` of the request of each."""
         step = position_N - prompt_len_N  # 0 at decode step 1
         prompt = step >= -self.window if self.prefill == "none" else np.ones(len(step), dtype=bool)
         if self.decode == "all":
@@ -90,7 +90,7 @@ class Selection(Config):
         return np.asarray(np.where(step < 0, prompt, decoded), dtype=bool)
 
     def heads_of(self, site: str) -> list[int] | None:
-        """Heads of a hook point at `site` that are kept; None: all of them, or its rows are not per head."""
+        """Heads of a hook point at `site` that are selected; None: all of them, or its rows are not per head."""
         if site not in ATTENTION:
             return None
         return self.heads if site in _QUERIES else self.kv_heads
@@ -119,10 +119,10 @@ class RowsConfig(Selection):
 
 
 class Selected:
-    """The positions that each hook point of a recording keeps.
+    """The positions that are selected at each hook point of a recording.
 
-    `hook_embed` proves whose the rows of a position are. So it is kept wherever any other hook point is, unless it has
-    a selection of its own.
+    `hook_embed` proves whose the rows of a position are. So it is selected wherever any other hook point
+    is, unless it has a selection of its own.
     """
 
     def __init__(self, config: RowsConfig, hook_points: Iterable[str]) -> None:
@@ -131,13 +131,13 @@ class Selected:
         others = {s.model_dump_json(include=_PLACES): s for h, (s,) in self._of.items() if h != EMBED}
         if EMBED in self._of and EMBED not in config.at and others:
             self._of[EMBED] = list(others.values())
-        self.partial = [h for h, s in self._of.items() if not any(x.keeps_all for x in s)]
-        """Hook points that do not keep every position."""
+        self.partial = [h for h, s in self._of.items() if not any(x.selects_all for x in s)]
+        """Hook points that do not select every position."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for h in self.partial:
             groups.setdefault(tuple(s.model_dump_json(include=_PLACES) for s in self._of[h]), []).append(h)
         self._groups = list(groups.values())
-        """Hook points that keep the same positions."""
+        """Hook points that select the same positions."""
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Selected:
@@ -145,28 +145,28 @@ class Selected:
         return cls(RowsConfig.model_validate(manifest.get("rows_kept") or {}), manifest["hook_points"])
 
     def positions(self, hook_point: str, position_N: Array, prompt_len_N: Array) -> Array:
-        """Which positions a hook point keeps, bool `[N]`."""
-        kept = [s.positions(position_N, prompt_len_N) for s in self._of[hook_point]]
-        return np.asarray(np.logical_or.reduce(kept))
+        """Which positions a hook point selects, bool `[N]`."""
+        chosen = [s.positions(position_N, prompt_len_N) for s in self._of[hook_point]]
+        return np.asarray(np.logical_or.reduce(chosen))
 
     def offsets(self, starts: list[int], ends: list[int], prompt_lens: list[int]) -> dict[str, Array]:
         """Of a forward that computes `[starts[i], ends[i])` of each request, the tokens that each partial hook point
-        keeps, by their place in the forward, ascending int64."""
+        selects, by their place in the forward, ascending int64."""
         if not self.partial:
             return {}
         first, lengths = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64) - starts
         total = int(lengths.sum())
         position = np.arange(total) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
         prompt_len = np.repeat(np.array(prompt_lens, dtype=np.int64), lengths)
-        kept = {}
+        selected = {}
         for group in self._groups:
             offsets = np.flatnonzero(self.positions(group[0], position, prompt_len))
-            kept.update(dict.fromkeys(group, offsets))
-        return kept
+            selected.update(dict.fromkeys(group, offsets))
+        return selected
 
 
 def check_selection(config: RowsConfig, hook_points: Iterable[str]) -> None:
-    """Refuse a selection of something that is not captured: a typing error in `at` would keep every position.
+    """Refuse a selection of something that is not captured: a typing error in `at` would select every position.
 
     Raises:
         ConfigError: `at` names it.
@@ -178,8 +178,10 @@ def check_selection(config: RowsConfig, hook_points: Iterable[str]) -> None:
             raise ConfigError(f"`rows: at: {name}` selects from a hook point that is not among `hook_points`")
 
 
-def kept_heads(config: RowsConfig, heads: Mapping[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Of `[heads, head_dim]` by hook point what is kept, and the numbers of the kept heads where it is not all of them.
+def selected_heads(
+    config: RowsConfig, heads: Mapping[str, list[int]]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Of `[heads, head_dim]` by hook point what is selected, and the numbers of the heads where it is not all of them.
 
     Raises:
         ConfigError: the model does not have such a head.

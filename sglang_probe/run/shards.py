@@ -1,4 +1,4 @@
-"""Reading shards of rows, and which rows they hold."""
+"""Shards of rows: their tensors, and which rows they hold."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
+ROWS_KEY = "rows"
+"""Name of the tensor in a shard."""
+INDEX_KEY = "index"
+"""Name of a second one, int64 `[n]`, in shards of hook points that do not hold every row: the number of each row,
+counted from the first of the part."""
 
 
 @functools.lru_cache(maxsize=16)
 def rows_of(path: Path) -> torch.Tensor:
     """The rows of a shard, `[n, width]`."""
     from safetensors.torch import load_file
-
-    from sglang_probe.engine.ledger.writer import ROWS_KEY
 
     return load_file(path)[ROWS_KEY]
 
@@ -28,8 +31,6 @@ def rows_of(path: Path) -> torch.Tensor:
 def index_of(path: Path) -> Array | None:
     """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
     from safetensors import safe_open
-
-    from sglang_probe.engine.ledger.writer import INDEX_KEY
 
     with safe_open(path, framework="np") as f:
         return np.asarray(f.get_tensor(INDEX_KEY)) if INDEX_KEY in f.keys() else None  # noqa: SIM118 (not a mapping)

@@ -1,4 +1,8 @@
-"""From spans to positions, and from a reused position to the row of its origin."""
+"""From spans to positions, and from a reused position to the row of its origin.
+
+Spans `[start, end)` are frames with the columns of `schema.SPANS`; position frames are those of `expand`, which
+`read_tokens` extends.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import schema
+from sglang_probe.run.files import RunFiles
 
 Array = np.ndarray[Any, Any]
+
+
+def read_tokens(run: RunFiles, *, interrupted: bool) -> pd.DataFrame:
+    """See `Run.tokens`."""
+    requests = run.requests(interrupted=interrupted)
+    spans = run.last_attempt()
+    tokens = _positions(run, spans[spans["rid"].isin(requests["rid"])])
+    return tokens.merge(_labels(requests), on=["rid", "position"], how="left", validate="many_to_one")
+
+
+def tokens_of(run: RunFiles, rid: str) -> pd.DataFrame:
+    """See `Run.tokens_of`.
+
+    Raises:
+        RunDirectoryError: there is no such request.
+    """
+    spans = run.last_attempt()
+    mine = spans[spans["rid"] == rid]
+    if mine.empty:
+        raise RunDirectoryError(f"{run.path} has no request `{rid}`", fix="`run.requests()` lists them")
+    return _positions(run, mine)
 
 
 def expand(spans: pd.DataFrame) -> pd.DataFrame:
@@ -78,6 +105,42 @@ def find_computed(spans: pd.DataFrame, rid: pd.Series, attempt: Array, position:
     owner = key[candidate] >> 32
     valid &= (owner == asked >> 32) & (position < computed["end"].to_numpy()[candidate])
     return np.where(valid, place[candidate], -1)
+
+
+def prompt_lengths(run: RunFiles, rids: pd.Series) -> Array:
+    """Prompt length of the request of each entry, int64 `[len(rids)]`; -1 where this run does not know it."""
+    requests = run.requests(interrupted=True)
+    lengths = dict(zip(requests["rid"], requests["prompt_len"], strict=True))
+    ended = run.engine_requests()
+    lengths |= dict(zip(ended["rid"], ended["prompt_len"], strict=True))
+    return rids.map(lengths).fillna(-1).to_numpy(np.int64)
+
+
+def _positions(run: RunFiles, spans: pd.DataFrame) -> pd.DataFrame:
+    tokens = expand(spans)
+    tokens["source_row"], tokens["covered"] = sources(tokens, run.spans())
+    return tokens
+
+
+def _labels(requests: pd.DataFrame) -> pd.DataFrame:
+    """Token id and segment of every position of every request."""
+    frames = []
+    for r in requests.itertuples():
+        if r.prompt_ids is None:  # a live recording without token ids
+            prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
+            ids = [-1] * (prompt + int(r.output_len))
+        else:
+            ids = [*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)]
+        segment = np.full(len(ids), "generated", dtype=object)
+        for s in r.segments:
+            segment[s["start"] : s["end"]] = s["name"]
+        frames.append(
+            pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
+        )
+    if not frames:
+        empty = {"rid": "str", "position": "int64", "token_id": "int64", "segment": "str"}
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in empty.items()})
+    return pd.concat(frames, ignore_index=True)
 
 
 def _key(code: Array, attempt: Array, position: Array) -> Array:

@@ -1,13 +1,32 @@
-"""Distances between two distributions over the candidates.
+"""Distances: between captured rows, and between two distributions over the candidates.
 
-Inputs are non-negative weights `[..., n]` over candidates only; each is normalised first. Cosine of attention rows is
-left out on purpose: rows with disjoint supports that share a sink of 0.5 have cosine 0.91.
+Distributions are given as non-negative weights `[..., n]` over candidates only; each is normalised first. Cosine of
+attention rows is left out on purpose: rows with disjoint supports that share a sink of 0.5 have cosine 0.91.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def row_distance(a_ND: Tensor, b_ND: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Relative L2 `‖a - b‖ / ‖b‖`, cosine, and largest absolute difference of rows, each `[n]` in float64. Identical
+    rows give exactly 0, 1 and 0."""
+    a, b = a_ND.double(), b_ND.double()
+    norm = b.norm(dim=1)
+    difference = a - b
+    l2 = difference.norm(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(max=1.0)
+    same = (a_ND == b_ND).all(dim=1)
+    return (
+        np.asarray(torch.where(same, 0.0, l2)),
+        np.asarray(torch.where(same, 1.0, cosine)),
+        np.asarray(difference.abs().amax(dim=1)),
+    )
 
 
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:

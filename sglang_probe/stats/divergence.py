@@ -1,4 +1,4 @@
-"""How far two distributions are apart, and what weights leave of a sample."""
+"""How far two distributions are apart."""
 
 from __future__ import annotations
 
@@ -24,9 +24,3 @@ def jensen_shannon(p: Array, q: Array) -> float:
         return float(np.sum(a[at] * np.log2(a[at] / m[at])))
 
     return (relative_entropy(p) + relative_entropy(q)) / 2
-
-
-def effective_sample_size(weights: Array) -> float:
-    """Kish's effective sample size (Kish 1965): `sum(w)**2 / sum(w**2)`."""
-    weights = np.asarray(weights, dtype=np.float64)
-    return float(weights.sum() ** 2 / np.sum(weights**2))

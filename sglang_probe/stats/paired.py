@@ -1,9 +1,9 @@
-"""Paired differences of many cells over the same independent units: intervals and two-sided tests, all at once."""
+"""Paired differences of many cells over the same independent units: intervals and sign-flip tests, all at once."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from sglang_probe.stats.bootstrap import Interval
 Array = np.ndarray[Any, Any]
 
 _ALL_FLIPS = 14
+"""Units up to which every pattern of signs is tried: 16,384 of them."""
 _BLOCK = 1 << 22
 """Weights or signs held at once."""
 
@@ -64,34 +65,46 @@ def draws(n: int, resamples: int, *, seed: int = 0) -> list[tuple[int, Array]]:
     ]
 
 
-def sign_flips(differences: Array, *, resamples: int = 9999, seed: int = 0) -> Array:
-    """Two-sided p-values of "the mean of the column is zero", by flipping the signs of independent differences.
+def sign_flips(
+    differences: Array,
+    *,
+    alternative: Literal["two-sided", "greater"] = "two-sided",
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Array:
+    """p-values of "the mean of the column is zero" (`greater`: "is not above zero"), by flipping the signs of
+    independent differences. All columns share the flips.
 
-    As `permutation.sign_flip`, of many columns that share the flips: exact where there are up to 14 units, a random
-    draw beyond, in which the observed signs count (Phipson and Smyth 2010).
+    Exact if a difference is as likely as its negative under the null hypothesis (Fisher 1935, the paired design). All
+    patterns are tried for up to 14 units, a random draw beyond, in which the observed signs count (Phipson and Smyth
+    2010).
 
     Args:
-        differences: `[n_units, k]`; NaN entries take no part.
+        differences: one per independent unit, `[n_units, k]`; NaN entries take no part.
 
     Returns:
-        `[k]`; NaN for a column without a value.
+        `[k]`, never below `2**-n_units`; NaN for a column without a value.
     """
     d = np.asarray(differences, dtype=np.float64)
     empty = np.isnan(d).all(0)
     d = np.nan_to_num(d)
     n = len(d)
-    observed = np.abs(d.sum(0))
+
+    def sums(signs: Array) -> Array:
+        return np.abs(signs @ d) if alternative == "two-sided" else signs @ d
+
+    observed = sums(np.ones((1, n)))[0]
     reach = observed - 1e-12 * np.abs(d).sum(0)  # sums of the same numbers in another order are equal
     if n <= _ALL_FLIPS:
         signs = 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        p = (np.abs(signs @ d) >= reach).mean(0)
+        p = (sums(signs) >= reach).mean(0)
     else:
         rng = np.random.default_rng(seed)
         hits = np.ones(d.shape[1])
         rows = max(1, _BLOCK // n)
         for start in range(0, resamples, rows):
             signs = rng.choice([-1.0, 1.0], size=(min(rows, resamples - start), n))
-            hits += (np.abs(signs @ d) >= reach).sum(0)
+            hits += (sums(signs) >= reach).sum(0)
         p = hits / (resamples + 1)
     return np.where(empty, np.nan, p)
 

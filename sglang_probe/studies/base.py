@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -164,24 +165,18 @@ class RecordedStudy(Study):
         """What the YAML is read as."""
 
     @abstractmethod
-    def prepare(self, config: Any) -> Any:
-        """Everything that can be checked before an engine starts."""
-
-    @abstractmethod
     def plan(self, prepared: Any, config: Any) -> Plan:
-        """What `run` would record."""
+        """What would be recorded."""
 
     @abstractmethod
-    def run(self, prepared: Any, config: Any, folder: Path, **how: Any) -> Any:
-        """Record the runs that are missing; `how` has `overwrite`, `resume` and `reporter`."""
-
-    @abstractmethod
-    def read(self, config: Any, folder: Path) -> Any:
-        """The same runs, recorded before."""
-
-    @abstractmethod
-    def study(self, found: Any, config: Any, name: str, tell: Tell) -> Result:
+    def study(self, found: Any, config: Any, folder: Path, name: str, tell: Tell) -> Result:
         """What the runs say."""
+
+    def runs(self) -> Any:
+        """`runs.py` of the study's folder: `prepare(config)` checks everything that can be checked before an engine
+        starts; `run(prepared, config, folder, *, overwrite, resume, reporter)` records and `read(config, folder)` reads
+        what was recorded, both with the same result."""
+        return import_module(f"{type(self).__module__.rpartition('.')[0]}.runs")
 
     def recorded(self, found: Any) -> Iterable[Run]:
         """The runs that get a dataset card."""
@@ -218,20 +213,20 @@ class RecordedStudy(Study):
         if given["skip_bad"]:
             config = self.skipping_bad(config)
         if given["report_only"]:
-            found = self.read(config, folder)
+            found = self.runs().read(config, folder)
         else:
             terminal = Terminal(console)
             with terminal.stage("checking model and workload"):
-                prepared = self.prepare(config)
+                prepared = self.runs().prepare(config)
             plan = self.plan(prepared, config)
             show(console, [plan.table, *plan.notes, f"engine starts: {plan.starts}"])
             if given["plan"]:
                 return plan
             how = {k: given[k] for k in ("overwrite", "resume")}
-            found = self.run(prepared, config, folder, **how, reporter=terminal)
+            found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
             write_cards(self.recorded(found))
         with console.status("studying") as status:
-            return self.study(found, config, name, status.update), folder
+            return self.study(found, config, folder, name, status.update), folder
 
 
 EXPERIMENT = Parameter(
@@ -314,7 +309,7 @@ def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
 
 def write_cards(runs: Iterable[Run]) -> None:
     """The dataset card of each run."""
-    from sglang_probe.harvest.card import write_card
+    from sglang_probe.studies.coverage.card import write_card
 
     for run in runs:
         write_card(run)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.run.run import Run
+from sglang_probe.stats.distance import row_distance
 
 _CHUNK = 65536
 
@@ -88,24 +88,6 @@ def first_divergence(a: Run, b: Run) -> pd.Series:
         differ = np.flatnonzero(x[:n] != y[:n])
         ends.append(int(left.at[index, "prompt_len"]) + (int(differ[0]) if len(differ) else n))
     return pd.Series(ends, index=common)
-
-
-def row_distance(
-    a_ND: torch.Tensor, b_ND: torch.Tensor
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Relative L2 `‖a - b‖ / ‖b‖`, cosine, and largest absolute difference of rows, each `[n]` in float64. Identical
-    rows give exactly 0, 1 and 0."""
-    a, b = a_ND.double(), b_ND.double()
-    norm = b.norm(dim=1)
-    difference = a - b
-    l2 = difference.norm(dim=1) / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(max=1.0)
-    same = (a_ND == b_ND).all(dim=1)
-    return (
-        np.asarray(torch.where(same, 0.0, l2)),
-        np.asarray(torch.where(same, 1.0, cosine)),
-        np.asarray(difference.abs().amax(dim=1)),
-    )
 
 
 def drift_table(compared: Compared) -> pd.DataFrame:

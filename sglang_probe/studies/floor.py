@@ -19,7 +19,7 @@ import pandas as pd
 from sglang_probe.stats.bootstrap import cluster_bootstrap
 from sglang_probe.stats.equivalence import within
 from sglang_probe.stats.multiple import benjamini_hochberg
-from sglang_probe.stats.permutation import sign_flip
+from sglang_probe.stats.paired import sign_flips
 
 EFFECT = "effect"
 FLOOR = "floor"
@@ -152,7 +152,8 @@ def _cell(effect: pd.DataFrame, floor: pd.DataFrame | None, seed: int) -> dict[s
     interval = cluster_bootstrap(values, _means, seed=seed)
     for i, name in enumerate(("effect", "floor", "excess")):
         out[f"{name}_low"], out[f"{name}_high"] = float(interval.low[i]), float(interval.high[i])
-    out["p"] = sign_flip(values[:, 0] / values[:, 1] - values[:, 2] / values[:, 3], seed=seed)
+    differences = values[:, 0] / values[:, 1] - values[:, 2] / values[:, 3]
+    out["p"] = float(sign_flips(differences[:, None], alternative="greater", seed=seed)[0])
     return out
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_probe.policy.positions import recorded_override
+from sglang_probe.ask import recorded_override
+from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.hook_points import (
     KEY,
     QUERY,
@@ -20,7 +21,7 @@ from sglang_probe.run.hook_points import (
     parse_hook_point,
 )
 from sglang_probe.run.run import Run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.check import Check
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,9 +35,17 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
     """Relative L2 error of each captured row of the first `requests` requests, per hook point.
 
     Each request's prompt and output are run through the `transformers` model at once, without a cache.
+
+    Raises:
+        UnsupportedError: `transformers` is not installed.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as e:
+        raise UnsupportedError(
+            f"rows cannot be compared with `transformers`: {e}", fix="pip install transformers, or ask without"
+        ) from e
 
     disable_progress_bar()
     hook_points = run.hook_points
@@ -112,11 +121,11 @@ def _recorded(model: Any, hook_points: list[str]) -> Iterator[dict[str, torch.Te
             core.probe_sink = {**getattr(core, "probe_sink", {}), _ROTATED.index(point.site): (point.name, outputs)}
             continue
 
-        def keep(_module: object, _args: object, output: Any, name: str = point.name) -> None:
+        def note(_module: object, _args: object, output: Any, name: str = point.name) -> None:
             x = (output[0] if isinstance(output, tuple) else output).squeeze(0)
             outputs[name] = x.flatten(1)
 
-        handles.append(_module(model.model, point).register_forward_hook(keep))
+        handles.append(_module(model.model, point).register_forward_hook(note))
     try:
         yield outputs
     finally:
@@ -125,7 +134,7 @@ def _recorded(model: Any, hook_points: list[str]) -> Iterator[dict[str, torch.Te
 
 
 def _module(model: Any, point: HookPoint) -> Any:
-    # Hooks, not `output_hidden_states`: its last entry is behind the final norm.
+    # Hooks, not `output_hidden_states`: its last entry is after the final norm.
     if point.layer is None:
         return model.embed_tokens
     layer = model.layers[point.layer]
@@ -137,7 +146,7 @@ def _module(model: Any, point: HookPoint) -> Any:
 
 
 def _register_attention() -> None:
-    """Make SDPA known under a name of its own that also keeps its queries and keys."""
+    """Make SDPA known under a name of its own that also passes on its queries and keys."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask

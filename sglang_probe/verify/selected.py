@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.run import Run
@@ -14,12 +13,12 @@ from sglang_probe.verify.check import Check
 Array = np.ndarray[Any, Any]
 
 
-def kept_as_selected(run: Run) -> Check:
+def held_as_selected(run: Run) -> Check:
     """Compare what every shard holds with the selection, asked again of the positions in the ledger."""
     name, claim = "selection", "every hook point holds the rows that its selection asks for, and no other"
     spans = run.spans()
     tokens = positions.expand(spans[spans["row_start"] >= 0])
-    prompt_len = prompt_lengths(run, tokens["rid"])
+    prompt_len = positions.prompt_lengths(run, tokens["rid"])
     known = np.asarray(prompt_len >= 0)
     row, position = tokens["row"].to_numpy(), tokens["position"].to_numpy()
     covered = 0
@@ -37,12 +36,3 @@ def kept_as_selected(run: Run) -> Check:
     unknown = int((~known).sum())
     note = f"{unknown} positions of requests whose prompt length is not in this run were not asked" if unknown else None
     return Check(name, claim, covered, "rows", note=note)
-
-
-def prompt_lengths(run: Run, rids: pd.Series) -> Array:
-    """Prompt length of the request of each entry, int64 `[len(rids)]`; -1 where this run does not know it."""
-    requests = run.requests(interrupted=True)
-    lengths = dict(zip(requests["rid"], requests["prompt_len"], strict=True))
-    ended = run.engine_requests()
-    lengths |= dict(zip(ended["rid"], ended["prompt_len"], strict=True))
-    return rids.map(lengths).fillna(-1).to_numpy(np.int64)

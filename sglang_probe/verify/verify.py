@@ -20,7 +20,8 @@ from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.phases import phases_fit
-from sglang_probe.verify.selected import kept_as_selected
+from sglang_probe.verify.selected import held_as_selected
+from sglang_probe.verify.telemetry import telemetry_holds
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +47,11 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None) -> list[Check]:
         checks.append(kept_sets_stay_private)
     results = [intact, *(check(run) for check in checks)]
     if run.manifest.get("telemetry"):
-        from sglang_probe.run.telemetry import telemetry_holds
-
         results.insert(-1, telemetry_holds(run))
     # Content is asked only of rows that have one owner, and of a run that has any.
     if results[-1].holds and results[-1].covered:
         if run.selected.partial:
-            results.append(kept_as_selected(run))
+            results.append(held_as_selected(run))
         if EMBED in run.hook_points and results[-1].holds:
             results.append(rows_match_tokens(run, embedding=embedding))
     return results
@@ -271,7 +270,7 @@ def _reused(spans: pd.DataFrame, tokens: pd.DataFrame) -> np.ndarray[Any, np.dty
 
 
 def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:
-    if request.prompt_ids is None:  # a live recording that kept none
+    if request.prompt_ids is None:  # a live recording without any
         return None
     output = [] if request.output_ids is None else request.output_ids
     return np.concatenate([request.prompt_ids, output]).astype(np.int64)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from sglang_probe.errors import WorkloadError
+from sglang_probe.errors import ConfigError, WorkloadError
 from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.jsonl import Jsonl
 from sglang_probe.workload.render import Renderer
@@ -19,7 +20,7 @@ from sglang_probe.workload.request import Conversation, Request, Truth
 from sglang_probe.workload.retrieval import Retrieval
 from sglang_probe.workload.shared_prefix import SharedPrefix
 from sglang_probe.workload.sharegpt import ShareGpt
-from sglang_probe.workload.sources import SourceReport
+from sglang_probe.workload.sources import SKIP_BAD, SourceReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,20 +37,27 @@ _LEAST_ROOM = 5
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests of a run, and what is recorded about where they came from."""
+    """Requests, and what is recorded about where they came from."""
 
-    requests: list[Request]
-    skipped: int
+    requests: tuple[Request, ...]
+    skipped: int = 0
     """Bad records of the source that were passed over."""
-    corpus_digest: str | None
+    corpus_digest: str | None = None
+    source: Mapping[str, Any] = field(default_factory=lambda: {"source": "requests"})
+    """Its configuration; `requests`: they were made in code."""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over prompt ids and sampling parameters in order: equal digests mean equal work."""
-        h = hashlib.sha256()
-        for r in self.requests:
-            h.update(json.dumps([r.prompt_ids, r.sampling_params], sort_keys=True).encode() + b"\n")
-        return h.hexdigest()
+        """`digest_of` its requests."""
+        return digest_of(self.requests)
+
+
+def digest_of(requests: Iterable[Request]) -> str:
+    """SHA-256 over prompt ids and sampling parameters in order: equal digests mean equal work."""
+    h = hashlib.sha256()
+    for r in requests:
+        h.update(json.dumps([r.prompt_ids, r.sampling_params], sort_keys=True).encode() + b"\n")
+    return h.hexdigest()
 
 
 def build_requests(
@@ -58,21 +66,30 @@ def build_requests(
     *,
     context_length: int | None,
     default_sampling: Mapping[str, Any],
+    check: Callable[[Request], None] = lambda _: None,
 ) -> Workload:
     """All requests of a workload.
+
+    Args:
+        check: raises ConfigError for a request that cannot be had; with `skip_bad` it is passed over and counted, like
+            a malformed line.
 
     Raises:
         WorkloadError: the source cannot be read, a request cannot be rendered or does not fit into the context, or
             there is no request at all.
+        ConfigError: of `check`; file and line come first.
     """
     report = SourceReport()
-    conversations = config.conversations(report)
-    requests = list(
-        iter_requests(conversations, tokenizer, context_length=context_length, default_sampling=default_sampling)
+    limit, skip_bad = getattr(config, "limit", None), getattr(config, "skip_bad", False)
+    # Here, so that a request that is passed over does not count.
+    unlimited = config if limit is None else config.model_copy(update={"limit": None})
+    rendered = iter_requests(
+        unlimited.conversations(report), tokenizer, context_length=context_length, default_sampling=default_sampling
     )
+    requests = tuple(islice(_checked(rendered, check, report if skip_bad else None), limit))
     if not requests:
         raise WorkloadError(f"the workload has no requests ({report.skipped} bad records were skipped)")
-    return Workload(requests, report.skipped, report.corpus_digest)
+    return Workload(requests, report.skipped, report.corpus_digest, config.model_dump(mode="json"))
 
 
 def iter_requests(
@@ -91,7 +108,8 @@ def iter_requests(
             _check_truth(rendered.prompt_ids, conversation.truth)
             check_fits(len(rendered.prompt_ids), sampling, context_length)
         except WorkloadError as e:
-            raise WorkloadError(f"request {index}: {e.message}", fix=e.fix) from e
+            where = f"request {index}" if conversation.source is None else f"{conversation.source} (request {index})"
+            raise WorkloadError(f"{where}: {e.message}", fix=e.fix) from e
         yield Request(
             index,
             f"r{index:06d}",
@@ -101,7 +119,30 @@ def iter_requests(
             sampling,
             rendered.labels,
             conversation.truth,
+            conversation.source,
         )
+
+
+def _checked(
+    requests: Iterable[Request], check: Callable[[Request], None], report: SourceReport | None
+) -> Iterator[Request]:
+    """Requests that pass, numbered without gaps. With a report the others are counted there; else the first raises."""
+    number = 0
+    for given in requests:
+        request = given if given.index == number else replace(given, index=number, rid=f"r{number:06d}")
+        try:
+            check(request)
+        except ConfigError as e:
+            if report is None:
+                raise ConfigError(f"{request.where}: {e.message}", fix=e.fix or _fix(request)) from e
+            report.skipped += 1
+        else:
+            number += 1
+            yield request
+
+
+def _fix(request: Request) -> str | None:
+    return None if request.source is None else SKIP_BAD
 
 
 def _check_truth(prompt_ids: tuple[int, ...], truth: Truth | None) -> None:
@@ -112,17 +153,27 @@ def _check_truth(prompt_ids: tuple[int, ...], truth: Truth | None) -> None:
         )
 
 
+def new_tokens(sampling: Mapping[str, Any]) -> int:
+    """Tokens that sampling parameters ask for; 0 for as many as fit.
+
+    Raises:
+        WorkloadError: it is no number.
+    """
+    new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
+    if new is None:  # until the context is full
+        return 0
+    if not isinstance(new, int) or new < 0:
+        raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
+    return new
+
+
 def check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | None) -> None:
     """Refuse a prompt that leaves no room for its new tokens.
 
     Raises:
         WorkloadError: with the numbers.
     """
-    new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
-    if new is None:  # until the context is full
-        new = 0
-    if not isinstance(new, int) or new < 0:
-        raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
+    new = new_tokens(sampling)
     if context_length is None:
         return
     usable = context_length - _UNUSED_POSITIONS

@@ -34,7 +34,7 @@ class Jsonl(FileSource):
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The file's requests in file order."""
         lines = read_lines(self, _Line, report)
-        return islice((line.conversation() for _, line in lines), self.limit)
+        return islice((line.conversation(f"{self.path}:{n}") for n, line in lines), self.limit)
 
 
 class _Labelled(Config):
@@ -98,7 +98,7 @@ class _Line(_Labelled):
         self._label(self.prompt or "")
         return self
 
-    def conversation(self) -> Conversation:
+    def conversation(self, source: str) -> Conversation:
         if self.prompt is not None:
             segments = [Segment("prompt", self.prompt, labels=self._label(self.prompt))]
         else:
@@ -106,4 +106,4 @@ class _Line(_Labelled):
                 Segment(m.segment or m.role, m.content, m.role, i, m._label(m.content))
                 for i, m in enumerate(self.messages or [])
             ]
-        return Conversation(tuple(segments), self.family, self.sampling_params)
+        return Conversation(tuple(segments), self.family, self.sampling_params, source=source)

@@ -71,6 +71,8 @@ class Conversation:
     family: str | None = None
     sampling_params: dict[str, Any] = field(default_factory=dict)
     truth: Truth | None = None
+    source: str | None = field(default=None, compare=False)
+    """Where it was read, e.g. `requests.jsonl:17`; None: it was made in code."""
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,15 @@ class Request:
     sampling_params: dict[str, Any] = field(default_factory=dict)
     labels: tuple[LabelSpan, ...] = ()
     truth: Truth | None = None
+    source: str | None = field(default=None, compare=False)
+    """As in `Conversation`."""
+
+    @property
+    def where(self) -> str:
+        """How error messages name it: file and line, or its id."""
+        return f"request {self.rid}" if self.source is None else f"{self.source} (request {self.rid})"
+
+
+def asked_rid(rid: str) -> str:
+    """The id under which a workload knows a request that a resumed run asked again, as `<rid>~<start>`."""
+    return rid.partition("~")[0]

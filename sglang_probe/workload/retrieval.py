@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sglang_probe.ask import Ask
 from sglang_probe.config import Config
 from sglang_probe.paths import shipped
 from sglang_probe.workload.facts import SEPARATOR, WORDS, Puzzle, Task, draw_puzzle
@@ -99,7 +100,7 @@ def _sampling(puzzle: Puzzle) -> dict[str, Any]:
     params: dict[str, Any] = {"max_new_tokens": len(puzzle.continuation), "temperature": 0.0, "ignore_eos": True}
     if puzzle.task == "recall" and len(puzzle.asked) > 1:
         revealed = [None if i in puzzle.answer_steps else _IDS[word] for i, word in enumerate(puzzle.continuation)]
-        params["custom_params"] = {"probe": {"force": revealed}}
+        return Ask(force=tuple(revealed)).into(params)
     return params
 
 

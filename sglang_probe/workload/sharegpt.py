@@ -47,7 +47,7 @@ class ShareGpt(FileSource):
         )
         answered = record.answered()
         for i in answered if self.turns == "all" else answered[-1:]:
-            yield Conversation(segments[:i], family=f"record-{number}")
+            yield Conversation(segments[:i], family=f"record-{number}", source=f"{self.path}: record {number}")
 
 
 class _Turn(Config):

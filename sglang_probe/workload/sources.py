@@ -96,20 +96,20 @@ def _parsed(
 def _parse(record: Any, model: type[M], where: str) -> M:
     data = _decode(record, where) if isinstance(record, bytes) else record
     if not isinstance(data, dict):
-        raise WorkloadError(f"{where}: expected a JSON object, found {type(data).__name__}", fix=_SKIP)
+        raise WorkloadError(f"{where}: expected a JSON object, found {type(data).__name__}", fix=SKIP_BAD)
     try:
         return parse_config(data, model, where=where)
     except ConfigError as e:
         # The message quotes the value, which may be a whole document.
         short = e.message if len(e.message) <= _MESSAGE_LIMIT else e.message[:_MESSAGE_LIMIT] + "…"
-        raise WorkloadError(short, fix=_SKIP) from None
+        raise WorkloadError(short, fix=SKIP_BAD) from None
 
 
 def _decode(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise WorkloadError(f"{where}: not valid JSON: {e}", fix=_SKIP) from e
+        raise WorkloadError(f"{where}: not valid JSON: {e}", fix=SKIP_BAD) from e
 
 
-_SKIP = "correct it, or set `skip_bad: true` to pass over bad records and count them"
+SKIP_BAD = "correct it, or set `skip_bad: true` to pass over bad records and count them"

@@ -21,10 +21,12 @@ from typing import Any
 from fastapi import HTTPException
 
 from sglang_probe.errors import UnsupportedError
-from sglang_probe.harvest import recording as session
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.engine import Answer, ProbedEngine, server_argument_choices, server_argument_names
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.job import job_of
+from sglang_probe.harvest.prepare import prepare
+from sglang_probe.harvest.recording import harvest
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
@@ -195,21 +197,25 @@ def main() -> None:
         }
     )
     try:
-        prepared = Prepared(config, {"arm": config.arm})
+        prepared = prepare(config, {"arm": config.arm})
     except UnsupportedError as e:
         print("REFUSED", json.dumps(e.message), flush=True)
         return
     traffic = make_traffic(plan)
-    prepared.workload = Workload([t.request for t in traffic], 0, None)
-    attack = Attack(plan, traffic, prepared.workload.requests)
+    requests = [t.request for t in traffic]
+    prepared = replace(prepared, workload=Workload(tuple(requests)))
+    attack = Attack(plan, traffic, requests)
 
     async def serve(engine: ProbedEngine, _todo: list[Any], concurrency: int) -> AsyncIterator[Answer]:
         async for answer in attack.serve(engine, concurrency):
             yield answer
 
     ProbedEngine.serve = serve  # type: ignore[method-assign]
-    hooks = session.Hooks(bypass=plan.bypass)
-    run = session.harvest(prepared, args.out, Arm(cache=plan.cache), overwrite=True, hooks=hooks)
+    job = job_of(prepared, args.out.name, requests, arm=Arm(cache=plan.cache))
+    job = replace(job, requests=requests)  # the list itself: requests that continue others are made while it is served
+    with EngineHost() as host:
+        asks = frozenset({"cache"} if plan.bypass else ())
+        run = harvest(job, args.out, host, overwrite=True, asks=asks)
     spans = run.spans()
     counts = {
         "finish": run.requests()["finish_reason"].value_counts().to_dict(),

@@ -22,7 +22,7 @@ import yaml
 from sglang_probe.eviction.from_run import layer_from_run
 from sglang_probe.run.hook_points import ATTENTION, EMBED, QUERY, RESID_POST, parse_hook_point
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
 from tests.end_to_end.telemetry_parity import telemetry_differences

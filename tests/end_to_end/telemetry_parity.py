@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.attention.run_telemetry import write_telemetry
-from sglang_probe.engine.capture.telemetry import NUMBERS
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.run.telemetry import options_of
+from sglang_probe.run.telemetry_options import NUMBERS
 
 SHARE = "top_positions (share that differ)"
 """Where two weights are equal up to rounding their positions may change places; anything else is an error."""
@@ -32,7 +32,7 @@ def telemetry_differences(run: Run, path: Path) -> pd.DataFrame:
     place = ["rid", "attempt", "position"]
     thrown = pd.MultiIndex.from_frame(online[place]).isin(pd.MultiIndex.from_frame(discarded))
     online = online[~thrown].set_index(key).sort_index()
-    assert online.index.equals(offline.index)
+    assert online.index.equals(offline.index), "not the same steps"
     rows = []
     for name in NUMBERS:
         ours, theirs = online[name].to_numpy(np.float64), offline[name].to_numpy(np.float64)
@@ -45,6 +45,6 @@ def telemetry_differences(run: Run, path: Path) -> pd.DataFrame:
     at_ours, at_theirs = (np.stack(f["top_positions"].to_list()) for f in (online, offline))
     gap = np.abs(np.diff(theirs, axis=1)).min(axis=1, keepdims=True)
     agrees = (at_ours == at_theirs) | (gap < 1e-6) | (np.arange(ours.shape[1]) == ours.shape[1] - 1)
-    assert agrees.all()
+    assert agrees.all(), f"{int((~agrees).sum())} of {agrees.size} positions differ, and not by a tie"
     rows.append((SHARE, float((at_ours != at_theirs).mean()), ours.size))
     return pd.DataFrame(rows, columns=["number", "max", "values"]).set_index("number")

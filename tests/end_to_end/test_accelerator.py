@@ -1,7 +1,7 @@
 """The path that rows take on a GPU, in a real engine on the CPU: `accelerator: unproved`.
 
 Nothing is replayed here (test_graph_taps.py simulates that); decode steps only look so. What runs is
-everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's own auxiliary output under
+everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's copies of a result under
 overlap scheduling, the join with the ledger at commit, a second recording in the same engine; and no tensor of the
 engine is read by the host.
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from sglang_probe.engine.releases import release
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
 from sglang_probe.run.run import Run, load_run
@@ -107,10 +108,22 @@ def test_no_tensor_of_the_engine_is_read_by_the_host(folder: Path, runs: dict[st
     watched = json.loads((folder.parent / "watched.json").read_text())
     assert {run.manifest.get("fault") for run in runs.values()} == {None}
     forwards = sum(len(run.forwards()) for run in runs.values())
-    for name in ("_launch", "_launched", "_commit", "_arm", "_take", "_measure", "_send", "_copy", "_arrived"):
+    sent = ("_send", "_arrived") if release().version == "0.5.23" else ("travelling", "arrived")
+    # 0.5.17 computes a step too many after a finish; a recording may close before its result is processed.
+    unprocessed = len(runs) if release().overshoots_at_length else 0
+    for name in ("_launch", "_launched", "_before", "_after"):
         assert watched[name] >= forwards, name
+    for name in ("_commit", "_copy", *sent):
+        assert watched[name] >= forwards - unprocessed, name
     query = "AcceleratorTelemetry._query_hook.<locals>.write_query"
-    for name in ("_published", "_publishing", "_replace", "_write", "_embed_hook.<locals>.write_embedding", query):
+    for name in (
+        "_published",
+        "_publishing",
+        "_replace",
+        "_write_sites",
+        "_embed_hook.<locals>.write_embedding",
+        query,
+    ):
         assert watched[name] > 0, name
 
 
@@ -174,7 +187,8 @@ def test_delayed_samples_and_synchronous_scheduling(
     assert sum(len(e) for e in errors.values()) == run.row_count() * len(POINTS)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
     delayed = json.loads((tmp_path / "watched.json").read_text()).get("attach", 0)
-    assert (delayed > 0) == (not server)
+    if release().version == "0.5.23":
+        assert (delayed > 0) == (not server)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from sglang_probe.kept_set import KeptFile
 from sglang_probe.run.run import load_run
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE
 from sglang_probe.verify.verify import verify
+from tests.declared import run_commands
 
 pytestmark = pytest.mark.engine
 
@@ -55,6 +56,8 @@ def test_offline_alone_starts_one_engine_and_judges_every_method(cli: Callable, 
     assert set(excluded["policy"]) == {"laq"}
     assert not list(folder.glob("*.kept.safetensors"))
     assert "Negative controls" in (folder / "report.html").read_text()
+    read = ["evict", str(config), "--output", str(folder), "--report-only"]
+    assert list(run_commands([read]).values()) == [0]
 
 
 @pytest.mark.slow

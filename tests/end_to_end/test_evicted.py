@@ -16,17 +16,18 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction import Queries, parse_method
 from sglang_probe.eviction.from_run import layer_from_run, lookahead_from_run
+from sglang_probe.eviction.keep import kept_of
 from sglang_probe.eviction.likelihood import divergence_from, load_unembedding, output_logits, token_nll
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept import KEPT_FILE
-from sglang_probe.harvest.kept_requests import EvictedRequest, run_evicted
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.kept_set import Kept, KeptFile, kept_of, write_kept
+from sglang_probe.harvest.kept_requests import KeptRequest, record_kept
+from sglang_probe.harvest.prepare import Prepared, prepare
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.verify import verify
 from tests.end_to_end import masked_model
 
@@ -47,7 +48,7 @@ def _prepared(concurrency: int) -> Prepared:
         "server": {"chunked_prefill_size": 128, "enable_mixed_chunk": True},
         "concurrency": concurrency,
     }
-    return Prepared(HarvestConfig.model_validate(config), {"only": Arm()})
+    return prepare(HarvestConfig.model_validate(config), {"only": Arm()})
 
 
 def _random(length: int, share: float, *, steps: int = 1, seed: int = 0) -> Kept:
@@ -84,16 +85,16 @@ class Recorded:
         }
         with EngineHost() as host:
 
-            def record(name: str, requests: Sequence[EvictedRequest], by: Prepared = several) -> Run:
+            def record(name: str, requests: Sequence[KeptRequest], by: Prepared = several) -> Run:
                 write_kept(folder / f"{name} kept", self.kept)
-                return run_evicted(by, folder / name, requests, kept=folder / f"{name} kept", host=host)
+                return record_kept(by, folder / name, requests, kept=folder / f"{name} kept", host=host)
 
-            full = [EvictedRequest(f"full-{i}", p) for i, p in enumerate(self.prompts)]
-            self.full = run_evicted(several, folder / "full", full, host=host)
+            full = [KeptRequest(f"full-{i}", p) for i, p in enumerate(self.prompts)]
+            self.full = record_kept(several, folder / "full", full, host=host)
             outputs = [list(r.output_ids) for r in self.full.requests().itertuples()]
-            forced = [EvictedRequest(f"kept-{i}", p, keys[i], outputs[i]) for i, p in enumerate(self.prompts)]
+            forced = [KeptRequest(f"kept-{i}", p, keys[i], outputs[i]) for i, p in enumerate(self.prompts)]
             self.kept["draft"] = self._selected("snapkv", {})
-            draft = EvictedRequest("draft", self.prompts[2], "draft", sampling={"max_new_tokens": 9})
+            draft = KeptRequest("draft", self.prompts[2], "draft", sampling={"max_new_tokens": 9})
             # Cold, beside full requests of the same prompts, and behind them, with the context from the cache.
             requests = [*forced[:3], *full, *forced[3:], *[replace(r, rid=f"{r.rid}-again") for r in forced]]
             requests += [replace(r, rid=f"shifted-{i}", key=f"{r.key} shifted") for i, r in enumerate(forced)]
@@ -102,7 +103,7 @@ class Recorded:
             self.run = record("run", [*requests, draft])
             ahead = {i: lookahead_from_run(self.run, "draft", i, 8) for i in range(LAYERS)}
             self.kept["laq"] = self._selected("laq", ahead)
-            one = EvictedRequest("one", self.prompts[3])
+            one = KeptRequest("one", self.prompts[3])
             evicted = replace(forced[3], rid="evicted")
             in_turn = [one, replace(one, rid="two"), evicted, replace(one, rid="three"), replace(draft, key="laq")]
             self.orders = record("orders", [*in_turn, *_pseudo(self.prompts[4])], alone)
@@ -126,10 +127,10 @@ class Recorded:
         return self._masked[key]
 
 
-def _pseudo(prompt: list[int]) -> list[EvictedRequest]:
+def _pseudo(prompt: list[int]) -> list[KeptRequest]:
     """DapQ: the first two and the last six prompt tokens stand for the answer."""
     ids = [*prompt, *prompt[:2], *prompt[-6:]]
-    return [EvictedRequest("p", prompt), EvictedRequest("pseudo", ids, publishes=False, sampling={"max_new_tokens": 1})]
+    return [KeptRequest("p", prompt), KeptRequest("pseudo", ids, publishes=False, sampling={"max_new_tokens": 1})]
 
 
 def _ask(host: EngineHost, like: Run, folder: Path, prompt: list[int]) -> dict[str, str]:
@@ -141,9 +142,7 @@ def _ask(host: EngineHost, like: Run, folder: Path, prompt: list[int]) -> dict[s
         probe = EngineProbeConfig(
             run=run.resolve(),
             hook_points=like.hook_points,
-            forced_outputs=True,
-            bypass=True,
-            evictions=True,
+            asks=["force", "cache", "evict"],
             kept=kept,
             ignore_interrupt=True,
         )
@@ -335,5 +334,5 @@ def test_what_cannot_be_had_is_refused_in_words(recorded: Recorded, tmp_path: Pa
         ("long", None, "the recording has no kept sets"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            run_evicted(ours, tmp_path / "run", [EvictedRequest("r", prompt, key=key)], kept=file)
+            record_kept(ours, tmp_path / "run", [KeptRequest("r", prompt, key=key)], kept=file)
     assert not (tmp_path / "run").exists()

@@ -11,12 +11,12 @@ import torch
 from sglang_probe.eviction.likelihood import load_unembedding, output_logits
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.kept_requests import EvictedRequest, run_evicted
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.kept_requests import KeptRequest, record_kept
+from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.kept_set import Kept, write_kept
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.verify import verify
 from tests.end_to_end import masked_model
 
@@ -36,7 +36,7 @@ def _prepared(dtype: str, **server: Any) -> Prepared:
         "server": server,
         "concurrency": 9,
     }
-    return Prepared(HarvestConfig.model_validate(config), {"only": Arm()})
+    return prepare(HarvestConfig.model_validate(config), {"only": Arm()})
 
 
 def _prompts(prepared: Prepared) -> list[list[int]]:
@@ -67,10 +67,10 @@ def test_rows_are_those_of_the_masked_model(
     write_kept(tmp_path / "kept", sets)
     warm = {"temperature": 1.0}
     requests = [
-        *[EvictedRequest(f"full-{i}", p, sampling=warm) for i, p in enumerate(prompts[::2])],
-        *[EvictedRequest(f"kept-{i}", p, key=f"{i}", sampling=warm) for i, p in enumerate(prompts)],
+        *[KeptRequest(f"full-{i}", p, sampling=warm) for i, p in enumerate(prompts[::2])],
+        *[KeptRequest(f"kept-{i}", p, key=f"{i}", sampling=warm) for i, p in enumerate(prompts)],
     ]
-    run = run_evicted(ours, tmp_path / "run", requests, kept=tmp_path / "kept")
+    run = record_kept(ours, tmp_path / "run", requests, kept=tmp_path / "kept")
     assert [str(c) for c in verify(run) if not c.holds] == []
     frame = run.requests()
     if retract:
@@ -93,11 +93,9 @@ def test_a_budget_of_everything_in_bfloat16_parts_from_the_full_cache_at_ties_on
     whole = {f"{i}": Kept(torch.ones(1, LAYERS, KV_HEADS, len(p), dtype=torch.bool)) for i, p in enumerate(prompts)}
     write_kept(tmp_path / "kept", whole)
     with EngineHost() as host:
-        full = run_evicted(
-            ours, tmp_path / "full", [EvictedRequest(f"f{i}", p) for i, p in enumerate(prompts)], host=host
-        )
-        every = [EvictedRequest(f"a{i}", p, key=f"{i}") for i, p in enumerate(prompts)]
-        kept = run_evicted(ours, tmp_path / "all", every, kept=tmp_path / "kept", host=host)
+        full = record_kept(ours, tmp_path / "full", [KeptRequest(f"f{i}", p) for i, p in enumerate(prompts)], host=host)
+        every = [KeptRequest(f"a{i}", p, key=f"{i}") for i, p in enumerate(prompts)]
+        kept = record_kept(ours, tmp_path / "all", every, kept=tmp_path / "kept", host=host)
     unembedding = load_unembedding(Path(ours.model.path))
     outputs = [run.requests().set_index("rid")["output_ids"] for run in (full, kept)]
     same = 0

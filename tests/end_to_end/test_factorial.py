@@ -13,6 +13,7 @@ import yaml
 from sglang_probe.run.run import load_run
 from sglang_probe.studies.factorial import cells
 from sglang_probe.verify.verify import verify
+from tests.declared import run_commands
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("positions", "eviction")]
 PROMPTS, N = 6, 8
@@ -71,3 +72,5 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     again = cli("factorial", config, "--output", folder, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "starting SGLang" not in again.stdout
+    read = ["factorial", str(config), "--output", str(folder), "--report-only"]
+    assert list(run_commands([read]).values()) == [0]

@@ -15,7 +15,8 @@ import pytest
 
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
-from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import load_run
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
 
@@ -93,7 +94,7 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     finished = requests[requests["finish_reason"] != "interrupted"]
     assert sorted(finished["index"]) == list(range(80))
     assert served <= set(finished["rid"])
-    assert len(run.manifest["sessions"]) == 3
+    assert len(run.manifest["starts"]) == 3
     assert {p.session for p in run.parts()} == {0, 1, 2}
 
 
@@ -117,7 +118,7 @@ def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, t
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in 40 of 40 requests" in done.stdout
     run = load_run(path / "cache_on")
-    assert [s["seconds"] is None for s in run.manifest["sessions"]] == [True, False]
+    assert [s["seconds"] is None for s in run.manifest["starts"]] == [True, False]
     assert run.tokens()["rid"].nunique() == 20
 
     other = write_yaml("ab", workload={"requests_per_family": 10, "exemplars": 1}, dtype="float32", replicates=1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
@@ -30,7 +30,9 @@ PROVENANCE = {"custom_params": {"probe": {"provenance": True}}}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("live")
-    started = LiveServer(folder, "--admin-api-key", ADMIN_KEY, privacy="hashes", probe={"telemetry": {}})
+    started = LiveServer(
+        folder, "--admin-api-key", ADMIN_KEY, privacy="hashes", probe={"telemetry": {}, "asks": ["force"]}
+    )
     try:
         started.wait_until_ready()
         yield started
@@ -90,6 +92,34 @@ def test_a_request_that_asks_learns_where_its_positions_came_from(server: LiveSe
     ]
     assert spans[0]["origin"] == f"first-{stream}"
     assert meta["cached_tokens"] == 61
+
+
+@pytest.mark.parametrize(
+    ("probe", "told"),
+    [
+        ({"forse": [1]}, "unknown key `forse`; did you mean `force`"),
+        ({"force": [10**9]}, "token 1000000000 is not within the vocabulary"),
+        ({"force": [-1]}, "force.0"),
+        ({"cache": "of"}, "cache"),
+        ({"cache": "off"}, "not started for `cache`"),
+        ({"provenance": "yes"}, "provenance"),
+        ([1], "is a mapping, not list"),
+    ],
+)
+def test_what_a_client_cannot_have_is_a_400_with_the_reason_and_nobody_elses_matter(
+    server: LiveServer, openai: OpenAI, probe: Any, told: str
+) -> None:
+    asked = {"max_new_tokens": 4, "custom_params": {"probe": probe}}
+    answer = server.http.post("/generate", json={"input_ids": [*range(40, 60)], "sampling_params": asked})
+    assert answer.status_code == 400
+    assert told in answer.text
+    with pytest.raises(BadRequestError, match="sglang-probe"):
+        openai.completions.create(
+            model="m", prompt="x = ", max_tokens=4, extra_body={"custom_params": {"probe": probe}}
+        )
+    assert server.status()["recording"]
+    force = {"custom_params": {"probe": {"force": [7, 8, 9]}}}
+    assert server.generate([*range(40, 60)], 3, sampling_params=force)["output_ids"] == [7, 8, 9]
 
 
 def test_totals_agree_with_sglangs_own_counts(server: LiveServer) -> None:

@@ -16,8 +16,8 @@ from sglang_probe.engine.releases import release
 from sglang_probe.paths import shipped
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.coverage.prompts import coverage_by_segment
-from sglang_probe.studies.drift import row_distance
 from sglang_probe.verify.ownership import ORACLE_FILE, load_embedding
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify

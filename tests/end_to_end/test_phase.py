@@ -12,6 +12,7 @@ import yaml
 from sglang_probe.run.run import load_run
 from sglang_probe.studies.phase.rows import row_indices
 from sglang_probe.verify.verify import verify
+from tests.declared import run_commands
 
 pytestmark = pytest.mark.engine
 P, C = 40, 24
@@ -55,3 +56,5 @@ def test_three_runs_hold_the_same_positions_and_the_study_tells_them_apart(cli: 
     again = cli("phase", config, "--output", folder, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "starting SGLang" not in again.stdout
+    read = ["phase", str(config), "--output", str(folder), "--report-only"]
+    assert list(run_commands([read]).values()) == [0]

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.errors import ProbeError
-from sglang_probe.eviction.from_run import model_config
 from sglang_probe.harvest.config import HarvestConfig
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.recording import Hooks, harvest
+from sglang_probe.harvest.prepare import prepare
 from sglang_probe.paths import shipped
-from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run
 from sglang_probe.verify import reference
 from sglang_probe.verify.verify import verify
@@ -50,7 +49,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
         "server": {"chunked_prefill_size": 32},
         "concurrency": 1,
     }
-    ours = Prepared(HarvestConfig.model_validate(config), {})
+    ours = prepare(HarvestConfig.model_validate(config))
     (text,) = ours.workload.requests
     requests = []
     for i, (name, asked) in enumerate({**ASKED, "outside": {"from": L, "to": 4090}}.items()):
@@ -64,13 +63,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
         ids = text.prompt_ids[:length]
         requests.append(replace(text, index=i, rid=name, prompt_ids=ids, spans=spans, sampling_params=params))
     folder = tmp_path_factory.mktemp("positions")
-    hooks = Hooks(forced_outputs=True)
     with EngineHost() as host:
-        ours.workload.requests[:] = requests[:-1]
-        recording = harvest(ours, folder / "run", Arm(), host=host, hooks=hooks)
-        ours.workload.requests[:] = requests[-1:]
+        how: Any = {"asks": {"force"}, "host": host}
+        recording = record([RunSpec("run", requests[:-1])], ours, folder, **how)["run"]
         with pytest.raises(ProbeError) as refusal:
-            harvest(ours, folder / "refused", Arm(), host=host, hooks=hooks)
+            record([RunSpec("refused", requests[-1:])], ours, folder, **how)
     assert host.starts == 1
     return recording, str(refusal.value)
 

@@ -24,12 +24,13 @@ from sglang_probe.paths import shipped
 from sglang_probe.report.page import render
 from sglang_probe.run.hook_points import ATTENTION
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.query_drift.study import study_drift
 from sglang_probe.verify.reference import check_against_transformers, reference_errors
 from sglang_probe.verify.verify import verify
+from tests.declared import run_commands
 from tests.end_to_end.telemetry_parity import SHARE, telemetry_differences
 
 pytestmark = pytest.mark.engine
@@ -199,6 +200,8 @@ def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict
     assert "Is it decoding, or is it distance?" in page
     assert len(cached.tables()["steps"]) == len(steps[0])
     json.dumps(cached.to_json(), allow_nan=False)
+    read = ["query-drift", str(recorded["cache_on"].path), "--output", str(tmp_path / "study")]
+    assert list(run_commands([read]).values()) == [0]
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:

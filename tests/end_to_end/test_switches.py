@@ -10,9 +10,9 @@ import torch
 
 from sglang_probe.engine.releases import release
 from sglang_probe.harvest.config import HarvestConfig
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.recording import Hooks, harvest
+from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run
 from sglang_probe.verify.verify import verify
@@ -37,7 +37,7 @@ def prepared(**fields: Any) -> Prepared:
     sampling = {"max_new_tokens": 12, "temperature": 0.0}
     config = {"workload": workload, "sampling": sampling, "hook_points": ["hook_embed", LAYER], **fields}
     # One request at a time, so that equal policies give equal bits.
-    return Prepared(HarvestConfig.model_validate({"concurrency": 1, **config}), ARMS)
+    return prepare(HarvestConfig.model_validate({"concurrency": 1, **config}), ARMS)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("switched")
     with EngineHost() as host:
         ours = prepared()
-        hooks = Hooks(bypass=True)
-        runs = {n: harvest(ours, folder / n, arm, arm_name=n, host=host, hooks=hooks) for n, arm in ARMS.items()}
+        requests, how = ours.workload.requests, {"asks": {"cache"}, "host": host}
+        runs = record([RunSpec(n, requests, arm) for n, arm in ARMS.items()], ours, folder, **how)
         assert host.starts == 1
         several = prepared(concurrency=8)
-        runs["mixed"] = harvest(several, folder / "mixed, 8", ARMS["mixed"], host=host, hooks=hooks)
+        runs |= record([RunSpec("mixed", requests, ARMS["mixed"])], several, folder / "of 8", **how)
         assert host.starts == 1
     return runs
 
@@ -61,10 +61,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     Chunks behind the first have a prefix, for which the default backend differs (`platform/attention.py`).
     """
-    ours = prepared()
     server = {"disable_radix_cache": True, "chunked_prefill_size": 64, "attention_backend": "torch_native"}
-    ours.config = ours.config.model_copy(update={"server": server})
-    return harvest(ours, tmp_path_factory.mktemp("started") / "run", Arm())
+    ours = prepare(prepared().config.model_copy(update={"server": server}))
+    return record([RunSpec("run", ours.workload.requests)], ours, tmp_path_factory.mktemp("started"))["run"]
 
 
 def _spans(run: Run) -> list[tuple[Any, ...]]:
@@ -116,7 +115,7 @@ def test_one_request_may_read_what_another_wrote(tmp_path: Path) -> None:
     first, second, third = ours.workload.requests[:3]
     params = {"max_new_tokens": 4, "temperature": 0.0}
     tell = lambda use: {**params, "custom_params": {"probe": {"cache": use}}}  # noqa: E731
-    ours.workload.requests[:] = [
+    requests = [
         _as(first, 0, params),
         _as(first, 1, tell("read_only")),
         _as(first, 2, tell("off")),
@@ -124,11 +123,11 @@ def test_one_request_may_read_what_another_wrote(tmp_path: Path) -> None:
         _as(second, 4, params),
         _as(third, 5, tell("write_only")),
     ]
-    run = harvest(ours, tmp_path / "run", Arm())
+    run = record([RunSpec("run", requests)], ours, tmp_path)["run"]
     assert [str(c) for c in verify(run) if not c.holds] == []
     spans = run.spans()
     reused = spans[spans["status"] == "reused"].groupby("rid")["end"].max().to_dict()
-    prompts = [len(r.prompt_ids) for r in ours.workload.requests]
+    prompts = [len(r.prompt_ids) for r in requests]
     assert reused["r000001"] == prompts[1] - 1
     assert "r000002" not in reused
     assert reused["r000003"] == reused["r000004"] < prompts[3] - 1  # number 3 left nothing behind for number 4

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.eviction import parse_method, parse_oracle, stack
-from sglang_probe.kept_set import Kept, KeptFile, kept_of, write_kept
+from sglang_probe.eviction.keep import kept_of
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from tests.eviction.toy import KV_HEADS, LENGTH, STEPS, toy
 
 

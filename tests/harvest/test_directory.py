@@ -13,7 +13,8 @@ from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, 
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.harvest.directory import write_requests
 from sglang_probe.run import schema
-from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
 from sglang_probe.workload.request import Request, SegmentSpan
 
@@ -38,3 +39,9 @@ def test_a_refused_request_is_in_the_ledger_with_the_placeholder_that_was_served
     assert [str(c) for c in verify(run, embedding=embedding) if not c.holds] == []
     first = run.tokens().iloc[0]
     assert (first["token_id"], first["segment"]) == (0, schema.REFUSED)
+
+
+def test_engine_starts_are_read_from_older_manifests_too() -> None:
+    told = [{"seconds": 1.5, "requests": 3}]
+    assert schema.starts_of({"sessions": told}) == schema.starts_of({"starts": told}) == told
+    assert schema.starts_of({}) == []

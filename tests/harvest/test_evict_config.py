@@ -10,9 +10,9 @@ import pytest
 
 from sglang_probe.config import load_config, parse_config
 from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.harvest.config import with_skip_bad
 from sglang_probe.studies.evict.config import EvictionConfig
-from sglang_probe.studies.evict.runs import open_folder
-from sglang_probe.studies.evict.stages import counts
+from sglang_probe.studies.evict.stages import counts, open_folder
 from sglang_probe.studies.evict.study import OFFLINE_FILE
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
@@ -32,6 +32,22 @@ def test_committed_studies_load(name: str) -> None:
     found = load_config(EXPERIMENTS / name / "experiment.yaml", EvictionConfig)
     assert "snapkv window 8, pooling none" in [e.label for e in found.controls]
     assert {e.lookahead for e in found.entries} == {None, "laq", "dapq", "speckv"}
+
+
+def test_what_all_recordings_have_reaches_the_runs() -> None:
+    found = config(accelerator="unproved", server={"page_size": 16}, dtype="float32", in_engine=False)
+    recording = found.recording(2)
+    assert (recording.accelerator, recording.server, recording.dtype) == ("unproved", {"page_size": 16}, "float32")
+    assert len(recording.hook_points) == 1 + 2 * 3
+    assert recording.concurrency == 32
+
+
+def test_bad_lines_of_every_task_that_reads_a_file_are_passed_over() -> None:
+    tasks = {**BASE["workloads"], "mine": {"source": "jsonl", "path": "x.jsonl"}}
+    found = with_skip_bad(config(workloads=tasks), True)
+    assert found.workloads["mine"].skip_bad  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="reads no file"):
+        with_skip_bad(config(), True)
 
 
 def test_budgets_are_shares_or_positions() -> None:
@@ -61,6 +77,11 @@ def test_everything_and_one_position_are_two_budgets() -> None:
         ({"decode": [{}, {}]}, "the same temperature"),
         ({"cut": {"prompt_tokens": 16, "question_tokens": 16}}, "leaves no context"),
         ({"budget": ["1/8"]}, "did you mean `budgets`"),
+        ({"rows": {"window": 8}}, "`rows` has no meaning in an eviction study: methods choose among all"),
+        ({"telemetry": {}}, "`telemetry` has no meaning .* some of them"),
+        ({"workload": {"source": "retrieval"}}, "`workload` has no meaning .* give `workloads`"),
+        ({"sampling": {}}, "as `decode` says"),
+        ({"hook_points": []}, "`layers` says of which layers"),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_its_reason(changes: dict[str, Any], said: str) -> None:

@@ -50,7 +50,7 @@ def test_a_set_that_fits_and_a_request_without_one_pass(kept: KeptFile, model: M
         ("heads", "4 layers of 2 kv heads; the model has 4 of 4"),
         ("layers", "5 layers of 4 kv heads; the model has 4 of 4"),
         ("absent", "`evict: absent` is not in"),
-        (["fits"], "is not in"),
+        (["fits"], "`evict`: Input should be a valid string"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(kept: KeptFile, model: Model, key: Any, words: str) -> None:

@@ -13,12 +13,12 @@ from sglang_probe.config import parse_config
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.errors import InventoryError
 from sglang_probe.harvest.config import HarvestConfig
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.recording import harvest
-from sglang_probe.policy.arm import Arm
+from sglang_probe.harvest.experiment import RunSpec, record
+from sglang_probe.harvest.prepare import prepare
+from sglang_probe.studies.evict import runs as evict
 from sglang_probe.studies.evict.config import EvictionConfig
-from sglang_probe.studies.evict.runs import prepare
-from sglang_probe.studies.factorial.runs import FactorialConfig, run_factorial
+from sglang_probe.studies.factorial import runs as factorial
+from sglang_probe.studies.factorial.config import FactorialConfig
 
 WORKLOAD = {"source": "documents", "count": 2, "chars": 400}
 
@@ -46,28 +46,26 @@ def test_eviction(without: Callable[[str], None]) -> None:
     fields = {"workloads": {"recall": {"source": "retrieval", "count": 4}}, "methods": ["random"], "budgets": ["1/8"]}
     without("eviction")
     with refused("eviction"):
-        prepare(parse_config({"model": "probe-recall", **fields}, EvictionConfig, where="test"))
-    prepare(parse_config({"model": "probe-recall", "in_engine": False, **fields}, EvictionConfig, where="test"))
+        evict.prepare(parse_config({"model": "probe-recall", **fields}, EvictionConfig, where="test"))
+    evict.prepare(parse_config({"model": "probe-recall", "in_engine": False, **fields}, EvictionConfig, where="test"))
 
 
 @pytest.mark.parametrize("feature", ["positions", "eviction"])
-def test_a_factorial(feature: str, without: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_factorial(feature: str, without: Callable[[str], None]) -> None:
     layers = {"layers": [0, 1, 2, 3], "evict_positions": ["true"]}
     config = FactorialConfig.model_validate({"workload": WORKLOAD, **layers})
-    prepared = Prepared(config, {})
     without(feature)
     with refused(feature):
-        run_factorial(prepared, config, tmp_path / "study")
-    assert not (tmp_path / "study").exists()
+        factorial.prepare(config)
 
 
 def test_requests_that_prescribe_positions(without: Callable[[str], None], tmp_path: Path) -> None:
-    prepared = Prepared(HarvestConfig.model_validate({"workload": WORKLOAD}), {})
-    asked = {"custom_params": {"probe": {"positions": {"from": 4, "to": 0}}}}
-    prepared.workload.requests[1] = replace(prepared.workload.requests[1], sampling_params=asked)
+    prepared = prepare(HarvestConfig.model_validate({"workload": WORKLOAD}))
+    first, second = prepared.workload.requests
+    asked = {"max_new_tokens": 4, "custom_params": {"probe": {"positions": {"from": 4, "to": 0}}}}
     without("positions")
     with refused("positions"):
-        harvest(prepared, tmp_path / "run", Arm())
+        record([RunSpec("run", [first, replace(second, sampling_params=asked)])], prepared, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
@@ -81,4 +79,4 @@ def test_requests_that_prescribe_positions(without: Callable[[str], None], tmp_p
 def test_rows_and_telemetry(feature: str, fields: dict[str, Any], without: Callable[[str], None]) -> None:
     without(feature)
     with refused(feature):
-        Prepared(HarvestConfig.model_validate({"workload": WORKLOAD, **fields}), {})
+        prepare(HarvestConfig.model_validate({"workload": WORKLOAD, **fields}))

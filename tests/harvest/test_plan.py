@@ -5,14 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from sglang_probe.harvest.config import ExperimentConfig
+from sglang_probe.studies.ab.config import AbConfig
 from sglang_probe.studies.ab.plan import plan
 
 WORKLOAD = {"source": "shared_prefix", "families": 1, "requests_per_family": 1}
 
 
-def experiment(**fields: Any) -> ExperimentConfig:
-    return ExperimentConfig.model_validate({"workload": WORKLOAD, **fields})
+def experiment(**fields: Any) -> AbConfig:
+    return AbConfig.model_validate({"workload": WORKLOAD, **fields})
 
 
 def test_arms_that_share_an_engine_cost_one_start() -> None:

@@ -14,13 +14,13 @@ from sglang_probe.policy.arm import Arm
 
 def _prepare(**fields: Any) -> prepare.Prepared:
     workload = {"source": "shared_prefix", "families": 1, "requests_per_family": 1}
-    return prepare.Prepared(HarvestConfig.model_validate({"workload": workload, **fields}), {"harvest": Arm()})
+    return prepare.prepare(HarvestConfig.model_validate({"workload": workload, **fields}), {"harvest": Arm()})
 
 
 @pytest.mark.reviewed("accelerator rows")
 def test_rows_need_an_explicit_opt_in_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "accelerator_present", lambda: True)
-    with pytest.raises(UnsupportedError, match=r"has not been run on a GPU(.|\n)*accelerator: unproved"):
+    with pytest.raises(UnsupportedError, match=r"has been shown on one model of GPU only(.|\n)*accelerator: unproved"):
         _prepare(hook_points=["hook_embed"])
     _prepare(hook_points=[])
     _prepare(hook_points=["hook_embed"], accelerator="unproved")

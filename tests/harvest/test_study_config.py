@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_probe.config import parse_config
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.errors import ConfigError, RunDirectoryError
-from sglang_probe.harvest.config import ExperimentConfig, HarvestConfig, Recording
-from sglang_probe.studies.factorial.runs import EVICTED, EVICTED_OPTIONS, FactorialConfig, _evicted, _options_text
-from sglang_probe.studies.phase.runs import PhaseConfig
+from sglang_probe.errors import ConfigError
+from sglang_probe.harvest.config import HarvestConfig, Recording
+from sglang_probe.studies.ab.config import AbConfig
+from sglang_probe.studies.factorial.config import FactorialConfig
+from sglang_probe.studies.phase.config import PhaseConfig
 
 WORKLOAD = {"source": "shared_prefix"}
 
@@ -21,7 +20,7 @@ WORKLOAD = {"source": "shared_prefix"}
 @pytest.mark.parametrize(
     ("study", "fields", "said"),
     [
-        (ExperimentConfig, {"rows": {"window": 8}}, "reads all positions"),
+        (AbConfig, {"rows": {"window": 8}}, "reads all positions"),
         (PhaseConfig, {"rows": {"decode": "none"}, "workload": {"source": "documents"}}, "reads all positions"),
         (FactorialConfig, {"layers": [0], "rows": {"heads": [0]}}, "all positions and heads"),
         (FactorialConfig, {"layers": [0], "telemetry": {}, "evict_positions": ["true"]}, "with `telemetry`"),
@@ -37,7 +36,7 @@ def test_what_the_end_of_a_study_would_refuse_is_refused_at_its_start(
 
 def test_pairs_of_some_heads_are_compared_at_all_positions() -> None:
     rows = {"heads": [0]}
-    assert parse_config({"workload": WORKLOAD, "rows": rows}, ExperimentConfig, where="test").rows.heads == [0]
+    assert parse_config({"workload": WORKLOAD, "rows": rows}, AbConfig, where="test").rows.heads == [0]
     assert parse_config({"workload": WORKLOAD, "rows": {"window": 8}}, HarvestConfig, where="test").rows.window == 8
 
 
@@ -51,24 +50,7 @@ def test_a_selection_of_what_is_not_captured_is_refused() -> None:
 
 
 def test_an_engine_does_not_measure_requests_with_kept_sets() -> None:
-    given = {"run": "x", "evictions": True, "kept": "kept.safetensors"}
+    given = {"run": "x", "asks": ["evict"], "kept": "kept.safetensors"}
     parse_config(given, EngineProbeConfig, where="test")
     with pytest.raises(ConfigError, match="a kept set some"):
         parse_config({**given, "telemetry": {}}, EngineProbeConfig, where="test")
-
-
-def test_a_finished_eviction_of_a_factorial_is_resumed_with_its_own_options_only(tmp_path: Path) -> None:
-    def config(**fields: Any) -> FactorialConfig:
-        given = {"workload": WORKLOAD, "layers": [0], "evict_positions": ["true"], **fields}
-        return parse_config(given, FactorialConfig, where="test")
-
-    def resume(given: FactorialConfig) -> object:
-        # What is there decides before anything that was prepared is looked at.
-        return _evicted(None, given, tmp_path, {}, overwrite=False, resume=True, reporter=None)  # type: ignore[arg-type]
-
-    (tmp_path / EVICTED).mkdir()
-    (tmp_path / EVICTED / "manifest.json").write_text(json.dumps({"status": "complete", "schema_version": 3}))
-    (tmp_path / EVICTED_OPTIONS).write_text(_options_text(config()))
-    assert resume(config(concurrency=3)) is not None
-    with pytest.raises(RunDirectoryError, match="other options of the eviction"):
-        resume(config(evict_steps=9))

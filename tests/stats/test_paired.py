@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 
 from sglang_probe.stats.agreement import mean_spearman, spearman
 from sglang_probe.stats.multiple import holm
 from sglang_probe.stats.paired import mean_intervals, ratio_intervals, sign_flips
-from sglang_probe.stats.permutation import sign_flip
 
 
 def test_holm_is_the_step_down_rule() -> None:
@@ -19,13 +18,18 @@ def test_holm_is_the_step_down_rule() -> None:
     assert np.isnan(with_gap[1])
 
 
+def greater(d: np.ndarray) -> float:
+    """One-sided p-value of one column."""
+    return float(sign_flips(d[:, None], alternative="greater")[0])
+
+
 @pytest.mark.parametrize("n", [5, 20])
 def test_columns_are_tested_as_they_are_alone_and_on_both_sides(n: int) -> None:
     d = np.random.default_rng(0).normal(0.4, 1.0, (n, 3))
     both = sign_flips(np.concatenate([d, -d], axis=1), seed=1)
     assert both[:3] == pytest.approx(both[3:], abs=0.02 if n > 14 else 0)
     for i in range(3):
-        smaller = min(sign_flip(d[:, i]), sign_flip(-d[:, i]))
+        smaller = min(greater(d[:, i]), greater(-d[:, i]))
         assert both[i] == pytest.approx(2 * smaller, abs=0.02 if n > 14 else 1e-12)
 
 
@@ -33,6 +37,18 @@ def test_two_sided_flips_are_counted() -> None:
     assert sign_flips(np.array([[1.0], [2.0], [3.0]]))[0] == 2 / 8
     assert sign_flips(np.array([[0.0], [0.0]]))[0] == 1.0
     assert np.isnan(sign_flips(np.full((4, 1), np.nan))[0])
+
+
+def test_one_sided_flips_are_counted() -> None:
+    assert greater(np.array([1.0, 2.0, 3.0])) == 1 / 8
+    assert greater(np.array([1.0, 2.0, -3.0])) == 5 / 8  # sums of 0 or more: 0, 0, 2, 4, 6
+    assert greater(np.zeros(5)) == 1.0
+    assert np.isnan(greater(np.array([])))
+
+
+def test_one_sided_flips_of_many_differences_agree_with_the_t_test() -> None:
+    d = np.random.default_rng(0).normal(0.3, 1.0, 40)
+    assert greater(d) == pytest.approx(ttest_1samp(d, 0, alternative="greater").pvalue, abs=0.01)
 
 
 def test_the_bootstrap_of_two_units_has_the_three_means_it_can_have() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
 
 from sglang_probe.stats.bootstrap import cluster_bootstrap
-from sglang_probe.stats.equivalence import two_one_sided_tests, within
+from sglang_probe.stats.equivalence import within
 from sglang_probe.stats.multiple import benjamini_hochberg
-from sglang_probe.stats.permutation import sign_flip
 
 
 def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
@@ -17,27 +15,6 @@ def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
     with_gap = benjamini_hochberg(np.array([[0.01, np.nan], [0.04, np.nan]]))
     assert with_gap[:, 0] == pytest.approx([0.02, 0.04])
     assert np.isnan(with_gap[:, 1]).all()
-
-
-def test_sign_flips_are_counted() -> None:
-    assert sign_flip(np.array([1.0, 2.0, 3.0])) == 1 / 8
-    assert sign_flip(np.array([1.0, 2.0, -3.0])) == 5 / 8  # sums of 0 or more: 0, 0, 2, 4, 6
-    assert sign_flip(np.zeros(5)) == 1.0
-    assert np.isnan(sign_flip(np.array([])))
-
-
-def test_sign_flips_of_many_differences_agree_with_the_t_test() -> None:
-    d = np.random.default_rng(0).normal(0.3, 1.0, 40)
-    assert sign_flip(d) == pytest.approx(ttest_1samp(d, 0, alternative="greater").pvalue, abs=0.01)
-
-
-def test_equivalence_needs_evidence() -> None:
-    rng = np.random.default_rng(1)
-    assert two_one_sided_tests(rng.normal(0, 0.1, 30), 0.2) < 0.001
-    assert two_one_sided_tests(rng.normal(0, 1.0, 5), 0.2) > 0.05  # finds nothing, shows nothing
-    assert two_one_sided_tests(np.full(3, 0.125), 0.2) == 0.0
-    assert two_one_sided_tests(np.full(3, 0.25), 0.2) == 1.0
-    assert np.isnan(two_one_sided_tests(np.array([0.0]), 0.2))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,15 @@ def test_the_example_is_a_yaml_that_the_study_takes_and_the_schema_explains_its_
     assert sum("description" in f for f in fields.values()) >= 5
 
 
+@pytest.mark.parametrize("study", RECORDED, ids=lambda s: s.name)
+def test_every_study_that_records_says_in_runs_what_it_records(study: base.RecordedStudy) -> None:
+    runs = study.runs()
+    assert list(inspect.signature(runs.prepare).parameters) == ["config"]
+    flags = ["overwrite", "resume", "reporter"]
+    assert list(inspect.signature(runs.run).parameters) == ["prepared", "config", "folder", *flags]
+    assert list(inspect.signature(runs.read).parameters) == ["config", "folder"]
+
+
 def test_the_example_of_a_harvest_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "example.yaml"
     file.write_text(EXAMPLE)
@@ -108,6 +117,9 @@ class Noisy(base.RecordedStudy):
     def config(self) -> type[Config]:
         return Given
 
+    def runs(self) -> Any:
+        return self
+
     def prepare(self, config: Any) -> None:
         self.done.append("prepare")
 
@@ -123,7 +135,7 @@ class Noisy(base.RecordedStudy):
         self.done.append("read")
         return {}
 
-    def study(self, found: Any, config: Any, name: str, tell: base.Tell) -> Found:
+    def study(self, found: Any, config: Any, folder: Path, name: str, tell: base.Tell) -> Found:
         return self.result
 
     def page(self, result: Found) -> Page:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sglang_probe.studies.drift import row_distance
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, comparisons, floor_table
 
 ARMS = {"a": "a", "b": "b", "b.repeat": "b", "a.repeat": "a"}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_probe.attention.from_run import _whole_groups
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.eviction.from_run import _whole_groups
 from sglang_probe.run.run import Run
 from sglang_probe.run.selection import RowsConfig
-from sglang_probe.verify.selected import kept_as_selected
+from sglang_probe.verify.selected import held_as_selected
 from sglang_probe.verify.verify import verify
 from tests.made_run import EMBEDDING, QUERY
 
@@ -25,7 +25,7 @@ WINDOW = RowsConfig.model_validate({"window": 2, "decode": {"every": 2}, "at": {
 @pytest.fixture
 def run(make_run: Callable[..., Run]) -> Run:
     """Queries of the last two prompt positions and of every other decode step; embeddings of everything."""
-    return make_run(rows_kept=WINDOW)
+    return make_run(rows=WINDOW)
 
 
 def test_every_invariant_holds(run: Run) -> None:
@@ -55,14 +55,14 @@ def test_a_reused_position_whose_origin_was_not_selected_is_said_to_be_that(run:
     assert not torch.isnan(run.activations("b", "hook_embed").float()).any()
 
 
-def test_batches_hold_kept_rows_only(run: Run) -> None:
+def test_batches_hold_selected_rows_only(run: Run) -> None:
     for weight, expected in (("unique", [4, 4, 5, 5, 6, 6]), ("traffic", [4, 4, 5, 5, 6, 6])):
         (batch,) = run.iter_batches(QUERY, batch_size=99, weight=weight)
         assert sorted(batch[:, 0].tolist()) == expected
 
 
-def test_content_is_asked_of_kept_rows(make_run: Callable[..., Run]) -> None:
-    run = make_run(rows_kept=RowsConfig.model_validate({"window": 2, "decode": "none"}))
+def test_content_is_asked_of_selected_rows(make_run: Callable[..., Run]) -> None:
+    run = make_run(rows=RowsConfig.model_validate({"window": 2, "decode": "none"}))
     content = verify(run, embedding=EMBEDDING)[-1]
     assert (content.name, content.holds, content.covered) == ("content", True, 4)
 
@@ -80,7 +80,7 @@ def test_a_row_that_was_not_selected_or_is_missing_is_noticed(run: Run, wrong: s
         index, rows = torch.cat([torch.tensor([0]), index]), torch.cat([rows[:1], rows])
     copy = Path(run.path)
     save_file({"rows": rows.contiguous(), "index": index.contiguous()}, shard)
-    check = kept_as_selected(Run(_elsewhere(copy)))
+    check = held_as_selected(Run(_elsewhere(copy)))
     assert check.violation is not None
     assert QUERY in check.violation
 

@@ -47,7 +47,7 @@ def attention_summary(
             `[ends[r - 1], ends[r])`, the first begins at 0, and the last ends at the length.
         heads_N: query heads to summarise, int32 or int64 `[N]`; head h reads kv head `h // (H // G)`.
         scaling, softcap, sliding_window: how the layer makes logits (`study.attention.AttentionSpec`); 0 is none.
-        top_k: positions to keep, at least 1.
+        top_k: positions to list, at least 1.
         first_B: keys of each request whose logits are to be returned as well, int32 or int64 `[B]`; `longest` is no
             less than any of them.
 
@@ -67,8 +67,8 @@ def attention_summary(
         )
     if len({b, *(len(x) for x in (slots_BL, lengths_B, region_ends_BR))}) != 1 or q_BHD.stride(2) != 1:
         raise ProbeError("queries, slots, lengths and regions must be of the same requests, each head contiguous")
-    kept = triton.next_power_of_2(top_k)
-    lse, mean, logits = (q_BHD.new_empty((b, n, size), dtype=torch.float32) for size in (regions, regions, kept))
+    listed = triton.next_power_of_2(top_k)
+    lse, mean, logits = (q_BHD.new_empty((b, n, size), dtype=torch.float32) for size in (regions, regions, listed))
     positions = torch.empty_like(logits, dtype=torch.int32)
     first_logits = q_BHD.new_full((b, n, longest), -torch.inf, dtype=torch.float32)
     _summarise[(b, n)](
@@ -98,7 +98,7 @@ def attention_summary(
         BLOCK_D=triton.next_power_of_2(dim),
         REGIONS=regions,
         BLOCK_R=triton.next_power_of_2(regions),
-        TOP=kept,
+        TOP=listed,
         BLOCK=_BLOCK,
         SOFTCAP=softcap > 0,
         FIRST=first_B is not None,

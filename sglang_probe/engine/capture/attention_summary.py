@@ -39,8 +39,8 @@ class AttentionSummary:
 
         0 where no key is left.
         """
-        kept = [r for r in range(self.lse.shape[-1]) if r not in without]
-        lse, mean = self.lse[..., kept], self.mean_logit[..., kept]
+        others = [r for r in range(self.lse.shape[-1]) if r not in without]
+        lse, mean = self.lse[..., others], self.mean_logit[..., others]
         total = torch.logsumexp(lse, -1)
         weights = torch.softmax(lse, -1)
         return torch.where(torch.isfinite(total), total - (weights * mean).sum(-1), 0.0)

@@ -17,18 +17,9 @@ from torch import Tensor
 
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.graph_taps import GraphTaps, refuse_unwritten
-from sglang_probe.engine.capture.telemetry import (
-    NUMBERS,
-    REGIONS,
-    SYSTEM,
-    Measured,
-    Memory,
-    Steps,
-    TelemetryOptions,
-    jump_scores,
-    relative,
-)
+from sglang_probe.engine.capture.telemetry import SYSTEM, Measured, Memory, Steps, jump_scores, relative
 from sglang_probe.engine.capture.transfer import Transfer, upload
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
 
 Array = np.ndarray[Any, Any]
 MOST_BYTES = 1 << 30
@@ -163,10 +154,10 @@ class DeviceTelemetry:
                 past_BMHP = memory.past(i, at.places, x["places"], x["fresh"], self._heads, at.longest)
                 jump_BH = jump_scores(p_BHP, past_BMHP.mean(1))
                 jump_BH = jump_BH.masked_fill(x["incomplete"][:, None] != 0, torch.nan)
-                memory.keep(i, x["cells"], p_BHP)
+                memory.remember(i, x["cells"], p_BHP)
             found.append(_numbers(summary, jump_BH, x, self.options))
         if remembers:
-            memory.kept(at.places, at.step)
+            memory.remembered(at.places, at.step)
         return torch.stack(found)
 
 

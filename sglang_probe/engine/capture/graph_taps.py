@@ -46,12 +46,12 @@ class GraphTaps:
     """All taps of one model.
 
     Args:
-        columns: width and dtype of what is kept of each hook point's rows.
+        columns: width and dtype of what is taken of each hook point's rows.
         capacity: rows of the buffer; at least the largest shape that a graph is captured for. An eager forward with
             more rows gets memory of its own.
         device: where the model is.
         recording: whether the running operations are being recorded into a graph.
-        parts: of hook points that keep some columns of a row only, which, ascending int64.
+        parts: of hook points that hold some columns of a row only, which, ascending int64.
     """
 
     def __init__(
@@ -82,6 +82,11 @@ class GraphTaps:
         """Rows and megabytes of the buffer."""
         return len(self.buffer), self.buffer.nbytes / 1e6
 
+    @property
+    def warming_up(self) -> bool:
+        """Where graphs are recorded at all: whether none is being recorded now."""
+        return self.buffer.is_cuda and not self.recording()
+
     def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
         """Copy `x_ND` to the head of the buffer. Only here does the probe put an operation into a graph.
 
@@ -107,7 +112,7 @@ class GraphTaps:
         if self._large is not None and len(self._large) == n:
             return self._large
         large = self.buffer.new_empty((n, self.buffer.shape[1]))
-        if self._armed:  # a warm-up or a forward that nobody records keeps nothing
+        if self._armed:  # a warm-up or a forward that nobody records leaves nothing
             self._large = large
         return large
 
@@ -140,13 +145,13 @@ class GraphTaps:
         self._written = dict.fromkeys(self.columns, -1)
 
     def snapshot(
-        self, tokens: int, *, replayed: bool, kept: Mapping[str, np.ndarray[Any, Any]] | None = None
+        self, tokens: int, *, replayed: bool, selected: Mapping[str, np.ndarray[Any, Any]] | None = None
     ) -> Snapshot:
-        """Rows of the forward that was just enqueued, still on the device; padding behind them stays there.
+        """Rows of the forward that was just enqueued, still on the device; padding after them stays there.
 
         Args:
-            kept: of hook points that do not keep every token, those to keep, ascending. Tokens that no hook point keeps
-                stay on the device too.
+            selected: of hook points that do not hold every token, those that are selected, ascending. Tokens that no
+                hook point selects stay on the device too.
 
         Raises:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
@@ -154,7 +159,7 @@ class GraphTaps:
         """
         source = self.source(tokens, replayed=replayed)
         self.disarm()
-        return self._gather(source, tokens, kept or {}, replayed=replayed)
+        return self._gather(source, tokens, selected or {}, replayed=replayed)
 
     def source(self, tokens: int, *, replayed: bool) -> torch.Tensor:
         """Where the rows of the forward that was just enqueued lie, `[tokens or more, bytes]`. The next one writes
@@ -175,18 +180,19 @@ class GraphTaps:
     def disarm(self) -> None:
         """Nothing of this forward will be read any more."""
         self._large, self._armed = None, False
+        self._written = dict.fromkeys(self.columns, -1)
 
     def _gather(
-        self, source: torch.Tensor, tokens: int, kept: Mapping[str, np.ndarray[Any, Any]], *, replayed: bool
+        self, source: torch.Tensor, tokens: int, selected: Mapping[str, np.ndarray[Any, Any]], *, replayed: bool
     ) -> Snapshot:
-        if kept.keys() >= self.columns.keys():
+        if selected.keys() >= self.columns.keys():
             # The first row is taken in any case: it tells whether the taps were written.
-            index = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *kept.values()]))
+            index = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *selected.values()]))
             if len(index) < tokens:
                 rows = source.index_select(0, upload(index, source.device))
-                return Snapshot(rows, self.columns, replayed=replayed, index=index, kept=kept)
+                return Snapshot(rows, self.columns, replayed=replayed, index=index, selected=selected)
         rows = source if source is not self.buffer else source[:tokens].clone()
-        return Snapshot(rows, self.columns, replayed=replayed, index=np.arange(tokens), kept=kept)
+        return Snapshot(rows, self.columns, replayed=replayed, index=np.arange(tokens), selected=selected)
 
 
 class Snapshot(Transfer):
@@ -199,16 +205,16 @@ class Snapshot(Transfer):
         *,
         replayed: bool,
         index: np.ndarray[Any, Any],
-        kept: Mapping[str, np.ndarray[Any, Any]],
+        selected: Mapping[str, np.ndarray[Any, Any]],
     ) -> None:
         super().__init__(device_rows)
         self._columns = columns
         self._replayed = replayed
-        self._index, self._kept = index, kept
+        self._index, self._selected = index, selected
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """The rows by hook point, `[kept tokens, width]`, in host memory that nothing else writes; a hook point that
-        keeps none is left out.
+        """The rows by hook point, `[selected tokens, width]`, in host memory that nothing else writes; a hook point
+        without any is left out.
 
         Raises:
             LedgerError: they have not arrived, or a tap is missing from the graph that was replayed.
@@ -219,16 +225,16 @@ class Snapshot(Transfer):
             refuse_unwritten(self._columns, np.minimum.reduceat(rows[0].numpy(), starts) == _UNWRITTEN)
         found = {}
         for name, column in self._columns.items():
-            kept = self._kept.get(name)
-            if kept is None or len(kept) == len(self._index):
+            some = self._selected.get(name)
+            if some is None or len(some) == len(self._index):
                 found[name] = column.of(rows)
-            elif len(kept):
-                found[name] = column.of(rows)[torch.from_numpy(np.searchsorted(self._index, kept))]
+            elif len(some):
+                found[name] = column.of(rows)[torch.from_numpy(np.searchsorted(self._index, some))]
         return found
 
 
 def refuse_unwritten(columns: Iterable[str], unwritten: Iterable[bool]) -> None:
-    """Refuse a replayed forward one of whose taps kept the pattern of `GraphTaps.arm`.
+    """Refuse a replayed forward one of whose taps still has the pattern of `GraphTaps.arm`.
 
     Raises:
         LedgerError: names the hook point.

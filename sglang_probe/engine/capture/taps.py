@@ -18,7 +18,7 @@ class Tap:
     """The buffer `[capacity, width]` of one hook point, on the model's device, in the model's dtype.
 
     Args:
-        columns: what is kept of a row, ascending; None: all.
+        columns: what is taken of a row, ascending; None: all.
     """
 
     def __init__(self, hook_point: str, columns: torch.Tensor | None = None) -> None:
@@ -50,7 +50,7 @@ class Taps:
     Args:
         hook_points: names in capture order.
         capacity: rows to reserve at first use; a larger eager forward grows the buffer.
-        columns: of hook points that keep some heads only, the columns of these.
+        columns: of hook points that hold some heads only, the columns of these.
     """
 
     def __init__(
@@ -71,16 +71,17 @@ class Taps:
             tap.written = -1
 
     def take(
-        self, tokens: int, *, replayed: bool, kept: Mapping[str, np.ndarray] | None = None
+        self, tokens: int, *, replayed: bool, selected: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, torch.Tensor]:
         """Rows `[tokens, width]` of the forward that just ran, as host tensors of their own.
 
         Args:
-            kept: of hook points that do not keep every token, those to take, ascending; one without any is left out.
+            selected: of hook points that do not hold every token, those to take, ascending; one without any is left
+                out.
 
         Raises:
             LedgerError: a tap did not fire, or fired with another number of rows than the ledger expects. At replay
-                only the capacity can be checked, because rows behind the real batch are padding.
+                only the capacity can be checked, because rows after the real batch are padding.
         """
         rows = {}
         chosen: dict[int, torch.Tensor] = {}
@@ -90,7 +91,7 @@ class Taps:
                     f"hook point {tap.hook_point} saw {max(tap.written, 0)} rows in a forward of {tokens} tokens"
                 )
             # A copy, not a view: the next forward overwrites the buffer before the writer has seen this one.
-            some = None if kept is None else kept.get(tap.hook_point)
+            some = None if selected is None else selected.get(tap.hook_point)
             if some is None or len(some) == tokens:
                 rows[tap.hook_point] = tap.buffer[:tokens].to("cpu", copy=True)
             elif len(some):

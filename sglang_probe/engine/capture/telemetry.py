@@ -10,75 +10,19 @@ prompt keys of the longest prompt, D head dim, M remembered steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
-from sglang_probe.config import Config
-from sglang_probe.errors import ConfigError
-
-REGIONS = ("sinks", "system", "prompt", "window", "generated")
-"""Where weight goes: the first positions, the rest of the system prompt, the rest of the prompt, its last positions
-(whatever their class), and generated tokens. They part the keys; the first that fits is taken, `window` before
-`system`."""
-
-NUMBERS = ("entropy", "entropy_without_sinks", "support", *(f"mass_{r}" for r in REGIONS), "jump")
-"""One of each per step, layer and head."""
+from sglang_probe.run.telemetry_options import REGIONS, TelemetryOptions
 
 SYSTEM = REGIONS.index("system")
 _UNSEEN = -1e30
-"""Logit of a key behind the step. Not -inf: its weight times its logit must be 0, not NaN."""
+"""Logit of a key after the step. Not -inf: its weight times its logit must be 0, not NaN."""
 _BLOCK_ELEMENTS = 1 << 25
 """Elements of keys held at once in float32: 128 MiB."""
-
-
-class TelemetryOptions(Config):
-    """What the numbers depend on; stored with them."""
-
-    sinks: int = Field(default=4, ge=0)
-    window: int = Field(default=32, ge=0)
-    top_k: int = Field(default=8, ge=1)
-    """Positions listed with the most weight."""
-    memory: int = Field(default=4, ge=1)
-    """Measured steps before, whose mean a step is compared with for its jump score."""
-    every: PositiveInt = 1
-    """Decode steps 1, 1 + every, 1 + 2 · every, ... are measured."""
-
-
-class TelemetryConfig(TelemetryOptions):
-    """`telemetry` of a configuration. The cost of a measured step is stated in docs/benchmarks.md."""
-
-    layers: list[int] | Literal["all"] = "all"
-    every: PositiveInt = 4
-
-    @field_validator("layers")
-    @classmethod
-    def _a_set(cls, layers: list[int] | Literal["all"]) -> list[int] | Literal["all"]:
-        if layers != "all" and (not layers or sorted(set(layers)) != layers or layers[0] < 0):
-            raise ValueError("`layers` must be ascending numbers from 0, each once, and at least one; or `all`")
-        return layers
-
-    def options(self) -> TelemetryOptions:
-        """What the numbers depend on."""
-        return TelemetryOptions(**self.model_dump(exclude={"layers"}))
-
-
-def layers_of(config: TelemetryConfig, layers: int) -> list[int]:
-    """Numbers of the layers that are measured, of a model with `layers`.
-
-    Raises:
-        ConfigError: a layer does not exist.
-    """
-    if config.layers == "all":
-        return list(range(layers))
-    if config.layers[-1] >= layers:
-        raise ConfigError(
-            f"`telemetry: layers` names layer {config.layers[-1]}; the model has {layers}, numbered from 0"
-        )
-    return config.layers
 
 
 @dataclass(frozen=True)
@@ -236,17 +180,17 @@ class Memory:
         return past.index_select(0, places_B)[..., :prompt]
 
     def cells(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where these steps are remembered, for `keep`, int64 `[B]`."""
+        """Where these steps are remembered, for `remember`, int64 `[B]`."""
         return places * self._size + step % self._size
 
-    def keep(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
+    def remember(self, layer: int, cells_B: Tensor, p_BHP: Tensor) -> None:
         """Remember this step of a layer."""
         past = self._past[layer]
         assert past is not None
         room = past.shape[3] - p_BHP.shape[2]
         past.flatten(0, 1).index_copy_(0, cells_B, torch.nn.functional.pad(p_BHP, (0, room)) if room else p_BHP)
 
-    def kept(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
+    def remembered(self, places: np.ndarray[Any, Any], step: np.ndarray[Any, Any]) -> None:
         """All layers have remembered these steps."""
         self._held[places, step % self._size] = step
         self.fresh.clear()
@@ -282,9 +226,9 @@ class Telemetry:
             numbers, p_BHP = _numbers(logits_of(i), at, self.options)
             past_BMHP = self.memory.past(i, places, places_B, fresh_N, p_BHP.shape[1], p_BHP.shape[2])
             numbers["jump"] = jump_scores(p_BHP, past_BMHP.mean(1)).masked_fill(incomplete_B1, torch.nan)
-            self.memory.keep(i, cells_B, p_BHP)
+            self.memory.remember(i, cells_B, p_BHP)
             found.append(numbers)
-        self.memory.kept(places, step)
+        self.memory.remembered(places, step)
         return {name: torch.stack([numbers[name] for numbers in found]) for name in found[0]}
 
 

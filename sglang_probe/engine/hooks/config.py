@@ -7,13 +7,20 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sglang_probe.ask import Ask
 from sglang_probe.config import Config
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run.hook_points import attention_points, parse_hook_point
+from sglang_probe.run.hook_points import parse_hook_point
 from sglang_probe.run.selection import RowsConfig, check_selection
+from sglang_probe.run.telemetry_options import TelemetryConfig
+
+CONFIG_VARIABLE = "SGLANG_PROBE"
+"""Environment variable with the path of the probe's YAML; unset means inert."""
+
+FAULT_FILE = "fault.txt"
+"""Written into the run directory when the probe stopped itself; its content says why."""
 
 
 class EngineProbeConfig(Config):
@@ -34,19 +41,13 @@ class EngineProbeConfig(Config):
     """Attention statistics of decode steps; absent: none."""
     live: LiveConfig | None = None
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
-    session: int = 0
-    """Number of this engine within the run; a resumed run goes on behind what is on disk."""
+    start: int = 0
+    """Number of this engine's start within the run; a resumed run goes on after what is on disk."""
     checkpoint_seconds: float = 20.0
     """Longest time between two durable parts while forwards run."""
-    forced_outputs: bool = False
-    """Honour `sampling_params.custom_params.probe.force`: decode prescribed tokens instead of sampled ones."""
-    bypass: bool = False
-    """Honour `sampling_params.custom_params.probe.cache`: requests that do not read or write the radix cache."""
-    positions: bool = False
-    """Honour `sampling_params.custom_params.probe.positions`: RoPE positions apart from sequence positions. Requests
-    that ask for them read the radix cache up to there and never write it."""
-    evictions: bool = False
-    """Honour `sampling_params.custom_params.probe.evict`: requests that attend to a kept set. Implies `bypass`."""
+    asks: list[str] = Field(default_factory=list)
+    """What requests may ask of this engine (`sglang_probe.ask`), besides `provenance`, which a live server always
+    answers, and `system`, which telemetry reads. A request that asks for more is refused."""
     kept: Path | None = None
     """The kept sets that requests of this recording may name (`sglang_probe.kept_set`)."""
     switches: Switches = Switches()
@@ -61,10 +62,18 @@ class EngineProbeConfig(Config):
             parse_hook_point(name)
         return names
 
+    @field_validator("asks")
+    @classmethod
+    def _are_asks(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in Ask.model_fields:
+                raise ValueError(f"`{name}` is nothing that requests ask; they ask {', '.join(Ask.model_fields)}")
+        return names
+
     @model_validator(mode="after")
     def _fits(self) -> EngineProbeConfig:
-        if self.kept is not None and not self.evictions:
-            raise ValueError("`kept` has no effect without `evictions: true`")
+        if self.kept is not None and "evict" not in self.asks:
+            raise ValueError("`kept` has no effect without `asks: [evict]`")
         if self.kept is not None and self.telemetry is not None:
             raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
         try:
@@ -77,27 +86,3 @@ class EngineProbeConfig(Config):
             if self.live.when_full == "drop":
                 raise ValueError("rows cannot be dropped: with `hook_points` set `live: {when_full: block}` or nothing")
         return self
-
-    @property
-    def features(self) -> list[str]:
-        """Features of the patch inventory that this config needs."""
-        features = ["accounting", "control"]
-        if self.hook_points or self.telemetry is not None:
-            features.append("rows")
-        if attention_points(self.hook_points) or self.telemetry is not None:
-            features.append("attention rows")
-        if (self.hook_points or self.telemetry is not None) and self.accelerator == "unproved":
-            features.append("accelerator rows")
-        if self.telemetry is not None:
-            features.append("telemetry")
-        if self.forced_outputs:
-            features.append("forced decoding")
-        if self.bypass or self.positions or self.evictions:
-            features.append("bypass")
-        if self.positions:
-            features.append("positions")
-        if self.evictions:
-            features.append("eviction")
-        if self.live is not None:
-            features.append("live")
-        return features

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.config import load_config
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.plugin import CONFIG_VARIABLE
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 
 logger = logging.getLogger("sglang_probe")
 
@@ -35,11 +34,11 @@ def carry_out(key: str, value: Any) -> None:
         Refused: it could not be done.
     """
     if key == CLOSE:
-        if probe.active().records and _close() is None:
+        if guard.active().records and _close() is None:
             raise Refused("the probe is not recording, or failed; see the scheduler's log")
         return
     try:
-        probe.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
+        guard.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
     except Exception as e:
         logger.exception("sglang-probe could not begin another recording")
         raise Refused(str(e)) from e
@@ -50,9 +49,9 @@ def next_config(number: int) -> Path:
     return Path(os.environ[CONFIG_VARIABLE]).with_name(f"probe-{number}.yaml")
 
 
-@probe.guarded
+@guard.guarded
 def _close() -> bool:
-    session = probe.active()
+    session = guard.active()
     if session.live is not None:  # goes on: the current segment is closed, and nobody waits for the disk here
         session.live.ask_flush()
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.config import load_config
-from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks import instruments, inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.releases import Hook, release
 from sglang_probe.errors import InventoryError
@@ -19,9 +19,7 @@ from sglang_probe.errors import InventoryError
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _HTTP = "sglang.srt.entrypoints.http_server"
 _WORKERS = ("sglang.srt.managers.detokenizer_manager", "sglang.srt.managers.data_parallel_controller")
-_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
-_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 
 
 def install(path: str) -> None:
@@ -34,7 +32,7 @@ def install(path: str) -> None:
         ConfigError: the YAML is wrong. InventoryError: the installed SGLang is not as reviewed.
     """
     config = load_config(Path(path), EngineProbeConfig)
-    inventory.require(config.features)
+    inventory.require(instruments.features(config))
     if config.ignore_interrupt and multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if config.live is not None and _serves_http(sys.modules):
@@ -48,59 +46,41 @@ def install(path: str) -> None:
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_probe.engine.hooks import session as probe
+    from sglang_probe.engine.hooks import guard
+    from sglang_probe.engine.hooks.session import Session
 
-    probe.session = probe.Session(config)
-    for target, hook, kind in _hooks(config):
+    guard.session = Session(config)
+    for target, hook, kind in all_hooks(config):
         HookRegistry.register(target, hook, HookType[kind])
     # SGLang only logs a target that it cannot patch. Checked when the scheduler is built, after all plugins applied.
     HookRegistry.register(f"{_SCHEDULER}.Scheduler.__init__", _verify_then_open(config), HookType.AFTER)
 
 
-def _hooks(config: EngineProbeConfig) -> list[Hook]:
+def all_hooks(config: EngineProbeConfig) -> list[Hook]:
     """(target, hook, kind) of everything this config needs; must agree with the inventory."""
-    from sglang_probe.engine.hooks import scheduler as accounting
+    from sglang_probe.engine.hooks import model, scheduler
 
     sglang = release()
-    hooks: list[Hook] = [
-        (f"{_SCHEDULER}.Scheduler.run_batch", accounting.run_batch, "AROUND"),
-        (f"{_SCHEDULER}.Scheduler.process_batch_result", accounting.process_batch_result, "AROUND"),
+    in_model: list[Hook] = [
+        (f"{_RUNNER}.load_model", model.load_model, "AFTER"),
+        (f"{_RUNNER}.forward", model.forward, "AROUND"),
+    ]
+    return [
+        (f"{_SCHEDULER}.Scheduler.run_batch", scheduler.run_batch, "AROUND"),
+        (f"{_SCHEDULER}.Scheduler.process_batch_result", scheduler.process_batch_result, "AROUND"),
+        *sglang.request_hooks(),
         *sglang.abort_hooks(),
         *sglang.publication_hooks(),
         *sglang.control_hooks(),
+        *(in_model if any(kind.in_model for kind in instruments.wanted(config)) else []),
+        *instruments.hooks(config, sglang),
     ]
-    if config.hook_points or config.telemetry is not None:
-        from sglang_probe.engine.hooks.instruments import rows
-
-        hooks += [
-            (f"{_RUNNER}.load_model", rows.load_model, "AFTER"),
-            (f"{_RUNNER}.forward", rows.forward, "AROUND"),
-        ]
-    if "accelerator rows" in config.features:
-        from sglang_probe.engine.hooks.instruments import accelerator
-
-        hooks.append((f"{_WORKER}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND"))
-    if config.forced_outputs:
-        from sglang_probe.engine.hooks.instruments import forced
-
-        hooks.append((f"{_RUNNER}.sample", forced.sample, "AFTER"))
-    if config.bypass or config.positions or config.evictions:
-        hooks += sglang.bypass_hooks()
-    if config.positions:
-        from sglang_probe.engine.hooks.instruments import positions
-
-        hooks += [(f"{_BATCH}.init_new", positions.init_new, "AFTER"), *sglang.position_hooks()]
-    if config.live is not None:
-        from sglang_probe.engine.hooks.instruments import live
-
-        hooks += [*sglang.live_hooks(), (f"{_SCHEDULER}.Scheduler.run_event_loop", live.run_event_loop, "AROUND")]
-    return hooks
 
 
 def _serves_http(loaded: Container[str]) -> bool:
     """Whether this process will serve HTTP, told from the SGLang modules loaded so far.
 
-    `launch_server` and `sglang serve` load plugins before anything else, an embedding script behind everything else;
+    `launch_server` and `sglang serve` load plugins before anything else, an embedding script after everything else;
     schedulers, the detokenizer and the data parallel controller have been loaded to be run.
     """
     if _HTTP in loaded:
@@ -109,13 +89,13 @@ def _serves_http(loaded: Container[str]) -> bool:
 
 
 def _verify_then_open(config: EngineProbeConfig) -> Callable[..., None]:
-    from sglang_probe.engine.hooks import scheduler as accounting
+    from sglang_probe.engine.hooks import scheduler as scheduling
 
     def hook(result: None, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        for target, patch, _kind in _hooks(config):
+        for target, patch, _kind in all_hooks(config):
             if not _is_patched(target, patch):
                 raise InventoryError(f"SGLang did not apply the hook on {target}", fix="see its log for the reason")
-        accounting.scheduler_init(result, scheduler, server_args, *args, **kwargs)
+        scheduling.scheduler_init(result, scheduler, server_args, *args, **kwargs)
 
     return hook
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments import kept_sets as eviction
+from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.hooks.instruments.positions import moved_positions
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -31,7 +29,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
             "the accounting is not proved for multimodal models, whose prompts hold positions without a token",
             fix="use a text model, or run without the probe",
         )
-    session = probe.active()
+    session = guard.active()
     if session.fault is not None:  # while graphs were captured
         raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
     session.attach(
@@ -70,53 +68,37 @@ def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
     _aborted(req)
 
 
-@probe.guarded
+@guard.guarded
 def _aborted(req: Any) -> None:
-    recorder = probe.active().recorder
+    recorder = guard.active().recorder
     assert recorder is not None
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
     recorder.abort(end)
     _forget([end])
 
 
-@probe.guarded
+@guard.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
-    session = probe.active()
-    session.current = session.forced = session.positions = session.evicting = None
-    if not batch.reqs:
-        return
-    plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
-    assert session.recorder is not None
-    _explained(batch.reqs, plan)
-    live_server.named(plan)
-    session.recorder.launch(plan)
-    live_server.launched(batch.reqs, plan)
-    session.current = plan
-    if session.telemetry is not None:
-        session.telemetry.launch(batch.reqs, plan)
-    if session.config.forced_outputs:
-        session.forced = forced_tokens(batch.reqs, plan)
-    if session.config.positions:
-        session.positions = moved_positions(batch.reqs, plan)
-    if session.evictions is not None:
-        session.evicting = eviction.rows_of(session.evictions, batch.reqs, plan)
+    session = guard.active()
+    session.forget_forward()
+    if batch.reqs:
+        plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
+        _explained(batch.reqs, plan)
+        session.launch(batch.reqs, plan)
 
 
-@probe.guarded
+@guard.guarded
 def _launched(result: Any) -> None:
-    session = probe.active()
-    if session.current is not None:
-        session.current.graph = bool(result.can_run_cuda_graph)
-    session.current = session.evicting = None
+    guard.active().launched(replayed=bool(result.can_run_cuda_graph))
 
 
-@probe.guarded
+@guard.guarded
 def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[str]) -> None:
     if not batch.reqs:
         return
     finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
     ended = live_server.ending(finished, [end_of(r) for r in finished])
-    recorder = probe.active().recorder
+    recorder = guard.active().recorder
     assert recorder is not None
     recorder.commit(
         batch.forward_iter,
@@ -128,10 +110,8 @@ def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[s
 
 
 def _forget(ended: list[RequestEnd]) -> None:
-    telemetry = probe.active().telemetry
-    if telemetry is not None:
-        for end in ended:
-            telemetry.end(end.rid)
+    for end in ended:
+        guard.active().end(end.rid)
 
 
 def _explained(reqs: list[Any], plan: ForwardPlan) -> None:
@@ -185,27 +165,6 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
 def context_of(req: Any) -> Context:
     """What identifies a request's prefix in the radix tree (`RadixKey`)."""
     return Context(req.full_untruncated_fill_ids, release().namespace(req))
-
-
-def forced_tokens(reqs: list[Any], plan: ForwardPlan) -> tuple[list[int], list[int]] | None:
-    """Rows of this forward whose sampled token is prescribed, and the tokens. A prescription of None leaves the sample.
-
-    A forward that ends at position `end` samples output number `end - prompt_len`; a prefill chunk before the last
-    ends inside the prompt and its sample is discarded by the engine. A client's list may hold anything: what is not a
-    token leaves the sample too.
-    """
-    rows, tokens = [], []
-    for i, req in enumerate(reqs):
-        params = req.sampling_params.custom_params
-        options = params.get("probe") if isinstance(params, dict) else None
-        force = options.get("force") if isinstance(options, dict) else None
-        if not isinstance(force, list):
-            continue
-        n = plan.ends[i] - plan.prompt_lens[i]
-        if 0 <= n < len(force) and type(force[n]) is int:
-            rows.append(i)
-            tokens.append(force[n])
-    return (rows, tokens) if rows else None
 
 
 def _replaced(req: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
 from sglang_probe.engine.ledger.recorder import Context
 from sglang_probe.engine.releases import release
@@ -52,14 +52,14 @@ def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
     _forget()
 
 
-@probe.guarded
+@guard.guarded
 def _publishing(req: Any) -> None:
-    probe.active().publishing = req
+    guard.active().publishing = req
 
 
-@probe.guarded
+@guard.guarded
 def _published(result: Any, params: Any) -> None:
-    session = probe.active()
+    session = guard.active()
     req, session.publishing = session.publishing, None
     if req is None or session.recorder is None:
         return
@@ -74,8 +74,8 @@ def _published(result: Any, params: Any) -> None:
     )
 
 
-@probe.guarded
+@guard.guarded
 def _forget() -> None:
-    recorder = probe.active().recorder
+    recorder = guard.active().recorder
     if recorder is not None and recorder.lineage is not None:
         recorder.lineage.forget_tree()

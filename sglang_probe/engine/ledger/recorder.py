@@ -50,22 +50,17 @@ class ForwardPlan:
     forward_id: int = -1
     row_start: int = -1
     rows: dict[str, Any] | None = None
-    snapshot: Any = None  # rows that are on their way from the device (engine/capture/graph_taps.py)
     graph: bool = False  # whether the forward was replayed from a graph
-    kept: dict[str, Any] = field(default_factory=dict)  # see Commit
+    selected: dict[str, Any] = field(default_factory=dict)  # see Commit
     telemetry: Any = None
-    measuring: Any = None  # telemetry that is on its way from the device (engine/capture/device_telemetry.py)
+    # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
+    travelling: dict[str, Any] = field(default_factory=dict)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
     def tokens(self) -> int:
         return sum(self.ends) - sum(self.starts)
-
-    @property
-    def travelling(self) -> list[Any]:
-        """What is on its way from the device."""
-        return [x for x in (self.snapshot, self.measuring) if x is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +83,8 @@ class Commit:
     forward: tuple[Any, ...] | None = None
     rows: dict[str, Any] | None = None
     numbered: int = 0  # rows that the forward was given numbers for
-    # Of hook points that do not keep every row, the kept ones, by their place in the forward. They may have none.
-    kept: dict[str, Any] = field(default_factory=dict)
+    # Of hook points that do not hold every row, the selected ones, by their place in the forward. They may have none.
+    selected: dict[str, Any] = field(default_factory=dict)
     telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
@@ -211,13 +206,11 @@ class Recorder:
             raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
         plan = self._pending.popleft()
         plan.discarded.update(retracted)
-        if plan.snapshot is not None:
-            plan.rows = plan.snapshot.finish()
-        if plan.measuring is not None:
-            plan.telemetry = plan.measuring.finish()
+        for name, transfer in plan.travelling.items():
+            setattr(plan, name, transfer.finish())
         if self._captures_rows and plan.rows is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
-        commit = Commit(rows=plan.rows, kept=plan.kept, telemetry=plan.telemetry)
+        commit = Commit(rows=plan.rows, selected=plan.selected, telemetry=plan.telemetry)
         commit.numbered = plan.tokens if self._captures_rows else 0
         offset = 0
         for i in range(len(plan.rids)):

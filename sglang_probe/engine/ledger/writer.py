@@ -18,12 +18,7 @@ from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.coalesce import coalesce
 from sglang_probe.engine.ledger.recorder import Commit
 from sglang_probe.run import journal, schema
-
-ROWS_KEY = "rows"
-"""Name of the tensor in a shard."""
-INDEX_KEY = "index"
-"""Name of a second one, int64 `[n]`, in shards of hook points that do not keep every row: the number of each row,
-counted from the first of the part."""
+from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 
 TELEMETRY_FOLDER = "telemetry"
 
@@ -190,8 +185,8 @@ class Writer:
         for hook_point, rows in (commit.rows or {}).items():
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
-            if (kept := commit.kept.get(hook_point)) is not None:
-                self._index.setdefault(hook_point, []).append(kept + self._numbered)
+            if (selected := commit.selected.get(hook_point)) is not None:
+                self._index.setdefault(hook_point, []).append(selected + self._numbered)
         self._numbered += commit.numbered
         if commit.telemetry is not None:
             self._telemetry.append(commit.telemetry)
@@ -258,7 +253,7 @@ class Writer:
         self._index: dict[str, list[np.ndarray]] = {}
         self._telemetry: list[Measured] = []
         self._numbered = 0
-        """Rows that were given numbers in this part, kept or not."""
+        """Rows that were given numbers in this part, selected or not."""
         self._opened = time.monotonic()
 
 

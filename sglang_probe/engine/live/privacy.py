@@ -40,11 +40,11 @@ class Redactor:
         for request in commit.requests:
             prompt = self._prompts.pop(request[_RID], None)
             if prompt is not None:
-                commit.prompts.append((request[_RID], *self._kept(prompt)))
+                commit.prompts.append((request[_RID], *self._told(prompt)))
         if self._level != "ids":
             commit.requests = [(*r[:_OUTPUT_IDS], None, *r[_OUTPUT_IDS + 1 :]) for r in commit.requests]
 
-    def _kept(self, prompt: Any) -> tuple[list[int] | None, str | None]:
+    def _told(self, prompt: Any) -> tuple[list[int] | None, str | None]:
         ids = np.asarray(prompt, dtype=np.int64)
         if self._level == "ids":
             return ids.tolist(), None

@@ -14,12 +14,6 @@ Span = dict[str, Any]
 before the recording)."""
 
 
-def wanted(custom_params: Any) -> bool:
-    """Whether `sampling_params.custom_params` asks: `{"probe": {"provenance": true}}`. Clients may send anything."""
-    probe = custom_params.get("probe") if isinstance(custom_params, dict) else None
-    return isinstance(probe, dict) and probe.get("provenance") is True
-
-
 def extend(spans: list[Span], fact: tuple[Any, ...]) -> None:
     """Add a span of the ledger, joined with the one before if it only continues it."""
     span = {

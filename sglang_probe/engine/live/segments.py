@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.harvest.directory import new_manifest, write_manifest
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST, new_manifest, write_manifest
+from sglang_probe.run.run import Run, load_run
 
 logger = logging.getLogger("sglang_probe")
 
@@ -145,10 +146,10 @@ def _write_requests(
     """Write `requests.parquet` part by part; `finish` receives the number of requests by finish reason."""
     with pq.ParquetWriter(path, schema.LIVE_REQUESTS, compression="zstd") as out:
         for part, table in _numbered(run, "requests", schema.ENGINE_REQUESTS):
-            kept = {r["rid"]: r for _, t in _numbered(run, "prompts", schema.PROMPTS, part) for r in t.to_pylist()}
+            prompts = {r["rid"]: r for _, t in _numbered(run, "prompts", schema.PROMPTS, part) for r in t.to_pylist()}
             records = []
             for end in table.to_pylist():
-                prompt = kept.get(end["rid"], {"prompt_ids": None, "prompt_hash": None})
+                prompt = prompts.get(end["rid"], {"prompt_ids": None, "prompt_hash": None})
                 records.append({**_unknown(finish.total(), end["prompt_len"]), **end, **prompt})
                 finish[end["finish_reason"]] += 1
                 seen.discard(end["rid"])

@@ -18,10 +18,11 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
 from sglang_probe.engine.platform.kept_entries import KeptEntries
+from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.kept_slots import KeptSlots
 from sglang_probe.errors import LedgerError, UnsupportedError
 
@@ -31,7 +32,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
-        self._evicted: list[EvictedRow] = []
+        self._evicted: list[KeptRow] = []
         self._entries: KeptEntries | None = None
         self._layer = 0
         self._dtype = runner.dtype
@@ -120,14 +121,14 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
                 output[row : row + 1] = _attend(query[row : row + 1], k_LGD, v_LGD, scaling)
         return output
 
-    @probe.guarded
-    def _rows_with_kept_sets(self, forward_batch: Any) -> list[EvictedRow]:
+    @guard.guarded
+    def _rows_with_kept_sets(self, forward_batch: Any) -> list[KeptRow]:
         """The rows of this forward, with the entries that they read if it is a decode step.
 
         Raises:
             LedgerError: the batch is not the one that was planned.
         """
-        rows = probe.active().evicting
+        rows = list(kept_rows.at_hand)
         if not rows:
             return []
         at = [r.row for r in rows]
@@ -143,9 +144,9 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
                 self._entries = KeptEntries(KeptSlots(rows, slots, self._dtype, known), self._dtype)
         return rows
 
-    @probe.guarded
+    @guard.guarded
     def _extend_kept(
-        self, evicted: EvictedRow, q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None
+        self, evicted: KeptRow, q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None
     ) -> Tensor:
         """Queries before the end of the cache see everything before them; those behind it, the kept set."""
         end = evicted.kept.length
@@ -156,12 +157,12 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             return behind
         return torch.cat([_extend(q_NHD[:inside], k_LGD[:end], v_LGD[:end], scaling), behind])
 
-    @probe.guarded
+    @guard.guarded
     def _decode_kept(self, q_BHD: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float | None) -> Tensor:
         assert self._entries is not None
         return attend_one_query(q_BHD, *self._entries.of_layer(self._layer, k_cache, v_cache), scaling)
 
-    @probe.guarded
+    @guard.guarded
     def _refuse_kept_sets(self) -> None:
         if self._evicted:
             raise UnsupportedError("a kept set in a layer with a sliding window or cross attention")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
+from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.kept_set import Kept
 
 _ROOM = 64
@@ -24,7 +24,7 @@ class KeptSlots:
 
     def __init__(
         self,
-        rows: Sequence[EvictedRow],
+        rows: Sequence[KeptRow],
         slots: Sequence[Tensor],
         dtype: torch.dtype,
         previous: KeptSlots | None = None,
@@ -70,7 +70,7 @@ class KeptSlots:
                 self._bias[:, i, :, : widths[i]] = previous._bias[:, j, :, : widths[i]]
             self._add(i, slot[row.kept.length :])
 
-    def advance(self, rows: Sequence[EvictedRow], slots: Sequence[Tensor]) -> bool:
+    def advance(self, rows: Sequence[KeptRow], slots: Sequence[Tensor]) -> bool:
         """Go on by one position per request. False if these are not the next positions of the same requests."""
         if [_identity(r) for r in rows] != self._requests:
             return False
@@ -122,6 +122,6 @@ class KeptSlots:
         self._bias[:, request, :, column] = 0
 
 
-def _identity(row: EvictedRow) -> tuple[str, int, int]:
+def _identity(row: KeptRow) -> tuple[str, int, int]:
     """The next recording of an engine may use a request id again, but never a set of this one."""
     return row.rid, row.attempt, id(row.kept)

@@ -28,6 +28,9 @@ class Release(ABC):
     cpu_ranks: ClassVar[bool]
     """Whether several tensor- or data-parallel ranks start on that platform."""
 
+    row_channel: ClassVar[str]
+    """Module of what carries rows off an accelerator (`row_hooks`)."""
+
     overshoots_at_length: ClassVar[bool]
     """Whether overlap scheduling computes one step behind a finish by length too, and not by a stop alone."""
 
@@ -57,9 +60,13 @@ class Release(ABC):
 
     @abstractmethod
     def bypass_hooks(self) -> list[Hook]:
-        """The match whose length becomes the reused prefix, and where a request is told not to publish."""
+        """The match whose length becomes the reused prefix."""
 
     # Requests and batches
+
+    @abstractmethod
+    def request_hooks(self) -> list[Hook]:
+        """Where a request has been made and is not queued yet (`engine/hooks/requests.py`)."""
 
     @abstractmethod
     def abort_hooks(self) -> list[Hook]:
@@ -77,15 +84,16 @@ class Release(ABC):
     def dp_rank(self, scheduler: Any) -> int:
         """Data-parallel rank of this process; 0 where there is one rank."""
 
-    @abstractmethod
-    def position_hooks(self) -> list[Hook]:
-        """Where a request that prescribes RoPE positions is checked, with the context at hand."""
-
     # The model
 
     @abstractmethod
     def residual(self, forward_batch: Any, output: Any) -> Any:
         """The residual stream `[tokens, d_model]` behind a decoder layer that gave `output`."""
+
+    @abstractmethod
+    def row_hooks(self) -> list[Hook]:
+        """How rows leave an accelerator with the result of their forward (`instruments/accelerator.py`): the copy is
+        enqueued after the forward and before the event that SGLang waits for when it processes the result."""
 
     # Commands and answers
 

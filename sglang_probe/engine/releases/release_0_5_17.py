@@ -24,6 +24,7 @@ class Adapter(Release):
     cpu_platform = "sglang_probe.engine.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention = ("torch_native",)
     cpu_ranks = False  # tensor parallelism asks for NCCL (`parallel_state.py`), data parallelism for one rank's cores
+    row_channel = "sglang.srt.managers.utils"
     overshoots_at_length = True
     namespace_fields = ("extra_key",)  # OpenAI's `cache_salt` is put in front of it
     refused = MappingProxyType(
@@ -53,10 +54,10 @@ class Adapter(Release):
         return int(req.cache_protected_len)
 
     def bypass_hooks(self) -> list[Hook]:
-        return [
-            (f"{_TREE}.match_prefix", match_prefix, "AROUND"),
-            ("sglang.srt.managers.schedule_batch.Req.__init__", create_req, "AFTER"),
-        ]
+        return [(f"{_TREE}.match_prefix", match_prefix, "AROUND")]
+
+    def request_hooks(self) -> list[Hook]:
+        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
 
     def abort_hooks(self) -> list[Hook]:
         return [(f"{_COMPONENTS}.output_sender.SenderWrapper.send_output", send_output, "AFTER")]
@@ -70,14 +71,21 @@ class Adapter(Release):
     def dp_rank(self, scheduler: Any) -> int:
         return scheduler.ps.dp_rank or 0
 
-    def position_hooks(self) -> list[Hook]:
-        return [(f"{_SCHEDULER}.init_req_max_new_tokens", init_req_max_new_tokens, "AFTER")]
-
     def residual(self, forward_batch: Any, output: Any) -> Any:
         hidden, residual = output
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
             raise UnsupportedError("the layer's output is one rank's share of a sum that the next layer completes")
         return hidden + residual
+
+    def row_hooks(self) -> list[Hook]:
+        worker = "sglang.srt.managers.tp_worker.TpModelWorker"
+        processor = f"{_COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor"
+        return [
+            (f"{worker}.forward_batch_generation", forward_batch_generation, "AFTER"),
+            ("sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu", copy_to_cpu, "AROUND"),
+            (f"{processor}.process_batch_result_prefill", process_batch_result, "AFTER"),
+            (f"{processor}.process_batch_result_decode", process_batch_result, "AFTER"),
+        ]
 
     def control_hooks(self) -> list[Hook]:
         return [
@@ -112,28 +120,20 @@ def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `RadixCache.match_prefix`: no more than the request may read. A publication looks up what it has just
     inserted without naming the request."""
-    from sglang_probe.engine.hooks import policy
+    from sglang_probe.engine.hooks import requests
 
     if params.req is not None:
-        limits = [n for n in (policy.read_limit(params.req), params.key.limit) if n is not None]
+        limits = [n for n in (requests.read_limit(params.req), params.key.limit) if n is not None]
         params.key.limit = min(limits, default=None)
     return original(tree, params, *args, **kwargs)
-
-
-def create_req(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Req.__init__`."""
-    from sglang_probe.engine.hooks import policy
-
-    policy.admit(req)
 
 
 def init_req_max_new_tokens(_result: None, scheduler: Any, req: Any) -> None:
     """AFTER `Scheduler.init_req_max_new_tokens`, which every request passes on its way to the queue, those too that
     were refused for something else."""
-    from sglang_probe.engine.hooks.instruments import positions
+    from sglang_probe.engine.hooks import requests
 
-    if req.to_finish is None:
-        positions.create_generation_req(req, scheduler)
+    requests.made(req, scheduler)
 
 
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -191,3 +191,47 @@ def to_payload(payload: Any, accumulator: Any, *_args: Any, **_kwargs: Any) -> N
 
         info = unwrap_from_pickle(payload.customized_info) or {}
         payload.customized_info = wrap_as_pickle({**info, live.META_KEY: spans})
+
+
+_ROWS = "_sglang_probe_rows"
+"""Attribute of a `GenerationBatchResult`: the transfers of its forward, and the event after them once sent."""
+
+
+def forward_batch_generation(result: Any, worker: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `TpModelWorker.forward_batch_generation`: the result carries the rows of its forward. Without overlap
+    scheduling SGLang copies nothing asynchronously, so that they are sent here, on the stream of the forward."""
+    from sglang_probe.engine.hooks.instruments import accelerator
+
+    transfers = accelerator.travelling()
+    if transfers:
+        setattr(result, _ROWS, (transfers, None))
+        if not worker.enable_overlap:
+            _send(result)
+
+
+def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `GenerationBatchResult.copy_to_cpu`: our copies before SGLang's, on the stream that it has made
+    current after the forward (its copy stream; for a delayed sample the forward's own). `copy_done` is recorded at its
+    end, after both, and is waited for before the result is processed."""
+    _send(result)
+    return original(result, *args, **kwargs)
+
+
+def _send(result: Any) -> None:
+    from sglang.srt.managers.utils import _async_d2h
+
+    from sglang_probe.engine.hooks.instruments import accelerator
+
+    transfers, event = getattr(result, _ROWS, (None, None))
+    if transfers is not None and event is None:
+        setattr(result, _ROWS, (transfers, accelerator.send(transfers, _async_d2h)))
+
+
+def process_batch_result(_value: Any, _processor: Any, _batch: Any, result: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER the result of a forward was processed: SGLang has waited for its copies."""
+    from sglang_probe.engine.hooks.instruments import accelerator
+
+    transfers, event = getattr(result, _ROWS, (None, None))
+    if transfers is not None:
+        accelerator.arrived(transfers, event)
+        delattr(result, _ROWS)

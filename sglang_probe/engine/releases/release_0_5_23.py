@@ -25,6 +25,7 @@ class Adapter(Release):
     cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
     cpu_ranks = True
+    row_channel = "sglang.srt.managers.auxiliary_output"
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`
     namespace_fields = ("extra_key", "cache_salt")
     refused = MappingProxyType({"enable_unified_cache_external_linker": (False, "an external KV store")})
@@ -48,10 +49,12 @@ class Adapter(Release):
         return int(params.prev_prefix_len)
 
     def bypass_hooks(self) -> list[Hook]:
-        return [
-            ("sglang.srt.mem_cache.common.match_kv_cache", match_kv_cache, "AROUND"),
-            (f"{_SCHEDULER}.Scheduler._create_generation_req", create_generation_req, "AFTER"),
-        ]
+        return [("sglang.srt.mem_cache.common.match_kv_cache", match_kv_cache, "AROUND")]
+
+    def request_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks import requests
+
+        return [(f"{_SCHEDULER}.Scheduler._create_generation_req", requests.made, "AFTER")]
 
     def abort_hooks(self) -> list[Hook]:
         from sglang_probe.engine.hooks import scheduler as accounting
@@ -69,13 +72,14 @@ class Adapter(Release):
 
         return get_parallel().dp_rank or 0
 
-    def position_hooks(self) -> list[Hook]:
-        from sglang_probe.engine.hooks.instruments import positions
-
-        return [(f"{_SCHEDULER}.Scheduler._create_generation_req", positions.create_generation_req, "AFTER")]
-
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
+
+    def row_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks.instruments import accelerator
+
+        worker = "sglang.srt.managers.tp_worker.TpModelWorker"
+        return [(f"{worker}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND")]
 
     def control_hooks(self) -> list[Hook]:
         return [(f"{_CONTROLLER}._update_handlers", update_handlers, "AFTER")]
@@ -99,19 +103,12 @@ class Adapter(Release):
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `match_kv_cache`: no more than the request may read."""
-    from sglang_probe.engine.hooks import policy
+    from sglang_probe.engine.hooks import requests
 
-    limits = [n for n in (policy.read_limit(req), kwargs.get("max_prefix_len")) if n is not None]
+    limits = [n for n in (requests.read_limit(req), kwargs.get("max_prefix_len")) if n is not None]
     if limits:
         kwargs["max_prefix_len"] = min(limits)
     return original(req, *args, **kwargs)
-
-
-def create_generation_req(req: Any, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `Scheduler._create_generation_req`."""
-    from sglang_probe.engine.hooks import policy
-
-    policy.admit(req)
 
 
 def update_handlers(handlers: dict[str, Any], _controller: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Eviction methods, one file each. Importing this package registers all of them, in the order of their listing."""
+"""Eviction methods, one file each, and `kept_sets`: what one of them keeps of the prompts of a run.
+
+Importing this package registers all of them, in the order of their listing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ from sglang_probe.eviction.methods import adakv
 from sglang_probe.eviction.methods import criticalkv
 from sglang_probe.eviction.methods import caote
 from sglang_probe.eviction.methods import quest
+
 # isort: on
+from sglang_probe.eviction.from_run import kept_sets
 
 __all__ = [
     "adakv",
@@ -33,6 +38,7 @@ __all__ = [
     "dapq",
     "expected_attention",
     "h2o",
+    "kept_sets",
     "keydiff",
     "knorm",
     "laq",

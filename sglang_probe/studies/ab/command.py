@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
 if TYPE_CHECKING:
-    from sglang_probe.harvest.config import ExperimentConfig as AbConfig
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.report.page import Page
     from sglang_probe.report.tables import Table
     from sglang_probe.run.run import Run
+    from sglang_probe.studies.ab.config import AbConfig
     from sglang_probe.studies.ab.study import AbResult
 
 
@@ -49,15 +49,9 @@ arms:                             # the first samples, the others decode its tok
 
     def config(self) -> type[AbConfig]:
         """The YAML."""
-        from sglang_probe.harvest.config import ExperimentConfig as AbConfig
+        from sglang_probe.studies.ab.config import AbConfig
 
         return AbConfig
-
-    def prepare(self, config: AbConfig) -> Prepared:
-        """Check model, workload and arms."""
-        from sglang_probe.harvest.prepare import Prepared
-
-        return Prepared(config, config.arms)
 
     def plan(self, prepared: Prepared, config: AbConfig) -> Plan:
         """What runs in which order, what is changed in the running engine, and what needs a start of SGLang."""
@@ -69,20 +63,7 @@ arms:                             # the first samples, the others decode its tok
         )
         return Plan(plan_table(config, len(prepared.workload.requests)), starts, [note])
 
-    def run(self, prepared: Prepared, config: AbConfig, folder: Path, **how: Any) -> dict[str, Run]:
-        """Run every arm."""
-        from sglang_probe.studies.ab.runs import run_pair
-
-        return run_pair(prepared, config, folder, **how)
-
-    def read(self, config: AbConfig, folder: Path) -> dict[str, Run]:
-        """The runs of before."""
-        from sglang_probe.run.run import load_run
-        from sglang_probe.studies.ab.plan import plan
-
-        return {p.name: load_run(folder / p.name) for p in plan(config)}
-
-    def study(self, found: Mapping[str, Run], config: AbConfig, name: str, tell: Tell) -> AbResult:
+    def study(self, found: Mapping[str, Run], config: AbConfig, folder: Path, name: str, tell: Tell) -> AbResult:
         """Compare the arms."""
         from sglang_probe.studies.ab.plan import plan
         from sglang_probe.studies.ab.study import study_ab

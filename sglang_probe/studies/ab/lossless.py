@@ -172,5 +172,5 @@ def _distance(what: str, a: Run, b: Run, tokens: Mapping[int, pd.DataFrame], kin
 
 def _seconds(run: Run) -> float:
     """Time in which requests were served, over all engine processes of the run; NaN if one was killed."""
-    seconds = [s["seconds"] for s in run.manifest.get("sessions", [])]
+    seconds = [s["seconds"] for s in schema.starts_of(run.manifest)]
     return float("nan") if None in seconds else float(sum(seconds))

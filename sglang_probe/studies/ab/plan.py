@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_probe.harvest.config import ExperimentConfig
 from sglang_probe.policy.arm import Arm
+from sglang_probe.studies.ab.config import AbConfig
 
 REPEAT = ".repeat"
 """Suffix of the second run of an arm; of the third `.repeat2`, and so on."""
@@ -32,7 +32,7 @@ class PlannedRun:
         return self.replicate or None
 
 
-def plan(config: ExperimentConfig) -> list[PlannedRun]:
+def plan(config: AbConfig) -> list[PlannedRun]:
     """Runs in execution order.
 
     The first arm runs first, because the others are forced to its outputs. Behind it, arms run in an order drawn anew
@@ -62,7 +62,12 @@ def plan(config: ExperimentConfig) -> list[PlannedRun]:
     return runs
 
 
-def _engine(config: ExperimentConfig, arm: Arm) -> str:
+def run_names(config: AbConfig) -> list[tuple[str, str]]:
+    """(run, arm) in execution order."""
+    return [(p.name, p.arm) for p in plan(config)]
+
+
+def _engine(config: AbConfig, arm: Arm) -> str:
     """What identifies the engine that an arm needs."""
     args = {"dtype": arm.dtype or config.dtype, **arm.start_args(config.server)}
     return repr(sorted(args.items(), key=str))

@@ -49,10 +49,10 @@ def totals(run: Run, tokens: pd.DataFrame) -> dict[str, float]:
     reused = spans[(spans["status"] == schema.REUSED) & (spans["attempt"] == 0)]
     per_request = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
     ours = requests["rid"].map(per_request).fillna(0)
-    sessions = run.manifest["sessions"]
-    # A session that was killed left no duration: speed is unknown then.
-    timed = all(s["seconds"] is not None for s in sessions)
-    seconds = sum(s["seconds"] for s in sessions) if timed else float("nan")
+    starts = schema.starts_of(run.manifest)
+    # An engine that was killed left no duration: speed is unknown then.
+    timed = all(s["seconds"] is not None for s in starts)
+    seconds = sum(s["seconds"] for s in starts) if timed else float("nan")
     prompt, generated = int(requests["prompt_len"].sum()), int(requests["output_len"].sum())
 
     def of(column: str, value: str) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
@@ -61,12 +60,6 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         skipping = {task: w.model_copy(update={"skip_bad": True}) for task, w in files.items()}
         return config.model_copy(update={"workloads": {**config.workloads, **skipping}})
 
-    def prepare(self, config: EvictionConfig) -> dict[str, Prepared]:
-        """Check model and tasks."""
-        from sglang_probe.studies.evict.runs import prepare
-
-        return prepare(config)
-
     def plan(self, prepared: dict[str, Prepared], config: EvictionConfig) -> Plan:
         """Engine starts, requests and kept sets."""
         import pandas as pd
@@ -81,25 +74,17 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         )
         return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, [note])
 
-    def run(self, prepared: dict[str, Prepared], config: EvictionConfig, folder: Path, **how: Any) -> EvictionResult:
-        """Run every stage that is missing."""
-        from sglang_probe.studies.evict.stages import run_study
-
-        return run_study(prepared, config, folder, "", **how)
-
-    def read(self, config: EvictionConfig, folder: Path) -> EvictionResult:
-        """The files of before."""
-        from sglang_probe.studies.evict.stages import read_study
-
-        return read_study(config, folder, "")
-
-    def recorded(self, found: EvictionResult) -> list[Run]:
+    def recorded(self, found: Mapping[str, Mapping[str, Run]]) -> list[Run]:
         """None: full-cache runs are read by this study alone."""
         return []
 
-    def study(self, found: EvictionResult, config: EvictionConfig, name: str, tell: Tell) -> EvictionResult:
-        """The tables are made with the last stage."""
-        return replace(found, name=name)
+    def study(
+        self, found: Mapping[str, Mapping[str, Run]], config: EvictionConfig, folder: Path, name: str, tell: Tell
+    ) -> EvictionResult:
+        """Read the files of the grid and of what was generated."""
+        from sglang_probe.studies.evict.stages import study_files
+
+        return study_files(config, folder, name, found)
 
     def page(self, result: EvictionResult) -> Page:
         """The report."""

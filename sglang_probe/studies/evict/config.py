@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
@@ -12,9 +11,7 @@ from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.harvest.config import Recording
-from sglang_probe.paths import BUILT_IN_MODEL
-from sglang_probe.policy.arm import Arm
-from sglang_probe.run.hook_points import EMBED, RESID_POST
+from sglang_probe.run.hook_points import EMBED
 from sglang_probe.studies.evict.grid import Entry, Trivial, budget_name, entries_of, parse_budget
 from sglang_probe.studies.evict.layers import SITES
 from sglang_probe.workload.build import WorkloadConfig
@@ -57,12 +54,25 @@ class Decode(Config):
         return self
 
 
-class EvictionConfig(Config):
+SETTLED = {
+    "workload": "tasks have names: give `workloads`",
+    "sampling": "outputs are sampled as `decode` says, and as long as the right answers or the `cut`",
+    "hook_points": "the methods need queries, keys and values; `layers` says of which layers",
+    "rows": "methods choose among all positions and heads",
+    "telemetry": "it reads every cached key, and a request with a kept set attends to some of them",
+}
+"""Fields of a recording that an eviction study settles itself."""
+_SHARED = Recording.model_fields.keys() - SETTLED.keys()
+_OF_THE_GRID = {
+    *("workloads", "cut", "methods", "oracles", "budgets", "protocols"),
+    *("trivial", "controls_of", "layers", "in_engine", "seed"),
+}
+
+
+class EvictionConfig(Recording):
     """An eviction study: policies by budgets by protocols by tasks, offline and in the engine."""
 
     name: str | None = None
-    model: str = BUILT_IN_MODEL
-    dtype: str = "auto"
     workloads: dict[str, WorkloadConfig] = Field(min_length=1)
     """Tasks by name. Requests with right answers bring them; others need `cut`."""
     cut: Cut | None = None
@@ -84,10 +94,18 @@ class EvictionConfig(Config):
     """Also decode the reference answers under every kept set, for the likelihood."""
     resamples: int = Field(default=10_000, ge=100)
     seed: int = 0
-    server: dict[str, Any] = Field(default_factory=dict)
     concurrency: int = Field(default=32, ge=1)
+    """Requests in flight at once."""
     checkpoint_seconds: float = Field(default=60.0, gt=0)
-    output: Path = Path("runs")
+    """How often what is known is made durable: the most work that a crash can cost."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settles_what_is_recorded(cls, data: Any) -> Any:
+        for key, why in SETTLED.items():
+            if isinstance(data, dict) and key in data:
+                raise ValueError(f"`{key}` has no meaning in an eviction study: {why}")
+        return data
 
     @field_validator("budgets")
     @classmethod
@@ -132,29 +150,25 @@ class EvictionConfig(Config):
         return [e for e in methods if e.policy.name == "snapkv"][:1]
 
     @property
-    def arm(self) -> Arm:
-        """Cache on, nothing switched."""
-        return Arm()
+    def decodes(self) -> list[tuple[str, Decode, bool]]:
+        """Ways of decoding in the engine: name, sampling, and whether the reference is forced."""
+        out = [(d.name, d, False) for d in self.decode]
+        return [*out, ("forced", Decode(), True)] if self.teacher_forced else out
 
-    def recording(self, task: str, layers: int) -> Recording:
-        """What is recorded of a task under the full cache, on a model with so many layers."""
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What the offline tables and the kept sets depend on, beyond what the manifests of the runs say."""
+        return self.model_dump(mode="json", include=_OF_THE_GRID)
+
+    def recording(self, layers: int) -> Recording:
+        """What is recorded under the full cache, on a model with so many layers."""
         chosen = range(layers) if self.layers is None else self.layers
-        return self._recording(task, [EMBED, *(f"blocks.{y}.{site}" for y in chosen for site in SITES)])
-
-    def bare(self, task: str, layers: int | None = None) -> Recording:
-        """The same without captured rows; with those of the last of so many layers, for likelihoods."""
-        return self._recording(task, [] if layers is None else [EMBED, f"blocks.{layers - 1}.{RESID_POST}"])
-
-    def _recording(self, task: str, hook_points: list[str]) -> Recording:
-        steps = 1 if self.cut is None else self.cut.steps
         return Recording(
-            model=self.model,
-            dtype=self.dtype,
-            workload=self.workloads[task],
-            sampling={"temperature": 0.0, "ignore_eos": True, "max_new_tokens": steps},
-            hook_points=hook_points,
-            server=self.server,
-            concurrency=self.concurrency,
-            checkpoint_seconds=self.checkpoint_seconds,
-            output=self.output,
+            sampling={
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "max_new_tokens": 1 if self.cut is None else self.cut.steps,
+            },
+            hook_points=[EMBED, *(f"blocks.{y}.{site}" for y in chosen for site in SITES)],
+            **{name: getattr(self, name) for name in _SHARED},
         )

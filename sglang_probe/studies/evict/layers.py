@@ -15,15 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sglang_probe.attention.from_run import model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.attention.weights import AttentionSpec
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.eviction.from_run import model_config, output_projection
+from sglang_probe.eviction.from_run import output_projection
 from sglang_probe.eviction.layer import Layer, Queries
 from sglang_probe.eviction.protocol import Protocol, under
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.workload.request import asked_rid
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def batches(
     Raises:
         RunDirectoryError: a position has no row, or a hook point was not captured.
     """
-    requests = run.requests().set_index("rid")
+    requests = requests_of(run).set_index("rid")
     requests = requests[requests["output_len"] > 1]
     rows = {site: {y: RowsOf(run, f"blocks.{y}.{site}") for y in layers} for site in SITES}
     where = row_indices(run)
@@ -117,9 +119,16 @@ class RowsOf:
         return self._values[torch.from_numpy(indices)]
 
 
+def requests_of(run: Run) -> pd.DataFrame:
+    """`run.requests()` under the ids by which the study asked: a resumed run adds to those that it asked again."""
+    requests = run.requests()
+    return requests.assign(rid=requests["rid"].map(asked_rid))
+
+
 def row_indices(run: Run) -> dict[str, np.ndarray]:
-    """Row of every position of every request that has a KV entry, in order."""
+    """Row of every position of every request that has a KV entry, in order; ids as in `requests_of`."""
     tokens = run.tokens()
+    tokens["rid"] = tokens["rid"].map(asked_rid)
     tokens = tokens[tokens["phase"] != OVERSHOOT].sort_values(["rid", "position"])
     if (absent := tokens[tokens["source_row"] < 0]).size:
         first = absent.iloc[0]

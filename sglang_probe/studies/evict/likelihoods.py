@@ -17,6 +17,8 @@ from sglang_probe.run.hook_points import RESID_POST
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.studies.evict.asked import FULL_CACHE
+from sglang_probe.studies.evict.layers import requests_of
+from sglang_probe.workload.request import asked_rid
 
 FORCED_OUTCOMES = {
     "nll": "mean negative log-likelihood of the reference after its first token, nats per token, teacher-forced",
@@ -33,13 +35,14 @@ def forced_outcomes(asked: pd.DataFrame, run: Run, sources: pd.DataFrame) -> pd.
     Args:
         asked: rid, source, policy, and what names its cell.
         run: what served them, with rows of the last layer.
-        sources: `run.requests()` of the full-cache run: answer_steps of each source.
+        sources: `requests_of` the full-cache run: answer_steps of each source.
     """
     layers = int(run.manifest["model_config"]["num_hidden_layers"])
     unembedding = load_unembedding(Path(run.manifest["model_path"]))
     tokens = run.tokens()
+    tokens["rid"] = tokens["rid"].map(asked_rid)
     tokens = tokens[tokens["phase"] != OVERSHOOT]
-    requests = run.requests().set_index("rid")
+    requests = requests_of(run).set_index("rid")
     length = tokens["rid"].map(requests["prompt_len"])
     decoded = tokens[tokens["position"] >= length].sort_values(["rid", "position"])
     rows = run.rows(f"blocks.{layers - 1}.{RESID_POST}", decoded["row"].to_numpy())

@@ -31,7 +31,7 @@ from sglang_probe.kept_set import Kept
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.run.run import Run
 from sglang_probe.studies.evict.grid import Entry, Trivial, budget_name, tokens_of
-from sglang_probe.studies.evict.layers import Batch, RowsOf, row_indices
+from sglang_probe.studies.evict.layers import Batch, RowsOf, requests_of, row_indices
 
 LAQ, SPECKV, DAPQ = "laq", "speckv", "dapq"
 COMPRESSED_BY = {LAQ: "snapkv", SPECKV: "streaming_llm"}
@@ -131,7 +131,7 @@ def first_pass(
 
 def second_pass(asked: Sequence[Asked], first: Run) -> list[Asked]:
     """Drafts of the first pass, to be run through the full cache."""
-    outputs = first.requests().set_index("rid")["output_ids"]
+    outputs = requests_of(first).set_index("rid")["output_ids"]
     drafts = [a for a in asked if a.at[1] == SPECKV]
     return [
         replace(a, rid=f"d{i:06d}", kept=None, pseudo=tuple(int(t) for t in outputs[a.rid]))

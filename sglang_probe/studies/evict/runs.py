@@ -1,12 +1,7 @@
-"""The harvest of an eviction study: full-cache runs with captured attention rows, then runs under kept sets."""
+"""The runs of an eviction study: full-cache runs with captured attention rows, then runs under kept sets."""
 
 from __future__ import annotations
 
-import copy
-import glob
-import json
-import shutil
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,250 +9,162 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.engine.hooks import inventory
-from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.kept_requests import EvictedRequest, run_evicted
+from sglang_probe.harvest.kept_requests import ASKS, requests_of
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.progress import Reporter
-from sglang_probe.harvest.recording import Hooks, harvest, manifest_of
+from sglang_probe.harvest.prepare import prepare as check
+from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.kept_set import write_kept
-from sglang_probe.run.run import MANIFEST, Run, load_run
-from sglang_probe.studies.ab.runs import complete_run
-from sglang_probe.studies.evict.config import Cut, Decode, EvictionConfig
-from sglang_probe.studies.evict.lookahead_runs import DAPQ, Asked
-from sglang_probe.studies.evict.study import EXCLUDED_FILE, HEADS_FILE, OFFLINE_FILE
-from sglang_probe.workload.build import Workload
-from sglang_probe.workload.request import Request, SegmentSpan, Truth
+from sglang_probe.run.hook_points import EMBED, RESID_POST
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.studies.evict.asked import asked_of
+from sglang_probe.studies.evict.config import Decode, EvictionConfig
+from sglang_probe.studies.evict.layers import batches
+from sglang_probe.studies.evict.lookahead_runs import (
+    SPECKV,
+    Ahead,
+    Asked,
+    collect,
+    first_pass,
+    second_pass,
+    steps_needed,
+)
+from sglang_probe.studies.evict.requests import forced, kept_request, lookahead_request, with_truth
+from sglang_probe.studies.evict.stages import FULL, REFERENCE, Clock, open_folder, select_and_judge
+from sglang_probe.studies.evict.study import OFFLINE_FILE
 
-FULL, REFERENCE = "full", "reference"
-EXPERIMENT_FILE = "experiment.json"
+__all__ = ["prepare", "read", "run"]
 
 
 def prepare(config: EvictionConfig) -> dict[str, Prepared]:
-    """Every task, checked: model, requests and what they are judged by.
+    """Check every task: model, requests and what they are judged by; starts no engine.
 
     Raises:
-        ProbeError: as `Prepared`. ConfigError: a task has no right answers and there is no `cut`, or the other way
-            round. InventoryError: the installed SGLang was not reviewed for kept sets.
+        ProbeError: as `sglang_probe.harvest.prepare.prepare`. ConfigError: a task has no right answers and there is no
+            `cut`, or the other way round. InventoryError: the installed SGLang was not reviewed for kept sets.
     """
     if config.in_engine:
         inventory.require(["bypass", "eviction"])
+    recording = config.recording(resolve_model(config.model).layers)
     out = {}
-    layers = resolve_model(config.model).layers
-    for task in config.workloads:
-        prepared = Prepared(config.recording(task, layers), {FULL: config.arm})
-        requests = _with_truth(task, prepared.workload.requests, config.cut)
-        prepared.workload = Workload(requests, prepared.workload.skipped, prepared.workload.corpus_digest)
-        out[task] = prepared
+    for task, workload in config.workloads.items():
+        prepared = check(recording, workload=workload)
+        requests = tuple(with_truth(task, prepared.workload.requests, config.cut))
+        out[task] = replace(prepared, workload=replace(prepared.workload, requests=requests))
     return out
 
 
-def open_folder(folder: Path, config: EvictionConfig, *, overwrite: bool, resume: bool) -> None:
-    """Make or check the folder of a study.
-
-    Raises:
-        RunDirectoryError: it holds a study, and neither `overwrite` nor `resume` was asked; or another study.
-    """
-    file = folder / EXPERIMENT_FILE
-    # What changes the report alone may change between a run and its resumption.
-    wanted = config.model_dump(mode="json", exclude={"name", "output", "resamples"})
-    if file.exists() and not overwrite:
-        if not resume:
-            raise RunDirectoryError(f"{folder} holds a study", fix="--resume finishes it, --overwrite runs it again")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        changed = [k for k in wanted if found.get(k) != json.loads(json.dumps(wanted[k]))]
-        if changed:
-            raise RunDirectoryError(f"{folder} holds a study with another `{changed[0]}`", fix="use --overwrite")
-    if file.exists() and overwrite:
-        # Otherwise an interrupted overwrite would be resumed with stages of the study that it replaces.
-        _discard(folder, json.loads(file.read_text(encoding="utf-8"))["workloads"])
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-
-
-def _discard(folder: Path, tasks: Iterable[str]) -> None:
-    """Delete the tables of a study and all runs and kept sets of its tasks."""
-    for name in (OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for path in (p for task in tasks for p in folder.glob(f"{glob.escape(task)}.*")):
-        if (path / MANIFEST).exists():
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-
-
-def run_full(
+def run(
     prepared: dict[str, Prepared],
     config: EvictionConfig,
     folder: Path,
-    host: EngineHost,
     *,
-    overwrite: bool,
-    resume: bool,
-    reporter: Reporter,
+    overwrite: bool = False,
+    resume: bool = False,
+    reporter: Reporter | None = None,
 ) -> dict[str, dict[str, Run]]:
-    """Per task the full-cache run (`full`), and the one that decodes the reference (`reference`), on one engine."""
-    runs: dict[str, dict[str, Run]] = {}
-    for task, ours in prepared.items():
-        runs[task] = {}
-        for kind in (FULL, REFERENCE):
-            path = folder / f"{task}.{kind}"
-            this = copy.copy(ours)
-            requests = ours.workload.requests
-            if kind == REFERENCE:
-                requests = [_forced(r) for r in requests]
-            this.workload = Workload(requests, ours.workload.skipped, ours.workload.corpus_digest)
-            wanted = manifest_of(this, path, config.arm, kind, None, None)
-            run = complete_run(path, wanted) if resume else None
-            runs[task][kind] = run or harvest(
-                this,
-                path,
-                config.arm,
-                arm_name=f"{task}, {kind}",
-                overwrite=overwrite,
-                resume=resume and path.exists(),
-                reporter=reporter,
-                host=host,
-                hooks=Hooks(forced_outputs=True, bypass=config.in_engine, evictions=config.in_engine),
-            )
+    """Record and select: the full cache, lookahead queries, the offline grid, and what is generated from kept sets.
+
+    Returns what `read` returns. With `resume`, runs are kept or finished as `sglang_probe.harvest.experiment.record`
+    does, and the grid is kept if it is complete.
+
+    Raises:
+        RunDirectoryError: the folder holds a study and neither `overwrite` nor `resume` was asked; or another study.
+        ProbeError: a stage failed.
+    """
+    reporter = reporter or Quiet()
+    open_folder(folder, config, overwrite=overwrite, resume=resume)
+    clock = Clock(folder, fresh=overwrite)
+    again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
+    selected = (folder / OFFLINE_FILE).exists()
+    with EngineHost() as host:
+        with clock.stage("full cache"):
+            runs = {task: _full(ours, config, task, folder, host=host, **again) for task, ours in prepared.items()}
+        if not selected:
+            with clock.stage("lookahead"):
+                ahead = {
+                    task: _look_ahead(ours, config, task, runs[task][FULL], folder, host=host, **again)
+                    for task, ours in prepared.items()
+                }
+    if not selected:
+        with clock.stage("offline grid"):
+            clock.asserted = select_and_judge(prepared, config, runs, ahead, folder, reporter)
+    if config.in_engine:
+        with EngineHost() as host:
+            # Ways of decoding that share an engine come together.
+            for arm, decode, is_forced in config.decodes:
+                for task, ours in prepared.items():
+                    with clock.stage(f"{task}, {arm}"):
+                        _decode(ours, task, arm, decode, is_forced, folder, host=host, **again)
     return runs
 
 
-def run_lookahead(
-    prepared: Prepared,
-    asked: Sequence[Asked],
-    path: Path,
-    host: EngineHost,
-    *,
-    overwrite: bool,
-    resume: bool,
-    reporter: Reporter,
-) -> Run:
-    """Generate lookahead tokens under kept sets, or run pseudo and draft tokens, with captured attention rows."""
-    if resume and (path / MANIFEST).exists() and (run := load_run(path)).complete:
-        return run
-    sources = {r.rid: r for r in prepared.workload.requests}
-    sets = path.with_name(path.name + ".kept.safetensors")
-    kept = {a.rid: a.kept for a in asked if a.kept is not None}
-    if kept:
-        write_kept(sets, kept)
-    greedy = {"temperature": 0.0, "ignore_eos": True}
-    requests = []
-    for a in asked:
-        prompt = sources[a.source].prompt_ids[: a.context]
-        if a.kept is None and a.at[1] == DAPQ:
-            requests.append(EvictedRequest(a.rid, (*prompt, *a.pseudo), None, None, {**greedy, "max_new_tokens": 1}))
-        else:
-            # The last token that is sampled has no query.
-            new = {**greedy, "max_new_tokens": a.steps + 1}
-            requests.append(EvictedRequest(a.rid, prompt, a.rid if a.kept else None, a.pseudo or None, new))
-    return run_evicted(
-        prepared,
-        path,
-        requests,
-        kept=sets if kept else None,
-        host=host,
-        overwrite=overwrite or resume,
-        reporter=reporter,
-    )
-
-
-def full_runs(config: EvictionConfig, folder: Path) -> dict[str, dict[str, Run]]:
-    """The full-cache runs of a study that was harvested."""
-    return {t: {k: load_run(folder / f"{t}.{k}") for k in (FULL, REFERENCE)} for t in config.workloads}
-
-
-def run_arm(
-    prepared: Prepared,
-    asked: pd.DataFrame,
-    path: Path,
-    kept: Path,
-    host: EngineHost,
-    *,
-    overwrite: bool,
-    resume: bool,
-    reporter: Reporter,
-) -> Run:
-    """Serve the requests of one task and one way of decoding under their kept sets.
-
-    Args:
-        asked: one row per request: rid, source (rid of the workload's request), key (null: full cache), forced
-            (whether the reference is decoded), and temperature.
-    """
-    if resume and (path / MANIFEST).exists() and (run := load_run(path)).complete:
-        return run
-    sources = {r.rid: r for r in prepared.workload.requests}
-    requests = [_evicted(r, sources[r.source]) for r in asked.itertuples()]
-    return run_evicted(prepared, path, requests, kept=kept, host=host, overwrite=overwrite or resume, reporter=reporter)
-
-
-def arms(config: EvictionConfig) -> list[tuple[str, Decode, bool]]:
-    """Ways of decoding: name, sampling, and whether the reference is forced."""
-    out = [(d.name, d, False) for d in config.decode]
-    return [*out, ("forced", Decode(), True)] if config.teacher_forced else out
-
-
-def _evicted(row: Any, source: Request) -> EvictedRequest:
-    own = dict(source.sampling_params)
-    probe = (own.pop("custom_params", None) or {}).get("probe", {})
-    assert source.truth is not None
-    force = source.truth.continuation_ids if row.forced else probe.get("force")
-    own["temperature"] = row.temperature
-    key = None if row.key is None or pd.isna(row.key) else str(row.key)
-    return EvictedRequest(row.rid, source.prompt_ids, key, force, own, family=source.rid)
-
-
-def _forced(request: Request) -> Request:
-    assert request.truth is not None
-    params = dict(request.sampling_params)
-    params["custom_params"] = {"probe": {"force": list(request.truth.continuation_ids)}}
-    return replace(request, sampling_params=params)
-
-
-def _with_truth(task: str, requests: list[Request], cut: Cut | None) -> list[Request]:
-    """The requests that can be judged.
+def read(config: EvictionConfig, folder: Path) -> dict[str, dict[str, Run]]:
+    """Per task the full-cache run (`full`), and the one that decodes the reference (`reference`).
 
     Raises:
-        WorkloadError: some have right answers and some do not, or `cut` is missing or has no meaning.
+        RunDirectoryError: one is missing.
     """
-    known = [r for r in requests if r.truth is not None]
-    if known and len(known) < len(requests):
-        raise WorkloadError(f"task `{task}`: {len(known)} of {len(requests)} requests have right answers")
-    if known:
-        if any(len(r.truth.continuation_ids) < 2 for r in known if r.truth):
-            raise WorkloadError(f"task `{task}`: one answer comes from prefill alone", fix="use two `answers` or more")
-        return known
-    if cut is None:
-        raise ConfigError(
-            f"task `{task}` has no right answers", fix="say by `cut` what is prompt, question and reference"
-        )
-    return list(_cut(requests, cut, task))
+    return {
+        task: {kind: load_run(folder / f"{task}.{kind}") for kind in (FULL, REFERENCE)} for task in config.workloads
+    }
 
 
-def _cut(requests: Iterable[Request], cut: Cut, task: str) -> Iterable[Request]:
-    """Requests with tokens enough, cut to prompt and reference. Those that are too short are left out."""
-    p, n = cut.prompt_tokens, 0
-    for r in requests:
-        if len(r.prompt_ids) < p + cut.steps:
-            continue
-        n += 1
-        prompt, reference = r.prompt_ids[:p], r.prompt_ids[p : p + cut.steps]
-        context = p - cut.question_tokens
-        truth = Truth(
-            task=task,
-            prompt_ids=prompt,
-            context_len=context,
-            continuation_ids=reference,
-            answer_ids=reference,
-            answer_steps=tuple(range(cut.steps)),
-            needed_content=(),
-            needed_causal=None,
-            depth=float("nan"),
-        )
-        spans = (SegmentSpan("context", 0, context), SegmentSpan("question", context, p))
-        yield replace(r, prompt_ids=prompt, spans=spans, labels=(), truth=truth)
-    if n < 2:
-        raise WorkloadError(
-            f"task `{task}`: {n} texts have {p + cut.steps} tokens", fix="longer texts, or a shorter cut"
-        )
+def _full(ours: Prepared, config: EvictionConfig, task: str, folder: Path, **how: Any) -> dict[str, Run]:
+    """The runs that `read` reads."""
+    requests = ours.workload.requests
+    specs = [
+        RunSpec(f"{task}.{FULL}", requests),
+        RunSpec(f"{task}.{REFERENCE}", [forced(r) for r in requests]),
+    ]
+    asks = ASKS if config.in_engine else {"force"}
+    found = record(specs, ours, folder, asks=asks, **how)
+    return {kind: found[f"{task}.{kind}"] for kind in (FULL, REFERENCE)}
+
+
+def _look_ahead(ours: Prepared, config: EvictionConfig, task: str, full: Run, folder: Path, **how: Any) -> Ahead:
+    """Lookahead queries of a task, on the engine of the full-cache runs."""
+    out = Ahead()
+    needed = steps_needed(config.entries)
+    if not needed or not config.in_engine:
+        return out
+    layers = list(range(ours.model.layers))
+    sources = {r.rid: r for r in ours.workload.requests}
+    prompts = {rid: r.prompt_ids for rid, r in sources.items()}
+    found = list(batches(full, layers, model=ours.model.path))
+
+    def recorded(asked: list[Asked], name: str) -> Run:
+        path = folder / f"{name}.kept.safetensors"
+        kept = {a.rid: a.kept for a in asked if a.kept is not None}
+        if kept:
+            write_kept(path, kept)
+        requests = requests_of([lookahead_request(a, sources[a.source]) for a in asked], ours.config.sampling)
+        return record([RunSpec(name, requests, kept=path if kept else None)], ours, folder, asks=ASKS, **how)[name]
+
+    asked = list(first_pass(found, needed, config.budgets, config.protocols, config.trivial, prompts))
+    first = recorded(asked, f"{task}.lookahead")
+    collect([a for a in asked if a.at[1] != SPECKV], first, layers, into=out)
+    if drafts := second_pass(asked, first):
+        collect(drafts, recorded(drafts, f"{task}.drafts"), layers, into=out)
+    return out
+
+
+def _decode(ours: Prepared, task: str, arm: str, decode: Decode, is_forced: bool, folder: Path, **how: Any) -> None:
+    """Serve the requests of one task and one way of decoding under their kept sets."""
+    sources = {r.rid: r for r in ours.workload.requests}
+    asked = asked_of(
+        pd.read_parquet(folder / f"{task}.cells.parquet"),
+        list(sources),
+        task=task,
+        temperature=decode.temperature,
+        repeats=decode.repeats,
+        forced=is_forced,
+    )
+    requests = requests_of([kept_request(r, sources[r.source]) for r in asked.itertuples()], ours.config.sampling)
+    # For the likelihood of a reference, what predicts it.
+    points = [EMBED, f"blocks.{ours.model.layers - 1}.{RESID_POST}"] if is_forced else []
+    kept = folder / f"{task}.kept.safetensors"
+    record([RunSpec(f"{task}.{arm}", requests, hook_points=points, kept=kept)], ours, folder, asks=ASKS, **how)
+    asked.to_parquet(folder / f"{task}.{arm}.asked.parquet")

@@ -1,28 +1,25 @@
-"""The stages of an eviction study, each resumable: full cache, offline grid, in-engine runs, tables."""
+"""The stages of an eviction study that need no engine: its folder and plan, the offline grid, and its tables."""
 
 from __future__ import annotations
 
-import copy
+import glob
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.prepare import Prepared
-from sglang_probe.harvest.progress import Quiet, Reporter
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
-from sglang_probe.studies.evict.asked import KeptSets, asked_of
-from sglang_probe.studies.evict.config import Decode, EvictionConfig
+from sglang_probe.studies.evict.asked import KeptSets
+from sglang_probe.studies.evict.config import SETTLED, EvictionConfig
 from sglang_probe.studies.evict.layers import batches
-from sglang_probe.studies.evict.lookahead_runs import SPECKV, Ahead, collect, first_pass, second_pass, steps_needed
+from sglang_probe.studies.evict.lookahead_runs import Ahead
 from sglang_probe.studies.evict.offline import Offline, run_offline, spoiled
-from sglang_probe.studies.evict.runs import FULL, arms, full_runs, open_folder, run_arm, run_full, run_lookahead
 from sglang_probe.studies.evict.study import (
     EXCLUDED_FILE,
     HEADS_FILE,
@@ -31,6 +28,12 @@ from sglang_probe.studies.evict.study import (
     study_eviction,
 )
 
+if TYPE_CHECKING:
+    from sglang_probe.harvest.prepare import Prepared
+    from sglang_probe.harvest.progress import Reporter
+
+FULL, REFERENCE = "full", "reference"
+EXPERIMENT_FILE = "experiment.json"
 STAGES_FILE = "stages.json"
 
 
@@ -56,7 +59,7 @@ def counts(config: EvictionConfig, requests: dict[str, int]) -> Counts:
         sets = n * (evicting * cells + len(config.protocols))
         row: dict[str, Any] = {"task": task, "full cache": 2 * n, "kept sets": sets}
         if config.in_engine:
-            for name, decode, _ in arms(config):
+            for name, decode, _ in config.decodes:
                 sane = len(config.protocols) if not decode.temperature else 0
                 row[name] = n * decode.repeats * (1 + evicting * cells + sane)
         rows.append(row)
@@ -87,108 +90,43 @@ class Clock:
         self._file.write_text(text + "\n", encoding="utf-8")
 
 
-def run_study(
-    prepared: dict[str, Prepared],
-    config: EvictionConfig,
-    folder: Path,
-    name: str,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-) -> EvictionResult:
-    """Run every stage that is not there yet, and study the files.
+def open_folder(folder: Path, config: EvictionConfig, *, overwrite: bool, resume: bool) -> None:
+    """Make or check the folder of a study. What its runs depend on is checked with them, by their manifests.
 
     Raises:
-        ProbeError: as the stages do; what is complete stays and is kept by `resume`.
+        RunDirectoryError: it holds a study, and neither `overwrite` nor `resume` was asked; or another study.
     """
-    reporter = reporter or Quiet()
-    open_folder(folder, config, overwrite=overwrite, resume=resume)
-    clock = Clock(folder, fresh=overwrite)
-    again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
-    selected = (folder / OFFLINE_FILE).exists() and not overwrite
-    with EngineHost() as host:
-        with clock.stage("full cache"):
-            runs = run_full(prepared, config, folder, host, **again)
-        if not selected:
-            with clock.stage("lookahead"):
-                ahead = _look_ahead(prepared, config, runs, folder, host, **again)
-    if not selected:
-        with clock.stage("offline grid"):
-            clock.asserted = select_and_judge(prepared, config, runs, ahead, folder, reporter)
-    if config.in_engine:
-        with EngineHost() as host:
-            # Ways of decoding that share an engine come together.
-            for arm, decode, forced in arms(config):
-                for task, ours in prepared.items():
-                    with clock.stage(f"{task}, {arm}"):
-                        _run_arm(ours, config, task, arm, decode, forced, folder, host, **again)
-    with reporter.stage("studying"), clock.stage("statistics"):
-        return _studied(config, folder, name, runs, clock)
+    file, wanted = folder / EXPERIMENT_FILE, json.loads(json.dumps(config.grid))
+    if file.exists() and not overwrite:
+        if not resume:
+            raise RunDirectoryError(f"{folder} holds a study", fix="--resume finishes it, --overwrite runs it again")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in wanted if found.get(k) != wanted[k]]
+        if changed:
+            raise RunDirectoryError(f"{folder} holds a study with another `{changed[0]}`", fix="use --overwrite")
+    if file.exists() and overwrite:
+        # Otherwise an interrupted overwrite would be resumed with stages of the study that it replaces.
+        _discard(folder, json.loads(file.read_text(encoding="utf-8"))["workloads"])
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def _run_arm(
-    ours: Prepared,
-    config: EvictionConfig,
-    task: str,
-    arm: str,
-    decode: Decode,
-    forced: bool,
-    folder: Path,
-    host: EngineHost,
-    **again: Any,
-) -> None:
-    """One way of decoding of one task."""
-    asked = asked_of(
-        pd.read_parquet(folder / f"{task}.cells.parquet"),
-        [r.rid for r in ours.workload.requests],
-        task=task,
-        temperature=decode.temperature,
-        repeats=decode.repeats,
-        forced=forced,
-    )
-    asked.to_parquet(folder / f"{task}.{arm}.asked.parquet")
-    bare = copy.copy(ours)
-    bare.config = config.bare(task, ours.model.layers if forced else None)
-    run_arm(bare, asked, folder / f"{task}.{arm}", folder / f"{task}.kept.safetensors", host, **again)
-
-
-def read_study(config: EvictionConfig, folder: Path, name: str) -> EvictionResult:
-    """Study the files of a study that was run."""
-    return _studied(config, folder, name, full_runs(config, folder), Clock(folder, fresh=False))
-
-
-def _look_ahead(
-    prepared: dict[str, Prepared],
-    config: EvictionConfig,
-    runs: dict[str, dict[str, Run]],
-    folder: Path,
-    host: EngineHost,
-    **again: Any,
-) -> dict[str, Ahead]:
-    """Lookahead queries of every task, on the engine of the full-cache runs."""
-    out = {task: Ahead() for task in prepared}
-    needed = steps_needed(config.entries)
-    if not needed or not config.in_engine:
-        return out
-    for task, ours in prepared.items():
-        layers = list(range(ours.model.layers))
-        found = list(batches(runs[task][FULL], layers, model=ours.model.path))
-        prompts = {r.rid: r.prompt_ids for r in ours.workload.requests}
-        asked = list(first_pass(found, needed, config.budgets, config.protocols, config.trivial, prompts))
-        first = run_lookahead(ours, asked, folder / f"{task}.lookahead", host, **again)
-        collect([a for a in asked if a.at[1] != SPECKV], first, layers, into=out[task])
-        if drafts := second_pass(asked, first):
-            second = run_lookahead(ours, drafts, folder / f"{task}.drafts", host, **again)
-            collect(drafts, second, layers, into=out[task])
-    return out
+def _discard(folder: Path, tasks: Iterable[str]) -> None:
+    """Delete the tables of a study and all runs and kept sets of its tasks."""
+    for name in (OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in (p for task in tasks for p in folder.glob(f"{glob.escape(task)}.*")):
+        if (path / MANIFEST).exists():
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def select_and_judge(
-    prepared: dict[str, Prepared],
+    prepared: Mapping[str, Prepared],
     config: EvictionConfig,
-    runs: dict[str, dict[str, Run]],
-    ahead: dict[str, Ahead],
+    runs: Mapping[str, Mapping[str, Run]],
+    ahead: Mapping[str, Ahead],
     folder: Path,
     reporter: Reporter,
 ) -> int:
@@ -229,15 +167,30 @@ def select_and_judge(
     return out.asserted
 
 
+def study_files(
+    config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Mapping[str, Run]]
+) -> EvictionResult:
+    """Study the files of a study.
+
+    Args:
+        runs: as `runs.run` or `runs.read` gives them.
+    """
+    clock = Clock(folder, fresh=False)
+    if "statistics" in clock.seconds:
+        return _studied(config, folder, name, runs, clock)
+    with clock.stage("statistics"):
+        return _studied(config, folder, name, runs, clock)
+
+
 def _studied(
-    config: EvictionConfig, folder: Path, name: str, runs: dict[str, dict[str, Run]], clock: Clock
+    config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Mapping[str, Run]], clock: Clock
 ) -> EvictionResult:
     outcome = "accuracy" if config.cut is None else "agreement"
-    decodes = [(arm, forced) for arm, _, forced in arms(config)] if config.in_engine else []
+    decodes = [(arm, forced) for arm, _, forced in config.decodes] if config.in_engine else []
     return study_eviction(
         folder,
         name,
-        config.model_dump(mode="json", exclude={"output"}),
+        config.model_dump(mode="json", exclude={"output", *SETTLED}),
         config.entries,
         {task: r[FULL] for task, r in runs.items()},
         decodes,

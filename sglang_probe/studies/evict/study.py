@@ -14,6 +14,7 @@ from sglang_probe.studies import base
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, check_served, over_repeats, with_full
 from sglang_probe.studies.evict.grid import Entry, listing
 from sglang_probe.studies.evict.judge import METRICS
+from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
 from sglang_probe.studies.evict.predict import predictors
@@ -187,7 +188,7 @@ def _outcomes(
         for task, run in full.items():
             asked = pd.read_parquet(folder / f"{task}.{decode}.asked.parquet")
             evicted = load_run(folder / f"{task}.{decode}")
-            outputs, sources = evicted.requests(), run.requests()
+            outputs, sources = requests_of(evicted), requests_of(run)
             if forced:
                 judged = forced_outcomes(asked, evicted, sources)
             else:

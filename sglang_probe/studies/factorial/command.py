@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sglang_probe.report.page import Page
     from sglang_probe.report.tables import Table
     from sglang_probe.run.run import Run
-    from sglang_probe.studies.factorial.runs import FactorialConfig
+    from sglang_probe.studies.factorial.config import FactorialConfig
     from sglang_probe.studies.factorial.study import FactorialResult
 
 
@@ -42,15 +42,9 @@ evict_positions: ["true", zero]   # also decode after evicting by these cells; [
 
     def config(self) -> type[FactorialConfig]:
         """The YAML."""
-        from sglang_probe.studies.factorial.runs import FactorialConfig
+        from sglang_probe.studies.factorial.config import FactorialConfig
 
         return FactorialConfig
-
-    def prepare(self, config: FactorialConfig) -> Prepared:
-        """Check model and prompts."""
-        from sglang_probe.harvest.prepare import Prepared
-
-        return Prepared(config, {})
 
     def plan(self, prepared: Prepared, config: FactorialConfig) -> Plan:
         """Three runs in one engine, and evictions in another."""
@@ -68,26 +62,14 @@ evict_positions: ["true", zero]   # also decode after evicting by these cells; [
         starts = 2 if config.evict_positions else 1
         return Plan(Table(frame, f"plan: {len(rows)} runs"), starts, ["prompts that are too short are left out"])
 
-    def run(self, prepared: Prepared, config: FactorialConfig, folder: Path, **how: Any) -> dict[str, Run]:
-        """Record all runs."""
-        from sglang_probe.studies.factorial.runs import run_factorial
-
-        return run_factorial(prepared, config, folder, **how)
-
-    def read(self, config: FactorialConfig, folder: Path) -> dict[str, Run]:
-        """The runs of before."""
-        from sglang_probe.studies.factorial.runs import runs_in
-
-        return runs_in(folder)
-
-    def study(self, found: Mapping[str, Run], config: FactorialConfig, name: str, tell: Tell) -> FactorialResult:
+    def study(
+        self, found: Mapping[str, Run], config: FactorialConfig, folder: Path, name: str, tell: Tell
+    ) -> FactorialResult:
         """Measure every cell."""
-        from sglang_probe.harvest.model import resolve_model
-        from sglang_probe.studies.factorial.runs import options_of
+        from sglang_probe.harvest.model import model_folder
         from sglang_probe.studies.factorial.study import study_factorial
 
-        model = resolve_model(config.model).path
-        return study_factorial(found, options_of(config), name, model=model, tell=tell)
+        return study_factorial(found, config.options, name, model=model_folder(config.model), tell=tell)
 
     def page(self, result: FactorialResult) -> Page:
         """The report."""

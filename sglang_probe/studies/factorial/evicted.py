@@ -13,6 +13,7 @@ import pandas as pd
 
 from sglang_probe.eviction.likelihood import load_unembedding, output_logits, token_nll
 from sglang_probe.run.run import Run
+from sglang_probe.workload.request import asked_rid
 
 FULL = "full"
 BASELINE = "baseline"
@@ -40,7 +41,7 @@ def predictions(evicted: Run, decoded: Run, model: Path) -> pd.DataFrame:
     for r in evicted.requests().itertuples():
         if "." not in r.rid:  # a prompt that fills the cache
             continue
-        rid, content, position = r.rid.split(".")
+        rid, content, position = asked_rid(r.rid).split(".")
         logits = output_logits(evicted, r.rid, unembedding)[1:]
         tokens = list(r.output_ids)[1:]
         nll = float(token_nll(logits, tokens).mean())
@@ -52,4 +53,4 @@ def predictions(evicted: Run, decoded: Run, model: Path) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     excess = frame["outcome"] == "nll"
     frame.loc[excess, "value"] -= frame.loc[excess, "rid"].map(full)
-    return frame[frame["rid"].isin(set(decoded.requests()["rid"]))]
+    return frame[frame["rid"].isin(set(decoded.requests()["rid"].map(asked_rid)))]

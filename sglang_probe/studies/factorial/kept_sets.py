@@ -20,6 +20,7 @@ from sglang_probe.studies.factorial.study import (
     pseudo_rows,
     reference_of,
 )
+from sglang_probe.workload.request import asked_rid
 
 
 def kept_sets(
@@ -38,16 +39,17 @@ def kept_sets(
         pseudo = pseudo_of(treated, where, layer)
         for rid in requests["rid"]:
             reference = reference_of(decoded, rid, layer, o, None)
+            asked = asked_rid(rid)
             budget = budget_of(reference.layer.length, o.budgets[0], o)
             scores = {
-                evicted_rid(rid, c.content, c.position): outcomes.pseudo_scores(reference, pseudo[c.rid(rid)])
+                evicted_rid(asked, c.content, c.position): outcomes.pseudo_scores(reference, pseudo[c.rid(asked)])
                 for c in cells.all_cells()
                 if c.position in positions
             }
             scores |= {
-                evicted_rid(rid, BASELINE, "window"): outcomes.window_scores(reference, o.pseudo_tokens),
-                evicted_rid(rid, BASELINE, "oracle"): outcomes.true_scores(reference),
-                evicted_rid(rid, BASELINE, "random"): torch.rand(reference.layer.shape_GL, generator=generator),
+                evicted_rid(asked, BASELINE, "window"): outcomes.window_scores(reference, o.pseudo_tokens),
+                evicted_rid(asked, BASELINE, "oracle"): outcomes.true_scores(reference),
+                evicted_rid(asked, BASELINE, "random"): torch.rand(reference.layer.shape_GL, generator=generator),
             }
             for key, scores_GL in scores.items():
                 chosen.setdefault(key, []).append(top_k(scores_GL, budget, reference.trivial_L))

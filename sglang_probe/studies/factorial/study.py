@@ -26,6 +26,7 @@ from sglang_probe.studies.query_drift.cosine import prompt_mean
 from sglang_probe.studies.query_drift.summary import ALL, means
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.verify import verify
+from sglang_probe.workload.request import asked_rid
 
 PUBLISHED = pd.DataFrame(
     [
@@ -129,9 +130,10 @@ def study_factorial(
         pseudo = pseudo_of(treated, where, layer)
         for r in requests.itertuples():
             tell(f"measuring layer {layer} of {r.rid}")
-            ours = {cell: pseudo[cell.rid(r.rid)] for cell in cells.all_cells()}
+            asked = asked_rid(r.rid)
+            ours = {cell: pseudo[cell.rid(asked)] for cell in cells.all_cells()}
             measured = _measure(decoded, r.rid, layer, ours, options, model)
-            rows += [{"rid": r.rid, "layer": layer, **row} for row in measured]
+            rows += [{"rid": asked, "layer": layer, **row} for row in measured]
     frame = pd.DataFrame(rows).melt(
         id_vars=["rid", "layer", "content", "position"], var_name="outcome", value_name="value"
     )
@@ -139,7 +141,8 @@ def study_factorial(
     if "evicted" in runs:
         after = predictions(runs["evicted"], decoded, Path(model or decoded.manifest["model_path"]))
         frame = pd.concat([frame, after], ignore_index=True)
-    clusters = dict(zip(requests["rid"], requests["family"].fillna(requests["rid"]), strict=True))
+    rids = requests["rid"].map(asked_rid)
+    clusters = dict(zip(rids, requests["family"].fillna(rids), strict=True))
     long = frame.assign(layer=frame["layer"].astype(str), cluster=frame["rid"].map(clusters))
     # What the model predicts has no layer.
     inner = long[long["layer"] != str(NO_LAYER)]
@@ -165,9 +168,13 @@ def study_factorial(
 
 
 def pseudo_rows(treated: Run, requests: pd.DataFrame) -> dict[str, list[int]]:
-    """Rows of the pseudo tokens of every cell, in order. They were computed by their own request, without exception."""
-    lengths = {cell.rid(r.rid): r.prompt_len for r in requests.itertuples() for cell in cells.all_cells()}
+    """Rows of the pseudo tokens of every cell, in order, by the id of the request that asked for them.
+
+    They were computed by that request, without exception.
+    """
+    lengths = {cell.rid(asked_rid(r.rid)): r.prompt_len for r in requests.itertuples() for cell in cells.all_cells()}
     tokens = treated.tokens()
+    tokens["rid"] = tokens["rid"].map(asked_rid)
     tokens = tokens[tokens["position"] >= tokens["rid"].map(lengths)].sort_values(["rid", "position"])
     return {rid: mine.tolist() for rid, mine in tokens.groupby("rid")["row"]}
 

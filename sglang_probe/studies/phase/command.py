@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_probe.studies.base import Plan, RecordedStudy, Tell
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sglang_probe.report.page import Page
     from sglang_probe.report.tables import Table
     from sglang_probe.run.run import Run
-    from sglang_probe.studies.phase.runs import PhaseConfig
+    from sglang_probe.studies.phase.config import PhaseConfig
     from sglang_probe.studies.phase.study import PhaseResult
 
 
@@ -43,15 +43,9 @@ hook_points: [hook_embed, blocks.3.hook_resid_post]
 
     def config(self) -> type[PhaseConfig]:
         """The YAML."""
-        from sglang_probe.studies.phase.runs import PhaseConfig
+        from sglang_probe.studies.phase.config import PhaseConfig
 
         return PhaseConfig
-
-    def prepare(self, config: PhaseConfig) -> Prepared:
-        """Check model and texts."""
-        from sglang_probe.harvest.prepare import Prepared
-
-        return Prepared(config, {"arm": config.arm})
 
     def plan(self, prepared: Prepared, config: PhaseConfig) -> Plan:
         """Three runs by replicate, in one engine."""
@@ -65,23 +59,13 @@ hook_points: [hook_embed, blocks.3.hook_resid_post]
         frame = pd.DataFrame({"run": names, "requests": [texts] * len(names)})
         return Plan(Table(frame, f"plan: {len(names)} runs"), 1, ["texts that are too short are left out"])
 
-    def run(self, prepared: Prepared, config: PhaseConfig, folder: Path, **how: Any) -> dict[str, list[Run]]:
-        """Record all runs in one engine."""
-        from sglang_probe.studies.phase.runs import run_phase
-
-        return run_phase(prepared, config, folder, **how)
-
-    def read(self, config: PhaseConfig, folder: Path) -> dict[str, list[Run]]:
-        """The runs of before."""
-        from sglang_probe.studies.phase.runs import runs_in
-
-        return runs_in(folder, config)
-
     def recorded(self, found: Mapping[str, Sequence[Run]]) -> list[Run]:
         """All replicates."""
         return [run for replicates in found.values() for run in replicates]
 
-    def study(self, found: Mapping[str, Sequence[Run]], config: PhaseConfig, name: str, tell: Tell) -> PhaseResult:
+    def study(
+        self, found: Mapping[str, Sequence[Run]], config: PhaseConfig, folder: Path, name: str, tell: Tell
+    ) -> PhaseResult:
         """Compare the continuations."""
         from sglang_probe.studies.phase.study import study_phase
 

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 
 from sglang_probe.run.run import Run
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.base import records
-from sglang_probe.studies.drift import row_distance
 from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, floor_table
 from sglang_probe.studies.phase.moments import describe, reference_band
 from sglang_probe.studies.phase.probe import probe

@@ -1,7 +1,8 @@
 """Excess drift: does decoding differ from the prompt by more than the same distance within the prompt does?
 
 A falling cosine says "far apart", not "decode". X(Δ) is the mean pre-RoPE cosine of prompt queries Δ apart minus that
-of window and decode queries Δ apart; 0 means that decode queries are as far from the window as prompt queries would be.
+of window and decode queries Δ apart (`prompt_HX - decode_HX`); 0 means that decode queries are as far from the window
+as prompt queries would be.
 """
 
 from __future__ import annotations
@@ -27,11 +28,6 @@ class ExcessDrift:
     prompt_pairs_X: Tensor
     decode_pairs_X: Tensor
     """Pairs at distances that both sides have; others are not compared."""
-
-    @property
-    def excess_HX(self) -> Tensor:
-        """X(Δ), positive where decode queries drifted further than distance explains."""
-        return self.prompt_HX - self.decode_HX
 
 
 def excess_drift(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
+from sglang_probe.attention.from_run import departs
 from sglang_probe.attention.run_telemetry import captured_layers
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.eviction.from_run import departs
 from sglang_probe.run.run import Run
 from sglang_probe.studies.query_drift import summary
 from sglang_probe.studies.query_drift.captured import Captured, captured, centred_by_others, window_coverage

@@ -95,14 +95,15 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_probe.engine.hooks import session as probe
+    from sglang_probe.engine.hooks import guard
+    from sglang_probe.engine.hooks.session import Session
 
     # Every data-parallel rank is a process of its own, with slots of its own.
     oracle = Oracle(Path(f"{os.environ['SLOT_ORACLE']}.{os.getpid()}.json"))
 
     def forward(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        session = probe.session
-        plan = session.current if session is not None else None
+        session = guard.session
+        plan = session.plan if session is not None else None
         if plan is None or session is None or session.recorder is None:
             return original(runner, batch, *args, **kwargs)
         oracle.before(runner, batch, session.recorder, plan)
@@ -111,7 +112,7 @@ def register() -> None:
         return output
 
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.forward", forward, HookType.AROUND)
-    original_close = probe.Session.close
+    original_close = Session.close
 
     def close_and_report(session: Any) -> None:
         original_close(session)
@@ -119,7 +120,7 @@ def register() -> None:
             oracle.write()
             oracle.write_truth()
 
-    probe.Session.close = close_and_report  # type: ignore[method-assign]
+    Session.close = close_and_report  # type: ignore[method-assign]
     if what := os.environ.get("SLOT_ORACLE_SABOTAGE"):
         from slot_sabotage import sabotage
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps, Snapshot
 from sglang_probe.engine.capture.taps import Taps
+from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks import scheduler as accounting
-from sglang_probe.engine.hooks import session as probe
 from sglang_probe.engine.hooks import tree as lineage
 from sglang_probe.engine.ledger import lineage as shadow
 from sglang_probe.engine.ledger.lineage import Lineage
@@ -122,7 +122,7 @@ def take_both_insertions() -> None:
     published = lineage._published
 
     def again(result: Any, params: Any) -> None:
-        session = probe.session
+        session = guard.session
         req = session.publishing if session is not None else None
         published(result, params)
         if session is not None:
@@ -253,8 +253,8 @@ def write_the_first_origin_for_all() -> None:
 def shift_the_rows() -> None:
     take = Taps.take
 
-    def shifted(self: Any, tokens: int, *, replayed: bool) -> Any:
-        return {k: v.roll(1, 0) for k, v in take(self, tokens, replayed=replayed).items()}
+    def shifted(self: Any, tokens: int, **kwargs: Any) -> Any:
+        return {k: v.roll(1, 0) for k, v in take(self, tokens, **kwargs).items()}
 
     Taps.take = shifted  # type: ignore[method-assign]
 

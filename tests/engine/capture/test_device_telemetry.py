@@ -12,8 +12,9 @@ import torch
 from sglang_probe.engine.capture.attention_reference import attention_summary
 from sglang_probe.engine.capture.device_telemetry import DeviceTelemetry, TelemetryOnTheWay, region_ends, upload_all
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.capture.telemetry import NUMBERS, REGIONS, Measured, Steps, Telemetry, TelemetryOptions, logits
+from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, logits
 from sglang_probe.errors import LedgerError
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hooks/plugin"))
 

@@ -155,7 +155,7 @@ def test_a_single_buffer_would_mix_two_forwards_in_flight() -> None:
     for first in (0.0, 100.0):
         taps.arm()
         graph.replay(batch(4, first))
-        in_flight.append(Snapshot(taps.buffer[:4], taps.columns, replayed=True, index=np.arange(4), kept={}))
+        in_flight.append(Snapshot(taps.buffer[:4], taps.columns, replayed=True, index=np.arange(4), selected={}))
     with pytest.raises(AssertionError):
         assert_rows(arrived(in_flight[0]), batch(4, 0.0))
 
@@ -203,26 +203,27 @@ def test_padding_in_an_eager_forward_is_not_taken_for_rows() -> None:
 
 
 @pytest.mark.parametrize("others", [[2, 3], []])
-def test_tokens_that_no_hook_point_keeps_stay_on_the_device(others: list[int]) -> None:
+def test_tokens_that_no_hook_point_selects_stay_on_the_device(others: list[int]) -> None:
     taps = make()
     graph = Graph(Model(taps), 8)
-    kept = {"early": np.array([3, 5]), "late": np.array(others, dtype=np.int64), "odd": np.array([], dtype=np.int64)}
+    none = np.array([], dtype=np.int64)
+    selected = {"early": np.array([3, 5]), "late": np.array(others, dtype=np.int64), "odd": none}
     taps.arm()
     graph.replay(batch(7, 0.0))
-    snapshot = taps.snapshot(7, replayed=True, kept=kept)
+    snapshot = taps.snapshot(7, replayed=True, selected=selected)
     assert snapshot._on_device is not None
     assert len(snapshot._on_device) == len({0, 3, 5, *others})  # the first shows that the taps were written
     rows = arrived(snapshot)
     assert set(rows) == {"early", "late"} if others else {"early"}
     for name, x in rows.items():
-        assert torch.equal(x, expected(batch(7, 0.0))[name][kept[name]])
+        assert torch.equal(x, expected(batch(7, 0.0))[name][selected[name]])
 
 
-def test_one_hook_point_that_keeps_all_makes_all_travel() -> None:
+def test_one_hook_point_that_selects_all_makes_all_travel() -> None:
     taps = make()
     taps.arm()
     Model(taps)(batch(5, 0.0))
-    rows = arrived(taps.snapshot(5, replayed=False, kept={"early": np.array([1]), "odd": np.array([0, 4])}))
+    rows = arrived(taps.snapshot(5, replayed=False, selected={"early": np.array([1]), "odd": np.array([0, 4])}))
     reference = expected(batch(5, 0.0))
     assert torch.equal(rows["late"], reference["late"])
     assert torch.equal(rows["early"], reference["early"][[1]])

@@ -11,16 +11,8 @@ import torch
 
 from sglang_probe.attention import telemetry as definitions
 from sglang_probe.attention.run_telemetry import regions_of
-from sglang_probe.engine.capture.telemetry import (
-    NUMBERS,
-    REGIONS,
-    Memory,
-    Steps,
-    Telemetry,
-    TelemetryOptions,
-    logits,
-    top,
-)
+from sglang_probe.engine.capture.telemetry import Memory, Steps, Telemetry, logits, top
+from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
 
 HEADS, LAYERS = 3, 2
 CPU = torch.device("cpu")
@@ -116,7 +108,7 @@ def test_a_step_measured_again_after_a_retraction_has_no_jump() -> None:
     for step in range(5):
         assert memory.complete(places, np.array([step])).item() == (step >= 3)
         past(memory, places, 4)
-        memory.kept(places, np.array([step]))
+        memory.remembered(places, np.array([step]))
     assert not memory.complete(places, np.array([4])).item()
     assert memory.complete(places, np.array([5])).item()
 
@@ -125,8 +117,8 @@ def test_what_an_ended_request_left_is_not_the_next_ones_past() -> None:
     memory = Memory(1, 2)
     at = memory.places(["a"])
     past(memory, at, 8)
-    memory.keep(0, torch.from_numpy(at * 2), torch.ones(1, 1, 8))
-    memory.kept(at, np.array([0]))
+    memory.remember(0, torch.from_numpy(at * 2), torch.ones(1, 1, 8))
+    memory.remembered(at, np.array([0]))
     assert past(memory, at, 8).sum() == 8
     memory.end("a")
     again = memory.places(["b"])

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from sglang_probe.engine.capture.taps import Taps
-from sglang_probe.engine.hooks import session
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import attention_rows as attention
+from sglang_probe.engine.hooks.session import Session
 from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import ATTENTION, parse_hook_point
+from tests.engine.made_session import make_session
 
 
 class Rotary(nn.Module):
@@ -51,23 +52,20 @@ class Layer(nn.Module):
 
 
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
+def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
     """A session that believes that it records; the modules above are no SGLang, so that the type check is left out."""
     monkeypatch.setattr(attention, "check_attention", lambda *_: None)
-    running = session.Session(EngineProbeConfig(run=tmp_path))
-    monkeypatch.setattr(running, "recorder", object())
-    monkeypatch.setattr(session, "session", running)
-    return running
+    return make_session(monkeypatch, EngineProbeConfig(run=tmp_path))
 
 
-def _install(running: session.Session, layers: list[Layer], names: list[str]) -> Taps:
-    running.taps = Taps(names, capacity=4)
-    attention.install_attention_taps(layers, [parse_hook_point(n) for n in names])
-    running.taps.arm()
-    return running.taps
+def _install(running: Session, layers: list[Layer], names: list[str]) -> Taps:
+    taps = Taps(names, capacity=4)
+    attention.install_attention_taps(layers, [parse_hook_point(n) for n in names], taps.write)
+    taps.arm()
+    return taps
 
 
-def test_each_layer_gets_its_own_rows_from_before_a_rotation_in_place(recording: session.Session) -> None:
+def test_each_layer_gets_its_own_rows_from_before_a_rotation_in_place(recording: Session) -> None:
     rotary = Rotary()
     layers = [Layer(Attention(rotary, float(i + 1))) for i in range(3)]
     names = [f"blocks.{i}.{site}" for i in (0, 2) for site in ATTENTION]
@@ -88,7 +86,7 @@ def test_each_layer_gets_its_own_rows_from_before_a_rotation_in_place(recording:
     }
 
 
-def test_a_layer_that_does_not_rotate_does_not_get_the_next_ones_rows(recording: session.Session) -> None:
+def test_a_layer_that_does_not_rotate_does_not_get_the_next_ones_rows(recording: Session) -> None:
     """A fused kernel may leave the rotary module out; the layer behind it calls it and is not captured."""
     rotary = Rotary()
     layers = [Layer(Attention(rotary, 1.0, rotates=False)), Layer(Attention(rotary, 2.0))]
@@ -100,18 +98,18 @@ def test_a_layer_that_does_not_rotate_does_not_get_the_next_ones_rows(recording:
 
 
 @pytest.mark.parametrize("flag", attention.FUSED_ROTATIONS)
-def test_rows_from_before_a_fused_rotation_are_refused(recording: session.Session, flag: str) -> None:
+def test_rows_from_before_a_fused_rotation_are_refused(recording: Session, flag: str) -> None:
     layer = Layer(Attention(Rotary(), 1.0, rotates=False))
     setattr(layer.self_attn, flag, True)
     for site in ("hook_q", "hook_k"):
         with pytest.raises(UnsupportedError, match=rf"`blocks\.0\.attn\.{site}` is not there in layer 0.*`{flag}`"):
-            attention.install_attention_taps([layer], [parse_hook_point(f"blocks.0.attn.{site}")])
+            attention.install_attention_taps([layer], [parse_hook_point(f"blocks.0.attn.{site}")], print)
     taps = _install(recording, [layer], ["blocks.0.attn.hook_rot_q"])  # this one does
     layer.self_attn(torch.tensor([5.0]))
     assert taps.take(1, replayed=False)["blocks.0.attn.hook_rot_q"].shape == (1, 4)
 
 
-def test_keys_that_attention_is_not_handed_stop_the_recording(recording: session.Session) -> None:
+def test_keys_that_attention_is_not_handed_stop_the_recording(recording: Session) -> None:
     """SGLang's fused decode on ROCm stores keys and values itself and calls attention with queries alone."""
     layer = Layer(Attention(Rotary(), 1.0))
     _install(recording, [layer], ["blocks.0.attn.hook_rot_k"])
@@ -122,5 +120,7 @@ def test_keys_that_attention_is_not_handed_stop_the_recording(recording: session
 
 
 def test_another_kind_of_attention_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="layer 0 has Core behind Rotary"):
-        attention.install_attention_taps([Layer(Attention(Rotary(), 1.0))], [parse_hook_point("blocks.0.attn.hook_q")])
+    with pytest.raises(UnsupportedError, match="layer 0 has Core after Rotary"):
+        attention.install_attention_taps(
+            [Layer(Attention(Rotary(), 1.0))], [parse_hook_point("blocks.0.attn.hook_q")], print
+        )

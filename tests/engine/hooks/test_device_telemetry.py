@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_probe.ask import Ask
 from sglang_probe.engine.capture.attention_reference import attention_summary
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.capture.telemetry import TelemetryConfig
-from sglang_probe.engine.hooks import session
+from sglang_probe.engine.hooks import model as engine_model
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import accelerator, rows, telemetry
+from sglang_probe.engine.hooks.instruments import accelerator, host_telemetry
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
+from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import LedgerError
+from sglang_probe.run.telemetry_options import TelemetryConfig
 from tests.engine.capture.graph import WIDTH, Graph
 from tests.engine.hooks.test_replay import LAYERS, LlamaForCausalLM, expected
+from tests.engine.made_session import make_session
 
 OPTIONS = TelemetryConfig(every=2, sinks=1, window=2, top_k=3)
 POOL = torch.randn(2, 40, 1, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -30,10 +33,9 @@ class Engine:
     """A model whose attention is a stand-in, and the session of a recording of telemetry alone, not opened yet."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        monkeypatch.setattr(telemetry, "check_attention", lambda *_: None)  # no SGLang modules
-        self.session = session.Session(EngineProbeConfig(run=folder, telemetry=OPTIONS, accelerator="unproved"))
-        monkeypatch.setattr(session, "session", self.session)
-        self.session.new_taps()
+        monkeypatch.setattr(host_telemetry, "check_attention", lambda *_: None)  # no SGLang modules
+        config = EngineProbeConfig(run=folder, telemetry=OPTIONS, accelerator="unproved")
+        self.session = make_session(monkeypatch, config, AttentionTelemetry, opened=False)
         self.model = LlamaForCausalLM()
         for i, layer in enumerate(self.model.model.layers):
             core = layer.self_attn.attn
@@ -51,7 +53,9 @@ class Engine:
             return GraphTaps(columns, capacity=8, device="cpu", recording=lambda: self.capturing)
 
         found = AcceleratorTelemetry(self.model.model.layers, OPTIONS, make_taps, torch.float32)
-        self.session.telemetry = found
+        instrument = self.session.of(AttentionTelemetry)
+        assert instrument is not None
+        instrument.measurements = found
         return found
 
     def capture(self) -> Graph:
@@ -70,20 +74,20 @@ class Engine:
             1, "decode", rids, starts, [s + 1 for s in starts], [True] * n, [0] * n, prompts, [None] * n, slots=n
         )
         plan.forward_id = 7
-        self.session.current = plan
-        assert self.session.telemetry is not None
-        self.session.telemetry.launch([SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None))] * n, plan)
+        self.session.plan = plan
+        for instrument in self.session.instruments:
+            instrument.launch([], [Ask()] * n, plan)
         batch = SimpleNamespace(req_pool_indices=torch.tensor([2, 0, 3][:n]))
         output = SimpleNamespace(can_run_graph=replayed)
 
         def original(*_: Any) -> Any:
             run()
-            # The scheduler may write it for the next forward while this one runs; so nothing may read it behind it.
+            # The scheduler may write it for the next forward while this one runs; so nothing may read it after it.
             self.runner.req_to_token_pool.req_to_token.fill_(0)
             return output
 
         self.runner.req_to_token_pool.req_to_token.copy_(TABLE)
-        assert rows.forward(original, self.runner, batch) is output
+        assert engine_model.forward(original, self.runner, batch) is output
         return plan
 
 
@@ -93,7 +97,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
 
 
 def _arrived(plan: ForwardPlan) -> Any:
-    (way,) = plan.travelling
+    (way,) = plan.travelling.values()
     way.send(torch.clone)
     way.arrive()
     return way.finish()
@@ -102,7 +106,7 @@ def _arrived(plan: ForwardPlan) -> Any:
 def test_a_replay_gives_the_numbers_of_its_own_queries(engine: Engine) -> None:
     engine.install()
     graph = engine.capture()
-    accelerator._check_captured(None, None, None, 8)
+    accelerator.check_captured(None, None, None, 8)
     assert engine.session.fault is None
 
     engine.session.recorder = object()  # type: ignore[assignment]  # now it opens
@@ -111,7 +115,7 @@ def test_a_replay_gives_the_numbers_of_its_own_queries(engine: Engine) -> None:
         prompts, steps = [5, 4, 7], [2, 1, 0]  # the second is no step to be measured
         plan = engine.forward(prompts, steps, lambda x=x: graph.replay(x), replayed=True)
         assert engine.session.fault is None
-        assert plan.snapshot is None  # no rows were asked for
+        assert "rows" not in plan.travelling  # no rows were asked for
         found = _arrived(plan)
         assert (found.rids, found.positions.tolist(), found.forward_id) == (["0", "2"], [7, 7], 7)
         eager = _arrived(engine.forward(prompts, steps, lambda x=x: engine.model(x), replayed=False))
@@ -137,7 +141,7 @@ def test_steps_that_are_not_measured_cost_nothing_outside_the_graph(engine: Engi
     graph = engine.capture()
     engine.session.recorder = object()  # type: ignore[assignment]
     plan = engine.forward([5], [1], lambda: graph.replay(torch.ones(1, WIDTH)), replayed=True)
-    assert plan.travelling == []
+    assert plan.travelling == {}
     found.taps.buffer.zero_()
     engine.forward([5], [3], lambda: engine.model(torch.ones(1, WIDTH)), replayed=False)
     assert not found.taps.buffer.any()
@@ -157,6 +161,6 @@ def test_taps_that_were_not_there_at_capture_give_no_numbers(engine: Engine) -> 
 def test_a_graph_without_the_taps_refuses_the_engine(engine: Engine) -> None:
     engine.install()
     Graph(engine.model, 8)  # captured, and the hooks were not told so
-    accelerator._check_captured(None, None, None, 8)
+    accelerator.check_captured(None, None, None, 8)
     assert engine.session.fault is not None
     assert "not part of the graph captured for 8 tokens" in engine.session.fault

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_probe.engine.hooks import http, install, inventory
+from sglang_probe.engine.hooks import http, install, instruments, inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.install import _hooks
+from sglang_probe.engine.hooks.install import all_hooks
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.releases import MODULES, load
 from sglang_probe.errors import InventoryError
@@ -81,24 +81,24 @@ def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
         run=Path("x"),
         hook_points=["hook_embed"],
         accelerator="unproved" if "accelerator rows" in features else "refused",
-        forced_outputs=True,
-        bypass=True,
-        positions="positions" in features,
+        asks=["force", "cache", *(["positions"] if "positions" in features else [])],
         live=LiveConfig(privacy="ids"),
     )
     listed = {t.target: t for t in reviewed.targets}
-    for target, _hook, kind in _hooks(config):
+    for target, _hook, kind in all_hooks(config):
         assert listed[target].hook == kind.lower()
-        assert listed[target].feature in config.features
+        assert listed[target].feature in instruments.features(config)
     patched = {t.target for t in listed.values() if t.hook in ("around", "after", "before")}
     elsewhere = {"sglang.srt.managers.scheduler.Scheduler.__init__", http.TARGET}
-    assert patched == {t for t, _, _ in _hooks(config)} | elsewhere
+    assert patched == {t for t, _, _ in all_hooks(config)} | elsewhere
 
 
 def test_attention_is_asked_of_those_alone_who_capture_it() -> None:
     run = Path("x")
-    assert "attention rows" not in EngineProbeConfig(run=run, hook_points=["blocks.0.hook_resid_post"]).features
-    features = EngineProbeConfig(run=run, hook_points=["blocks.0.attn.hook_v"]).features
+    assert "attention rows" not in instruments.features(
+        EngineProbeConfig(run=run, hook_points=["blocks.0.hook_resid_post"])
+    )
+    features = instruments.features(EngineProbeConfig(run=run, hook_points=["blocks.0.attn.hook_v"]))
     targets = {f.target.target for f in inventory.examine(inventory.load_inventory(), features)}
     assert "sglang.srt.layers.radix_attention.RadixAttention.forward" in targets
 

@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.hooks import session
+from sglang_probe.engine.hooks import model as engine_model
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import accelerator, rows
+from sglang_probe.engine.hooks.instruments import accelerator
 from sglang_probe.engine.hooks.instruments import attention_rows as attention
+from sglang_probe.engine.hooks.instruments.rows import Rows, install_taps
+from sglang_probe.engine.hooks.session import Session
 from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError
 from sglang_probe.run.hook_points import ATTENTION
 from tests.engine.capture.graph import WIDTH, Graph
+from tests.engine.made_session import make_session, set_taps
 
 LAYERS = (0, 1)
 POINTS = ["hook_embed", *(f"blocks.{i}.{s}" for i in LAYERS for s in ("hook_resid_post", *ATTENTION))]
@@ -55,8 +59,11 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(rotary)
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor, forward_batch: Any) -> torch.Tensor:
-        return forward_batch.residual_stream.write(x + self.self_attn(positions, x, forward_batch))
+    def forward(self, positions: torch.Tensor, x: torch.Tensor, forward_batch: Any) -> Any:
+        x = x + self.self_attn(positions, x, forward_batch)
+        if forward_batch.residual_stream is None:  # 0.5.17: the stream is the sum of what a layer returns
+            return torch.zeros_like(x), x
+        return forward_batch.residual_stream.write(x)
 
 
 class Body(nn.Module):
@@ -75,14 +82,21 @@ class LlamaForCausalLM(nn.Module):
         self.model = Body()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
-
-        batch = SimpleNamespace(residual_stream=ResidualStream(), forward_mode=None)
+        batch = SimpleNamespace(residual_stream=_residual_stream(), forward_mode=None)
         positions = torch.arange(len(x), dtype=x.dtype)
         hidden = self.model.embed_tokens(x)
         for layer in self.model.layers:
-            hidden = layer(positions, hidden, batch)
+            out = layer(positions, hidden, batch)
+            hidden = sum(out) if isinstance(out, tuple) else out
         return hidden
+
+
+def _residual_stream() -> Any:
+    if release().version == "0.5.17":
+        return None
+    from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
+
+    return ResidualStream()
 
 
 def expected(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,41 +113,46 @@ def expected(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> session.Session:
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
     """An engine whose model is loaded and whose recording has not been opened."""
     monkeypatch.setattr(attention, "check_attention", lambda *_: None)  # no SGLang modules
-    running = session.Session(EngineProbeConfig(run=tmp_path, hook_points=POINTS, accelerator="unproved"))
-    monkeypatch.setattr(session, "session", running)
-    columns = dict.fromkeys(POINTS, (WIDTH, torch.float32))
-    running.taps = running.graph_taps = GraphTaps(columns, capacity=8, device="cpu")
+    config = EngineProbeConfig(run=tmp_path, hook_points=POINTS, accelerator="unproved")
+    running = make_session(monkeypatch, config, Rows, opened=False)
+    set_taps(running, GraphTaps(dict.fromkeys(POINTS, (WIDTH, torch.float32)), capacity=8, device="cpu"))
     return running
 
 
-def _forward(running: session.Session, tokens: int, run: Any, *, replayed: bool) -> dict[str, torch.Tensor]:
+def _install(running: Session, model: LlamaForCausalLM) -> None:
+    rows = running.of(Rows)
+    assert rows is not None
+    install_taps(model, POINTS, rows)
+
+
+def _forward(running: Session, tokens: int, run: Any, *, replayed: bool) -> dict[str, torch.Tensor]:
     """One forward as `ModelRunner.forward` brackets it, and the arrival of its rows."""
     rids = [str(i) for i in range(tokens)]
     zeros, ones = [0] * tokens, [1] * tokens
     plan = ForwardPlan(1, "decode", rids, zeros, ones, [True] * tokens, zeros, ones, [None] * tokens, slots=tokens)
-    running.current = plan
+    running.plan = plan
     output = SimpleNamespace(can_run_graph=replayed)
 
     def original(*_: Any) -> Any:
         run()
         return output
 
-    assert rows.forward(original, SimpleNamespace(is_draft_worker=False), None) is output
+    assert engine_model.forward(original, SimpleNamespace(is_draft_worker=False), None) is output
     assert running.fault is None
-    plan.snapshot.send(torch.clone)
-    plan.snapshot.arrive()
-    return plan.snapshot.finish()
+    plan.travelling["rows"].send(torch.clone)
+    plan.travelling["rows"].arrive()
+    return plan.travelling["rows"].finish()
 
 
 @pytest.mark.reviewed("accelerator rows")
-def test_hooks_are_in_the_graph_that_is_captured_before_the_recording(engine: session.Session) -> None:
+def test_hooks_are_in_the_graph_that_is_captured_before_the_recording(engine: Session) -> None:
     model = LlamaForCausalLM()
-    rows.install_taps(model, POINTS)
+    _install(engine, model)
     graph = Graph(model, 8)
-    accelerator._check_captured(None, None, None, 8)
+    accelerator.check_captured(None, None, None, 8)
     assert engine.fault is None
 
     engine.recorder = object()  # type: ignore[assignment]  # now it opens
@@ -147,11 +166,11 @@ def test_hooks_are_in_the_graph_that_is_captured_before_the_recording(engine: se
 
 
 @pytest.mark.reviewed("accelerator rows")
-def test_hooks_that_were_not_there_at_capture_give_no_rows(engine: session.Session) -> None:
-    """Negative control: SGLang's own `forward_hooks` are registered behind the capture, and silently see nothing."""
+def test_hooks_that_were_not_there_at_capture_give_no_rows(engine: Session) -> None:
+    """Negative control: SGLang's own `forward_hooks` are registered after the capture, and silently see nothing."""
     model = LlamaForCausalLM()
     graph = Graph(model, 8)
-    rows.install_taps(model, POINTS)
+    _install(engine, model)
     engine.recorder = object()  # type: ignore[assignment]
     model(torch.ones(8, WIDTH))  # plausible rows of another forward
     with pytest.raises(LedgerError, match="hook_embed was not written by the graph that was replayed"):

@@ -10,7 +10,8 @@ import pytest
 
 from sglang_probe.engine.live import segments
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run.run import MANIFEST, load_run
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
 from tests.engine.live.conftest import EMBEDDING, FakeEngine, checked, notes, violations
 

@@ -6,10 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
 from sglang_probe.engine.ledger.recorder import Commit
-from sglang_probe.engine.live import provenance
 from sglang_probe.engine.live.totals import Totals
 from tests.engine.live.conftest import FakeEngine, checked, notes, violations
 
@@ -35,15 +32,6 @@ def test_memory_does_not_grow_with_ended_requests() -> None:
     assert len(totals._ended) == 1024
     assert [r["rid"] for r in totals.recent()] == ["r4999", "r4998", "r4997"]
     assert not totals.active
-
-
-@pytest.mark.parametrize(
-    "params",
-    [None, {}, {"probe": None}, {"probe": "yes"}, {"probe": {"provenance": 1}}, {"probe": []}, "x", [1], {"x": 1}],
-)
-def test_only_a_clear_wish_asks_for_provenance(params: object) -> None:
-    assert not provenance.wanted(params)
-    assert provenance.wanted({"probe": {"provenance": True}})
 
 
 def test_provenance_names_the_origin_and_includes_the_step_not_yet_committed(

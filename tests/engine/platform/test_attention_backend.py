@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.platform import kept_rows
+from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.kept_set import Kept
 
 HEADS, KV_HEADS, DIM, POOL = 8, 4, 32, 2000
@@ -50,13 +51,13 @@ def _run(backend: Any, batch: SimpleNamespace, mode: str) -> Tensor:
     return out
 
 
-def _rows(batch: SimpleNamespace, evicted: list[int], mode: str, share: float) -> list[EvictedRow]:
+def _rows(batch: SimpleNamespace, evicted: list[int], mode: str, share: float) -> list[KeptRow]:
     rows = []
     for row in evicted:
         request = int(batch.requests[row])
         start = TOTAL[request] - 1 if mode == "decode" else PREFIX[request]
         keep = torch.rand(1, 2, KV_HEADS, 60, generator=torch.Generator().manual_seed(row)) < share
-        rows.append(EvictedRow(row, f"r{row}", 0, Kept(keep), start, TOTAL[request]))
+        rows.append(KeptRow(row, f"r{row}", 0, Kept(keep), start, TOTAL[request]))
     return rows
 
 
@@ -67,7 +68,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from sglang_probe.engine.platform.attention import ProbeTorchBackend
 
-    def make(batch: SimpleNamespace, rows: list[EvictedRow], mode: str) -> tuple[Any, Any]:
+    def make(batch: SimpleNamespace, rows: list[KeptRow], mode: str) -> tuple[Any, Any]:
         runner = SimpleNamespace(
             device="cpu",
             dtype=batch.decode.dtype,
@@ -75,8 +76,8 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Any:
             token_to_kv_pool=None,
         )
         ours = ProbeTorchBackend(runner)
-        state = SimpleNamespace(recorder=object(), evicting=rows, fail=_fail)
-        monkeypatch.setattr(probe, "session", state)
+        monkeypatch.setattr(guard, "session", SimpleNamespace(recorder=object(), fail=_fail))
+        monkeypatch.setattr(kept_rows, "at_hand", rows)
         ours.init_forward_metadata(
             SimpleNamespace(
                 out_cache_loc=None,
@@ -137,7 +138,7 @@ def test_a_budget_of_everything_is_the_full_cache_to_rounding(
 def test_a_batch_that_was_not_planned_so_stops_the_recording(backends: Any) -> None:
     batch = _batch(torch.float32)
     (row,) = _rows(batch, [1], "decode", 0.3)
-    late = EvictedRow(row.row, row.rid, row.attempt, row.kept, row.start + 1, row.end + 1)
+    late = KeptRow(row.row, row.rid, row.attempt, row.kept, row.start + 1, row.end + 1)
     with pytest.raises(AssertionError, match="_rows_with_kept_sets"):
         backends(batch, [late], "decode")
 
@@ -177,12 +178,13 @@ def test_steps_of_a_changing_batch_are_those_of_each_request_alone(monkeypatch: 
     batches += [[("a", 0, a_anew, s), ("d", 0, d, 6 + s)] for s in range(4)]
     for batch in batches:
         rows = [
-            EvictedRow(i, rid, attempt, kept, kept.length + s, kept.length + s + 1)
+            KeptRow(i, rid, attempt, kept, kept.length + s, kept.length + s + 1)
             for i, (rid, attempt, (_, kept), s) in enumerate(batch)
         ]
         requests = torch.tensor([index for _, _, (index, _), _ in batch])
         ends = torch.tensor([r.end for r in rows])
-        monkeypatch.setattr(probe, "session", SimpleNamespace(recorder=object(), evicting=rows, fail=_fail))
+        monkeypatch.setattr(guard, "session", SimpleNamespace(recorder=object(), fail=_fail))
+        monkeypatch.setattr(kept_rows, "at_hand", rows)
         mode = SimpleNamespace(is_decode=lambda: True)
         ours.init_forward_metadata(
             SimpleNamespace(out_cache_loc=None, seq_lens=ends, req_pool_indices=requests, forward_mode=mode)

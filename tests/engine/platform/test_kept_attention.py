@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_probe.engine.hooks.instruments.kept_sets import EvictedRow
 from sglang_probe.engine.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
 from sglang_probe.engine.platform.kept_entries import KeptEntries
+from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.kept_slots import KeptSlots
 from sglang_probe.kept_set import Kept
 
@@ -49,9 +49,9 @@ def _slots(rows: int) -> Tensor:
     return torch.randperm(POOL, generator=torch.Generator().manual_seed(3)).view(rows, -1).int()
 
 
-def _rows(kepts: list[Kept], behind: list[int], rids: str = "abcd") -> list[EvictedRow]:
+def _rows(kepts: list[Kept], behind: list[int], rids: str = "abcd") -> list[KeptRow]:
     return [
-        EvictedRow(i, rids[i], 0, k, k.length + n - 1, k.length + n)
+        KeptRow(i, rids[i], 0, k, k.length + n - 1, k.length + n)
         for i, (k, n) in enumerate(zip(kepts, behind, strict=True))
     ]
 
@@ -94,9 +94,7 @@ def test_columns_taken_over_from_another_batch_are_those_built_anew() -> None:
     before = _rows(kepts, [1, 3, 2, 1])
     old = KeptSlots(before, [table[r.row, : r.end] for r in before], torch.float32)
     order = [2, 3, 0]
-    rows = [
-        EvictedRow(i, "abcd"[j], 0, kepts[j], kepts[j].length + 4, kepts[j].length + 5) for i, j in enumerate(order)
-    ]
+    rows = [KeptRow(i, "abcd"[j], 0, kepts[j], kepts[j].length + 4, kepts[j].length + 5) for i, j in enumerate(order)]
     slots = [table[j, : r.end] for j, r in zip(order, rows, strict=True)]
     taken, anew = KeptSlots(rows, slots, torch.float32, old), KeptSlots(rows, slots, torch.float32)
     for layer in range(LAYERS):
@@ -120,7 +118,7 @@ def test_columns_of_another_batch_are_not_gone_on_with() -> None:
     kepts = KEPTS[0][:2]
     table = _slots(2)
 
-    def slots(rows: list[EvictedRow]) -> list[Tensor]:
+    def slots(rows: list[KeptRow]) -> list[Tensor]:
         return [table[r.row, : r.end] for r in rows]
 
     first = _rows(kepts, [1, 1])
@@ -129,7 +127,7 @@ def test_columns_of_another_batch_are_not_gone_on_with() -> None:
         _rows(kepts, [2, 2], rids="ax"),
         _rows(kepts[:1], [2]),
         _rows([Kept(k.keep_SYGN) for k in kepts], [2, 2]),  # the same ids in another recording
-        [EvictedRow(r.row, r.rid, 1, r.kept, r.start, r.end) for r in _rows(kepts, [2, 2])],  # retracted
+        [KeptRow(r.row, r.rid, 1, r.kept, r.start, r.end) for r in _rows(kepts, [2, 2])],  # retracted
     ):
         columns = KeptSlots(first, slots(first), torch.float32)
         assert not columns.advance(following, slots(following))

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.engine.hooks import control
 from sglang_probe.engine.hooks import scheduler as accounting
 from sglang_probe.engine.hooks import tree as lineage
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import live
+from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.session import Session
+from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases import release_0_5_17 as adapter
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.errors import LedgerError, UnsupportedError
+from tests.engine.made_session import SCHEDULER, made_request, make_session, set_taps
 
 pytestmark = pytest.mark.skipif(release().version != "0.5.17", reason="another release of SGLang is installed")
 
 
 def request(cache: str | None = None) -> Any:
-    params = {"probe": {"cache": cache}} if cache else None
-    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=params), skip_radix_cache_insert=False)
+    req = made_request(**({"cache": cache} if cache else {}))
+    adapter.init_req_max_new_tokens(None, SCHEDULER, req)
+    return req
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
+    return make_session(monkeypatch, EngineProbeConfig(run=tmp_path, asks=["cache"]))
+
+
+@pytest.mark.usefixtures("asked")
 def test_a_request_that_does_not_read_matches_nothing() -> None:
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
@@ -41,11 +55,10 @@ def test_a_request_that_does_not_read_matches_nothing() -> None:
     assert matched(request("write_only")) == matched(request("off")) == 0
 
 
+@pytest.mark.usefixtures("asked")
 def test_a_request_that_does_not_write_is_told_so() -> None:
-    made = {use: request(use) for use in (None, "write_only", "read_only", "off")}
-    for req in made.values():
-        adapter.create_req(None, req)
-    assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
+    told = [request(use).skip_radix_cache_insert for use in (None, "write_only", "read_only", "off")]
+    assert told == [False, False, True, True]
 
 
 def test_the_tree_of_waiting_prompts_is_not_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,28 +73,6 @@ def test_the_tree_of_waiting_prompts_is_not_the_cache(monkeypatch: pytest.Monkey
     for tree in (waiting, cache):
         adapter.reset(tree.reset(), tree)
     assert forgotten == [cache]
-
-
-def test_positions_outside_the_context_are_refused_once() -> None:
-    scheduler = SimpleNamespace(model_config=SimpleNamespace(context_len=64))
-    said: dict[str, str] = {}
-
-    def check(name: str, to: object, to_finish: object = None) -> None:
-        params = {"probe": {"positions": {"from": 8, "to": to}}}
-        req = SimpleNamespace(
-            sampling_params=SimpleNamespace(custom_params=params, max_new_tokens=4),
-            origin_input_ids=[0] * 16,
-            to_finish=to_finish,
-            set_finish_with_abort=lambda message: said.__setitem__(name, message),
-        )
-        adapter.init_req_max_new_tokens(None, scheduler, req)
-
-    check("inside", 40)
-    check("outside", 60)
-    check("unreadable", "there")
-    check("refused before", 60, to_finish="for another reason")
-    assert set(said) == {"outside", "unreadable"}
-    assert "not within a prompt of 16 tokens and a context of 64" in said["outside"]
 
 
 def test_our_attention_backend_is_refused_by_name() -> None:
@@ -222,3 +213,81 @@ def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> N
     free = len(allocator.free_pages)
     assert not grow((free * page + page, 1))  # more than there is: nothing is taken
     assert len(allocator.free_pages) == free
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
+    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, accelerator="unproved"), Rows)
+    set_taps(running, GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu"))
+    return running
+
+
+def launched(running: Session, value: float, *, overlap: bool = True) -> tuple[ForwardPlan, Any]:
+    """A forward of two tokens whose rows are `value`, and SGLang's result of it."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    rows = running.of(Rows)
+    assert rows is not None
+    assert isinstance(rows.taps, GraphTaps)
+    plan = ForwardPlan(1, "decode", ["a", "b"], [1, 1], [2, 2], [True, True], [0, 0], [1, 1], [None, None], slots=2)
+    rows.taps.arm()
+    rows.taps.write("h", torch.full((2, 2), value))
+    plan.travelling["rows"] = rows.taps.snapshot(2, replayed=False)
+    running.plan = plan
+    logits = LogitsProcessorOutput(next_token_logits=None)
+    result = GenerationBatchResult(logits_output=logits, next_token_ids=torch.zeros(2, dtype=torch.int64))
+    adapter.forward_batch_generation(result, SimpleNamespace(enable_overlap=overlap))
+    running.plan = None  # the launch is over
+    return plan, result
+
+
+def copied(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's `copy_to_cpu` under our hook; the event is a device's."""
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    monkeypatch.setattr("sglang.srt.managers.utils._async_d2h", torch.clone)
+    original = GenerationBatchResult.copy_to_cpu
+
+    def copy(result: Any) -> None:
+        result.copy_done = SimpleNamespace(record=lambda: None)
+        adapter.copy_to_cpu(original, result, return_logprob=False)
+
+    return copy
+
+
+def test_rows_are_sent_in_front_of_sglangs_copies(recording: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(monkeypatch)
+    made = [(v, *launched(recording, v)) for v in (1.0, 2.0)]  # both launched before the first is processed
+    for value, plan, result in made:
+        copy(result)
+        with pytest.raises(LedgerError, match="had not arrived"):
+            plan.travelling["rows"].finish()
+        adapter.process_batch_result(None, None, None, result)
+        assert plan.travelling["rows"].finish()["h"].tolist() == [[value] * 2] * 2
+    assert recording.fault is None
+
+
+def test_without_overlap_rows_are_sent_with_the_forward(recording: Session) -> None:
+    plan, result = launched(recording, 3.0, overlap=False)
+    adapter.process_batch_result(None, None, None, result)
+    assert plan.travelling["rows"].finish()["h"].tolist() == [[3.0] * 2] * 2
+    assert recording.fault is None
+
+
+def test_rows_that_were_not_copied_or_are_still_travelling_end_the_recording(
+    recording: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, result = launched(recording, 4.0)
+    adapter.process_batch_result(None, None, None, result)
+    assert recording.fault is not None
+    assert "still on their way" in recording.fault
+    monkeypatch.setattr(recording, "fault", None)
+    monkeypatch.setattr(recording, "recorder", object())
+    _, result = launched(recording, 4.0)
+    copied(monkeypatch)(result)
+    transfers, _ = result._sglang_probe_rows
+    result._sglang_probe_rows = (transfers, SimpleNamespace(query=lambda: False))
+    adapter.process_batch_result(None, None, None, result)
+    assert recording.fault is not None
+    assert "still on their way" in recording.fault

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_probe.engine.hooks import control
+from sglang_probe.engine.hooks import control, requests
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import live
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases import release_0_5_23 as adapter
+from tests.engine.made_session import SCHEDULER, made_request, make_session
 
 pytestmark = pytest.mark.skipif(release().version != "0.5.23", reason="another release of SGLang is installed")
 
 
 def request(cache: str | None = None) -> Any:
-    params = {"probe": {"cache": cache}} if cache else None
-    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=params), skip_radix_cache_insert=False)
+    req = made_request(**({"cache": cache} if cache else {}))
+    requests.made(req, SCHEDULER)
+    return req
 
 
-def test_a_request_that_does_not_read_matches_nothing() -> None:
+def test_a_request_that_does_not_read_matches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_session(monkeypatch, EngineProbeConfig(run=tmp_path, asks=["cache"]))
+
     def original(_req: Any, _tree: Any, max_prefix_len: int | None = None) -> int | None:
         return max_prefix_len
 
     uses = (None, "read_only", "write_only", "off")
     assert [adapter.match_kv_cache(original, request(use), None) for use in uses] == [None, None, 0, 0]
-
-
-def test_a_request_that_does_not_write_is_told_so() -> None:
-    made = {use: request(use) for use in (None, "write_only", "read_only", "off")}
-    for req in made.values():
-        adapter.create_generation_req(req, None)
-    assert [req.skip_radix_cache_insert for req in made.values()] == [False, False, True, True]
 
 
 def test_a_refused_command_is_refused_by_sglangs_own_handler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sglang_probe.run import journal, schema
-from sglang_probe.run.run import MANIFEST, REQUESTS_FILE, Run, load_run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.run import Run, load_run
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 import pandas as pd
 
-from sglang_probe.eviction.from_run import departs
+from sglang_probe.attention.from_run import departs
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.study import DEPARTS, TOO_FEW, TOO_SHORT, _fitting
 

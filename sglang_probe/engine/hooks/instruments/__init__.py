@@ -1,1 +1,68 @@
-"""One file an instrument: what the probe can do for a request or a forward pass."""
+"""The instruments, and the questions that are asked of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from sglang_probe.engine.hooks.instruments.accelerator import Accelerator
+from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
+from sglang_probe.engine.hooks.instruments.cache import CacheUse
+from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
+from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
+from sglang_probe.engine.hooks.instruments.live import LiveServer
+from sglang_probe.engine.hooks.instruments.positions import Positions
+from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
+from sglang_probe.engine.releases.base import Hook, Release
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
+
+__all__ = ["INSTRUMENTS", "Forward", "Instrument", "features", "honoured", "hooks", "serves", "wanted"]
+
+INSTRUMENTS: tuple[type[Instrument], ...] = (
+    LiveServer,
+    Accelerator,
+    Rows,
+    AttentionTelemetry,
+    ForcedOutputs,
+    CacheUse,
+    Positions,
+    KeptSets,
+)
+"""In the order in which they are asked."""
+
+T = TypeVar("T", bound=Hashable)
+
+_ALWAYS = ("accounting", "control")
+"""Features of the inventory that every recording needs."""
+
+
+def wanted(config: EngineProbeConfig) -> list[type[Instrument]]:
+    """The instruments of a configuration."""
+    return [kind for kind in INSTRUMENTS if kind.wanted(config)]
+
+
+def features(config: EngineProbeConfig) -> list[str]:
+    """Features of the inventory that a configuration needs."""
+    return _once([*_ALWAYS, *(f for kind in wanted(config) for f in kind.needs(config))])
+
+
+def honoured(config: EngineProbeConfig) -> frozenset[str]:
+    """Fields of `Ask` that requests may use under a configuration."""
+    return frozenset(kind.field for kind in wanted(config) if kind.field is not None)
+
+
+def hooks(config: EngineProbeConfig, release: Release) -> list[Hook]:
+    """What the instruments of a configuration patch in SGLang, each hook once."""
+    return _once(hook for kind in wanted(config) for hook in kind.hooks(release))
+
+
+def serves(started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+    """Whether an engine that was started for one recording can make another."""
+    return all(kind.serves(started, asked) for kind in INSTRUMENTS)
+
+
+def _once(given: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(given))

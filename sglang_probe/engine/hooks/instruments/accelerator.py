@@ -1,9 +1,10 @@
-"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel. Not run on a GPU yet.
+"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel (docs/gpu-results.md).
 
 SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
-segments, with attention between them), `managers/auxiliary_output.py` (device tensors that travel with a result:
-copied to pinned memory on the copy stream, waited for with the result, consumed in launch order).
+segments, with attention between them). How rows leave is the release's own (`Release.row_hooks`): on 0.5.23
+`managers/auxiliary_output.py` (device tensors that travel with a result: copied to pinned memory on the copy stream,
+waited for with the result, consumed in launch order); on 0.5.17 copies in front of `GenerationBatchResult.copy_to_cpu`.
 """
 
 from __future__ import annotations
@@ -11,21 +12,71 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.engine.capture.transfer import Transfer
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.errors import UnsupportedError
-from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.releases import release
+from sglang_probe.engine.releases.base import Hook, Release
+from sglang_probe.errors import LedgerError, UnsupportedError
+from sglang_probe.run.hook_points import (
+    EMBED,
+    RESID_POST,
+    check_architecture,
+    check_sliding_window,
+    check_tensor_parallel,
+    parse_hook_point,
+)
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 logger = logging.getLogger("sglang_probe")
 
-_CHANNEL = "sglang.srt.managers.auxiliary_output"
 _ROUND = 64
 """SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
+
+
+class Accelerator(Instrument):
+    """Rows and telemetry by way of graphs: taps in them, and the transfer of what they wrote."""
+
+    name = "accelerator"
+    features = ("accelerator rows",)
+    in_model = True
+
+    @classmethod
+    def wanted(cls, config: EngineProbeConfig) -> bool:
+        return config.accelerator == "unproved" and (bool(config.hook_points) or config.telemetry is not None)
+
+    @classmethod
+    def hooks(cls, release: Release) -> list[Hook]:
+        return release.row_hooks()
+
+    @classmethod
+    def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+        return started.accelerator == asked.accelerator
+
+    def attach(self, runner: Any) -> None:
+        check_channel()
+        runner.capture_tail_hooks.append(check_captured)
+
+
+def check_model(runner: Any, config: EngineProbeConfig) -> None:
+    """Refuse a device, a server or a model where rows and telemetry have not been proved.
+
+    Raises:
+        UnsupportedError: names what it is.
+    """
+    telemetry = config.telemetry is not None
+    check_tensor_parallel(config.hook_points, guard.active().tp_size, telemetry=telemetry)
+    check_device(runner.device, config.accelerator)
+    check_server(runner.server_args)
+    check_architecture(type(runner.model).__name__)
+    check_sliding_window(runner.model_config.hf_text_config.to_dict(), runner.model_config.context_len)
 
 
 def check_device(device: str, accelerator: str) -> None:
@@ -43,21 +94,21 @@ def check_device(device: str, accelerator: str) -> None:
         )
     if accelerator != "unproved":
         raise UnsupportedError(
-            f"capturing rows on `{device}` has not been run on a GPU",
+            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/gpu-results.md)",
             fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
             "--transformers` (docs/gpu.md); or remove `hook_points` and `telemetry` to record the ledger alone",
         )
 
 
 def check_channel() -> None:
-    """Refuse a release without the channel that rows travel on (it came with 0.5.20).
+    """Refuse a release without the channel that rows travel on.
 
     Raises:
         UnsupportedError: names it.
     """
-    if importlib.util.find_spec(_CHANNEL) is None:
+    if importlib.util.find_spec(release().row_channel) is None:
         raise UnsupportedError(
-            f"this release of SGLang has no `{_CHANNEL}`, on which rows leave an accelerator",
+            f"this release of SGLang has no `{release().row_channel}`, on which rows leave an accelerator",
             fix="remove `hook_points` and `telemetry` to record the ledger alone, or `accelerator: unproved` on a CPU",
         )
 
@@ -121,22 +172,27 @@ def _recording() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def check_captures(runner: Any) -> None:
-    """Look into every graph that will be captured."""
-    check_channel()
-    runner.capture_tail_hooks.append(_check_captured)
-
-
-def _check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
+def check_captured(_graphs: Any, _out: Any, _forward_batch: Any, num_tokens: int) -> None:
     """In `ModelRunner.capture_tail_hooks`: the graph that was just recorded contains every tap."""
-    session = probe.active()
-    queries = None if session.telemetry is None else session.telemetry.taps
-    for taps in (session.taps, queries):
-        if isinstance(taps, GraphTaps):
-            try:
-                taps.check_recorded(num_tokens)
-            except Exception as e:
-                session.fail("_check_captured", e)
+    session = guard.active()
+    try:
+        for instrument in session.instruments:
+            instrument.check_captured(num_tokens)
+    except Exception as e:
+        session.fail("check_captured", e)
+
+
+def check_recorded(taps: GraphTaps, num_tokens: int) -> None:
+    """Every tap is in the graph that was just recorded. SGLang asks after the two forwards too that warm a shape up
+    before it is captured; there telemetry copies no queries.
+
+    Raises:
+        LedgerError: names the hook point that is not.
+    """
+    if taps.warming_up:
+        taps.disarm()
+    else:
+        taps.check_recorded(num_tokens)
 
 
 def forward_batch_generation(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,20 +202,20 @@ def forward_batch_generation(original: Callable[..., Any], worker: Any, batch: A
     return result
 
 
-@probe.guarded
+@guard.guarded
 def _send(result: Any) -> None:
-    plan = probe.active().current
+    plan = guard.active().plan
     if plan is None or not plan.travelling:
         return
     if result.delay_sample_func is None:
-        attach(result, plan.travelling)
+        attach(result, [*plan.travelling.values()])
     else:  # sampled behind the previous result, for the sake of its grammar; sampling resets the channel
-        result.delay_sample_func = _sample_then_attach(result, plan.travelling)
+        result.delay_sample_func = _sample_then_attach(result, [*plan.travelling.values()])
 
 
 def _sample_then_attach(result: Any, transfers: list[Transfer]) -> Callable[[], Any]:
     sample = result.delay_sample_func
-    attach_guarded = probe.guarded(attach)
+    attach_guarded = guard.guarded(attach)
 
     def sample_then_attach() -> Any:
         sampled = sample()
@@ -201,13 +257,42 @@ class OnHost:
         _arrived(self._transfers)
 
 
-@probe.guarded
+@guard.guarded
 def _copy(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
     for transfer in transfers:
         transfer.send(copy_tensor)
 
 
-@probe.guarded
+@guard.guarded
 def _arrived(transfers: list[Transfer]) -> None:
     for transfer in transfers:
         transfer.arrive()
+
+
+@guard.guarded
+def travelling() -> list[Transfer]:
+    """Transfers of the forward that was just enqueued."""
+    plan = guard.active().plan
+    return [] if plan is None else [*plan.travelling.values()]
+
+
+def send(transfers: list[Transfer], copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Enqueue the copies on the current stream; an event after them, or True where there are no streams."""
+    _copy(transfers, copy_tensor)
+    if not torch.cuda.is_available():
+        return True
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+@guard.guarded
+def arrived(transfers: list[Transfer], event: Any) -> None:
+    """The result of a forward was processed, and its copies waited for.
+
+    Raises:
+        LedgerError: they were not.
+    """
+    if event is None or (event is not True and not event.query()):
+        raise LedgerError("the rows of a forward were still on their way when its result was processed")
+    _arrived(transfers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_probe.engine.hooks import session as probe
+from sglang_probe.engine.hooks import guard
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.hook_points import KEY, QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE, HookPoint
 
@@ -19,8 +19,12 @@ Names = dict[str, str]
 """Hook point by site, of one layer."""
 
 
-def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -> None:
-    """Hook what `points` need.
+Write = Callable[[str, Any], None]
+"""Takes what a hook point sees, `[tokens, width]`."""
+
+
+def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint], write: Write) -> None:
+    """Hook what `points` need, and hand it to `write`.
 
     Raises:
         UnsupportedError: a layer's attention is not built as in the reviewed architectures.
@@ -29,7 +33,7 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
     for point in points:
         assert point.layer is not None
         by_layer.setdefault(point.layer, {})[point.site] = point.name
-    running = _Running()
+    running = _Running(write)
     rotary: dict[int, Any] = {}
     for layer, names in by_layer.items():
         attention = layers[layer].self_attn
@@ -37,7 +41,7 @@ def install_attention_taps(layers: Sequence[Any], points: Sequence[HookPoint]) -
         check_fused(attention, layer, names)
         stored = {site: names[site] for site in (ROTATED_QUERY, ROTATED_KEY, VALUE) if site in names}
         if stored:
-            attention.attn.register_forward_pre_hook(_argument_hook(stored))
+            attention.attn.register_forward_pre_hook(_argument_hook(write, stored))
         unrotated = {site: names[site] for site in (QUERY, KEY) if site in names}
         if unrotated:
             attention.register_forward_pre_hook(running.enter(unrotated))
@@ -84,7 +88,7 @@ def check_attention(attention: Any, layer: int) -> None:
     rotary = getattr(attention, "rotary_emb", None)
     if not isinstance(core, RadixAttention) or not isinstance(rotary, RotaryEmbedding):
         raise UnsupportedError(
-            f"layer {layer} has {type(core).__name__} behind {type(rotary).__name__}, which has not been reviewed",
+            f"layer {layer} has {type(core).__name__} after {type(rotary).__name__}, which has not been reviewed",
             fix="capture the residual stream alone",
         )
     if core.v_head_dim != core.head_dim:
@@ -97,8 +101,9 @@ def check_attention(attention: Any, layer: int) -> None:
 class _Running:
     """The layer whose attention is running, for the rotary module that all layers share."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Write) -> None:
         self._names: Names | None = None
+        self._write = write
 
     def enter(self, names: Names) -> Callable[..., None]:
         def enter(_module: Any, _args: Any) -> None:
@@ -111,24 +116,20 @@ class _Running:
 
     def rotate(self, _module: Any, args: tuple[Any, ...]) -> None:
         if self._names is not None:
-            _write(self._names, (QUERY, KEY), args[1:3])
+            _write_sites(self._write, self._names, (QUERY, KEY), args[1:3])
 
 
-def _argument_hook(names: Names) -> Callable[..., None]:
+def _argument_hook(write: Write, names: Names) -> Callable[..., None]:
     def write_arguments(_module: Any, args: tuple[Any, ...]) -> None:
-        _write(names, (ROTATED_QUERY, ROTATED_KEY, VALUE), args[:3])
+        _write_sites(write, names, (ROTATED_QUERY, ROTATED_KEY, VALUE), args[:3])
 
     return write_arguments
 
 
-@probe.tapping
-def _write(names: Names, sites: Sequence[str], tensors: Sequence[Any]) -> None:
-    taps = probe.active().taps
-    if taps is not None:
-        found = dict(zip(sites, tensors, strict=True))
-        for site, name in names.items():
-            if found[site] is None:
-                raise UnsupportedError(
-                    f"`{name}`: SGLang hands no such tensor to attention; a kernel before it stored it"
-                )
-            taps.write(name, found[site].flatten(1))
+@guard.tapping
+def _write_sites(write: Write, names: Names, sites: Sequence[str], tensors: Sequence[Any]) -> None:
+    found = dict(zip(sites, tensors, strict=True))
+    for site, name in names.items():
+        if found[site] is None:
+            raise UnsupportedError(f"`{name}`: SGLang hands no such tensor to attention; a kernel before it stored it")
+        write(name, found[site].flatten(1))

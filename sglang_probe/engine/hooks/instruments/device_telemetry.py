@@ -3,7 +3,7 @@
 The queries lie in taps of their own, which are part of the recorded graphs and are not written as rows. The keys are
 read from the KV pool behind the forward, on its stream. The slots are not: SGLang lets its scheduler write
 `req_to_token` for the next forward as soon as this one has prepared its attention (`Scheduler._apply_war_barrier`),
-so they are copied in front of it. Not run on a GPU yet.
+so they are copied in front of it. Run on a GPU once (docs/gpu-results.md).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.device_telemetry import DeviceTelemetry, Prepared, TelemetryOnTheWay
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.capture.telemetry import Measured, TelemetryConfig
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.telemetry import AskedTelemetry, check_keys, first_rows
+from sglang_probe.engine.capture.telemetry import Measured
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.host_telemetry import AskedTelemetry, check_keys, first_rows
 from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.run.hook_points import ROTATED_QUERY
+from sglang_probe.run.telemetry_options import TelemetryConfig
 
 
 class AcceleratorTelemetry(AskedTelemetry):
@@ -97,14 +98,14 @@ class AcceleratorTelemetry(AskedTelemetry):
             positions=at.steps.keys - 1,
             forward_id=plan.forward_id,
         )
-        plan.measuring = TelemetryOnTheWay(numbers, marks, self._names, self._config.top_k, measured)
+        plan.travelling["telemetry"] = TelemetryOnTheWay(numbers, marks, self._names, self._config.top_k, measured)
 
     def end(self, rid: str) -> None:
         super().end(rid)
         self._telemetry.memory.end(rid)
 
     def _query_hook(self, name: str) -> Callable[..., None]:
-        @probe.tapping
+        @guard.tapping
         def write_query(_module: Any, args: tuple[Any, ...]) -> None:
             # A graph has to hold the copy, whatever it will be replayed for.
             if self._prepared is not None or self.taps.recording():

@@ -1,40 +1,75 @@
-"""Requests that attend to a kept set: what they ask for, whether it can be had, and which rows of a forward are theirs.
+"""Requests that attend to a kept set (`Ask.evict`): whether it can be had, and which rows of a forward are theirs.
 
-A request says `custom_params: {probe: {evict: key}}`. Behind its first `n` positions its entries are computed from a
-compressed cache and are no other request's to reuse, so it publishes nothing; nor may it reuse those that another
-request computed from a full cache, so its match ends at `n`. SGLang: as in `engine/hooks/policy.py`.
+Past its first `n` positions such a request's entries are computed from a compressed cache and are no other request's to
+reuse, so it publishes nothing; nor may it reuse those that another request computed from a full cache, so its match
+ends at `n`. The attention itself is `engine/platform/attention.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sglang_probe.engine.hooks import session as probe
+from sglang_probe.ask import WHERE, Ask
+from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.platform import kept_rows
+from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.limits import PROBE_TORCH
-from sglang_probe.errors import ProbeError, UnsupportedError
-from sglang_probe.kept_set import Kept, KeptFile
+from sglang_probe.engine.releases.base import Hook, Release
+from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
+from sglang_probe.kept_set import KeptFile
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 _UNPACKED = 1024
 """Kept sets held unpacked: more than a batch has requests."""
 
 
-@dataclass(frozen=True)
-class EvictedRow:
-    """A request of a forward pass that computes positions `[start, end)`, some of them behind its cache."""
+class KeptSets(Instrument):
+    """See the module."""
 
-    row: int
-    """In the batch."""
-    rid: str
-    attempt: int
-    kept: Kept
-    start: int
-    end: int
+    name = "kept sets"
+    field = "evict"
+    features = ("bypass", "eviction")
+    sets: SetsOfRecording | None = None
+
+    @classmethod
+    def hooks(cls, release: Release) -> list[Hook]:
+        return release.bypass_hooks()
+
+    def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
+        super().open(config, scheduler)
+        kept_rows.at_hand = ()
+        self.sets = None if config.kept is None else open_sets(scheduler, config.kept)
+
+    def admit(self, ask: Ask, req: Any) -> None:
+        if ask.evict is None:
+            return
+        if self.sets is None:
+            raise ConfigError(f"{WHERE}.evict: `{ask.evict}` is no kept set of this recording, which has none")
+        if reason := self.sets.refusal(ask.evict, len(req.origin_input_ids)):
+            raise ConfigError(f"{WHERE}.evict: {reason}")
+
+    def read_limit(self, ask: Ask, req: Any) -> int | None:
+        if ask.evict is None or self.sets is None or self.sets.refusal(ask.evict, len(req.origin_input_ids)):
+            return None
+        return self.sets.lengths[ask.evict]
+
+    def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
+        kept_rows.at_hand = () if self.sets is None else rows_of(self.sets, reqs, asks, plan)
+
+    def launched(self) -> None:
+        kept_rows.at_hand = ()
+
+    def drop(self) -> None:
+        kept_rows.at_hand = ()
 
 
-class Evictions:
+class SetsOfRecording:
     """The kept sets of a recording, as the engine uses them.
 
     Raises (on construction):
@@ -51,23 +86,21 @@ class Evictions:
         self.lengths = {key: shape[-1] for key, shape in file.shapes.items()}
         self.kept = functools.lru_cache(_UNPACKED)(file.__getitem__)
 
-    def refusal(self, key: object, prompt_len: int) -> str | None:
+    def refusal(self, key: str, prompt_len: int) -> str | None:
         """Why a request cannot have this kept set."""
-        if not isinstance(key, str) or key not in self.lengths:
-            return f"`evict: {key}` is no kept set of this recording"
+        if key not in self.lengths:
+            return f"`{key}` is no kept set of this recording"
         if self.lengths[key] > prompt_len:
             return f"the kept set `{key}` is for {self.lengths[key]} positions and the prompt has {prompt_len}"
         return None
 
 
-def open_evictions(scheduler: Any, path: Any) -> Evictions | None:
-    """The kept sets that a recording names, if it names any.
+def open_sets(scheduler: Any, path: Path) -> SetsOfRecording:
+    """The kept sets that a recording names.
 
     Raises:
-        ProbeError: as `Evictions`. UnsupportedError: the engine does not attend as a kept set needs.
+        ProbeError: as `SetsOfRecording`. UnsupportedError: the engine does not attend as a kept set needs.
     """
-    if path is None:
-        return None
     server, model = scheduler.server_args, scheduler.model_config
     backends = {getattr(server, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")} - {None}
     if backends != {PROBE_TORCH}:
@@ -77,57 +110,24 @@ def open_evictions(scheduler: Any, path: Any) -> Evictions | None:
         )
     if server.tp_size != 1:
         raise UnsupportedError("under tensor parallelism each rank has a share of the kv heads", fix="set `tp_size: 1`")
-    return Evictions(KeptFile(path), layers=model.num_hidden_layers, kv_heads=model.get_num_kv_heads(1))
+    return SetsOfRecording(KeptFile(path), layers=model.num_hidden_layers, kv_heads=model.get_num_kv_heads(1))
 
 
-def requested(req: Any) -> object | None:
-    """The key that a request names."""
-    params = req.sampling_params.custom_params
-    options = params.get("probe") if isinstance(params, dict) else None
-    return options.get("evict") if isinstance(options, dict) else None
-
-
-def cache_end(req: Any) -> int | None:
-    """First position that a request must compute itself; None if it has no kept set."""
-    key = requested(req)
-    if key is None:
-        return None
-    evictions = probe.active().evictions
-    if evictions is None or evictions.refusal(key, len(req.origin_input_ids)):
-        return None
-    return evictions.lengths[str(key)]
-
-
-def refuse_misfits(req: Any) -> None:
-    """Have SGLang refuse a request that names a kept set which it cannot have: it then answers with the reason."""
-    key = requested(req)
-    if key is None:
-        return
-    evictions = probe.active().evictions
-    if evictions is None:
-        reason: str | None = f"`evict: {key}` is no kept set of this recording, which has none"
-    else:
-        reason = evictions.refusal(key, len(req.origin_input_ids))
-    if reason:
-        req.set_finish_with_abort(f"sglang-probe: {reason}")
-
-
-def rows_of(evictions: Evictions, reqs: list[Any], plan: ForwardPlan) -> list[EvictedRow]:
-    """Rows of a forward with queries behind their cache.
+def rows_of(sets: SetsOfRecording, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> list[KeptRow]:
+    """Rows of a forward with queries past the end of their cache.
 
     Raises:
         ProbeError: a request that was admitted under a kept set cannot have it.
     """
     found = []
-    for i, req in enumerate(reqs):
-        key = requested(req)
-        if key is None:
+    for i, (req, ask) in enumerate(zip(reqs, asks, strict=True)):
+        if ask.evict is None:
             continue
-        if reason := evictions.refusal(key, plan.prompt_lens[i]):
+        if reason := sets.refusal(ask.evict, plan.prompt_lens[i]):
             if req.to_finish is not None:  # refused at its arrival: one token runs in the place of its prompt
                 continue
             raise ProbeError(f"request {req.rid}: {reason}")
-        if plan.ends[i] > evictions.lengths[str(key)]:
-            kept = evictions.kept(str(key))
-            found.append(EvictedRow(i, req.rid, plan.attempts[i], kept, plan.starts[i], plan.ends[i]))
+        if plan.ends[i] > sets.lengths[ask.evict]:
+            kept = sets.kept(ask.evict)
+            found.append(KeptRow(i, req.rid, plan.attempts[i], kept, plan.starts[i], plan.ends[i]))
     return found

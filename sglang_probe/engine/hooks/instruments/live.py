@@ -10,16 +10,20 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sglang_probe.engine.hooks import inventory
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.ask import Ask
+from sglang_probe.engine.hooks import guard, inventory
+from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.ledger.recorder import ForwardPlan, RequestEnd
 from sglang_probe.engine.live import provenance
 from sglang_probe.engine.live.metrics import Metrics
 from sglang_probe.engine.live.recording import LiveRecording
+from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 logger = logging.getLogger("sglang_probe")
 
@@ -51,6 +55,33 @@ _ARGUMENTS = (
 )
 
 
+class LiveServer(Instrument):
+    """A live server is recorded in segments; a request may ask for its provenance."""
+
+    name = "live"
+    field = "provenance"
+    features = ("live",)
+
+    @classmethod
+    def wanted(cls, config: EngineProbeConfig) -> bool:
+        return config.live is not None
+
+    @classmethod
+    def hooks(cls, release: Release) -> list[Hook]:
+        loop = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
+        return [*release.live_hooks(), (loop, run_event_loop, "AROUND")]
+
+    @classmethod
+    def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+        return started.live is None and asked.live is None  # segments follow each other; a recording never ends
+
+    def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
+        live = guard.active().live
+        if live is not None:
+            rows = zip(asks, plan.rids, plan.contexts, strict=True)
+            live.launched(plan, {rid for ask, rid, context in rows if ask.provenance and context is not None})
+
+
 def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveRecording:
     """Begin to record. Called once the scheduler is built.
 
@@ -70,10 +101,8 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
         "dtype": server_args.dtype,
         "hook_points": {name: engine_module(name) for name in config.hook_points},
         "telemetry": None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
-        "telemetry_layers": probe.active().telemetry_layers,
         "rows_kept": config.rows.model_dump(mode="json"),
-        "heads": probe.active().heads,
-        "head_numbers": probe.active().head_numbers,
+        **guard.active().facts(),
         "server_resolved": {name: getattr(server_args, name, None) for name in _ARGUMENTS},
         "inventory": {"sglang": reviewed.sglang, "version": reviewed.version},
         "privacy": config.live.privacy,
@@ -90,31 +119,22 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
     )
 
 
-def launched(reqs: Sequence[Any], plan: ForwardPlan) -> None:
-    """A forward pass of these requests was launched. Runs inside guarded code."""
-    live = probe.active().live
-    if live is not None:
-        rows = zip(reqs, plan.rids, plan.contexts, strict=True)
-        prefills = ((r, rid) for r, rid, context in rows if context is not None)
-        live.launched(plan, {rid for r, rid in prefills if provenance.wanted(r.sampling_params.custom_params)})
-
-
 def named(plan: ForwardPlan) -> None:
     """Give the requests of a plan their names in the ledger. Runs inside guarded code, before the launch."""
-    live = probe.active().live
+    live = guard.active().live
     if live is not None:
         live.names.launch(plan)
 
 
 def name_of(rid: str) -> str:
     """The name of a running request in the ledger. Runs inside guarded code."""
-    live = probe.active().live
+    live = guard.active().live
     return rid if live is None else live.names.get(rid)
 
 
 def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
     """These requests are about to end; returns `ends` under their names. Runs inside guarded code."""
-    live = probe.active().live
+    live = guard.active().live
     if live is None:
         return list(ends)
     named_ends = [replace(end, rid=live.names.end(end.rid)) for end in ends]
@@ -132,7 +152,7 @@ def get_internal_state(result: Any, _controller: Any, *_args: Any, **_kwargs: An
 
 def state() -> dict[str, Any]:
     """Whether this process is being recorded, or why not, and the counts."""
-    session = probe.session
+    session = guard.session
     if session is None or session.live is None:
         return {"recording": False, "reason": "the recording was not started"}
     reason = session.fault if session.recorder is None else None
@@ -149,22 +169,22 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **k
 
 def anybody_asks() -> bool:
     """Whether a request in flight asked for its provenance."""
-    session = probe.session
+    session = guard.session
     return session is not None and session.live is not None and session.live.totals.asking > 0
 
 
-@probe.guarded
+@guard.guarded
 def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[provenance.Span]] | None:
     """Spans of the requests that finish now and asked; None if none does, so that nobody's `meta_info` changes."""
-    live = probe.active().live
+    live = guard.active().live
     assert live is not None
     spans = [live.provenance(rid) or [] if done else [] for rid, done in zip(rids, finished, strict=True)]
     return spans if any(spans) else None
 
 
-@probe.guarded
+@guard.guarded
 def _closed() -> None:
-    session = probe.active()
+    session = guard.active()
     session.close()
     session.recorder = None
 

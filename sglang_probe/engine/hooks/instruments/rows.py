@@ -8,24 +8,17 @@ not a residual to be added), so only architectures that were compared with `tran
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
-from sglang_probe.engine.hooks import session as probe
-from sglang_probe.engine.hooks.instruments.accelerator import (
-    check_captures,
-    check_device,
-    check_server,
-    graph_taps,
-    make_taps,
-)
+from sglang_probe.engine.capture.taps import Taps, head_columns
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.accelerator import check_model, check_recorded, graph_taps
 from sglang_probe.engine.hooks.instruments.attention_rows import install_attention_taps
-from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
-from sglang_probe.engine.hooks.instruments.telemetry import EngineTelemetry
+from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.releases import release
 from sglang_probe.run.hook_points import (
     EMBED,
@@ -33,47 +26,93 @@ from sglang_probe.run.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
-    check_sliding_window,
-    check_tensor_parallel,
     head_counts,
     parse_hook_point,
 )
-from sglang_probe.run.selection import kept_heads
+from sglang_probe.run.selection import Selected, selected_heads
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
+
+_CAPACITY = 1024
+"""Rows that a buffer is made for at its first use."""
 
 
-def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER `ModelRunner.load_model`: install the taps, before any graph is captured."""
-    from sglang.srt.runtime_context import get_parallel
+class Rows(Instrument):
+    """Captured rows of the hook points that the configuration names."""
 
-    if runner.is_draft_worker:
-        return
-    session = probe.active()
-    session.tp_size = get_parallel().tp_size
-    check_tensor_parallel(session.config.hook_points, session.tp_size, telemetry=session.config.telemetry is not None)
-    check_device(runner.device, session.config.accelerator)
-    check_server(runner.server_args)
-    install_taps(runner.model, session.config.hook_points)
-    model_config = runner.model_config
-    check_sliding_window(model_config.hf_text_config.to_dict(), model_config.context_len)
-    heads = _heads(runner.model, session.config.hook_points)
-    session.heads, session.head_numbers = kept_heads(session.config.rows, heads)
-    through_graphs = session.config.accelerator == "unproved"
-    if through_graphs:
-        check_captures(runner)
-        if session.config.hook_points:
-            session.graph_taps = graph_taps(runner, session.config.hook_points, session.heads, session.kept_columns())
-    session.new_taps()
-    if session.config.telemetry is not None:
-        asked = runner.model.model.layers, session.config.telemetry
-        session.telemetry = (
-            AcceleratorTelemetry(*asked, functools.partial(make_taps, runner), runner.dtype)
-            if through_graphs
-            else EngineTelemetry(*asked)
-        )
-        session.telemetry_layers = session.telemetry.layers
+    name = "rows"
+    features = ("rows",)
+    in_model = True
+
+    @classmethod
+    def wanted(cls, config: EngineProbeConfig) -> bool:
+        return bool(config.hook_points)
+
+    @classmethod
+    def needs(cls, config: EngineProbeConfig) -> Sequence[str]:
+        return [*cls.features, *(["attention rows"] if attention_points(config.hook_points) else [])]
+
+    @classmethod
+    def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+        return started.hook_points == asked.hook_points and started.rows == asked.rows
+
+    def __init__(self, config: EngineProbeConfig) -> None:
+        super().__init__(config)
+        self._selected = Selected(config.rows, config.hook_points)
+        self.taps: Taps | GraphTaps | None = None
+        """Set once the model is loaded."""
+        self._heads: dict[str, list[int]] = {}
+        self._head_numbers: dict[str, list[int]] = {}
+
+    def attach(self, runner: Any) -> None:
+        hook_points = self.config.hook_points
+        check_model(runner, self.config)
+        install_taps(runner.model, hook_points, self)
+        self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))
+        if self.config.accelerator == "unproved":
+            self.taps = graph_taps(runner, hook_points, self._heads, self._columns())
+        else:
+            self.taps = Taps(hook_points, capacity=_CAPACITY, columns=self._columns())
+
+    def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
+        super().open(config, scheduler)
+        # Taps that are part of recorded graphs stay for as long as the engine does.
+        if not isinstance(self.taps, GraphTaps):
+            self.taps = Taps(config.hook_points, capacity=_CAPACITY, columns=self._columns())
+
+    def check_captured(self, num_tokens: int) -> None:
+        if isinstance(self.taps, GraphTaps):
+            check_recorded(self.taps, num_tokens)
+
+    def before(self, forward: Forward) -> None:
+        assert self.taps is not None
+        self.taps.arm()
+
+    def after(self, forward: Forward) -> None:
+        plan, taps = forward.plan, self.taps
+        if plan is None or taps is None:
+            return
+        plan.selected = self._selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
+        if isinstance(taps, GraphTaps):
+            plan.travelling["rows"] = taps.snapshot(plan.tokens, replayed=forward.replayed, selected=plan.selected)
+        else:
+            plan.rows = taps.take(plan.tokens, replayed=forward.replayed, selected=plan.selected)
+
+    def facts(self) -> dict[str, Any]:
+        return {"heads": self._heads, "head_numbers": self._head_numbers}
+
+    def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
+        """Copy what a hook point sees. Inside the model, guarded by the caller."""
+        if self.taps is not None:
+            self.taps.write(hook_point, x_ND)
+
+    def _columns(self) -> dict[str, torch.Tensor]:
+        """Of hook points that keep some heads only, the columns of these."""
+        return {h: head_columns(numbers, self._heads[h][1]) for h, numbers in self._head_numbers.items()}
 
 
-def install_taps(model: Any, hook_points: list[str]) -> None:
+def install_taps(model: Any, hook_points: list[str], rows: Rows) -> None:
     """Hook the embedding, the decoder layers and their attention.
 
     Raises:
@@ -85,10 +124,10 @@ def install_taps(model: Any, hook_points: list[str]) -> None:
     check_hook_points(hook_points, len(layers))
     for point in map(parse_hook_point, hook_points):
         if point.site == EMBED:
-            model.model.embed_tokens.register_forward_hook(_embed_hook(point.name))
+            model.model.embed_tokens.register_forward_hook(_embed_hook(rows, point.name))
         elif point.site == RESID_POST:
-            layers[point.layer].register_forward_hook(_layer_hook(point.name), with_kwargs=True)
-    install_attention_taps(layers, attention_points(hook_points))
+            layers[point.layer].register_forward_hook(_layer_hook(rows, point.name), with_kwargs=True)
+    install_attention_taps(layers, attention_points(hook_points), rows.write)
 
 
 def _heads(model: Any, hook_points: list[str]) -> dict[str, list[int]]:
@@ -99,77 +138,34 @@ def _heads(model: Any, hook_points: list[str]) -> dict[str, list[int]]:
     return head_counts(hook_points, heads=core.tp_q_head_num, kv_heads=core.tp_k_head_num, head_dim=core.head_dim)
 
 
-def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `ModelRunner.forward`: take the rows that the taps wrote."""
-    _arm(runner, forward_batch)
-    output = original(runner, forward_batch, *args, **kwargs)
-    if not runner.is_draft_worker:
-        _take(output)
-        _measure(runner, forward_batch, output)
-    return output
-
-
-@probe.guarded
-def _arm(runner: Any, forward_batch: Any) -> None:
-    session = probe.active()
-    if session.taps is not None:
-        session.taps.arm()
-    if session.telemetry is not None and session.current is not None and not runner.is_draft_worker:
-        session.telemetry.prepare(runner, forward_batch, session.current)
-
-
-@probe.guarded
-def _take(output: Any) -> None:
-    session = probe.active()
-    plan, taps = session.current, session.taps
-    if plan is None or taps is None or not session.config.hook_points:
-        return
-    plan.kept = session.selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
-    if isinstance(taps, GraphTaps):
-        plan.snapshot = taps.snapshot(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
-    else:
-        plan.rows = taps.take(plan.tokens, replayed=output.can_run_graph, kept=plan.kept)
-
-
-@probe.guarded
-def _measure(runner: Any, forward_batch: Any, output: Any) -> None:
-    session = probe.active()
-    if session.current is not None and session.telemetry is not None:
-        session.telemetry.measure(runner, forward_batch, session.current, replayed=output.can_run_graph)
-
-
-def _embed_hook(name: str) -> Callable[..., None]:
-    @probe.tapping
+def _embed_hook(rows: Rows, name: str) -> Callable[..., None]:
+    @guard.tapping
     def write_embedding(_module: Any, _args: Any, output: torch.Tensor) -> None:
-        taps = probe.active().taps
-        if taps is not None:
-            taps.write(name, output)
+        rows.write(name, output)
 
     return write_embedding
 
 
-def _layer_hook(name: str) -> Callable[..., None]:
+def _layer_hook(rows: Rows, name: str) -> Callable[..., None]:
     def write_residual(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         residual_ND = _residual(args, kwargs, output)
         if residual_ND is not None:
             write(residual_ND)
 
-    @probe.tapping
+    @guard.tapping
     def write(residual_ND: torch.Tensor) -> None:
-        taps = probe.active().taps
-        if taps is not None:
-            taps.write(name, residual_ND)
+        rows.write(name, residual_ND)
 
     return write_residual
 
 
 def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
-    """The residual stream behind a layer, or None where nobody needs it.
+    """The residual stream after a layer, or None where nobody needs it.
 
     A sum over tensor-parallel ranks that the layer left open is completed here, by all of them. So a rank takes part
     whether or not it records: one that stopped alone would leave the others waiting for ever.
     """
-    session = probe.active()
+    session = guard.active()
     if not session.taps_write and session.tp_size == 1:
         return None
     try:

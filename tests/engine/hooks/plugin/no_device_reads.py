@@ -98,10 +98,10 @@ ALLOWED = {"_close"}
 def register() -> None:
     if "NO_DEVICE_READS" not in os.environ or "sglang.srt.managers.scheduler" not in sys.modules:
         return
-    from sglang_probe.engine.hooks import session
+    from sglang_probe.engine.hooks import guard, session
 
     for name in ("guarded", "tapping"):  # for what is decorated from now on
-        setattr(session, name, functools.partial(_watch, getattr(session, name)))
+        setattr(guard, name, functools.partial(_watch, getattr(guard, name)))
     for module in [m for n, m in sys.modules.items() if n.startswith("sglang_probe.engine.hooks")]:
         for function in vars(module).values():  # for what has been
             if getattr(getattr(function, "__wrapped__", None), "__module__", None) == module.__name__:
@@ -120,12 +120,13 @@ def register() -> None:
 
 
 def _what_was_sent_may_be_read() -> None:
-    """On a GPU it is another tensor then, in host memory."""
+    """On a GPU it is another tensor then, in host memory; on a CPU 0.5.17's asynchronous copy is a `to("cpu")`."""
     from sglang_probe.engine.capture.transfer import Transfer
 
     send = Transfer.send
 
     def send_and_mark(transfer: Any, copy: Any) -> None:
+        transfer._on_device.from_host = True
         send(transfer, copy)
         transfer._on_host.from_host = True
 
@@ -134,17 +135,19 @@ def _what_was_sent_may_be_read() -> None:
 
 def simulate_replay() -> None:
     """Make decode steps look as if they had been replayed: SGLang says so, the host does not know which taps fired, and
-    the rows behind the real batch hold something."""
+    the rows after the real batch hold something."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_probe.engine.hooks import session
+    from sglang_probe.engine.capture.graph_taps import GraphTaps
+    from sglang_probe.engine.hooks import guard
 
     def replayed(output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> Any:
-        running = session.session
-        if running is not None and running.graph_taps is not None and forward_batch.forward_mode.is_decode():
+        running = guard.session
+        if running is not None and running.instruments and forward_batch.forward_mode.is_decode():
             output.can_run_graph = True
-            for taps in (running.graph_taps, getattr(running.telemetry, "taps", None)):
-                if taps is not None:
+            of = [x for i in running.instruments for x in (i, getattr(i, "measurements", None))]
+            for taps in (getattr(x, "taps", None) for x in of):
+                if isinstance(taps, GraphTaps):
                     taps._written = dict.fromkeys(taps.columns, -1)
                     taps.buffer[forward_batch.batch_size :].fill_(7)
         return output

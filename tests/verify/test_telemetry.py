@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sglang_probe.engine.capture.telemetry import NUMBERS, Measured, TelemetryConfig
+from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.writer import _telemetry_table
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run.run import Run
-from sglang_probe.run.telemetry import telemetry_holds
+from sglang_probe.run.telemetry_options import NUMBERS, TelemetryConfig
+from sglang_probe.verify.telemetry import telemetry_holds
 
 HEADS, TOP = 2, 3
 
@@ -74,7 +75,7 @@ def test_heads_are_told_apart_when_it_is_read(run: Run) -> None:
         (lambda f: f.assign(forward_id=f["forward_id"] + 1), "was not due"),
         (lambda f: f.assign(rid="a"), "is there twice"),
         (lambda f: f.assign(mass_sinks=[[0.5, 0.2]] * len(f)), "a position 6: weights do not sum to 1"),
-        (lambda f: f.assign(top_positions=[[9] * 6] * len(f)), "a top position lies behind the step"),
+        (lambda f: f.assign(top_positions=[[9] * 6] * len(f)), "a top position lies past the step"),
     ],
 )
 def test_a_step_that_is_missing_or_wrong_is_noticed(run: Run, change: Callable, named: str) -> None:

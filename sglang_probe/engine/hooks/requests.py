@@ -1,0 +1,78 @@
+"""A request was made: what it asks is read once, checked, and refused where it cannot be had.
+
+SGLang answers a refused request with the message and status 400 (`Req.set_finish_with_abort`). Every tensor-parallel
+rank does the same, whether or not it records: a rank that refused alone would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_probe.ask import Ask
+from sglang_probe.engine.hooks import guard
+from sglang_probe.errors import ConfigError
+
+_ASK = "_sglang_probe_ask"
+"""Attribute of a `Req`."""
+
+
+def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER SGLang made a request, before it is queued. For the release's own hook (`Release.request_hooks`)."""
+    session = guard.session
+    if session is None:
+        return
+    ask = Ask()
+    if req.to_finish is None:  # else SGLang has refused it already
+        try:
+            ask = _admitted(session, req, scheduler.model_config)
+        except ConfigError as e:
+            req.set_finish_with_abort(f"sglang-probe: {e.message}")
+        except Exception as e:
+            session.fail("made", e)
+            req.set_finish_with_abort("sglang-probe: what the request asks of the probe could not be checked")
+    setattr(req, _ASK, ask)
+    if not ask.publishes:
+        req.skip_radix_cache_insert = True
+
+
+def _admitted(session: Any, req: Any, model: Any) -> Ask:
+    ask = Ask.of(req.sampling_params)
+    if ask.fields:
+        ask.refuse_beyond(session.honoured)
+        ask.check(
+            prompt_len=len(req.origin_input_ids),
+            new_tokens=req.sampling_params.max_new_tokens or 0,
+            context=model.context_len,
+            vocabulary=model.vocab_size,
+        )
+        for instrument in session.instruments:
+            instrument.admit(ask, req)
+    return ask
+
+
+def ask_of(req: Any) -> Ask:
+    """What a request asked when it was made. One that SGLang made for its own use asks nothing."""
+    ask: Ask = getattr(req, _ASK, _NOTHING)
+    return ask
+
+
+def asks_of(reqs: Sequence[Any]) -> list[Ask]:
+    """What each of these requests asks."""
+    return [ask_of(req) for req in reqs]
+
+
+def read_limit(req: Any) -> int | None:
+    """Positions that a request may reuse from the radix cache at most; None: as SGLang decides. For the release's own
+    match hook."""
+    session = guard.session
+    if session is None:
+        return None
+    ask = ask_of(req)
+    if not ask.fields:
+        return None
+    limits = (instrument.read_limit(ask, req) for instrument in session.instruments)
+    return min((n for n in limits if n is not None), default=None)
+
+
+_NOTHING = Ask()

@@ -1,0 +1,189 @@
+"""One run, with everything that is known of it before an engine starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.ask import Ask
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.errors import ConfigError, ProbeError
+from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
+from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
+from sglang_probe.kept_set import KeptFile
+from sglang_probe.policy.arm import Arm
+from sglang_probe.run.hook_points import engine_module
+from sglang_probe.run.manifest import new_manifest
+from sglang_probe.run.run import Run
+from sglang_probe.workload.build import digest_of
+from sglang_probe.workload.request import Request
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can be recorded: `job_of` checked it."""
+
+    prepared: Prepared
+    name: str
+    requests: Sequence[Request]
+    arm: Arm
+    hook_points: tuple[str, ...]
+    capture: Capture
+    forced: dict[int, tuple[int, ...]] | None
+    """Output tokens that are decoded in place of sampled ones, by number of the request."""
+    forced_from: str | None
+    """The run that they come from."""
+    kept: KeptFile | None
+    order_seed: int | None
+    asks: frozenset[str]
+    """Fields of `Ask` that its requests, as they are served, may have."""
+
+    @property
+    def server(self) -> dict[str, Any]:
+        """The server arguments of its engine."""
+        config = self.prepared.config
+        return {"dtype": self.arm.dtype or config.dtype, **self.arm.start_args(config.server)}
+
+    def asked(self, request: Request) -> dict[str, Any]:
+        """The sampling parameters that a request is served with."""
+        system = None
+        if self.prepared.config.telemetry is not None:
+            system = tuple((s.start, s.end) for s in request.spans if s.name == "system")
+        force = None if self.forced is None else self.forced[request.index]
+        return Ask(cache=self.arm.bypass, force=force, system=system).into(request.sampling_params)
+
+
+def job_of(
+    prepared: Prepared,
+    name: str,
+    requests: Sequence[Request],
+    *,
+    arm: Arm,
+    hook_points: Sequence[str] | None = None,
+    outputs_of: Run | None = None,
+    kept: KeptFile | None = None,
+    order_seed: int | None = None,
+) -> Job:
+    """Check a run.
+
+    Args:
+        hook_points: None: the configuration's.
+        outputs_of: a run whose output tokens are forced here, so that both decode the same text.
+        kept: the kept sets that requests name.
+        order_seed: submit the requests in an order shuffled by this seed; None: in the given order.
+
+    Raises:
+        ConfigError: a request asks for what it cannot have, names a kept set that it cannot have, or has another's id.
+        UnsupportedError: the hook points cannot be captured, or the engine cannot attend to kept sets.
+        WorkloadError: a request does not fit into the context.
+        ProbeError: `outputs_of` has no output for a request.
+    """
+    config = prepared.config
+    requests = tuple(requests)
+    if requests != prepared.workload.requests:
+        check_requests(requests, prepared)
+    if len({r.rid for r in requests}) < len(requests) or any("~" in r.rid for r in requests):
+        raise ConfigError("the ids of the requests of a run must differ and hold no `~`")
+    points = tuple(config.hook_points if hook_points is None else hook_points)
+    server = {**config.server, **arm.server}
+    capture = capture_of(config, prepared.model, points, [server])
+    check_kept(requests, kept, prepared.model)
+    if kept is not None:
+        check_backend(server)
+        if config.telemetry is not None:
+            raise ConfigError(
+                "telemetry is computed from every cached key, and a request with a kept set attends to some of them",
+                fix="record it without `telemetry`, or serve it without kept sets",
+            )
+    forced = None if outputs_of is None else _outputs(outputs_of, requests)
+    asks = {field for r in requests for field in Ask.of(r.sampling_params).fields}
+    asks |= {"force"} if forced is not None else set()
+    asks |= {"cache"} if arm.bypass is not None else set()
+    asks |= {"evict"} if kept is not None else set()
+    asks |= {"system"} if config.telemetry is not None else set()
+    return Job(
+        prepared=prepared,
+        name=name,
+        requests=requests,
+        arm=arm,
+        hook_points=points,
+        capture=capture,
+        forced=forced,
+        forced_from=None if outputs_of is None else outputs_of.manifest["name"],
+        kept=kept,
+        order_seed=order_seed,
+        asks=frozenset(asks),
+    )
+
+
+def _outputs(run: Run, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
+    found = {r.index: tuple(r.output_ids.tolist()) for r in run.requests().itertuples()}
+    if (absent := next((r for r in requests if r.index not in found), None)) is not None:
+        raise ProbeError(f"{run.path} has no output for {absent.where}", fix="finish it with --resume first")
+    return {r.index: found[r.index] for r in requests}
+
+
+def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfig:
+    """What the engine's processes are told.
+
+    Args:
+        asks: fields of `Ask` that the engine must honour, for this run and for those that share it.
+    """
+    config = job.prepared.config
+    return EngineProbeConfig(
+        run=path.resolve(),
+        hook_points=list(job.hook_points),
+        accelerator=config.accelerator,
+        rows=config.rows,
+        telemetry=config.telemetry,
+        asks=sorted(asks),
+        kept=None if job.kept is None else path.resolve() / KEPT_FILE,
+        switches=job.arm.switches(config.server),
+        checkpoint_seconds=config.checkpoint_seconds,
+        ignore_interrupt=True,
+    )
+
+
+def manifest_of(job: Job, path: Path) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    prepared, arm = job.prepared, job.arm
+    config, model = prepared.config, prepared.model
+    return new_manifest(
+        name=path.name,
+        arm=job.name,
+        policy=arm.model_dump(mode="json"),
+        model=model.identity,
+        model_path=model.path,
+        model_config=model.config,
+        dtype=arm.dtype or config.dtype,
+        hook_points={h: engine_module(h) for h in job.hook_points},
+        rows_kept=config.rows.model_dump(mode="json"),
+        telemetry=None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
+        telemetry_layers=job.capture.telemetry_layers,
+        heads=job.capture.heads,
+        head_numbers=job.capture.head_numbers,
+        workload=dict(prepared.workload.source),
+        workload_digest=digest_of(job.requests),
+        corpus_digest=prepared.workload.corpus_digest,
+        sampling=config.sampling,
+        concurrency=config.concurrency,
+        submission_order=job.order_seed,
+        server_given=job.server,
+        switches=arm.switches(config.server).model_dump(mode="json", exclude_none=True),
+        partners=None if arm.partners is None else arm.partners.model_dump(mode="json"),
+        forced_from=job.forced_from,
+        forced_digest=None if job.forced is None else _digest(sorted(job.forced.items())),
+        kept_digest=None if job.kept is None else digest_of_kept(job.kept, job.requests),
+        inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
+        requests_expected=len(job.requests),
+        lines_skipped=prepared.workload.skipped,
+        privacy="ids",
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

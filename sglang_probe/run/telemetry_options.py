@@ -1,0 +1,64 @@
+"""Attention telemetry: what it is recorded with, and which numbers it has. Stored in the manifest of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from sglang_probe.config import Config
+from sglang_probe.errors import ConfigError
+
+REGIONS = ("sinks", "system", "prompt", "window", "generated")
+"""Where weight goes: the first positions, the rest of the system prompt, the rest of the prompt, its last positions
+(whatever their class), and generated tokens. They part the keys; the first that fits is taken, `window` before
+`system`."""
+
+NUMBERS = ("entropy", "entropy_without_sinks", "support", *(f"mass_{r}" for r in REGIONS), "jump")
+"""One of each per step, layer and head."""
+
+
+class TelemetryOptions(Config):
+    """What the numbers depend on; stored with them."""
+
+    sinks: int = Field(default=4, ge=0)
+    window: int = Field(default=32, ge=0)
+    top_k: int = Field(default=8, ge=1)
+    """Positions listed with the most weight."""
+    memory: int = Field(default=4, ge=1)
+    """Measured steps before, whose mean a step is compared with for its jump score."""
+    every: PositiveInt = 1
+    """Decode steps 1, 1 + every, 1 + 2 · every, ... are measured."""
+
+
+class TelemetryConfig(TelemetryOptions):
+    """`telemetry` of a configuration. The cost of a measured step is stated in docs/benchmarks.md."""
+
+    layers: list[int] | Literal["all"] = "all"
+    every: PositiveInt = 4
+
+    @field_validator("layers")
+    @classmethod
+    def _a_set(cls, layers: list[int] | Literal["all"]) -> list[int] | Literal["all"]:
+        if layers != "all" and (not layers or sorted(set(layers)) != layers or layers[0] < 0):
+            raise ValueError("`layers` must be ascending numbers from 0, each once, and at least one; or `all`")
+        return layers
+
+    def options(self) -> TelemetryOptions:
+        """What the numbers depend on."""
+        return TelemetryOptions(**self.model_dump(exclude={"layers"}))
+
+
+def layers_of(config: TelemetryConfig, layers: int) -> list[int]:
+    """Numbers of the layers that are measured, of a model with `layers`.
+
+    Raises:
+        ConfigError: a layer does not exist.
+    """
+    if config.layers == "all":
+        return list(range(layers))
+    if config.layers[-1] >= layers:
+        raise ConfigError(
+            f"`telemetry: layers` names layer {config.layers[-1]}; the model has {layers}, numbered from 0"
+        )
+    return config.layers

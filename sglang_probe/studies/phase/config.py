@@ -1,0 +1,35 @@
+"""The YAML of `sglang-probe phase`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from sglang_probe.harvest.config import WorkloadRecording, refuse_rows
+from sglang_probe.policy.arm import Arm
+from sglang_probe.workload.build import WorkloadConfig
+from sglang_probe.workload.documents import Documents
+
+
+class PhaseConfig(WorkloadRecording):
+    """A phase study. Every text is cut to `prompt_tokens` and a continuation, whose positions are compared."""
+
+    name: str | None = None
+    workload: WorkloadConfig = Field(default_factory=Documents)
+    prompt_tokens: int = Field(default=128, ge=1)
+    continuation_tokens: int = Field(default=128, ge=1)
+    sampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
+    """Of the decoded continuation; its length is set by `continuation_tokens`."""
+    replicates: int = Field(default=2, ge=1, le=2)
+    """2: every run once more, in another order, for the floor."""
+
+    @model_validator(mode="after")
+    def _compares_all_positions(self) -> PhaseConfig:
+        refuse_rows(self)
+        return self
+
+    @property
+    def arm(self) -> Arm:
+        """Nothing is reused, so that every position is computed in its own phase."""
+        return Arm(cache="off")
