@@ -1,7 +1,7 @@
 """Axis `phase`: prefill, decode, or recomputation after a retraction.
 
 The ledger names a phase only where something was computed. A position that was reused or dropped is `decode` if it lies
-behind the prompt, else `prefill`: what computing it would have been.
+after the prompt, else `prefill`: what computing it would have been.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Axis `role`: who speaks, recovered from token ids alone, for traffic of which only the ids were recorded.
 
-A chat template writes a header before every message (`<|im_start|>user\\n`) and something behind it (`<|im_end|>\\n`).
+A chat template writes a header before every message (`<|im_start|>user\\n`) and something after it (`<|im_end|>\\n`).
 Both are found by rendering small chats with a marker for every content (as `workload/render.py` does). A header's key
-is its shortest end that begins with a special token and belongs to one role only; in the traffic, tokens behind a key
+is its shortest end that begins with a special token and belongs to one role only; in the traffic, tokens after a key
 are the role's until a special token with which the template ends a message. Special tokens are `special`, what else the
 template writes is `template`, and a request without any header is `plain`: it did not go through the template.
 
@@ -51,7 +51,7 @@ class Role(Axis):
 
     def __init__(self, tokenizer: Any) -> None:
         self._headers, self._enders, special = read_template(tokenizer)
-        # Few tokens stand behind headers.
+        # Few tokens stand after headers.
         self._text: Callable[[int], str] = functools.lru_cache(4096)(lambda i: str(tokenizer.decode([i])))
         super().__init__("role", [*self._headers, TEMPLATE, SPECIAL, PLAIN, UNKNOWN])
         self._special = np.zeros(1 + max(special), dtype=bool)
@@ -60,7 +60,7 @@ class Role(Axis):
     def labels(self, batch: Batch) -> Array:
         """See `Axis`."""
         ids = batch.ids
-        # States change at events: 1 + role behind a header, 0 behind a message. Later ones at a position win.
+        # States change at events: 1 + role after a header, 0 after a message. Later ones at a position win.
         events = {int(at) + 1: 0 for at in np.flatnonzero(np.isin(ids, self._enders))}
         template, n = len(self._headers), len(ids)
         codes = np.full(n, template, dtype=np.uint16)
@@ -109,7 +109,7 @@ def find(ids: Array, key: Ids) -> Array:
 
 
 def read_template(tokenizer: Any) -> tuple[dict[str, tuple[Ids, str]], list[int], set[int]]:
-    """Headers by role as (key, white space behind it), special tokens that end a message, and all special tokens."""
+    """Headers by role as (key, white space after it), special tokens that end a message, and all special tokens."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the tokenizer has no chat template, so there are no roles to recover", fix="leave out the axis `role`"
@@ -136,7 +136,7 @@ def read_template(tokenizer: Any) -> tuple[dict[str, tuple[Ids, str]], list[int]
 
 
 def _literals(tokenizer: Any, chat: tuple[str, ...]) -> list[Ids] | None:
-    """Tokens that the template writes before, between and behind the contents; None if it refuses the chat."""
+    """Tokens that the template writes before, between and after the contents; None if it refuses the chat."""
     messages = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(chat)]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)

@@ -16,7 +16,7 @@ OTHER = "other"
 
 
 class Segment(Axis):
-    """Segments of the prompt, `generated` behind it; `unknown` where a live recording lacks the prompt's length."""
+    """Segments of the prompt, `generated` after it; `unknown` where a live recording lacks the prompt's length."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__(SEGMENT, [*names, GENERATED, UNKNOWN])

@@ -22,7 +22,7 @@ from sglang_probe.errors import ProbeError
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries behind the prompt: lookahead tokens, or the decode steps themselves."""
+    """Queries after the prompt: lookahead tokens, or the decode steps themselves."""
 
     q_THD: Tensor
     """Post-RoPE."""

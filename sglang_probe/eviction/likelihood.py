@@ -1,6 +1,6 @@
 """What the model predicts, offline: logits in float32 from captured rows of the last layer's residual stream.
 
-The row of position `p` predicts the token at `p + 1`. So the tokens of an output of T tokens behind a prompt of L are
+The row of position `p` predicts the token at `p + 1`. So the tokens of an output of T tokens after a prompt of L are
 predicted by the rows of positions `L - 1 ... L + T - 2`, of which the first is a prefill row: under the query-visible
 protocol it comes from the full cache.
 """
@@ -29,7 +29,7 @@ class Unembedding:
     weight_VM: Tensor
 
     def logits(self, rows_NM: Tensor) -> Tensor:
-        """Logits `[N, V]` in float32 of rows of the residual stream behind the last layer."""
+        """Logits `[N, V]` in float32 of rows of the residual stream after the last layer."""
         x = rows_NM.to(torch.float32)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.norm_M
         return x @ self.weight_VM.T
@@ -55,7 +55,7 @@ def output_logits(run: Run, rid: str, unembedding: Unembedding) -> Tensor:
     """Logits `[T, V]` that predict the T output tokens of a request.
 
     Raises:
-        RunDirectoryError: no such request, or the residual stream behind the last layer was not captured.
+        RunDirectoryError: no such request, or the residual stream after the last layer was not captured.
     """
     last = int(model_config(run)["num_hidden_layers"]) - 1
     r = run.requests().set_index("rid").loc[rid]

@@ -1,7 +1,7 @@
 """Generating from a compressed cache in the real engine: requests that each name a kept set.
 
 A request with a kept set of `n` positions computes its first `n` positions as always; every later query attends, in
-its layer and kv head, to the kept ones of them and to all positions behind them. With `n` the length of the prompt the
+its layer and kv head, to the kept ones of them and to all positions after them. With `n` the length of the prompt the
 first output token therefore still comes from the full cache, as in the papers. Nothing is freed: the entries stay in
 the pool and are left out of the attention, so memory and scheduling are those of a full cache. Such a request reads the
 radix cache up to position `n` and publishes nothing.

@@ -1,4 +1,4 @@
-"""Names of hook points, as in TransformerLens, and the engine module behind each.
+"""Names of hook points, as in TransformerLens, and the engine module of each.
 
 `hook_q` and `hook_k` are what the rotary embedding takes (after q/k norm, where a model has one), `hook_rot_q` and
 `hook_rot_k` what it gives: those attention uses and, of keys, the cache stores. TransformerLens keeps one axis for the

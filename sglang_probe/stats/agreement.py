@@ -1,4 +1,4 @@
-"""Does one quantity rank things as another does? Spearman's correlation with an interval over the units behind both.
+"""Does one quantity rank things as another does? Spearman's correlation with an interval over the units of both.
 
 Noise of either side pulls a rank correlation towards 0, and drawing units with replacement adds as much noise again:
 the draws lie below the estimate, and their percentiles may leave it out. So the interval is the estimate plus or minus

@@ -27,7 +27,7 @@ from sglang_probe.workload.request import Conversation, Segment, Truth
 from sglang_probe.workload.sources import SourceReport
 
 _AROUND = 4
-"""Tokens of a prompt besides its body: `<bos>` before it, the separator, the marker and the key behind it."""
+"""Tokens of a prompt besides its body: `<bos>` before it, the separator, the marker and the key after it."""
 _BODY = 1
 """Position of the body's first token."""
 _IDS = {word: i for i, word in enumerate(WORDS)}

@@ -1,8 +1,8 @@
 """PyTorch attention that does not pay for a cached prefix twice, and in which a request may attend to a kept set.
 
-SGLang's `torch_native` backend pads the queries behind a cached prefix to the full length and throws the padding's
+SGLang's `torch_native` backend pads the queries after a cached prefix to the full length and throws the padding's
 output away, so that a hit saves no attention. This one asks for the new queries only, with the mask that the padding
-implied. In bfloat16 the bits are the same (`test_switches.py`); in float32 the last ones can differ behind
+implied. In bfloat16 the bits are the same (`test_switches.py`); in float32 the last ones can differ after
 a prefix, because PyTorch's CPU kernel multiplies blocks of queries whose size follows from their number.
 
 A request without a kept set is computed as if none were in its batch, in decode with the bits of the stock code. Those
@@ -148,7 +148,7 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
     def _extend_kept(
         self, evicted: KeptRow, q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None
     ) -> Tensor:
-        """Queries before the end of the cache see everything before them; those behind it, the kept set."""
+        """Queries before the end of the cache see everything before them; those after it, the kept set."""
         end = evicted.kept.length
         inside = max(0, end - evicted.start)
         seen = seen_behind_cache(evicted.kept, self._layer, evicted.start + inside, evicted.end)

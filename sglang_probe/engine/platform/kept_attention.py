@@ -48,7 +48,7 @@ def attend_masked(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, seen_GNL: Tensor,
 
 
 def seen_behind_cache(kept: Kept, layer: int, start: int, end: int) -> Tensor:
-    """What queries at positions `[start, end)` behind the cache may see, bool `[G, end - start, end]`."""
+    """What queries at positions `[start, end)` after the cache may see, bool `[G, end - start, end]`."""
     of_cache = torch.stack([kept.at(p)[layer] for p in range(start, end)], 1)
     behind = torch.arange(kept.length, end)
     causal = behind[None, :] <= torch.arange(start, end)[:, None]

@@ -1,7 +1,7 @@
 """Which KV entries each kv head reads in a decode step, kept from step to step for a batch of evicted requests.
 
 An entry is a slot and a head, numbered `slot * G + g`. Columns are the kept positions, padded to the longest head of
-the batch, and behind them the positions behind the cache, which all heads and layers share: a step adds one column.
+the batch, and after them the positions after the cache, which all heads and layers share: a step adds one column.
 Shapes: Y layers, B requests, G kv heads, J columns.
 """
 
@@ -45,7 +45,7 @@ class KeptSlots:
         counts = [k.counts_SYG for k in self._kept]
         widths = [int(c.max()) for c in counts]
         self.width = max(widths)
-        """Columns of kept positions; those behind the cache follow."""
+        """Columns of kept positions; those after the cache follow."""
         longest = max(r.end - r.kept.length for r in rows)
         self._capacity = longest + _ROOM
         shape = (layers, len(rows), heads, self.width + self._capacity)

@@ -32,7 +32,7 @@ class Release(ABC):
     """Module of what carries rows off an accelerator (`row_hooks`)."""
 
     overshoots_at_length: ClassVar[bool]
-    """Whether overlap scheduling computes one step behind a finish by length too, and not by a stop alone."""
+    """Whether overlap scheduling computes one step after a finish by length too, and not by a stop alone."""
 
     namespace_fields: ClassVar[tuple[str, ...]]
     """Fields of a request that separate prefixes besides its tokens."""
@@ -88,7 +88,7 @@ class Release(ABC):
 
     @abstractmethod
     def residual(self, forward_batch: Any, output: Any) -> Any:
-        """The residual stream `[tokens, d_model]` behind a decoder layer that gave `output`."""
+        """The residual stream `[tokens, d_model]` after a decoder layer that gave `output`."""
 
     @abstractmethod
     def row_hooks(self) -> list[Hook]:

@@ -139,7 +139,7 @@ def init_req_max_new_tokens(_result: None, scheduler: Any, req: Any) -> None:
 def keep_chunks(_result: None, req: Any, tree: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER `maybe_cache_unfinished_req`: a chunk that was not published still counts as done.
 
-    The next chunk begins behind `req.prefix_indices`, which a publication extends, and so does `ChunkCache`; SGLang
+    The next chunk begins after `req.prefix_indices`, which a publication extends, and so does `ChunkCache`; SGLang
     leaves it alone for a tree that is switched off and for a request that publishes nothing, and would compute the
     same chunk for ever.
     """

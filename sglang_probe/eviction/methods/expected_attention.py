@@ -18,7 +18,7 @@ from sglang_probe.eviction.scoring import GroupReduction, reduce_group, value_no
 class ExpectedAttention(Method):
     """Mean and covariance of the pre-RoPE prompt queries, turned by the mean rotation over future positions.
 
-    Score: softmax over the keys behind the sinks of `k·Rμ s + ½ kᵀ R Σ Rᵀ k s²` (s the attention scale), reduced over
+    Score: softmax over the keys after the sinks of `k·Rμ s + ½ kᵀ R Σ Rᵀ k s²` (s the attention scale), reduced over
     the group, plus `epsilon`, times the norm of the value. Sinks enter neither the statistics nor the softmax.
     """
 
@@ -30,7 +30,7 @@ class ExpectedAttention(Method):
     gqa: GroupReduction = "mean"
 
     def scores(self, layer: Layer) -> Tensor:
-        """Expected attention behind the sinks; a sink has score 0 and is always kept."""
+        """Expected attention after the sinks; a sink has score 0 and is always kept."""
         if layer.spec.softcap is not None:
             raise ProbeError(
                 "expected_attention has no closed form under a soft cap", fix="leave it out for this model"

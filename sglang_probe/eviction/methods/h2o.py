@@ -44,7 +44,7 @@ class H2O(Method):
         return reduce_group(attention_received(q, layer.k_LGD, layer.spec, first=0), self.gqa)
 
     def select(self, layer: Layer, budget: int) -> Selection:
-        """As `eviction` says; `greedy` loops over the positions behind the budget, batched over everything else."""
+        """As `eviction` says; `greedy` loops over the positions beyond the budget, batched over everything else."""
         if self.eviction == "once" or budget >= layer.length:
             return super().select(layer, budget)
         check_budget(torch.tensor(budget), self.protected(layer, budget))

@@ -20,7 +20,7 @@ Budget = Annotated[int | Fraction, BeforeValidator(parse_budget), PlainSerialize
 
 
 class Cut(Config):
-    """How a text without a right answer becomes a task: its first tokens are the prompt, those behind the reference."""
+    """How a text without a right answer becomes a task: its first tokens are the prompt, those after the reference."""
 
     prompt_tokens: int = Field(default=192, ge=16)
     question_tokens: int = Field(default=16, ge=1)

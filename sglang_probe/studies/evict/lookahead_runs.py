@@ -4,10 +4,10 @@
   of that run, at the true future positions.
 - SpecKV: the paper drafts with a smaller model. There is none here: the draft is the same model's under StreamingLLM at
   the same budget, and its tokens then run through the full cache, whose queries score.
-- DapQ: pseudo tokens behind the prompt, the first two and the last of what is compressed; their queries come from
+- DapQ: pseudo tokens after the prompt, the first two and the last of what is compressed; their queries come from
   prefill.
 
-Where the question is hidden, all of it happens behind the context alone.
+Where the question is hidden, all of it happens after the context alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Asked:
     steps: int
     kept: Kept | None = None
     pseudo: tuple[int, ...] = ()
-    """Tokens behind the compressed positions, run as a prompt (DapQ) or as forced output (SpecKV)."""
+    """Tokens after the compressed positions, run as a prompt (DapQ) or as forced output (SpecKV)."""
 
 
 @dataclass

@@ -78,7 +78,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that fails leaves no time behind, one that had nothing left to do keeps its own."""
+        """Time a stage; one that fails has no time, one that had nothing left to do keeps its own."""
         began = time.perf_counter()
         yield
         self.seconds[name] = max(round(time.perf_counter() - began, 2), self.seconds.get(name, 0.0))

@@ -1,6 +1,6 @@
 """Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel (docs/gpu-results.md).
 
-SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured behind
+SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured after
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
 segments, with attention between them). How rows leave is the release's own (`Release.row_hooks`): on 0.5.23
 `managers/auxiliary_output.py` (device tensors that travel with a result: copied to pinned memory on the copy stream,
@@ -209,7 +209,7 @@ def _send(result: Any) -> None:
         return
     if result.delay_sample_func is None:
         attach(result, [*plan.travelling.values()])
-    else:  # sampled behind the previous result, for the sake of its grammar; sampling resets the channel
+    else:  # sampled after the previous result, for the sake of its grammar; sampling resets the channel
         result.delay_sample_func = _sample_then_attach(result, [*plan.travelling.values()])
 
 

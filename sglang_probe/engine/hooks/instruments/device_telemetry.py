@@ -1,7 +1,7 @@
-"""Attention telemetry on an accelerator (`accelerator: unproved`): enqueued behind the forward, and never waited for.
+"""Attention telemetry on an accelerator (`accelerator: unproved`): enqueued after the forward, and never waited for.
 
 The queries lie in taps of their own, which are part of the recorded graphs and are not written as rows. The keys are
-read from the KV pool behind the forward, on its stream. The slots are not: SGLang lets its scheduler write
+read from the KV pool after the forward, on its stream. The slots are not: SGLang lets its scheduler write
 `req_to_token` for the next forward as soon as this one has prepared its attention (`Scheduler._apply_war_barrier`),
 so they are copied in front of it. Run on a GPU once (docs/gpu-results.md).
 """

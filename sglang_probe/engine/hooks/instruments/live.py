@@ -85,7 +85,7 @@ class LiveServer(Instrument):
 def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveRecording:
     """Begin to record. Called once the scheduler is built.
 
-    Data-parallel ranks are servers of their own behind one door: rank n of several records into `dp<n>`.
+    Data-parallel ranks are servers of their own with one address: rank n of several records into `dp<n>`.
 
     Raises:
         RunDirectoryError: another server records into the same directory.
