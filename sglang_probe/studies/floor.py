@@ -75,8 +75,8 @@ def cell_sums(positions: pd.DataFrame, l2: dict[str, Any], by: Sequence[str]) ->
         positions: with the columns `cluster`, `phase` and `by`.
         l2: relative L2 per hook point, aligned with `positions`.
     """
-    frames = []
     keys = list(dict.fromkeys(["cluster", "phase", *by]))
+    frames = [] if l2 else [pd.DataFrame(columns=[*keys, "n", "same", "sum", "hook_point"])]
     for hook_point, values in l2.items():
         frame = positions[keys].assign(n=1, same=values == 0, sum=values.astype(np.float64))
         sums = frame.groupby(keys, sort=False, observed=True)[["n", "same", "sum"]].sum().reset_index()

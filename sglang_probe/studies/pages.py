@@ -30,8 +30,9 @@ FLOOR = (
 def facts(manifest: Mapping[str, Any], *more: tuple[str, str]) -> Facts:
     """Model, engine, what a study adds, and when it was recorded."""
     m, v = manifest["model"], manifest["versions"]
+    rows = f", rows in {manifest['rows_dtype']}" if manifest["rows_dtype"] else ""
     return [
-        ("model", f"{m['name']} ({m['architecture']}, {m['layers']} layers), rows in {manifest['rows_dtype']}"),
+        ("model", f"{m['name']} ({m['architecture']}, {m['layers']} layers){rows}"),
         ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
         *more,
         ("recorded", manifest["created"]),

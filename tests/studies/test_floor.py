@@ -33,6 +33,11 @@ def study(distances: Any, clusters: int, rows: int, **options: Any) -> pd.DataFr
     return floor_table(pd.concat(sums), "a", **options)
 
 
+def test_without_captured_rows_there_is_no_floor_and_no_error() -> None:
+    sums = cell_sums(positions(6, 2), {}, ()).assign(kind=EFFECT, arm="b", comparison="b vs a")
+    assert floor_table(sums, "a").empty
+
+
 def test_effects_pair_replicates_and_floors_pair_runs_of_one_arm() -> None:
     found = {(c.kind, c.arm, c.a, c.b) for c in comparisons(ARMS, "a")}
     assert found == {

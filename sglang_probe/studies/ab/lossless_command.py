@@ -26,7 +26,8 @@ class Lossless(Study):
     Shows how many positions have a row, how much time the cache saved, and how far gathered rows are from computed
     ones, beside how far a run without cache is from itself. An arm whose prefill is cut elsewhere is a floor too.
 
-    The YAML is that of `ab`; the result is in the folder `lossless` of the experiment.
+    The YAML is that of `ab`; the result is in the folder `lossless` of the experiment. Exit code 1 if a position of the
+    cached arm has no row.
 
     Example: `sglang-probe lossless experiments/lossless/experiment.yaml`
     """

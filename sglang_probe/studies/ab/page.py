@@ -100,8 +100,8 @@ def _tiles(result: AbResult, first: str) -> list[Tile]:
             f"of the `{worst['segment']}` positions were computed in `{first}`",
         ),
     ]
-    deepest = result.floors[result.floors["hook_point"] == result.floors["hook_point"].iloc[-1]]
-    if deepest["effect"].notna().any():
+    if len(result.floors):
+        deepest = result.floors[result.floors["hook_point"] == result.floors["hook_point"].iloc[-1]]
         r = dict(deepest.loc[deepest["effect"].idxmax()])
         floor = format_number(r["floor"], "scientific", digits=1)
         tiles.append(
@@ -174,6 +174,8 @@ def _tokens(result: AbResult) -> Section:
 def _drift(result: AbResult) -> Section:
     floors = result.floors[result.floors["hook_point"] != EMBED] if len(result.floors) else result.floors
     deepest = floors[floors["hook_point"] == floors["hook_point"].iloc[-1]] if len(floors) else floors
+    note = "No floor was measured, so no effect can be claimed."
+    note = note if len(result.floors) else "No rows were captured, so that there is nothing to compare."
     no_floor = not len(result.floors) or not result.floors["floor"].notna().any()
     return Section(
         heading="Drift: the same token, computed under another policy",
@@ -186,9 +188,9 @@ def _drift(result: AbResult) -> Section:
             *([effects_table(result)] if len(result.floors) else []),
             *([flips_table(result)] if len(result.flips) else []),
             *every_effect(result),
-            every_comparison(result),
+            *([every_comparison(result)] if len(result.drift) else []),
         ],
-        notes=["No floor was measured, so no effect can be claimed."] if no_floor else [],
+        notes=[note] if no_floor else [],
     )
 
 

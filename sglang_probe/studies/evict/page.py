@@ -5,12 +5,13 @@ from __future__ import annotations
 import pandas as pd
 
 from sglang_probe.paths import BUILT_IN_MODELS
-from sglang_probe.report.figures import Figure, grouped_bars, heatmap, panel_lines, panel_scatter
+from sglang_probe.report.figures import Figure, grouped_bars, panel_lines, panel_scatter
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table, format_number
 from sglang_probe.studies.evict.grid import BASELINE
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
+from sglang_probe.studies.evict.offline_page import TESTED, controls, heads, mass
 from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.tables import (
@@ -21,7 +22,6 @@ from sglang_probe.studies.evict.tables import (
     budgets_of,
     gap_table,
     kind_of,
-    mass_table,
     metrics_table,
     middle_budget,
     parameters_tables,
@@ -31,19 +31,14 @@ from sglang_probe.studies.evict.tables import (
 )
 from sglang_probe.studies.pages import facts, footer
 
-_TESTED = (
-    "Δ is the paired difference to protected random with its 95 % bootstrap interval over prompts; * marks a sign-flip "
-    "p of at most 0.05 after Holm over all methods and budgets of the task and protocol."
-)
-
 
 def eviction_page(result: EvictionResult) -> Page:
     """The page of one study: what each method keeps, what is generated from it, and which metric foretells it."""
     sections = [_curves(result), _accuracy(result), _prediction(result)] if result.outcomes else []
     sections += [
-        _mass(result),
-        _heads(result),
-        _controls(result),
+        mass(result),
+        heads(result),
+        controls(result),
         _likelihood(result),
         _parameters(result),
         _run(result),
@@ -221,7 +216,7 @@ def _accuracy(result: EvictionResult) -> Section:
     tables.append(metrics_table(part, f"other outcomes at budget {middle_budget(result)}"))
     return Section(
         heading="What was generated",
-        text=f"{_TESTED} Oracle rows are bounds and are not tested.",
+        text=f"{TESTED} Oracle rows are bounds and are not tested.",
         tables=tables,
         notes=[f"`{k}`: {text}." for k, text in OUTCOMES.items()],
     )
@@ -267,83 +262,6 @@ def _prediction(result: EvictionResult) -> Section | None:
     )
 
 
-def _mass(result: EvictionResult) -> Section:
-    kinds = ("baseline", "method", "oracle")
-    tables = [mass_table(result)]
-    cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
-    for task, protocol in cells:
-        title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
-        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds))
-    budget = middle_budget(result)
-    part = result.offline[result.offline["budget"] == budget]
-    part = part[part["metric"].isin(METRICS) & part["kind"].isin(kinds)]
-    tables.append(metrics_table(part, f"all metrics, budget {budget}"))
-    if "chance" in part and part["chance"].notna().any():
-        known = part[part["chance"].notna()]
-        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance"))
-    if len(result.mass_gaps):
-        title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
-        tables.append(gap_table(result.mass_gaps, budget, title))
-    return Section(
-        heading="Offline: what is kept of the attention",
-        text=f"Judged on the full-cache run's own decode steps. {_TESTED} Adaptive budgets, per-step selections and "
-        "another always-kept set than the baseline's change how many candidates a policy keeps; the chance table "
-        "shows what that alone gives.",
-        tables=tables,
-        notes=[f"`{k}`: {text}." for k, text in METRICS.items()],
-    )
-
-
-def _heads(result: EvictionResult) -> Section:
-    budget = middle_budget(result)
-    part = result.heads[(result.heads["budget"] == budget) & result.heads["kind"].isin(["baseline", "method"])]
-    part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
-    figures = [
-        heatmap(
-            mine,
-            "policy",
-            "where",
-            "recall",
-            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by layer and head, budget {budget}",
-            column_label="layer and query head",
-            missing="no mass",
-        )
-        for (task, protocol), mine in part.groupby(["task", "protocol"], sort=False)
-    ]
-    return Section(
-        heading="Where it is lost: layers and heads",
-        text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "
-        "trivial set, so that a method can lose all of it without losing an answer.",
-        figures=figures,
-    )
-
-
-def _controls(result: EvictionResult) -> Section | None:
-    part = result.offline[result.offline["metric"] == "nontrivial"]
-    names = set(part.loc[part["kind"] == "control", "policy"])
-    if not names:
-        return None
-    sources = {n.split(": ")[0] for n in names}
-    rows = part[part["policy"].isin(names | sources)].sort_values(["task", "protocol", "policy"], kind="stable")
-    columns = [
-        Column("policy"),
-        Column("mean", "recall, 95 % interval", "percent", bounds=("low", "high")),
-        Column("chance", kind="percent"),
-        Column("budget"),
-        Column("task"),
-        Column("protocol"),
-    ]
-    return Section(
-        heading="Negative controls",
-        text="Methods fed with what must not help: keys in another order, the queries of another request, queries "
-        "from the middle of the prompt in place of the last ones. The drop from a method's own row is what it owes to "
-        "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
-        "queries work equally well, the method is not using this request's question; it keeps positions that every "
-        "query attends to.",
-        tables=[Table(rows, "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
-    )
-
-
 def _likelihood(result: EvictionResult) -> Section | None:
     frame = result.outcomes.get("forced")
     if frame is None:
@@ -354,7 +272,7 @@ def _likelihood(result: EvictionResult) -> Section | None:
         tables.append(budget_table(frame, task, protocol, "nll", title))
     return Section(
         heading="Likelihood of the reference, teacher-forced",
-        text=_TESTED,
+        text=TESTED,
         tables=tables,
         notes=[f"`{k}`: {text}." for k, text in FORCED_OUTCOMES.items()],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,13 @@ def test_the_page_says_only_what_was_measured() -> None:
     assert "shared machine" not in html
     assert "shared prefixes are at the front" not in html
     assert "shared prefixes are at the front" in shared
+
+
+def test_arms_without_captured_rows_have_a_page_too() -> None:
+    found = replace(result(), floors=pd.DataFrame(), by_class=pd.DataFrame(), by_bin=pd.DataFrame())
+    html = render(ab_page(replace(found, drift=found.drift.iloc[:0])))
+    assert "No rows were captured" in html
+    assert "positions not computed" in html
 
 
 def test_a_violated_invariant_is_on_the_page() -> None:

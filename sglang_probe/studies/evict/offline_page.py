@@ -1,0 +1,102 @@
+"""Sections of the report on eviction that are judged offline: kept attention mass, heads, and negative controls."""
+
+from __future__ import annotations
+
+from sglang_probe.report.figures import heatmap
+from sglang_probe.report.page import Section
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.studies.evict.judge import METRICS
+from sglang_probe.studies.evict.study import EvictionResult
+from sglang_probe.studies.evict.tables import (
+    PROTOCOLS,
+    budget_table,
+    gap_table,
+    mass_table,
+    metrics_table,
+    middle_budget,
+)
+
+TESTED = (
+    "Δ is the paired difference to protected random with its 95 % bootstrap interval over prompts; * marks a sign-flip "
+    "p of at most 0.05 after Holm over all methods and budgets of the task and protocol."
+)
+
+
+def mass(result: EvictionResult) -> Section:
+    """Non-trivial mass by budget, all metrics at one budget, and their chance levels."""
+    kinds = ("baseline", "method", "oracle")
+    tables = [mass_table(result)]
+    cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
+    for task, protocol in cells:
+        title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
+        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds))
+    budget = middle_budget(result)
+    part = result.offline[result.offline["budget"] == budget]
+    part = part[part["metric"].isin(METRICS) & part["kind"].isin(kinds)]
+    tables.append(metrics_table(part, f"all metrics, budget {budget}"))
+    if "chance" in part and part["chance"].notna().any():
+        known = part[part["chance"].notna()]
+        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance"))
+    if len(result.mass_gaps):
+        title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
+        tables.append(gap_table(result.mass_gaps, budget, title))
+    return Section(
+        heading="Offline: what is kept of the attention",
+        text=f"Judged on the full-cache run's own decode steps. {TESTED} Adaptive budgets, per-step selections and "
+        "another always-kept set than the baseline's change how many candidates a policy keeps; the chance table "
+        "shows what that alone gives.",
+        tables=tables,
+        notes=[f"`{k}`: {text}." for k, text in METRICS.items()],
+    )
+
+
+def heads(result: EvictionResult) -> Section:
+    """Which layers and heads lose mass."""
+    budget = middle_budget(result)
+    part = result.heads[(result.heads["budget"] == budget) & result.heads["kind"].isin(["baseline", "method"])]
+    part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
+    figures = [
+        heatmap(
+            mine,
+            "policy",
+            "where",
+            "recall",
+            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by layer and head, budget {budget}",
+            column_label="layer and query head",
+            missing="no mass",
+        )
+        for (task, protocol), mine in part.groupby(["task", "protocol"], sort=False)
+    ]
+    return Section(
+        heading="Where it is lost: layers and heads",
+        text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "
+        "trivial set, so that a method can lose all of it without losing an answer.",
+        figures=figures,
+    )
+
+
+def controls(result: EvictionResult) -> Section | None:
+    """Methods fed with what must not help."""
+    part = result.offline[result.offline["metric"] == "nontrivial"]
+    names = set(part.loc[part["kind"] == "control", "policy"])
+    if not names:
+        return None
+    sources = {n.split(": ")[0] for n in names}
+    rows = part[part["policy"].isin(names | sources)].sort_values(["task", "protocol", "policy"], kind="stable")
+    columns = [
+        Column("policy"),
+        Column("mean", "recall, 95 % interval", "percent", bounds=("low", "high")),
+        Column("chance", kind="percent"),
+        Column("budget"),
+        Column("task"),
+        Column("protocol"),
+    ]
+    return Section(
+        heading="Negative controls",
+        text="Methods fed with what must not help: keys in another order, the queries of another request, queries "
+        "from the middle of the prompt in place of the last ones. The drop from a method's own row is what it owes to "
+        "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
+        "queries work equally well, the method is not using this request's question; it keeps positions that every "
+        "query attends to.",
+        tables=[Table(rows, "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
+    )
