@@ -317,7 +317,7 @@ def test_predictions_from_captured_rows_are_the_models(recorded: Recorded) -> No
 def test_the_engine_itself_refuses_what_cannot_be_had(recorded: Recorded) -> None:
     said = recorded.refusals
     assert "is for 150 positions and the prompt has 40" in said["with visible 2"]
-    assert "`evict: nobody` is no kept set of this recording" in said["with nobody"]
+    assert "evict: `nobody` is no kept set of this recording" in said["with nobody"]
     assert said["with visible 1"] == "2"
     assert all("which has none" in said[f"without {key}"] for key in ("visible 2", "nobody", "visible 1"))
 
