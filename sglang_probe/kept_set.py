@@ -32,7 +32,7 @@ class Kept:
     """The kept positions of one request. Heads, layers and steps may keep different numbers of them."""
 
     keep_SYGN: Tensor
-    """Bool. S is 1 for an eviction. A selection that changes while decoding has one entry for each position behind the
+    """Bool. S is 1 for an eviction. A selection that changes while decoding has one entry for each position after the
     cache: entry `p - N` holds for the query at position `p`, and the last one for all that follow."""
 
     def __post_init__(self) -> None:

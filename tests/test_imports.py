@@ -41,10 +41,6 @@ MAY_IMPORT = {
 }
 """Which room may import which. A room is a folder of the package, or a module beside them."""
 
-KNOWN = {
-    ("studies", "engine.hooks.inventory"): "studies ask harvest/",
-}
-"""Imports that are against the rules and are being mended: importer, imported (either may name a folder), how."""
 
 RECORDING = ("engine/", "harvest/", "plugin.py")
 """What makes a run directory; it may need what `pyproject.toml` calls `engine`."""
@@ -107,14 +103,6 @@ def _ours() -> dict[str, set[str]]:
     return found
 
 
-def _known(importer: str, imported: str) -> bool:
-    return any(_within(importer, a) and _within(imported, b) for a, b in KNOWN)
-
-
-def _within(module: str, place: str) -> bool:
-    return module == place or module.startswith(place + ".")
-
-
 def _edges() -> list[tuple[str, str]]:
     return [(module, other) for module, others in _ours().items() for other in sorted(others)]
 
@@ -129,8 +117,7 @@ def test_no_module_imports_itself_through_others() -> None:
         assert module not in on_the_way, " -> ".join([*on_the_way[on_the_way.index(module) :], module])
         on_the_way.append(module)
         for other in sorted(_ours()[module]):
-            if not _known(module, other):
-                visit(other)
+            visit(other)
         done.add(on_the_way.pop())
 
     for module in _ours():
@@ -143,10 +130,7 @@ def test_a_room_imports_what_lies_below_it(room: str) -> None:
     wrong = [
         f"{module} imports {other}"
         for module, other in _edges()
-        if module.split(".")[0] == room
-        and (theirs := other.split(".")[0]) != room
-        and theirs not in MAY_IMPORT[room]
-        and not _known(module, other)
+        if module.split(".")[0] == room and (theirs := other.split(".")[0]) != room and theirs not in MAY_IMPORT[room]
     ]
     assert wrong == []
 
@@ -158,12 +142,6 @@ def test_the_rooms_themselves_have_an_order() -> None:
         lowest = [room for room, allowed in left.items() if not allowed]
         assert lowest, f"a circle among {sorted(left)}"
         left = {room: allowed - set(lowest) for room, allowed in left.items() if room not in lowest}
-
-
-@pytest.mark.parametrize("entry", sorted(KNOWN), ids=" to ".join)
-def test_what_is_known_to_be_against_the_rules_still_is(entry: tuple[str, str]) -> None:
-    there = any(_within(module, entry[0]) and _within(other, entry[1]) for module, other in _edges())
-    assert there, "mended: take the line out of KNOWN"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_relative)

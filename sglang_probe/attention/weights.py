@@ -32,7 +32,7 @@ class AttentionSpec:
 def attention_weights(q_NHD: Tensor, k_JGD: Tensor, spec: AttentionSpec, *, first: int) -> Tensor:
     """Weights `[..., G, R, N, J]`; query row n has causal index `first + n` and sees the keys up to that index.
 
-    With `first >= J` all keys are visible to all rows: that is the softmax over the prompt alone of queries behind it.
+    With `first >= J` all keys are visible to all rows: that is the softmax over the prompt alone of queries after it.
 
     Raises:
         ProbeError: the number of query heads is not a multiple of the number of kv heads, or a row sees no key.

@@ -43,7 +43,7 @@ class Batch:
     span_length: Array
     """int64 [s]: the spans that the positions lie in, laid end to end; their lengths sum to N."""
     span_phase: Array
-    """uint8 [s]: number in `ledger.columns.PHASES`, or their count where the ledger names no phase."""
+    """uint8 [s]: number in `run.columns.PHASES`, or their count where the ledger names no phase."""
     token_id: Array | None = None
     """int32 [N], -1 where unknown; None where no axis asked for it."""
     painted: Mapping[str, Painted] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import numpy as np
 from sglang_probe.axes.axis import UNKNOWN, Axis
 from sglang_probe.axes.batch import Array, Batch
 
-PREFILL, DECODE, RECOMPUTE = "prefill", "decode", "recompute"  # in the order of `ledger.columns.PHASES`
+PREFILL, DECODE, RECOMPUTE = "prefill", "decode", "recompute"  # in the order of `run.columns.PHASES`
 _COMPUTED_AS = 3
 
 

@@ -17,7 +17,7 @@ def kept_of(selections: Sequence[Selection], *, lead: int = 0) -> Kept:
     A single Selection whose tensors have the layers as leading axis (from a stack of layers) will do as well.
 
     Args:
-        lead: positions behind the cache before the first selected step, for a selection that changes by step: the
+        lead: positions after the cache before the first selected step, for a selection that changes by step: the
             question of a query-hidden protocol but its last token (`Queries.skip`). They read what the first step does.
 
     Raises:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -121,6 +122,15 @@ def prepare(
     prepared = Prepared(config, reviewed, model, given, room, context)
     check_requests(given.requests, prepared)
     return prepared
+
+
+def require_asks(asks: Collection[str]) -> None:
+    """Refuse fields of `Ask` that the installed SGLang was not reviewed for.
+
+    Raises:
+        InventoryError: names what is missing.
+    """
+    inventory.require(features(EngineProbeConfig(run=Path(), asks=sorted(asks))))
 
 
 def capture_of(

@@ -1,6 +1,6 @@
 """Names of hook points, as in TransformerLens, and the engine module behind each.
 
-`hook_q` and `hook_k` are what the rotary embedding takes (behind q/k norm, where a model has one), `hook_rot_q` and
+`hook_q` and `hook_k` are what the rotary embedding takes (after q/k norm, where a model has one), `hook_rot_q` and
 `hook_rot_k` what it gives: those attention uses and, of keys, the cache stores. TransformerLens keeps one axis for the
 heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and
 values have kv heads, not repeated for the query heads that share them.
@@ -128,7 +128,7 @@ def check_architecture(name: str) -> None:
 
 def check_sliding_window(config: Mapping[str, Any], context_length: int) -> None:
     """Refuse a sliding window that SGLang ignores: of the reviewed architectures it gives none a window
-    (`models/llama.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`), so that behind it the engine does not compute the model.
+    (`models/llama.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`), so that beyond it the engine does not compute the model.
 
     Args:
         config: the text model's configuration. context_length: longest request that the engine takes.

@@ -9,9 +9,9 @@ from sglang_probe.verify.check import Check
 
 
 def phases_fit(run: Run) -> Check:
-    """Prefill ends with the prompt, decode begins behind it, and a retracted request goes on from what it had kept.
+    """Prefill ends with the prompt, decode begins after it, and a retracted request goes on from what it had kept.
 
-    A request that is retracted behind position `p - 1` has `p + 1` tokens, the last of which was sampled and has no KV
+    A request that is retracted after position `p - 1` has `p + 1` tokens, the last of which was sampled and has no KV
     entry. So its next attempt prefills `[0, p + 1)`, unless the step that computed `p - 1` was in flight: then that
     step's output is discarded (`overshoot`), and `p` is where its predecessor ended.
     """

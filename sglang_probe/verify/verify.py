@@ -101,7 +101,7 @@ def spans_tile(run: Run) -> Check:
         if r.finish_reason in segment.OPEN_ENDED:
             continue
         expected = r.prompt_len + max(r.output_len - 1, 0) + int(overshoot.get(r.rid, 0))
-        # An attempt behind a retraction prefills the last sampled token too. Dropped before it sampled the next one,
+        # An attempt after a retraction prefills the last sampled token too. Dropped before it sampled the next one,
         # that token has a KV entry.
         expected += r.finish_reason == "abort" and int(recomputed.get(r.rid, 0)) == r.prompt_len + r.output_len
         if int(ends.get(r.rid, 0)) != expected:
@@ -165,7 +165,7 @@ def forwards_add_up(run: Run) -> Check:
 
 
 def _outside(spans: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
-    """Computed spans that name a forward pass before `first` or behind `last`."""
+    """Computed spans that name a forward pass before `first` or after `last`."""
     spans = spans[spans["status"] == schema.COMPUTED]
     steps = np.where(spans["phase"].isin(schema.STEP_PHASES), spans["end"] - spans["start"] - 1, 0)
     return spans[(spans["forward_id"] < first) | (spans["forward_id"] + steps > last)]
@@ -187,7 +187,7 @@ def computed_per_forward(spans: pd.DataFrame, first: int, count: int) -> np.ndar
 def origins_hold(run: Run) -> Check:
     """Every reused span's origin is a computed span with the same tokens over the same prefix."""
     name = "lineage"
-    claim = "the origin of every reused position computed it, at the same position behind the same tokens"
+    claim = "the origin of every reused position computed it, at the same position after the same tokens"
     spans = run.spans()
     reused = spans[spans["status"] == schema.REUSED]
     known = reused[reused["origin_rid"].notna()]
@@ -226,7 +226,7 @@ def origins_hold(run: Run) -> Check:
 def rebinds_hold(run: Run) -> Check:
     """A request is rebound only where it has an entry, to one that another request computed for the same tokens."""
     name = "rebinds"
-    claim = "a rebound position was computed by both requests, behind the same tokens, before it was rebound"
+    claim = "a rebound position was computed by both requests, after the same tokens, before it was rebound"
     rebinds = run.rebinds()
     known = rebinds[rebinds["origin_rid"].notna()]
     covered = int((known["end"] - known["start"]).sum())
@@ -278,7 +278,7 @@ def _all_ids(request: Any) -> np.ndarray[Any, Any] | None:
 
 def kept_sets_stay_private(run: Run) -> Check:
     """Entries that were computed from a compressed cache are no other request's, nor are a full one's theirs."""
-    name, claim = "kept sets", "no entry passes between a request with a kept set and others behind its cache"
+    name, claim = "kept sets", "no entry passes between a request with a kept set and others past its cache"
     requests = run.requests(interrupted=True)
     evicted = requests[requests["evict"].notna()].set_index("rid")["cache_len"]
     spans, rebinds = run.spans(), run.rebinds()
@@ -292,7 +292,7 @@ def kept_sets_stay_private(run: Run) -> Check:
         violation = f"{r['rid']} uses entries of {r['origin_rid']}, which has a kept set"
     elif len(beyond):
         r = beyond.iloc[0]
-        violation = f"{r['rid']} uses entries of {r['origin_rid']} up to {r['end']}, behind its cache"
+        violation = f"{r['rid']} uses entries of {r['origin_rid']} up to {r['end']}, past its cache"
     return Check(name, claim, len(evicted), "requests", violation)
 
 

@@ -248,7 +248,7 @@ def test_an_evicted_request_leaves_nothing_in_the_cache(recorded: Recorded) -> N
 
 def test_entries_that_pass_between_full_and_compressed_are_noticed(recorded: Recorded, tmp_path: Path) -> None:
     """A safeguard taken away on paper: the run then says that entries were shared which must not be."""
-    changes = {"full-0": (300.0, "which has a kept set"), "kept-3-again": (10.0, "behind its cache")}
+    changes = {"full-0": (300.0, "which has a kept set"), "kept-3-again": (10.0, "past its cache")}
     for rid, (cache_len, words) in changes.items():
         copy = tmp_path / rid
         shutil.copytree(recorded.run.path, copy)

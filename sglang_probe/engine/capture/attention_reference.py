@@ -32,7 +32,7 @@ def attention_summary(
     seen_BJ = j < lengths_B[:, None]
     if sliding_window:
         seen_BJ = seen_BJ & (j >= lengths_B[:, None] - sliding_window)
-    k_BJGD = key_pool_SGD[slots_BL.long() * seen_BJ].float()  # what is behind a request is no slot of its
+    k_BJGD = key_pool_SGD[slots_BL.long() * seen_BJ].float()  # what is past a request is no slot of its
     q_BND = q_BHD.index_select(1, heads_N).float()
     groups_N = heads_N // (q_BHD.shape[1] // kv_heads)
     logits_BNJ = torch.einsum("bnd,bjnd->bnj", q_BND, k_BJGD.index_select(2, groups_N)) * scaling
@@ -59,8 +59,8 @@ def attention_summary(
     first = None
     if first_B is not None:
         room = torch.nn.functional.pad(hidden_BNJ, (0, max(0, longest - len(j))), value=-torch.inf)[..., :longest]
-        behind = torch.arange(longest, device=j.device) >= first_B[:, None]
-        first = room.masked_fill(behind[:, None], -torch.inf)
+        past = torch.arange(longest, device=j.device) >= first_B[:, None]
+        first = room.masked_fill(past[:, None], -torch.inf)
     return AttentionSummary(
         lse_BNR,
         torch.stack(mean, -1),

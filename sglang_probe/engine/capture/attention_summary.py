@@ -24,11 +24,11 @@ class AttentionSummary:
     mean_logit: Tensor
     """Mean logit of each region under the weights within it, float32 `[B, H, R]`; 0 where it is empty."""
     top_positions: Tensor
-    """Positions with most weight, int32 `[B, H, K]`, best first, of equal ones the earlier; -1 behind the last key."""
+    """Positions with most weight, int32 `[B, H, K]`, best first, of equal ones the earlier; -1 past the last key."""
     top_weights: Tensor
-    """Their weights, float32 `[B, H, K]`; 0 behind the last key."""
+    """Their weights, float32 `[B, H, K]`; 0 past the last key."""
     first_logits: Tensor | None = None
-    """Logits of the first keys of each request, if they were asked for, float32 `[B, H, P]`; -inf behind them."""
+    """Logits of the first keys of each request, if they were asked for, float32 `[B, H, P]`; -inf past them."""
 
     def mass(self) -> Tensor:
         """Weight on each region, `[B, H, R]`; sums to 1."""

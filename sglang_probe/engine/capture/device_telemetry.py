@@ -1,6 +1,6 @@
 """Attention telemetry of decode steps without the host ever waiting for the device.
 
-What the device has to be told of a forward is host integers, uploaded at once before it runs. Behind it a summary of
+What the device has to be told of a forward is host integers, uploaded at once before it runs. After it a summary of
 each layer's attention (`attention_kernel.py`, on a CPU `attention_reference.py`) gives the numbers of
 `engine/capture/telemetry.py`, which travel to the host as one tensor. Shapes as there, and R regions of positions.
 """
@@ -32,7 +32,7 @@ def region_ends(steps: Steps, options: TelemetryOptions) -> tuple[Array, Array]:
     """Borders of the runs of positions that have one region each, exclusive and ascending, int64 `[B, R]`, and which of
     `REGIONS` each of the R runs is.
 
-    R is 5 and two for each range of the system prompt. Positions among the first `sinks` that are generated (behind a
+    R is 5 and two for each range of the system prompt. Positions among the first `sinks` that are generated (after a
     very short prompt) are a run of their own, the last but one: they are sinks to the entropy without sinks.
     """
     prompt, keys = steps.prompt[:, None], steps.keys[:, None]
@@ -125,7 +125,7 @@ class DeviceTelemetry:
         return Prepared(steps, rids, places, step, _rounded(steps.prompt), on_device, slots_BJ)
 
     def measure(self, at: Prepared, q_LBHD: Sequence[Tensor], pools: Sequence[Tensor], scaling: list[float]) -> Tensor:
-        """Behind the forward: the numbers in the order of `NUMBERS`, then the top positions (int32 by their bits) and
+        """After the forward: the numbers in the order of `NUMBERS`, then the top positions (int32 by their bits) and
         the top weights, float32 `[L, B, H, len(NUMBERS) + 2k]`.
 
         Args:

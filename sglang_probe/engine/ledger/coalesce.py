@@ -67,7 +67,7 @@ def _run_starts(
     joins = same & (np.diff(position, prepend=position[:1] - 2) == 1) & (np.diff(forward, prepend=forward[:1] - 2) == 1)
     turns = np.zeros(len(row), dtype=bool)
     turns[1:] = joins[1:] & joins[:-1] & (gap[1:] != gap[:-1])
-    # A turn right behind a run's start is none: that pair sets the step. In a chain of turns every other one counts.
+    # A turn right after a run's start is none: that pair sets the step. In a chain of turns every other one counts.
     index = np.arange(len(row))
     last_still = np.maximum.accumulate(np.where(turns, -1, index))
     return ~joins | (turns & ((index - last_still) % 2 == 1))

@@ -162,7 +162,7 @@ class Recorder:
     def publish(self, rid: str, attempt: int, context: Context, length: int, first_new: int, protected: int) -> None:
         """The tree took a request's entries and perhaps repointed some (`Lineage.publish`).
 
-        The row is rewritten on the device behind the forwards already launched, so the next one is the first to see it.
+        The row is rewritten on the device after the forwards already launched, so the next one is the first to see it.
         """
         if self.lineage is None:
             return

@@ -35,7 +35,7 @@ class _Stop(threading.Event):
 class Writer:
     """Sink of the recorder. `put` blocks while too much is waiting: back-pressure, nothing is dropped.
 
-    Goes on behind the durable parts of its rank, if the run has any.
+    Goes on after the durable parts of its rank, if the run has any.
 
     Args:
         run: the run directory.

@@ -8,12 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from sglang_probe.engine.hooks import inventory
 from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept_requests import ASKS, requests_of
 from sglang_probe.harvest.model import resolve_model
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.prepare import Prepared, require_asks
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.kept_set import write_kept
@@ -46,7 +45,7 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
             `cut`, or the other way round. InventoryError: the installed SGLang was not reviewed for kept sets.
     """
     if config.in_engine:
-        inventory.require(["bypass", "eviction"])
+        require_asks({"evict"})
     recording = config.recording(resolve_model(config.model).layers)
     out = {}
     for task, workload in config.workloads.items():

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from sglang_probe.ask import Ask, PositionOverride
-from sglang_probe.engine.hooks import inventory
 from sglang_probe.errors import ConfigError, WorkloadError
 from sglang_probe.harvest import kept_requests
 from sglang_probe.harvest.experiment import Runs, RunSpec, record
 from sglang_probe.harvest.kept_requests import KeptRequest
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.prepare import Prepared, require_asks
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.kept_set import write_kept
@@ -45,7 +44,7 @@ def prepare(config: FactorialConfig) -> Prepared:
         InventoryError: the installed SGLang was not reviewed for what the study asks.
         ProbeError: as `sglang_probe.harvest.prepare.prepare`.
     """
-    inventory.require(["bypass", "positions", *(["eviction"] if config.evict_positions else [])])
+    require_asks({"positions", *(["evict"] if config.evict_positions else [])})
     prepared = check(config)
     _prompts(prepared, config)
     if config.evict_positions and sorted(config.layers) != list(range(prepared.model.layers)):
