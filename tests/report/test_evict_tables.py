@@ -32,8 +32,8 @@ def test_the_full_cache_stands_beside_every_budget_and_kinds_are_in_order() -> N
     assert [c for c in table.columns if not c.startswith("Δ")] == ["kind", "policy", "1/16", "1/2"]
     rows = table.set_index("policy")
     assert rows.loc["full cache", ["1/16", "1/2"]].tolist() == [1.0, 1.0]
-    assert rows.loc["m", "Δ 1/16"] == "+0.20 [+0.15, +0.25]*"
-    assert rows.loc["m", "Δ 1/2"] == "+0.10 [+0.05, +0.15]"
+    assert rows.loc["m", "Δ 1/16"] == "+20.0 [+15.0, +25.0]*"
+    assert rows.loc["m", "Δ 1/2"] == "+10.0 [+5.0, +15.0]"
     assert pd.isna(rows.loc["protected random", "Δ 1/16"])
     assert np.isnan(rows.loc["o", "1/2"])
 
@@ -52,5 +52,5 @@ def test_a_gap_that_does_not_exist_has_no_share() -> None:
     for name, values in (("regret", (0.2, 0.3)), ("closed", (0.4, np.nan))):
         frame = frame.assign(**{name: values, f"{name}_low": values, f"{name}_high": values})
     printed = {c.header: c.cells for c in gap_table(frame, "1/8", "gaps").printed()}
-    assert printed["share closed, 95 %"] == ["0.40 [0.40, 0.40]", MISSING]
-    assert printed["regret, 95 %"] == ["0.20 [0.20, 0.20]", "0.30 [0.30, 0.30]"]
+    assert printed["share closed, 95 %"] == ["40.0% [40.0%, 40.0%]", MISSING]
+    assert printed["regret, 95 %"] == ["20.0% [20.0%, 20.0%]", "30.0% [30.0%, 30.0%]"]

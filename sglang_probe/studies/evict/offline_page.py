@@ -14,11 +14,13 @@ from sglang_probe.studies.evict.tables import (
     mass_table,
     metrics_table,
     middle_budget,
+    worded,
 )
 
 TESTED = (
-    "Δ is the paired difference to protected random with its 95 % bootstrap interval over prompts; * marks a sign-flip "
-    "p of at most 0.05 after Holm over all methods and budgets of the task and protocol."
+    "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % bootstrap interval "
+    "over prompts; * marks a sign-flip p of at most 0.05 after Holm over all methods and budgets of the task and "
+    "protocol."
 )
 
 
@@ -98,5 +100,5 @@ def controls(result: EvictionResult) -> Section | None:
         "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
         "queries work equally well, the method is not using this request's question; it keeps positions that every "
         "query attends to.",
-        tables=[Table(rows, "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
+        tables=[Table(worded(rows), "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
     )

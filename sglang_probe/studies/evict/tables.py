@@ -46,7 +46,8 @@ def by_budget(
     kinds: tuple[str, ...] = KINDS,
     difference: bool = True,
 ) -> pd.DataFrame:
-    """One metric of one task and protocol: kind, policy, and per budget the mean (and the difference with interval)."""
+    """One metric of one task and protocol: kind, policy, and per budget the mean (and the difference with interval, in
+    percentage points of what is a share)."""
     part = means[(means["task"] == task) & (means["protocol"] == protocol) & (means["metric"] == metric)]
     part = part[part["kind"].isin(kinds)]
     rows = []
@@ -57,7 +58,7 @@ def by_budget(
             if budget in at.index:
                 row[budget] = at.at[budget, "mean"]
                 if difference:
-                    row[f"Δ {budget}"] = _interval(at.loc[budget])
+                    row[f"Δ {budget}"] = _interval(at.loc[budget], 100 if kind_of(metric) == "percent" else 1)
             elif kind == "full":
                 row[budget] = at["mean"].iloc[0]
         rows.append(row)
@@ -75,10 +76,9 @@ def budget_table(
 ) -> Table:
     """`by_budget` for a page, folded away: the policy, and by budget the mean with its difference to the baseline."""
     frame = by_budget(means, task, protocol, metric, kinds=kinds)
-    cells = [
-        Column(c, "Δ, 95 %") if c.startswith("Δ") else Column(c, f"budget {c}", kind_of(metric))
-        for c in map(str, frame.columns[2:])
-    ]
+    columns = [str(c) for c in frame.columns[2:]]
+    pairs = [[Column(b, b, kind_of(metric)), Column(f"Δ {b}", f"Δ at {b}, 95 %")] for b in columns if "Δ" not in b]
+    cells = [c for pair in pairs for c in pair if c.name in columns]
     return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")], long=True)
 
 
@@ -132,7 +132,7 @@ def stages_table(result: EvictionResult) -> Table:
 
 def metrics_table(part: pd.DataFrame, caption: str, value: str = "mean") -> Table:
     """`wide` for a page, folded away."""
-    frame = wide(part, value)
+    frame = worded(wide(part, value))
     columns = [Column("task"), Column("protocol"), Column("policy")]
     known = [c for c in (*METRICS, *OUTCOMES, *FORCED_OUTCOMES) if c in frame]
     return Table(frame, caption, columns=[*columns, *(Column(c, c, kind_of(c)) for c in known)], long=True)
@@ -151,11 +151,16 @@ def gap_table(gaps: pd.DataFrame, budget: str, caption: str) -> Table:
     """Regret and gap closed at one budget, each with its interval."""
     columns = [Column("task"), Column("protocol"), Column("policy")]
     columns += [
-        Column(n, f"{title}, 95 %", "decimal", bounds=(f"{n}_low", f"{n}_high"), digits=2)
+        Column(n, f"{title}, 95 %", "percent", bounds=(f"{n}_low", f"{n}_high"))
         for n, title in (("closed", "share closed"), ("regret", "regret"))
     ]
-    columns.append(Column("gap", "whole gap", "decimal", digits=2))
-    return Table(gaps[gaps["budget"] == budget].reset_index(drop=True), caption, columns=columns, long=True)
+    columns.append(Column("gap", "whole gap", "percent"))
+    return Table(worded(gaps[gaps["budget"] == budget]), caption, columns=columns, long=True)
+
+
+def worded(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the protocol in words."""
+    return frame.assign(protocol=[PROTOCOLS.get(p, p) for p in frame["protocol"]]).reset_index(drop=True)
 
 
 def _across(result: EvictionResult, means: pd.DataFrame, metric: str, caption: str) -> Table:
@@ -183,7 +188,7 @@ def parameters_tables(result: EvictionResult) -> Sequence[Table]:
     ]
     return [
         Table(result.policies, "policies", columns=policies, long=True),
-        Table(result.lengths, "budgets in positions", columns=lengths, long=True),
+        Table(worded(result.lengths), "budgets in positions", columns=lengths, long=True),
     ]
 
 
@@ -195,11 +200,13 @@ def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.iloc[rank.argsort(kind="stable")].reset_index(drop=True)
 
 
-def _interval(row: pd.Series) -> str | None:
+def _interval(row: pd.Series, scale: int) -> str | None:
     if pd.isna(row["difference"]):
         return None
     star = "*" if row["p_holm"] <= 0.05 else ""
-    return f"{row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]{star}"
+    digits = 1 if scale == 100 else 2
+    value, low, high = (f"{scale * row[c]:+.{digits}f}" for c in ("difference", "difference_low", "difference_high"))
+    return f"{value} [{low}, {high}]{star}"
 
 
 def _size(budget: str) -> tuple[int, float]:
