@@ -75,6 +75,10 @@ class Experiment:
     ) -> None:
         if sum(given is not None for given in (workload, prompts, requests)) != 1:
             raise ConfigError("give one of `workload`, `prompts` and `requests`")
+        if isinstance(prompts, str):
+            raise ConfigError("`prompts` is a list of prompts, not one text", fix="give `prompts=[text]`")
+        if unknown := sorted(set(asks) - set(Ask.model_fields)):
+            raise ConfigError(f"asks: `{unknown[0]}` is no field of `Ask`", fix=f"one of {', '.join(Ask.model_fields)}")
         found = resolve_model(model)
         if hook_points is not None:
             options["hook_points"] = _expanded(hook_points, found.layers)

@@ -16,7 +16,7 @@ from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import refuse_without_gpu
-from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
+from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError, WorkloadError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
     default_server_args,
@@ -189,11 +189,19 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
     """
     for r in requests:
         try:
+            _check_tokens(r.prompt_ids, prepared.model.vocabulary)
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
             check_ask(r, prepared.config, context=prepared.context, vocabulary=prepared.model.vocabulary)
         except ProbeError as e:
             raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
     check_sampling(requests)
+
+
+def _check_tokens(prompt_ids: Sequence[int], vocabulary: int) -> None:
+    if not prompt_ids:
+        raise WorkloadError("the prompt is empty", fix="give it at least one token")
+    if outside := next((t for t in prompt_ids if not 0 <= t < vocabulary), None):
+        raise WorkloadError(f"token {outside} is not within the vocabulary of {vocabulary}")
 
 
 def _check_server(server: dict[str, object]) -> None:

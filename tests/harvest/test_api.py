@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_probe import Experiment, KeptSet, record
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept_requests import KeptRequest
 
@@ -74,3 +74,18 @@ def test_a_kept_set_of_nobody_and_one_that_does_not_fit_are_refused(tmp_path: An
 def test_arms_are_asked_for_by_name(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="there are no `arms` to run"):
         Experiment(prompts=[[1, 2]], sampling=SAMPLING).run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"prompts": [[]]}, "the prompt is empty"),
+        ({"prompts": [[5, 10**6]]}, "token 1000000 is not within the vocabulary"),
+        ({"prompts": [[-1]]}, "token -1 is not within the vocabulary"),
+        ({"prompts": "import json"}, "a list of prompts"),
+        ({"prompts": ["import json"], "asks": {"forse"}}, "`forse` is no field"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ProbeError, match=reason):
+        Experiment(**given)

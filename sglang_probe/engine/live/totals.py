@@ -102,8 +102,8 @@ class Totals:
             self.positions[schema.DROPPED] += n
 
     def carried(self) -> dict[str, list[int]]:
-        """`rid: [attempt, position]` of every request that has positions from before this moment and may get more: those in
-        flight, and ended ones of which a discarded step is still running."""
+        """`rid: [attempt, position]` of every request that has positions from before this moment and may get more:
+        those in flight, and ended ones of which a discarded step is still running."""
         out = {rid: [e.attempt, e.covered] for rid, e in self.active.items() if e.covered}
         for plan in self.pending:
             for rid in plan.rids:

@@ -1,7 +1,7 @@
 """Requests that say how they use the radix cache: `cache: read_only`, `write_only` or `off`.
 
 The match that gives a request its prefix is the release's (`Release.bypass_hooks`), as is the flag by which SGLang
-publishes nothing of one (`hooks/requests.py` sets it).
+publishes nothing of one (`engine/hooks/requests.py` sets it).
 """
 
 from __future__ import annotations
