@@ -2,9 +2,10 @@
 
     from sglang_probe import load_run, record
 
-    run = record("runs/mine", model="probe-text", prompts=["import json"], hook_points=["hook_embed"])
-    run = load_run("runs/mine")
-    run.spans(), run.requests(), run.forwards()     # pandas frames
+    if __name__ == "__main__":                      # SGLang starts processes that import the script
+        run = record("runs/mine", model="probe-text", prompts=["import json"], hook_points=["hook_embed"])
+        run = load_run("runs/mine")
+        run.spans(), run.requests(), run.forwards()     # pandas frames
 
 Importing this package loads neither torch nor SGLang; both are imported where they are used.
 """

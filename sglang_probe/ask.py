@@ -164,6 +164,18 @@ class Ask(Config):
                 f"{', '.join(f'`{name}`' for name in sorted(honoured)) or 'nothing'}"
             )
 
+    def refuse_on_ranks(self, one_rank: frozenset[str]) -> None:
+        """Refuse, under tensor parallelism, what only one rank would do.
+
+        Raises:
+            ConfigError: names the keys.
+        """
+        if alone := sorted(self.fields & one_rank):
+            raise ConfigError(
+                f"{WHERE}: {', '.join(f'`{name}`' for name in alone)} under tensor parallelism would be done by one "
+                "rank alone, and the others would compute something else"
+            )
+
 
 _NOTHING = Ask()
 

@@ -65,7 +65,7 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             # What a check of several keys got is the whole mapping: the reader has that before them.
             got = "" if isinstance(e["input"], dict) and e["type"] == "value_error" else f" (got {e['input']!r})"
             named = f"{where}: `{key}`: " if key else f"{where}: "
-            lines.append(named + e["msg"].removeprefix("Value error, ") + got)
+            lines.append(named + e["msg"].removeprefix("Value error, ").replace("valid tuple", "list") + got)
     return "\n".join(lines)
 
 

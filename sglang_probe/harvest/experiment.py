@@ -73,6 +73,8 @@ def record(
         ProbeError: a recording failed.
     """
     _check_names(specs)
+    if overwrite and resume:
+        raise ConfigError("`overwrite` and `resume` contradict each other", fix="choose one")
     if not (overwrite or resume):
         for spec in specs:
             directory.refuse_existing(folder / spec.name)

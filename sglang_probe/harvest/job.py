@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.errors import ConfigError, ProbeError
+from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
 from sglang_probe.kept_set import KeptFile
@@ -105,6 +105,12 @@ def job_of(
     asks |= {"cache"} if arm.bypass is not None else set()
     asks |= {"evict"} if kept is not None else set()
     asks |= {"system"} if config.telemetry is not None else set()
+    if int(server.get("tp_size", 1)) > 1 and (alone := sorted(asks & {"force", "positions"})):
+        raise UnsupportedError(
+            f"`{alone[0]}` with `tp_size: {server['tp_size']}`: one rank alone would do it, and the others would "
+            "compute something else",
+            fix="set `tp_size: 1`, or `force_outputs: false` where arms are forced",
+        )
     return Job(
         prepared=prepared,
         name=name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sglang_probe.ask import Ask
+from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
@@ -163,16 +163,23 @@ def capture_of(
     return Capture(*selected_heads(config.rows, counts), layers)
 
 
-def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int) -> None:
+def check_ask(
+    request: Request, config: Recording, *, context: int, vocabulary: int, has_kept_sets: bool = False
+) -> None:
     """Refuse what a request cannot ask of the probe.
 
     Raises:
         ConfigError: names the key.
     """
     ask = Ask.of(request.sampling_params)
-    # A harvest starts its engine for what its requests ask; these two need more than that.
-    beyond = {"provenance", *(["system"] if config.telemetry is None else [])}
-    ask.refuse_beyond(frozenset(Ask.model_fields) - beyond)
+    if ask.provenance is not None:
+        raise ConfigError(f"`{WHERE}.provenance`: a live server answers it; a run has the origin of every position")
+    if ask.system is not None and config.telemetry is None:
+        raise ConfigError(f"`{WHERE}.system`: nothing reads it without `telemetry`")
+    if ask.evict is not None and not has_kept_sets:
+        raise ConfigError(
+            f"`{WHERE}.evict: {ask.evict}`, but the recording has no kept sets", fix="use `record(..., kept=file)`"
+        )
     ask.check(
         prompt_len=len(request.prompt_ids),
         new_tokens=new_tokens(request.sampling_params),
@@ -191,7 +198,8 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
         try:
             _check_tokens(r.prompt_ids, prepared.model.vocabulary)
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
-            check_ask(r, prepared.config, context=prepared.context, vocabulary=prepared.model.vocabulary)
+            known = {"context": prepared.context, "vocabulary": prepared.model.vocabulary}
+            check_ask(r, prepared.config, **known, has_kept_sets=True)
         except ProbeError as e:
             raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
     check_sampling(requests)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_probe.ask import Ask
-from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
+from sglang_probe.errors import ConfigError, RunDirectoryError, UnsupportedError, WorkloadError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.experiment import RunSpec, record, resolve
@@ -123,6 +123,18 @@ def test_runs_that_cannot_be_told_apart_or_come_too_early(
         record([RunSpec(n, prepared.workload.requests, outputs_of=o) for n, o in specs], prepared, tmp_path)
 
 
+def test_what_one_rank_would_do_alone_is_refused(prepared: Prepared) -> None:
+    asking = [replace(r, sampling_params=Ask(force=(1,)).into(r.sampling_params)) for r in prepared.workload.requests]
+    with pytest.raises(UnsupportedError, match="`force` with `tp_size: 2`: one rank alone"):
+        job(prepared, requests=asking, arm=Arm(server={"tp_size": 2}), hook_points=["hook_embed"])
+    job(prepared, arm=Arm(server={"tp_size": 2}), hook_points=["hook_embed"])
+
+
+def test_overwrite_and_resume_contradict_each_other(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="contradict"):
+        record([RunSpec("a", prepared.workload.requests)], prepared, tmp_path, overwrite=True, resume=True)
+
+
 def test_nothing_is_served_if_a_later_run_is_there_already(prepared: Prepared, tmp_path: Path) -> None:
     complete(tmp_path / "b", manifest_of(job(prepared), tmp_path / "b"))
     with pytest.raises(RunDirectoryError, match="--resume finishes"):
@@ -214,8 +226,8 @@ def lines(tmp_path: Path) -> Callable[..., HarvestConfig]:
         ({"probe": {"cache": "of"}}, "'read_only', 'write_only' or 'off'"),
         ({"probe": {"force": [1, 3072]}}, r"force\[1\]: token 3072 is not within the vocabulary of 3072"),
         ({"probe": {"positions": {"from": 4, "to": 4095}}}, "context of 4096"),
-        ({"probe": {"system": [[0, 3]]}}, "not started for `system`"),  # no telemetry reads it
-        ({"probe": {"provenance": True}}, "not started for `provenance`"),
+        ({"probe": {"system": [[0, 3]]}}, "nothing reads it without `telemetry`"),
+        ({"probe": {"provenance": True}}, "a live server answers it"),
     ],
 )
 def test_a_line_that_asks_for_what_it_cannot_have_is_named_or_passed_over(

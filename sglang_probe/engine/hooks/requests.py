@@ -30,7 +30,8 @@ def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
             req.set_finish_with_abort(f"sglang-probe: {e.message}")
         except Exception as e:
             session.fail("made", e)
-            req.set_finish_with_abort("sglang-probe: what the request asks of the probe could not be checked")
+            if req.sampling_params.custom_params:  # one that asks nothing is none the worse for a fault of ours
+                req.set_finish_with_abort("sglang-probe: what the request asks of the probe could not be checked")
     setattr(req, _ASK, ask)
     if not ask.publishes:
         req.skip_radix_cache_insert = True
@@ -39,7 +40,11 @@ def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
 def _admitted(session: Any, req: Any, model: Any) -> Ask:
     ask = Ask.of(req.sampling_params)
     if ask.fields:
+        if session.fault is not None and session.tp_size == 1:  # other ranks have not heard of it
+            raise ConfigError(f"the recording has stopped, and what it would do for a request with it: {session.fault}")
         ask.refuse_beyond(session.honoured)
+        if session.tp_size > 1:
+            ask.refuse_on_ranks(frozenset(i.field for i in session.instruments if i.one_rank and i.field))
         ask.check(
             prompt_len=len(req.origin_input_ids),
             new_tokens=req.sampling_params.max_new_tokens or 0,

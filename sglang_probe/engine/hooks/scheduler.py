@@ -35,6 +35,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session.attach(
         scheduler,
         dp_rank=release().dp_rank(scheduler),
+        tp_size=get_parallel().tp_size,
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,
     )

@@ -63,14 +63,16 @@ class Session:
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
 
-    def attach(self, scheduler: Any, *, dp_rank: int, records: bool) -> None:
+    def attach(self, scheduler: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
 
         Args:
             dp_rank: data-parallel rank of this process: each has its own cache, and its own ledger.
+            tp_size: ranks that run the model together.
             records: whether this process writes. Others only follow what the recording asks of the engine.
         """
         self._scheduler, self.dp_rank, self.records = scheduler, dp_rank, records
+        self.tp_size = tp_size
         self._start = policy.started_with(scheduler)
 
     def open(self) -> None:

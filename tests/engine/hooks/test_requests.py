@@ -71,6 +71,38 @@ def test_a_fault_in_the_check_refuses_the_request_and_not_the_engine(
     assert running.fault is not None
 
 
+def test_a_fault_in_the_check_is_no_matter_of_a_request_that_asks_nothing(
+    running: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests.Ask, "of", lambda _: 1 / 0)
+    req = made_request()
+    requests.made(req, SCHEDULER)
+    assert req.refused is None
+    assert running.fault is not None
+
+
+def test_what_a_recording_that_has_stopped_would_do_is_refused_with_the_reason(running: Session) -> None:
+    running.fail("somewhere", ValueError("the disk is full"))
+    asking, plain = made_request(force=[7]), made_request()
+    for req in (asking, plain):
+        requests.made(req, SCHEDULER)
+    assert "the recording has stopped" in asking.refused
+    assert "the disk is full" in asking.refused
+    assert plain.refused is None
+
+
+def test_what_one_rank_would_do_alone_is_refused_by_all(running: Session) -> None:
+    running.tp_size = 2
+    for probe, refused in (
+        ({"force": [7]}, True),
+        ({"positions": {"from": 8, "to": 9}}, True),
+        ({"cache": "off"}, False),
+    ):
+        req = made_request(**probe)
+        requests.made(req, SCHEDULER)
+        assert ("one rank alone" in (req.refused or "")) is refused
+
+
 @pytest.mark.parametrize(("use", "skips"), [(None, False), ("write_only", False), ("read_only", True), ("off", True)])
 def test_a_request_that_does_not_write_is_told_so(running: Session, use: str | None, skips: bool) -> None:
     req = made_request(**({} if use is None else {"cache": use}))

@@ -45,6 +45,9 @@ class Instrument:
     """Features of the inventory that it needs."""
     field: ClassVar[str | None] = None
     """Field of `Ask` by which requests ask for it."""
+    one_rank: ClassVar[bool] = False
+    """Whether it acts on the rank alone that records, so that under tensor parallelism the others would part from it:
+    such requests are refused there."""
     in_model: ClassVar[bool] = False
     """Whether it is attached to the model and told of each of its forward passes."""
 

@@ -25,6 +25,7 @@ class ForcedOutputs(Instrument):
 
     name = "forced outputs"
     field = "force"
+    one_rank = True
     features = ("forced decoding",)
     rows: tuple[list[int], list[int]] | None = None
     """Batch rows of the forward that was launched last, and the tokens that they must yield. A sample that waits for a

@@ -119,13 +119,6 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
     )
 
 
-def named(plan: ForwardPlan) -> None:
-    """Give the requests of a plan their names in the ledger. Runs inside guarded code, before the launch."""
-    live = guard.active().live
-    if live is not None:
-        live.names.launch(plan)
-
-
 def name_of(rid: str) -> str:
     """The name of a running request in the ledger. Runs inside guarded code."""
     live = guard.active().live

@@ -26,6 +26,7 @@ class Positions(Instrument):
 
     name = "positions"
     field = "positions"
+    one_rank = True
     features = ("bypass", "positions")
     rows: tuple[list[int], list[int]] | None = None
     """Token rows of the forward that was launched last, and the positions by which they are rotated."""
