@@ -181,6 +181,7 @@ def end_of(req: Any, reason: str | None = None) -> RequestEnd:
         output_len=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         retractions=req.retraction_count,
-        finish_reason=reason or (schema.REFUSED if _replaced(req) else req.finished_reason.to_json()["type"]),
+        # Refused first: one that its client dropped before its one token ran is not the prompt that was asked either.
+        finish_reason=schema.REFUSED if _replaced(req) else reason or req.finished_reason.to_json()["type"],
         output_ids=req.output_ids.tolist(),
     )
