@@ -2,7 +2,7 @@
 
     python bench/gpu_taps.py taps.json
 
-A small residual model with a tap behind every layer is captured at several sizes in one pool, as SGLang does; replays
+A small residual model with a tap after every layer is captured at several sizes in one pool, as SGLang does; replays
 follow each other on one stream with fewer real rows than the graph has, while the rows of the one before still travel
 on another. Every row is compared with the model run eagerly on the same padded batch. Then: a graph
 without a tap must be noticed, and so must a stale buffer.
@@ -75,7 +75,7 @@ with torch.inference_mode(), torch.cuda.stream(forward):
             event = torch.cuda.Event()
             event.record()
         flight.append((snapshot, event, x, n))
-        if len(flight) == 3:  # two more are in flight behind it
+        if len(flight) == 3:  # two more are in flight after it
             snapshot, event, x, n = flight.pop(0)
             event.synchronize()
             snapshot.arrive()

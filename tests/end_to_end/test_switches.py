@@ -60,7 +60,7 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same requests in an engine started without radix cache, with chunks of 64 and SGLang's own attention.
 
-    Chunks behind the first have a prefix, for which the default backend differs (`platform/attention.py`).
+    Chunks after the first have a prefix, for which the default backend differs (`platform/attention.py`).
     """
     server = {"disable_radix_cache": True, "chunked_prefill_size": 64, "attention_backend": "torch_native"}
     ours = prepared()

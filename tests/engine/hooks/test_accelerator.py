@@ -114,7 +114,7 @@ def test_rows_travel_with_the_result_of_their_forward(recording: Session) -> Non
 
 @auxiliary
 @pytest.mark.reviewed("accelerator rows")
-def test_rows_join_behind_a_delayed_sample_which_resets_the_channel(recording: Session) -> None:
+def test_rows_join_after_a_delayed_sample_which_resets_the_channel(recording: Session) -> None:
     """SGLang delays the sample of constrained requests (`ModelRunner.sample` begins by clearing the field)."""
 
     def sample() -> Any:
