@@ -193,6 +193,11 @@ def test_importing_the_package_loads_neither_torch_nor_sglang_nor_pandas() -> No
     assert not {"torch", "sglang", "transformers", "pandas", "pyarrow", "pydantic"} & loaded
 
 
+def test_a_process_of_sglang_without_a_scheduler_is_spared_what_only_recording_needs() -> None:
+    loaded = _loads("import sglang_probe.engine.hooks.install")
+    assert not {"pandas", "pyarrow", "safetensors", "transformers"} & loaded
+
+
 @pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction"])
 def test_what_a_door_names_is_there(door: str) -> None:
     module = importlib.import_module(door if door == "sglang_probe" else f"sglang_probe.{door}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sglang_probe.kept_set import Kept
+if TYPE_CHECKING:
+    from sglang_probe.kept_set import Kept
 
 
 @dataclass(frozen=True)

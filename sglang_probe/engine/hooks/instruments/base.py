@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang_probe.ask import Ask
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.releases.base import Hook, Release
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 
 @dataclass(slots=True)

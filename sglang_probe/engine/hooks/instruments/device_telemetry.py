@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.host_telemetry import AskedTelemetry, check_keys, first_rows
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.run.hook_points import ROTATED_QUERY
 from sglang_probe.run.telemetry_options import TelemetryConfig
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 
 class AcceleratorTelemetry(AskedTelemetry):

@@ -7,15 +7,17 @@ The replacement happens on the sampler's output, before SGLang relays it to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.releases.base import Hook, Release
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 

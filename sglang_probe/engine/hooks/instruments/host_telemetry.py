@@ -8,7 +8,7 @@ when the forward has returned, this step's among them, and nothing is freed befo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from sglang_probe.engine.capture.taps import Tap
 from sglang_probe.engine.capture.telemetry import Measured, Steps, Telemetry, logits
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.attention_rows import check_attention
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.telemetry_options import TelemetryConfig, layers_of
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
-from sglang_probe.kept_set import KeptFile
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.kept_set import KeptFile
 
 _UNPACKED = 1024
 """Kept sets held unpacked: more than a batch has requests."""
@@ -101,6 +101,8 @@ def open_sets(scheduler: Any, path: Path) -> SetsOfRecording:
     Raises:
         ProbeError: as `SetsOfRecording`. UnsupportedError: the engine does not attend as a kept set needs.
     """
+    from sglang_probe.kept_set import KeptFile
+
     server, model = scheduler.server_args, scheduler.model_config
     backends = {getattr(server, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")} - {None}
     if backends != {PROBE_TORCH}:

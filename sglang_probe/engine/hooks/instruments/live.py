@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard, inventory
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.ledger.recorder import ForwardPlan, RequestEnd
-from sglang_probe.engine.live import provenance
-from sglang_probe.engine.live.metrics import Metrics
-from sglang_probe.engine.live.recording import LiveRecording
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.ledger.recorder import ForwardPlan, RequestEnd
+    from sglang_probe.engine.live.metrics import Metrics
+    from sglang_probe.engine.live.provenance import Span
+    from sglang_probe.engine.live.recording import LiveRecording
 
 logger = logging.getLogger("sglang_probe")
 
@@ -90,6 +90,8 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
     Raises:
         RunDirectoryError: another server records into the same directory.
     """
+    from sglang_probe.engine.live.recording import LiveRecording
+
     assert config.live is not None
     several = server_args.dp_size > 1
     reviewed = inventory.load_inventory()
@@ -167,7 +169,7 @@ def anybody_asks() -> bool:
 
 
 @guard.guarded
-def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[provenance.Span]] | None:
+def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[Span]] | None:
     """Spans of the requests that finish now and asked; None if none does, so that nobody's `meta_info` changes."""
     live = guard.active().live
     assert live is not None
@@ -185,6 +187,8 @@ def _closed() -> None:
 def _metrics(server_args: Any, dp_rank: int | None) -> Metrics | None:
     if not server_args.enable_metrics:
         return None
+    from sglang_probe.engine.live.metrics import Metrics
+
     try:
         return Metrics(server_args.served_model_name or server_args.model_path, dp_rank)
     except Exception:

@@ -8,15 +8,17 @@ of its tokens at their places: it neither reuses moved positions from the tree n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 from sglang_probe.engine.releases.base import Hook, Release
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 _BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 

@@ -16,10 +16,10 @@ from sglang_probe.engine.hooks.instruments.accelerator import check_model, check
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
 from sglang_probe.engine.hooks.instruments.host_telemetry import EngineTelemetry
-from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.ledger.recorder import ForwardPlan
 
 
 class AttentionTelemetry(Instrument):
