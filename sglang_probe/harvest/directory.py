@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from sglang_probe.ask import recorded
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.harvest.kept import kept_key
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
@@ -173,7 +172,7 @@ def write_requests(run: Run, requests: Sequence[Request], kept: KeptFile | None 
 
 
 def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:
-    key = kept_key(request)
+    key = request.ask.evict
     if key is None or kept is None:
         return {}
     return {"evict": key, "cache_len": kept.shapes[key][-1], "kept": kept.counts[key][0].reshape(-1).tolist()}

@@ -100,7 +100,7 @@ def job_of(
                 fix="record it without `telemetry`, or serve it without kept sets",
             )
     forced = None if outputs_of is None else _outputs(outputs_of, requests)
-    asks = {field for r in requests for field in Ask.of(r.sampling_params).fields}
+    asks = {field for r in requests for field in r.ask.fields}
     asks |= {"force"} if forced is not None else set()
     asks |= {"cache"} if arm.bypass is not None else set()
     asks |= {"evict"} if kept is not None else set()

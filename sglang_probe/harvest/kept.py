@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.ask import Ask
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -19,11 +18,6 @@ KEPT_FILE = "kept.safetensors"
 """In the run directory: the sets that were in force."""
 
 
-def kept_key(request: Request) -> str | None:
-    """The kept set that a request names, or None."""
-    return Ask.of(request.sampling_params).evict
-
-
 def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model) -> None:
     """Refuse requests whose kept set is not there, or does not fit the request or the model.
 
@@ -31,7 +25,7 @@ def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model)
         ConfigError: names the first such request.
     """
     for r in requests:
-        key = kept_key(r)
+        key = r.ask.evict
         if key is None:
             continue
         where = f"{r.where}: `evict: {key}`"
@@ -81,4 +75,4 @@ def digest_of_kept(kept: KeptFile, requests: Iterable[Request]) -> str:
 
 
 def _keys(requests: Iterable[Request]) -> set[str]:
-    return {key for r in requests if (key := kept_key(r)) is not None}
+    return {r.ask.evict for r in requests if r.ask.evict is not None}

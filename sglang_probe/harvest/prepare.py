@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sglang_probe.ask import WHERE, Ask
+from sglang_probe.ask import WHERE
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
@@ -171,7 +171,7 @@ def check_ask(
     Raises:
         ConfigError: names the key.
     """
-    ask = Ask.of(request.sampling_params)
+    ask = request.ask
     if ask.provenance is not None:
         raise ConfigError(f"`{WHERE}.provenance`: a live server answers it; a run has the origin of every position")
     if ask.system is not None and config.telemetry is None:

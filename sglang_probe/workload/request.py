@@ -7,7 +7,10 @@ token position labelled by the segment it came from. Classes of tokens that no s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+from sglang_probe.ask import Ask
 
 TEMPLATE = "template"
 """Class of tokens the chat template wrote (role names, newlines), other than special tokens."""
@@ -113,6 +116,15 @@ class Request:
     def where(self) -> str:
         """How error messages name it: file and line, or its id."""
         return f"request {self.rid}" if self.source is None else f"{self.source} (request {self.rid})"
+
+    @cached_property
+    def ask(self) -> Ask:
+        """What it asks of the probe.
+
+        Raises:
+            ConfigError: as `Ask.of`.
+        """
+        return Ask.of(self.sampling_params)
 
 
 def asked_rid(rid: str) -> str:

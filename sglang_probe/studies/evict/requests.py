@@ -31,7 +31,7 @@ def kept_request(row: Any, source: Request) -> KeptRequest:
     """The request of a row of `asked_of`."""
     assert source.truth is not None
     own = {k: v for k, v in source.sampling_params.items() if k != "custom_params"}
-    force = source.truth.continuation_ids if row.forced else Ask.of(source.sampling_params).force
+    force = source.truth.continuation_ids if row.forced else source.ask.force
     own["temperature"] = row.temperature
     key = None if row.key is None or pd.isna(row.key) else str(row.key)
     return KeptRequest(row.rid, source.prompt_ids, key, force, own, family=source.rid)
