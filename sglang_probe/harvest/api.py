@@ -94,7 +94,7 @@ class Experiment:
                 given = _of_prompts(prompts, found.tokenizer, config.sampling)
             made = Workload(tuple(given))
         self.arms = {name: _arm(arm) for name, arm in (arms or {}).items()}
-        self.prepared: Prepared = prepare(config, self.arms, workload=made)
+        self.prepared: Prepared = prepare(config, self.arms, workload=made, kept_later=True)
         self.asks = frozenset(asks)
         self._reporter = reporter
 

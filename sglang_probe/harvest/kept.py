@@ -25,24 +25,38 @@ def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model)
         ConfigError: names the first such request.
     """
     for r in requests:
-        key = r.ask.evict
-        if key is None:
-            continue
-        where = f"{r.where}: `evict: {key}`"
-        if kept is None:
-            raise ConfigError(
-                f"{where}, but the recording has no kept sets", fix="give `kept`, e.g. `record_kept(..., kept=file)`"
-            )
-        if key not in kept.shapes:
-            raise ConfigError(f"{where} is not in {kept.path}, which has {len(kept)} others")
-        _steps, layers, kv_heads, length = kept.shapes[key]
-        if (layers, kv_heads) != (model.layers, model.kv_heads):
-            raise ConfigError(
-                f"{where} is for {layers} layers of {kv_heads} kv heads; the model has {model.layers} of "
-                f"{model.kv_heads}"
-            )
-        if length > len(r.prompt_ids):
-            raise ConfigError(f"{where} is for {length} positions and the prompt has {len(r.prompt_ids)}")
+        try:
+            check_key(r, kept, model)
+        except ConfigError as e:
+            raise ConfigError(f"{r.where}: {e.message}", fix=e.fix) from e
+
+
+def check_key(request: Request, kept: KeptFile | None, model: Model) -> None:
+    """Refuse a request whose kept set is not there, or does not fit the request or the model.
+
+    Args:
+        kept: None: the recording has no kept sets.
+
+    Raises:
+        ConfigError: names the set.
+    """
+    key = request.ask.evict
+    if key is None:
+        return
+    if kept is None:
+        raise ConfigError(
+            f"`evict: {key}`, but the recording has no kept sets", fix="give `kept`, e.g. `record(..., kept=file)`"
+        )
+    if key not in kept.shapes:
+        raise ConfigError(f"`evict: {key}` is not in {kept.path}, which has {len(kept)} others")
+    _steps, layers, kv_heads, length = kept.shapes[key]
+    if (layers, kv_heads) != (model.layers, model.kv_heads):
+        raise ConfigError(
+            f"`evict: {key}` is for {layers} layers of {kv_heads} kv heads; the model has {model.layers} of "
+            f"{model.kv_heads}"
+        )
+    if length > len(request.prompt_ids):
+        raise ConfigError(f"`evict: {key}` is for {length} positions and the prompt has {len(request.prompt_ids)}")
 
 
 def check_backend(server: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from sglang_probe.harvest.engine import (
     server_argument_choices,
     server_argument_names,
 )
+from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
@@ -73,12 +74,14 @@ def prepare(
     arms: Mapping[str, Arm] = MappingProxyType({}),
     *,
     workload: WorkloadConfig | Workload | None = None,
+    kept_later: bool = False,
 ) -> Prepared:
     """Check a configuration.
 
     Args:
         arms: all that will be recorded with it.
         workload: in place of the configuration's own.
+        kept_later: lines of the workload may name kept sets, which a run of it will bring.
 
     Raises:
         ProbeError: a child of it for every kind of bad input.
@@ -106,12 +109,18 @@ def prepare(
     if not isinstance(given, Workload):
         if given is None:
             raise ConfigError("there is no workload", fix="give `workload`, or requests")
+
+        def check(request: Request) -> None:
+            check_ask(request, config, context=context, vocabulary=model.vocabulary)
+            if not kept_later:
+                check_key(request, None, model)
+
         given = build_requests(
             given,
             model.tokenizer,
             context_length=room,
             default_sampling=dict(config.sampling),
-            check=lambda r: check_ask(r, config, context=context, vocabulary=model.vocabulary),
+            check=check,
         )
     # Last, because SGLang must be imported to know its names.
     for server in servers:
@@ -163,9 +172,7 @@ def capture_of(
     return Capture(*selected_heads(config.rows, counts), layers)
 
 
-def check_ask(
-    request: Request, config: Recording, *, context: int, vocabulary: int, has_kept_sets: bool = False
-) -> None:
+def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int) -> None:
     """Refuse what a request cannot ask of the probe.
 
     Raises:
@@ -176,10 +183,6 @@ def check_ask(
         raise ConfigError(f"`{WHERE}.provenance`: a live server answers it; a run has the origin of every position")
     if ask.system is not None and config.telemetry is None:
         raise ConfigError(f"`{WHERE}.system`: nothing reads it without `telemetry`")
-    if ask.evict is not None and not has_kept_sets:
-        raise ConfigError(
-            f"`{WHERE}.evict: {ask.evict}`, but the recording has no kept sets", fix="use `record(..., kept=file)`"
-        )
     ask.check(
         prompt_len=len(request.prompt_ids),
         new_tokens=new_tokens(request.sampling_params),
@@ -198,8 +201,7 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
         try:
             _check_tokens(r.prompt_ids, prepared.model.vocabulary)
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
-            known = {"context": prepared.context, "vocabulary": prepared.model.vocabulary}
-            check_ask(r, prepared.config, **known, has_kept_sets=True)
+            check_ask(r, prepared.config, context=prepared.context, vocabulary=prepared.model.vocabulary)
         except ProbeError as e:
             raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
     check_sampling(requests)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from sglang_probe import Experiment, KeptSet, record
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept_requests import KeptRequest
+from sglang_probe.kept_set import write_kept
 
 SAMPLING = {"max_new_tokens": 4, "temperature": 0.0}
 
@@ -69,6 +72,18 @@ def test_a_kept_set_of_nobody_and_one_that_does_not_fit_are_refused(tmp_path: An
         with pytest.raises(ConfigError, match=said):
             record(tmp_path / "run", prompts=[[1, 2]], sampling=SAMPLING, kept=sets)
     assert not (tmp_path / "run").exists()
+
+
+def test_lines_of_a_workload_may_name_the_sets_of_a_file(tmp_path: Path) -> None:
+    asking = {"prompt": "import json", "sampling_params": {**SAMPLING, "custom_params": {"probe": {"evict": "mine"}}}}
+    file, kept = tmp_path / "requests.jsonl", tmp_path / "kept"
+    file.write_text(json.dumps(asking))
+    write_kept(kept, {"mine": KeptSet(torch.ones(1, 4, 2, 2, dtype=torch.bool))})
+    experiment = Experiment(workload={"source": "jsonl", "path": file})
+    with pytest.raises(ConfigError, match=r"requests\.jsonl:1 .*: `evict: mine` is for 4 layers of 2 kv heads"):
+        experiment.record(tmp_path / "run", kept=kept)
+    with pytest.raises(ConfigError, match=r"requests\.jsonl:1 .*: `evict: mine`, but the recording has no kept sets"):
+        experiment.record(tmp_path / "run")
 
 
 def test_arms_are_asked_for_by_name(tmp_path: Any) -> None:

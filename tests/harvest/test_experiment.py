@@ -239,3 +239,11 @@ def test_a_line_that_asks_for_what_it_cannot_have_is_named_or_passed_over(
     assert found.skipped == 1
     assert [(r.index, r.rid) for r in found.requests] == [(0, "r000000"), (1, "r000001"), (2, "r000002")]
     assert prepare(lines(custom, skip_bad=True, limit=2)).workload.requests[1].prompt_ids
+
+
+def test_a_line_may_name_a_kept_set_that_a_run_will_bring(lines: Callable[..., HarvestConfig]) -> None:
+    naming = {"probe": {"evict": "k"}}
+    with pytest.raises(ConfigError, match=r"asked\.jsonl:3 \(request r000001\): `evict: k`, but .* no kept sets"):
+        prepare(lines(naming))
+    assert prepare(lines(naming, skip_bad=True)).workload.skipped == 1
+    assert prepare(lines(naming), kept_later=True).workload.requests[1].ask.evict == "k"
