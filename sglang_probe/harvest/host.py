@@ -15,7 +15,8 @@ class EngineHost:
 
     def __init__(self) -> None:
         self._engine: ProbedEngine | None = None
-        self._key: Any = None
+        self._started: tuple[str, dict[str, Any], EngineProbeConfig] | None = None
+        """What the engine was started with: model path, server arguments, and what its first recording asked."""
         self.starts = 0
         """Engines started so far."""
 
@@ -25,9 +26,13 @@ class EngineHost:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
-    def serves(self, key: Any) -> bool:
-        """Whether the running engine was started with `key`."""
-        return self._engine is not None and _serves(self._key, key)
+    def serves(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> bool:
+        """Whether the running engine can make this recording too: SGLang was started with the same arguments, and its
+        instruments can do what is asked."""
+        if self._engine is None or self._started is None:
+            return False
+        *same, first = self._started
+        return same == [model_path, server] and instruments.serves(first, probe)
 
     def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> ProbedEngine:
         """An engine that was started with these server arguments and records as `probe` says.
@@ -35,14 +40,13 @@ class EngineHost:
         Raises:
             ProbeError: SGLang or the probe refuses.
         """
-        key = engine_key(model_path, server, probe)
-        if self.serves(key) and self._engine is not None:
+        if self._engine is not None and self.serves(model_path, server, probe):
             self._engine.begin(probe)
             return self._engine
         self.stop()
         engine = ProbedEngine(model_path, probe, server)
         engine.start()
-        self._engine, self._key = engine, key
+        self._engine, self._started = engine, (model_path, server, probe)
         self.starts += 1
         return engine
 
@@ -51,13 +55,3 @@ class EngineHost:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.stop()
-
-
-def engine_key(model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> tuple[Any, ...]:
-    """What two recordings must agree in to share an engine: what SGLang is started with, and what its instruments can
-    do for both."""
-    return (model_path, sorted(server.items(), key=str), probe)
-
-
-def _serves(started: Any, asked: Any) -> bool:
-    return started is not None and started[:2] == asked[:2] and instruments.serves(started[2], asked[2])

@@ -14,7 +14,7 @@ from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.engine import Answer, fault_of
-from sglang_probe.harvest.host import EngineHost, engine_key
+from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.job import Job, manifest_of, probe_config
 from sglang_probe.harvest.kept import keep_with_run
 from sglang_probe.harvest.progress import Quiet, Reporter
@@ -64,7 +64,7 @@ def harvest(
     probe = probe.model_copy(update={"start": start.number})
     try:
         todo = _remaining(job, path, start)
-        shared = engines.serves(engine_key(model.path, server, probe))
+        shared = engines.serves(model.path, server, probe)
         with reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
             engine = engines.open(model.path, server, probe)
         manifest["server_resolved"] = engine.server_args
