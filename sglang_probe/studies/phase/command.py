@@ -52,10 +52,10 @@ hook_points: [hook_embed, blocks.3.hook_resid_post]
         import pandas as pd
 
         from sglang_probe.report.tables import Table
-        from sglang_probe.studies.phase.runs import KINDS, _names
+        from sglang_probe.studies.phase.runs import KINDS, names_of
 
         texts = len(prepared.workload.requests)
-        names = [_names(kind, config)[i] for i in range(config.replicates) for kind in KINDS]
+        names = [names_of(kind, config)[i] for i in range(config.replicates) for kind in KINDS]
         frame = pd.DataFrame({"run": names, "requests": [texts] * len(names)})
         return Plan(Table(frame, f"plan: {len(names)} runs"), 1, ["texts that are too short are left out"])
 

@@ -59,11 +59,11 @@ def run(
             outputs_of=DECODED if kind == DECODED and name != DECODED else None,
             order_seed=replicate or None,
         )
-        for replicate, names in enumerate(zip(*(_names(kind, config) for kind in KINDS), strict=True))
+        for replicate, names in enumerate(zip(*(names_of(kind, config) for kind in KINDS), strict=True))
         for kind, name in zip(KINDS, names, strict=True)
     ]
     found = record(specs, prepared, folder, asks={"force"}, overwrite=overwrite, resume=resume, reporter=reporter)
-    return {kind: [found[name] for name in _names(kind, config)] for kind in KINDS}
+    return {kind: [found[name] for name in names_of(kind, config)] for kind in KINDS}
 
 
 def read(config: PhaseConfig, folder: Path) -> dict[str, list[Run]]:
@@ -72,10 +72,11 @@ def read(config: PhaseConfig, folder: Path) -> dict[str, list[Run]]:
     Raises:
         RunDirectoryError: one is missing.
     """
-    return {kind: [load_run(folder / name) for name in _names(kind, config)] for kind in KINDS}
+    return {kind: [load_run(folder / name) for name in names_of(kind, config)] for kind in KINDS}
 
 
-def _names(kind: str, config: PhaseConfig) -> list[str]:
+def names_of(kind: str, config: PhaseConfig) -> list[str]:
+    """The runs of a kind, one by replicate."""
     return [kind, kind + REPEAT][: config.replicates]
 
 
