@@ -190,10 +190,8 @@ class Experiment:
             RunSpec(name, self.requests, arm, outputs_of=first if force_outputs and name != first else None)
             for name, arm in self.arms.items()
         ]
-        asks = self.asks | ({"force"} if force_outputs else set())
-        asks |= {"cache"} if any(arm.bypass for arm in self.arms.values()) else set()
         again: Any = {"overwrite": overwrite, "resume": resume, "reporter": self._reporter}
-        return record_specs(specs, self.prepared, Path(folder), asks=asks, host=self._host, **again)
+        return record_specs(specs, self.prepared, Path(folder), asks=self.asks, host=self._host, **again)
 
 
 def record(

@@ -10,7 +10,7 @@ from pathlib import Path
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.job import Job, job_of, manifest_of
+from sglang_probe.harvest.job import Job, asks_given, job_of, manifest_of
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.recording import harvest
@@ -63,8 +63,8 @@ def record(
     kept sets included), and an interrupted one is finished; a run of something else is refused.
 
     Args:
-        asks: fields of `Ask` that the engines must honour for later runs, beyond those that a run's own requests have:
-            what an engine can do is settled when it starts.
+        asks: fields of `Ask` that the engines must honour for later runs, beyond those that `specs` show (forced
+            outputs, how the cache is used, kept sets): what an engine can do is settled when it starts.
         host: keeps the engine for what is recorded next; None: engines for these runs alone.
 
     Raises:
@@ -78,6 +78,7 @@ def record(
     if not (overwrite or resume):
         for spec in specs:
             directory.refuse_existing(folder / spec.name)
+    asks = {*asks, *(field for spec in specs for field in asks_given(spec.arm, spec.outputs_of, spec.kept))}
     runs: dict[str, Run] = {}
     with nullcontext(host) if host is not None else EngineHost() as engines:
         for spec in specs:

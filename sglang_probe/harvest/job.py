@@ -101,9 +101,7 @@ def job_of(
             )
     forced = None if outputs_of is None else _outputs(outputs_of, requests)
     asks = {field for r in requests for field in r.ask.fields}
-    asks |= {"force"} if forced is not None else set()
-    asks |= {"cache"} if arm.bypass is not None else set()
-    asks |= {"evict"} if kept is not None else set()
+    asks |= asks_given(arm, outputs_of, kept)
     asks |= {"system"} if config.telemetry is not None else set()
     if int(server.get("tp_size", 1)) > 1 and (alone := sorted(asks & {"force", "positions"})):
         raise UnsupportedError(
@@ -124,6 +122,12 @@ def job_of(
         order_seed=order_seed,
         asks=frozenset(asks),
     )
+
+
+def asks_given(arm: Arm, outputs_of: object | None, kept: object | None) -> set[str]:
+    """Fields of `Ask` that the requests of a run are given, whatever they ask themselves."""
+    given = {"force": outputs_of, "cache": arm.bypass, "evict": kept}
+    return {field for field, value in given.items() if value is not None}
 
 
 def _outputs(run: Run, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sglang_probe.ask import Ask
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError, RunDirectoryError, UnsupportedError, WorkloadError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.config import HarvestConfig
@@ -107,6 +108,24 @@ def test_the_engine_honours_what_requests_arm_and_later_runs_ask(prepared: Prepa
     told = probe_config(found, tmp_path, found.asks | {"positions"})
     assert told.asks == ["cache", "force", "positions"]
     assert Ask.of(found.asked(asking)) == Ask(force=(1, 2), cache="read_only")
+
+
+def test_the_first_engine_honours_what_later_runs_are_given(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def opened(_host: EngineHost, _model: str, _server: dict[str, Any], probe: EngineProbeConfig) -> None:
+        told.append(probe.asks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EngineHost, "open", opened)
+    ours = prepared.workload.requests
+    specs = [RunSpec("a", ours), RunSpec("b", ours, Arm(cache="read_only")), RunSpec("c", ours, outputs_of="a")]
+    for count, asks in ((1, ["positions"]), (2, ["cache", "positions"]), (3, ["cache", "force", "positions"])):
+        with pytest.raises(KeyboardInterrupt):
+            record(specs[:count], prepared, tmp_path, asks={"positions"}, overwrite=True)
+        assert told.pop() == asks
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,7 @@ def run(
         )
         for p in planned
     ]
-    asks = {"force"} if config.force_outputs else set()
-    asks |= {"cache"} if any(arm.bypass for arm in config.arms.values()) else set()
-    return record(specs, prepared, folder, asks=asks, overwrite=overwrite, resume=resume, reporter=reporter)
+    return record(specs, prepared, folder, overwrite=overwrite, resume=resume, reporter=reporter)
 
 
 def read(config: AbConfig, folder: Path) -> dict[str, Run]:

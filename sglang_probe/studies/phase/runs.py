@@ -62,7 +62,7 @@ def run(
         for replicate, names in enumerate(zip(*(names_of(kind, config) for kind in KINDS), strict=True))
         for kind, name in zip(KINDS, names, strict=True)
     ]
-    found = record(specs, prepared, folder, asks={"force"}, overwrite=overwrite, resume=resume, reporter=reporter)
+    found = record(specs, prepared, folder, overwrite=overwrite, resume=resume, reporter=reporter)
     return {kind: [found[name] for name in names_of(kind, config)] for kind in KINDS}
 
 
