@@ -80,7 +80,9 @@ def with_skip_bad(config: R, skip_bad: bool) -> R:
     several = getattr(config, "workloads", None)
     given = [config.workload] if several is None else list(several.values())  # type: ignore[attr-defined]
     if not any(_reads_a_file(w) for w in given):
-        raise ConfigError(f"`--skip-bad` has no meaning for a `{given[0].source}` workload: it reads no file")
+        raise ConfigError(
+            f"`--skip-bad` has no meaning where no workload reads a file: a `{given[0].source}` workload reads no file"
+        )
     if several is None:
         return config.model_copy(update={"workload": _skipping(given[0])})
     return config.model_copy(update={"workloads": {task: _skipping(w) for task, w in several.items()}})

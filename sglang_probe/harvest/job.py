@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments import ONE_RANK
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
@@ -103,7 +104,7 @@ def job_of(
     asks = {field for r in requests for field in r.ask.fields}
     asks |= asks_given(arm, outputs_of, kept)
     asks |= {"system"} if config.telemetry is not None else set()
-    if int(server.get("tp_size", 1)) > 1 and (alone := sorted(asks & {"force", "positions"})):
+    if int(server.get("tp_size", 1)) > 1 and (alone := sorted(asks & ONE_RANK)):
         raise UnsupportedError(
             f"`{alone[0]}` with `tp_size: {server['tp_size']}`: one rank alone would do it, and the others would "
             "compute something else",

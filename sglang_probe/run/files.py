@@ -91,7 +91,7 @@ class RunFiles:
         return self._table("rebinds", schema.REBINDS)
 
     def telemetry_table(self) -> pd.DataFrame:
-        """The same as it is stored: one row per measured decode step and layer (`schema.TELEMETRY`)."""
+        """One row per measured decode step and layer, as it is stored (`schema.TELEMETRY`)."""
         return self._table("telemetry/part-", schema.TELEMETRY)
 
     def last_attempt(self) -> pd.DataFrame:

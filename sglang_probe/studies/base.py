@@ -142,6 +142,7 @@ class Study(ABC):
 
     def _tell(self, result: Result, folder: Path, console: Console) -> None:
         from sglang_probe.studies.pages import checks_in_words
+        from sglang_probe.verify.check import all_hold
 
         show(console, self.shown(result))
         for run, checks in result.checks.items():
@@ -149,7 +150,7 @@ class Study(ABC):
                 if not c.holds:
                     console.print(f"[bold red]VIOLATED[/] in {run}: {c.name}: ", end="")
                     console.print(c.violation, markup=False, highlight=False, soft_wrap=True)
-        if result.checks and all(c.holds for checks in result.checks.values() for c in checks):
+        if result.checks and all_hold(result.checks):
             console.print(f"[green]{checks_in_words(result.checks)}[/]")
         console.print(f"report: [bold]{folder / REPORT}[/]", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -19,3 +20,8 @@ class Check:
     @property
     def holds(self) -> bool:
         return self.violation is None
+
+
+def all_hold(checks: Mapping[str, Sequence[Check]]) -> bool:
+    """Whether every invariant holds in every run, of checks by run."""
+    return all(c.holds for of_run in checks.values() for c in of_run)

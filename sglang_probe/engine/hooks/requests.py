@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments import ONE_RANK
 from sglang_probe.errors import ConfigError
 
 _ASK = "_sglang_probe_ask"
@@ -44,7 +45,7 @@ def _admitted(session: Any, req: Any, model: Any) -> Ask:
             raise ConfigError(f"the recording has stopped, and what it would do for a request with it: {session.fault}")
         ask.refuse_beyond(session.honoured)
         if session.tp_size > 1:
-            ask.refuse_on_ranks(frozenset(i.field for i in session.instruments if i.one_rank and i.field))
+            ask.refuse_on_ranks(ONE_RANK)
         ask.check(
             prompt_len=len(req.origin_input_ids),
             new_tokens=req.sampling_params.max_new_tokens or 0,

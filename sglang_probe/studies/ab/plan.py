@@ -35,7 +35,7 @@ class PlannedRun:
 def plan(config: AbConfig) -> list[PlannedRun]:
     """Runs in execution order.
 
-    The first arm runs first, because the others are forced to its outputs. Behind it, arms run in an order drawn anew
+    The first arm runs first, because the others are forced to its outputs. After it, arms run in an order drawn anew
     for each replicate, so that a drifting machine is not taken for a policy; arms that can share an engine stay
     together, and a replicate begins with those that the running engine can serve.
     """

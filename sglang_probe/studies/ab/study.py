@@ -15,7 +15,7 @@ from sglang_probe.studies.base import records
 from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
 from sglang_probe.studies.drift import compare_runs, drift_table, first_divergence
 from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
-from sglang_probe.verify.check import Check
+from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
 
 BIN = 32
@@ -54,7 +54,7 @@ class AbResult:
     @property
     def ok(self) -> bool:
         """Whether every invariant holds in every run."""
-        return all(c.holds for checks in self.checks.values() for c in checks)
+        return all_hold(self.checks)
 
     @property
     def reconciled(self) -> str:

@@ -50,16 +50,6 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
 
         return EvictionConfig
 
-    def skipping_bad(self, config: EvictionConfig) -> EvictionConfig:
-        """Every task that is read from a file reads past malformed lines."""
-        from sglang_probe.errors import ConfigError
-
-        files = {task: w for task, w in config.workloads.items() if "skip_bad" in type(w).model_fields}
-        if not files:
-            raise ConfigError("`--skip-bad` has no meaning here: no workload reads a file")
-        skipping = {task: w.model_copy(update={"skip_bad": True}) for task, w in files.items()}
-        return config.model_copy(update={"workloads": {**config.workloads, **skipping}})
-
     def plan(self, prepared: dict[str, Prepared], config: EvictionConfig) -> Plan:
         """Engine starts, requests and kept sets."""
         import pandas as pd

@@ -24,7 +24,7 @@ from sglang_probe.studies.factorial.evicted import NO_LAYER, predictions
 from sglang_probe.studies.factorial.outcomes import Pseudo, Reference
 from sglang_probe.studies.query_drift.cosine import prompt_mean
 from sglang_probe.studies.query_drift.summary import ALL, means
-from sglang_probe.verify.check import Check
+from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
 from sglang_probe.workload.request import asked_rid
 
@@ -80,7 +80,7 @@ class FactorialResult:
     @property
     def ok(self) -> bool:
         """Whether every invariant holds in every run."""
-        return all(c.holds for checks in self.checks.values() for c in checks)
+        return all_hold(self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the rows; of single layers the effects of the first design alone."""

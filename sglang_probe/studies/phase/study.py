@@ -22,7 +22,7 @@ from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, floor_t
 from sglang_probe.studies.phase.moments import describe, reference_band
 from sglang_probe.studies.phase.probe import probe
 from sglang_probe.studies.phase.rows import read_rows, row_indices
-from sglang_probe.verify.check import Check
+from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
 
 Array = np.ndarray[Any, Any]
@@ -57,7 +57,7 @@ class PhaseResult:
     @property
     def ok(self) -> bool:
         """Whether every invariant holds in every run."""
-        return all(c.holds for checks in self.checks.values() for c in checks)
+        return all_hold(self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

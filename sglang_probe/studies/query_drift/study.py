@@ -21,7 +21,7 @@ from sglang_probe.studies.query_drift import summary
 from sglang_probe.studies.query_drift.captured import Captured, captured, centred_by_others, window_coverage
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.tables import Tables, measure
-from sglang_probe.verify.check import Check
+from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
 
 MISSING_ROWS = "a position has no row: computed before the recording began, or not selected"
@@ -55,7 +55,7 @@ class DriftResult:
     @property
     def ok(self) -> bool:
         """Whether every invariant of the ledger holds."""
-        return all(c.holds for checks in self.checks.values() for c in checks)
+        return all_hold(self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the tables."""

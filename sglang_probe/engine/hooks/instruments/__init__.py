@@ -19,7 +19,7 @@ from sglang_probe.engine.releases.base import Hook, Release
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
 
-__all__ = ["INSTRUMENTS", "Forward", "Instrument", "features", "honoured", "hooks", "serves", "wanted"]
+__all__ = ["INSTRUMENTS", "ONE_RANK", "Forward", "Instrument", "features", "honoured", "hooks", "serves", "wanted"]
 
 INSTRUMENTS: tuple[type[Instrument], ...] = (
     LiveServer,
@@ -32,6 +32,9 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     KeptSets,
 )
 """In the order in which they are asked."""
+
+ONE_RANK = frozenset(kind.field for kind in INSTRUMENTS if kind.one_rank and kind.field is not None)
+"""Fields of `Ask` that one rank alone would act on: refused under tensor parallelism."""
 
 T = TypeVar("T", bound=Hashable)
 
