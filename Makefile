@@ -31,14 +31,14 @@ test-all: setup $(OLDER)/.ready ## slow tests too, and everything on the older r
 	$(OLDER)/bin/python -m pytest $(WORKERS)
 
 attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
-	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
+	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
 
-bench: setup ## measure overhead and studies, and write docs/benchmarks.md
+bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md
 	$(BIN)/python bench/overhead.py
-	$(BIN)/python bench/eviction.py --out docs/benchmarks.md
+	$(BIN)/python bench/eviction.py --out docs/evidence/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
-bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable
+bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
 
 lint: setup

@@ -11,7 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/paths.md", "docs/cached-tokens.md", "docs/kept-sets.md", "docs/support.md", "docs/releases.md"]
+    "page",
+    [
+        "docs/evidence/paths.md",
+        "docs/explanation/cached-tokens.md",
+        "docs/how-to/kept-sets.md",
+        "docs/evidence/support.md",
+        "docs/evidence/releases.md",
+    ],
 )
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text(encoding="utf-8")))
@@ -21,6 +28,6 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md")]:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -28,7 +28,7 @@ class Recording(Config):
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
     """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone."""
     accelerator: Literal["refused", "unproved"] = "refused"
-    """Whether rows may be captured on a GPU, where that has not been proved (docs/gpu.md)."""
+    """Whether rows may be captured on a GPU, where that has not been proved (docs/explanation/gpu.md)."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads rows are kept for, e.g. `{window: 32, decode: {every: 4}}`; by default all."""
     telemetry: TelemetryConfig | None = None

@@ -32,7 +32,7 @@ class TelemetryOptions(Config):
 
 
 class TelemetryConfig(TelemetryOptions):
-    """`telemetry` of a configuration. The cost of a measured step is stated in docs/benchmarks.md."""
+    """`telemetry` of a configuration. The cost of a measured step is stated in docs/evidence/benchmarks.md."""
 
     layers: list[int] | Literal["all"] = "all"
     every: PositiveInt = 4

@@ -33,7 +33,7 @@ class EngineProbeConfig(Config):
     run: Path
     hook_points: list[str] = Field(default_factory=list)
     accelerator: Literal["refused", "unproved"] = "refused"
-    """`unproved`: capture rows on a GPU too, inside its graphs. That has been tested by simulation only (docs/gpu.md).
+    """`unproved`: capture rows on a GPU too, inside its graphs (docs/explanation/gpu.md says where that was run).
     On a CPU the same path is taken, without graphs, for tests."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads of them; by default all."""
