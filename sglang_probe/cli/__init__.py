@@ -1,4 +1,7 @@
-"""The command line: what each study describes, and `harvest`, `verify` and `doctor`. Nothing heavy is imported here."""
+"""The command line: what each study describes, and `harvest`, `verify`, `model` and `doctor`.
+
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, harvest, verify
+from sglang_probe.cli import doctor, harvest, model, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -21,6 +24,7 @@ app.command("harvest")(harvest.command)
 for study in STUDIES:
     app.command(study.name)(study.command())
 app.command("verify")(verify.command)
+app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.command)
 
 

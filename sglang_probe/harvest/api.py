@@ -44,7 +44,7 @@ class Experiment:
             again = experiment.record("runs/again", outputs_of=first, arm={"cache": "off"})
 
     Args:
-        model: `probe-text` or `probe-recall` (built in), a local path, or a hub id.
+        model: a name of `sglang-probe model list`, a local path, or a hub id.
         workload: as in the YAML, e.g. `{"source": "jsonl", "path": "requests.jsonl"}`; or `prompts`, or `requests`.
         prompts: texts, which the tokenizer encodes as they are (no chat template), or token ids.
         requests: with ids, families, segments and sampling parameters of their own.

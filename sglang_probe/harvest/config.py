@@ -21,7 +21,7 @@ class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
 
     model: str = BUILT_IN_MODEL
-    """`probe-text` or `probe-recall` (built in), a local path, or a hub id."""
+    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path, or a hub id."""
     dtype: str = "auto"
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
     """Default sampling parameters; a request may carry its own."""
