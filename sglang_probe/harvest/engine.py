@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
@@ -158,10 +158,11 @@ class ProbedEngine:
             if self._folder is not None:
                 self._folder.cleanup()
 
-    @property
-    def server_args(self) -> dict[str, Any]:
-        """The resolved server arguments, as plain data."""
-        return dict(json.loads(json.dumps(release().arguments(self._engine.server_args), default=str)))
+    def in_force(self) -> dict[str, Any]:
+        """What the scheduler of the present recording says of itself, for the manifest: `server_resolved`, the server
+        arguments that decide rows, as they are in force, and `weights`, what they were by the number of updates."""
+        told: dict[str, Any] = json.loads((self._probe.run / ENGINE_FILE).read_text(encoding="utf-8"))
+        return told
 
     def run(self, main: Any) -> Any:
         """Run a coroutine on the engine's event loop."""

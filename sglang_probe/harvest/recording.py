@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.config import ENGINE_FILE
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
@@ -67,7 +68,7 @@ def harvest(
         shared = engines.serves(model.path, server, probe)
         with reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
             engine = engines.open(model.path, server, probe)
-        manifest["server_resolved"] = engine.server_args
+        manifest.update(engine.in_force())
     except BaseException as e:
         engines.stop()
         if not start.number:
@@ -92,6 +93,7 @@ def harvest(
             finally:
                 seconds = time.perf_counter() - began
         engine.close_recording()
+        manifest.update(engine.in_force())  # the weights may have been updated
     except BaseException:
         engines.stop()  # so that everything it still knows is on disk
         raise
@@ -145,6 +147,7 @@ def _close(job: Job, path: Path, manifest: dict[str, Any], answers: list[Answer]
         cached_tokens_disagreements=disagreements,
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
+    (path / ENGINE_FILE).unlink(missing_ok=True)
     write_manifest(path, manifest)
     if fault is not None:
         raise ProbeError(

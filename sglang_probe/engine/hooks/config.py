@@ -19,6 +19,9 @@ from sglang_probe.run.telemetry_options import TelemetryConfig
 CONFIG_VARIABLE = "SGLANG_PROBE"
 """Environment variable with the path of the probe's YAML; unset means inert."""
 
+ENGINE_FILE = "engine.json"
+"""Written into the run directory of a harvest by the scheduler: what is in force in it. The manifest takes it over."""
+
 FAULT_FILE = "fault.txt"
 """Written into the run directory when the probe stopped itself; its content says why."""
 

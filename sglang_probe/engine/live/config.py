@@ -19,6 +19,9 @@ class SegmentLimits(Config):
     """Of durable files: one part more may come on top."""
     max_requests: int = Field(default=20_000, gt=0)
     """Finished requests. Also bounds the memory that closing a segment takes."""
+    min_seconds: float = Field(default=2.0, ge=0)
+    """Age before which a segment is not closed on demand (`POST /probe/flush`, an update of the weights): whoever asks
+    earlier waits, and all who wait are answered with one closing."""
     patience: float = Field(default=5.0, ge=0)
     """How long a due segment waits for a moment without requests in flight before they are cut in two."""
 
