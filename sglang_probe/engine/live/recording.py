@@ -1,8 +1,8 @@
 """A live recording: the recorder's sink, and the thread that keeps its segments.
 
 The scheduler thread only counts and hands over. Everything that touches the disk or waits is done by the writer's
-thread and by the *keeper* here: it opens and closes segments, publishes metrics, and makes the last facts durable when
-traffic pauses. One lock orders commits and the change of segments; it is held for microseconds.
+thread and by the *keeper* here: it opens and closes segments, and publishes metrics. One lock orders commits and the
+change of segments; it is held for microseconds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from sglang_probe.engine.live.totals import Totals
 from sglang_probe.run import schema
 
 logger = logging.getLogger("sglang_probe")
+
+_PATIENCE = 30.0
+"""Seconds that a full disk is waited for before the recording stops."""
 
 _ROW_START = schema.SPANS.get_field_index("row_start")
 _FORWARD_ROW_START = schema.FORWARDS.get_field_index("row_start")
@@ -75,7 +78,7 @@ class LiveRecording:
         self._number = segments.next_number(root)
         self._path = segments.open_segment(root, self._number, True, facts)
         self._row_base = self._facts_in_segment = self._requests_in_segment = 0
-        self._opened = self._flushed = 0.0
+        self._opened = 0.0
         self._due_since: float | None = None
         self._begin(self._new_writer(self._path))
         self._thread = threading.Thread(target=self._keep, name="sglang-probe-keeper", daemon=True)
@@ -104,7 +107,6 @@ class LiveRecording:
             if self._row_base and commit.numbered:
                 _rebase(commit, self._row_base)
             self._facts_in_segment += 1
-            self._unflushed = True
             self._requests_in_segment += len(commit.requests)
             if self._drops and self._writer.error is None and self._writer.waiting >= self._room:
                 self.totals.dropped(commit)
@@ -201,9 +203,11 @@ class LiveRecording:
         if asked > self._done or self._due():
             self._rotate()
             self._done = asked
-        elif self._unflushed and not self.totals.active and time.monotonic() - self._flushed > self._part_seconds:
-            self._unflushed, self._flushed = False, time.monotonic()
-            self._writer.checkpoint()  # not waited for: a slow disk must not hold up the metrics
+        with self._lock:  # what was dropped last goes out even if no commit follows that could take it along
+            if self._writer.error is None and self._writer.waiting < self._room:
+                late = self._overflow.release()
+                if late is not None:
+                    self._writer.put(late)
         self._publish()
 
     def _due(self) -> bool:
@@ -262,14 +266,15 @@ class LiveRecording:
     def _begin(self, writer: Writer) -> None:
         self._writer = writer
         self._room = min(self._config.queue, writer.capacity - 2)  # two puts may follow, and must not block
-        self._opened = self._flushed = time.monotonic()
+        self._opened = time.monotonic()
         self._due_since = None
         self._row_base = self.totals.rows
         self._facts_in_segment = self._requests_in_segment = 0
-        self._unflushed = False
 
     def _new_writer(self, path: Path) -> Writer:
-        return Writer(path, part_seconds=self._part_seconds)
+        # Woken before the queue is full, however short: waiting is for the disk alone.
+        bundle = max(1, min(64, self._config.queue // 2))
+        return Writer(path, part_seconds=self._part_seconds, patience=_PATIENCE, bundle=bundle)
 
     def _publish(self) -> None:
         if self._metrics is not None:
