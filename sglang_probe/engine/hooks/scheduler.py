@@ -1,6 +1,6 @@
 """Launch, commit and finish of forward passes, read from the scheduler's host lists.
 
-SGLang: `managers/scheduler.py` (`run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
+SGLang: `managers/scheduler.py` (`run_event_loop`, `run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,29 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     if session.records and session.config.live is not None:
         session.live = live_server.start(session.config, server_args, session.dp_rank)
     session.open()
+
+
+def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler.run_event_loop`: it returns once the engine was told to end and requests have drained, and
+    raises if the scheduler crashes, which ends the engine."""
+    try:
+        value = original(scheduler, *args, **kwargs)
+    except BaseException as e:
+        _crashed(e)
+        raise
+    _ended()
+    return value
+
+
+@guard.guarded
+def _ended() -> None:
+    if guard.active().live is not None:
+        guard.active().close()
+
+
+@guard.guarded
+def _crashed(error: BaseException) -> None:
+    guard.active().crashed(error)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
@@ -116,8 +117,6 @@ class Session:
         if not instruments.serves(self.config, config):
             raise UnsupportedError("the engine was started with other hooks than this recording needs")
         self.close()
-        if isinstance(self.writer, Writer):
-            self.writer.stop()
         # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
         self.config = config.model_copy(update={"asks": self.config.asks})
         self.fault = self.plan = self.publishing = None
@@ -162,6 +161,30 @@ class Session:
                     transfer.wait()
             recorder.drain()
             self.writer.flush()
+            if isinstance(self.writer, Writer):
+                self.writer.stop()
+
+    def crashed(self, error: BaseException) -> None:
+        """The scheduler ends by an error of its own: write what is known, and say why.
+
+        A forward pass in flight may be the one that failed: it counts as never run.
+        """
+        in_flight = 0 if self.live is None else len(self.live.totals.active)
+        self.recorder = None
+        self.forget_forward()
+        if isinstance(error, KeyboardInterrupt):
+            self.fault = f"the server was ended by Ctrl-C with {in_flight} requests in flight"
+        else:
+            self.fault = f"SGLang's scheduler crashed: {type(error).__name__}: {error}"
+        if self.live is not None:
+            if isinstance(error, KeyboardInterrupt) and not in_flight:
+                self.live.close()
+            else:
+                self.live.close(status="interrupted", fault=self.fault)
+        elif isinstance(self.writer, Writer):
+            self._tell(self.fault)  # first: what follows takes time, and who waits may end this process
+            with suppress(OSError, TimeoutError):
+                self.writer.flush(timeout=20)
 
     @property
     def taps_write(self) -> bool:
@@ -178,7 +201,11 @@ class Session:
         self.fault = message
         if self.live is not None:  # closes in its own thread; requests do not wait
             self.live.close(status="incomplete", fault=message, timeout=0)
+        self._tell(message)
+
+    def _tell(self, fault: str) -> None:
+        """Leave a word to who started this engine."""
         try:
-            journal.write_text_durably(self.config.run / FAULT_FILE, message + "\n")
+            journal.write_text_durably(self.config.run / FAULT_FILE, fault + "\n")
         except OSError:
             logger.critical("sglang-probe could not write %s", FAULT_FILE)

@@ -1,14 +1,14 @@
 """A live server: what the scheduler process reports, and per-request provenance.
 
-SGLang: `managers/scheduler.py` (`run_event_loop`); where the internal state is read and an answer is built is the
-release's to say (`Release.live_hooks`). The HTTP side is `engine/hooks/http.py`.
+Where SGLang's internal state is read and an answer is built is the release's to say (`Release.live_hooks`). The HTTP
+side is `engine/hooks/http.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,7 @@ class LiveServer(Instrument):
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
-        loop = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
-        return [*release.live_hooks(), (loop, run_event_loop, "AROUND")]
+        return release.live_hooks()
 
     @classmethod
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
@@ -154,14 +153,6 @@ def state() -> dict[str, Any]:
     return {"recording": session.recorder is not None, "reason": reason, **session.live.status()}
 
 
-def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `Scheduler.run_event_loop`: it returns once the server was told to end and requests have drained."""
-    try:
-        return original(scheduler, *args, **kwargs)
-    finally:
-        _closed()
-
-
 def anybody_asks() -> bool:
     """Whether a request in flight asked for its provenance."""
     session = guard.session
@@ -175,13 +166,6 @@ def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[Sp
     assert live is not None
     spans = [live.provenance(rid) or [] if done else [] for rid, done in zip(rids, finished, strict=True)]
     return spans if any(spans) else None
-
-
-@guard.guarded
-def _closed() -> None:
-    session = guard.active()
-    session.close()
-    session.recorder = None
 
 
 def _metrics(server_args: Any, dp_rank: int | None) -> Metrics | None:
