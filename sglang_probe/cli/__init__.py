@@ -5,6 +5,7 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -29,11 +30,18 @@ app.command("doctor")(doctor.command)
 
 
 def main() -> None:
-    """Entry point. Errors meant for users are printed without a traceback; exit code 2, or 130 after Ctrl-C."""
+    """Entry point. Errors meant for users are printed without a traceback; exit code 2, or 128 and the number of the
+    signal after Ctrl-C, SIGTERM or SIGHUP."""
     from sglang_probe.errors import ProbeError
+    from sglang_probe.harvest import signals
 
     try:
-        app()
+        with signals.as_interrupts():
+            app()
+    except SystemExit:  # Typer makes one of every interrupt
+        if (number := signals.received()) is not None:
+            sys.exit(128 + number)
+        raise
     except ProbeError as e:
         from rich.console import Console
 
@@ -42,4 +50,4 @@ def main() -> None:
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + (signals.received() or signal.SIGINT))

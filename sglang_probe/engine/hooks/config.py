@@ -47,7 +47,7 @@ class EngineProbeConfig(Config):
     start: int = 0
     """Number of this engine's start within the run; a resumed run goes on after what is on disk."""
     checkpoint_seconds: float = 20.0
-    """Longest time between two durable parts while forwards run."""
+    """Whatever was computed is durable at most so much, and the time of one write, later."""
     asks: list[str] = Field(default_factory=list)
     """What requests may ask of this engine (`sglang_probe.ask`), besides `provenance`, which a live server always
     answers, and `system`, which telemetry reads. A request that asks for more is refused."""
@@ -56,7 +56,7 @@ class EngineProbeConfig(Config):
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
-    """Leave Ctrl-C to the process that started the engine, so that it can close the run first."""
+    """Leave Ctrl-C, SIGTERM and SIGHUP to the process that started the engine, so that it can close the run first."""
 
     @field_validator("hook_points")
     @classmethod
