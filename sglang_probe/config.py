@@ -96,7 +96,7 @@ def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = No
     if hints and key in hints:
         return f": {hints[key]}"
     known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"
 
 

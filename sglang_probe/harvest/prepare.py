@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sglang_probe.ask import WHERE
+from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
@@ -212,7 +212,7 @@ def check_request(request: Request, config: Recording, sampling: SamplingCheck, 
         _check_tokens(request.prompt_ids, vocabulary)
     with because("sampling value"):
         sampling(request.sampling_params)
-    with because("ask"):
+    with because("ask", whatever=True):
         check_ask(request, config, context=context, vocabulary=vocabulary)
 
 
@@ -224,6 +224,7 @@ def check_sampling(given: Mapping[str, Any], check: SamplingCheck) -> None:
     """
     try:
         check(given)
+        Ask.of(given)
     except ProbeError as e:
         raise type(e)(f"`sampling`: {e.message}", fix=e.fix) from e
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_probe.ask import Ask
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.engine import sampling_parameter_names, verify_sampling
 from sglang_probe.harvest.model import Model
@@ -72,7 +71,6 @@ class SamplingCheck:
         for name in ("json_schema", "structural_tag"):
             if isinstance(values.get(name), dict):
                 raise ConfigError(f"sampling value `{name}`: SGLang takes JSON as text, not a mapping", fix="quote it")
-        Ask.of(params)  # `custom_params` is a mapping
         said = verify_sampling(values, self.model.vocabulary, self.model.tokenizer) or self._grammar(values)
         if said is not None:
             raise ConfigError(f"SGLang refuses the sampling values: {said}")

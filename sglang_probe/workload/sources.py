@@ -91,12 +91,12 @@ def in_words(reasons: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def because(reason: str) -> Iterator[None]:
-    """Refusals raised within are of this reason, unless they have one."""
+def because(reason: str, *, whatever: bool = False) -> Iterator[None]:
+    """Refusals raised within are of this reason, unless they have one; `whatever` they have."""
     try:
         yield
     except ProbeError as e:
-        e.reason = e.reason or reason
+        e.reason = reason if whatever else e.reason or reason
         raise
 
 
