@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Rendered", "Renderer"]
+
+_Run = tuple[str, int, int]
 
 
 class Renderer:
@@ -102,11 +104,10 @@ class Renderer:
         if not text or not ids:  # some tokenizers make a lone BOS of no text
             with because("empty prompt"):
                 raise WorkloadError("the prompt is empty", fix="give it at least one character")
-        pieces = self._pieces(ids, encoding["offset_mapping"], text, written)
-        labels = [sources[int(n)].labels if n.isdecimal() else () for n in pieces]
-        names = [sources[int(n)].name if n.isdecimal() else n for n in pieces]
-        spans = tuple(SegmentSpan(str(name), a, b) for name, a, b in _runs(names))
-        return Rendered(tuple(ids), spans, tuple(_label_spans(labels)))
+        runs = list(_runs(self._pieces(ids, encoding["offset_mapping"], text, written)))
+        of = {n: sources[int(n)] if n.isdecimal() else _Source(n, ()) for n, _, _ in runs}
+        spans = tuple(SegmentSpan(name, a, b) for name, a, b in _merged((of[n].name, a, b) for n, a, b in runs))
+        return Rendered(tuple(ids), spans, tuple(_label_spans([(of[n].labels, a, b) for n, a, b in runs])))
 
     def _encode_plain(self, text: str, options: Rendering) -> Any:
         """A plain prompt's tokens. What the tokenizer puts before it is left out where the text has it already.
@@ -128,18 +129,21 @@ class Renderer:
         """Who wrote each token: a number of a piece, `template` or `special`."""
         ends = list(accumulate(length for length, _ in written))
         found = []
+        at = 0
+        specials = self._special_ids
         for token, (start, end) in zip(ids, offsets, strict=True):
-            special = token in self._special_ids
-            if start == end and special:
-                found.append(SPECIAL)  # the tokenizer wrote it, e.g. BOS: no character stands for it
-                continue
+            special = token in specials
             if start == end:
+                if special:
+                    found.append(SPECIAL)  # the tokenizer wrote it, e.g. BOS: no character stands for it
+                    continue
                 # Some tokenizers trim white space off the offsets (`trim_offsets`), all of it if there is nothing else.
                 start = max(start - 1, 0)
-            spelled = text[start:end]
-            bare = spelled.lstrip()
-            first = end - len(bare) if bare else start
-            owner = written[bisect_right(ends, first)][1]
+            if text[start].isspace() and (bare := text[start:end].lstrip()):
+                start = end - len(bare)
+            if not (start < ends[at] and (at == 0 or ends[at - 1] <= start)):  # mostly it is who wrote the last token
+                at = bisect_right(ends, start)
+            owner = written[at][1]
             found.append(SPECIAL if special and owner == TEMPLATE else owner)
         return found
 
@@ -202,17 +206,27 @@ def _check_segments(segments: tuple[Segment, ...]) -> None:
             )
 
 
-def _runs(values: Sequence[object]) -> Iterator[tuple[object, int, int]]:
+def _runs(values: Sequence[str]) -> Iterator[_Run]:
     """Each value with the range in which it stands unchanged."""
     start = 0
     for value, group in groupby(values):
-        end = start + sum(1 for _ in group)
+        end = start + len(list(group))
         yield value, start, end
         start = end
 
 
-def _label_spans(labels: list[tuple[tuple[str, str], ...]]) -> Iterator[LabelSpan]:
+def _merged(runs: Iterable[_Run]) -> Iterator[_Run]:
+    """Runs of which no two that touch have one value."""
+    for value, group in groupby(runs, key=lambda r: r[0]):
+        parts = list(group)
+        yield value, parts[0][1], parts[-1][2]
+
+
+def _label_spans(runs: list[tuple[tuple[tuple[str, str], ...], int, int]]) -> Iterator[LabelSpan]:
     """Where labels of one axis overlap, the first one given counts."""
-    for axis in sorted({axis for found in labels for axis, _ in found}):
-        names = [next((name for a, name in found if a == axis), None) for found in labels]
-        yield from (LabelSpan(axis, str(name), a, b) for name, a, b in _runs(names) if name is not None)
+    for axis in sorted({axis for found, _, _ in runs for axis, _ in found}):
+        named = ((next((name for a, name in found if a == axis), None), a, b) for found, a, b in runs)
+        for name, group in groupby(named, key=lambda r: r[0]):
+            parts = list(group)
+            if name is not None:
+                yield LabelSpan(axis, name, parts[0][1], parts[-1][2])
