@@ -34,7 +34,7 @@ def command(
     config: Annotated[Path, typer.Argument(help="YAML of the harvest; `--example` prints one.")],
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Pass over records that cannot be used, and count them.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Finish an interrupted run, serving missing requests only; keep a complete one.")
     ] = False,
@@ -79,5 +79,5 @@ def command(
     columns += [Column(c) for c in ("positions", "computed", "reused")]
     print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
-        console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
+        console.print(prepared.workload.skipped_in_words, style="yellow", markup=False, soft_wrap=True)
     console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import typing
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,34 @@ def sampling_parameter_names() -> set[str]:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     return set(SamplingParams.__struct_fields__)
+
+
+def verify_sampling(values: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> str | None:
+    """What SGLang has against sampling values, by the types that it declares and by its own checks, in its order
+    (`TokenizerManager._create_tokenized_object`); None: nothing.
+
+    Args:
+        values: known parameters, without `custom_params`.
+    """
+    prepare_this_process()
+    import msgspec
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    types = typing.get_type_hints(SamplingParams)
+    for name, value in values.items():
+        if value is None or name == "watermark":
+            continue
+        try:
+            msgspec.convert(value, types[name])
+        except (msgspec.ValidationError, TypeError) as e:
+            return f"`{name}: {value!r}`: {e}"
+    try:
+        params = SamplingParams(**values)
+        params.normalize(tokenizer)
+        params.verify(vocabulary)
+    except Exception as e:  # a broken `stop_regex` is an error of `re`, a strange value of anything
+        return str(e) or type(e).__name__
+    return None
 
 
 class ProbedEngine:

@@ -196,7 +196,7 @@ class RecordedStudy(Study):
             "resume": "Keep complete runs, finish the interrupted one, record the rest.",
             "report_only": "Study the runs that are there; start no engine.",
             "plan": "Print what would be recorded, engine starts included, and stop.",
-            "skip_bad": "Pass over malformed lines of the workload, and count them.",
+            "skip_bad": "Pass over records of the workload that cannot be used, and count them by reason.",
         }
         return [
             EXPERIMENT,

@@ -14,9 +14,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from sglang_probe.config import Config
+from sglang_probe.config import CorpusPath
 from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.corpus import Corpus, Function, load_corpus
+from sglang_probe.workload.rendering import Rendering
 from sglang_probe.workload.request import Conversation, Segment
 from sglang_probe.workload.sources import SourceReport
 
@@ -29,7 +30,7 @@ _ABOUT = "You maintain the module `{module}`. Reply with code only. This is what
 _SUMMARY_CHARS = 400
 
 
-class SharedPrefix(Config):
+class SharedPrefix(Rendering):
     """Requests built from a corpus of Python source."""
 
     source: Literal["shared_prefix"] = "shared_prefix"
@@ -44,7 +45,8 @@ class SharedPrefix(Config):
     """Order of requests: families in turn, one family after the other, or at random (turns keep their order)."""
     shared_system: bool = True
     """Whether all families share the beginning of the system prompt; if not, it begins with the family's own part."""
-    corpus: str = "stdlib"
+    corpus: CorpusPath = "stdlib"
+    """`stdlib`, or a text file or a folder of text files; in a YAML file relative to that file."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.ask import Ask
-from sglang_probe.config import Config
+from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run.hook_points import parse_hook_point
-from sglang_probe.run.selection import RowsConfig, check_selection
+from sglang_probe.run.hook_points import parse_pattern
+from sglang_probe.run.selection import RowsConfig, check_selection, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
 
 CONFIG_VARIABLE = "SGLANG_PROBE"
@@ -29,8 +29,8 @@ FAULT_FILE = "fault.txt"
 class EngineProbeConfig(Config):
     """Configuration of one engine process.
 
-    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
-    fields are set by `sglang-probe harvest`.
+    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone), patterns of layers
+    too. The remaining fields are set by `sglang-probe harvest`.
     """
 
     run: Path
@@ -51,7 +51,7 @@ class EngineProbeConfig(Config):
     asks: list[str] = Field(default_factory=list)
     """What requests may ask of this engine (`sglang_probe.ask`), besides `provenance`, which a live server always
     answers, and `system`, which telemetry reads. A request that asks for more is refused."""
-    kept: Path | None = None
+    kept: InputPath | None = None
     """The kept sets that requests of this recording may name (`sglang_probe.kept_set`)."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
@@ -62,8 +62,17 @@ class EngineProbeConfig(Config):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            parse_hook_point(name)
+            parse_pattern(name)
         return names
+
+    def of_layers(self, layers: int) -> EngineProbeConfig:
+        """With the hook points that its patterns mean in a model of so many layers.
+
+        Raises:
+            ConfigError: two patterns select at one hook point.
+        """
+        rows, points = expanded(self.rows, self.hook_points, layers)
+        return self.model_copy(update={"rows": rows, "hook_points": points})
 
     @field_validator("asks")
     @classmethod

@@ -19,6 +19,7 @@ from sglang_probe.engine.live.stops import reason_of
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run import journal
+from sglang_probe.run.hook_points import has_patterns
 
 logger = logging.getLogger("sglang_probe")
 
@@ -75,6 +76,13 @@ class Session:
         """What the manifest says of the instruments, once the model is loaded."""
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
+
+    def of_model(self, model: Any) -> None:
+        """Take note of the model, once it is loaded: patterns of hook points become those of its layers."""
+        if has_patterns([*self.config.hook_points, *self.config.rows.at]):
+            self.config = self.config.of_layers(len(model.model.layers))
+            for instrument in self.instruments:
+                instrument.config = self.config
 
     def attach(self, scheduler: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
