@@ -38,6 +38,8 @@ ALARM = "alarm: the floor exceeds the effect"
 """Cannot be, if the arms are runs of the same requests: something else than policy and order differs between them."""
 
 CELL = ["hook_point", "phase"]
+_SUMS = ("n", "same", "sum")
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,10 @@ def floor_table(
             kind: dict(list(part.groupby(keys, sort=False, observed=True)))
             for kind, part in mine[(mine["kind"] == FLOOR) | (mine["arm"] == arm)].groupby("kind")
         }
+        clusters = pd.Index(mine["cluster"].unique())
         for key in parts.get(EFFECT) or parts.get(SAME_ORDER, {}):
-            effect, floor, same = (parts.get(kind, {}).get(key) for kind in (EFFECT, FLOOR, SAME_ORDER))
+            kinds = (EFFECT, FLOOR, SAME_ORDER)
+            effect, floor, same = (_part(parts.get(kind, {}).get(key), clusters) for kind in kinds)
             cell, alarm = _cell(effect, floor, same, arm, seed)
             rows.append({"arm": arm, **dict(zip(keys, key, strict=True)), **cell})
             alarms.append(alarm)
@@ -145,27 +149,66 @@ def floor_table(
     return table
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The comparisons of one kind in one cell: sums `[comparisons, clusters]`."""
+
+    n: Array
+    same: Array
+    total: Array
+    arms: list[str]
+    """Whose, by comparison."""
+    orders: list[str]
+
+    @property
+    def identical(self) -> float:
+        """The lowest share of bit-identical positions of a comparison."""
+        return float((self.same.sum(1) / self.n.sum(1)).min())
+
+    @property
+    def mean(self) -> float:
+        """Mean of the relative L2 over all comparisons."""
+        return float(self.total.sum() / self.n.sum())
+
+    def of(self, arm: str) -> float:
+        """The mean over the comparisons of one arm."""
+        mine = np.array([a == arm for a in self.arms])
+        return float(self.total[mine].sum() / self.n[mine].sum()) if mine.any() else float("nan")
+
+
+def _part(frame: pd.DataFrame | None, clusters: pd.Index) -> _Part | None:
+    if frame is None or frame.empty:
+        return None
+    which, names = pd.factorize(frame["comparison"])
+    at = which * len(clusters) + clusters.get_indexer(pd.Index(frame["cluster"]))
+    shape = (len(names), len(clusters))
+    size = shape[0] * shape[1]
+    n, same, total = (np.bincount(at, frame[c].to_numpy(np.float64), size).reshape(shape) for c in _SUMS)
+    first = np.unique(which, return_index=True)[1]
+    arms, orders = (list(frame[c].iloc[first]) for c in ("arm", "orders"))
+    return _Part(n, same, total, arms, orders)
+
+
 def _cell(
-    effect: pd.DataFrame | None, floor: pd.DataFrame | None, same_order: pd.DataFrame | None, arm: str, seed: int
+    effect: _Part | None, floor: _Part | None, same_order: _Part | None, arm: str, seed: int
 ) -> tuple[dict[str, Any], float]:
     """One row of the table, and the p-value of the alarm."""
-    shown = effect if effect is not None else same_order
+    shown = effect or same_order
     assert shown is not None
-    by_run = shown.groupby("comparison", sort=False)[["n", "same", "sum"]].sum()
-    means = by_run["sum"] / by_run["n"]
+    means = shown.total.sum(1) / shown.n.sum(1)
     out: dict[str, Any] = {
-        "positions": int(by_run["n"].max()),
-        "clusters": int(shown["cluster"].nunique()),
-        "identical_effect": _identical(shown),
-        "identical_floor": _identical(floor),
-        "identical_same_order": _identical(same_order),
-        "effect": _mean(shown),
-        "floor": _mean(floor),
-        "same_order": _mean(same_order),
+        "positions": int(shown.n.sum(1).max()),
+        "clusters": int((shown.n.sum(0) > 0).sum()),
+        "identical_effect": shown.identical,
+        "identical_floor": floor.identical if floor else float("nan"),
+        "identical_same_order": same_order.identical if same_order else float("nan"),
+        "effect": shown.mean,
+        "floor": floor.mean if floor else float("nan"),
+        "same_order": same_order.mean if same_order else float("nan"),
         "excess": float("nan"),
         "effect_min": float(means.min()),
         "effect_max": float(means.max()),
-        "floor_of_arm": float("nan") if floor is None else _mean(floor[floor["arm"] == arm]),
+        "floor_of_arm": floor.of(arm) if floor else float("nan"),
         "p": float("nan"),
     }
     for name in ("effect", "floor", "excess"):
@@ -173,45 +216,36 @@ def _cell(
     if floor is None or effect is None:
         return out, float("nan")
     out["excess"] = out["effect"] - out["floor"]
-    both = _by_cluster(effect).join(_by_cluster(floor), rsuffix="_floor", how="inner")
-    out["clusters"] = len(both)
-    if len(both) < LEAST_CLUSTERS or out["identical_effect"] == out["identical_floor"] == 1:
+    both = (effect.n.sum(0) > 0) & (floor.n.sum(0) > 0)
+    out["clusters"] = int(both.sum())
+    if out["clusters"] < LEAST_CLUSTERS or out["identical_effect"] == out["identical_floor"] == 1:
         return out, float("nan")
-    found = cluster_interval(both[["sum", "n", "sum_floor", "n_floor"]].to_numpy(np.float64), _means)
+    sums = np.stack([effect.total.sum(0), effect.n.sum(0), floor.total.sum(0), floor.n.sum(0)], 1)[both]
+    found = cluster_interval(sums, _means)
     for i, name in enumerate(("effect", "floor", "excess")):
         out[f"{name}_low"], out[f"{name}_high"] = float(found.low[i]), float(found.high[i])
     differences, pairs = _differences(effect, floor)
     out["p"], alarm = (
-        relabelling_p(differences, pairs, alternative=side, seed=seed)  # type: ignore[arg-type]
+        relabelling_p(differences[both], pairs, alternative=side, seed=seed)  # type: ignore[arg-type]
         for side in ("greater", "less")
     )
     return out, alarm
 
 
-def _by_cluster(sums: pd.DataFrame) -> pd.DataFrame:
-    return sums.groupby("cluster", observed=True)[["sum", "n"]].sum()
-
-
-def _differences(effect: pd.DataFrame, floor: pd.DataFrame) -> tuple[np.ndarray[Any, Any], list[tuple[int, int]]]:
+def _differences(effect: _Part, floor: _Part) -> tuple[Array, list[tuple[int, int]]]:
     """What effect and floor of each pair of orders differ by, summed over the positions of a cluster, `[clusters,
     pairs]`; and the orders."""
-    keys = ["cluster", "orders"]
-    sides = [part.groupby(keys, observed=True)[["sum", "n"]].sum() for part in (effect, floor)]
-    both = sides[0].join(sides[1], rsuffix="_floor", how="inner")
-    wide = (both["sum"] - both["sum_floor"] * both["n"] / both["n_floor"]).unstack("orders").fillna(0.0)
-    pairs = [tuple(int(x) for x in str(c).split(",")) if c else (0, 1) for c in wide.columns]
-    return wide.to_numpy(np.float64), [(p[0], p[1]) for p in pairs]
-
-
-def _identical(sums: pd.DataFrame | None) -> float:
-    if sums is None:
-        return float("nan")
-    by_run = sums.groupby("comparison", sort=False)[["n", "same"]].sum()
-    return float((by_run["same"] / by_run["n"]).min())
-
-
-def _mean(sums: pd.DataFrame | None) -> float:
-    return float(sums["sum"].sum() / sums["n"].sum()) if sums is not None and len(sums) else float("nan")
+    columns, pairs = [], []
+    for orders in dict.fromkeys(effect.orders):
+        mine, beside = (np.array([o == orders for o in part.orders]) for part in (effect, floor))
+        if not beside.any():
+            continue
+        n, below = effect.n[mine].sum(0), floor.n[beside].sum(0)
+        scaled = floor.total[beside].sum(0) * np.divide(n, below, out=np.zeros_like(n), where=below > 0)
+        columns.append(effect.total[mine].sum(0) - scaled)
+        i, _, j = orders.partition(",")
+        pairs.append((int(i or 0), int(j or 1)))
+    return np.stack(columns, 1), pairs
 
 
 def _means(sums: Any) -> Any:
