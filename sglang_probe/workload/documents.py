@@ -20,12 +20,15 @@ class Documents(Config):
 
     source: Literal["documents"] = "documents"
     count: int = Field(default=64, ge=1)
+    """Number of requests."""
     chars: int = Field(default=1500, ge=1)
     """Length of an excerpt. It begins at a line, drawn at random from those that leave room."""
     corpus: str = "stdlib"
+    """`stdlib` (Python's standard library), or a file or folder of `.py`, `.txt`, `.md` and `.rst` files."""
     held_out: bool = False
     """Only documents that the built-in model was not trained on."""
     seed: int = 0
+    """Seed of the choice of documents and excerpts."""
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The excerpts, in an order drawn by the seed.

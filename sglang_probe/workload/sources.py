@@ -33,6 +33,7 @@ class FileSource(Config):
     """A source that reads a file of records."""
 
     path: Path
+    """File to read."""
     limit: int | None = Field(default=None, ge=1)
     """Stop after this many requests."""
     skip_bad: bool = False
