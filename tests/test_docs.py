@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
     [
         "docs/evidence/paths.md",
         "docs/explanation/cached-tokens.md",
-        "docs/how-to/kept-sets.md",
+        "docs/how-to/evict-in-the-engine.md",
         "docs/evidence/support.md",
         "docs/evidence/releases.md",
     ],

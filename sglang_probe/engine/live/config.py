@@ -35,8 +35,8 @@ class LiveConfig(Config):
     queue: int = Field(default=1024, ge=1)
     """Forward passes that may wait for the disk before facts are dropped: bounds the probe's memory."""
     when_full: Literal["block", "drop"] | None = None
-    """What happens when `queue` is full. `drop`: facts are lost, and the ledger says which. `block`: the scheduler waits
-    for the disk. By default `drop`, because requests come first; with hook points `block`, because rows cannot be
+    """What happens when `queue` is full. `drop`: facts are lost, and the ledger says which. `block`: the scheduler
+    waits for the disk. By default `drop`, because requests come first; with hook points `block`, because rows cannot be
     dropped."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""

@@ -25,8 +25,8 @@ class CoverageStudy(Study):
     of the traffic with an interval, and how many occurrences one computed position stands for. Several runs are set
     side by side. Needs no SGLang.
 
-    Besides the report it writes `coverage.md`, a paragraph and a table to paste into a methods section, and for each axis
-    a file of correction weights, which `run.iter_batches(weight=PATH)` takes.
+    Besides the report it writes `coverage.md`, a paragraph and a table to paste into a methods section, and for each
+    axis a file of correction weights, which `run.iter_batches(weight=PATH)` takes.
 
     Example: `sglang-probe coverage runs/mine --axis segment --axis lexical --by position`
     """
