@@ -14,7 +14,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all attack bench bench-gpu lint setup clean
+.PHONY: demo test test-all attack bench bench-gpu docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -40,6 +40,9 @@ bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks
 
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
+
+docs: setup ## write the pages of docs/reference that follow from the code
+	$(BIN)/python docs/generate.py
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

@@ -24,10 +24,11 @@ class Recording(Config):
     """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it), or
     a hub id."""
     dtype: str = "auto"
+    """`bfloat16`, `float16` or `float32`; `auto` takes that of the checkpoint."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
     """Default sampling parameters; a request may carry its own."""
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
-    """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone.
+    """Rows to capture. Keep `hook_embed`: it proves which token each row belongs to. `[]` records the ledger alone.
     `blocks.*.hook_resid_post` is of every layer; `blocks.{4..12}.`, `blocks.{0..28..4}.`, `blocks.{0,5}.` of some."""
     accelerator: Literal["refused", "unproved"] = "refused"
     """Whether rows may be captured on a GPU, where that has not been proved (docs/explanation/gpu.md)."""
@@ -40,7 +41,7 @@ class Recording(Config):
     concurrency: int = Field(default=16, ge=1)
     """Requests in flight at once."""
     checkpoint_seconds: float = Field(default=20.0, gt=0)
-    """How often what is known is made durable: the most work that a crash can cost."""
+    """How often the recording is written to disk: the most seconds of it that a crash can cost."""
     output: Path = Path("runs")
     """Folder in which the run directory is made. Relative to the working directory, unlike all that is read."""
 
@@ -64,6 +65,7 @@ class WorkloadRecording(Recording):
     """A recording, or several, of one workload."""
 
     workload: WorkloadConfig
+    """Where the requests come from; `source` chooses."""
 
 
 def refuse_rows(config: Recording) -> None:
@@ -107,8 +109,9 @@ def _skipping(workload: WorkloadConfig) -> WorkloadConfig:
 
 
 class HarvestConfig(WorkloadRecording):
-    """One run under one arm."""
+    """One run."""
 
     name: str | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
+    """How SGLang is used: its prefix cache, who shares a batch, dtype, server arguments."""

@@ -38,12 +38,14 @@ class Every(Config):
     """Decode steps 1, 1 + every, 1 + 2 · every, ..."""
 
     every: PositiveInt
+    """Distance of two selected steps."""
 
 
 class Steps(Config):
     """Decode steps by number."""
 
     steps: list[PositiveInt] = Field(min_length=1)
+    """The selected steps; 1 is the position after the prompt."""
 
 
 Decode = Literal["all", "none"] | Every | Steps
@@ -62,9 +64,9 @@ class Selection(Config):
     decode: Decode = "all"
     """Positions after the prompt."""
     heads: list[int] | None = None
-    """Query heads; None: all."""
+    """Query heads; by default all."""
     kv_heads: list[int] | None = None
-    """Kv heads of keys and values; None: all."""
+    """Kv heads of keys and values; by default all."""
 
     @model_validator(mode="before")
     @classmethod

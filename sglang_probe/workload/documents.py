@@ -21,13 +21,16 @@ class Documents(Rendering):
 
     source: Literal["documents"] = "documents"
     count: int = Field(default=64, ge=1)
+    """Number of requests."""
     chars: int = Field(default=1500, ge=1)
     """Length of an excerpt. It begins at a line, drawn at random from those that leave room."""
     corpus: CorpusPath = "stdlib"
-    """`stdlib`, or a text file or a folder of text files; in a YAML file relative to that file."""
+    """`stdlib` (Python's standard library), or a file or folder of `.py`, `.txt`, `.md` and `.rst` files; in a YAML file
+    relative to that file."""
     held_out: bool = False
     """Only documents that the built-in model was not trained on."""
     seed: int = 0
+    """Seed of the choice of documents and excerpts."""
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The excerpts, in an order drawn by the seed.

@@ -35,8 +35,11 @@ class SharedPrefix(Rendering):
 
     source: Literal["shared_prefix"] = "shared_prefix"
     families: int = Field(default=4, ge=1)
+    """Groups of requests that share a prefix."""
     requests_per_family: int = Field(default=8, ge=1)
+    """Requests of each group."""
     exemplars: int = Field(default=3, ge=0)
+    """Worked examples before the question, shared by a family."""
     turns: int = Field(default=1, ge=1)
     """Requests of one conversation: each carries the earlier questions with their true answers."""
     document_chars: int = Field(default=0, ge=0)
@@ -46,8 +49,9 @@ class SharedPrefix(Rendering):
     shared_system: bool = True
     """Whether all families share the beginning of the system prompt; if not, it begins with the family's own part."""
     corpus: CorpusPath = "stdlib"
-    """`stdlib`, or a text file or a folder of text files; in a YAML file relative to that file."""
+    """`stdlib` (Python's standard library), or a file or folder of Python source; in a YAML file relative to that file."""
     seed: int = 0
+    """Seed of the choice of modules and functions."""
 
     @model_validator(mode="after")
     def _whole_conversations(self) -> Self:

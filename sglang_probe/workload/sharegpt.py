@@ -45,6 +45,7 @@ class ShareGpt(FileSource):
     shuffle: bool = False
     """Shuffle the conversations, before `limit`. The turns of one stay together and in order."""
     seed: int = 0
+    """Seed of `shuffle`."""
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The file's requests."""

@@ -27,14 +27,16 @@ FAULT_FILE = "fault.txt"
 
 
 class EngineProbeConfig(Config):
-    """Configuration of one engine process.
+    """What one engine process records.
 
-    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone), patterns of layers
-    too. The remaining fields are set by `sglang-probe harvest`.
+    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches` and `ignore_interrupt`
+    are set by `sglang-probe harvest`.
     """
 
     run: Path
+    """Directory to write to."""
     hook_points: list[str] = Field(default_factory=list)
+    """Rows to capture, e.g. `[hook_embed, blocks.10.hook_resid_post]`. Empty: the ledger alone."""
     accelerator: Literal["refused", "unproved"] = "refused"
     """`unproved`: capture rows on a GPU too, inside its graphs (docs/explanation/gpu.md says where that was run).
     On a CPU the same path is taken, without graphs, for tests."""

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Ab(RecordedStudy):
-    """What does a serving policy change? Several policies over the same requests with the same output tokens.
+    """What does a serving policy change? Runs several policies over the same requests, with the same output tokens.
 
     The first arm samples its outputs; the others decode the same tokens through the real decode path. Each arm runs at
     least twice, so that every effect stands beside the difference between two runs of the same arm. SGLang is started
     again only for arms that need an engine of their own; `--plan` shows for which.
 
-    The YAML must hold `workload`. `arms` names the policies (default: cache on and cache off), `hook_points` the rows
+    The YAML must have `workload`. `arms` names the policies (default: cache on and cache off), `hook_points` the rows
     that are compared.
 
     Example: `sglang-probe ab experiments/cache-on-off.yaml --plan`

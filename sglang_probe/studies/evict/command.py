@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Evict(RecordedStudy):
-    """Which KV-cache eviction method keeps what decoding needs, and what is generated from what it keeps?
+    """Which KV-cache eviction methods keep what decoding needs? Measured offline and by generating from what is kept.
 
     One harvest with the full cache captures queries, keys and values. Every method then selects under every budget and
     protocol and is judged offline; with `in_engine` (the default) each kept set is run for real, and answers,
     likelihood and agreement with the full cache are counted.
 
-    The YAML must hold `workloads` (tasks by name), `methods` and `budgets`. Texts without right answers need `cut`.
+    The YAML must have `workloads` (tasks by name), `methods` and `budgets`. Texts without right answers need `cut`.
 
     Example: `sglang-probe evict experiments/eviction/experiment.yaml --plan`
     """

@@ -32,7 +32,9 @@ class Trivial(Config):
     """Positions that every sensible policy keeps: neither metrics of the candidates nor the baseline choose them."""
 
     sinks: int = Field(default=4, ge=0)
+    """First positions."""
     window: int = Field(default=32, ge=0)
+    """Last positions."""
 
     @property
     def size(self) -> int:
