@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from sglang_probe.report._svg import NARROW, WIDE, Canvas
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report.numbers import Kind, format_number
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Figure:
     svg_narrow: str
     data: pd.DataFrame
     formats: Mapping[str, Kind] = field(default_factory=dict)
+    drawn: bool = True
+    """False where there is nothing to draw."""
 
 
 def make_figure(
@@ -41,7 +43,7 @@ def make_figure(
             canvas.text(width / 2, 40, "no data", "none", "middle")
             canvas.height = 72
         drawings.append(canvas.svg(css, title, description if draw else "no data"))
-    return Figure(title, caption, drawings[0], drawings[1], data, formats)
+    return Figure(title, caption, drawings[0], drawings[1], data, formats, draw is not None)
 
 
 def listing(data: pd.DataFrame, formats: Mapping[str, Kind], limit: int = 24) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from sglang_probe.report.tables import is_missing
+from sglang_probe.report.numbers import is_missing
 
 
 def select(frame: pd.DataFrame, columns: list[str], unique: list[str]) -> pd.DataFrame:

@@ -13,8 +13,8 @@ import pandas as pd
 from sglang_probe.report._axes import Scale, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, listing, make_figure
 from sglang_probe.report._frame import distinct, interval_columns, numbers, select
-from sglang_probe.report._svg import WIDE, Canvas, num, text_width, wrap
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report._svg import WIDE, Canvas, mark_class, num, text_width, wrap
+from sglang_probe.report.numbers import Kind, format_number
 
 _GAP, _LEFT, _HEIGHT = 14.0, 42.0, 104.0
 
@@ -68,19 +68,19 @@ def panel_lines(
         for s, points in reference.items():
             if s in names:
                 path = _path([(across(a), up(b)) for a, b in sorted(points) if not math.isnan(b)])
-                c.path(path, f"{_hue(names.index(s))} leader dash2")
+                c.path(path, f"{mark_class(names.index(s))} leader dash2")
         for i, s in enumerate(names):
             mine = sorted(p for p in curves.get((name, s), []) if not any(map(math.isnan, p)))
             if bounds and len(mine) > 1:
                 band = [(across(p[0]), up(p[3])) for p in mine] + [(across(p[0]), up(p[2])) for p in reversed(mine)]
-                c.path(_path(band) + "Z", f"{_hue(i)} area")
+                c.path(_path(band) + "Z", f"{mark_class(i)} area")
             if len(mine) > 1:
-                c.path(_path([(across(p[0]), up(p[1])) for p in mine]), f"{_hue(i)} stroke", f"{name}, {s}")
+                c.path(_path([(across(p[0]), up(p[1])) for p in mine]), f"{mark_class(i)} stroke", f"{name}, {s}")
             for p in mine:
                 tip = f"{name}, {s}, {_tick(p[0], x_ticks)}: {format_number(p[1], kind)}"
-                c.circle(across(p[0]), up(p[1]), 2.5, f"{_hue(i)} dot", tip)
+                c.circle(across(p[0]), up(p[1]), 2.5, f"{mark_class(i)} dot", tip)
 
-    legend = [(s, f"{_hue(i)} stroke") for i, s in enumerate(names)]
+    legend = [(s, f"{mark_class(i)} stroke") for i, s in enumerate(names)] if len(names) > 1 else []
     draw = _drawing(
         distinct(data[panel]), numbers(data, x), ys, inside, legend, x_label, y_label, kind, x_ticks, log_x=log_x
     )
@@ -116,9 +116,9 @@ def panel_scatter(
     def inside(c: Canvas, name: str, across: Scale, up: Scale) -> None:
         for a, b, i, text in points.get(name, []):
             tip = f"{text}: {format_number(a, kind)}, {format_number(b, kind)}"
-            c.circle(across(a), up(b), 3.2, f"{_hue(i)} dot", tip)
+            c.circle(across(a), up(b), 3.2, f"{mark_class(i)} dot", tip)
 
-    legend = [(s, f"{_hue(i)} fill") for i, s in enumerate(names)]
+    legend = [(s, f"{mark_class(i)} fill") for i, s in enumerate(names)]
     known = [v for v in ys if not math.isnan(v)]
     draw = _drawing(
         distinct(data[panel]), xs, known, inside, legend, x_label, y_label, kind, None, height=150.0, most=3
@@ -198,11 +198,6 @@ def _drawing(
         c.height = at
 
     return draw
-
-
-def _hue(index: int) -> str:
-    """Colours of the series without the grey, which does not tell bands apart."""
-    return ("s1", "s3", "s4", "s5", "s6", "s2")[index % 6]
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from sglang_probe.report.figures import grouped_bars
+import pandas as pd
+
+from sglang_probe.report.figures import Figure, dots
+from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.ab.lossless import DECODED, GATHERED, HERE, LosslessResult
-from sglang_probe.studies.pages import facts, footer
+from sglang_probe.studies.pages import deepest, facts, footer, only
 
 _DISTANCE = [
     Column("comparison"),
@@ -21,30 +24,37 @@ _DISTANCE = [
 
 def lossless_page(result: LosslessResult) -> Page:
     """Coverage, speed-up, and the distance of gathered rows beside the distance of a run to itself."""
-    deepest = _deepest(result)
-    gathered = result.distance[(result.distance["hook_point"] == deepest) & (result.distance["positions"] == GATHERED)]
+    gathered = only(deepest(result.distance), positions=GATHERED)
     effect = f"{result.cached} against {result.reference}"
-    floors = gathered[gathered["comparison"] != effect]
-    largest, floor = (
-        format_number(part["l2_max"].max() if len(part) else None, "scientific", digits=1)
-        for part in (gathered[gathered["comparison"] == effect], floors)
+    largest = _largest(only(gathered, comparison=effect))
+    floor = _largest(gathered[gathered["comparison"] != effect] if len(gathered) else gathered)
+    cached = only(result.coverage, arm=result.cached)
+    covered, computed = (
+        format_number(x, "percent")
+        for x in (
+            (cached["covered"].min(), cached["computed"].sum() / cached["positions"].sum())
+            if len(cached)
+            else (None, None)
+        )
     )
-    cached = result.coverage[result.coverage["arm"] == result.cached]
-    covered = format_number(float(cached["covered"].min()), "percent")
-    computed = format_number(float(cached["computed"].sum() / cached["positions"].sum()), "percent")
-    speed = [format_number(s, "decimal", digits=2) for s in result.speedup]
+    speed = [format_number(s, "times") for s in result.speedup]
+    where = gathered["hook_point"].iloc[0] if len(gathered) else "no hook point"
     return Page(
         title=f"Lossless harvesting: {result.name}",
-        lead=f"With the prefix cache on (`{result.cached}`) the engine computed {computed} of the positions; gathered "
-        f"through lineage, {covered} of them have a row. Without the cache (`{result.reference}`) serving took "
-        f"{' and '.join(speed)} times as long, replicate by replicate. Gathered rows of `{deepest}` are at most "
-        f"{largest} from computed ones (relative L2); the floors, runs that differ in order or in where prefills are "
-        f"cut, are at most {floor} apart.",
+        answer=f"With the prefix cache on, {covered} of the positions have a row although {computed} were computed, "
+        f"and gathered rows of `{where}` are at most {largest} from computed ones in relative L2 (floor {floor}).",
+        picture=_distances(gathered, str(where)),
         tiles=[
             Tile("positions with a row", covered, f"in `{result.cached}`, which computed {computed} of them"),
-            Tile("speed-up", f"{speed[0]} x", f"serving time of `{result.reference}` over the cached run"),
-            Tile("largest distance", largest, f"of a gathered row; floor {floor}"),
+            Tile(
+                "speed-up",
+                " and ".join(f"{s} ×" for s in speed) or "not known",
+                f"serving time of `{result.reference}` over that of `{result.cached}`, replicate by replicate",
+            ),
+            Tile("largest distance", largest, f"relative L2 of a gathered row to the computed one; floor {floor}"),
         ],
+        lead="Gathered through lineage: the row of a reused position is that of the request that computed it. Floors "
+        "are runs that differ in order, or in where prefills are cut.",
         facts=facts(result.manifest),
         sections=[
             Section(
@@ -55,25 +65,38 @@ def lossless_page(result: LosslessResult) -> Page:
             ),
             Section(
                 heading="How far gathered rows are from computed ones",
-                text="Every comparison is over the same positions, split by how the cached run came by their row. A "
-                "cache hit cuts the prefill at the end of the match, and that alone moves deep rows by rounding: "
-                "compare with an arm whose prefill is cut elsewhere, if there is one, and with each arm against "
-                "itself. If gathered rows are farther than these, something other than rounding was gathered.",
-                figures=[
-                    grouped_bars(
-                        # Replicates of a comparison: the larger of their largest distances.
-                        gathered.groupby(["positions", "comparison"], sort=False, as_index=False)["l2_max"].max(),
-                        "comparison",
-                        "positions",
-                        "l2_max",
-                        title=f"Largest relative L2 of `{deepest}`, positions that were gathered",
-                        kind="scientific",
-                    )
-                ],
+                text="Every comparison is over the same positions, split by how the cached run came by their row. "
+                "Compare with an arm whose prefill is cut elsewhere, as a cache hit cuts it, if there is one, and with "
+                "each arm against itself. If gathered rows are farther than these, something other than rounding was "
+                "gathered.",
                 tables=[*distance_tables(result), _everything(result)],
+                nothing="no position was computed by both runs of a pair",
             ),
         ],
         footer=footer(result.manifest),
+    )
+
+
+def _largest(part: pd.DataFrame) -> str:
+    return format_number(part["l2_max"].max() if len(part) else None, "scientific")
+
+
+def _distances(gathered: pd.DataFrame, where: str) -> Figure:
+    """The largest distance of each comparison; of its replicates the larger."""
+    largest = (
+        gathered.groupby(["positions", "comparison"], sort=False, as_index=False)["l2_max"].max()
+        if len(gathered)
+        else gathered
+    )
+    return dots(
+        largest,
+        "comparison",
+        "positions",
+        "l2_max",
+        title=f"Largest distance of `{where}`, of positions that the cached run gathered",
+        kind="scientific",
+        x_label="largest relative L2",
+        caption="The first comparison is of gathered rows with computed ones; the others are floors.",
     )
 
 
@@ -85,28 +108,22 @@ def coverage_table(result: LosslessResult) -> Table:
         Column("positions"),
         Column("computed"),
         Column("rows"),
-        Column("seconds", kind="decimal", digits=1),
+        Column("seconds", kind="seconds"),
     ]
     return Table(result.coverage, "Positions with a row", columns=columns)
 
 
 def distance_tables(result: LosslessResult) -> list[Table]:
     """Distances at the deepest hook point, a table for each way in which the cached run came by the row."""
-    deepest = _deepest(result)
-    part = result.distance[result.distance["hook_point"] == deepest]
+    part = deepest(result.distance)
+    where = part["hook_point"].iloc[0] if len(part) else "rows"
     return [
-        Table(
-            part[part["positions"] == kind], f"`{deepest}`, positions {kind}", columns=_DISTANCE, long=kind != GATHERED
-        )
+        Table(found, f"`{where}`, positions {kind}", columns=_DISTANCE, long=kind != GATHERED, file="distance")
         for kind in (GATHERED, HERE, DECODED)
-        if (part["positions"] == kind).any()
+        if len(found := only(part, positions=kind)) or kind == GATHERED
     ]
 
 
 def _everything(result: LosslessResult) -> Table:
     columns = [Column("hook_point"), Column("positions", kind="text"), *_DISTANCE]
-    return Table(result.distance, "Distances at every hook point", columns=columns, long=True)
-
-
-def _deepest(result: LosslessResult) -> str:
-    return str(result.distance["hook_point"].iloc[-1])
+    return Table(result.distance, "Distances at every hook point", columns=columns, long=True, file="distance")

@@ -14,8 +14,10 @@ from sglang_probe.studies.evict.tables import (
     mass_table,
     metrics_table,
     middle_budget,
+    title_of,
     worded,
 )
+from sglang_probe.studies.pages import only
 
 TESTED = (
     "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % bootstrap interval "
@@ -28,35 +30,37 @@ def mass(result: EvictionResult) -> Section:
     """Non-trivial mass by budget, all metrics at one budget, and their chance levels."""
     kinds = ("baseline", "method", "oracle")
     tables = [mass_table(result)]
-    cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
-    for task, protocol in cells:
+    cells = result.offline[["task", "protocol"]].drop_duplicates() if len(result.offline) else result.offline
+    for task, protocol in cells.itertuples(index=False, name=None):
         title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
-        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds))
+        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds, file="offline"))
     budget = middle_budget(result)
-    part = result.offline[result.offline["budget"] == budget]
-    part = part[part["metric"].isin(METRICS) & part["kind"].isin(kinds)]
-    tables.append(metrics_table(part, f"all metrics, budget {budget}"))
+    part = only(result.offline, budget=budget, metric=list(METRICS), kind=kinds)
+    tables.append(metrics_table(part, f"all metrics, budget {budget}", file="offline"))
     if "chance" in part and part["chance"].notna().any():
         known = part[part["chance"].notna()]
-        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance"))
+        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance", file="offline"))
     if len(result.mass_gaps):
-        title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
-        tables.append(gap_table(result.mass_gaps, budget, title))
+        bound = result.mass_gaps["bound"].iloc[0] if "bound" in result.mass_gaps else "the bound"
+        title = f"prompt mass: regret to {bound}, and share of the gap to it that is closed, budget {budget}"
+        tables.append(gap_table(result.mass_gaps, budget, title, file="mass_gaps"))
     return Section(
         heading="Offline: what is kept of the attention",
         text=f"Judged on the full-cache run's own decode steps. {TESTED} Adaptive budgets, per-step selections and "
         "another always-kept set than the baseline's change how many candidates a policy keeps; the chance table "
         "shows what that alone gives.",
         tables=tables,
-        notes=[f"`{k}`: {text}." for k, text in METRICS.items()],
+        notes=[f"**{title_of(k)}**: {text}." for k, text in METRICS.items()],
+        nothing="no selection was judged",
     )
 
 
 def heads(result: EvictionResult) -> Section:
     """Which layers and heads lose mass."""
     budget = middle_budget(result)
-    part = result.heads[(result.heads["budget"] == budget) & result.heads["kind"].isin(["baseline", "method"])]
-    part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
+    part = only(result.heads, budget=budget, kind=["baseline", "method"])
+    if len(part):
+        part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
     figures = [
         heatmap(
             mine,
@@ -67,7 +71,7 @@ def heads(result: EvictionResult) -> Section:
             column_label="layer and query head",
             missing="no mass",
         )
-        for (task, protocol), mine in part.groupby(["task", "protocol"], sort=False)
+        for (task, protocol), mine in (part.groupby(["task", "protocol"], sort=False) if len(part) else ())
     ]
     return Section(
         heading="Where it is lost: layers and heads",
@@ -79,8 +83,8 @@ def heads(result: EvictionResult) -> Section:
 
 def controls(result: EvictionResult) -> Section | None:
     """Methods fed with what must not help."""
-    part = result.offline[result.offline["metric"] == "nontrivial"]
-    names = set(part.loc[part["kind"] == "control", "policy"])
+    part = only(result.offline, metric="nontrivial")
+    names = set(only(part, kind="control")["policy"]) if len(part) else set()
     if not names:
         return None
     sources = {n.split(": ")[0] for n in names}
@@ -100,5 +104,5 @@ def controls(result: EvictionResult) -> Section | None:
         "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
         "queries work equally well, the method is not using this request's question; it keeps positions that every "
         "query attends to.",
-        tables=[Table(worded(rows), "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
+        tables=[Table(worded(rows), "non-trivial mass recall", columns=columns, long=len(rows) > 12, file="offline")],
     )
