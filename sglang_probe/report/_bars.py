@@ -38,7 +38,7 @@ def grouped_bars(
     whisker. More series than colours become a heatmap.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [category, series, value, *bounds], unique=[category, series])
+    data = select(frame, [category, series, value], unique=[category, series], bounds=bounds)
     categories, names = distinct(data[category]), distinct(data[series])
     if len(names) > MOST_SERIES:
         down, across = (series, category) if len(categories) <= len(names) else (category, series)

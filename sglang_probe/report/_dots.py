@@ -34,6 +34,7 @@ def dots(
     high: str | None = None,
     references: pd.DataFrame | None = None,
     x_label: str = "",
+    zero: bool = True,
 ) -> Figure:
     """A line of dots per row and panel. Rows, series and panels keep their order in the frame, or a categorical's.
 
@@ -42,10 +43,11 @@ def dots(
     Args:
         references: `name` and `value` of vertical lines, with the column `panel` if there are panels, and `series` for
             lines in the colour of a series; of one name a panel may have several.
+        zero: whether the axis has zero.
     """
     bounds = interval_columns(low, high)
     keys = [*([panel] if panel else []), row, series]
-    data = select(frame, [*keys, value, *bounds], unique=keys)
+    data = select(frame, [*keys, value], unique=keys, bounds=bounds)
     rows, names = distinct(data[row]), distinct(data[series])
     panels = distinct(data[panel]) if panel else [""]
     cells = _cells(data, panel, row, series, [value, *bounds])
@@ -53,7 +55,7 @@ def dots(
     drawn = [x for cell in cells.values() for x in cell if not math.isnan(x)]
     everything = [*drawn, *(x for found in lines.values() for _, x, _ in found)]
     percent = kind == "percent" and bool(drawn) and min(everything) >= 0 and max(everything) <= 1
-    ends = (0.0, 1.0) if percent else (min([0.0, *everything]), max([0.0, *everything]))
+    ends = (0.0, 1.0) if percent else _ends([0.0, *everything] if zero else everything)
     named = list(dict.fromkeys(name for found in lines.values() for name, _, _ in found))
 
     def draw(c: Canvas) -> None:
@@ -105,12 +107,17 @@ def dots(
             c.line(0, bottom, c.width, bottom, "axis")
             top = bottom + 34
         if x_label:
-            c.text((gutter + c.width) / 2, top + 2, x_label, "muted", "middle", 11)
-            top += 18
+            said = wrap(x_label, c.width - gutter, 11)
+            c.paragraph((gutter + c.width) / 2, top + 2, said, "muted", "middle", 11)
+            top += 3 + 15 * len(said)
         c.height = top - 8
 
     formats: dict[str, Kind] = dict.fromkeys((value, *bounds), kind)
     return make_figure(title, caption, data, formats, draw if drawn else None, listing(data, formats))
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    return min(values, default=0.0), max(values, default=0.0)
 
 
 def _cells(

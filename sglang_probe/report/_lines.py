@@ -43,7 +43,9 @@ def lines(
     its neighbours, for values that belong to bins. More series than can be told apart get a panel each.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [x, *([series] if series else []), y, *bounds], unique=[x, *([series] if series else [])])
+    data = select(
+        frame, [x, *([series] if series else []), y], unique=[x, *([series] if series else [])], bounds=bounds
+    )
     names = distinct(data[series]) if series else [""]
     if series and len(names) > MOST_SERIES and not log_y:
         return panel_lines(
@@ -85,7 +87,7 @@ def lines(
         y_ticks = log_ticks(bottom, top, 6)
     else:
         bottom, top = min([0.0, *ys]), max([0.0, *ys])
-        top = 1.0 if kind == "percent" and top <= 1 else top
+        top = 1.0 if kind == "percent" and 0.5 < top <= 1 else top
         y_ticks = round_ticks(bottom, top, 5)
         bottom, top = min(bottom, y_ticks[0]), max(top, y_ticks[-1])
 

@@ -49,7 +49,7 @@ def panel_lines(
         x_ticks: values of the x axis that are labelled, with their labels.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [panel, series, x, y, *bounds], unique=[panel, series, x])
+    data = select(frame, [panel, series, x, y], unique=[panel, series, x], bounds=bounds)
     names = distinct(data[series]) if len(data) else []
     ys = [v for c in (y, *bounds) for v in numbers(data, c) if not math.isnan(v)]
     reference: dict[str, list[tuple[float, float]]] = {}
@@ -101,6 +101,7 @@ def panel_scatter(
     x_label: str = "",
     y_label: str = "",
     kind: Kind = "percent",
+    x_kind: Kind = "percent",
 ) -> Figure:
     """A panel per value of `panel`, in each a point per row, coloured by series, named by `label` in its tip."""
     data = select(frame, [panel, series, label, x, y], unique=[panel, series, label])
@@ -115,15 +116,26 @@ def panel_scatter(
 
     def inside(c: Canvas, name: str, across: Scale, up: Scale) -> None:
         for a, b, i, text in points.get(name, []):
-            tip = f"{text}: {format_number(a, kind)}, {format_number(b, kind)}"
+            tip = f"{text}: {format_number(a, x_kind)}, {format_number(b, kind)}"
             c.circle(across(a), up(b), 3.2, f"{mark_class(i)} dot", tip)
 
     legend = [(s, f"{mark_class(i)} fill") for i, s in enumerate(names)]
     known = [v for v in ys if not math.isnan(v)]
     draw = _drawing(
-        distinct(data[panel]), xs, known, inside, legend, x_label, y_label, kind, None, height=150.0, most=3
+        distinct(data[panel]),
+        xs,
+        known,
+        inside,
+        legend,
+        x_label,
+        y_label,
+        kind,
+        None,
+        height=150.0,
+        most=3,
+        x_kind=x_kind,
     )
-    formats: dict[str, Kind] = dict.fromkeys((x, y), kind)
+    formats: dict[str, Kind] = {x: x_kind, y: kind}
     return make_figure(title, caption, data, formats, draw if points else None, listing(data, formats))
 
 
@@ -141,6 +153,7 @@ def _drawing(
     height: float = _HEIGHT,
     most: int = 5,
     log_x: bool = False,
+    x_kind: Kind = "auto",
 ) -> Callable[[Canvas], None]:
     """What draws the grid of panels; `inside` draws one panel's marks."""
     known = [v for v in xs if not math.isnan(v)]
@@ -182,7 +195,7 @@ def _drawing(
                 marks = list(x_ticks.items()) if x_ticks is not None else []
                 if x_ticks is None:
                     ticks = round_ticks(min(0.0, low), high, 3)
-                    marks = list(zip(ticks, tick_labels(ticks, kind), strict=True))
+                    marks = list(zip(ticks, tick_labels(ticks, x_kind), strict=True))
                 taken = -math.inf
                 for tick, text in marks:
                     place, half = across(tick), text_width(text, 10) / 2

@@ -16,7 +16,7 @@ Facts = list[tuple[str, str]]
 VERDICT = Column("verdict")
 EFFECT = Column("effect", "effect (floor)", "scientific", beside="floor")
 EXCESS = Column(header="effect minus floor, 95 %", kind="scientific", bounds=("excess_low", "excess_high"))
-Q = Column("q", kind="decimal")
+Q = Column("q", "q, Benjamini-Hochberg", "decimal")
 IDENTICAL = Column("identical_effect", "bit-identical (floor)", "percent", beside="identical_floor")
 POSITIONS = Column("positions")
 HOOK_POINT = Column("hook_point")

@@ -43,7 +43,7 @@ def lossless_page(result: LosslessResult) -> Page:
         title=f"Lossless harvesting: {result.name}",
         answer=f"With the prefix cache on, {covered} of the positions have a row although {computed} were computed, "
         f"and gathered rows of `{where}` are at most {largest} from computed ones in relative L2 (floor {floor}).",
-        picture=_distances(gathered, str(where)),
+        picture=_distances(gathered, effect, str(where)),
         tiles=[
             Tile("positions with a row", covered, f"in `{result.cached}`, which computed {computed} of them"),
             Tile(
@@ -81,22 +81,20 @@ def _largest(part: pd.DataFrame) -> str:
     return format_number(part["l2_max"].max() if len(part) else None, "scientific")
 
 
-def _distances(gathered: pd.DataFrame, where: str) -> Figure:
+def _distances(gathered: pd.DataFrame, effect: str, where: str) -> Figure:
     """The largest distance of each comparison; of its replicates the larger."""
-    largest = (
-        gathered.groupby(["positions", "comparison"], sort=False, as_index=False)["l2_max"].max()
-        if len(gathered)
-        else gathered
-    )
+    largest = gathered.groupby("comparison", sort=False, as_index=False)["l2_max"].max() if len(gathered) else gathered
+    if len(largest):
+        largest = largest.assign(what=["floor" if c != effect else "gathered rows" for c in largest["comparison"]])
     return dots(
         largest,
         "comparison",
-        "positions",
+        "what",
         "l2_max",
         title=f"Largest distance of `{where}`, of positions that the cached run gathered",
         kind="scientific",
         x_label="largest relative L2",
-        caption="The first comparison is of gathered rows with computed ones; the others are floors.",
+        caption="Of replicates the larger. Floors: runs that differ in order, or in where prefills are cut.",
     )
 
 

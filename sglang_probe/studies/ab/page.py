@@ -22,7 +22,7 @@ from sglang_probe.studies.ab.tables import (
     flips_table,
     tokens_table,
 )
-from sglang_probe.studies.pages import FLOOR, deepest, facts, footer, proof, row_of_largest
+from sglang_probe.studies.pages import FLOOR, deepest, facts, footer, only, proof, row_of_largest
 
 _NO_ROWS = "no rows were captured, or no position was computed by both runs of a pair"
 
@@ -31,7 +31,7 @@ def ab_page(result: AbResult) -> Page:
     """The page of one experiment: what was computed, what was not, and how far the common rows differ."""
     m = _manifest(result)
     workload = f"{m['workload']['source']}, {m['requests_expected']} requests, digest {m['workload_digest'][:12]}"
-    backend = str(m.get("server_resolved", {}).get("attention_backend"))
+    backend = str(m.get("server_resolved", {}).get("attention_backend") or "not known")
     strips = _strips(result)
     return Page(
         title=f"What the engine computed: {result.name}",
@@ -64,7 +64,7 @@ def _manifest(result: AbResult) -> dict[str, Any]:
 
 def _least_covered(result: AbResult) -> tuple[pd.Series | None, pd.Series | None]:
     """The arm that computed the smallest share of the prompts, as its row of all segments, and its worst segment."""
-    whole = row_of_largest(result.by_segment[result.by_segment["segment"] == "all"], "coverage", least=True)
+    whole = row_of_largest(only(result.by_segment, segment="all"), "coverage", least=True)
     if whole is None:
         return None, None
     mine = result.by_segment[(result.by_segment["arm"] == whole["arm"]) & (result.by_segment["segment"] != "all")]

@@ -64,6 +64,8 @@ class AbResult:
     @property
     def reconciled(self) -> str:
         """How many requests have the reused count that SGLang reports, in words."""
+        if self.totals.empty:
+            return "No request was recorded."
         equal, requests = int(self.totals["requests_reconciled"].sum()), int(self.totals["requests"].sum())
         return f"The reused count equals SGLang's `cached_tokens` in {equal} of {requests} requests."
 

@@ -14,7 +14,7 @@ ARM, RUN, PHASE = Column("arm"), Column("run"), Column("phase")
 
 def arms_of(result: AbResult) -> list[str]:
     """Arms in the order of the experiment's runs."""
-    return list(dict.fromkeys(result.totals["arm"]))
+    return list(dict.fromkeys(result.totals["arm"])) if len(result.totals) else []
 
 
 def tokens_table(result: AbResult) -> Table:

@@ -26,6 +26,10 @@ TESTED = (
 )
 
 
+_MOST_HEADS = 48
+"""Of more, a figure shows the layers."""
+
+
 def mass(result: EvictionResult) -> Section:
     """Non-trivial mass by budget, all metrics at one budget, and their chance levels."""
     kinds = ("baseline", "method", "oracle")
@@ -59,16 +63,25 @@ def heads(result: EvictionResult) -> Section:
     """Which layers and heads lose mass."""
     budget = middle_budget(result)
     part = only(result.heads, budget=budget, kind=["baseline", "method"])
-    if len(part):
+    few = len(part[["layer", "head"]].drop_duplicates()) <= _MOST_HEADS if len(part) else True
+    if len(part) and few:
         part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
+    elif len(part):
+        keys = ["task", "protocol", "policy", "layer"]
+        part = part.assign(held=part["recall"] * part["mass"])
+        part = part.groupby(keys, sort=False, as_index=False)[["held", "mass"]].sum()
+        part = part.assign(
+            recall=part["held"] / part["mass"].where(part["mass"] > 0), where="L" + part["layer"].astype(str)
+        )
+    of = "layer and query head" if few else "layer"
     figures = [
         heatmap(
             mine,
             "policy",
             "where",
             "recall",
-            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by layer and head, budget {budget}",
-            column_label="layer and query head",
+            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by {of}, budget {budget}",
+            column_label=of,
             missing="no mass",
         )
         for (task, protocol), mine in (part.groupby(["task", "protocol"], sort=False) if len(part) else ())
@@ -76,8 +89,9 @@ def heads(result: EvictionResult) -> Section:
     return Section(
         heading="Where it is lost: layers and heads",
         text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "
-        "trivial set, so that a method can lose all of it without losing an answer.",
+        "trivial set, so that a method can lose all of it without losing an answer. Every head is in `tables/heads`.",
         figures=figures,
+        nothing="no selection was judged by head",
     )
 
 

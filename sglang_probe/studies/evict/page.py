@@ -150,6 +150,7 @@ def _ranked(result: EvictionResult) -> pd.DataFrame:
     """What methods are ranked by: the outcome where something was generated, else the non-trivial mass."""
     frame, metric = (_first(result), result.outcome) if result.outcomes else (result.offline, "nontrivial")
     part = only(frame, metric=metric, kind=["full", "baseline", "method"])
+    part = part[part["mean"].notna()] if len(part) else part
     return part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS)) if len(part) else part
 
 
@@ -227,7 +228,8 @@ def _labelled(part: pd.DataFrame) -> pd.DataFrame:
 def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -> Figure:
     sizes = _shares(result, task)
     frame = _labelled(part).assign(x=part["budget"].map(sizes))
-    frame = frame[frame["x"].notna()]
+    # Of short prompts two budgets may be the same number of positions.
+    frame = frame[frame["x"].notna()].drop_duplicates(["panel", "series", "x"])
     frame = frame.sort_values("kind", key=lambda k: k == "oracle", kind="stable")
     base = frame[frame["policy"] == BASELINE]
     return panel_lines(
@@ -308,6 +310,8 @@ def _prediction(result: EvictionResult) -> Section | None:
             caption=f"A point is a method at a budget. {METRICS[metric][0].upper()}{METRICS[metric][1:]}.",
             x_label=title_of(metric),
             y_label=outcome,
+            kind=kind_of(result.outcome),
+            x_kind=kind_of(metric),
         )
         for metric in ("nontrivial", "output_error")
         if metric in points

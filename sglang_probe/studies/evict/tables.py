@@ -228,7 +228,7 @@ def _interval(row: pd.Series, scale: int) -> str | None:
         return None
     star = "*" if row["p_holm"] <= 0.05 else ""
     kind: Kind = "points" if scale == 100 else "signed"
-    value, low, high = (scale * row[c] for c in ("difference", "difference_low", "difference_high"))
+    value, low, high = (scale * row.get(c, float("nan")) for c in ("difference", "difference_low", "difference_high"))
     interval = format_interval(low, high, kind)
     return f"{format_number(value, kind)}{'' if interval == MISSING else ' ' + interval}{star}"
 

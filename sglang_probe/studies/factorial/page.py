@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from sglang_probe.report.figures import Figure, dots, heatmap
@@ -33,6 +35,14 @@ _TITLES = {
     "agreement": "same token after eviction",
     "nll": "excess nats per token after eviction",
 }
+CONTENTS = {
+    cells.REAL: "the true continuation",
+    cells.RESAMPLED: "a second sample",
+    cells.PROMPT: "ends of the prompt",
+    cells.FILLER: "filler",
+    cells.RANDOM: "random tokens",
+}
+POSITIONS = {cells.TRUE: "true positions", "+8": "8 further", "+32": "32 further", cells.ZERO: "0, 1, ..."}
 _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 """Same content, different content and different position of the effects that are shown first."""
 
@@ -104,7 +114,7 @@ def _answer(shown: pd.DataFrame, mass: str) -> str:
 
 def _estimate(row: pd.Series) -> str:
     """A difference of shares with its interval, in percentage points."""
-    value, low, high = (100 * row[c] for c in ("value", "value_low", "value_high"))
+    value, low, high = (100 * row.get(c, math.nan) for c in ("value", "value_low", "value_high"))
     interval = format_interval(low, high, "points")
     return f"{format_number(value, 'points')} points" + ("" if interval == MISSING else f" {interval}")
 
@@ -155,8 +165,9 @@ def _picture(result: FactorialResult) -> Figure:
         high="value_high",
         kind="signed",
         references=pd.DataFrame({"name": ["no effect"], "value": [0.0]}),
-        title="Main effects, from a second sample to filler and from the true positions to 0, 1, ...",
-        caption="Lines are 95 % intervals over prompts. For the output error, a negative effect is better.",
+        title="Effect of content and of position on each outcome",
+        caption="From a second sample to filler, and from the true positions to 0, 1, ... Lines are 95 % intervals "
+        "over prompts. For the output error, a negative effect is better.",
         x_label="effect",
     )
 
@@ -167,8 +178,8 @@ def _effects(result: FactorialResult) -> Section:
     columns = ["post", "pre_centred", *(x for x in order if x.endswith(first_budget) or x in OUTCOMES)]
     others = [
         {
-            "content": f"{same} or {different}",
-            "position": f"true or {position}",
+            "content": f"{CONTENTS[same]} or {CONTENTS[different]}",
+            "position": f"true or {POSITIONS[position]}",
             **_pairs(effects_of(result, same, different, position, layer=ALL), columns),
         }
         for same in SAME_CONTENTS
@@ -199,7 +210,7 @@ def _importance(result: FactorialResult) -> Section:
         part = only(at, outcome=outcome, content=list(cells.CONTENTS))
         figures.append(
             heatmap(
-                part.assign(position="at " + part["position"]) if len(part) else part,
+                _named(part),
                 "content",
                 "position",
                 "value",
@@ -220,6 +231,17 @@ def _importance(result: FactorialResult) -> Section:
     )
 
 
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """With contents and positions in words."""
+    if frame.empty:
+        return frame
+    content = [
+        BASELINES.get(p, p) if c == "baseline" else CONTENTS.get(c, c)
+        for c, p in zip(frame["content"], frame["position"], strict=True)
+    ]
+    return frame.assign(content=content, position=[POSITIONS.get(p, MISSING) for p in frame["position"]])
+
+
 def _layers(result: FactorialResult) -> Section:
     e = result.effects
     layers = sorted({x for x in e["layer"] if x != ALL}, key=int) if len(e) else []
@@ -229,10 +251,13 @@ def _layers(result: FactorialResult) -> Section:
     values = only(values, outcome=outcomes, effect=["content", "position"])
     if len(values):
         values = values.assign(outcome=values["outcome"].map(_title)).pivot(
-            index=["layer", "outcome"], columns="effect", values=["value", "value_low", "value_high"]
+            index=["layer", "outcome"],
+            columns="effect",
+            values=[c for c in ("value", "value_low", "value_high") if c in values],
         )
         names = {"value": "", "value_low": "_low", "value_high": "_high"}
         values.columns = pd.Index([f"{effect}{names[what]}" for what, effect in values.columns])
+        values = values.assign(**{e: math.nan for e in ("content", "position") if e not in values})
         values = values.reset_index()
     columns = [Column("layer"), Column("outcome")]
     columns += [
@@ -259,10 +284,10 @@ def _all(result: FactorialResult) -> Section:
         wide = wide.pivot_table(index=["content", "position"], columns="outcome", values="value", sort=False)
         wide = wide.reset_index()
     columns = [Column("content"), Column("position")]
-    columns += [Column(x, _title(x), "decimal") for x in wide.columns[2:]]
+    columns += [Column(x, _title(x), "decimal") for x in (wide.columns[2:] if len(wide) else ())]
     return Section(
         heading="Every cell",
-        tables=[Table(wide, "Means over prompts, layers and heads", columns=columns, long=True, file="means")],
+        tables=[Table(_named(wide), "Means over prompts, layers and heads", columns=columns, long=True, file="means")],
         nothing="no cell was measured",
     )
 
@@ -276,7 +301,7 @@ def _ordered(result: FactorialResult) -> list[str]:
 
 def _title(outcome: str) -> str:
     name, _, budget = outcome.partition("@")
-    return _TITLES[name] + (f", {float(budget):.3g} of the prompt kept" if budget else "")
+    return _TITLES[name] + (f", {format_number(float(budget), 'percent')} kept" if budget else "")
 
 
 def _in_order(frame: pd.DataFrame, order: list[str]) -> pd.DataFrame:

@@ -9,8 +9,9 @@ from sglang_probe.report.numbers import Kind, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.pages import FLOOR, HOOK_POINT, deepest, facts, footer, only, proof, verdicts
-from sglang_probe.studies.phase.study import BIN, CONTRASTS, PhaseResult
+from sglang_probe.studies.phase.study import BIN, CONTRASTS, DECODED, HUMAN, REFORWARD, PhaseResult
 
+KINDS = {HUMAN: "human text", DECODED: "decoded", REFORWARD: "prefilled again"}
 _NOTHING = "no hook point was compared"
 
 
@@ -55,6 +56,7 @@ def _picture(result: PhaseResult) -> Figure:
         high="high",
         kind="decimal",
         references=chance,
+        zero=False,
         title="Area under the curve (AUC) of a linear probe on unseen texts",
         caption="Lines are 95 % intervals over texts.",
         x_label="AUC",
@@ -69,13 +71,15 @@ def probes_table(result: PhaseResult) -> Table:
         Column("auc", "AUC, 95 % interval", "decimal", bounds=("low", "high")),
         Column(header="with exchanged labels", kind="decimal", bounds=("null_low", "null_high")),
     ]
-    return Table(result.probes, "Linear probe on unseen texts", columns=columns)
+    return Table(
+        result.probes, "Linear probe on unseen texts", columns=columns, long=len(result.probes) > 30, file="probes"
+    )
 
 
 def numerics_table(result: PhaseResult) -> Table:
     """Effect beside floor of decoding what could be prefilled."""
     title = "Decoded against prefilled again, mean relative L2"
-    return Table(result.numerics, title, columns=verdicts(HOOK_POINT))
+    return Table(result.numerics, title, columns=verdicts(HOOK_POINT), long=len(result.numerics) > 30, file="numerics")
 
 
 def moments_table(result: PhaseResult) -> Table:
@@ -90,7 +94,11 @@ def moments_table(result: PhaseResult) -> Table:
         Column("kurtosis"),
     ]
     title = f"Rows of {result.positions:,} continuation positions of {result.texts} texts"
-    return Table(result.moments, title, columns=columns)
+    return Table(_kinds_named(result.moments), title, columns=columns, long=len(result.moments) > 30, file="moments")
+
+
+def _kinds_named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(kind=frame["kind"].map(lambda k: KINDS.get(k, k))) if len(frame) else frame
 
 
 def _probes(result: PhaseResult) -> Section:
@@ -115,7 +123,7 @@ def _numerics(result: PhaseResult) -> Section:
 
 
 def _moments(result: PhaseResult) -> Section:
-    frame = deepest(result.by_position)
+    frame = _kinds_named(deepest(result.by_position))
     where = frame["hook_point"].iloc[0] if len(frame) else "rows"
     shown: tuple[tuple[str, Kind, str], ...] = (
         ("norm", "auto", "Mean norm of the rows."),

@@ -223,8 +223,8 @@ def _subspace(result: DriftResult) -> Section:
     if len(wide):
         # Layers down: a model has more of them than there are kinds of queries.
         wide = wide.assign(queries=wide["measure"].map(names))
-        order = [n for n in names.values() if n in set(wide["queries"])]
-        wide = wide.pivot_table(index="layer", columns="queries", values="value", sort=False)[order].reset_index()
+        wide = wide.pivot(index="layer", columns="queries", values="value").reindex(columns=list(names.values()))
+        wide = wide.loc[[f"layer {i}" for i in result.layers if f"layer {i}" in wide.index]].reset_index()
     kinds: dict[str, Kind] = {str(c): "percent" for c in wide.columns if c != "layer"}
     return Section(
         heading="Do decode queries leave the window's directions?",
@@ -306,7 +306,9 @@ def _reach(excess: pd.DataFrame) -> str:
     if len(excess) < 2:
         return nothing
     nearest, farthest = excess.iloc[0], excess.iloc[-1]
-    near, far = (format_interval(row["excess_low"], row["excess_high"], "signed") for row in (nearest, farthest))
+    near, far = (
+        format_interval(row.get("excess_low"), row.get("excess_high"), "signed") for row in (nearest, farthest)
+    )
     return (
         f"{near}, fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
         f"{format_number(farthest['excess'], 'signed')} {far}. {nothing}"

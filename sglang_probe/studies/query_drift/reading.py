@@ -103,7 +103,7 @@ def horizon(result: DriftResult) -> Section:
     """For how many steps the window's choice is worth more than a baseline."""
     f = result.found
     part = only(f.survival, layer=ALL)
-    part = part.assign(baseline="against " + part["baseline"]) if len(part) else part
+    part = part.assign(baseline="against " + part["baseline"])[part["step"].notna()] if len(part) else part
     o = result.options
     return Section(
         heading="How long does the window predict?",
@@ -141,13 +141,15 @@ def horizon_table(result: DriftResult, layer: str | None = ALL) -> Table:
     title = "For how many steps the window predicts" + ("" if layer else ", by layer")
     if found.empty:
         return Table(found, title)
-    ends = [f"[{_median(a)}, {_median(b)}]" for a, b in zip(found["median_low"], found["median_high"], strict=True)]
-    frame = found.assign(median=[_median(x) for x in found["median"]], interval=ends)
+    frame = found.assign(median=[_median(x) for x in found["median"]])
+    if {"median_low", "median_high"} <= set(found.columns):
+        ends = zip(found["median_low"], found["median_high"], strict=True)
+        frame = frame.assign(interval=[f"[{_median(a)}, {_median(b)}]" for a, b in ends])
     columns = [
         Column("layer", kind="text"),
         Column("baseline"),
         Column("median", "median horizon, steps"),
-        Column("interval", "95 % interval"),
+        *([Column("interval", "95 % interval")] if "interval" in frame else []),
         Column("recall", "recall (baseline's)", "percent", beside="baseline_recall"),
         Column("failed", "requests that failed"),
         Column("failed_at_once", "at once"),

@@ -101,7 +101,7 @@ def test_the_verdict_and_what_it_rests_on_come_first() -> None:
         "verdict",
         "effect (floor)",
         "effect minus floor, 95 %",
-        "q",
+        "q, Benjamini-Hochberg",
     ]
     cells = [c.cells[0] for c in printed]
     assert cells[2] == "above the floor"
