@@ -37,7 +37,7 @@ YAMLS: list[type[BaseModel]] = [
     EngineProbeConfig,
     *(s.config() for s in STUDIES if isinstance(s, RecordedStudy)),
 ]
-BEING_ADDED = {"docs/strip.svg", "model", "demo-real"}
+BEING_ADDED = {"docs/strip.svg", "demo-real"}
 """What pages name before it is merged."""
 
 pages = pytest.mark.parametrize("page", WITHOUT_GENERATED, ids=lambda p: str(p.relative_to(ROOT)))
@@ -173,7 +173,11 @@ def test_options_in_the_pages_exist(page: Path, server_arguments: str) -> None:
             if name in BEING_ADDED or name.startswith(("-", "<")):
                 continue
             assert name in root.commands, f"{page.name}: {line}"
-            unknown = {w.split("=")[0] for w in words[2:] if w.startswith("--")} - options_of(root.commands[name])
+            command = root.commands[name]
+            if hasattr(command, "commands") and len(words) > 2:
+                assert words[2] in command.commands, f"{page.name}: {line}"
+                command = command.commands[words[2]]
+            unknown = {w.split("=")[0] for w in words[2:] if w.startswith("--")} - options_of(command)
             assert unknown == set(), f"{page.name}: {line}"
         elif words[:3] == ["python", "-m", "sglang.launch_server"]:
             for flag in (w for w in words[3:] if w.startswith("--")):
