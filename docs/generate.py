@@ -34,7 +34,7 @@ FOLDER = Path(__file__).parent
 DO_NOT_EDIT = "Written by `make docs`; do not edit."
 EXIT_CODES = (
     "Exit codes: 0, all is well; 1, the command ran, and something that it checked does not hold; 2, an error, with a "
-    "sentence that says what to do; 130 after Ctrl-C."
+    "sentence that says what to do; 128 and the number of the signal after one (130 after Ctrl-C, 143 after SIGTERM)."
 )
 TABLES = {
     "spans": schema.SPANS,

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from typer.testing import CliRunner
 
-from docs import generate
 from sglang_probe.cli import app
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError
@@ -30,6 +29,11 @@ from sglang_probe.studies.catalogue import STUDIES
 from tests.made_run import make_run  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
+_generator = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+assert _generator is not None
+assert _generator.loader is not None
+generate: Any = module_from_spec(_generator)
+_generator.loader.exec_module(generate)
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("experiments/**/*.md"))]
 WITHOUT_GENERATED = [p for p in PAGES if generate.DO_NOT_EDIT not in p.read_text(encoding="utf-8")]
 YAMLS: list[type[BaseModel]] = [

@@ -21,8 +21,8 @@ class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
 
     model: str = BUILT_IN_MODEL
-    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it), or
-    a hub id."""
+    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it),
+    or a hub id."""
     dtype: str = "auto"
     """`bfloat16`, `float16` or `float32`; `auto` takes that of the checkpoint."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
