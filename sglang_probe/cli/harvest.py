@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """
 # sglang-probe harvest mine.yaml
-model: Qwen/Qwen3-0.6B            # a hub id, a folder, or a built-in model
+model: smollm2-135m               # a name from `sglang-probe model list`, a folder, or a hub id
 workload:
   source: jsonl                   # {"messages": [...]} or {"prompt": "..."} a line; also sharegpt, shared_prefix
   path: prompts.jsonl
