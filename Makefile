@@ -13,6 +13,8 @@ WORKERS := -n 2 --dist loadscope
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
+# The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
+export SGLANG_PROBE_DEVICE ?= cpu
 
 .PHONY: demo test test-all attack bench bench-gpu lint setup clean
 
@@ -38,6 +40,7 @@ bench: setup ## measure overhead and studies, and write docs/benchmarks.md
 	$(BIN)/python bench/eviction.py --out docs/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
+bench-gpu: export SGLANG_PROBE_DEVICE :=
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_probe import bf16
 from sglang_probe.ask import recorded_override
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.hook_points import (
@@ -52,6 +53,7 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
     dtype = run.rows_dtype()
     _register_attention()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
+    bf16.widen(model)
     errors: dict[str, list[np.ndarray]] = {h: [] for h in hook_points}
     tokens = run.tokens()
     tokens = tokens[tokens["row"] >= 0]
@@ -155,6 +157,10 @@ def _register_attention() -> None:
         for which, (name, outputs) in getattr(module, "probe_sink", {}).items():
             x_BHND = args[which]
             outputs[name] = x_BHND[0].transpose(0, 1).flatten(1)
+        q, k, v, *others = args
+        if q.dtype == torch.bfloat16 and bf16.products() == "fp32":
+            out, weights = sdpa_attention_forward(module, q.float(), k.float(), v.float(), *others, **kwargs)
+            return out.to(q.dtype), weights
         return sdpa_attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register(_ATTENTION, attend)

@@ -10,6 +10,11 @@ from sglang_probe.engine.platform import environment
 from sglang_probe.engine.releases import release
 
 
+@pytest.fixture(autouse=True)
+def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(environment.DEVICE, raising=False)  # `make test` sets it
+
+
 def test_it_activates_where_there_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "accelerator_present", lambda: False)
     assert plugin.activate_cpu_platform() == release().cpu_platform
