@@ -16,11 +16,16 @@ export OMP_NUM_THREADS ?= 1
 # The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
 export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo test test-all attack bench bench-gpu lint setup clean
+.PHONY: demo demo-real test test-all attack bench bench-gpu lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
 	$(BIN)/sglang-probe verify runs/cache-on-off/cache_off --transformers 8
+
+demo-real: setup ## the same with a language model of 135 million parameters (fetched once, 93 MB)
+	$(BIN)/sglang-probe model fetch smollm2-135m
+	$(BIN)/sglang-probe ab experiments/demo-real.yaml --overwrite
+	$(BIN)/sglang-probe verify runs/demo-real/cache_off --transformers 4
 
 test: setup ## tests, a few minutes on two cores
 	$(BIN)/ruff check .
