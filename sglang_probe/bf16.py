@@ -3,7 +3,7 @@
 There PyTorch multiplies bf16 an order of magnitude slower than fp32. So the factors are widened, which is exact,
 multiplied in fp32, and the result is rounded once to bf16: what bf16 hardware does, up to the order of the sums. No
 wide copy of a weight is kept, which could grow stale when weights are updated; widening costs what reading costs
-(docs/explanation/any-cpu.md has the measurements).
+(docs/how-to/any-machine.md has the measurements).
 """
 
 from __future__ import annotations

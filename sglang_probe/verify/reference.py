@@ -92,7 +92,8 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int) -> C
     summary = ", ".join(f"{h}: median {np.median(e):.1e}, max {e.max():.1e}" for h, e in errors.items())
     return Check(
         "reference",
-        f"rows agree with transformers in {str(dtype).removeprefix('torch.')} (relative error below {_span(limits.values())})",
+        f"rows agree with transformers in {str(dtype).removeprefix('torch.')} "
+        f"(relative error below {_span(limits.values())})",
         covered,
         "rows",
         None if worst < limit else f"{worst_hook}: relative error {worst:.2e}, not below {limit:.2g}",
