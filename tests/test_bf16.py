@@ -45,20 +45,20 @@ def test_a_bias_is_added_before_rounding() -> None:
 
 def test_weights_that_change_in_place_are_read_anew() -> None:
     """As `update_weights_from_disk` does it: through `.data`, which no version counter sees."""
-    x, weight = torch.ones(1, 2).bfloat16(), torch.nn.Parameter(torch.ones(3, 2).bfloat16(), requires_grad=False)
-    assert bf16.linear(x, weight).tolist() == [[2.0, 2.0, 2.0]]
+    x, weight = torch.ones(2, 2).bfloat16(), torch.nn.Parameter(torch.ones(3, 2).bfloat16(), requires_grad=False)
+    assert bf16.linear(x, weight).tolist() == [[2.0, 2.0, 2.0]] * 2
     weight.data.copy_(torch.full((3, 2), 2.0))
-    assert bf16.linear(x, weight).tolist() == [[4.0, 4.0, 4.0]]
+    assert bf16.linear(x, weight).tolist() == [[4.0, 4.0, 4.0]] * 2
 
 
 def test_memory_is_shared_between_weights_of_any_size_and_between_modes() -> None:
-    x = torch.ones(1, 4).bfloat16()
+    x = torch.ones(2, 4).bfloat16()
     with torch.inference_mode():
         small = bf16.linear(x, torch.ones(2, 4).bfloat16())
     large = bf16.linear(x, torch.full((64, 4), 2.0).bfloat16())
     again = bf16.linear(x, torch.ones(2, 4).bfloat16())
-    assert small.tolist() == again.tolist() == [[4.0, 4.0]]
-    assert large.tolist() == [[8.0] * 64]
+    assert small.tolist() == again.tolist() == [[4.0, 4.0]] * 2
+    assert large.tolist() == [[8.0] * 64] * 2
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "bias"])
