@@ -17,6 +17,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
+from sglang_probe.engine.platform.defaults import cpu_defaults
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
@@ -58,14 +59,7 @@ def default_server_args() -> dict[str, Any]:
     """Arguments that a user would otherwise have to know on a machine without an accelerator."""
     if accelerator_present():
         return {}
-    # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable; and
-    # SGLang would derive a negative fraction from large prefills.
-    return {
-        "device": "cpu",
-        "attention_backend": release().cpu_attention[0],
-        "max_total_tokens": 65536,
-        "mem_fraction_static": 0.5,
-    }
+    return {"device": "cpu", **cpu_defaults()}
 
 
 def server_argument_names() -> set[str]:
