@@ -91,6 +91,16 @@ CorpusPath = Annotated[str, AfterValidator(_corpus)]
 """`stdlib`, or as `InputPath`."""
 
 
+def _folder_name(name: str) -> str:
+    if not name or name != os.path.basename(name) or name.startswith((".", "~")) or "\0" in name or len(name) > 100:
+        raise ValueError(f"{name!r} becomes a folder: give a name without slashes that does not begin with a dot")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+"""A name that a folder gets."""
+
+
 def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """What to say of an unknown key, to follow its name: a hint, the nearest known key, or all of them."""
     if hints and key in hints:
