@@ -221,6 +221,9 @@ class RecordedStudy(Study):
                 prepared = self.runs().prepare(config)
             plan = self.plan(prepared, config)
             show(console, [plan.table, *plan.notes, f"engine starts: {plan.starts}"])
+            for ours in prepared.values() if isinstance(prepared, Mapping) else [prepared]:
+                if skipped := ours.workload.skipped_in_words:
+                    console.print(skipped, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if given["plan"]:
                 return plan
             how = {k: given[k] for k in ("overwrite", "resume")}
