@@ -222,7 +222,7 @@ class RecordedStudy(Study):
             plan = self.plan(prepared, config)
             show(console, [plan.table, *plan.notes, f"engine starts: {plan.starts}"])
             for ours in prepared.values() if isinstance(prepared, Mapping) else [prepared]:
-                if skipped := ours.workload.skipped_in_words:
+                if skipped := getattr(getattr(ours, "workload", None), "skipped_in_words", ""):
                     console.print(skipped, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if given["plan"]:
                 return plan
