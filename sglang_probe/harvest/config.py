@@ -99,7 +99,7 @@ R = TypeVar("R", bound=Recording)
 
 
 def with_skip_bad(config: R, skip_bad: bool) -> R:
-    """The configuration, passing over malformed records of its workload, or of its `workloads`, if `skip_bad`.
+    """The configuration, passing over records of its workload or `workloads` that cannot be used, if `skip_bad`.
 
     Raises:
         ConfigError: no workload is read from a file.

@@ -184,7 +184,7 @@ class RecordedStudy(Study):
         return list(found.values())
 
     def skipping_bad(self, config: Any) -> Any:
-        """The configuration, reading past malformed lines of its workload."""
+        """The configuration, passing over records of its workload that cannot be used."""
         from sglang_probe.harvest.config import with_skip_bad
 
         return with_skip_bad(config, skip_bad=True)

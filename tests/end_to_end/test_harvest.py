@@ -27,9 +27,8 @@ pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
 
 
-def test_a_file_as_people_have_it_is_served_token_by_token_and_its_fp32_rows_agree_with_transformers(
-    cli: Callable, tmp_path: Path
-) -> None:
+def test_fp32_rows_agree_with_transformers(cli: Callable, tmp_path: Path) -> None:
+    """Of a file as people have it, whose usable records are served token by token."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     words = (json.__doc__ or "").split()
     chats = [[{"role": "user", "content": " ".join(words[20 * i : 20 * i + 80])}] for i in range(7)]
