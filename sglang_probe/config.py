@@ -107,7 +107,7 @@ def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = No
         return f": {hints[key]}"
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"
+    return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known) or 'none'}"
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
