@@ -184,7 +184,7 @@ class RecordedStudy(Study):
         return list(found.values())
 
     def skipping_bad(self, config: Any) -> Any:
-        """The configuration, reading past malformed lines of its workload."""
+        """The configuration, passing over records of its workload that cannot be used."""
         from sglang_probe.harvest.config import with_skip_bad
 
         return with_skip_bad(config, skip_bad=True)
@@ -221,6 +221,9 @@ class RecordedStudy(Study):
                 prepared = self.runs().prepare(config)
             plan = self.plan(prepared, config)
             show(console, [plan.table, *plan.notes, f"engine starts: {plan.starts}"])
+            for ours in prepared.values() if isinstance(prepared, Mapping) else [prepared]:
+                if skipped := getattr(getattr(ours, "workload", None), "skipped_in_words", ""):
+                    console.print(skipped, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if given["plan"]:
                 return plan
             how = {k: given[k] for k in ("overwrite", "resume")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
@@ -24,13 +27,49 @@ pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
 
 
-def test_fp32_rows_agree_with_transformers(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
-    hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(4))]
-    hook_points += [f"blocks.{i}.{site}" for i in range(4) for site in ATTENTION]
-    config = write_yaml("fp32", dtype="float32", hook_points=hook_points, arm={"cache": "off"})
+def test_fp32_rows_agree_with_transformers(cli: Callable, tmp_path: Path) -> None:
+    """Of a file as people have it, whose usable records are served token by token."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    words = (json.__doc__ or "").split()
+    chats = [[{"role": "user", "content": " ".join(words[20 * i : 20 * i + 80])}] for i in range(7)]
+    rendered = tokenizer.apply_chat_template(chats[0], tokenize=False, add_generation_prompt=True)
+    ids = [7, *tokenizer.encode(rendered)[:20], 7, 7]
+    records = [
+        *({"messages": chat, "id": i} for i, chat in enumerate(chats)),
+        {"prompt": rendered},
+        {"prompt_ids": ids, "segments": [[0, 1, "special"], [1, 9, "document"]]},
+        {"input_ids": ids[:9]},
+        {"prompt": "x " * 9000},
+        {"prompt": "x", "sampling_params": {"top_p": 2}},
+    ]
+    with gzip.open(tmp_path / "mine.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+    config = tmp_path / "mine.yaml"
+    points = "[hook_embed, blocks.*.hook_resid_post, " + ", ".join(f"'blocks.{{0..3}}.{s}'" for s in ATTENTION) + "]"
+    config.write_text(
+        "workload: {source: jsonl, path: mine.jsonl.gz, skip_bad: true}\ndtype: float32\narm: {cache: off}\n"
+        f"sampling: {{max_new_tokens: 8, temperature: 1e-9}}\nhook_points: {points}\n"
+    )
     done = cli("harvest", config, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    errors = reference_errors(load_run(tmp_path / "run"), str(MODEL), requests=10)
+    told = "2 records were skipped: 1 too long, 1 sampling value"
+    assert told in done.stdout
+    run = load_run(tmp_path / "run")
+    assert "1 too long, 1 sampling value" in (run.path / "README.md").read_text()
+    assert run.manifest["skipped_by_reason"] == {"too long": 1, "sampling value": 1}
+    assert run.manifest["prompts_made_from"]["add_special_tokens"] == "auto"
+    assert run.hook_points == [
+        "hook_embed",
+        *(f"blocks.{i}.hook_resid_post" for i in range(4)),
+        *(f"blocks.{i}.{site}" for site in ATTENTION for i in range(4)),
+    ]
+    served = [list(p) for p in run.requests()["prompt_ids"]]
+    how = {"add_generation_prompt": True, "return_dict": False}
+    assert served[:7] == [tokenizer.apply_chat_template(chat, **how) for chat in chats]
+    assert served[7:] == [served[0], ids, ids[:9]]
+    assert [s["name"] for s in run.requests()["segments"][8]] == ["special", "document", "prompt"]
+    assert [str(c) for c in verify(run) if not c.holds] == []
+    errors = reference_errors(run, str(MODEL), requests=10)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
 
 
