@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,21 @@ from sglang_probe.run import journal
 
 logger = logging.getLogger("sglang_probe")
 
+_CLOSE_AGAIN = 60.0
+"""Age of a segment at which the closing of an earlier one that failed is tried again."""
+
 _REASONS = 100
 """Requests of a segment of which the manifest says why they could not be accounted for."""
+
+
+@dataclass
+class _Stopped:
+    """A segment whose recording has stopped and that is to be closed."""
+
+    path: Path
+    writer: Writer | None
+    fault: str
+    lost: dict[str, str]
 
 
 class LiveRecording:
@@ -85,7 +99,7 @@ class LiveRecording:
         self._nothing_new = False
         self._closed = 0
         self._keeper_errors = 0
-        self._unclosed: list[tuple[Path, Writer, str, dict[str, str]]] = []
+        self._unclosed: list[_Stopped] = []
         self._recovered = segments.recover(root)
         self._number = segments.next_number(root)
         self._path = segments.open_segment(root, self._number, True, self._facts_now())
@@ -182,7 +196,7 @@ class LiveRecording:
             if self._closing or self.stops.fault is not None or epoch not in (None, self.epoch):
                 return
             self.stops.stop(fault, reason)
-            self._unclosed.append((self._path, self._writer, fault, dict(self._lost)))
+            self._unclosed.append(_Stopped(self._path, self._writer, fault, dict(self._lost)))
         self._wake.set()
 
     def status(self) -> dict[str, Any]:
@@ -251,8 +265,7 @@ class LiveRecording:
             except Exception:
                 self._keeper_errors += 1
                 logger.exception("sglang-probe could not keep the segments of %s", self._root)
-        with suppress(Exception):
-            self._close_stopped()
+        self._close_stopped()
         if self.stops.fault is not None:
             self._publish()
             return
@@ -271,8 +284,11 @@ class LiveRecording:
             self.stop(f"the writer stopped: {error}", DISK)  # seen here while nothing is served
         if self.stops.fault is not None:
             self._publish()
-            self._begin_again()
+            if self.stops.due:
+                self._begin_again()
             return
+        if self._unclosed and time.monotonic() - self._opened > _CLOSE_AGAIN:
+            self._close_stopped()
         asked = self._asked
         flush = asked > self._done or self.weights[-1]["number"] > self._weights_at_opening
         if flush and not self._facts_in_segment:
@@ -342,11 +358,9 @@ class LiveRecording:
     def _begin_again(self) -> None:
         """Close what has stopped and, when its time has come, open the next segment."""
         self._close_stopped()
-        if not self.stops.due:
-            return
         path: Path | None = None
         try:
-            number = segments.next_number(self._root)
+            number = max(segments.next_number(self._root), self._number + 1)
             path = segments.open_segment(self._root, number, True, self._facts_now())
             writer = self._new_writer(path)
         except Exception:
@@ -371,8 +385,11 @@ class LiveRecording:
 
     def _close_stopped(self) -> None:
         for item in list(self._unclosed):
-            path, writer, fault, lost = item
-            with suppress(Exception):
+            path, writer, fault, lost = item.path, item.writer, item.fault, item.lost
+            if writer is not None:
+                item.writer = None
+                with suppress(Exception):  # what can be written is a segment all the same
+                    writer.flush(timeout=30)
                 writer.stop()
             try:
                 with suppress(OSError):
@@ -384,10 +401,9 @@ class LiveRecording:
             except Exception:
                 self._keeper_errors += 1
                 logger.exception("sglang-probe could not close %s; it will try again", path)
-                if path.exists():
-                    return
-            self._unclosed.remove(item)
-            self._closed += 1
+            else:
+                self._unclosed.remove(item)
+                self._closed += 1
 
     def _finish(
         self,
