@@ -16,14 +16,13 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.ledger.recorder import Commit, ForwardPlan
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live import provenance, segments
+from sglang_probe.engine.live.closing import Stopped, close_stopped, finish
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.metrics import Metrics
 from sglang_probe.engine.live.names import Names
@@ -32,7 +31,6 @@ from sglang_probe.engine.live.privacy import Redactor
 from sglang_probe.engine.live.sink import Sink, rebase
 from sglang_probe.engine.live.stops import DISK, Stops
 from sglang_probe.engine.live.totals import Totals
-from sglang_probe.run import journal
 
 logger = logging.getLogger("sglang_probe")
 
@@ -41,16 +39,6 @@ _CLOSE_AGAIN = 60.0
 
 _REASONS = 100
 """Requests of a segment of which the manifest says why they could not be accounted for."""
-
-
-@dataclass
-class _Stopped:
-    """A segment whose recording has stopped and that is to be closed."""
-
-    path: Path
-    writer: Writer | None
-    fault: str
-    lost: dict[str, str]
 
 
 class LiveRecording:
@@ -99,7 +87,7 @@ class LiveRecording:
         self._nothing_new = False
         self._closed = 0
         self._keeper_errors = 0
-        self._unclosed: list[_Stopped] = []
+        self._unclosed: list[Stopped] = []
         self._recovered = segments.recover(root)
         self._number = segments.next_number(root)
         self._path = segments.open_segment(root, self._number, True, self._facts_now())
@@ -196,7 +184,7 @@ class LiveRecording:
             if self._closing or self.stops.fault is not None or epoch not in (None, self.epoch):
                 return
             self.stops.stop(fault, reason)
-            self._unclosed.append(_Stopped(self._path, self._writer, fault, dict(self._lost)))
+            self._unclosed.append(Stopped(self._path, self._writer, fault, self._told()))
         self._wake.set()
 
     def status(self) -> dict[str, Any]:
@@ -273,7 +261,9 @@ class LiveRecording:
             status, fault = self._end
             with self._lock:
                 late, lengths = self._overflow.release(), self._prompt_lens()
-            self._finish(self._path, self._writer, status, late, lengths if fault is None else None, fault)
+            known = lengths if fault is None else None
+            last = self._path, self._writer, status, late
+            self._finish(*last, lengths=known, fault=fault, told=self._told())
             self._publish()
         except Exception:
             self._keeper_errors += 1
@@ -320,12 +310,8 @@ class LiveRecording:
 
     def _due(self) -> bool:
         limits = self._config.segments
-        age = time.monotonic() - self._opened
-        due = (
-            age >= limits.max_seconds
-            or self._writer.bytes >= limits.max_megabytes * 1e6
-            or self._requests_in_segment >= limits.max_requests
-        )
+        age, size = time.monotonic() - self._opened, self._writer.bytes / 1e6
+        due = limits.reached(seconds=age, megabytes=size, requests=self._requests_in_segment)
         if not due or not self._facts_in_segment:
             self._due_since = None
             return False
@@ -353,7 +339,7 @@ class LiveRecording:
             segments.remove(path)
             return
         segments.note_carried(path, carried)
-        self._finish(old_path, old_writer, "complete", late, lengths, None, told)
+        self._finish(old_path, old_writer, "complete", late, lengths=lengths, fault=None, told=told)
 
     def _begin_again(self) -> None:
         """Close what has stopped and, when its time has come, open the next segment."""
@@ -377,64 +363,27 @@ class LiveRecording:
             dropped, self._overflow = self._overflow.forwards, Overflow()
             self._overflow.forwards = dropped
             self._begin(writer)
-            self.names.new_segment(())
+            self.names.forget()
             self.epoch += 1
             self.stops.resume()
         logger.warning("sglang-probe records again, into %s", path)
         self._publish()
 
     def _close_stopped(self) -> None:
-        for item in list(self._unclosed):
-            path, writer, fault, lost = item.path, item.writer, item.fault, item.lost
-            if writer is not None:
-                item.writer = None
-                with suppress(Exception):  # what can be written is a segment all the same
-                    writer.flush(timeout=30)
-                writer.stop()
-            try:
-                with suppress(OSError):
-                    journal.write_text_durably(self._root / "fault.txt", fault + "\n")
-                journal.discard_leftovers(path)
-                segments.close_segment(
-                    path, "incomplete", fault=fault, told={"weights": self.weights, "unaccounted": lost}
-                )
-            except Exception:
-                self._keeper_errors += 1
-                logger.exception("sglang-probe could not close %s; it will try again", path)
-            else:
-                self._unclosed.remove(item)
-                self._closed += 1
+        closed, failed = close_stopped(self._root, self._unclosed)
+        self._closed += closed
+        self._keeper_errors += failed
 
-    def _finish(
-        self,
-        path: Path,
-        writer: Writer,
-        status: str,
-        late: Commit | None,
-        lengths: dict[str, int] | None,
-        fault: str | None,
-        told: Mapping[str, Any] | None = None,
-    ) -> None:
-        error: Exception | None = None
+    def _finish(self, path: Path, writer: Writer, status: str, late: Commit | None, **rest: Any) -> None:
         try:
-            if writer.error is None and late is not None:
-                writer.put(late)
-            writer.flush(timeout=120)
-        except Exception as e:  # what could be written is a segment all the same
-            error = e
-            status, lengths, fault = "incomplete", None, f"not everything could be written: {e}"
-            journal.discard_leftovers(path)
+            finish(path, writer, status, late, **rest)
         finally:
-            writer.stop()
-        segments.close_segment(path, status, prompt_lens=lengths, fault=fault, told=told or self._told())
-        self._closed += 1
-        self._last_closed = path
-        if error is not None:
-            raise error
+            self._closed += 1
+            self._last_closed = path
 
     def _told(self) -> dict[str, Any]:
         """What the manifest of the current segment says at its end besides the counts."""
-        return {"weights": self.weights, "unaccounted": dict(self._lost)}
+        return {"weights": self.weights, "unaccounted": dict(self._lost), "carried_in": dict(self._carried_in)}
 
     def _facts_now(self) -> dict[str, Any]:
         return {**self._facts, "weights": self.weights}
