@@ -10,7 +10,6 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -33,16 +32,17 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session = guard.active()
     if session.fault is not None:  # while graphs were captured
         raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
-    session.resolved = resolved(scheduler, server_args)
     session.attach(
         scheduler,
+        server_args,
         dp_rank=release().dp_rank(scheduler),
         tp_size=get_parallel().tp_size,
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,
     )
     if session.records and session.config.live is not None:
-        session.live = live_server.start(session.config, server_args, session.dp_rank, session.resolved)
+        session.set_policy()
+        session.live = live_server.start(session.config, server_args, session.dp_rank, session.in_force())
     session.open()
 
 
