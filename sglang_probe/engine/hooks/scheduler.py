@@ -78,7 +78,7 @@ def _aborted(req: Any) -> None:
     assert recorder is not None
     if live_server.began_before(req):
         return  # with the recording that stopped, which has told what became of it
-    (end,) = live_server.ending([req], [end_of(req, reason="abort")])
+    (end,) = live_server.ending([req], ends_of([req], reason="abort"))
     recorder.abort(end)
     _forget([end])
 
@@ -120,7 +120,7 @@ def _commit(batch: Any, result: Any, finished_before: set[int], retracted: list[
         return
     finished = [r for r in batch.reqs if r.finished() and id(r) not in finished_before]
     finished = [r for r in finished if not live_server.began_before(r)]
-    ended = live_server.ending(finished, [end_of(r) for r in finished])
+    ended = live_server.ending(finished, ends_of(finished))
     recorder = guard.active().recorder
     assert recorder is not None
     recorder.commit(
@@ -193,6 +193,20 @@ def context_of(req: Any) -> Context:
 def _replaced(req: Any) -> bool:
     """Whether SGLang refused the request and ran one token in the place of its prompt (`Req.set_finish_with_abort`)."""
     return len(req.origin_input_ids) == 1 and req.origin_input_ids != req.origin_input_ids_unpadded
+
+
+def ends_of(reqs: list[Any], reason: str | None = None) -> list[RequestEnd]:
+    """What the engine says of finished requests. On a live server one that cannot be read costs its own record only."""
+    ends = []
+    for req in reqs:
+        try:
+            ends.append(end_of(req, reason))
+        except Exception:
+            if guard.active().live is None:
+                raise
+            guard.logger.exception("sglang-probe could not read how request %.200s ended", req.rid)
+            ends.append(RequestEnd(req.rid, len(req.origin_input_ids), 0, 0, 0, schema.UNACCOUNTED, []))
+    return ends
 
 
 def end_of(req: Any, reason: str | None = None) -> RequestEnd:

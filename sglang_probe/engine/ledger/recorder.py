@@ -215,7 +215,15 @@ class Recorder:
         """
         if self.lineage is None:
             return
-        for o in self.lineage.publish(rid, context.tokens, length, first_new, protected, context.namespace):
+        entries = (context.tokens, length, first_new, protected, context.namespace)
+        try:
+            rebound = self.lineage.publish(rid, *entries)
+        except LedgerError as e:
+            if not self._tolerant:
+                raise
+            self._lose(rid, e.message)
+            rebound = self.lineage.publish(rid, *entries)  # of an unknown owner now
+        for o in rebound:
             self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
 
     def end(self, end: RequestEnd) -> None:
