@@ -158,8 +158,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
     """
     reqs = batch.reqs
-    before = [live_server.began_before(r) for r in reqs]
-    rids = [live_server.name_of(r) for r in reqs]
+    rids, began_before = live_server.names_of(reqs)
     if batch.forward_mode.is_decode():
         starts = [release().committed_len(r) - 1 for r in reqs]
         ends = [s + 1 for s in starts]
@@ -181,7 +180,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
         slots=batch.out_cache_loc.shape[0],
         waiting=waiting,
-        began_before=frozenset(rid for rid, b in zip(rids, before, strict=True) if b),
+        began_before=began_before,
     )
 
 

@@ -83,13 +83,13 @@ def test_the_rows_of_a_lost_request_are_cut_out_of_selected_ones_too() -> None:
     """Of a hook point that holds some positions only, the index counts the rows that are left."""
     import torch
 
-    from sglang_probe.engine.ledger.recorder import Commit, ForwardPlan, _cut
+    from sglang_probe.engine.ledger.facts import Commit, ForwardPlan, cut
 
     plan = ForwardPlan(1, "extend", ["a", "b", "c"], [0, 0, 0], [2, 3, 2], [False] * 3, [0] * 3, [2, 3, 2], [], 7)
     commit = Commit(
         rows={"all": torch.arange(7), "some": torch.tensor([1, 3, 5])}, selected={"some": np.array([1, 3, 5])}
     )
-    _cut(commit, plan, [1])
+    cut(commit, plan, [1])
     assert commit.rows is not None
     assert commit.rows["all"].tolist() == [0, 1, 5, 6]
     assert commit.rows["some"].tolist() == [1, 5]
