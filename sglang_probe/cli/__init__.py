@@ -1,17 +1,19 @@
-"""The command line: what each study describes, and `harvest`, `verify` and `doctor`. Nothing heavy is imported here."""
+"""The command line: what each study describes, and the commands of this folder. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
 
-from sglang_probe.cli import doctor, harvest, verify
+from sglang_probe.cli import doctor, harvest, live, model, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
     name="sglang-probe",
-    help="Exact accounting of what SGLang computed: which tokens of a harvest were run, and which came from the cache.",
+    help="Record what SGLang really computed: which token positions were run, which came from the prefix cache, "
+    "and the activations of those that were run.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -20,16 +22,25 @@ app = typer.Typer(
 app.command("harvest")(harvest.command)
 for study in STUDIES:
     app.command(study.name)(study.command())
+app.command("live")(live.command)
 app.command("verify")(verify.command)
+app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.command)
 
 
 def main() -> None:
-    """Entry point. Errors meant for users are printed without a traceback; exit code 2, or 130 after Ctrl-C."""
+    """Entry point. Errors meant for users are printed without a traceback; exit code 2, or 128 and the number of the
+    signal after Ctrl-C, SIGTERM or SIGHUP."""
     from sglang_probe.errors import ProbeError
+    from sglang_probe.harvest import signals
 
     try:
-        app()
+        with signals.as_interrupts():
+            app()
+    except SystemExit:  # Typer makes one of every interrupt
+        if (number := signals.received()) is not None:
+            sys.exit(128 + number)
+        raise
     except ProbeError as e:
         from rich.console import Console
 
@@ -38,4 +49,4 @@ def main() -> None:
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + (signals.received() or signal.SIGINT))

@@ -33,21 +33,25 @@ def _config() -> type[HarvestConfig]:
 def command(
     config: Annotated[Path, typer.Argument(help="YAML of the harvest; `--example` prints one.")],
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Delete the run directory if it exists, and record it again.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Skip records of the workload that cannot be used, and count them.")
+    ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Finish an interrupted run, serving missing requests only; keep a complete one.")
+        bool, typer.Option(help="Finish an interrupted run: serve only what is missing. A complete run is kept.")
     ] = False,
     example: Annotated[bool, example_option(EXAMPLE)] = False,
     schema: Annotated[bool, schema_option(_config)] = False,
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
 
-    Every token position of every request is accounted for: computed or reused from the prefix cache, in which forward
-    pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
+    Every token position of every request is recorded: whether it was computed or reused from the prefix cache, in which
+    forward pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
     `sglang-probe verify`.
 
-    The YAML must hold `workload`: a file of prompts, or one of the built-in sources.
+    The YAML must have `workload`: a file of prompts, or one of the built-in sources.
 
     Example: `sglang-probe harvest mine.yaml --output runs/mine`
     """
@@ -79,5 +83,5 @@ def command(
     columns += [Column(c) for c in ("positions", "computed", "reused")]
     print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
-        console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
+        console.print(prepared.workload.skipped_in_words, style="yellow", markup=False, soft_wrap=True)
     console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

@@ -1,25 +1,50 @@
-"""Making, resuming and closing a run directory."""
+"""Making, resuming, replacing and closing a run directory.
+
+Beside a run directory `run` there may be `.run.lock`, held by the process that changes any of these; `.run.replaced`,
+the run that `--overwrite` is replacing; and `.run.discarded`, which is being deleted and can go at any time. Every step
+below is one rename, or one write of the manifest, so that a kill or a power cut leaves one of these states and no
+other. R is the run that was there, N the new one.
+
+    step                                 run        .replaced   what the next command does
+    (before the first recording)         nothing    -           records
+    the folder is made                   empty      -           records: a folder without a manifest that holds nothing
+                                                                but our own locks and half-written files is empty
+    the first manifest                   started    -           --resume records, --overwrite begins again
+    the first part                       partial    -           --resume finishes, --overwrite replaces
+    the last manifest                    complete   -           --resume keeps, --overwrite replaces
+
+    --overwrite: R is renamed aside      nothing    R           puts R back, then as above: nothing has happened
+    the folder is made                   empty      R           the same
+    the first manifest                   started N  R           --resume records N; --overwrite discards N, R stays
+    the first part                       partial N  R           --resume finishes N; --overwrite discards N if R is
+                                                                complete, else R, and keeps the other aside
+    the last manifest                    complete N R           discards R
+    R is discarded                       complete N -
+
+    N ends without a part (the engine did not start, all requests were refused): N is discarded, which leaves
+    (nothing, R), and R is put back.
+
+So a complete run is deleted only once another complete one is in its place. To discard is to rename to `.run.discarded`
+and to delete that: a folder that is half deleted never has the name of a run.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from sglang_probe.ask import recorded
-from sglang_probe.errors import RunDirectoryError
-from sglang_probe.kept_set import KeptFile
+from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.lock import Held, hold
 from sglang_probe.run.manifest import MANIFEST, write_manifest
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.workload.request import Request, asked_rid
 
 CONFIGURATION = (
     "workload_digest",
@@ -44,6 +69,19 @@ _SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
 """Keys that older manifests do not have: of those runs this much is unknown, and taken on trust."""
 
 
+class State(Enum):
+    """What is at a path."""
+
+    NOTHING = "nothing"
+    EMPTY = "empty"
+    STARTED = "started"
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+    SEGMENT = "segment"
+    """Of a live recording."""
+    FOREIGN = "foreign"
+
+
 @dataclass(frozen=True)
 class Start:
     """What an engine process follows: nothing, in a new run."""
@@ -51,6 +89,46 @@ class Start:
     number: int = 0
     earlier: tuple[dict[str, Any], ...] = ()
     """Durations of earlier engine processes; `seconds` is None for one that was killed."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Requests that are not asked again, and why."""
+    suspects: Mapping[str, str] = field(default_factory=dict)
+    """Requests that were in flight when an engine died, and why it did: served after the others, one at a time."""
+
+
+def state_of(path: Path) -> State:
+    """What is at `path`."""
+    if not path.exists():
+        return State.NOTHING
+    if not path.is_dir():
+        return State.FOREIGN
+    if not (path / MANIFEST).exists():
+        return State.EMPTY if all(_OURS.fullmatch(p.name) for p in path.iterdir()) else State.FOREIGN
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["status"] == "complete":
+            return State.SEGMENT if "segment" in manifest else State.COMPLETE
+        if "segment" in manifest:
+            return State.SEGMENT
+        return State.PARTIAL if journal.read(path) else State.STARTED
+    except (ValueError, KeyError, TypeError, ProbeError):
+        return State.PARTIAL  # damaged: there is something to lose
+
+
+def hold_directory(path: Path) -> Held:
+    """Become the only one who changes the run directory `path`.
+
+    Raises:
+        RunDirectoryError: another process records there, or the folder that it is in cannot be written.
+    """
+    path = path.resolve()
+    try:
+        return hold(
+            _beside(path, "lock"),
+            f"another process records into {path}",
+            fix="wait until it ends, or end it; or choose another output",
+        )
+    except OSError as e:
+        raise RunDirectoryError(f"{path.parent} cannot be written: {e.strerror}", fix="choose another output") from e
 
 
 def refuse_existing(path: Path) -> None:
@@ -59,9 +137,13 @@ def refuse_existing(path: Path) -> None:
     Raises:
         RunDirectoryError: says how to go on.
     """
-    if path.exists() and any(path.iterdir()):
-        if not (path / MANIFEST).exists():
-            raise RunDirectoryError(f"{path} exists and is not a run directory", fix="choose another output")
+    state = state_of(path)
+    aside = _beside(path, "replaced")
+    if state is State.FOREIGN:
+        raise RunDirectoryError(f"{path} exists and is not a run directory", fix="choose another output")
+    if state is State.SEGMENT:
+        raise RunDirectoryError(f"{path} is a segment of a live recording", fix="choose another output")
+    if state not in (State.NOTHING, State.EMPTY) or aside.exists():
         raise RunDirectoryError(
             f"{path} exists already", fix="--overwrite replaces it, --resume finishes an interrupted run"
         )
@@ -84,36 +166,75 @@ def complete_run(path: Path, wanted: dict[str, Any]) -> Run | None:
 
 
 def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, resume: bool) -> Start:
-    """Prepare `path` and write a manifest that says `incomplete`.
+    """Prepare `path` and write a manifest that says `incomplete`. The caller holds the directory.
 
     Raises:
         RunDirectoryError: it exists and neither `overwrite` nor `resume` was asked; or it belongs to another
             configuration and cannot be resumed.
     """
+    settle(path)
     start = Start()
-    if path.exists() and any(path.iterdir()):
-        if not (resume or overwrite) or not (path / MANIFEST).exists():
+    state = state_of(path)
+    if state not in (State.NOTHING, State.EMPTY):
+        if state in (State.FOREIGN, State.SEGMENT) or not (resume or overwrite):
             refuse_existing(path)
         if resume:
             start = _resume_point(path, manifest)
         else:
-            discard_set_aside(path)
-            path.rename(_set_aside(path))
+            _set_aside(path, state)
     path.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, {**manifest, "status": "incomplete"})
+    journal.sync_folder(path.parent)
+    write_manifest(
+        path,
+        {
+            **manifest,
+            "status": "incomplete",
+            "starts": list(start.earlier),
+            "refused": dict(start.refused),
+            "ended_engine": {rid: {"alone": False, "reason": why} for rid, why in start.suspects.items()},
+        },
+    )
+    (path / REQUESTS_FILE).unlink(missing_ok=True)  # of an earlier start; written anew at the end
     return start
 
 
-def discard_set_aside(path: Path) -> None:
-    """Delete the run that `overwrite` replaced, once the new one is under way."""
-    shutil.rmtree(_set_aside(path), ignore_errors=True)
+def settle(path: Path) -> None:
+    """Finish what a killed command left half done beside `path`. The caller holds the directory.
+
+    Raises:
+        RunDirectoryError: a run was set aside, and something else is in its place.
+    """
+    shutil.rmtree(_beside(path, "discarded"), ignore_errors=True)
+    aside = _beside(path, "replaced")
+    if not aside.exists():
+        return
+    state = state_of(path)
+    if state is State.COMPLETE:
+        _discard(aside, path)
+    elif state in (State.NOTHING, State.EMPTY):
+        if state is State.EMPTY:
+            _discard(path, path)
+        aside.rename(path)
+        journal.sync_folder(path.parent)
+    elif state is State.FOREIGN:
+        raise RunDirectoryError(
+            f"{path} is not a run directory, and {aside} holds the run that was there", fix="move one of them away"
+        )
 
 
-def restore_set_aside(path: Path) -> None:
-    """The new run did not come about: put back what it would have replaced, or leave nothing."""
-    shutil.rmtree(path)
-    if _set_aside(path).exists():
-        _set_aside(path).rename(path)
+def close_directory(path: Path) -> None:
+    """The recording has ended: discard the run that it replaced if it is complete, and go back to that one if there is
+    not one part. The caller holds the directory."""
+    if state_of(path) is State.STARTED and _beside(path, "replaced").exists():
+        _discard(path, path)
+    settle(path)
+
+
+def discard_directory(path: Path) -> None:
+    """The recording did not come about: leave what was there before. The caller holds the directory."""
+    if path.exists():
+        _discard(path, path)
+    settle(path)
 
 
 def served(path: Path) -> set[str]:
@@ -121,65 +242,31 @@ def served(path: Path) -> set[str]:
     return set(Run(path).engine_requests()["rid"])
 
 
-def write_requests(run: Run, requests: Sequence[Request], kept: KeptFile | None = None) -> dict[str, int]:
-    """Join the workload with what the engine recorded, as `requests.parquet`.
-
-    Args:
-        kept: the sets that requests of the workload name.
-
-    Returns the number of requests by finish reason.
-    """
-    ended = {r["rid"]: r for r in run.engine_requests().to_dict("records")}
-    seen = set(run.spans()["rid"])
-    by_rid = {r.rid: r for r in requests}
-    records = []
-    for rid in sorted(seen | set(ended)):
-        request = by_rid.get(asked_rid(rid))
-        if request is None:  # not of the workload: the engine's own warm-up
-            continue
-        end = ended.get(rid)
-        prompt = list(request.prompt_ids)
-        segments = [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans]
-        reason = end["finish_reason"] if end else schema.INTERRUPTED
-        if reason == schema.REFUSED:  # what was served is not what was asked
-            prompt, segments = [schema.REFUSED_TOKEN], [{"name": schema.REFUSED, "start": 0, "end": 1}]
-        records.append(
-            {
-                "rid": rid,
-                "prompt_len": len(prompt),
-                "output_len": end["output_len"] if end else 0,
-                "cached_tokens": end["cached_tokens"] if end else None,
-                "retractions": end["retractions"] if end else None,
-                "finish_reason": reason,
-                "output_ids": end["output_ids"] if end else None,
-                "index": request.index,
-                "family": request.family,
-                "prompt_ids": prompt,
-                "segments": segments,
-                "sampling_params": json.dumps(recorded(request.sampling_params)),
-                "labels": [asdict(label) for label in request.labels] or None,
-                **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
-                **_evicted(request, kept),
-            }
-        )
-    records.sort(key=lambda r: (r["index"], r["rid"]))
-    table = pa.Table.from_pylist(records, schema=schema.REQUESTS)
-    journal.write_durably(run.path / REQUESTS_FILE, lambda p: pq.write_table(table, p, compression="zstd"))
-    counts: dict[str, int] = {}
-    for r in records:
-        counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
-    return counts
+def _set_aside(path: Path, state: State) -> None:
+    aside = _beside(path, "replaced")
+    if aside.exists():
+        better = state is State.COMPLETE or (state is State.PARTIAL and state_of(aside) is not State.COMPLETE)
+        _discard(aside if better else path, path)
+    if path.exists():
+        path.rename(aside)
+        journal.sync_folder(path.parent)
 
 
-def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:
-    key = request.ask.evict
-    if key is None or kept is None:
-        return {}
-    return {"evict": key, "cache_len": kept.shapes[key][-1], "kept": kept.counts[key][0].reshape(-1).tolist()}
+def _discard(folder: Path, path: Path) -> None:
+    """Delete `folder`, which is `path` or beside it, in one step."""
+    gone = _beside(path, "discarded")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    journal.sync_folder(path.parent)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
-def _set_aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+_OURS = re.compile(r"\.lock(-dp\d+)?|\..+\.(lock|tmp)")
+"""Files of ours that may be there before the first manifest is."""
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], *, keys: Sequence[str] = CONFIGURATION) -> str | None:
@@ -196,12 +283,18 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
             f"{path} was started with another `{key}` and cannot be resumed",
             fix="use the original configuration, or --overwrite",
         )
-    journal.discard_leftovers(path)
+    with journal.lock(path, 0):  # waits for an engine that is still ending
+        journal.discard_leftovers(path)
     parts = journal.read(path)
     (path / "fault.txt").unlink(missing_ok=True)
-    if not parts:
-        return Start()
-    following = max(part.session for part in parts) + 1
+    refused = dict(old.manifest.get("refused") or {})
+    suspects = {}
+    for rid, how in (old.manifest.get("ended_engine") or {}).items():
+        if how["alone"]:
+            refused[rid] = f"the engine ended twice with it, the second time when it was served alone: {how['reason']}"
+        else:
+            suspects[rid] = how["reason"]
     earlier = schema.starts_of(old.manifest)
+    following = max((part.session for part in parts), default=-1) + 1
     earlier += [{"seconds": None, "requests": None}] * (following - len(earlier))
-    return Start(following, tuple(earlier))
+    return Start(len(earlier), tuple(earlier), refused, suspects)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 import typing
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,13 @@ from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
+from sglang_probe.harvest.death import Children, EngineDied
+from sglang_probe.harvest.signals import EngineSignals
 
 PROBE_FILE = "probe.yaml"
+
+_LOOK_SECONDS = 0.5
+"""Between two looks at whether the engine is alive and records."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,22 @@ class Answer:
     rid: str
     output_ids: list[int]
     cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that SGLang did not serve."""
+
+    rid: str
+    message: str
+
+
+class RequestRefused(ProbeError):
+    """SGLang did not serve a request. The others go on."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(f"SGLang refuses request {refusal.rid}: {refusal.message}")
+        self.refusal = refusal
 
 
 def default_server_args() -> dict[str, Any]:
@@ -75,6 +97,34 @@ def sampling_parameter_names() -> set[str]:
     return set(SamplingParams.__struct_fields__)
 
 
+def verify_sampling(values: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> str | None:
+    """What SGLang has against sampling values, by the types that it declares and by its own checks, in its order
+    (`TokenizerManager._create_tokenized_object`); None: nothing.
+
+    Args:
+        values: known parameters, without `custom_params`.
+    """
+    prepare_this_process()
+    import msgspec
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    types = typing.get_type_hints(SamplingParams)
+    for name, value in values.items():
+        if value is None or name == "watermark":
+            continue
+        try:
+            msgspec.convert(value, types[name])
+        except (msgspec.ValidationError, TypeError) as e:
+            return f"`{name}: {value!r}`: {e}"
+    try:
+        params = SamplingParams(**values)
+        params.normalize(tokenizer)
+        params.verify(vocabulary)
+    except Exception as e:  # a broken `stop_regex` is an error of `re`, a strange value of anything
+        return str(e) or type(e).__name__
+    return None
+
+
 class ProbedEngine:
     """A running engine. Use as a context manager; leaving it closes the recording and ends the engine's processes.
 
@@ -96,8 +146,12 @@ class ProbedEngine:
             **server,
         }
         self._engine: Any = None
+        self._signals = EngineSignals()
+        self._children = Children()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._recordings = 0
+        self._in_flight: dict[str, None] = {}
+        """Requests that were sent and have not ended, oldest first."""
 
     def __enter__(self) -> ProbedEngine:
         self.start()
@@ -107,7 +161,11 @@ class ProbedEngine:
         self.stop()
 
     def start(self) -> None:
-        """Start the engine's processes; returns when it can serve."""
+        """Start the engine's processes; returns when it can serve.
+
+        Raises:
+            ValueError, TypeError: SGLang refuses an argument. EngineDied: one of its processes ended.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="sglang-probe-")
         path = self._write_config(self._probe)
         prepare_this_process()
@@ -117,9 +175,23 @@ class ProbedEngine:
         os.environ[CONFIG_VARIABLE] = str(path.resolve())
         ranks = int(self._server.get("tp_size", 1)) * int(self._server.get("dp_size", 1))
         bind_cpus(os.environ, ranks)
-        import sglang
+        self._signals.keep()
+        before = set(multiprocessing.active_children())
+        try:
+            import sglang
 
-        self._engine = sglang.Engine(**self._server)
+            self._engine = sglang.Engine(**self._server, **self._signals.arguments())
+            self._engine.tokenizer_manager.auto_create_handle_loop()  # installs handlers too, at the first request else
+        except BaseException as e:
+            left = Children(p for p in multiprocessing.active_children() if p not in before)
+            left.kill()
+            self._end()
+            if isinstance(e, ValueError | TypeError) or not isinstance(e, Exception):
+                raise
+            fault = fault_of(self._probe.run)
+            raise EngineDied(f"SGLang did not start: {fault or e}", fix="its log above says more") from e
+        self._signals.restore(self._engine.loop)
+        self._children = Children(p for p in multiprocessing.active_children() if p not in before)
 
     def _write_config(self, probe: EngineProbeConfig) -> Path:
         """Write what the scheduler process reads, and a copy into the run. JSON is YAML."""
@@ -152,11 +224,17 @@ class ProbedEngine:
             with suppress(Exception):
                 self.close_recording(timeout=20)
         finally:
-            os.environ.pop(CONFIG_VARIABLE, None)
-            self._engine.shutdown()
-            self._engine = None
-            if self._folder is not None:
-                self._folder.cleanup()
+            engine, self._engine = self._engine, None
+            try:
+                engine.shutdown()
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        os.environ.pop(CONFIG_VARIABLE, None)
+        self._signals.give_back()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def in_force(self) -> dict[str, Any]:
         """What the scheduler of the present recording says of itself, for the manifest: `server_resolved`, the server
@@ -164,7 +242,7 @@ class ProbedEngine:
         told: dict[str, Any] = json.loads((self._probe.run / ENGINE_FILE).read_text(encoding="utf-8"))
         return told
 
-    def run(self, main: Any) -> Any:
+    def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the engine's event loop."""
         return self._engine.loop.run_until_complete(main)
 
@@ -172,20 +250,30 @@ class ProbedEngine:
         """Serve one request and wait for its end.
 
         Raises:
-            ProbeError: SGLang refuses it.
+            RequestRefused: SGLang refuses it, in whatever way. EngineDied: the engine ended.
         """
+        self._in_flight[rid] = None
         try:
             out = await self._engine.async_generate(
                 input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=False
             )
-        except ValueError as e:
-            raise ProbeError(f"SGLang refuses request {rid}: {e}") from e
+        except Exception as e:
+            # The check of a value, the template, the queue and the scheduler each have an exception of their own; what
+            # they have in common is that they end this request alone, as long as the engine lives.
+            self.look()
+            raise RequestRefused(Refusal(rid, _words(e))) from e
+        finally:
+            self._in_flight.pop(rid, None)
         return Answer(rid, list(out["output_ids"]), int(out["meta_info"]["cached_tokens"]))
 
     async def serve(
         self, requests: Sequence[tuple[str, Sequence[int], dict[str, Any]]], concurrency: int
-    ) -> AsyncIterator[Answer]:
-        """Serve requests in order with at most `concurrency` in flight; answers come as they finish."""
+    ) -> AsyncIterator[Answer | Refusal]:
+        """Serve requests in order with at most `concurrency` in flight; answers come as they finish.
+
+        Raises:
+            EngineDied: the engine ended. ProbeError: the recording stopped; nothing more is served.
+        """
         waiting = iter(requests)
         running: set[asyncio.Task[Answer]] = set()
 
@@ -194,22 +282,49 @@ class ProbedEngine:
                 running.add(asyncio.ensure_future(self.generate(*r)))
 
         admit()
+        looked = time.monotonic()
         try:
             while running:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                done, running = await asyncio.wait(running, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if time.monotonic() - looked >= _LOOK_SECONDS:
+                    self.look()
+                    looked = time.monotonic()
                 admit()
                 for task in done:
-                    yield task.result()
+                    try:
+                        answer: Answer | Refusal = task.result()
+                    except RequestRefused as e:
+                        answer = e.refusal
+                    yield answer
         finally:
             for task in running:
                 task.cancel()
 
+    def look(self) -> None:
+        """Whether the engine is alive and records.
+
+        Raises:
+            EngineDied: it ended; says why, as far as that is known. ProbeError: it stopped recording.
+        """
+        fault, ended = fault_of(self._probe.run), self._children.ended()
+        if ended is None and self._signals.child_failed:
+            ended = self._children.wait_for_end()
+            fault = fault_of(self._probe.run)
+        if ended is not None:
+            raise EngineDied(fault or ended.words, fix=ended.fix, in_flight=list(self._in_flight))
+        if fault is not None:
+            raise ProbeError(fault)
+
     async def serve_groups(
-        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]]
-    ) -> AsyncIterator[Answer]:
-        """Serve groups of requests one after the other, those of a group together; answers come as they finish."""
+        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None = None
+    ) -> AsyncIterator[Answer | Refusal]:
+        """Serve groups of requests one after the other, as `serve`.
+
+        Args:
+            concurrency: at most so many of a group in flight; None: all of them.
+        """
         for group in groups:
-            async for answer in self.serve(group, len(group)):
+            async for answer in self.serve(group, concurrency or len(group)):
                 yield answer
 
     def close_recording(self, timeout: float = 120) -> None:
@@ -231,7 +346,18 @@ class ProbedEngine:
 
         async def tell() -> list[bool]:
             request = SetInternalStateReq(server_args={command: value})
-            return list(await asyncio.wait_for(self._engine.tokenizer_manager.set_internal_state(request), timeout))
+            asked = asyncio.ensure_future(self._engine.tokenizer_manager.set_internal_state(request))
+            deadline = time.monotonic() + timeout
+            try:
+                while not asked.done():  # a process that ended answers nothing
+                    if self._children.ended() is not None or self._signals.child_failed:
+                        self.look()
+                    if (left := deadline - time.monotonic()) <= 0:
+                        raise TimeoutError
+                    await asyncio.wait([asked], timeout=min(left, _LOOK_SECONDS))
+                return list(asked.result())
+            finally:
+                asked.cancel()
 
         replies: list[bool] = self.run(tell())
         return replies
@@ -243,3 +369,8 @@ def fault_of(run: Path) -> str | None:
 
     path = run / FAULT_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _words(error: Exception) -> str:
+    """What an exception says. FastAPI's has the message in `detail`."""
+    return str(getattr(error, "detail", None) or error) or type(error).__name__

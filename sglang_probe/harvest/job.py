@@ -34,8 +34,9 @@ class Job:
     arm: Arm
     hook_points: tuple[str, ...]
     capture: Capture
-    forced: dict[int, tuple[int, ...]] | None
-    """Output tokens that are decoded in place of sampled ones, by number of the request."""
+    forced: dict[int, tuple[int, ...] | None] | None
+    """Output tokens that are decoded in place of sampled ones, by number of the request; None for one that SGLang
+    refused."""
     forced_from: str | None
     """The run that they come from."""
     kept: KeptFile | None
@@ -131,8 +132,10 @@ def asks_given(arm: Arm, outputs_of: object | None, kept: object | None) -> set[
     return {field for field, value in given.items() if value is not None}
 
 
-def _outputs(run: Run, requests: Sequence[Request]) -> dict[int, tuple[int, ...]]:
-    found = {r.index: tuple(r.output_ids.tolist()) for r in run.requests().itertuples()}
+def _outputs(run: Run, requests: Sequence[Request]) -> dict[int, tuple[int, ...] | None]:
+    found = {
+        r.index: None if r.output_ids is None else tuple(r.output_ids.tolist()) for r in run.requests().itertuples()
+    }
     if (absent := next((r for r in requests if r.index not in found), None)) is not None:
         raise ProbeError(f"{run.path} has no output for {absent.where}", fix="finish it with --resume first")
     return {r.index: found[r.index] for r in requests}
@@ -192,6 +195,9 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
         requests_expected=len(job.requests),
         lines_skipped=prepared.workload.skipped,
+        skipped_by_reason=dict(prepared.workload.reasons),
+        skipped_first=dict(prepared.workload.examples),
+        prompts_made_from=dict(prepared.workload.made_from),
         privacy="ids",
     )
 

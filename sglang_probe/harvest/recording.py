@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -10,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks import inventory
-from sglang_probe.engine.hooks.config import ENGINE_FILE
+from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
-from sglang_probe.harvest.engine import Answer, fault_of
+from sglang_probe.harvest.death import EngineDied
+from sglang_probe.harvest.engine import Answer, ProbedEngine, Refusal, fault_of
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.job import Job, manifest_of, probe_config
 from sglang_probe.harvest.kept import keep_with_run
-from sglang_probe.harvest.progress import Quiet, Reporter
+from sglang_probe.harvest.progress import Counter, Quiet, Reporter
+from sglang_probe.harvest.requests_table import write_requests
+from sglang_probe.harvest.signals import closing
 from sglang_probe.policy.partners import group
 from sglang_probe.run import journal
 from sglang_probe.run.hook_points import EMBED
@@ -50,108 +55,207 @@ def harvest(
 
     Raises:
         InventoryError: the installed SGLang was not reviewed for what is asked.
-        RunDirectoryError: `path` exists, or cannot be resumed.
-        ProbeError: SGLang refused a request, or the recording failed; the directory says `incomplete`, and why.
-        KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`.
+        RunDirectoryError: `path` exists, cannot be resumed, or another process records there.
+        ProbeError: SGLang refused every request, its engine ended, or the recording failed; the directory says
+            `incomplete`, and why.
+        KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`. SIGTERM and
+            SIGHUP raise it too.
     """
-    reporter = reporter or Quiet()
-    probe = probe_config(job, path, job.asks | asks)
-    inventory.require(features(probe))
-    manifest, server, model = manifest_of(job, path), job.server, job.prepared.model
-    start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
-    manifest["starts"] = list(start.earlier)
-    if job.kept is not None:
-        manifest["kept"] = keep_with_run(path, job.kept, job.requests)
-    probe = probe.model_copy(update={"start": start.number})
-    try:
-        todo = _remaining(job, path, start)
-        shared = engines.serves(model.path, server, probe)
-        with reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
-            engine = engines.open(model.path, server, probe)
-        manifest.update(engine.in_force())
-    except BaseException as e:
-        engines.stop()
-        if not start.number:
-            directory.restore_set_aside(path)
-        if isinstance(e, ValueError | TypeError):  # SGLang refuses an argument
-            raise ConfigError(f"SGLang refuses the server arguments: {e}") from e
-        raise
-    directory.discard_set_aside(path)
-    seconds, answers = 0.0, []
-    try:
-        with reporter.requests(f"{job.name}: requests", sum(map(len, todo))) as counter:
-            began = time.perf_counter()
+    if path.is_symlink():
+        path = path.resolve()
+    with directory.hold_directory(path):
+        directory.settle(path)
+        if resume and (run := directory.complete_run(path, manifest_of(job, path))) is not None:
+            return run
+        probe = probe_config(job, path, job.asks | asks)
+        inventory.require(features(probe))
+        manifest = manifest_of(job, path)
+        start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
+        try:
+            return _Recording(job, path, engines, probe, manifest, start, reporter or Quiet()).make()
+        finally:
+            with closing(str(path)):
+                directory.close_directory(path)
 
-            async def serve() -> None:
-                alone = engine.serve(list(chain(*todo)), job.prepared.config.concurrency)
-                async for answer in alone if job.arm.partners is None else engine.serve_groups(todo):
-                    answers.append(answer)
-                    counter.advance(len(answer.output_ids))
 
-            try:
-                engine.run(serve())
-            finally:
-                seconds = time.perf_counter() - began
-        engine.close_recording()
-        manifest.update(engine.in_force())  # the weights may have been updated
-    except BaseException:
-        engines.stop()  # so that everything it still knows is on disk
-        raise
-    finally:
-        manifest["starts"] = [*start.earlier, {"seconds": round(seconds, 3), "requests": len(answers)}]
-        _close(job, path, manifest, answers)
-    return load_run(path)
+class _Recording:
+    """What is under way in an open directory."""
+
+    def __init__(
+        self,
+        job: Job,
+        path: Path,
+        engines: EngineHost,
+        probe: EngineProbeConfig,
+        manifest: dict[str, Any],
+        start: directory.Start,
+        reporter: Reporter,
+    ) -> None:
+        self.job, self.path, self.engines, self.start, self.reporter = job, path, engines, start, reporter
+        self.probe = probe.model_copy(update={"start": start.number})
+        self.manifest = {**manifest, "starts": list(start.earlier)}
+        self.answers: list[Answer] = []
+        self.refused = dict(start.refused)
+        self.seconds = 0.0
+
+    def make(self) -> Run:
+        engine, todo = self._begin()
+        try:
+            with self.reporter.requests(f"{self.job.name}: requests", sum(map(len, todo))) as counter:
+                began = time.perf_counter()
+                try:
+                    engine.run(self._serve(engine, todo, counter))
+                finally:
+                    self.seconds = time.perf_counter() - began
+            engine.close_recording()
+            self.manifest.update(engine.in_force())  # the weights may have been updated
+        except BaseException as e:
+            with closing(str(self.path)):
+                self.engines.stop()  # so that everything it still knows is on disk
+                fault = self._why(e)
+                try:
+                    self._close(fault, e.in_flight if isinstance(e, EngineDied) else ())
+                except OSError as again:  # a full disk: the manifest says `incomplete` since the beginning
+                    fault = f"{fault}; and the manifest could not say so ({again})"
+            if isinstance(e, ProbeError | OSError):
+                raise ProbeError(f"the recording of {self.path} is incomplete: {fault}", fix=_fix(e, fault)) from e
+            raise
+        with closing(str(self.path)):
+            self._close(self._all_refused())
+        if (fault := self.manifest["fault"]) is not None:
+            raise ProbeError(f"the recording of {self.path} is incomplete: {fault}", fix=_fix(None, fault))
+        return load_run(self.path)
+
+    def _begin(self) -> tuple[ProbedEngine, list[Todo]]:
+        """The engine, ready, and what it is to serve."""
+        job, engines, model = self.job, self.engines, self.job.prepared.model
+        try:
+            if job.kept is not None:
+                self.manifest["kept"] = keep_with_run(self.path, job.kept, job.requests)
+            todo = _remaining(job, self.path, self.start)
+            shared = engines.serves(model.path, job.server, self.probe)
+            with self.reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
+                engine = engines.open(model.path, job.server, self.probe)
+            self.manifest.update(engine.in_force())
+        except BaseException as e:
+            with closing(str(self.path)):
+                engines.stop()
+                if not self.start.number:
+                    directory.discard_directory(self.path)
+            if isinstance(e, ValueError | TypeError):  # SGLang refuses an argument
+                raise ConfigError(f"SGLang refuses the server arguments: {e}") from e
+            raise
+        return engine, todo
+
+    async def _serve(self, engine: ProbedEngine, todo: Sequence[Todo], counter: Counter) -> None:
+        concurrency = self.job.prepared.config.concurrency if self.job.arm.partners is None else None
+        async for answer in engine.serve_groups(todo, concurrency):
+            if isinstance(answer, Refusal):
+                self.refused[asked_rid(answer.rid)] = answer.message
+                counter.advance(0)
+            else:
+                self.answers.append(answer)
+                counter.advance(len(answer.output_ids))
+
+    def _why(self, error: BaseException) -> str:
+        """What the manifest says of it."""
+        if isinstance(error, EngineDied):
+            named = ", ".join(map(asked_rid, error.in_flight[:8])) or "none"
+            more = f" and {len(error.in_flight) - 8} more" if len(error.in_flight) > 8 else ""
+            return f"{error.message}; requests in flight: {named}{more}"
+        if isinstance(error, ProbeError):
+            return error.message
+        if isinstance(error, KeyboardInterrupt):
+            return str(error) or "ended by Ctrl-C"
+        return f"{type(error).__name__}: {error}"
+
+    def _all_refused(self) -> str | None:
+        if not self.job.requests or len(self.refused) < len(self.job.requests):
+            return None
+        rid, message = next(iter(self.refused.items()))
+        return f"SGLang refused every request; {rid}: {message}"
+
+    def _close(self, fault: str | None, in_flight: Sequence[str] = ()) -> None:
+        """Write `requests.parquet` and the final manifest, and say why a run is incomplete."""
+        job, path = self.job, self.path
+        fault = fault or fault_of(path)
+        # First of all, before anything that needs more room or more time.
+        self.manifest.update(status="incomplete", **self._told(fault, in_flight))
+        journal.discard_leftovers(path)
+        (path / ENGINE_FILE).unlink(missing_ok=True)
+        write_manifest(path, self.manifest)
+        run = load_run(path)
+        counts = write_requests(run, job.requests, job.kept, self.refused)
+        rows = run.row_count()
+        if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
+            requests = run.requests(interrupted=True)
+            write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))
+        ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
+        answered = {asked_rid(rid) for rid in ended.index} | self.refused.keys()
+        disagreements = [
+            a.rid
+            for a in self.answers
+            if a.rid in ended.index and int(ended.at[a.rid, "cached_tokens"]) != a.cached_tokens
+        ]
+        spans = run.spans()
+        lengths = spans["end"] - spans["start"]
+        self.manifest.update(
+            status="complete" if fault is None and len(answered) == len(job.requests) else "incomplete",
+            requests_by_finish=counts,
+            positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
+            positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
+            rows=rows,
+            rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
+            rows_dropped=0,
+            cached_tokens_disagreements=disagreements,
+            files={name: digest for p in run.parts() for name, digest in p.files.items()},
+        )
+        write_manifest(path, self.manifest)
+
+    def _told(self, fault: str | None, in_flight: Sequence[str]) -> dict[str, Any]:
+        """Manifest fields: why it is incomplete, durations, refusals, and the requests that an engine ended with."""
+        served = {asked_rid(a.rid) for a in self.answers} | self.refused.keys()
+        suspects = {rid: why for rid, why in self.start.suspects.items() if rid not in served}
+        ended = {rid: {"alone": False, "reason": why} for rid, why in suspects.items()}
+        for rid in map(asked_rid, in_flight):
+            # Alone because it was suspected, not because it happened to be: once is no proof.
+            ended[rid] = {"alone": len(in_flight) == 1 and rid in suspects, "reason": fault}
+        return {
+            "fault": fault,
+            "starts": [*self.start.earlier, {"seconds": round(self.seconds, 3), "requests": len(self.answers)}],
+            "refused": self.refused,
+            "ended_engine": ended,
+        }
 
 
 def _remaining(job: Job, path: Path, start: directory.Start) -> list[Todo]:
-    """Requests still to be served, in submission order: in the arm's groups, or as one."""
-    done = {asked_rid(rid) for rid in directory.served(path)} if start.number else set()
+    """Requests still to be served, in submission order: in the arm's groups, or as one.
+
+    Those that were in flight when an engine died come last, alone unless the arm serves groups: so that the others are
+    served, and if one of them ends the engine again, it is known which.
+    """
+    done = directory.served(path) if start.number else set()
+    done = {asked_rid(rid) for rid in done} | start.refused.keys()
     requests = list(job.requests)
     if job.arm.partners is not None:
         groups = group(requests, job.arm.partners, job.order_seed)
+        groups = sorted(groups, key=lambda g: any(r.rid in start.suspects for r in g))
     else:
         if job.order_seed is not None:
             random.Random(job.order_seed).shuffle(requests)
-        groups = [requests]
+        groups = [[r for r in requests if r.rid not in start.suspects]]
+        groups += [[r] for r in requests if r.rid in start.suspects]
     again = f"~{start.number}" if start.number else ""
     todo = [[(r.rid + again, r.prompt_ids, job.asked(r)) for r in g if r.rid not in done] for g in groups]
     return [t for t in todo if t]
 
 
-def _close(job: Job, path: Path, manifest: dict[str, Any], answers: list[Answer]) -> None:
-    """Write `requests.parquet` and the final manifest, and say why a run is incomplete."""
-    run = load_run(path)
-    counts = directory.write_requests(run, job.requests, job.kept)
-    rows = run.row_count()
-    if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
-        requests = run.requests(interrupted=True)
-        write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))
-    ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
-    served = {asked_rid(rid) for rid in ended.index}
-    fault = fault_of(path)
-    disagreements = [
-        a.rid for a in answers if a.rid in ended.index and int(ended.at[a.rid, "cached_tokens"]) != a.cached_tokens
-    ]
-    complete = fault is None and len(served) == len(job.requests)
-    spans = run.spans()
-    lengths = spans["end"] - spans["start"]
-    manifest.update(
-        status="complete" if complete else "incomplete",
-        fault=fault,
-        requests_by_finish=counts,
-        positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
-        positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
-        rows=rows,
-        rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
-        rows_dropped=0,
-        cached_tokens_disagreements=disagreements,
-        files={name: digest for p in run.parts() for name, digest in p.files.items()},
-    )
-    (path / ENGINE_FILE).unlink(missing_ok=True)
-    write_manifest(path, manifest)
-    if fault is not None:
-        raise ProbeError(
-            f"the recording of {path} is incomplete: {fault}",
-            fix="report this; the run cannot be trusted beyond its last part",
-        )
-    journal.discard_leftovers(path)
+def _fix(error: BaseException | None, fault: str) -> str:
+    """What to do about it."""
+    if isinstance(error, ProbeError) and error.fix is not None:
+        return error.fix
+    if any(os.strerror(n) in fault for n in (errno.ENOSPC, errno.EDQUOT)):
+        return "make room on the disk, then finish the run with --resume"
+    if "SGLang refused every request" in fault:
+        return "change the requests or the server arguments"
+    return "report this; --resume goes on after the last part, which can be trusted"

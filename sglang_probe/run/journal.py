@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.lock import Held, hold
 
 NAME = "journal.jsonl"
 """The journal of data-parallel rank 0; rank n writes `journal-dp<n>.jsonl`."""
@@ -64,15 +65,37 @@ def read_rank(run: Path, dp_rank: int) -> list[Part]:
 
 
 def append(run: Path, part: Part) -> None:
-    """Append a part and wait until it is on disk. A torn last line of an earlier crash is cut off first."""
-    with open(run / _name(part.dp_rank), "a+b") as f:
+    """Append a part and wait until it is on disk. A torn last line of an earlier crash is cut off first.
+
+    Raises:
+        OSError: the disk does not take it; the journal is as before, so that it can be tried again.
+    """
+    with open(run / _name(part.dp_rank), "a+b", buffering=0) as f:
         f.seek(0)
-        text = f.read()
-        f.truncate(text.rfind(b"\n") + 1)
-        f.write(json.dumps(asdict(part)).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
-    _sync_folder(run)
+        end = f.readall().rfind(b"\n") + 1
+        f.truncate(end)
+        try:
+            line = memoryview(json.dumps(asdict(part)).encode() + b"\n")
+            while line:
+                line = line[f.write(line) :]
+            os.fsync(f.fileno())
+        except BaseException:
+            f.truncate(end)
+            raise
+    sync_folder(run)
+
+
+def lock(run: Path, dp_rank: int, *, wait: float = 10.0) -> Held:
+    """Become the only writer of a rank's parts.
+
+    Args:
+        wait: seconds to wait for another writer: an engine that was killed may still be ending.
+
+    Raises:
+        RunDirectoryError: another process writes there.
+    """
+    name = ".lock" if dp_rank == 0 else f".lock-dp{dp_rank}"
+    return hold(run / name, f"another process writes into {run}", fix="wait until it ends, or end it", wait=wait)
 
 
 def _name(dp_rank: int) -> str:
@@ -80,19 +103,23 @@ def _name(dp_rank: int) -> str:
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> str:
-    """Write a file through a temporary name, sync, rename. Returns its SHA-256."""
+    """Write a file through a temporary name, sync, rename. Returns its SHA-256. Nothing is left of one that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
     return digest
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -111,7 +138,10 @@ def write_text_durably(path: Path, text: str) -> None:
 
 
 def discard_leftovers(run: Path) -> list[str]:
-    """Delete files under `ledger/`, `rows/` and `telemetry/` that no journal line names. Returns their paths."""
+    """Delete files under `ledger/`, `rows/` and `telemetry/` that no journal line names, and half-written ones beside
+    them. Returns their paths. Only for the writer of the run."""
+    for temporary in run.glob(".*.tmp"):
+        temporary.unlink()
     named = {name for part in read(run) for name in part.files}
     removed = []
     for folder in ("ledger", "rows", "telemetry"):

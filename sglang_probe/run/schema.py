@@ -165,6 +165,7 @@ REQUESTS = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("segments", pa.list_(pa.struct([("name", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))),
         ("sampling_params", pa.string()),  # JSON
+        ("refusal", pa.string()),  # why the request was refused (`finish_reason: refused`), else null
         # Token classes along axes of the user's own; null in runs that have none.
         ("labels", pa.list_(pa.struct(_LABEL))),
         *TRUTH,
@@ -193,9 +194,10 @@ UNACCOUNTED = "unaccounted"
 that moment on its positions are `dropped`. The manifest says why (`unaccounted`). Others are recorded as ever."""
 
 REFUSED = "refused"
-"""Finish reason of a request that SGLang's scheduler refused after it was queued (a regular expression that does not
-compile, a session that does not exist, ...). It serves a prompt of one token instead, and that is the prompt in the
-ledger. Also the name of that token's segment."""
+"""Finish reason of a request that SGLang refused: the rest is served. `refusal` says why. One that is refused before it
+is queued (too long, a bad sampling value) has no position and an empty prompt. One that the scheduler refuses later (a
+regular expression that does not compile, a session that does not exist, ...) is served as a prompt of one token, and
+that is the prompt in the ledger. Also the name of that token's segment."""
 
 REFUSED_TOKEN = 0
 """The prompt that SGLang serves in place of a refused one (`Req.set_finish_with_abort`)."""

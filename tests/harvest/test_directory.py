@@ -11,7 +11,7 @@ import torch
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.engine.ledger.writer import Writer
-from sglang_probe.harvest.directory import write_requests
+from sglang_probe.harvest.requests_table import write_requests
 from sglang_probe.run import schema
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import load_run

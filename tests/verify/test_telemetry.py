@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sglang_probe.engine.capture.telemetry import Measured
-from sglang_probe.engine.ledger.writer import _telemetry_table
+from sglang_probe.engine.ledger.part import _telemetry_table
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run.run import Run
 from sglang_probe.run.telemetry_options import NUMBERS, TelemetryConfig

@@ -34,7 +34,9 @@ def install(path: str) -> None:
     config = load_config(Path(path), EngineProbeConfig)
     inventory.require(instruments.features(config))
     if config.ignore_interrupt and multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A terminal, a process manager and `kill` of a group send these to all processes at once.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     if config.live is not None and _serves_http(sys.modules):
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -66,6 +68,7 @@ def all_hooks(config: EngineProbeConfig) -> list[Hook]:
         (f"{_RUNNER}.forward", model.forward, "AROUND"),
     ]
     return [
+        (f"{_SCHEDULER}.Scheduler.run_event_loop", scheduler.run_event_loop, "AROUND"),
         (f"{_SCHEDULER}.Scheduler.run_batch", scheduler.run_batch, "AROUND"),
         (f"{_SCHEDULER}.Scheduler.process_batch_result", scheduler.process_batch_result, "AROUND"),
         *sglang.request_hooks(),

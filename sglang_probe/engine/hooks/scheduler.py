@@ -1,10 +1,11 @@
 """Launch, commit and finish of forward passes, read from the scheduler's host lists.
 
-SGLang: `managers/scheduler.py` (`run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
+SGLang: `managers/scheduler.py` (`run_event_loop`, `run_batch`, `process_batch_result`), `managers/schedule_batch.py`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run import schema
+
+logger = logging.getLogger("sglang_probe")
 
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -44,6 +47,30 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
         session.set_policy()
         session.live = live_server.start(session.config, server_args, session.dp_rank, session.in_force())
     session.open()
+
+
+def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Scheduler.run_event_loop`: it returns once the engine was told to end and requests have drained, and
+    raises if the scheduler crashes, which ends the engine."""
+    try:
+        value = original(scheduler, *args, **kwargs)
+    except BaseException as e:
+        _ended(e)
+        raise
+    _ended(None)
+    return value
+
+
+def _ended(error: BaseException | None) -> None:
+    if guard.session is None:
+        return
+    try:  # not guarded: a recording that has stopped wants to be closed too
+        if error is not None:
+            guard.session.crashed(error)
+        elif guard.session.live is not None:
+            guard.session.close()
+    except Exception:
+        logger.exception("sglang-probe could not close the recording")
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
@@ -19,6 +20,7 @@ from sglang_probe.engine.live.stops import reason_of
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run import journal
+from sglang_probe.run.hook_points import has_patterns
 
 logger = logging.getLogger("sglang_probe")
 
@@ -73,6 +75,13 @@ class Session:
         """What the manifest says of the instruments, once the model is loaded."""
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
+
+    def of_model(self, model: Any) -> None:
+        """Take note of the model, once it is loaded: patterns of hook points become those of its layers."""
+        if has_patterns([*self.config.hook_points, *self.config.rows.at]):
+            self.config = self.config.of_layers(len(model.model.layers))
+            for instrument in self.instruments:
+                instrument.config = self.config
 
     def attach(self, scheduler: Any, server_args: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
@@ -183,8 +192,6 @@ class Session:
         if not instruments.serves(self.config, config):
             raise UnsupportedError("the engine was started with other hooks than this recording needs")
         self.close()
-        if isinstance(self.writer, Writer):
-            self.writer.stop()
         # The hooks that are in place stay; a recording that uses fewer of them is none the worse.
         self.config = config.model_copy(update={"asks": self.config.asks})
         self.fault = self.plan = self.publishing = None
@@ -222,13 +229,39 @@ class Session:
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""
-        if self.recorder is not None and self.writer is not None:
+        stopped = self.live is not None and self.live.stops.fault is not None
+        if self.recorder is not None and self.writer is not None and not stopped:
             recorder, self.recorder = self.recorder, None
             for plan in recorder.in_flight:
                 for transfer in plan.travelling.values():
                     transfer.wait()
             recorder.drain()
             self.writer.flush()
+            if isinstance(self.writer, Writer):
+                self.writer.stop()
+        elif self.live is not None:  # which has stopped
+            self.live.close()
+
+    def crashed(self, error: BaseException) -> None:
+        """The scheduler ends by an error of its own: write what is known, and say why.
+
+        A forward pass in flight may be the one that failed: it counts as never run.
+        """
+        in_flight = 0 if self.live is None else len(self.live.totals.active)
+        self._let_go()
+        if isinstance(error, KeyboardInterrupt):
+            self.fault = f"the server was ended by Ctrl-C with {in_flight} requests in flight"
+        else:
+            self.fault = f"SGLang's scheduler crashed: {type(error).__name__}: {error}"
+        if self.live is not None:
+            if isinstance(error, KeyboardInterrupt) and not in_flight:
+                self.live.close()
+            else:
+                self.live.close(status="interrupted", fault=self.fault)
+        elif isinstance(self.writer, Writer):
+            self._tell_fault(self.fault)  # first: what follows takes time, and who waits may end this process
+            with suppress(OSError, TimeoutError):
+                self.writer.flush(timeout=20)
 
     @property
     def taps_write(self) -> bool:
@@ -250,7 +283,11 @@ class Session:
         if self.live is not None:  # its own thread does the rest; requests do not wait
             self.live.stop(message, reason_of(error), self.epoch)
             return
+        self._tell_fault(message)
+
+    def _tell_fault(self, fault: str) -> None:
+        """Leave a word to who started this engine."""
         try:
-            journal.write_text_durably(self.config.run / FAULT_FILE, message + "\n")
+            journal.write_text_durably(self.config.run / FAULT_FILE, fault + "\n")
         except OSError:
             logger.critical("sglang-probe could not write %s", FAULT_FILE)

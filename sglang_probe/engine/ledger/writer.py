@@ -1,48 +1,54 @@
-"""The writer thread: takes commits off the scheduler thread and puts them on disk in parts (see `journal`)."""
+"""The writer thread: takes commits off the scheduler thread and puts them on disk in parts (see `journal`).
+
+What is handed over is durable at most `part_seconds`, and the time of one write, later, whatever the load. The thread
+keeps that clock itself: it waits for a bundle of commits or for the time that a part is due, and then takes whatever
+there is, a bundle or not. The scheduler thread only appends to a list; it wakes the thread once per bundle, because
+each wake-up costs it a turn of Python's lock.
+"""
 
 from __future__ import annotations
 
-import queue
+import errno
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from safetensors.torch import save_file
-
-from sglang_probe.engine.capture.telemetry import Measured
-from sglang_probe.engine.ledger.coalesce import coalesce
+from sglang_probe.engine.ledger.part import OpenPart, size_of
 from sglang_probe.engine.ledger.recorder import Commit
 from sglang_probe.run import journal, schema
-from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 
-TELEMETRY_FOLDER = "telemetry"
-
-_SHARD_BYTES = 64 << 20
-_PART_FACTS = 200_000
-_BUNDLE_COMMITS = 64
 _BUNDLE_BYTES = 4 << 20
+_CAPACITY = 1 << 16
+_RETRY_SECONDS = 1.0
+_LEAST_SECONDS = 0.005
+"""Of a part: a thread that never waits would take the processor from the scheduler."""
 
-
-class _Stop(threading.Event):
-    """The last thing in the queue."""
+_OTHERS_CAN_MEND = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+"""What somebody may put right while we go on: a full disk, a quota, open files."""
 
 
 class Writer:
     """Sink of the recorder. `put` blocks while too much is waiting: back-pressure, nothing is dropped.
 
-    Goes on after the durable parts of its rank, if the run has any.
+    Goes on after the durable parts of its rank, if the run has any, and is the only writer of its rank for as long as
+    it lives. Once writing has failed (`error`), it stays failed: go on with another `Writer`, on another directory or
+    on this one after `stop`.
 
     Args:
         run: the run directory.
         session: number of this engine process within the run, 0 for the first.
         dp_rank: data-parallel rank of this process.
-        part_seconds: longest time between two parts while commits come.
+        part_seconds: how long what was handed over may wait to be durable.
         max_waiting_bytes: rows that may wait for the disk before `put` blocks.
+        patience: how many seconds a part that the disk does not take (full, over quota, too many open files) is tried
+            again before writing has failed. What comes meanwhile waits, within the bounds.
+        bundle: commits that are worth waking the thread for.
+        clock: seconds, monotonic.
+
+    Raises (on construction):
+        RunDirectoryError: another process writes there.
     """
 
     def __init__(
@@ -53,11 +59,16 @@ class Writer:
         dp_rank: int = 0,
         part_seconds: float = 20.0,
         max_waiting_bytes: int = 1 << 30,
+        patience: float = 0.0,
+        bundle: int = 64,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
+        self._lock = journal.lock(run, dp_rank)
         self.bytes = 0
         """Size of all durable parts."""
-        self._part_seconds = part_seconds
+        self._part_seconds = max(part_seconds, _LEAST_SECONDS)
+        self._patience, self._bundle, self._clock = patience, bundle, clock
         self._session, self._dp_rank = session, dp_rank
         parts = journal.read_rank(run, dp_rank)
         self._part = parts[-1].number + 1 if parts else 0
@@ -65,36 +76,44 @@ class Writer:
         """One past the last durable forward pass."""
         self.rows_end = parts[-1].rows_end if parts else dp_rank << schema.RANK_SHIFT
         """One past the last durable row."""
-        self._queue: queue.Queue[list[Commit] | threading.Event] = queue.Queue(maxsize=4096)
+        lock = threading.Lock()
+        self._work, self._room = threading.Condition(lock), threading.Condition(lock)
+        self._handed: list[Commit] = []
+        """Put, and not yet taken by the thread."""
+        self._taken: deque[Commit] = deque()
+        """Taken, and not yet in the open part."""
+        self._handed_bytes = self._taken_bytes = 0
         self._max_waiting_bytes = max_waiting_bytes
-        self._waiting_bytes = self._waiting_commits = 0
-        self._room = threading.Condition()
-        self._handing_over = threading.Lock()
-        self._bundle: list[Commit] = []
-        self._bundle_bytes = 0
+        self._asked: list[threading.Event] = []
+        self._stopping = False
         self._error: BaseException | None = None
-        self._clear()
-        self._thread = threading.Thread(target=self._work, name="sglang-probe-writer", daemon=True)
+        self._failing: OSError | None = None
+        self._failing_since = 0.0
+        self._due = clock() + self._part_seconds
+        self._open = OpenPart()
+        self._thread = threading.Thread(target=self._run_thread, name="sglang-probe-writer", daemon=True)
         self._thread.start()
 
     def put(self, commit: Commit) -> None:
         """Hand over a commit.
 
         Raises:
-            OSError: writing failed earlier; the capture must stop.
+            OSError: writing has failed; the capture must stop.
         """
-        self._raise_error()
-        with self._handing_over:
-            self._bundle.append(commit)
-            self._bundle_bytes += _size(commit)
-            if len(self._bundle) >= _BUNDLE_COMMITS or self._bundle_bytes >= _BUNDLE_BYTES:
-                self._hand_over()
+        size = size_of(commit)
+        with self._room:
+            self._room.wait_for(lambda: self._error is not None or self._fits(size))
+            self._raise_error()
+            self._handed.append(commit)
+            self._handed_bytes += size
+            if self._bundled:
+                self._work.notify()
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything handed over is on disk.
 
         Raises:
-            OSError: writing failed. TimeoutError: it took longer than `timeout` seconds.
+            OSError: writing has failed. TimeoutError: it took longer than `timeout` seconds.
         """
         done = self.checkpoint()
         if not done.wait(timeout):
@@ -102,186 +121,132 @@ class Writer:
         self._raise_error()
 
     def checkpoint(self) -> threading.Event:
-        """Ask for everything handed over to be made durable; the event is set when it is, or when writing failed.
+        """Ask for everything handed over to be made durable; the event is set when it is, or when writing has failed.
 
         Raises:
-            OSError: writing failed earlier.
+            OSError: writing has failed earlier.
         """
         self._raise_error()
         done = threading.Event()
-        with self._handing_over:
-            self._hand_over()
-            self._queue.put(done)
+        with self._work:
+            self._asked.append(done)
+            self._work.notify()
         return done
-
-    def _hand_over(self) -> None:
-        """Wake the thread with a bundle of commits. Each wake-up costs the scheduler thread a turn of Python's lock."""
-        if not self._bundle:
-            return
-        bundle, size = self._bundle, self._bundle_bytes
-        self._bundle, self._bundle_bytes = [], 0
-        with self._room:
-            # One bundle always fits, however large.
-            self._room.wait_for(
-                lambda: self._waiting_bytes == 0 or self._waiting_bytes + size <= self._max_waiting_bytes
-            )
-            self._waiting_bytes += size
-            self._waiting_commits += len(bundle)
-        self._queue.put(bundle)
 
     @property
     def waiting(self) -> int:
         """Commits that wait to be written."""
-        return self._waiting_commits + len(self._bundle)
+        return len(self._handed) + len(self._taken)
 
     @property
     def capacity(self) -> int:
         """Commits that may wait before `put` blocks."""
-        return self._queue.maxsize
+        return _CAPACITY
 
     @property
     def error(self) -> BaseException | None:
-        """Why writing stopped."""
+        """Why writing has failed for good."""
         return self._error
 
+    @property
+    def failing(self) -> OSError | None:
+        """Why the disk does not take a part that is still being tried again (`patience`)."""
+        return self._failing
+
     def stop(self) -> None:
-        """End the thread after what was handed over; nothing may be put afterwards."""
-        with self._handing_over:
-            self._hand_over()
-            self._queue.put(_Stop())
+        """End the thread after what was handed over, and let go of the directory; nothing may be put afterwards."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+
+    def _fits(self, size: int) -> bool:
+        if self.waiting >= _CAPACITY:
+            return False
+        waiting = self._handed_bytes + self._taken_bytes
+        return waiting == 0 or waiting + size <= self._max_waiting_bytes  # one always fits, however large
+
+    @property
+    def _bundled(self) -> bool:
+        return len(self._handed) >= self._bundle or self._handed_bytes >= _BUNDLE_BYTES
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise OSError(f"the writer stopped: {self._error}") from self._error
 
-    def _work(self) -> None:
-        item: object = None
-        while not isinstance(item, _Stop):
-            item = self._queue.get()
-            try:
-                if self._error is None:
-                    if isinstance(item, threading.Event):
-                        self._write_part()
-                    else:
-                        for commit in item:
-                            self._take(commit)
-            except BaseException as e:  # the scheduler thread must learn of it, whatever it is
-                self._error = e
-            if isinstance(item, threading.Event):
-                item.set()
-            else:
-                with self._room:
-                    self._waiting_bytes -= sum(map(_size, item))
-                    self._waiting_commits -= len(item)
-                    self._room.notify()
+    def _run_thread(self) -> None:
+        while self._turn():
+            pass
+        self._lock.release()
 
-    def _take(self, commit: Commit) -> None:
-        if commit.forward is not None:
-            self._forwards.append(commit.forward)
-        self._spans += commit.spans
-        self._rebinds += commit.rebinds
-        self._requests += commit.requests
-        self._prompts += commit.prompts
-        for hook_point, rows in (commit.rows or {}).items():
-            self._rows.setdefault(hook_point, []).append(rows)
-            self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
-            if (selected := commit.selected.get(hook_point)) is not None:
-                self._index.setdefault(hook_point, []).append(selected + self._numbered)
-        self._numbered += commit.numbered
-        if commit.telemetry is not None:
-            self._telemetry.append(commit.telemetry)
-        full = len(self._spans) + len(self._forwards) >= _PART_FACTS
-        full = full or max(self._bytes.values(), default=0) >= _SHARD_BYTES
-        if full or time.monotonic() - self._opened >= self._part_seconds:
-            self._write_part()
+    def _turn(self) -> bool:
+        """Wait for a bundle, a question, or the time of a part; take what there is. False at the end."""
+        with self._work:
+            self._work.wait_for(self._called, timeout=max(self._due - self._clock(), 0.0))
+            asked, self._asked = self._asked, []
+            stopping = self._stopping
+            if self._failing is None:  # else what is handed over waits where the bounds count it
+                self._taken.extend(self._handed)
+                self._handed = []
+                self._taken_bytes, self._handed_bytes = self._handed_bytes, 0
+        answered = self._error is not None or self._write(now=bool(asked) or stopping, last=stopping)
+        with self._room:
+            if self._error is not None:
+                self._handed, self._handed_bytes = [], 0
+                self._taken.clear()
+            if answered:
+                self._taken_bytes = 0
+            else:
+                self._asked = asked + self._asked
+            self._room.notify_all()
+        if answered:
+            for event in asked:
+                event.set()
+        return not stopping
+
+    def _called(self) -> bool:
+        if self._failing is not None:  # nothing but the time of the next attempt
+            return self._stopping
+        return self._stopping or bool(self._asked) or self._bundled
+
+    def _write(self, *, now: bool, last: bool) -> bool:
+        """Put what was taken into the open part, and write it if it is due. False: it will be tried again."""
+        began = self._clock()
+        due = now or began >= self._due
+        if due:
+            self._due = began + self._part_seconds  # of what is handed over from here on
+        try:
+            if self._failing is not None:
+                self._write_part()
+                self._failing = None
+            while self._taken:
+                self._open.take(self._taken.popleft())
+                if self._open.full:
+                    self._write_part()
+            if due:
+                self._write_part()
+        except BaseException as e:  # the scheduler thread must learn of it, whatever it is
+            if self._failing is None:
+                self._failing_since = began
+            patient = not last and began - self._failing_since < self._patience
+            if isinstance(e, OSError) and e.errno in _OTHERS_CAN_MEND and patient:
+                self._failing = e
+                self._due = self._clock() + min(_RETRY_SECONDS, self._patience)
+                return False
+            self._error = e
+        return True
 
     def _write_part(self) -> None:
-        if not (self._forwards or self._spans or self._requests):
+        if self._open.empty:
             return
-        files: dict[str, str] = {}
-        stem = journal.Part(self._part, 0, 0, 0, 0, dp_rank=self._dp_rank).stem
-        for hook_point, pieces in self._rows.items():
-            name = f"rows/{hook_point}/shard-{stem}.safetensors"
-            files[name] = self._save_rows(name, torch.cat(pieces), self._index.get(hook_point))
-        for table, table_schema, facts in (
-            ("spans", schema.SPANS, self._spans),
-            ("forwards", schema.FORWARDS, self._forwards),
-            ("rebinds", schema.REBINDS, self._rebinds),
-            ("requests", schema.ENGINE_REQUESTS, self._requests),
-            ("prompts", schema.PROMPTS, self._prompts),
-        ):
-            if facts:
-                name = f"ledger/{table}-{stem}.parquet"
-                table_of_facts = _table(table_schema, facts)
-                if table == "spans":
-                    table_of_facts = coalesce(table_of_facts)
-                files[name] = self._save_table(name, table_of_facts)
-        if self._telemetry:
-            name = f"{TELEMETRY_FOLDER}/part-{stem}.parquet"
-            files[name] = self._save_table(name, _telemetry_table(self._telemetry))
-        self.rows_end += self._numbered
-        if self._forwards:
-            self.forwards_end = self._forwards[-1][0] + 1
+        number = journal.Part(self._part, 0, 0, 0, 0, dp_rank=self._dp_rank)
+        files = self._open.write(self._run, number.stem, row_start=self.rows_end)
+        forwards_end = self._open.forwards_end or self.forwards_end
+        rows_end = self.rows_end + self._open.numbered
         part = journal.Part(
-            self._part, self._session, self.forwards_end, self.rows_end, self._numbered, files, dp_rank=self._dp_rank
+            self._part, self._session, forwards_end, rows_end, self._open.numbered, files, dp_rank=self._dp_rank
         )
         journal.append(self._run, part)
         self._part += 1
+        self.forwards_end, self.rows_end = forwards_end, rows_end
         self.bytes += sum((self._run / name).stat().st_size for name in files)
-        self._clear()
-
-    def _save_rows(self, name: str, rows: torch.Tensor, index: list[np.ndarray] | None) -> str:
-        tensors = {ROWS_KEY: rows}
-        if index is not None:
-            tensors[INDEX_KEY] = torch.from_numpy(np.concatenate(index))
-        first = str(self.rows_end)
-        return journal.write_durably(
-            self._run / name, lambda path: save_file(tensors, path, metadata={"row_start": first})
-        )
-
-    def _save_table(self, name: str, table: pa.Table) -> str:
-        return journal.write_durably(self._run / name, lambda path: pq.write_table(table, path, compression="zstd"))
-
-    def _clear(self) -> None:
-        self._forwards: list[tuple[Any, ...]] = []
-        self._spans: list[tuple[Any, ...]] = []
-        self._rebinds: list[tuple[Any, ...]] = []
-        self._requests: list[tuple[Any, ...]] = []
-        self._prompts: list[tuple[Any, ...]] = []
-        self._rows: dict[str, list[torch.Tensor]] = {}
-        self._bytes: dict[str, int] = {}
-        self._index: dict[str, list[np.ndarray]] = {}
-        self._telemetry: list[Measured] = []
-        self._numbered = 0
-        """Rows that were given numbers in this part, selected or not."""
-        self._opened = time.monotonic()
-
-
-def _size(commit: Commit) -> int:
-    measured = 0 if commit.telemetry is None else commit.telemetry.nbytes
-    return measured + sum(rows.nbytes for rows in (commit.rows or {}).values())
-
-
-def _table(table_schema: pa.Schema, facts: list[tuple[Any, ...]]) -> pa.Table:
-    arrays = [pa.array(column, type=f.type) for column, f in zip(zip(*facts, strict=True), table_schema, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=table_schema)
-
-
-def _telemetry_table(measured: list[Measured]) -> pa.Table:
-    """`schema.TELEMETRY` of several forwards: one row per layer and step, layer by layer within a forward."""
-    columns: dict[str, Any] = {
-        "rid": [rid for m in measured for rid in m.rids * len(m.layers)],
-        "attempt": np.concatenate([np.tile(m.attempts, len(m.layers)) for m in measured]),
-        "position": np.concatenate([np.tile(m.positions, len(m.layers)) for m in measured]),
-        "forward_id": np.repeat([m.forward_id for m in measured], [len(m.rids) * len(m.layers) for m in measured]),
-        "layer": np.concatenate([np.repeat(m.layers, len(m.rids)) for m in measured]),
-    }
-    lists = {name: [m.numbers[name] for m in measured] for name in measured[0].numbers}
-    lists |= {name: [getattr(m, name) for m in measured] for name in ("top_positions", "top_weights")}
-    for name, pieces in lists.items():
-        flat = np.concatenate([x.reshape(-1, int(np.prod(x.shape[2:]))) for x in pieces])
-        offsets = np.arange(len(flat) + 1, dtype=np.int32) * flat.shape[1]
-        columns[name] = pa.ListArray.from_arrays(offsets, flat.ravel())
-    fields = schema.TELEMETRY
-    arrays = [c if isinstance(c := columns[f.name], pa.Array) else pa.array(c, type=f.type) for f in fields]
-    return pa.Table.from_arrays([a.cast(f.type) for a, f in zip(arrays, fields, strict=True)], schema=fields)
+        self._open = OpenPart()

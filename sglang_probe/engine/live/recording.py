@@ -1,9 +1,8 @@
 """A live recording: the recorder's sink, and the thread that keeps its segments.
 
 The scheduler thread only counts and hands over. Everything that touches the disk or waits is done by the writer's
-thread and by the *keeper* here: it opens and closes segments, publishes metrics, makes the last facts durable when
-traffic pauses, and begins again after a stop. One lock orders commits and the change of segments; it is held for
-microseconds.
+thread and by the *keeper* here: it opens and closes segments, publishes metrics, and begins again after a stop. One
+lock orders commits and the change of segments; it is held for microseconds.
 
 A recording that stops (`Stops`) does not end: its segment is closed as `incomplete`, and as soon as another one can be
 opened a new *epoch* begins in it. The scheduler thread follows at its next launch, with a recorder that knows nothing
@@ -39,6 +38,9 @@ _CLOSE_AGAIN = 60.0
 
 _REASONS = 100
 """Requests of a segment of which the manifest says why they could not be accounted for."""
+
+_PATIENCE = 30.0
+"""Seconds that a full disk is waited for before the recording stops."""
 
 
 class LiveRecording:
@@ -95,9 +97,9 @@ class LiveRecording:
         self._due_since: float | None = None
         self._carried_in: dict[str, list[int]] = {}
         self._lost: dict[str, str] = {}
-        self._opened = self._flushed = self._closable = 0.0
+        self._opened = self._closable = 0.0
         self._row_base = self._facts_in_segment = self._requests_in_segment = self._weights_at_opening = 0
-        self._carried_told, self._unflushed = True, False
+        self._carried_told = True
         self._begin(self._new_writer(self._path))
         self._closable = self._opened  # the first flush need not wait
         self._thread = threading.Thread(target=self._keep, name="sglang-probe-keeper", daemon=True)
@@ -142,7 +144,6 @@ class LiveRecording:
             for rid, reason in commit.lost[: max(_REASONS - len(self._lost), 0)]:
                 self._lost[rid] = reason[:500]
             self._facts_in_segment += 1
-            self._unflushed = True
             self._requests_in_segment += len(commit.requests)
             if self._drops and self._writer.error is None and self._writer.waiting >= self._room:
                 self.totals.dropped(commit)
@@ -213,6 +214,7 @@ class LiveRecording:
             "rows": t.rows,
             "positions": dict(t.positions),
             "queue": {"waiting": self._writer.waiting, "size": self._room},
+            "disk": None if (failing := self._writer.failing) is None else str(failing),
             "write_errors": self.write_errors,
             "flush": {
                 "asked": self._asked,
@@ -290,9 +292,11 @@ class LiveRecording:
                 self._rotate()
             finally:
                 self._done, self._nothing_new = asked, False
-        elif self._unflushed and not self.totals.active and time.monotonic() - self._flushed > self._part_seconds:
-            self._unflushed, self._flushed = False, time.monotonic()
-            self._writer.checkpoint()  # not waited for: a slow disk must not hold up the metrics
+        with self._lock:  # what was dropped last goes out even if no commit follows that could take it along
+            if self._writer.error is None and self._writer.waiting < self._room:
+                late = self._overflow.release()
+                if late is not None:
+                    self._writer.put(late)
         if not self._carried_told:
             self._carried_told = True
             try:
@@ -394,18 +398,19 @@ class LiveRecording:
     def _begin(self, writer: Writer) -> None:
         self._writer = writer
         self._room = min(self._config.queue, writer.capacity - 2)  # two puts may follow, and must not block
-        self._opened = self._flushed = time.monotonic()
+        self._opened = time.monotonic()
         self._closable = self._opened + self._config.segments.min_seconds
         self._due_since = None
         self._row_base = self.totals.rows
         self._facts_in_segment = self._requests_in_segment = 0
-        self._unflushed = False
         self._weights_at_opening = self.weights[-1]["number"]
         self._carried_in, self._carried_told = {}, True
         self._lost = {}
 
     def _new_writer(self, path: Path) -> Writer:
-        return Writer(path, part_seconds=self._part_seconds)
+        # Woken before the queue is full, however short: waiting is for the disk alone.
+        bundle = max(1, min(64, self._config.queue // 2))
+        return Writer(path, part_seconds=self._part_seconds, patience=_PATIENCE, bundle=bundle)
 
     def _publish(self) -> None:
         if self._metrics is not None:

@@ -6,7 +6,6 @@ A segment is `recording` until it is closed, then `complete`; `incomplete` if th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
@@ -14,15 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.lock import Held, hold
 from sglang_probe.run.manifest import MANIFEST, new_manifest, write_manifest
 from sglang_probe.run.run import Run, load_run
 
@@ -32,20 +31,13 @@ RECORDING = "recording"
 _LOCK = ".lock"
 
 
-def lock(root: Path) -> IO[str]:
-    """Take a live directory for this process; keep the handle open as long as it records.
+def lock(root: Path) -> Held:
+    """Take a live directory for this process.
 
     Raises:
         RunDirectoryError: another server records there.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    handle = open(root / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 - held for the life of the process
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise RunDirectoryError(f"another server records into {root}", fix="give each server its own `run`") from None
-    return handle
+    return hold(root / _LOCK, f"another server records into {root}", fix="give each server its own `run`")
 
 
 def segment_path(root: Path, number: int) -> Path:

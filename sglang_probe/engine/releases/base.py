@@ -130,9 +130,5 @@ class Release(ABC):
         """Fields of the class `ServerArgs`."""
 
     @abstractmethod
-    def arguments(self, server_args: Any) -> dict[str, Any]:
-        """Fields and values of a `ServerArgs`."""
-
-    @abstractmethod
     def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
-        """The same in the scheduler's process, as SGLang has resolved them."""
+        """Fields and values of a `ServerArgs` in the scheduler's process, as SGLang has resolved them."""

@@ -128,11 +128,9 @@ class Adapter(Release):
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(server_args)}
 
-    def arguments(self, server_args: Any) -> dict[str, Any]:
-        return {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)}
-
     def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
-        return self.arguments(server_args)  # resolved in place
+        # Resolved in place.
+        return {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)}
 
 
 def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:

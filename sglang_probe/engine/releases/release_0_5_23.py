@@ -124,11 +124,6 @@ class Adapter(Release):
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return set(server_args.__struct_fields__)
 
-    def arguments(self, server_args: Any) -> dict[str, Any]:
-        import msgspec
-
-        return msgspec.structs.asdict(server_args)
-
     def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
         from sglang.srt.runtime_context import get_context
 

@@ -139,7 +139,7 @@ def test_what_a_dead_server_left_is_interrupted_and_a_new_segment_begins(
     dead.serve("a", A)
     dead.prefill("b", [7, 8])
     dead.live._writer.flush()
-    dead.live._handle.close()  # what the kernel does when a process dies
+    dead.live._handle.release()  # what the kernel does when a process dies
 
     engine = make_engine()
     assert engine.live.status()["segments_interrupted_before"] == ["segment-00000"]

@@ -79,8 +79,8 @@ def test_facts_that_find_no_room_are_dropped_and_the_ledger_says_so(make_engine:
     engine = make_engine(queue=2)
     gate = threading.Event()
     writer = engine.live._writer
-    take = writer._take
-    writer._take = lambda commit: (gate.wait(20), take(commit))[1]  # type: ignore[method-assign]
+    write = writer._write
+    writer._write = lambda **how: (gate.wait(20), write(**how))[1]  # type: ignore[method-assign]
     engine.serve("a", A, n=12)
     engine.serve("b", B, reused=4)  # reuses what was computed, though the fact was lost or not
     stalled = engine.live.status()
@@ -94,6 +94,17 @@ def test_facts_that_find_no_room_are_dropped_and_the_ledger_says_so(make_engine:
     assert (lost["end"] - lost["start"]).sum() == engine.live.status()["positions"]["dropped"]
     assert "dropped because the disk was too slow" in notes(checks)
     assert sorted(run.requests()["rid"]) == ["a", "b", "c"]
+
+
+def test_a_short_queue_drops_nothing_while_the_disk_keeps_up(
+    make_engine: Callable[..., FakeEngine], wait: Callable[..., None]
+) -> None:
+    """The writer is woken before the queue is full, not once there is a bundle of many."""
+    engine = make_engine(queue=3)
+    for i in range(20):
+        engine.serve(f"r{i}", [i, *A], n=1)
+        wait(lambda: engine.live.status()["queue"]["waiting"] <= 1)
+    assert engine.live.status()["forwards_dropped"] == 0
 
 
 def test_by_configuration_the_scheduler_waits_for_the_disk_instead(make_engine: Callable[..., FakeEngine]) -> None:

@@ -1,14 +1,14 @@
 """A live server: what the scheduler process reports, and per-request provenance.
 
-SGLang: `managers/scheduler.py` (`run_event_loop`); where the internal state is read and an answer is built is the
-release's to say (`Release.live_hooks`). The HTTP side is `engine/hooks/http.py`.
+Where SGLang's internal state is read and an answer is built is the release's to say (`Release.live_hooks`). The HTTP
+side is `engine/hooks/http.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,7 @@ class LiveServer(Instrument):
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
-        loop = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
-        return [*release.live_hooks(), (loop, run_event_loop, "AROUND")]
+        return release.live_hooks()
 
     @classmethod
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
@@ -188,17 +187,6 @@ def state() -> dict[str, Any]:
     return session.live.status()
 
 
-def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `Scheduler.run_event_loop`: it returns once the server was told to end and requests have drained."""
-    try:
-        value = original(scheduler, *args, **kwargs)
-    except BaseException as e:
-        _closed(f"the scheduler ended with {type(e).__name__}: {e}")
-        raise
-    _closed(None)
-    return value
-
-
 def anybody_asks() -> bool:
     """Whether a request in flight asked for its provenance."""
     session = guard.session
@@ -225,22 +213,6 @@ def provenance_by_id(rids: Sequence[str], finished: Sequence[bool]) -> list[list
     names = (server.asking.get(rid) if done else None for rid, done in zip(rids, finished, strict=True))
     spans = [[] if name is None else live.provenance(name) or [] for name in names]
     return spans if any(spans) else None
-
-
-def _closed(fault: str | None) -> None:
-    """The event loop has ended. After a crash nobody knows whether the forwards in flight have run."""
-    session = guard.session
-    if session is None or session.live is None:
-        return
-    try:
-        if fault is None and session.live.stops.fault is None:
-            session.close()
-        else:
-            session.recorder = None
-            session.live.close(status="incomplete", fault=fault)
-    except Exception:
-        logger.exception("sglang-probe could not close the recording")
-    session.recorder = None
 
 
 def _metrics(server_args: Any, dp_rank: int | None) -> Metrics | None:

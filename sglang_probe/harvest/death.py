@@ -1,0 +1,73 @@
+"""How the processes of an engine ended, in words, and what to do about it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from sglang_probe.errors import ProbeError
+
+_MEMORY = (
+    "most likely the machine ran out of memory (`dmesg` says so): lower `concurrency`, or "
+    "`server: {max_total_tokens: ...}`; then finish the run with --resume"
+)
+_WATCHDOG = (
+    "SGLang's watchdog ends an engine whose forward pass takes longer than `server: {watchdog_timeout: ...}` (300 s): "
+    "raise it, or lower `server: {chunked_prefill_size: ...}`"
+)
+_RESUME = "its log above says more; --resume finishes the run, with the requests in flight last and one at a time"
+
+
+class EngineDied(ProbeError):
+    """A process of the engine ended while it was needed. `in_flight`: requests that were being served, oldest first."""
+
+    def __init__(self, message: str, *, fix: str, in_flight: Sequence[str] = ()) -> None:
+        super().__init__(message, fix=fix)
+        self.in_flight = tuple(in_flight)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended."""
+
+    words: str
+    fix: str
+
+
+def end_of(exit_code: int | None) -> End:
+    """How a process with this exit code ended; negative: by that signal. None: it is alive, and said that it failed."""
+    if exit_code is None:
+        return End("a process of the engine does not answer any more", _WATCHDOG)
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
+        return End(f"a process of the engine was killed by {name}", _MEMORY if name == "SIGKILL" else _RESUME)
+    return End(f"a process of the engine ended with exit code {exit_code}", _RESUME)
+
+
+class Children:
+    """The processes that SGLang started for an engine."""
+
+    def __init__(self, processes: Iterable[BaseProcess | Any] = ()) -> None:
+        self._processes = list(processes)
+
+    def ended(self) -> End | None:
+        """How the first one that is not alive ended; None while all are."""
+        found = next((p for p in self._processes if not p.is_alive()), None)
+        return None if found is None else end_of(found.exitcode)
+
+    def wait_for_end(self, seconds: float = 10.0) -> End:
+        """One said that it failed: how it ended, or that it did not."""
+        deadline = time.monotonic() + seconds
+        while (end := self.ended()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return end or end_of(None)
+
+    def kill(self) -> None:
+        """End those that are left."""
+        for process in self._processes:
+            process.kill()
+            process.join(10)
