@@ -69,8 +69,7 @@ def test_a_forward_of_more_rows_than_positions_loses_its_requests(make_engine: C
 def test_what_an_unaccounted_request_leaves_in_the_cache_has_no_owner(make_engine: Callable[..., FakeEngine]) -> None:
     engine = make_engine()
     engine.serve("first", B)
-    engine.recorder.lineage.forget_tree()  # type: ignore[union-attr]
-    engine.unexplained = "?"
+    engine.unexplained = "?"  # SGLang has evicted what the first left, and the odd one puts the same tokens there again
     engine.prefill("odd", B)
     engine.unexplained = None
     engine.serve("reader", [*B, 1], reused=5)
