@@ -39,7 +39,9 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
             `consistency`; that cannot see an exchange between tokens that occur once.
     """
     tokens = run.tokens(interrupted=True)
-    tokens = tokens[run.holds(EMBED, tokens["row"].to_numpy()) & tokens["token_id"].notna()].sort_values("row")
+    # -1: of a request whose ids are not in this segment, because it goes on in the next one.
+    known_ids = tokens["token_id"].fillna(-1) >= 0
+    tokens = tokens[run.holds(EMBED, tokens["row"].to_numpy()) & known_ids].sort_values("row")
     later = len(tokens)
     if (known := segment.known_weights(run)) is not None:
         tokens = tokens[np.isin(tokens["forward_id"].to_numpy(np.int64), known)]

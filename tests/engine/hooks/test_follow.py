@@ -201,6 +201,17 @@ def test_a_request_whose_end_cannot_be_read_costs_its_own_record(
     assert _closed(session).manifest["requests_by_finish"] == {"length": 1, "unaccounted": 1}
 
 
+@pytest.mark.parametrize("given", ["input_embeds", "positional_embed_overrides"])
+def test_a_prompt_that_is_not_its_token_ids_is_not_recorded_as_if_it_were(session: Session, given: str) -> None:
+    embeddings = Req("embeddings", [1, 1], 3)
+    setattr(embeddings, given, [[0.5]])
+    session._scheduler.serve(Req("tokens", [3, 4], 3), embeddings)
+    session._scheduler.step()
+    prompts = _closed(session).requests().set_index("rid")["prompt_ids"]
+    assert prompts["tokens"].tolist() == [3, 4]
+    assert prompts["embeddings"] is None
+
+
 def test_forwards_are_recorded_with_the_weights_that_they_had(session: Session) -> None:
     engine = session._scheduler
     engine.waiting_queue.append(long := Req("long", [1, 2, 3], 8))
