@@ -168,7 +168,7 @@ def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
         return list(ends)
     named_ends = [replace(end, rid=name_of(r)) for r, end in zip(reqs, ends, strict=True)]
     for r, end in zip(reqs, named_ends, strict=True):
-        # Of a prompt given as embeddings SGLang's token ids are made up, and embeddings may be put over those of tokens.
+        # Of a prompt given as embeddings SGLang's token ids are made up; others have embeddings put over some tokens.
         made_up = r.input_embeds is not None or getattr(r, "positional_embed_overrides", None) is not None
         live.ending(end.rid, None if made_up else r.origin_input_ids)
     return named_ends
