@@ -39,7 +39,9 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
             `consistency`; that cannot see an exchange between tokens that occur once.
     """
     tokens = run.tokens(interrupted=True)
-    tokens = tokens[run.holds(EMBED, tokens["row"].to_numpy()) & tokens["token_id"].notna()].sort_values("row")
+    # -1: of a request whose ids are not in this segment, because it goes on in the next one.
+    known_ids = tokens["token_id"].fillna(-1) >= 0
+    tokens = tokens[run.holds(EMBED, tokens["row"].to_numpy()) & known_ids].sort_values("row")
     later = len(tokens)
     if (known := segment.known_weights(run)) is not None:
         tokens = tokens[np.isin(tokens["forward_id"].to_numpy(np.int64), known)]
@@ -48,9 +50,6 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
     hashes = _hash_captured(run, tokens["row"].to_numpy())
     unchecked = sum(len(numbers) for numbers, _ in run.iter_shards(EMBED)) - len(tokens) - later
     note = f"{unchecked} rows of earlier attempts or unknown tokens were not compared" if unchecked else None
-    if later:
-        note = f"{note}; " if note else ""
-        note += f"{later} rows were computed after an update of the weights, and are not those of the model's path"
     if embedding is not None or (run.path / ORACLE_FILE).exists():
         name, claim = "content", "the hook_embed row of a position equals embed(token_id), bit for bit"
         same = hashes == (_oracle(run, ids) if embedding is None else _hash_tokens(run, embedding, ids))
@@ -58,6 +57,9 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
         name, claim = "consistency", "hook_embed rows of one token are equal, of different tokens different"
         note = "the run holds no embedding oracle and no model is at hand: exchanges of rare tokens go unseen"
         same = hashes == _first_seen(ids, hashes)
+    if later:
+        note = f"{note}; " if note else ""
+        note += f"{later} rows were computed after an update of the weights, and are not those of the model's path"
     violation = None
     if not same.all():
         bad = tokens.iloc[int(np.argmin(same))]

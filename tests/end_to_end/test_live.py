@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from openai import BadRequestError, OpenAI
 
+from sglang_probe.engine.releases import release
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
 from tests.end_to_end.live_server import ADMIN_KEY, KEY, MODEL, LiveServer
@@ -31,7 +32,12 @@ PROVENANCE = {"custom_params": {"probe": {"provenance": True}}}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("live")
     started = LiveServer(
-        folder, "--admin-api-key", ADMIN_KEY, privacy="hashes", probe={"telemetry": {}, "asks": ["force"]}
+        folder,
+        "--admin-api-key",
+        ADMIN_KEY,
+        privacy="hashes",
+        segments={"min_seconds": 0.2},
+        probe={"telemetry": {}, "asks": ["force"]},
     )
     try:
         started.wait_until_ready()
@@ -147,6 +153,8 @@ def test_the_series_are_on_sglangs_metrics(server: LiveServer) -> None:
     assert series["reused_tokens_total"] == p["reused"] > 0
     assert series["recomputed_tokens_total"] == series["dropped_tokens_total"] == series["write_errors_total"] == 0
     assert series["writer_queue_depth"] == 0
+    assert series["recording"] == 1
+    assert series["recording_stops_total"] == 0
 
 
 def _series(server: LiveServer) -> dict[str, float]:
@@ -219,6 +227,104 @@ def test_a_client_that_uses_an_id_again_breaks_nothing(server: LiveServer) -> No
     run = load_run(server.flush())
     assert {"same": 3, "same~1": 5}.items() <= run.requests().set_index("rid")["output_len"].to_dict().items()
     assert all(c.holds for c in verify(run))
+
+
+def test_ids_that_spell_names_of_the_probes_own_take_nobodys_place(server: LiveServer) -> None:
+    """`k~1` is running while `k` comes again; ids may be empty, odd, huge, or in use (SGLang refuses those)."""
+    server.generate([70, 71, 72], 3, rid="k")
+    slow = threading.Thread(target=lambda: server.generate([70, 71, 73], 200, rid="k~1"))
+    slow.start()
+    time.sleep(0.3)
+    server.generate([70, 71, 72], 10, rid="k")
+    slow.join()
+    odd = ["", "~1", "a/../b\n", "é", "x" * 100_000, "same", "same", "same"]
+    codes: list[int] = []
+    clients = [threading.Thread(target=_ask, args=(server, rid, i, codes)) for i, rid in enumerate(odd)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    status = _settled(server)
+    assert (status["recording"], status["requests_unaccounted"]) == (True, 0)
+    run = load_run(server.flush())
+    assert [c.violation for c in verify(run) if not c.holds] == []
+    lengths = run.requests().set_index("rid")["output_len"]
+    assert {"k": 3, "k~~1": 200, "k~1": 10}.items() <= lengths.to_dict().items()
+    assert len(codes) == len(odd)
+    assert len(lengths) == 3 + codes.count(200)
+
+
+def _ask(server: LiveServer, rid: str, i: int, codes: list[int]) -> None:
+    body = {"input_ids": [80, i], "rid": rid, "sampling_params": {"max_new_tokens": 30, "ignore_eos": True}}
+    codes.append(server.http.post("/generate", json=body).status_code)
+
+
+def test_beams_are_refused_by_name_and_the_others_are_recorded(server: LiveServer, openai: OpenAI) -> None:
+    answers: list[Any] = []
+    other = threading.Thread(target=lambda: answers.append(server.generate([90, 91, 92], 100, rid="beside")))
+    other.start()
+    refused = server.http.post(
+        "/generate", json={"input_ids": [*range(40, 60)], "sampling_params": {"max_new_tokens": 4, "beam_width": 2}}
+    )
+    assert refused.status_code == 400
+    assert "beam_width" in refused.text
+    with pytest.raises(BadRequestError, match="beam_width"):
+        openai.completions.create(model="m", prompt="x = ", max_tokens=4, extra_body={"beam_width": 3})
+    several = openai.completions.create(model="m", prompt="x = ", max_tokens=4, n=3)
+    assert len(several.choices) == 3
+    other.join()
+    status = _settled(server)
+    assert (status["recording"], status["requests_unaccounted"]) == (True, 0)
+    run = load_run(server.flush())
+    assert [c.violation for c in verify(run) if not c.holds] == []
+    assert run.requests().set_index("rid").at["beside", "output_len"] == 100
+
+
+def test_the_manifest_has_what_is_in_force_and_no_key(server: LiveServer) -> None:
+    server.generate([4, 4, 4])
+    manifest = load_run(server.flush()).manifest
+    resolved = manifest["server_resolved"]
+    assert [name for name, value in resolved.items() if value is None] == []
+    assert resolved["attention_backend"] in release().cpu_attention
+    decided = ("page_size", "disable_radix_cache", "max_total_tokens", "schedule_policy", "kv_cache_dtype")
+    assert [resolved[name] for name in decided] == [1, False, 65536, "fcfs", resolved["dtype"]]
+    assert resolved["chunked_prefill_size"] > 0
+    assert resolved["random_seed"] >= 0
+    assert KEY not in json.dumps(manifest)
+    assert ADMIN_KEY not in json.dumps(manifest)
+
+
+def test_an_update_of_the_weights_begins_a_segment_and_every_forward_says_which_it_had(server: LiveServer) -> None:
+    shared = [88, *range(300, 340)]
+    server.generate(shared, rid="old weights")
+    before = _settled(server)
+    update = {"model_path": str(MODEL), "flush_cache": False, "weight_version": "v2"}
+    assert server.admin.post("/update_weights_from_disk", json=update).json()["success"]
+    server.generate([*shared, 1], rid="new weights")  # reuses what the old weights computed
+    assert _settled(server)["weights"] == {"number": 1, "how": "disk", "version": "v2", "path": str(MODEL)}
+    path = server.flush()
+    assert path != Path(before["segment"]["path"])
+    runs = [load_run(p) for p in sorted(server.run.glob("segment-*")) if p <= path]
+    of_request = {
+        rid: (number, run)
+        for number, run in enumerate(runs)
+        for rid in run.requests()["rid"]
+        if rid in ("old weights", "new weights")
+    }
+    (old, run_before), (new, run_after) = of_request["old weights"], of_request["new weights"]
+    assert old < new
+    assert set(run_before.forwards()["weights"]) == {0}
+    weights = run_after.forwards().set_index("forward_id")["weights"]
+    assert set(weights.loc[_forwards_of(run_after, "new weights")]) == {1}
+    assert [w["version"] for w in run_after.manifest["weights"] if w["number"] == 1] == ["v2"]
+    for run in (run_before, run_after):
+        assert [c.violation for c in verify(run) if not c.holds] == []
+    assert run_after.spans().set_index("rid").loc["new weights", "origin_rid"].dropna().unique() == ["old weights"]
+
+
+def _forwards_of(run: Any, rid: str) -> list[int]:
+    spans = run.spans()
+    return list(spans.loc[(spans["rid"] == rid) & (spans["status"] == "computed"), "forward_id"])
 
 
 def test_an_aborted_request_is_accounted_for(server: LiveServer) -> None:

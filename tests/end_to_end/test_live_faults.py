@@ -37,22 +37,42 @@ def test_a_killed_server_leaves_an_interrupted_segment_and_the_next_one_goes_on(
         assert {f"before-{i}" for i in range(5)} <= set(run.requests()["rid"])
         assert [c.violation for c in verify(run) if not c.holds] == []
 
-        # The disk fails: the folder of the coming part cannot be made.
-        (server.run / "segment-00001" / "ledger").rename(tmp_path / "gone") if (
-            server.run / "segment-00001" / "ledger"
-        ).exists() else None
-        (server.run / "segment-00001" / "ledger").write_text("in the way")
+        # The disk fails: nothing can be made below the directory.
+        gone = tmp_path / "gone"
+        server.run.rename(gone)
+        server.run.write_text("in the way")
+        deadline = time.monotonic() + 60
         answers = []
-        for _ in range(8):
+        while server.status()["recording"] and time.monotonic() < deadline:
             answers.append(server.generate([1, 2, 3])["text"])
-            time.sleep(0.5)
-        assert len(set(answers)) == 1
         status = server.status()
         assert status["recording"] is False
         assert "the writer stopped" in status["reason"]
         assert status["write_errors"] >= 1
+        assert status["stops"]["disk"] == 1
+        assert status["tries_again_in"] is not None
         refused = server.http.post("/probe/flush")
         assert refused.status_code == 503
+        assert "the writer stopped" in refused.json()["reason"]
+        assert server.http.get("/probe/coverage").json()["recording"] is False
+        answers.append(server.generate([1, 2, 3], rid="unrecorded")["text"])
+
+        server.run.unlink()
+        gone.rename(server.run)
+        while not server.status()["recording"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        answers.append(server.generate([1, 2, 3], rid="recorded again")["text"])
+        assert len(set(answers)) == 1
+        again = load_run(server.flush())
+        assert [c.violation for c in verify(again) if not c.holds] == []
+        assert again.requests()["rid"].tolist() == ["recorded again"]
+        assert set(again.spans()["origin_rid"].dropna()) == set()  # what is reused was computed before
+        stopped = load_run(server.run / "segment-00001")
+        assert stopped.manifest["status"] == "incomplete"
+        assert "the writer stopped" in stopped.manifest["fault"]
         assert "the writer stopped" in (server.run / "fault.txt").read_text()
+        series = server.anybody.get("/metrics").text
+        assert 'reason="disk"} 1.0' in series
+        assert any(x.startswith("sglang_probe:recording{") and x.endswith(" 1.0") for x in series.splitlines())
     finally:
         server.kill()

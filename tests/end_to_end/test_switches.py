@@ -95,6 +95,12 @@ def test_a_switched_engine_computes_what_a_started_one_does(switched: dict[str, 
     assert ours.spans()["chunk"].max() >= 2
     assert ours.manifest["server_resolved"]["attention_backend"] == release().cpu_attention[0]
     assert started.manifest["server_resolved"]["attention_backend"] == "torch_native"
+    for run, chunk in ((ours, 64), (started, 64), (switched["on"], None)):
+        resolved = run.manifest["server_resolved"]
+        assert [name for name, value in resolved.items() if value is None] == []
+        assert chunk is None or resolved["chunked_prefill_size"] == chunk
+        assert resolved["disable_radix_cache"] is (run is not switched["on"])
+        assert [w["number"] for w in run.manifest["weights"]] == [0]
     for rid in ours.requests()["rid"]:
         assert torch.equal(ours.activations(rid, LAYER), started.activations(rid, LAYER))
 

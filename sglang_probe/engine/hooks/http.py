@@ -108,7 +108,7 @@ class Endpoints:
         """
         from fastapi.responses import JSONResponse
 
-        if cache and not await self._empty(timeout):
+        if cache and not await self._empty(min(max(0.0, timeout), _FLUSH_SECONDS * 10)):
             reason = "requests are in flight, so SGLang does not flush its cache; the segment goes on"
             return JSONResponse({"flushed": False, "reason": reason}, status_code=409)
         if not all(await self._close()):

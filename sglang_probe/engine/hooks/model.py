@@ -35,7 +35,9 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
 @guard.guarded
 def _before(runner: Any, forward_batch: Any) -> Forward:
     session = guard.active()
-    at_hand = Forward(runner, forward_batch, session.plan)
+    plan = session.plan
+    # Rows of a forward that nobody can tell apart are not written.
+    at_hand = Forward(runner, forward_batch, None if plan is None or plan.unaccounted is not None else plan)
     for instrument in session.instruments:
         instrument.before(at_hand)
     return at_hand

@@ -11,7 +11,6 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
@@ -36,16 +35,17 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session = guard.active()
     if session.fault is not None:  # while graphs were captured
         raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
-    session.resolved = resolved(scheduler, server_args)
     session.attach(
         scheduler,
+        server_args,
         dp_rank=release().dp_rank(scheduler),
         tp_size=get_parallel().tp_size,
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,
     )
     if session.records and session.config.live is not None:
-        session.live = live_server.start(session.config, server_args, session.dp_rank, session.resolved)
+        session.set_policy()
+        session.live = live_server.start(session.config, server_args, session.dp_rank, session.in_force())
     session.open()
 
 
@@ -105,7 +105,7 @@ def _aborted(req: Any) -> None:
     assert recorder is not None
     if live_server.began_before(req):
         return  # with the recording that stopped, which has told what became of it
-    (end,) = live_server.ending([req], [end_of(req, reason="abort")])
+    (end,) = live_server.ending([req], ends_of([req], reason="abort"))
     recorder.abort(end)
     _forget([end])
 
@@ -147,7 +147,7 @@ def _commit(batch: Any, result: Any, finished_before: set[int], retracted: list[
         return
     finished = [r for r in batch.reqs if r.finished() and id(r) not in finished_before]
     finished = [r for r in finished if not live_server.began_before(r)]
-    ended = live_server.ending(finished, [end_of(r) for r in finished])
+    ended = live_server.ending(finished, ends_of(finished))
     recorder = guard.active().recorder
     assert recorder is not None
     recorder.commit(
@@ -185,8 +185,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
     """
     reqs = batch.reqs
-    before = [live_server.began_before(r) for r in reqs]
-    rids = [live_server.name_of(r) for r in reqs]
+    rids, began_before = live_server.names_of(reqs)
     if batch.forward_mode.is_decode():
         starts = [release().committed_len(r) - 1 for r in reqs]
         ends = [s + 1 for s in starts]
@@ -208,7 +207,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
         slots=batch.out_cache_loc.shape[0],
         waiting=waiting,
-        began_before=frozenset(rid for rid, b in zip(rids, before, strict=True) if b),
+        began_before=began_before,
     )
 
 
@@ -220,6 +219,20 @@ def context_of(req: Any) -> Context:
 def _replaced(req: Any) -> bool:
     """Whether SGLang refused the request and ran one token in the place of its prompt (`Req.set_finish_with_abort`)."""
     return len(req.origin_input_ids) == 1 and req.origin_input_ids != req.origin_input_ids_unpadded
+
+
+def ends_of(reqs: list[Any], reason: str | None = None) -> list[RequestEnd]:
+    """What the engine says of finished requests. On a live server one that cannot be read costs its own record only."""
+    ends = []
+    for req in reqs:
+        try:
+            ends.append(end_of(req, reason))
+        except Exception:
+            if guard.active().live is None:
+                raise
+            guard.logger.exception("sglang-probe could not read how request %.200s ended", req.rid)
+            ends.append(RequestEnd(req.rid, len(req.origin_input_ids), 0, 0, 0, schema.UNACCOUNTED, []))
+    return ends
 
 
 def end_of(req: Any, reason: str | None = None) -> RequestEnd:

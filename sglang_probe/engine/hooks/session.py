@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from sglang_probe.engine.hooks import instruments, policy, requests
 from sglang_probe.engine.hooks.config import ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import ForwardPlan, Recorder, Sink
 from sglang_probe.engine.ledger.writer import Writer
@@ -49,8 +50,6 @@ class Session:
         self.live: LiveRecording | None = None
         """Set before `open` if a live server is recorded; takes the place of the writer."""
         self._forwards_before = 0
-        self.resolved: dict[str, Any] = {}
-        """Server arguments as they are in force; set by `attach`."""
         self.plan: ForwardPlan | None = None
         """The forward being launched, from `launch` to `launched`."""
         self.publishing: Any = None
@@ -84,7 +83,7 @@ class Session:
             for instrument in self.instruments:
                 instrument.config = self.config
 
-    def attach(self, scheduler: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
+    def attach(self, scheduler: Any, server_args: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
 
         Args:
@@ -92,7 +91,7 @@ class Session:
             tp_size: ranks that run the model together.
             records: whether this process writes. Others only follow what the recording asks of the engine.
         """
-        self._scheduler, self.dp_rank, self.records = scheduler, dp_rank, records
+        self._scheduler, self._server_args, self.dp_rank, self.records = scheduler, server_args, dp_rank, records
         self.tp_size = tp_size
         self._start = policy.started_with(scheduler)
 
@@ -108,8 +107,7 @@ class Session:
         c, scheduler = self.config, self._scheduler
         for instrument in self.instruments:
             instrument.open(c, scheduler)
-        if c.switches != Switches() or self.opened:
-            policy.apply(scheduler, c.switches, self._start, used=self.opened > 0)
+        self.set_policy()
         self.opened += 1
         if not self.records:
             return
@@ -167,8 +165,23 @@ class Session:
     def _tell(self) -> None:
         """Say what is in force in this engine, for the manifest of a harvest (`harvest/engine.py`)."""
         if self.dp_rank == 0:
-            told = {"server_resolved": self.resolved, "weights": self.weights}
+            told = {"server_resolved": self.in_force(), "weights": self.weights}
             journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
+
+    def set_policy(self) -> None:
+        """Set what the configuration switches in the idle scheduler.
+
+        Raises:
+            UnsupportedError: it cannot be set without a restart.
+        """
+        if self.opened and self.live is not None:
+            return  # a live recording that begins again: requests are in flight, and its policy is in force
+        if self.config.switches != Switches() or self.opened:
+            policy.apply(self._scheduler, self.config.switches, self._start, used=self.opened > 0)
+
+    def in_force(self) -> dict[str, Any]:
+        """The server arguments as they are in force now."""
+        return resolved(self._scheduler, self._server_args)
 
     def reopen(self, config: EngineProbeConfig) -> None:
         """Go on with another recording in the same engine: another run, perhaps another policy.

@@ -285,7 +285,12 @@ def _mix(x: Hashes) -> Hashes:
     return x ^ (x >> np.uint64(31))
 
 
-@functools.lru_cache(maxsize=4096)
 def _seed(namespace: object) -> int:
-    digest = hashlib.blake2b(repr(namespace).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    """Of the namespaces that clients choose only short ones are kept in memory."""
+    told = repr(namespace)
+    return _seed_of(told) if len(told) < 256 else _seed_of.__wrapped__(told)
+
+
+@functools.lru_cache(maxsize=4096)
+def _seed_of(told: str) -> int:
+    return int.from_bytes(hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

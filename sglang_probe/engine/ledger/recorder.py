@@ -20,97 +20,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-
+from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, cut
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
 
+__all__ = ["Commit", "Context", "ForwardPlan", "Recorder", "RequestEnd", "Sink"]
+
 logger = logging.getLogger("sglang_probe")
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """Token ids of a request (any buffer of int64) and what else separates prefixes: `(extra_key, cache_salt)`."""
-
-    tokens: Any
-    namespace: object
-
-
-@dataclass(slots=True)
-class ForwardPlan:
-    """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
-
-    tag: int  # the scheduler's own number of this forward, to match launch and commit
-    mode: str
-    rids: list[str]
-    starts: list[int]
-    ends: list[int]
-    decoding: list[bool]
-    attempts: list[int]
-    prompt_lens: list[int]
-    contexts: list[Context | None]  # what identifies the prefix of each prefill row; None for decode rows
-    slots: int  # KV slots that the engine allocated for this forward
-    waiting: int = 0
-    weights: int = 0  # weight updates of the engine before this launch
-    unaccounted: str | None = None  # why nothing of this forward can be told apart, if so
-    # Requests that began while nothing was recorded, and where they go on: attempt and position.
-    began_before: frozenset[str] = frozenset()
-    carried: dict[str, tuple[int, int]] = field(default_factory=dict)
-    launched: float = field(default_factory=time.time)
-    forward_id: int = -1
-    row_start: int = -1
-    rows: dict[str, Any] | None = None
-    graph: bool = False  # whether the forward was replayed from a graph
-    selected: dict[str, Any] = field(default_factory=dict)  # see Commit
-    telemetry: Any = None
-    # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
-    travelling: dict[str, Any] = field(default_factory=dict)
-    origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
-    discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.ends) - sum(self.starts)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEnd:
-    """What the engine says of a request when it finishes."""
-
-    rid: str
-    prompt_len: int
-    output_len: int
-    cached_tokens: int
-    retractions: int
-    finish_reason: str
-    output_ids: list[int]
-
-
-@dataclass(slots=True)
-class Commit:
-    """Facts ready to be written: rows of one forward pass, and spans and requests that closed with it."""
-
-    forward: tuple[Any, ...] | None = None
-    rows: dict[str, Any] | None = None
-    numbered: int = 0  # rows that the forward was given numbers for
-    # Of hook points that do not hold every row, the selected ones, by their place in the forward. They may have none.
-    selected: dict[str, Any] = field(default_factory=dict)
-    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
-    spans: list[tuple[Any, ...]] = field(default_factory=list)
-    rebinds: list[tuple[Any, ...]] = field(default_factory=list)
-    requests: list[tuple[Any, ...]] = field(default_factory=list)
-    prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
-    lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
-
-
-class Sink(Protocol):
-    """Where commits go; it may block (back-pressure) but never raises for a full queue."""
-
-    def put(self, commit: Commit) -> None: ...
 
 
 @dataclass(slots=True)
@@ -166,7 +86,11 @@ class Recorder:
         """
         plan.forward_id = self._next_forward
         self._next_forward += 1
-        for i in range(len(plan.rids)):
+        for i, context in enumerate(plan.contexts):
+            p = self._progress.get(plan.rids[i])
+            if context is None and p is not None and p.attempt == plan.attempts[i]:
+                p.launched = plan.ends[i]
+                continue
             try:
                 self._launch(plan, i)
             except Exception as e:
@@ -215,7 +139,15 @@ class Recorder:
         """
         if self.lineage is None:
             return
-        for o in self.lineage.publish(rid, context.tokens, length, first_new, protected, context.namespace):
+        entries = (context.tokens, length, first_new, protected, context.namespace)
+        try:
+            rebound = self.lineage.publish(rid, *entries)
+        except LedgerError as e:
+            if not self._tolerant:
+                raise
+            self._lose(rid, e.message)
+            rebound = self.lineage.publish(rid, *entries)  # of an unknown owner now
+        for o in rebound:
             self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
 
     def end(self, end: RequestEnd) -> None:
@@ -273,16 +205,22 @@ class Recorder:
         lost: list[int] = []
         for i in range(len(plan.rids)):
             n = plan.ends[i] - plan.starts[i]
-            if self._accounted(plan, i, offset, commit.spans):
-                offset += n
-            else:
-                unaccounted += n
-                lost.append(i)
+            if plan.rids[i] not in self._lost:
+                try:
+                    self._account(plan, i, offset, commit.spans)
+                    offset += n
+                    continue
+                except LedgerError as e:
+                    if not self._tolerant:
+                        raise
+                    self._lose(plan.rids[i], e.message)
+            unaccounted += n
+            lost.append(i)
         if self._captures_rows:
             commit.numbered = offset
             self._next_row += offset
         if lost:
-            _cut(commit, plan, lost)
+            cut(commit, plan, lost)
         for end in ended:
             self.end(end)
         self._close_ended(commit)
@@ -321,20 +259,6 @@ class Recorder:
         self._rebinds = []
         self._close_ended(commit)
         self._sink.put(commit)
-
-    def _accounted(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> bool:
-        """Account for what a forward computed of a request; false if that cannot be done."""
-        rid = plan.rids[i]
-        if rid in self._lost:
-            return False
-        try:
-            self._account(plan, i, offset, spans)
-        except LedgerError as e:
-            if not self._tolerant:
-                raise
-            self._lose(rid, e.message)
-            return False
-        return True
 
     def _account(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> None:
         rid, attempt, start, end = plan.rids[i], plan.attempts[i], plan.starts[i], plan.ends[i]
@@ -398,24 +322,6 @@ class Recorder:
 
 _NOWHERE = (-1, -1, None, -1, 0)
 """forward_id, chunk, tier, row_start and row_step of a span that was never computed."""
-
-
-def _cut(commit: Commit, plan: ForwardPlan, lost: list[int]) -> None:
-    """Take the rows and measurements of some requests of a forward out of its commit."""
-    lengths = np.array(plan.ends) - np.array(plan.starts)
-    keep = np.repeat(~np.isin(np.arange(len(lengths)), lost), lengths)
-    place = np.cumsum(keep) - 1
-    if commit.rows is not None:
-        rows, selected = {}, {}
-        for hook_point, captured in commit.rows.items():
-            held = commit.selected.get(hook_point)
-            kept = np.flatnonzero(keep if held is None else keep[held])
-            rows[hook_point] = captured[kept.tolist()]
-            if held is not None:
-                selected[hook_point] = place[held[kept]]
-        commit.rows, commit.selected = rows, selected
-    if commit.telemetry is not None:
-        commit.telemetry = commit.telemetry.without({plan.rids[i] for i in lost})
 
 
 def _computed(

@@ -26,6 +26,10 @@ class SegmentLimits(Config):
     patience: float = Field(default=5.0, ge=0)
     """How long a due segment waits for a moment without requests in flight before they are cut in two."""
 
+    def reached(self, *, seconds: float, megabytes: float, requests: int) -> bool:
+        """Whether a segment of this age and size is due to be closed."""
+        return seconds >= self.max_seconds or megabytes >= self.max_megabytes or requests >= self.max_requests
+
 
 class LiveConfig(Config):
     """How a live server is recorded."""

@@ -57,6 +57,12 @@ class Names:
         self._used_before, self._used = self._used, set(taken)
         self._again_before, self._again = self._again, {}
 
+    def forget(self) -> None:
+        """Nothing that was named can be referred to any more."""
+        for _ in range(2):
+            self.new_segment(())
+        self.remembered = lambda _name: False
+
     def _taken(self, name: str) -> bool:
         return name in self._used or name in self._used_before or self.remembered(name)
 

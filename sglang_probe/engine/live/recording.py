@@ -15,13 +15,13 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.ledger.recorder import Commit, ForwardPlan
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live import provenance, segments
+from sglang_probe.engine.live.closing import Stopped, close_stopped, finish
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.metrics import Metrics
 from sglang_probe.engine.live.names import Names
@@ -30,9 +30,11 @@ from sglang_probe.engine.live.privacy import Redactor
 from sglang_probe.engine.live.sink import Sink, rebase
 from sglang_probe.engine.live.stops import DISK, Stops
 from sglang_probe.engine.live.totals import Totals
-from sglang_probe.run import journal
 
 logger = logging.getLogger("sglang_probe")
+
+_CLOSE_AGAIN = 60.0
+"""Age of a segment at which the closing of an earlier one that failed is tried again."""
 
 _REASONS = 100
 """Requests of a segment of which the manifest says why they could not be accounted for."""
@@ -87,7 +89,7 @@ class LiveRecording:
         self._nothing_new = False
         self._closed = 0
         self._keeper_errors = 0
-        self._unclosed: list[tuple[Path, Writer, str, dict[str, str]]] = []
+        self._unclosed: list[Stopped] = []
         self._recovered = segments.recover(root)
         self._number = segments.next_number(root)
         self._path = segments.open_segment(root, self._number, True, self._facts_now())
@@ -183,7 +185,7 @@ class LiveRecording:
             if self._closing or self.stops.fault is not None or epoch not in (None, self.epoch):
                 return
             self.stops.stop(fault, reason)
-            self._unclosed.append((self._path, self._writer, fault, dict(self._lost)))
+            self._unclosed.append(Stopped(self._path, self._writer, fault, self._told()))
         self._wake.set()
 
     def status(self) -> dict[str, Any]:
@@ -212,6 +214,7 @@ class LiveRecording:
             "rows": t.rows,
             "positions": dict(t.positions),
             "queue": {"waiting": self._writer.waiting, "size": self._room},
+            "disk": None if (failing := self._writer.failing) is None else str(failing),
             "write_errors": self.write_errors,
             "flush": {
                 "asked": self._asked,
@@ -252,8 +255,7 @@ class LiveRecording:
             except Exception:
                 self._keeper_errors += 1
                 logger.exception("sglang-probe could not keep the segments of %s", self._root)
-        with suppress(Exception):
-            self._close_stopped()
+        self._close_stopped()
         if self.stops.fault is not None:
             self._publish()
             return
@@ -261,7 +263,9 @@ class LiveRecording:
             status, fault = self._end
             with self._lock:
                 late, lengths = self._overflow.release(), self._prompt_lens()
-            self._finish(self._path, self._writer, status, late, lengths if fault is None else None, fault)
+            known = lengths if fault is None else None
+            last = self._path, self._writer, status, late
+            self._finish(*last, lengths=known, fault=fault, told=self._told())
             self._publish()
         except Exception:
             self._keeper_errors += 1
@@ -272,8 +276,11 @@ class LiveRecording:
             self.stop(f"the writer stopped: {error}", DISK)  # seen here while nothing is served
         if self.stops.fault is not None:
             self._publish()
-            self._begin_again()
+            if self.stops.due:
+                self._begin_again()
             return
+        if self._unclosed and time.monotonic() - self._opened > _CLOSE_AGAIN:
+            self._close_stopped()
         asked = self._asked
         flush = asked > self._done or self.weights[-1]["number"] > self._weights_at_opening
         if flush and not self._facts_in_segment:
@@ -307,12 +314,8 @@ class LiveRecording:
 
     def _due(self) -> bool:
         limits = self._config.segments
-        age = time.monotonic() - self._opened
-        due = (
-            age >= limits.max_seconds
-            or self._writer.bytes >= limits.max_megabytes * 1e6
-            or self._requests_in_segment >= limits.max_requests
-        )
+        age, size = time.monotonic() - self._opened, self._writer.bytes / 1e6
+        due = limits.reached(seconds=age, megabytes=size, requests=self._requests_in_segment)
         if not due or not self._facts_in_segment:
             self._due_since = None
             return False
@@ -340,16 +343,14 @@ class LiveRecording:
             segments.remove(path)
             return
         segments.note_carried(path, carried)
-        self._finish(old_path, old_writer, "complete", late, lengths, None, told)
+        self._finish(old_path, old_writer, "complete", late, lengths=lengths, fault=None, told=told)
 
     def _begin_again(self) -> None:
         """Close what has stopped and, when its time has come, open the next segment."""
         self._close_stopped()
-        if not self.stops.due:
-            return
         path: Path | None = None
         try:
-            number = segments.next_number(self._root)
+            number = max(segments.next_number(self._root), self._number + 1)
             path = segments.open_segment(self._root, number, True, self._facts_now())
             writer = self._new_writer(path)
         except Exception:
@@ -366,62 +367,27 @@ class LiveRecording:
             dropped, self._overflow = self._overflow.forwards, Overflow()
             self._overflow.forwards = dropped
             self._begin(writer)
-            self.names.new_segment(())
+            self.names.forget()
             self.epoch += 1
             self.stops.resume()
         logger.warning("sglang-probe records again, into %s", path)
         self._publish()
 
     def _close_stopped(self) -> None:
-        for item in list(self._unclosed):
-            path, writer, fault, lost = item
-            with suppress(Exception):
-                writer.stop()
-            try:
-                with suppress(OSError):
-                    journal.write_text_durably(self._root / "fault.txt", fault + "\n")
-                journal.discard_leftovers(path)
-                segments.close_segment(
-                    path, "incomplete", fault=fault, told={"weights": self.weights, "unaccounted": lost}
-                )
-            except Exception:
-                self._keeper_errors += 1
-                logger.exception("sglang-probe could not close %s; it will try again", path)
-                if path.exists():
-                    return
-            self._unclosed.remove(item)
-            self._closed += 1
+        closed, failed = close_stopped(self._root, self._unclosed)
+        self._closed += closed
+        self._keeper_errors += failed
 
-    def _finish(
-        self,
-        path: Path,
-        writer: Writer,
-        status: str,
-        late: Commit | None,
-        lengths: dict[str, int] | None,
-        fault: str | None,
-        told: Mapping[str, Any] | None = None,
-    ) -> None:
-        error: Exception | None = None
+    def _finish(self, path: Path, writer: Writer, status: str, late: Commit | None, **rest: Any) -> None:
         try:
-            if writer.error is None and late is not None:
-                writer.put(late)
-            writer.flush(timeout=120)
-        except Exception as e:  # what could be written is a segment all the same
-            error = e
-            status, lengths, fault = "incomplete", None, f"not everything could be written: {e}"
-            journal.discard_leftovers(path)
+            finish(path, writer, status, late, **rest)
         finally:
-            writer.stop()
-        segments.close_segment(path, status, prompt_lens=lengths, fault=fault, told=told or self._told())
-        self._closed += 1
-        self._last_closed = path
-        if error is not None:
-            raise error
+            self._closed += 1
+            self._last_closed = path
 
     def _told(self) -> dict[str, Any]:
         """What the manifest of the current segment says at its end besides the counts."""
-        return {"weights": self.weights, "unaccounted": dict(self._lost)}
+        return {"weights": self.weights, "unaccounted": dict(self._lost), "carried_in": dict(self._carried_in)}
 
     def _facts_now(self) -> dict[str, Any]:
         return {**self._facts, "weights": self.weights}

@@ -104,16 +104,18 @@ def close_segment(
 
     Args:
         prompt_lens: of the requests that are still in flight; None if that is not known (the server died).
-        told: further fields of the manifest.
+        told: further fields of the manifest, and `carried_in` of the segment.
     """
     run = load_run(path)
     manifest = run.manifest
     seen, by_status, by_phase = _count_spans(run)
     finish: Counter[str] = Counter()
     journal.write_durably(path / REQUESTS_FILE, lambda p: _write_requests(run, p, seen, prompt_lens, finish))
+    told = dict(told or {})
+    manifest["segment"]["carried_in"] = told.pop("carried_in", manifest["segment"]["carried_in"])
     manifest["segment"]["closed"] = datetime.now(UTC).isoformat(timespec="seconds")
     manifest.update(
-        told or {},
+        told,
         status=status,
         fault=fault,
         requests_expected=finish.total(),

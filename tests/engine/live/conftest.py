@@ -33,15 +33,41 @@ class FakeEngine:
         assert config.live is not None
         facts = {"hook_points": {"hook_embed": ""} if rows else {}}
         self.live = LiveRecording(root, config.live, facts, part_seconds=0.05, drops=drops, tick=0.02)
-        self.recorder = Recorder(self.live, lineage=Lineage(1, 10_000), captures_rows=rows, tolerant=True)
-        assert self.recorder.lineage is not None
-        self.live.names.remembered = self.recorder.lineage.remembers
+        self._forwards = 0
+        self.recorder = self._recorder(rows)
         self._rows = rows
         self._tag = 0
         self._names: dict[str, str] = {}
+        self._began_before: set[str] = set()
+        self.weights = 0
+        self.unexplained: str | None = None
+        """Why the next forward passes cannot be accounted for."""
         self.tokens: dict[str, list[int]] = {}
         self._prompt: dict[str, int] = {}
         self._cached: dict[str, int] = {}
+
+    def _recorder(self, rows: bool) -> Recorder:
+        lineage = Lineage(1, 10_000)
+        self.live.names.remembered = lineage.remembers
+        return Recorder(
+            self.live.sink(),
+            lineage=lineage,
+            captures_rows=rows,
+            first_forward=self._forwards,
+            first_row=self.live.totals.rows,
+            tolerant=True,
+        )
+
+    def follow(self) -> None:
+        """What the session does before a launch, once the recording has begun again."""
+        self.recorder = self._recorder(self._rows)
+        self._began_before = set(self._names)
+        self._names.clear()
+
+    def update_weights(self, version: str) -> None:
+        """The engine's weights are others from now on."""
+        self.weights += 1
+        self.live.weights_changed({"number": self.weights, "how": "disk", "version": version, "path": None})
 
     def prefill(self, rid: str, prompt: list[int], *, reused: int = 0, asking: bool = False) -> None:
         self.tokens[rid], self._prompt[rid], self._cached[rid] = list(prompt), len(prompt), reused
@@ -111,7 +137,11 @@ class FakeEngine:
             [None if decoding else Context(np.array(self.tokens[r]), None) for r, _, _ in rows],
             sum(e - s for _, s, e in rows),
         )
+        before, self._began_before = self._began_before, self._began_before - {r for r, _, _ in rows}
+        plan.began_before = frozenset(self._names[r] for r, _, _ in rows if r in before)
+        plan.weights, plan.unaccounted = self.weights, self.unexplained
         self.recorder.launch(plan)
+        self._forwards = plan.forward_id + 1
         self.live.launched(plan, asking or set())
         if self._rows:
             plan.rows = {"hook_embed": EMBEDDING[[self.tokens[r][p] for r, s, e in rows for p in range(s, e)]]}

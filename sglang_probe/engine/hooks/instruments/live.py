@@ -123,16 +123,30 @@ _KNOWN = "_sglang_probe_name"
 """Attribute of a `Req` that was launched: the epoch of the recording that knows it, and its name there."""
 
 
-def name_of(req: Any) -> str:
-    """The name of a request in the ledger, given at its first launch. Runs inside guarded code."""
+def names_of(reqs: Sequence[Any]) -> tuple[list[str], frozenset[str]]:
+    """Names of requests in the ledger, given at their first launch; and which of them began before the present
+    recording and are seen in it for the first time. Runs inside guarded code."""
     session = guard.active()
-    if session.live is None:
-        return str(req.rid)
-    epoch, name = getattr(req, _KNOWN, (0, ""))
-    if epoch != session.epoch:
-        name = session.live.name(req.rid)
-        setattr(req, _KNOWN, (session.epoch, name))
-    return str(name)
+    live, epoch = session.live, session.epoch
+    if live is None:
+        return [r.rid for r in reqs], frozenset()
+    names, before = [], []
+    for r in reqs:
+        known = getattr(r, _KNOWN, None)
+        if known is None or known[0] != epoch:
+            name = live.name(r.rid)
+            setattr(r, _KNOWN, (epoch, name))
+            if known is not None:
+                before.append(name)
+            names.append(name)
+        else:
+            names.append(known[1])
+    return names, frozenset(before)
+
+
+def name_of(req: Any) -> str:
+    """The name of one request. Runs inside guarded code."""
+    return names_of([req])[0][0]
 
 
 def began_before(req: Any) -> bool:
@@ -156,8 +170,9 @@ def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
         return list(ends)
     named_ends = [replace(end, rid=name_of(r)) for r, end in zip(reqs, ends, strict=True)]
     for r, end in zip(reqs, named_ends, strict=True):
-        # Of a prompt given as embeddings SGLang's token ids are made up.
-        live.ending(end.rid, r.origin_input_ids if r.input_embeds is None else None)
+        # Of a prompt given as embeddings SGLang's token ids are made up; others have embeddings put over some tokens.
+        made_up = r.input_embeds is not None or getattr(r, "positional_embed_overrides", None) is not None
+        live.ending(end.rid, None if made_up else r.origin_input_ids)
     return named_ends
 
 

@@ -1,0 +1,110 @@
+"""What passes between the hooks, the recorder and the writer: plans of forward passes, ends of requests, commits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from sglang_probe.engine.ledger.lineage import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Token ids of a request (any buffer of int64) and what else separates prefixes: `(extra_key, cache_salt)`."""
+
+    tokens: Any
+    namespace: object
+
+
+@dataclass(slots=True)
+class ForwardPlan:
+    """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
+
+    tag: int  # the scheduler's own number of this forward, to match launch and commit
+    mode: str
+    rids: list[str]
+    starts: list[int]
+    ends: list[int]
+    decoding: list[bool]
+    attempts: list[int]
+    prompt_lens: list[int]
+    contexts: list[Context | None]  # what identifies the prefix of each prefill row; None for decode rows
+    slots: int  # KV slots that the engine allocated for this forward
+    waiting: int = 0
+    weights: int = 0  # weight updates of the engine before this launch
+    unaccounted: str | None = None  # why nothing of this forward can be told apart, if so
+    # Requests that began while nothing was recorded, and where they go on: attempt and position.
+    began_before: frozenset[str] = frozenset()
+    carried: dict[str, tuple[int, int]] = field(default_factory=dict)
+    launched: float = field(default_factory=time.time)
+    forward_id: int = -1
+    row_start: int = -1
+    rows: dict[str, Any] | None = None
+    graph: bool = False  # whether the forward was replayed from a graph
+    selected: dict[str, Any] = field(default_factory=dict)  # see Commit
+    telemetry: Any = None
+    # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
+    travelling: dict[str, Any] = field(default_factory=dict)
+    origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
+    discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    """What the engine says of a request when it finishes."""
+
+    rid: str
+    prompt_len: int
+    output_len: int
+    cached_tokens: int
+    retractions: int
+    finish_reason: str
+    output_ids: list[int]
+
+
+@dataclass(slots=True)
+class Commit:
+    """Facts ready to be written: rows of one forward pass, and spans and requests that closed with it."""
+
+    forward: tuple[Any, ...] | None = None
+    rows: dict[str, Any] | None = None
+    numbered: int = 0  # rows that the forward was given numbers for
+    # Of hook points that do not hold every row, the selected ones, by their place in the forward. They may have none.
+    selected: dict[str, Any] = field(default_factory=dict)
+    telemetry: Any = None  # capture.telemetry.Measured of its decode steps
+    spans: list[tuple[Any, ...]] = field(default_factory=list)
+    rebinds: list[tuple[Any, ...]] = field(default_factory=list)
+    requests: list[tuple[Any, ...]] = field(default_factory=list)
+    prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
+    lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
+
+
+class Sink(Protocol):
+    """Where commits go; it may block (back-pressure) but never raises for a full queue."""
+
+    def put(self, commit: Commit) -> None: ...
+
+
+def cut(commit: Commit, plan: ForwardPlan, lost: list[int]) -> None:
+    """Take the rows and measurements of some requests of a forward out of its commit."""
+    lengths = np.array(plan.ends) - np.array(plan.starts)
+    keep = np.repeat(~np.isin(np.arange(len(lengths)), lost), lengths)
+    place = np.cumsum(keep) - 1
+    if commit.rows is not None:
+        rows, selected = {}, {}
+        for hook_point, captured in commit.rows.items():
+            held = commit.selected.get(hook_point)
+            kept = np.flatnonzero(keep if held is None else keep[held])
+            rows[hook_point] = captured[kept.tolist()]
+            if held is not None:
+                selected[hook_point] = place[held[kept]]
+        commit.rows, commit.selected = rows, selected
+    if commit.telemetry is not None:
+        commit.telemetry = commit.telemetry.without({plan.rids[i] for i in lost})
