@@ -43,6 +43,9 @@ def command(
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
 
+    A request that SGLang refuses is recorded as refused, and the rest is served. Ctrl-C, SIGTERM and SIGHUP close the
+    run as incomplete; `--resume` finishes it.
+
     Every token position of every request is accounted for: computed or reused from the prefix cache, in which forward
     pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
     `sglang-probe verify`.
@@ -80,4 +83,8 @@ def command(
     print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
         console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
+    if refused := run.manifest.get("refused"):
+        rid, why = next(iter(refused.items()))
+        console.print(f"SGLang refused {len(refused)} of {len(prepared.workload.requests)} requests", style="yellow")
+        console.print(f"  {rid}: {why}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

@@ -126,6 +126,11 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         )
     if manifest["lines_skipped"]:
         gaps.append(f"{manifest['lines_skipped']} malformed workload lines were skipped")
+    if refused := manifest.get("refused"):
+        gaps.append(
+            f"{len(refused)} requests were refused by SGLang (`finish_reason: refused`; `refusal` says why): complete "
+            "means that every request was served or refused"
+        )
     if manifest["status"] != "complete":
         gaps.append(manifest.get("fault") or "the run was interrupted")
     partial = Selected.from_manifest(manifest).partial
