@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
@@ -160,8 +160,9 @@ class ProbedEngine:
             self._end()
             if isinstance(e, ValueError | TypeError) or not isinstance(e, Exception):
                 raise
-            fault = fault_of(self._probe.run)
-            raise EngineDied(f"SGLang did not start: {fault or e}", fix="its log above says more") from e
+            raise EngineDied(
+                f"SGLang did not start: {fault_of(self._probe.run) or e}", fix="its log above says more"
+            ) from e
         self._signals.restore(self._engine.loop)
         self._children = Children(p for p in multiprocessing.active_children() if p not in before)
 
@@ -170,6 +171,7 @@ class ProbedEngine:
         assert self._folder is not None
         text = json.dumps(probe.model_dump(mode="json"), indent=2) + "\n"
         (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
+        (Path(self._folder.name) / FAULT_FILE).unlink(missing_ok=True)  # of the recording before
         path = Path(self._folder.name) / f"probe-{self._recordings}.yaml"
         path.write_text(text, encoding="utf-8")
         return path
@@ -278,14 +280,19 @@ class ProbedEngine:
         Raises:
             EngineDied: it ended; says why, as far as that is known. ProbeError: it stopped recording.
         """
-        fault, ended = fault_of(self._probe.run), self._children.ended()
+        fault, ended = self._fault(), self._children.ended()
         if ended is None and self._signals.child_failed:
             ended = self._children.wait_for_end()
-            fault = fault_of(self._probe.run)
+            fault = self._fault()
         if ended is not None:
             raise EngineDied(fault or ended.words, fix=ended.fix, in_flight=list(self._in_flight))
         if fault is not None:
             raise ProbeError(fault)
+
+    def _fault(self) -> str | None:
+        """Why the probe stopped recording. It tells it beside its configuration if the disk of the run is full."""
+        assert self._folder is not None
+        return fault_of(self._probe.run) or fault_of(Path(self._folder.name))
 
     async def serve_groups(
         self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None = None
@@ -310,7 +317,7 @@ class ProbedEngine:
         except TimeoutError:
             raise ProbeError(f"the engine did not confirm within {timeout} s that the recording is on disk") from None
         if not all(replies):
-            raise ProbeError(fault_of(self._probe.run) or "the engine refused to close the recording")
+            raise ProbeError(self._fault() or "the engine refused to close the recording")
 
     def _tell(self, command: str, value: int, timeout: float) -> list[bool]:
         """Send a command to every data-parallel rank (`sglang_probe.engine.hooks.control`)."""
@@ -337,8 +344,6 @@ class ProbedEngine:
 
 def fault_of(run: Path) -> str | None:
     """Why the probe stopped recording, if it did."""
-    from sglang_probe.engine.hooks.config import FAULT_FILE
-
     path = run / FAULT_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
