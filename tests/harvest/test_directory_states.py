@@ -144,16 +144,6 @@ def test_an_overwrite_that_is_killed_at_any_moment_loses_no_complete_run_and_can
         assert beside(path) == set()
 
 
-def test_two_overwrites_that_are_killed_lose_no_complete_run(tmp_path: Path) -> None:
-    def before(path: Path) -> None:
-        record(path, "R")
-        killed_before(25, lambda: record(path, "N", overwrite=True))
-
-    for path in kills(tmp_path, before, lambda path: record(path, "M", overwrite=True)):
-        aside = path.with_name(".run.replaced")
-        assert any(intact(p, name) for p, name in ((path, "R"), (aside, "R"), (path, "N"), (aside, "N"), (path, "M")))
-
-
 def test_an_overwrite_without_one_part_puts_back_what_was_there_also_if_it_is_killed_meanwhile(tmp_path: Path) -> None:
     for path in kills(
         tmp_path,
