@@ -153,7 +153,7 @@ class ProbedEngine:
             import sglang
 
             self._engine = sglang.Engine(**self._server, **self._signals.arguments())
-            self._engine.tokenizer_manager.auto_create_handle_loop()  # installs handlers too, at the first request else
+            self.run(self._listen())
         except BaseException as e:
             left = Children(p for p in multiprocessing.active_children() if p not in before)
             left.kill()
@@ -165,6 +165,11 @@ class ProbedEngine:
             ) from e
         self._signals.restore(self._engine.loop)
         self._children = Children(p for p in multiprocessing.active_children() if p not in before)
+
+    async def _listen(self) -> None:
+        """What SGLang does at the first request: now, because it installs signal handlers. It makes another event loop
+        if it is not called from one."""
+        self._engine.tokenizer_manager.auto_create_handle_loop()
 
     def _write_config(self, probe: EngineProbeConfig) -> Path:
         """Write what the scheduler process reads, and a copy into the run. JSON is YAML."""
