@@ -14,7 +14,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all attack bench bench-gpu lint setup clean
+.PHONY: demo test test-all attack bench bench-gpu docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -31,15 +31,18 @@ test-all: setup $(OLDER)/.ready ## slow tests too, and everything on the older r
 	$(OLDER)/bin/python -m pytest $(WORKERS)
 
 attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
-	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/attack.md
+	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
 
-bench: setup ## measure overhead and studies, and write docs/benchmarks.md
+bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md
 	$(BIN)/python bench/overhead.py
-	$(BIN)/python bench/eviction.py --out docs/benchmarks.md
+	$(BIN)/python bench/eviction.py --out docs/evidence/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
-bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/gpu.md says has not been shown yet; resumable
+bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
+
+docs: setup ## write the pages of docs/reference that follow from the code
+	$(BIN)/python docs/generate.py
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

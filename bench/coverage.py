@@ -1,6 +1,6 @@
 """Time and memory of `sglang-probe coverage` on a ledger of a hundred million positions.
 
-    python bench/coverage.py [--requests 200000] [--rounds 3] [--out docs/benchmarks.md]
+    python bench/coverage.py [--requests 200000] [--rounds 3] [--out docs/evidence/benchmarks.md]
 
 The run is made by bench/synthetic.py. Each measurement is the whole command in a process of its own: start of Python,
 study, bootstrap, report and weights. Memory is the largest resident set.
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence/benchmarks.md"))
     args = parser.parse_args()
     lines = ["| axes | seconds (range) | peak memory, GiB | goal |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """What attention to kept sets costs, or saves: decode throughput of our backend as ratios to SGLang's `torch_native`.
 
-    python bench/eviction.py [--rounds 3] [--out docs/benchmarks.md]
+    python bench/eviction.py [--rounds 3] [--out docs/evidence/benchmarks.md]
 
 A round starts one engine with the stock backend and one with ours, in shuffled order, each in a process of its own,
 both recording the ledger. Prompts are served from the radix cache, so that what is timed is decoding. In our engine the

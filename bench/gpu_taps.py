@@ -1,4 +1,4 @@
-"""GraphTaps in real CUDA graphs, without SGLang: the mechanism of docs/gpu.md alone. Needs a GPU.
+"""GraphTaps in real CUDA graphs, without SGLang: the mechanism of docs/explanation/gpu.md alone. Needs a GPU.
 
     python bench/gpu_taps.py taps.json
 

@@ -1,6 +1,6 @@
 """What the probe costs: throughput of one engine under each configuration, as ratios to stock SGLang.
 
-    python bench/overhead.py [--rounds 5] [--out docs/benchmarks.md]
+    python bench/overhead.py [--rounds 5] [--out docs/evidence/benchmarks.md]
 
 Each measurement is a fresh engine in a process of its own. A round measures every configuration once, in shuffled
 order; a ratio is taken within its round, so that a slow minute of a shared machine hits both sides alike.
@@ -166,7 +166,7 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence/benchmarks.md"))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--one", choices=list(MODES), help=argparse.SUPPRESS)
     args = parser.parse_args()

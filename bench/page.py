@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: one section a benchmark, each written by its own script."""
+"""docs/evidence/benchmarks.md: one section a benchmark, each written by its own script."""
 
 from __future__ import annotations
 

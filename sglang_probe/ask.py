@@ -2,15 +2,6 @@
 
 `Ask.of` is the only reader of that mapping and `Ask.into` its only writer, for a workload and for a client of a server
 alike. Nothing in it is passed over: an unknown key, a wrong type or a value that cannot be had is refused by name.
-
-| key | what it asks |
-|---|---|
-| `force` | decode these tokens in place of sampled ones; null leaves a sample |
-| `cache` | `read_only`, `write_only` or `off`: how to use the prefix cache |
-| `positions` | `{from: L, to: S}`: sequence position L + i is rotated as position S + i |
-| `evict` | attend to the kept set of this name (`sglang_probe.kept_set`) |
-| `system` | `[[start, end], ...]`: where the system prompt lies, for telemetry |
-| `provenance` | `true`: answer with where every position came from (a live server) |
 """
 
 from __future__ import annotations
@@ -38,6 +29,7 @@ class PositionOverride(Config):
     start: StrictInt = Field(alias="from", ge=1)
     """First sequence position that is moved; what lies before it may come from the prefix cache."""
     to: StrictInt = Field(ge=0)
+    """The RoPE position that `from` is given."""
 
     def moved(self, start: int, end: int) -> tuple[int, list[int]]:
         """Of sequence positions `[start, end)`: how many come before the override, and the RoPE positions of the
@@ -54,11 +46,18 @@ class Ask(Config):
     """What one request asks. Every field is None where the request says nothing."""
 
     force: tuple[Annotated[StrictInt, Field(ge=0)] | None, ...] | None = None
+    """Token ids to decode in place of sampled ones; null at a step leaves that token to sampling."""
     cache: CacheUse | None = None
+    """How it uses the prefix cache: `read_only` publishes nothing, `write_only` reuses nothing, `off` does neither."""
     positions: PositionOverride | None = None
+    """Rotate the positions from `from` on as those from `to` on. The request publishes nothing."""
     evict: StrictStr | None = None
+    """Name of a kept set (`sglang_probe.kept_set`): of the positions that the set is about, only those that it keeps
+    are attended to after them."""
     system: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, max_length=_MOST_RANGES)
+    """Ranges `[start, end]` of prompt positions that telemetry counts as the system prompt."""
     provenance: StrictBool | None = None
+    """Put the spans of the request into `meta_info["probe"]` of its answer. A live server only."""
 
     @field_validator("system")
     @classmethod

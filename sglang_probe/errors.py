@@ -6,6 +6,9 @@ from __future__ import annotations
 class ProbeError(Exception):
     """Base of all errors raised on purpose. `str()` gives the message, then the advice on its own line."""
 
+    reason: str | None = None
+    """Class of a refusal of one record of a workload, e.g. `too long`: what skipped records are counted by."""
+
     def __init__(self, message: str, *, fix: str | None = None) -> None:
         super().__init__(message)
         self.message = message

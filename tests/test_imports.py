@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "sglang_probe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT_SGLANG = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/", "harvest/engine.py")
 
-GROUND = {"errors", "hashing", "paths", "config", "ask", "kept_set", "lazy"}
+GROUND = {"errors", "hashing", "paths", "config", "ask", "kept_set", "lazy", "yaml_text"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),
@@ -30,12 +30,13 @@ MAY_IMPORT = {
     "verify": {"run", "stats", *GROUND},
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
+    "model": GROUND,
     "engine": {"run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
-    "harvest": {"engine", "verify", "run", "workload", "axes", "policy", *GROUND},
+    "harvest": {"engine", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "verify", "run", "workload", "axes", "policy", "stats", "report"}
     | GROUND,
-    "cli": {"studies", "harvest", "verify", "engine", "run", "report", *GROUND},
+    "cli": {"studies", "harvest", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }
@@ -47,6 +48,8 @@ RECORDING = ("engine/", "harvest/", "plugin.py")
 LAZY = {
     "axes/axis.py": {"transformers"},
     "axes/vocabulary.py": {"transformers"},
+    "model/from_gguf.py": {"gguf"},
+    "model/tokenizer.py": {"tokenizers"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

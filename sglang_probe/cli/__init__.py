@@ -1,4 +1,4 @@
-"""The command line: what each study describes, and `harvest`, `verify` and `doctor`. Nothing heavy is imported here."""
+"""The command line: what each study describes, and the commands of this folder. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, harvest, verify
+from sglang_probe.cli import doctor, harvest, live, model, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
     name="sglang-probe",
-    help="Exact accounting of what SGLang computed: which tokens of a harvest were run, and which came from the cache.",
+    help="Record what SGLang really computed: which token positions were run, which came from the prefix cache, "
+    "and the activations of those that were run.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -21,7 +22,9 @@ app = typer.Typer(
 app.command("harvest")(harvest.command)
 for study in STUDIES:
     app.command(study.name)(study.command())
+app.command("live")(live.command)
 app.command("verify")(verify.command)
+app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.command)
 
 

@@ -13,9 +13,9 @@ def command(
         bool, typer.Option(help="Draft an inventory for the installed release from the newest one, to be reviewed.")
     ] = False,
 ) -> None:
-    """Show the installed SGLang and the state of every place the probe touches: fine, changed or missing.
+    """Show the installed SGLang, and whether every place in it that the probe touches is as it was reviewed.
 
-    Exit code 0 if all are as reviewed, 1 if not.
+    Each place is fine, changed or missing. Exit code 0 if all are fine, 1 if not.
     """
     from rich.console import Console
     from rich.table import Table

@@ -33,10 +33,14 @@ def _config() -> type[HarvestConfig]:
 def command(
     config: Annotated[Path, typer.Argument(help="YAML of the harvest; `--example` prints one.")],
     output: Annotated[Path | None, typer.Option(help="Run directory; default: `<output>/<name>` of the YAML.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the run directory if it exists.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Pass over malformed lines of the workload, and count them.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Delete the run directory if it exists, and record it again.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Skip records of the workload that cannot be used, and count them.")
+    ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Finish an interrupted run, serving missing requests only; keep a complete one.")
+        bool, typer.Option(help="Finish an interrupted run: serve only what is missing. A complete run is kept.")
     ] = False,
     example: Annotated[bool, example_option(EXAMPLE)] = False,
     schema: Annotated[bool, schema_option(_config)] = False,
@@ -46,11 +50,11 @@ def command(
     A request that SGLang refuses is recorded as refused, and the rest is served. Ctrl-C, SIGTERM and SIGHUP close the
     run as incomplete; `--resume` finishes it.
 
-    Every token position of every request is accounted for: computed or reused from the prefix cache, in which forward
-    pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
+    Every token position of every request is recorded: whether it was computed or reused from the prefix cache, in which
+    forward pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
     `sglang-probe verify`.
 
-    The YAML must hold `workload`: a file of prompts, or one of the built-in sources.
+    The YAML must have `workload`: a file of prompts, or one of the built-in sources.
 
     Example: `sglang-probe harvest mine.yaml --output runs/mine`
     """
@@ -82,7 +86,7 @@ def command(
     columns += [Column(c) for c in ("positions", "computed", "reused")]
     print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
-        console.print(f"{prepared.workload.skipped} malformed lines were skipped", style="yellow")
+        console.print(prepared.workload.skipped_in_words, style="yellow", markup=False, soft_wrap=True)
     if refused := run.manifest.get("refused"):
         rid, why = next(iter(refused.items()))
         console.print(f"SGLang refused {len(refused)} of {len(prepared.workload.requests)} requests", style="yellow")

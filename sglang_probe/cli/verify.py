@@ -12,16 +12,19 @@ def command(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     model: Annotated[
         Path | None,
-        typer.Option(help="Model folder to take embeddings from; default: the hashes that the run carries."),
+        typer.Option(help="Folder of the model, to compare embeddings with; default: the hashes in the run."),
     ] = None,
     transformers: Annotated[
-        int, typer.Option(help="Also recompute this many requests with `transformers` and compare every hook point.")
+        int, typer.Option(help="Also recompute this many requests with `transformers`, and compare every captured row.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check the invariants of a run directory. Exit code 0 if all hold, 1 if not; the first violation is named.
+    """Check that a run directory holds what it claims. Exit code 0 if all checks hold, 1 if not.
 
-    Needs no SGLang: it works on data copied from another machine.
+    Every check says what it covered, and the first violation is named. Needs no SGLang: it works on data copied from
+    another machine.
+
+    Example: `sglang-probe verify runs/mine --transformers 8`
     """
     import json
     from dataclasses import asdict

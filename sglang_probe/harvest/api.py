@@ -27,6 +27,7 @@ from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.policy.arm import Arm
+from sglang_probe.run.hook_points import expand
 from sglang_probe.run.run import Run
 from sglang_probe.workload.build import Workload, WorkloadConfig, iter_requests
 from sglang_probe.workload.request import Conversation, Request, Segment, SegmentSpan
@@ -44,12 +45,12 @@ class Experiment:
             again = experiment.record("runs/again", outputs_of=first, arm={"cache": "off"})
 
     Args:
-        model: `probe-text` or `probe-recall` (built in), a local path, or a hub id.
+        model: a name of `sglang-probe model list`, a local path, or a hub id.
         workload: as in the YAML, e.g. `{"source": "jsonl", "path": "requests.jsonl"}`; or `prompts`, or `requests`.
         prompts: texts, which the tokenizer encodes as they are (no chat template), or token ids.
         requests: with ids, families, segments and sampling parameters of their own.
         arms: for `run`: policies by name.
-        hook_points: what is captured; `blocks.*.attn.hook_v` is that of every layer.
+        hook_points: what is captured; `blocks.*.attn.hook_v` is that of every layer, `blocks.{4..12}.` of some.
         asks: fields of `Ask` that the engine must honour for later runs (`force` for `outputs_of`, `evict` for `kept`);
             without them it is started again when a run needs more.
         reporter: told of the progress, e.g. `sglang_probe.harvest.progress.Terminal`.
@@ -81,7 +82,7 @@ class Experiment:
             raise ConfigError(f"asks: `{unknown[0]}` is no field of `Ask`", fix=f"one of {', '.join(Ask.model_fields)}")
         found = resolve_model(model)
         if hook_points is not None:
-            options["hook_points"] = _expanded(hook_points, found.layers)
+            options["hook_points"] = list(hook_points)
         options["model"] = model
         config: Recording
         made: Workload | None = None
@@ -156,7 +157,7 @@ class Experiment:
             served = tuple(_keeping(served, kept))
         elif kept is not None:
             sets = KeptFile(Path(kept))
-        points = None if hook_points is None else _expanded(hook_points, self.prepared.model.layers)
+        points = None if hook_points is None else expand(hook_points, self.prepared.model.layers)
         job = job_of(
             self.prepared,
             path.name,
@@ -227,15 +228,6 @@ def record(
 
 def _arm(given: Arm | Mapping[str, Any]) -> Arm:
     return given if isinstance(given, Arm) else parse_config(dict(given), Arm, where="arm")
-
-
-def _expanded(hook_points: Iterable[str], layers: int) -> list[str]:
-    """Names with `blocks.*` as those of every layer."""
-    return [
-        name.replace("blocks.*", f"blocks.{layer}")
-        for name in hook_points
-        for layer in (range(layers) if "blocks.*" in name else [0])
-    ]
 
 
 def _of_prompts(prompts: Sequence[Prompt], tokenizer: Any, sampling: Mapping[str, Any]) -> Iterable[Request]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from sglang_probe.config import Config
+from sglang_probe.config import Config, beside
 from sglang_probe.errors import ConfigError
-from sglang_probe.paths import BUILT_IN_MODEL
+from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
-from sglang_probe.run.hook_points import EMBED, parse_hook_point
-from sglang_probe.run.selection import RowsConfig, Selected
+from sglang_probe.run.hook_points import EMBED, parse_pattern
+from sglang_probe.run.selection import RowsConfig, Selected, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
 from sglang_probe.workload.build import WorkloadConfig
 
@@ -21,14 +21,17 @@ class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
 
     model: str = BUILT_IN_MODEL
-    """`probe-text` or `probe-recall` (built in), a local path, or a hub id."""
+    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it), or
+    a hub id."""
     dtype: str = "auto"
+    """`bfloat16`, `float16` or `float32`; `auto` takes that of the checkpoint."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
     """Default sampling parameters; a request may carry its own."""
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
-    """Rows to capture. `hook_embed` lets every row's owner be proved; leave it in. `[]` records the ledger alone."""
+    """Rows to capture. Keep `hook_embed`: it proves which token each row belongs to. `[]` records the ledger alone.
+    `blocks.*.hook_resid_post` is of every layer; `blocks.{4..12}.`, `blocks.{0..28..4}.`, `blocks.{0,5}.` of some."""
     accelerator: Literal["refused", "unproved"] = "refused"
-    """Whether rows may be captured on a GPU, where that has not been proved (docs/gpu.md)."""
+    """Whether rows may be captured on a GPU, where that has not been proved (docs/explanation/gpu.md)."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads rows are kept for, e.g. `{window: 32, decode: {every: 4}}`; by default all."""
     telemetry: TelemetryConfig | None = None
@@ -38,15 +41,23 @@ class Recording(Config):
     concurrency: int = Field(default=16, ge=1)
     """Requests in flight at once."""
     checkpoint_seconds: float = Field(default=20.0, gt=0)
-    """How often what is known is made durable: the most work that a crash can cost."""
+    """How often the recording is written to disk: the most seconds of it that a crash can cost."""
     output: Path = Path("runs")
-    """Folder in which the run directory is made."""
+    """Folder in which the run directory is made. Relative to the working directory, unlike all that is read."""
+
+    @field_validator("model")
+    @classmethod
+    def _beside_the_yaml(cls, name: str, info: ValidationInfo) -> str:
+        folder = (info.context or {}).get("folder")
+        if folder is None or name in BUILT_IN_MODELS or not (folder / name / "config.json").exists():
+            return name
+        return beside(name, folder)
 
     @field_validator("hook_points")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            parse_hook_point(name)
+            parse_pattern(name)
         return list(dict.fromkeys(names))
 
 
@@ -54,6 +65,7 @@ class WorkloadRecording(Recording):
     """A recording, or several, of one workload."""
 
     workload: WorkloadConfig
+    """Where the requests come from; `source` chooses."""
 
 
 def refuse_rows(config: Recording) -> None:
@@ -62,7 +74,7 @@ def refuse_rows(config: Recording) -> None:
     Raises:
         ValueError: a hook point would not hold every position.
     """
-    if partial := Selected(config.rows, config.hook_points).partial:
+    if partial := Selected(*expanded(config.rows, config.hook_points, None)).partial:
         raise ValueError(f"this study reads all positions, and `rows` keeps some of `{partial[0]}`: leave it out")
 
 
@@ -97,8 +109,9 @@ def _skipping(workload: WorkloadConfig) -> WorkloadConfig:
 
 
 class HarvestConfig(WorkloadRecording):
-    """One run under one arm."""
+    """One run."""
 
     name: str | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
+    """How SGLang is used: its prefix cache, who shares a batch, dtype, server arguments."""

@@ -9,13 +9,13 @@ import os
 import tempfile
 import time
 import typing
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
@@ -95,6 +95,34 @@ def sampling_parameter_names() -> set[str]:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     return set(SamplingParams.__struct_fields__)
+
+
+def verify_sampling(values: Mapping[str, Any], vocabulary: int, tokenizer: Any) -> str | None:
+    """What SGLang has against sampling values, by the types that it declares and by its own checks, in its order
+    (`TokenizerManager._create_tokenized_object`); None: nothing.
+
+    Args:
+        values: known parameters, without `custom_params`.
+    """
+    prepare_this_process()
+    import msgspec
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    types = typing.get_type_hints(SamplingParams)
+    for name, value in values.items():
+        if value is None or name == "watermark":
+            continue
+        try:
+            msgspec.convert(value, types[name])
+        except (msgspec.ValidationError, TypeError) as e:
+            return f"`{name}: {value!r}`: {e}"
+    try:
+        params = SamplingParams(**values)
+        params.normalize(tokenizer)
+        params.verify(vocabulary)
+    except Exception as e:  # a broken `stop_regex` is an error of `re`, a strange value of anything
+        return str(e) or type(e).__name__
+    return None
 
 
 class ProbedEngine:
@@ -215,11 +243,11 @@ class ProbedEngine:
         if self._folder is not None:
             self._folder.cleanup()
 
-    @property
-    def server_args(self) -> dict[str, Any]:
-        """The resolved server arguments, as plain data."""
-        arguments = dict(json.loads(json.dumps(release().arguments(self._engine.server_args), default=str)))
-        return {k: v for k, v in arguments.items() if k not in self._signals.arguments()}
+    def in_force(self) -> dict[str, Any]:
+        """What the scheduler of the present recording says of itself, for the manifest: `server_resolved`, the server
+        arguments that decide rows, as they are in force, and `weights`, what they were by the number of updates."""
+        told: dict[str, Any] = json.loads((self._probe.run / ENGINE_FILE).read_text(encoding="utf-8"))
+        return told
 
     def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the engine's event loop."""

@@ -195,6 +195,9 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
         requests_expected=len(job.requests),
         lines_skipped=prepared.workload.skipped,
+        skipped_by_reason=dict(prepared.workload.reasons),
+        skipped_first=dict(prepared.workload.examples),
+        prompts_made_from=dict(prepared.workload.made_from),
         privacy="ids",
     )
 

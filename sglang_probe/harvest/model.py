@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.errors import ConfigError
+from sglang_probe.model.catalogue import FETCHABLE, fetched_folder
 from sglang_probe.paths import BUILT_IN_MODELS, shipped
+
+_NAME_ANOTHER = (
+    "give a folder in Hugging Face format, a hub id that can be reached, or a name of `sglang-probe model list`"
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ class Model:
 
 
 def model_folder(name: str) -> str:
-    """Folder of a model: a built-in one, a local one, or what the hub has. Reads no configuration.
+    """Folder of a model: a built-in one, a fetched one, a local one, or what the hub has. Reads no configuration.
 
     Raises:
-        ConfigError: no such model, or its folder has no `config.json`.
+        ConfigError: no such model, it has not been fetched yet, or its folder has no `config.json`.
     """
+    if name in FETCHABLE:
+        return str(fetched_folder(name))
     path = str(shipped(f"models/{name}/checkpoint")) if name in BUILT_IN_MODELS else name
     looks_local = name.startswith((".", "/", "~")) or Path(path).expanduser().exists()
     if looks_local:
@@ -68,7 +75,7 @@ def model_folder(name: str) -> str:
         if not (Path(path) / "config.json").exists():
             raise ConfigError(
                 f"no model at {path}: there is no config.json",
-                fix="give a folder in Hugging Face format, a hub id, `probe-text` or `probe-recall`",
+                fix=_NAME_ANOTHER,
             )
     else:
         path = _download(name)
@@ -90,7 +97,7 @@ def resolve_model(name: str) -> Model:
         first = str(e).splitlines()[0]
         raise ConfigError(
             f"cannot read the configuration of model `{name}`: {first}",
-            fix="give a folder in Hugging Face format, a hub id that can be reached, `probe-text` or `probe-recall`",
+            fix=_NAME_ANOTHER,
         ) from e
     text = config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", None) or 1)
@@ -117,7 +124,7 @@ def _download(name: str) -> str:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(
             f"cannot get model `{name}` from the hub: {first}",
-            fix="give a folder in Hugging Face format, a hub id that can be reached, `probe-text` or `probe-recall`",
+            fix=_NAME_ANOTHER,
         ) from e
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sglang_probe.ask import WHERE
+from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
@@ -20,12 +20,12 @@ from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError, Workl
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
     default_server_args,
-    sampling_parameter_names,
     server_argument_choices,
     server_argument_names,
 )
 from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
+from sglang_probe.harvest.sampling import SamplingCheck
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
     check_architecture,
@@ -34,10 +34,11 @@ from sglang_probe.run.hook_points import (
     check_tensor_parallel,
     head_counts,
 )
-from sglang_probe.run.selection import check_selection, selected_heads
+from sglang_probe.run.selection import check_selection, expanded, selected_heads
 from sglang_probe.run.telemetry_options import layers_of
 from sglang_probe.workload.build import Workload, WorkloadConfig, build_requests, check_fits, new_tokens
 from sglang_probe.workload.request import Request
+from sglang_probe.workload.sources import because
 
 _SET_BY_US = {"model_path", "dtype", "disable_radix_cache"}
 
@@ -56,6 +57,8 @@ class Prepared:
     """Positions that a request may have."""
     context: int
     """Positions that the model is served with. `room` may be less: the KV pool bounds it too."""
+    sampling: SamplingCheck
+    """Has passed the sampling values of the workload."""
 
 
 @dataclass(frozen=True)
@@ -100,21 +103,27 @@ def prepare(
         if not accelerator_present():
             refuse_without_gpu(server)
     model = resolve_model(config.model)
+    rows, points = expanded(config.rows, config.hook_points, model.layers)
+    config = config.model_copy(update={"rows": rows, "hook_points": points})
     capture_of(config, model, config.hook_points, servers)
     merged = [{**default_server_args(), **server} for server in servers]
     context = min([model.context_length, *(int(m["context_length"]) for m in merged if m.get("context_length"))])
     # A request must fit into the KV pool as well as into the context.
     room = min([context, *(int(m["max_total_tokens"]) for m in merged if m.get("max_total_tokens"))])
+    sampling = SamplingCheck(model, config.server)
     given = getattr(config, "workload", None) if workload is None else workload
     if not isinstance(given, Workload):
         if given is None:
             raise ConfigError("there is no workload", fix="give `workload`, or requests")
 
         def check(request: Request) -> None:
-            check_ask(request, config, context=context, vocabulary=model.vocabulary)
+            check_request(request, config, sampling, context=context)
             if not kept_later:
-                check_key(request, None, model)
+                with because("kept set"):
+                    check_key(request, None, model)
 
+        # Once for all requests, so that what the YAML says is not taken for a fault of the first one.
+        check_sampling(config.sampling, sampling)
         given = build_requests(
             given,
             model.tokenizer,
@@ -128,8 +137,9 @@ def prepare(
         _check_choices(server, server_argument_choices())
     for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
         _check_choices({"dtype": dtype}, server_argument_choices())
-    prepared = Prepared(config, reviewed, model, given, room, context)
-    check_requests(given.requests, prepared)
+    prepared = Prepared(config, reviewed, model, given, room, context, sampling)
+    if given is workload:  # its requests were made elsewhere
+        check_requests(given.requests, prepared)
     return prepared
 
 
@@ -165,8 +175,8 @@ def capture_of(
         check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
     if accelerator_present() and config.accelerator != "unproved":
         raise UnsupportedError(
-            "capturing rows on an accelerator has been shown on one model of GPU only (docs/gpu-results.md)",
-            fix="set `accelerator: unproved` to try it and check what you get (docs/gpu.md), "
+            "capturing rows on an accelerator has been shown on one model of GPU only (docs/evidence/gpu-results.md)",
+            fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )
     return Capture(*selected_heads(config.rows, counts), layers)
@@ -191,6 +201,34 @@ def check_ask(request: Request, config: Recording, *, context: int, vocabulary: 
     )
 
 
+def check_request(request: Request, config: Recording, sampling: SamplingCheck, *, context: int) -> None:
+    """Refuse a request whose tokens, sampling values or asks cannot be served.
+
+    Raises:
+        ProbeError: names what; `reason` is its class.
+    """
+    vocabulary = sampling.model.vocabulary
+    with because("token ids"):
+        _check_tokens(request.prompt_ids, vocabulary)
+    with because("sampling value"):
+        sampling(request.sampling_params)
+    with because("ask", whatever=True):
+        check_ask(request, config, context=context, vocabulary=vocabulary)
+
+
+def check_sampling(given: Mapping[str, Any], check: SamplingCheck) -> None:
+    """Refuse default sampling parameters that SGLang refuses.
+
+    Raises:
+        ConfigError, UnsupportedError: names the parameter and the value.
+    """
+    try:
+        check(given)
+        Ask.of(given)
+    except ProbeError as e:
+        raise type(e)(f"`sampling`: {e.message}", fix=e.fix) from e
+
+
 def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
     """Refuse requests that cannot be served.
 
@@ -199,18 +237,16 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
     """
     for r in requests:
         try:
-            _check_tokens(r.prompt_ids, prepared.model.vocabulary)
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
-            check_ask(r, prepared.config, context=prepared.context, vocabulary=prepared.model.vocabulary)
+            check_request(r, prepared.config, prepared.sampling, context=prepared.context)
         except ProbeError as e:
             raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
-    check_sampling(requests)
 
 
 def _check_tokens(prompt_ids: Sequence[int], vocabulary: int) -> None:
     if not prompt_ids:
         raise WorkloadError("the prompt is empty", fix="give it at least one token")
-    if outside := next((t for t in prompt_ids if not 0 <= t < vocabulary), None):
+    if (outside := next((t for t in prompt_ids if not 0 <= t < vocabulary), None)) is not None:
         raise WorkloadError(f"token {outside} is not within the vocabulary of {vocabulary}")
 
 
@@ -220,23 +256,6 @@ def _check_server(server: dict[str, object]) -> None:
         raise ConfigError(
             f"server argument `{min(taken)}` is set by the probe", fix="use `model`, `dtype` and the arm's `cache`"
         )
-
-
-def check_sampling(requests: Iterable[Request]) -> None:
-    """Refuse sampling parameters that SGLang does not know, and those that give several outputs.
-
-    Raises:
-        ConfigError, UnsupportedError: name the request and the parameter.
-    """
-    known = sampling_parameter_names()
-    for r in requests:
-        _check_names(r.sampling_params, known, f"{r.where}: sampling parameter")
-        for name in ("n", "beam_width"):
-            if r.sampling_params.get(name) not in (None, 1):
-                raise UnsupportedError(
-                    f"{r.where}: `{name}: {r.sampling_params[name]}` gives several outputs for one request",
-                    fix="repeat the request in the workload instead",
-                )
 
 
 def _check_choices(given: Mapping[str, object], choices: Mapping[str, list[object]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks import inventory
-from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
@@ -108,6 +108,7 @@ class _Recording:
                 finally:
                     self.seconds = time.perf_counter() - began
             engine.close_recording()
+            self.manifest.update(engine.in_force())  # the weights may have been updated
         except BaseException as e:
             with closing(str(self.path)):
                 self.engines.stop()  # so that everything it still knows is on disk
@@ -135,7 +136,7 @@ class _Recording:
             shared = engines.serves(model.path, job.server, self.probe)
             with self.reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
                 engine = engines.open(model.path, job.server, self.probe)
-            self.manifest["server_resolved"] = engine.server_args
+            self.manifest.update(engine.in_force())
         except BaseException as e:
             with closing(str(self.path)):
                 engines.stop()
@@ -181,6 +182,7 @@ class _Recording:
         # First of all, before anything that needs more room or more time.
         self.manifest.update(status="incomplete", **self._told(fault, in_flight))
         journal.discard_leftovers(path)
+        (path / ENGINE_FILE).unlink(missing_ok=True)
         write_manifest(path, self.manifest)
         run = load_run(path)
         counts = write_requests(run, job.requests, job.kept, self.refused)

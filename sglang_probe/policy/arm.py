@@ -18,13 +18,15 @@ class Arm(Config):
 
     * `on`: as SGLang does.
     * `off`: nothing is matched and nothing is published, so that no later request can be rebound to it.
-      (`SGLANG_RADIX_FORCE_MISS` is not clean; see DESIGN section 7.)
+      (SGLang's own `SGLANG_RADIX_FORCE_MISS` does not do that.)
     * `read_only`: requests reuse what is there and publish nothing: the cache stays as it was.
     * `write_only`: requests reuse nothing at admission and publish. After a chunk or at the end of a prompt SGLang may
       still repoint them to entries that others published; the ledger has these as rebinds.
     """
 
     cache: CacheUse = "on"
+    """`on`: as SGLang does. `off`: nothing is reused or published. `read_only`: nothing is published. `write_only`:
+    nothing is reused when a request is admitted."""
     partners: Partners | None = None
     """Serve in groups of fixed or random composition, instead of keeping `concurrency` requests in flight."""
     dtype: str | None = None

@@ -4,10 +4,13 @@
 `hook_rot_k` what it gives: those attention uses and, of keys, the cache stores. TransformerLens keeps one axis for the
 heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and
 values have kv heads, not repeated for the query heads that share them.
+
+Wherever hook points are given, a name may be a pattern of layers (`parse_pattern`); a run holds the names it means.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +24,13 @@ QUERY, ROTATED_QUERY = "attn.hook_q", "attn.hook_rot_q"
 KEY, ROTATED_KEY = "attn.hook_k", "attn.hook_rot_k"
 VALUE = "attn.hook_v"
 ATTENTION = (QUERY, ROTATED_QUERY, KEY, ROTATED_KEY, VALUE)
-_IN_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
+SITES_IN_LAYER = (RESID_POST, *ATTENTION)
+_IN_LAYER = re.compile(r"blocks\.(0|[1-9][0-9]*)\.(.+)")
+_PATTERN = re.compile(r"blocks\.(\*|\{[^{}]*\}|[0-9]+)\.(.+)")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)(?:\.\.([0-9]+))?")
+_FORMS = (
+    "`blocks.*.` is every layer, `blocks.{4..12}.` a range, `blocks.{0..28..4}.` every fourth, `blocks.{0,5}.` a list"
+)
 
 
 @dataclass(frozen=True)
@@ -38,22 +47,151 @@ class HookPoint:
         return self.site in ATTENTION
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed name or pattern of names. `layers` is None for the embedding, empty for every layer."""
+
+    name: str
+    layers: tuple[int, ...] | None
+    site: str
+
+    def names(self, layers: int) -> list[str]:
+        """The hook points of a model with so many layers. A layer that is named is there, whether the model has it or
+        not (`check_hook_points`)."""
+        if self.layers is None:
+            return [self.name]
+        return [f"blocks.{i}.{self.site}" for i in self.layers or range(layers)]
+
+
 def parse_hook_point(name: str) -> HookPoint:
     """Parse `hook_embed` or `blocks.<layer>.<site>`, site being `hook_resid_post` or one of `ATTENTION`.
 
     Raises:
-        ConfigError: any other name.
+        ConfigError: any other name; a pattern too.
     """
     if name == EMBED:
         return HookPoint(name, None, EMBED)
     match = _IN_LAYER.fullmatch(name)
-    if match and match.group(2) in (RESID_POST, *ATTENTION):
+    if match and match.group(2) in SITES_IN_LAYER:
         return HookPoint(name, int(match.group(1)), match.group(2))
-    raise ConfigError(
-        f"unknown hook point `{name}`",
-        fix=f"use `hook_embed` or `blocks.<layer>.` with one of {', '.join((RESID_POST, *ATTENTION))}, "
-        "e.g. blocks.0.hook_resid_post",
-    )
+    raise _unknown(name)
+
+
+def parse_pattern(name: str) -> Pattern:
+    """Parse a name or a pattern: `blocks.*.`, `blocks.{4..12}.`, `blocks.{0..28..4}.` or `blocks.{0,5,10}.` and a site.
+
+    Raises:
+        ConfigError: it is neither; says what there is.
+    """
+    if name == EMBED:
+        return Pattern(name, None, EMBED)
+    match = _PATTERN.fullmatch(name)
+    if not match or match.group(2) not in SITES_IN_LAYER:
+        raise _unknown(name)
+    which, site = match.groups()
+    if which.startswith("0") and which != "0":
+        raise ConfigError(
+            f"hook point `{name}`: layers have no leading zeros", fix=f"write `blocks.{int(which)}.{site}`"
+        )
+    return Pattern(name, () if which == "*" else _layers(name, which.strip("{}")), site)
+
+
+def expand(names: Iterable[str], layers: int) -> list[str]:
+    """Hook points with every pattern in place of those that it means, each once, in order.
+
+    Raises:
+        ConfigError: a name is no hook point and no pattern.
+    """
+    return list(dict.fromkeys(found for name in names for found in parse_pattern(name).names(layers)))
+
+
+def has_patterns(names: Iterable[str]) -> bool:
+    """Whether one of these stands for others."""
+    return any("*" in name or "{" in name for name in names)
+
+
+def named_layers(names: Iterable[str]) -> int:
+    """Layers that a model has at least, if it has all that these names and patterns name."""
+    return 1 + max((i for name in names for i in parse_pattern(name).layers or ()), default=0)
+
+
+def _layers(name: str, listed: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for item in (part.strip() for part in listed.split(",")):
+        if match := _RANGE.fullmatch(item):
+            first, last, step = int(match.group(1)), int(match.group(2)), int(match.group(3) or 1)
+            if first > last or not step or last - first > _MOST_LAYERS:
+                raise ConfigError(f"hook point `{name}`: `{item}` is no range of layers", fix=_FORMS)
+            found += range(first, last + 1, step)
+        elif re.fullmatch("[0-9]+", item):
+            found.append(int(item))
+        else:
+            raise ConfigError(f"hook point `{name}`: `{item}` is no layer and no range of layers", fix=_FORMS)
+    return tuple(dict.fromkeys(found))
+
+
+_MOST_LAYERS = 10_000
+_ELSEWHERE = {
+    "hook_resid_mid": "the residual stream between attention and MLP",
+    "hook_mlp_out": "the output of the MLP",
+    "hook_attn_out": "the output of the attention block",
+    "hook_mlp_in": "the input of the MLP",
+    "hook_attn_in": "the input of the attention block",
+    "attn.hook_z": "the output of each head",
+    "attn.hook_result": "the contribution of each head",
+    "attn.hook_pattern": "the attention pattern",
+    "attn.hook_attn_scores": "the attention scores",
+    "mlp.hook_pre": "the MLP before its activation",
+    "mlp.hook_post": "the MLP after its activation",
+    "ln1.hook_normalized": "the normalised input of attention",
+    "ln2.hook_normalized": "the normalised input of the MLP",
+    "ln1.hook_scale": "the scale of a norm",
+    "ln2.hook_scale": "the scale of a norm",
+    "ln_final.hook_normalized": "the output of the final norm",
+    "ln_final.hook_scale": "the scale of the final norm",
+    "hook_pos_embed": "position embeddings: the reviewed models rotate instead",
+    "unembed": "the logits",
+}
+"""Hook points of TransformerLens that are not captured, and what they are."""
+
+
+def _unknown(name: str) -> ConfigError:
+    there_is = f"use `hook_embed` or `blocks.<layer>.` with one of {', '.join(SITES_IN_LAYER)}, "
+    there_is += "e.g. blocks.0.hook_resid_post"
+    match = _PATTERN.fullmatch(name)
+    site = match.group(2) if match else name
+    if site == "hook_resid_pre" and match:
+        return ConfigError(
+            f"hook point `{name}` has another name: what enters a layer is what left the one before it",
+            fix=_of_resid_pre(name, match.group(1)),
+        )
+    if site in _ELSEWHERE:
+        fix = there_is
+        if "pattern" in site or "scores" in site:
+            fix = f"capture `attn.hook_rot_q` and `attn.hook_rot_k`, of which it is made, or `telemetry`; {there_is}"
+        return ConfigError(f"hook point `{name}` is not captured: it is {_ELSEWHERE[site]}", fix=fix)
+    if re.match(r"(model\.)?layers\.", name):
+        return ConfigError(f"hook point `{name}` is the name of a module", fix=there_is)
+    near = difflib.get_close_matches(site, (*SITES_IN_LAYER, EMBED, *(f"hook_{s}" for s in ("q", "k", "v"))), n=1)
+    hint = ""
+    if near and match and near[0] != site:
+        meant = f"attn.{near[0]}" if near[0] in ("hook_q", "hook_k", "hook_v") else near[0]
+        hint = f"; did you mean `blocks.{match.group(1)}.{meant}`?" if meant != EMBED else ""
+    elif match and site in ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k"):
+        hint = f"; did you mean `blocks.{match.group(1)}.attn.{site}`?"
+    elif near and not match:
+        hint = f"; did you mean `{near[0] if near[0] == EMBED else 'blocks.*.' + near[0]}`?"
+    return ConfigError(f"unknown hook point `{name}`{hint}", fix=f"{there_is}; {_FORMS}")
+
+
+def _of_resid_pre(name: str, which: str) -> str:
+    if which == "*":
+        return f"use `{EMBED}` for layer 0, and `blocks.*.{RESID_POST}` for all that follow"
+    try:
+        wanted = _layers(name, which.strip("{}"))
+    except ConfigError as e:
+        return e.fix or ""
+    return "use " + ", ".join(f"`blocks.{i - 1}.{RESID_POST}`" if i else f"`{EMBED}`" for i in wanted[:8])
 
 
 def attention_points(names: Iterable[str]) -> list[HookPoint]:

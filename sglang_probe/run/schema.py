@@ -21,7 +21,8 @@ COMPUTED = "computed"
 REUSED = "reused"
 UNREQUESTED = "unrequested"
 DROPPED = "dropped"
-"""Positions whose facts were lost because the disk was slower than a live server."""
+"""Positions whose facts were lost: because the disk was slower than a live server, or because their request could not
+be accounted for (finish reason `unaccounted`)."""
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -84,6 +85,11 @@ FORWARDS = pa.schema(
         ("seconds", pa.float64()),  # launch to result processed
         ("waiting", pa.int32()),  # queue length at launch
         ("row_start", pa.int64()),
+        # Positions of requests that could not be accounted for (finish reason `unaccounted`): of their spans and rows
+        # nothing is written from then on. Null in runs that were recorded before there was this column.
+        ("unaccounted", pa.int32()),
+        # Number of weight updates of the engine before the launch; `weights` of the manifest says which. Null as above.
+        ("weights", pa.int32()),
     ]
 )
 
@@ -182,6 +188,10 @@ ENDED_EARLIER = "ended earlier"
 
 INTERRUPTED = "interrupted"
 """Finish reason of a request that was in flight when its engine died; a resumed run asks it again as `<rid>~<n>`."""
+
+UNACCOUNTED = "unaccounted"
+"""Finish reason of a request of which SGLang did what the ledger does not expect, or of which the probe failed: from
+that moment on its positions are `dropped`. The manifest says why (`unaccounted`). Others are recorded as ever."""
 
 REFUSED = "refused"
 """Finish reason of a request that SGLang refused: the rest is served. `refusal` says why. One that is refused before it

@@ -7,7 +7,7 @@ are given to every computed position, selected or not; what a hook point holds o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,18 @@ from pydantic import Field, PositiveInt, model_validator
 
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
-from sglang_probe.run.hook_points import ATTENTION, EMBED, QUERY, RESID_POST, ROTATED_QUERY, parse_hook_point
+from sglang_probe.run.hook_points import (
+    ATTENTION,
+    EMBED,
+    QUERY,
+    RESID_POST,
+    ROTATED_QUERY,
+    expand,
+    has_patterns,
+    named_layers,
+    parse_hook_point,
+    parse_pattern,
+)
 
 Array = np.ndarray[Any, Any]
 SITES = (EMBED, RESID_POST, *ATTENTION)
@@ -27,12 +38,14 @@ class Every(Config):
     """Decode steps 1, 1 + every, 1 + 2 · every, ..."""
 
     every: PositiveInt
+    """Distance of two selected steps."""
 
 
 class Steps(Config):
     """Decode steps by number."""
 
     steps: list[PositiveInt] = Field(min_length=1)
+    """The selected steps; 1 is the position after the prompt."""
 
 
 Decode = Literal["all", "none"] | Every | Steps
@@ -51,9 +64,9 @@ class Selection(Config):
     decode: Decode = "all"
     """Positions after the prompt."""
     heads: list[int] | None = None
-    """Query heads; None: all."""
+    """Query heads; by default all."""
     kv_heads: list[int] | None = None
-    """Kv heads of keys and values; None: all."""
+    """Kv heads of keys and values; by default all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,22 +113,47 @@ class RowsConfig(Selection):
     """`rows` of a configuration: one selection for the run, and others for some of its hook points."""
 
     at: dict[str, Selection] = Field(default_factory=dict)
-    """Selections in the place of the run's, by hook point (`blocks.0.attn.hook_v`) or site (`attn.hook_rot_k`)."""
+    """Selections in the place of the run's, by hook point (`blocks.0.attn.hook_v`), pattern of hook points
+    (`blocks.{0..5}.attn.hook_v`) or site (`attn.hook_rot_k`); the first of these that fits counts."""
 
     @model_validator(mode="after")
     def _known(self) -> RowsConfig:
         for name in self.at:
             if name not in SITES:
                 try:
-                    parse_hook_point(name)
+                    parse_pattern(name)
                 except ConfigError as e:
-                    raise ValueError(f"`at: {name}` is neither a hook point nor one of {', '.join(SITES)}") from e
+                    raise ValueError(f"`at: {name}` is neither a hook point nor one of {', '.join(SITES)}: {e}") from e
         return self
 
     def of(self, hook_point: str) -> Selection:
         """The selection of a hook point."""
         site = parse_hook_point(hook_point).site
         return self.at.get(hook_point) or self.at.get(site) or Selection(**self.model_dump(exclude={"at"}))
+
+
+def expanded(config: RowsConfig, hook_points: Sequence[str], layers: int | None) -> tuple[RowsConfig, list[str]]:
+    """What to record, with the hook points that every pattern means in a model with so many layers.
+
+    Args:
+        layers: None: the least that a model with all the named layers has.
+
+    Raises:
+        ConfigError: two patterns of `at` mean one hook point.
+    """
+    patterns = [name for name in config.at if name not in SITES]
+    if layers is None:
+        layers = named_layers([*hook_points, *patterns])
+    if not has_patterns([*hook_points, *patterns]):
+        return config, list(hook_points)
+    at = {name: s for name, s in config.at.items() if not has_patterns([name])}
+    exact = set(at)
+    for name in filter(lambda n: has_patterns([n]), patterns):
+        for point in set(expand([name], layers)) - exact:
+            if point in at:
+                raise ConfigError(f"`rows: at: {name}`: another pattern selects at `{point}` too")
+            at[point] = config.at[name]
+    return config.model_copy(update={"at": at}), expand(hook_points, layers)
 
 
 class Selected:
@@ -171,10 +209,11 @@ def check_selection(config: RowsConfig, hook_points: Iterable[str]) -> None:
     Raises:
         ConfigError: `at` names it.
     """
-    captured = set(hook_points)
-    known = captured | {parse_hook_point(h).site for h in captured}
+    _rows, points = expanded(config, list(hook_points), None)
+    known = {*points, *(parse_hook_point(h).site for h in points)}
     for name in config.at:
-        if name not in known:
+        means = [name] if name in SITES else expand([name], named_layers([*points, name]))
+        if known.isdisjoint(means):
             raise ConfigError(f"`rows: at: {name}` selects from a hook point that is not among `hook_points`")
 
 

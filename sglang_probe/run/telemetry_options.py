@@ -22,7 +22,9 @@ class TelemetryOptions(Config):
     """What the numbers depend on; stored with them."""
 
     sinks: int = Field(default=4, ge=0)
+    """First positions that count as attention sinks."""
     window: int = Field(default=32, ge=0)
+    """Last prompt positions that count as the observation window."""
     top_k: int = Field(default=8, ge=1)
     """Positions listed with the most weight."""
     memory: int = Field(default=4, ge=1)
@@ -32,10 +34,12 @@ class TelemetryOptions(Config):
 
 
 class TelemetryConfig(TelemetryOptions):
-    """`telemetry` of a configuration. The cost of a measured step is stated in docs/benchmarks.md."""
+    """`telemetry` of a configuration. The cost of a measured step is stated in docs/evidence/benchmarks.md."""
 
     layers: list[int] | Literal["all"] = "all"
+    """Layers that are measured, by number from 0."""
     every: PositiveInt = 4
+    """Decode steps 1, 1 + every, 1 + 2 · every, ... are measured."""
 
     @field_validator("layers")
     @classmethod

@@ -192,11 +192,11 @@ class RecordedStudy(Study):
     def parameters(self) -> list[Parameter]:
         """The flags of every study that records."""
         flags = {
-            "overwrite": "Record everything again.",
-            "resume": "Keep complete runs, finish the interrupted one, record the rest.",
-            "report_only": "Study the runs that are there; start no engine.",
-            "plan": "Print what would be recorded, engine starts included, and stop.",
-            "skip_bad": "Pass over malformed lines of the workload, and count them.",
+            "overwrite": "Delete what was recorded, and record everything again.",
+            "resume": "Keep complete runs, finish the interrupted one, and record the rest.",
+            "report_only": "Study the runs that exist; start no engine.",
+            "plan": "Print what would be recorded and how often SGLang would be started, and stop.",
+            "skip_bad": "Skip records of the workload that cannot be used, and count them by reason.",
         }
         return [
             EXPERIMENT,
@@ -242,7 +242,7 @@ _JSON = Parameter(
     Parameter.KEYWORD_ONLY,
     default=False,
     annotation=Annotated[
-        bool, typer.Option("--json", help="The summary alone on standard output; all else on standard error.")
+        bool, typer.Option("--json", help="Print only the summary, as JSON; everything else goes to standard error.")
     ],
 )
 
@@ -277,7 +277,7 @@ def schema_option(config: Callable[[], type[Config]]) -> Any:
             typer.echo(json.dumps(config().model_json_schema(), indent=1))
             raise typer.Exit()
 
-    text = "Print what the YAML may hold, as a JSON schema."
+    text = "Print every key that the YAML may have, as a JSON schema."
     return typer.Option("--schema", help=text, callback=show_schema, is_eager=True)
 
 

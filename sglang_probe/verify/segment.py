@@ -15,8 +15,8 @@ import pandas as pd
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 
-OPEN_ENDED = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER)
-"""Finish reasons of requests whose end is not in this run."""
+OPEN_ENDED = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER, schema.UNACCOUNTED)
+"""Finish reasons of requests whose end is not in this run, or not known."""
 
 
 def carried_in(run: Run) -> dict[str, tuple[int, int]]:
@@ -39,8 +39,44 @@ def first_positions(run: Run, spans: pd.DataFrame) -> pd.Series:
 
 def not_wholly_here(run: Run) -> set[str]:
     """Requests whose reuse cannot be counted in this run: begun in another segment, or dropped in part."""
+    return set(carried_in(run)) | dropped(run)
+
+
+def dropped(run: Run) -> set[str]:
+    """Requests of which facts were dropped, or that could not be accounted for."""
+    spans, ended = run.spans(), run.engine_requests()
+    return set(spans.loc[spans["status"] == schema.DROPPED, "rid"]) | set(
+        ended.loc[ended["finish_reason"] == schema.UNACCOUNTED, "rid"]
+    )
+
+
+def known_weights(run: Run) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """Forward passes that ran with the weights that the engine was started with, ascending; None: all of them.
+
+    What was loaded into a running engine later is not at the model's path, so that rows of it can be compared with
+    nothing.
+    """
+    forwards = run.forwards()
+    later = forwards["weights"].fillna(0) > 0
+    if not later.any():
+        return None
+    return np.sort(forwards.loc[~later, "forward_id"].to_numpy(np.int64))
+
+
+def other_weights(run: Run, reused: pd.DataFrame) -> str | None:
+    """How much of these reused spans was computed with other weights than those of the forward that reused it."""
+    forwards = run.forwards()
+    if forwards["weights"].fillna(0).nunique() < 2:
+        return None
+    weights = forwards.set_index("forward_id")["weights"].fillna(0)
     spans = run.spans()
-    return set(carried_in(run)) | set(spans.loc[spans["status"] == schema.DROPPED, "rid"])
+    computed = spans[spans["status"] == schema.COMPUTED]
+    first = computed.groupby("rid")["forward_id"].agg(["min", "max"])
+    newest = weights.reindex(first["max"]).set_axis(first.index)
+    origin = reused["origin_rid"].map(newest)
+    older = origin.to_numpy(float) < weights.reindex(reused["forward_id"]).to_numpy(float)
+    lengths = (reused["end"] - reused["start"])[older]
+    return f"{int(lengths.sum())} reused positions were computed with earlier weights" if len(lengths) else None
 
 
 def computed_elsewhere(run: Run, tokens: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -50,17 +86,17 @@ def computed_elsewhere(run: Run, tokens: pd.DataFrame) -> np.ndarray[Any, np.dty
     of a server process.
     """
     spans = run.spans()
-    dropped = tokens["origin_rid"].isin(set(spans.loc[spans["status"] == schema.DROPPED, "rid"])).to_numpy()
+    lost = tokens["origin_rid"].isin(dropped(run)).to_numpy()
     segment = run.manifest.get("segment")
     if segment is None or segment["first_of_process"]:
-        return np.asarray(dropped)
+        return np.asarray(lost)
     carried = carried_in(run)
     here = set(spans["rid"]) - set(carried)
     begins = tokens["origin_rid"].map({rid: position for rid, (_, position) in carried.items()}).fillna(0)
     attempts = tokens["origin_rid"].map({rid: attempt for rid, (attempt, _) in carried.items()}).fillna(0)
     before = (tokens["position"] < begins) | (tokens["origin_attempt"] < attempts)
     unknown = ~tokens["origin_rid"].isin(here | set(carried))
-    return np.asarray(dropped | unknown.to_numpy() | before.to_numpy())
+    return np.asarray(lost | unknown.to_numpy() | before.to_numpy())
 
 
 def note(run: Run) -> str | None:
@@ -73,7 +109,11 @@ def note(run: Run) -> str | None:
     if continues:
         said.append(f"{continues} requests continue in another segment")
     spans = run.spans()
-    lengths = (spans["end"] - spans["start"])[spans["status"] == schema.DROPPED]
-    if len(lengths):
-        said.append(f"{int(lengths.sum())} positions were dropped because the disk was too slow")
+    given_up = set(run.requests().loc[finish == schema.UNACCOUNTED, "rid"])
+    slow = (spans["status"] == schema.DROPPED) & ~spans["rid"].isin(given_up)
+    if slow.any():
+        positions = int((spans["end"] - spans["start"])[slow].sum())
+        said.append(f"{positions} positions were dropped because the disk was too slow")
+    if given_up:
+        said.append(f"{len(given_up)} requests could not be accounted for; the manifest says why (`unaccounted`)")
     return "; ".join(said) or None

@@ -153,7 +153,7 @@ def forwards_add_up(run: Run) -> Check:
             violation = f"{s['rid']} positions {s['start']} to {s['end']}: forward {s['forward_id']} is not in the run"
             return Check(name, claim, len(forwards), "forwards", violation)
         counted = computed_per_forward(ours, first, last - first + 1)
-        expected = mine["slots"].to_numpy()
+        expected = mine["slots"].to_numpy() - mine["unaccounted"].fillna(0).to_numpy(np.int64)
         found = counted[mine["forward_id"].to_numpy() - first]
         if (bad := np.nonzero(found != expected)[0]).size:
             f = mine.iloc[bad[0]]
@@ -161,7 +161,9 @@ def forwards_add_up(run: Run) -> Check:
                 f"forward {f['forward_id']}: spans hold {found[bad[0]]} tokens, SGLang allocated {expected[bad[0]]}"
             )
             return Check(name, claim, len(forwards), "forwards", violation)
-    return Check(name, claim, len(forwards), "forwards")
+    lost = int(forwards["unaccounted"].fillna(0).sum())
+    note = f"{lost} positions belong to requests that could not be accounted for" if lost else None
+    return Check(name, claim, len(forwards), "forwards", None, note)
 
 
 def _outside(spans: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
@@ -195,6 +197,7 @@ def origins_hold(run: Run) -> Check:
     note = f"{before} reused positions were computed before the recording" if before else None
     covered = int((known["end"] - known["start"]).sum())
     tokens = positions.expand(known)
+    note = "; ".join(n for n in (note, segment.other_weights(run, known)) if n) or None
     at = positions.find_computed(
         spans, tokens["origin_rid"], tokens["origin_attempt"].to_numpy(np.int64), tokens["position"].to_numpy()
     )

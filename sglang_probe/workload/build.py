@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.errors import ProbeError, WorkloadError
 from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.jsonl import Jsonl
 from sglang_probe.workload.render import Renderer
+from sglang_probe.workload.rendering import Rendering
 from sglang_probe.workload.request import Conversation, Request, Truth
 from sglang_probe.workload.retrieval import Retrieval
 from sglang_probe.workload.shared_prefix import SharedPrefix
 from sglang_probe.workload.sharegpt import ShareGpt
-from sglang_probe.workload.sources import SKIP_BAD, SourceReport
+from sglang_probe.workload.sources import SourceReport, because, in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +46,25 @@ class Workload:
     corpus_digest: str | None = None
     source: Mapping[str, Any] = field(default_factory=lambda: {"source": "requests"})
     """Its configuration; `requests`: they were made in code."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Of the skipped ones, how many for which reason."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """The first of each reason, with file and line."""
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+    """What made tokens of text: hashes of tokenizer and template, and how they were used."""
 
     @cached_property
     def digest(self) -> str:
         """`digest_of` its requests."""
         return digest_of(self.requests)
+
+    @property
+    def skipped_in_words(self) -> str:
+        """What was passed over and why; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        many = "1 record was" if self.skipped == 1 else f"{self.skipped} records were"
+        return f"{many} skipped: {in_words(self.reasons)}"
 
 
 def digest_of(requests: Iterable[Request]) -> str:
@@ -71,25 +86,40 @@ def build_requests(
     """All requests of a workload.
 
     Args:
-        check: raises ConfigError for a request that cannot be had; with `skip_bad` it is passed over and counted, like
+        check: raises ProbeError for a request that cannot be had; with `skip_bad` it is passed over and counted, like
             a malformed line.
 
     Raises:
         WorkloadError: the source cannot be read, a request cannot be rendered or does not fit into the context, or
             there is no request at all.
-        ConfigError: of `check`; file and line come first.
+        ProbeError: of `check`; file and line come first.
     """
-    report = SourceReport()
-    limit, skip_bad = getattr(config, "limit", None), getattr(config, "skip_bad", False)
+    report = SourceReport(skip_bad=getattr(config, "skip_bad", False))
+    limit = getattr(config, "limit", None)
     # Here, so that a request that is passed over does not count.
     unlimited = config if limit is None else config.model_copy(update={"limit": None})
-    rendered = iter_requests(
-        unlimited.conversations(report), tokenizer, context_length=context_length, default_sampling=default_sampling
+    renderer = Renderer(tokenizer, config if isinstance(config, Rendering) else None)
+    made = _usable(
+        unlimited.conversations(report), renderer, report, check, context=context_length, sampling=default_sampling
     )
-    requests = tuple(islice(_checked(rendered, check, report if skip_bad else None), limit))
+    requests = tuple(islice(made, limit))
     if not requests:
-        raise WorkloadError(f"the workload has no requests ({report.skipped} bad records were skipped)")
-    return Workload(requests, report.skipped, report.corpus_digest, config.model_dump(mode="json"))
+        examples = "".join(f"\n  {reason}: {said}" for reason, said in report.examples.items())
+        raise WorkloadError(
+            f"the workload has no requests: of {getattr(config, 'path', config.source)} no record can be used "
+            f"({report.in_words()}). The first of each reason:{examples}"
+            if report.skipped
+            else f"the workload has no requests: {getattr(config, 'path', config.source)} holds none"
+        )
+    return Workload(
+        requests,
+        report.skipped,
+        report.corpus_digest,
+        config.model_dump(mode="json"),
+        dict(report.reasons),
+        dict(report.examples),
+        renderer.made_from(),
+    )
 
 
 def iter_requests(
@@ -99,50 +129,57 @@ def iter_requests(
     context_length: int | None,
     default_sampling: Mapping[str, Any],
 ) -> Iterator[Request]:
-    """Render conversations one by one. A conversation's own sampling parameters overrule the default ones."""
-    renderer = Renderer(tokenizer)
-    for index, conversation in enumerate(conversations):
-        try:
-            rendered = renderer.render(conversation)
-            sampling = {**default_sampling, **conversation.sampling_params}
-            _check_truth(rendered.prompt_ids, conversation.truth)
-            check_fits(len(rendered.prompt_ids), sampling, context_length)
-        except WorkloadError as e:
-            where = f"request {index}" if conversation.source is None else f"{conversation.source} (request {index})"
-            raise WorkloadError(f"{where}: {e.message}", fix=e.fix) from e
-        yield Request(
-            index,
-            f"r{index:06d}",
-            rendered.prompt_ids,
-            rendered.spans,
-            conversation.family,
-            sampling,
-            rendered.labels,
-            conversation.truth,
-            conversation.source,
-        )
+    """Render conversations one by one. A conversation's own sampling parameters overrule the default ones.
+
+    Raises:
+        WorkloadError: the first that cannot be used, with its place.
+    """
+    return _usable(
+        conversations, Renderer(tokenizer), SourceReport(), context=context_length, sampling=default_sampling
+    )
 
 
-def _checked(
-    requests: Iterable[Request], check: Callable[[Request], None], report: SourceReport | None
+def _usable(
+    conversations: Iterable[Conversation],
+    renderer: Renderer,
+    report: SourceReport,
+    check: Callable[[Request], None] = lambda _: None,
+    *,
+    context: int | None,
+    sampling: Mapping[str, Any],
 ) -> Iterator[Request]:
-    """Requests that pass, numbered without gaps. With a report the others are counted there; else the first raises."""
+    """Requests that can be served, numbered without gaps; the others go to the report."""
     number = 0
-    for given in requests:
-        request = given if given.index == number else replace(given, index=number, rid=f"r{number:06d}")
+    for conversation in conversations:
         try:
+            request = _request(number, conversation, renderer, context, sampling)
             check(request)
-        except ConfigError as e:
-            if report is None:
-                raise ConfigError(f"{request.where}: {e.message}", fix=e.fix or _fix(request)) from e
-            report.skipped += 1
+        except ProbeError as e:
+            from_file = conversation.source is not None
+            report.refuse(conversation.source or f"request {number}", e, from_file=from_file)
         else:
             number += 1
             yield request
 
 
-def _fix(request: Request) -> str | None:
-    return None if request.source is None else SKIP_BAD
+def _request(
+    number: int, conversation: Conversation, renderer: Renderer, context: int | None, default: Mapping[str, Any]
+) -> Request:
+    rendered = renderer.render(conversation)
+    sampling = {**default, **conversation.sampling_params}
+    _check_truth(rendered.prompt_ids, conversation.truth)
+    check_fits(len(rendered.prompt_ids), sampling, context)
+    return Request(
+        number,
+        f"r{number:06d}",
+        rendered.prompt_ids,
+        rendered.spans,
+        conversation.family,
+        sampling,
+        rendered.labels,
+        conversation.truth,
+        conversation.source,
+    )
 
 
 def _check_truth(prompt_ids: tuple[int, ...], truth: Truth | None) -> None:
@@ -162,8 +199,9 @@ def new_tokens(sampling: Mapping[str, Any]) -> int:
     new = sampling.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
     if new is None:  # until the context is full
         return 0
-    if not isinstance(new, int) or new < 0:
-        raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
+    if not isinstance(new, int) or isinstance(new, bool) or new < 0:
+        with because("sampling value"):
+            raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
     return new
 
 
@@ -178,9 +216,10 @@ def check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | N
         return
     usable = context_length - _UNUSED_POSITIONS
     if prompt + max(new, _LEAST_ROOM) > usable:
-        raise WorkloadError(
-            f"{prompt} prompt tokens and {new} new ones do not fit into the context of {context_length}, "
-            f"of which SGLang uses {usable} (and wants room for {_LEAST_ROOM} new ones)",
-            fix="shorten the prompt (for `shared_prefix`: fewer `exemplars`, `turns` or `document_chars`), "
-            "lower `max_new_tokens`, or use a model with a longer context",
-        )
+        with because("too long"):
+            raise WorkloadError(
+                f"{prompt} prompt tokens and {new} new ones do not fit into the context of {context_length}, "
+                f"of which SGLang uses {usable} (and wants room for {_LEAST_ROOM} new ones)",
+                fix="shorten the prompt (for `shared_prefix`: fewer `exemplars`, `turns` or `document_chars`), "
+                "lower `max_new_tokens`, or use a model with a longer context",
+            )

@@ -8,24 +8,29 @@ from typing import Literal
 
 from pydantic import Field
 
-from sglang_probe.config import Config
+from sglang_probe.config import CorpusPath
 from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.corpus import is_held_out, load_corpus
+from sglang_probe.workload.rendering import Rendering
 from sglang_probe.workload.request import Conversation, Segment
 from sglang_probe.workload.sources import SourceReport
 
 
-class Documents(Config):
+class Documents(Rendering):
     """Excerpts of a corpus, each from another document."""
 
     source: Literal["documents"] = "documents"
     count: int = Field(default=64, ge=1)
+    """Number of requests."""
     chars: int = Field(default=1500, ge=1)
     """Length of an excerpt. It begins at a line, drawn at random from those that leave room."""
-    corpus: str = "stdlib"
+    corpus: CorpusPath = "stdlib"
+    """`stdlib` (Python's standard library), or a file or folder of `.py`, `.txt`, `.md` and `.rst` files; in a YAML file
+    relative to that file."""
     held_out: bool = False
     """Only documents that the built-in model was not trained on."""
     seed: int = 0
+    """Seed of the choice of documents and excerpts."""
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The excerpts, in an order drawn by the seed.

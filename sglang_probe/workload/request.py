@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from sglang_probe.ask import Ask
+from sglang_probe.workload.rendering import RecordRendering
 
 TEMPLATE = "template"
 """Class of tokens the chat template wrote (role names, newlines), other than special tokens."""
@@ -67,18 +68,6 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One request as text. `family` names the requests that share a prefix by design (the unit of clustering)."""
-
-    segments: tuple[Segment, ...]
-    family: str | None = None
-    sampling_params: dict[str, Any] = field(default_factory=dict)
-    truth: Truth | None = None
-    source: str | None = field(default=None, compare=False)
-    """Where it was read, e.g. `requests.jsonl:17`; None: it was made in code."""
-
-
-@dataclass(frozen=True)
 class SegmentSpan:
     """Token positions `[start, end)` of a prompt that belong to the segment class `name`."""
 
@@ -95,6 +84,31 @@ class LabelSpan:
     name: str
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the engine receives it. `spans` tile `[0, len(prompt_ids))`; `labels` of one axis are disjoint."""
+
+    prompt_ids: tuple[int, ...]
+    spans: tuple[SegmentSpan, ...]
+    labels: tuple[LabelSpan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One request as text. `family` names the requests that share a prefix by design (the unit of clustering)."""
+
+    segments: tuple[Segment, ...]
+    family: str | None = None
+    sampling_params: dict[str, Any] = field(default_factory=dict)
+    truth: Truth | None = None
+    source: str | None = field(default=None, compare=False)
+    """Where it was read, e.g. `requests.jsonl:17`; None: it was made in code."""
+    rendering: RecordRendering | None = None
+    """What it says of its rendering itself."""
+    rendered: Rendered | None = None
+    """Its tokens, where it comes as token ids and has no `segments`."""
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,19 @@ class Retrieval(Config):
 
     source: Literal["retrieval"] = "retrieval"
     task: Task = "recall"
+    """What is asked: `recall` looks facts up, `chase` follows a chain of facts, `copy` repeats a span."""
     count: int = Field(default=64, ge=1)
+    """Number of requests."""
     seed: int = 0
+    """Seed of the puzzles."""
     prompt_tokens: int = Field(default=228, ge=8)
     """Length of every prompt, question and `<bos>` included. What the facts leave is noise."""
     answers: int = Field(default=8, ge=1)
     """Answers of a request: questions (`recall`), steps (`chase`), or symbols of the span (`copy`)."""
     distractors: int = Field(default=16, ge=0)
-    """Facts that are not asked for. Those of `chase` lie on the same cycle, behind the ones that are."""
+    """Facts that are not asked for. Those of `chase` lie on the same cycle, after the ones that are."""
     depth: list[Annotated[float, Field(ge=0, le=1)]] | None = None
-    """Where the first answer's fact begins, taken in turn by the requests; None: anywhere."""
+    """Where the first answer's fact begins, taken in turn by the requests; by default anywhere."""
     question: Literal["visible", "hidden"] = "hidden"
     """Whether the question belongs to the context that may be compressed. The prompt is the same."""
     reader: Literal["probe-recall", "probe-recall-1"] = "probe-recall"

@@ -14,9 +14,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from sglang_probe.config import Config
+from sglang_probe.config import CorpusPath
 from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.corpus import Corpus, Function, load_corpus
+from sglang_probe.workload.rendering import Rendering
 from sglang_probe.workload.request import Conversation, Segment
 from sglang_probe.workload.sources import SourceReport
 
@@ -29,13 +30,16 @@ _ABOUT = "You maintain the module `{module}`. Reply with code only. This is what
 _SUMMARY_CHARS = 400
 
 
-class SharedPrefix(Config):
+class SharedPrefix(Rendering):
     """Requests built from a corpus of Python source."""
 
     source: Literal["shared_prefix"] = "shared_prefix"
     families: int = Field(default=4, ge=1)
+    """Groups of requests that share a prefix."""
     requests_per_family: int = Field(default=8, ge=1)
+    """Requests of each group."""
     exemplars: int = Field(default=3, ge=0)
+    """Worked examples before the question, shared by a family."""
     turns: int = Field(default=1, ge=1)
     """Requests of one conversation: each carries the earlier questions with their true answers."""
     document_chars: int = Field(default=0, ge=0)
@@ -44,8 +48,10 @@ class SharedPrefix(Config):
     """Order of requests: families in turn, one family after the other, or at random (turns keep their order)."""
     shared_system: bool = True
     """Whether all families share the beginning of the system prompt; if not, it begins with the family's own part."""
-    corpus: str = "stdlib"
+    corpus: CorpusPath = "stdlib"
+    """`stdlib` (Python's standard library), or a file or folder of Python source; in a YAML file relative to that file."""
     seed: int = 0
+    """Seed of the choice of modules and functions."""
 
     @model_validator(mode="after")
     def _whole_conversations(self) -> Self:

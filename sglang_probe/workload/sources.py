@@ -1,42 +1,116 @@
 """What sources have in common: the report they fill in, and the reading of files with one record after another.
 
 A source is a config with a method `conversations(report)`. It yields lazily and always in the same order.
+
+**A record that cannot be used** is one whatever the reason: no JSON, an unknown key, a bad value, a template that
+refuses it, too long a prompt, sampling values that SGLang refuses, an ask that cannot be had. `SourceReport.refuse` is
+the one place that decides what becomes of it: with `skip_bad` it is counted by reason, else it ends the run and is
+named by file and line.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from sglang_probe.config import Config, parse_config
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.config import BAD_VALUE, Config, InputPath, parse_config
+from sglang_probe.errors import ConfigError, ProbeError, WorkloadError
+from sglang_probe.workload.files import Raw, parse_json, records_in
+from sglang_probe.workload.rendering import Rendering
 
 _MESSAGE_LIMIT = 400
+
+HARMLESS = frozenset(
+    {"id", "custom_id", "uuid", "idx", "index", "conversation_id", "chat_id", "hash", "model", "model_name", "source"}
+    | {"dataset", "split", "language", "lang", "category", "topic", "task", "tags", "title", "score", "timestamp"}
+    | {"created", "created_at", "metadata", "user", "store"}
+)
+"""Keys of a record that reach no prompt anywhere, and are ignored. All others that a source does not read are
+refused, because a key that changes the prompt elsewhere must not be dropped unnoticed."""
+HARMLESS_IN_MESSAGE = frozenset({"id", "weight", "timestamp", "created_at"})
+"""Those of a message."""
+_SAYS_NOTHING: tuple[Any, ...] = ("", "[]", [], {})
+
+TOOLS = "tools are not supported: a prompt with tools is what the model's template makes of them; render it, and give"
+TOOLS += " `prompt_ids`"
+
+SKIP_BAD = "correct it, or set `skip_bad: true` to pass over bad records and count them"
 
 
 @dataclass
 class SourceReport:
-    """What a source learns while it is read. Final once its conversations are exhausted."""
+    """What is learnt of a source while it is read. Final once its requests are made."""
 
-    skipped: int = 0
-    """Bad records that `skip_bad` passed over."""
+    skip_bad: bool = False
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Records, or requests of one, that were passed over, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each reason, with its place."""
     corpus_digest: str | None = None
     """Digest of the corpus the text was drawn from."""
 
+    @property
+    def skipped(self) -> int:
+        """How many were passed over."""
+        return sum(self.reasons.values())
 
-class FileSource(Config):
+    def refuse(self, where: str, error: ProbeError, *, from_file: bool = True) -> None:
+        """Count a record that cannot be used, or end the run.
+
+        Args:
+            where: file and line.
+            from_file: `skip_bad` has a meaning.
+
+        Raises:
+            ProbeError: of the kind of `error`, with its place; unless `skip_bad` is set.
+        """
+        said = error.message if error.message.startswith(where) else f"{where}: {error.message}"
+        if len(said) > _MESSAGE_LIMIT + len(where):  # it quotes a value, which may be a whole document
+            said = said[: _MESSAGE_LIMIT + len(where)] + "…"
+        if not self.skip_bad:
+            fix = f"{error.fix}; or {SKIP_BAD.partition(', or ')[2]}" if error.fix else SKIP_BAD
+            placed = type(error)(said, fix=fix if from_file else error.fix)
+            placed.reason = error.reason
+            raise placed from error
+        reason = error.reason or BAD_VALUE
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.examples.setdefault(reason, said)
+
+    def in_words(self) -> str:
+        """As `in_words` of its reasons."""
+        return in_words(self.reasons)
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts, the most frequent first: `3 too long, 1 template`."""
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items(), key=lambda x: -x[1]))
+
+
+@contextmanager
+def because(reason: str, *, whatever: bool = False) -> Iterator[None]:
+    """Refusals raised within are of this reason, unless they have one; `whatever` they have."""
+    try:
+        yield
+    except ProbeError as e:
+        e.reason = reason if whatever else e.reason or reason
+        raise
+
+
+class FileSource(Rendering):
     """A source that reads a file of records."""
 
-    path: Path
+    path: InputPath
+    """JSON Lines, a JSON list or Parquet; also compressed (gzip, zstd, bzip2, xz). Relative to the YAML file."""
     limit: int | None = Field(default=None, ge=1)
     """Stop after this many requests."""
     skip_bad: bool = False
-    """Pass over records that cannot be used, and count them, instead of refusing the file."""
+    """Pass over records that cannot be used, for whatever reason, and count them, instead of ending the run."""
+    ignore_keys: frozenset[str] = frozenset()
+    """Further keys of records and messages that reach no prompt, and are ignored."""
 
 
 def _encodable(text: str) -> str:
@@ -53,63 +127,59 @@ Text = Annotated[str, AfterValidator(_encodable)]
 M = TypeVar("M", bound=Config)
 
 
-def read_lines(source: FileSource, model: type[M], report: SourceReport) -> Iterator[tuple[int, M]]:
-    """Each line of a JSONL file as `model`, with its number from 1. Blank lines are no records.
+def read_records(source: FileSource, model: type[M], report: SourceReport) -> Iterator[tuple[Raw, M]]:
+    """Each record of a file as `model`, with its place. `report` gets the bad ones.
 
     Raises:
-        WorkloadError: the file cannot be read, or a line is bad and `skip_bad` is off.
+        WorkloadError: the file cannot be read, or a record is bad and `skip_bad` is off.
     """
-    lines = enumerate(_read(source.path).split(b"\n"), start=1)
-    return _parsed(((n, line) for n, line in lines if line.strip()), f"{source.path}:", model, source.skip_bad, report)
-
-
-def read_list_or_lines(source: FileSource, model: type[M], report: SourceReport) -> Iterator[tuple[int, M]]:
-    """As `read_lines`, but the file may also be one JSON list, whose elements are numbered from 1."""
-    data = _read(source.path)
-    if not data.lstrip().startswith(b"["):
-        return read_lines(source, model, report)
-    records = enumerate(_decode(data, str(source.path)), start=1)
-    return _parsed(records, f"{source.path}: record ", model, source.skip_bad, report)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.expanduser().read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as e:
-        raise WorkloadError(f"cannot read {path}: {e.strerror}", fix="give the path of a JSON or JSONL file") from e
-
-
-def _parsed(
-    records: Iterable[tuple[int, Any]], place: str, model: type[M], skip_bad: bool, report: SourceReport
-) -> Iterator[tuple[int, M]]:
-    for number, record in records:
+    report.skip_bad = source.skip_bad
+    for raw in records_in(source.path):
         try:
-            parsed = _parse(record, model, f"{place}{number}")
-        except WorkloadError:
-            if not skip_bad:
-                raise
-            report.skipped += 1
+            parsed = _parse(raw, model, source.ignore_keys)
+        except ProbeError as e:
+            report.refuse(raw.where, e)
         else:
-            yield number, parsed
+            yield raw, parsed
 
 
-def _parse(record: Any, model: type[M], where: str) -> M:
-    data = _decode(record, where) if isinstance(record, bytes) else record
+def _parse(raw: Raw, model: type[M], ignored: Collection[str]) -> M:
+    data = raw.data
+    if isinstance(data, bytes | str):
+        try:
+            data = parse_json(data)
+        except (ValueError, RecursionError) as e:
+            with because("not JSON"):
+                raise WorkloadError(f"{raw.where}: not valid JSON: {e}", fix=SKIP_BAD) from e
     if not isinstance(data, dict):
-        raise WorkloadError(f"{where}: expected a JSON object, found {type(data).__name__}", fix=SKIP_BAD)
+        with because("not a JSON object"):
+            raise WorkloadError(f"{raw.where}: expected a JSON object, found {type(data).__name__}", fix=SKIP_BAD)
     try:
-        return parse_config(data, model, where=where)
+        return parse_config(_heard(data, model, HARMLESS.union(ignored), ignored), model, where=raw.where)
     except ConfigError as e:
-        # The message quotes the value, which may be a whole document.
-        short = e.message if len(e.message) <= _MESSAGE_LIMIT else e.message[:_MESSAGE_LIMIT] + "…"
-        raise WorkloadError(short, fix=SKIP_BAD) from None
+        error = WorkloadError(e.message)
+        error.reason = e.reason
+        raise error from None
 
 
-def _decode(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise WorkloadError(f"{where}: not valid JSON: {e}", fix=SKIP_BAD) from e
+def _heard(data: Mapping[str, Any], model: type[Config], harmless: Collection[str], ignored: Collection[str]) -> Any:
+    """A record without what says nothing: harmless keys, and keys unknown here whose value is null or empty."""
+    known = {f.alias or name for name, f in model.model_fields.items()} | getattr(model, "synonyms", set())
+
+    def heard(k: str, v: Any) -> bool:
+        if v is None:
+            return False
+        return k in known or not (k in harmless or any(type(v) is type(x) and v == x for x in _SAYS_NOTHING))
+
+    inner = HARMLESS_IN_MESSAGE | frozenset(ignored)
+    return {k: _heard_messages(v, inner) for k, v in data.items() if heard(str(k), v)}
 
 
-SKIP_BAD = "correct it, or set `skip_bad: true` to pass over bad records and count them"
+def _heard_messages(value: Any, harmless: Collection[str]) -> Any:
+    if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+        return value
+    empty = {"content", "value"}
+    return [
+        {k: v for k, v in m.items() if k in empty or not (k in harmless or v is None or v == [] or v == {})}
+        for m in value
+    ]

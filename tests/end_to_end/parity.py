@@ -1,7 +1,7 @@
 """Captured rows against `transformers`, un-rotated queries against captured ones, and telemetry in the step against
-telemetry afterwards, for every reviewed architecture in two dtypes; tables in docs/queries.md.
+telemetry afterwards, for every reviewed architecture in two dtypes; tables in docs/reference/queries.md.
 
-    python -m tests.end_to_end.parity [--out docs/queries.md]
+    python -m tests.end_to_end.parity [--out docs/reference/queries.md]
 
 One engine per architecture and dtype, on the tiny models of test_models.py: about five minutes on two cores.
 """
@@ -87,7 +87,7 @@ def table(cells: pd.DataFrame, head: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/queries.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/reference/queries.md"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     args = parser.parse_args()
     rows, telemetry, values = {}, {}, 0

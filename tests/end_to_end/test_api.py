@@ -14,7 +14,7 @@ from sglang_probe.kept_set import KeptFile
 from sglang_probe.verify.verify import verify
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("eviction")]
-PAGE = Path(__file__).parent.parent.parent / "docs" / "kept-sets.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "how-to" / "evict-in-the-engine.md"
 
 
 def run_example(number: int, folder: Path) -> str:

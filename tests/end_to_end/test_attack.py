@@ -1,7 +1,7 @@
 """Proof by attack: random traffic on a real engine, the invariants, and the true owner of every KV slot.
 
-Each safeguard has a negative control: with it disabled, something must notice. `docs/attack.md` says how to run many
-configurations, and how to replay one.
+Each safeguard has a negative control: with it disabled, something must notice. `docs/evidence/attack.md` says how to
+run many configurations, and how to replay one.
 """
 
 from __future__ import annotations

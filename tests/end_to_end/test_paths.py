@@ -1,4 +1,4 @@
-"""Every scheduler path, one by one, on a real server: the exact spans, and every invariant (docs/paths.md).
+"""Every scheduler path, one by one, on a real server: the exact spans, and every invariant (docs/evidence/paths.md).
 
 One server with small chunks, few running requests and priorities, so that queueing, chunking and preemption happen
 with few tokens. Each test uses prompts of its own and closes a segment.

@@ -1,6 +1,6 @@
 """Scheduler paths at their edges: what is in flight when something ends, and requests that SGLang rewrites.
 
-See docs/paths.md. Small chunks and few running requests make the edges cheap to reach.
+See docs/evidence/paths.md. Small chunks and few running requests make the edges cheap to reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A request whose tokens SGLang makes up. See docs/paths.md."""
+"""A request whose tokens SGLang makes up. See docs/evidence/paths.md."""
 
 from __future__ import annotations
 

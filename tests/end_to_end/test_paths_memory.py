@@ -1,4 +1,4 @@
-"""Scheduler paths when KV memory is short: pages, eviction, retraction, mixed batches. See docs/paths.md."""
+"""Scheduler paths when KV memory is short: pages, eviction, retraction, mixed batches. See docs/evidence/paths.md."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     for i, (name, asked) in enumerate({**ASKED, "outside": {"from": L, "to": 4090}}.items()):
         length, steps = (L, 0) if name == "prompt" else (L + N, STEPS)
         params: dict[str, Any] = {"max_new_tokens": steps + 1, "temperature": 0.0, "ignore_eos": True}
-        if name == "prompt":  # what is sampled here may be computed too (docs/releases.md), and must not be the text
+        if name == "prompt":  # the sampled token may be computed too (docs/evidence/releases.md)
             params["custom_params"] = {"probe": {"force": [text.prompt_ids[L] - 1]}}
         if asked is not None:
             params["custom_params"] = {"probe": {"positions": asked}}

@@ -37,6 +37,7 @@ def set_taps(running: Session, taps: Taps | GraphTaps) -> None:
 def made_request(**probe: Any) -> Any:
     """A `Req` as SGLang makes it, of 16 tokens, that asks this of the probe."""
     req = SimpleNamespace(
+        rid="r",
         sampling_params=SimpleNamespace(custom_params={"probe": probe} if probe else None, max_new_tokens=4),
         origin_input_ids=[0] * 16,
         skip_radix_cache_insert=False,

@@ -53,7 +53,10 @@ def test_requests_keep_their_ids_and_a_star_means_every_layer() -> None:
         ({"workload": {"source": "jsonl", "pth": "x"}}, "`workload.jsonl.path` is required"),
         ({"prompts": [[1, 2]], "arms": {"a": {"cach": "off"}}}, "did you mean `cache`"),
         ({"prompts": [[1, 2]], "sampling": {"max_new_tokens": 9999}}, "request r000000: .*do not fit"),
-        ({"prompts": [[1, 2]], "hook_points": ["blocks.*.hook_resid"]}, "unknown hook point `blocks.0.hook_resid`"),
+        (
+            {"prompts": [[1, 2]], "hook_points": ["blocks.*.hook_resid"]},
+            "unknown hook point `blocks.\\*.hook_resid`; did you mean `blocks.\\*.hook_resid_post`",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(given: dict[str, Any], said: str) -> None:

@@ -252,7 +252,7 @@ def lines(tmp_path: Path) -> Callable[..., HarvestConfig]:
 def test_a_line_that_asks_for_what_it_cannot_have_is_named_or_passed_over(
     custom: Any, said: str, lines: Callable[..., HarvestConfig]
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"asked\.jsonl:3 \(request r000001\): .*{said}(.|\n)*skip_bad: true"):
+    with pytest.raises(ConfigError, match=rf"asked\.jsonl:3: .*{said}(.|\n)*skip_bad: true"):
         prepare(lines(custom))
     found = prepare(lines(custom, {"probe": {"cache": "off"}}, skip_bad=True)).workload
     assert found.skipped == 1
@@ -262,7 +262,7 @@ def test_a_line_that_asks_for_what_it_cannot_have_is_named_or_passed_over(
 
 def test_a_line_may_name_a_kept_set_that_a_run_will_bring(lines: Callable[..., HarvestConfig]) -> None:
     naming = {"probe": {"evict": "k"}}
-    with pytest.raises(ConfigError, match=r"asked\.jsonl:3 \(request r000001\): `evict: k`, but .* no kept sets"):
+    with pytest.raises(ConfigError, match=r"asked\.jsonl:3: `evict: k`, but .* no kept sets"):
         prepare(lines(naming))
     assert prepare(lines(naming, skip_bad=True)).workload.skipped == 1
     assert prepare(lines(naming), kept_later=True).workload.requests[1].ask.evict == "k"

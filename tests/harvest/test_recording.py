@@ -52,6 +52,9 @@ class MadeEngine:
         )
         self._tag = 0
 
+    def in_force(self) -> dict[str, Any]:
+        return {}
+
     def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(main)
 

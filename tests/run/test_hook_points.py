@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -13,8 +16,10 @@ from sglang_probe.run.hook_points import (
     check_sliding_window,
     check_tensor_parallel,
     engine_module,
+    expand,
     head_counts,
     parse_hook_point,
+    parse_pattern,
 )
 
 
@@ -31,7 +36,7 @@ def test_a_name_says_its_layer_and_site(site: str) -> None:
     ["blocks.0.hook_q", "blocks.0.attn.hook_z", "blocks.0.attn.hook_rot_v", "blocks.x.attn.hook_q", "attn.hook_q"],
 )
 def test_other_names_are_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(ConfigError, match="unknown hook point") as error:
+    with pytest.raises(ConfigError, match=r"hook point `blocks|unknown hook point") as error:
         parse_hook_point(name)
     assert "attn.hook_rot_k" in str(error.value)
 
@@ -99,3 +104,70 @@ def test_keys_and_values_have_kv_heads() -> None:
     assert set(found) == {h.name for h in attention_points(names)}
     assert {h for h, (heads, _) in found.items() if heads == 8} == {"blocks.0.attn.hook_q", "blocks.0.attn.hook_rot_q"}
     assert {tuple(x) for x in found.values()} == {(8, 16), (2, 16)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        ("blocks.*.hook_resid_post", range(12)),
+        ("blocks.{4..7}.hook_resid_post", range(4, 8)),
+        ("blocks.{0..11..5}.hook_resid_post", (0, 5, 10)),
+        ("blocks.{0, 5,10}.hook_resid_post", (0, 5, 10)),
+        ("blocks.{1,4..5}.hook_resid_post", (1, 4, 5)),
+        ("blocks.{7..7}.hook_resid_post", (7,)),
+        ("blocks.3.hook_resid_post", (3,)),
+    ],
+)
+def test_a_pattern_means_the_names_of_its_layers(pattern: str, layers: Any) -> None:
+    assert expand([pattern], 12) == [f"blocks.{i}.hook_resid_post" for i in layers]
+
+
+def test_names_that_several_patterns_mean_are_there_once_and_in_order() -> None:
+    assert expand(["hook_embed", "blocks.{1,0}.attn.hook_v", "blocks.*.attn.hook_v", "hook_embed"], 3) == [
+        "hook_embed",
+        "blocks.1.attn.hook_v",
+        "blocks.0.attn.hook_v",
+        "blocks.2.attn.hook_v",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blocks.010.hook_resid_post", "no leading zeros(.|\n)*write `blocks.10.hook_resid_post`"),
+        ("blocks.{5..2}.hook_resid_post", "`5..2` is no range of layers"),
+        ("blocks.{0..9..0}.hook_resid_post", "`0..9..0` is no range"),
+        ("blocks.{}.hook_resid_post", "`` is no layer"),
+        ("blocks.{a}.hook_resid_post", "`a` is no layer"),
+        ("blocks.{0-4}.hook_resid_post", "`0-4` is no layer(.|\n)*`blocks.{4..12}.`"),
+        ("blocks.{0..99999999999}.hook_resid_post", "is no range"),
+        ("blocks.٣.hook_resid_post", "unknown hook point"),
+        ("blocks.*", "unknown hook point"),
+        ("blocks.**.hook_resid_post", "unknown hook point"),
+        ("blocks.5.hook_resid_pre", "use `blocks.4.hook_resid_post`"),
+        ("blocks.0.hook_resid_pre", "use `hook_embed`"),
+        ("blocks.{0..2}.hook_resid_pre", "`hook_embed`, `blocks.0.hook_resid_post`, `blocks.1.hook_resid_post`"),
+        ("blocks.*.hook_resid_pre", "`hook_embed` for layer 0, and `blocks.*.hook_resid_post`"),
+        ("blocks.3.hook_mlp_out", "is not captured: it is the output of the MLP"),
+        ("blocks.3.hook_attn_out", "is not captured: it is the output of the attention"),
+        ("blocks.3.attn.hook_z", "is not captured: it is the output of each head"),
+        ("blocks.3.attn.hook_pattern", "capture `attn.hook_rot_q` and `attn.hook_rot_k`"),
+        ("ln_final.hook_normalized", "is not captured: it is the output of the final norm"),
+        ("model.layers.3", "is the name of a module"),
+        ("blocks.3.hook_v", "did you mean `blocks.3.attn.hook_v`"),
+        ("blocks.3.hook_resid_pst", "did you mean `blocks.3.hook_resid_post`"),
+        ("hook_resid_post", "did you mean `blocks.*.hook_resid_post`"),
+    ],
+)
+def test_what_is_no_pattern_is_told_what_there_is(name: str, said: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_pattern(name)
+    assert re.search(re.escape(said).replace(re.escape("(.|\n)*"), "(.|\n)*"), str(e.value)), str(e.value)
+    with pytest.raises(ConfigError):
+        parse_hook_point(name)
+
+
+def test_a_run_holds_names_and_no_patterns() -> None:
+    for pattern in ("blocks.*.hook_resid_post", "blocks.{1,2}.hook_resid_post", "blocks.01.hook_resid_post"):
+        with pytest.raises(ConfigError):
+            parse_hook_point(pattern)

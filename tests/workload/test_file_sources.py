@@ -69,11 +69,14 @@ def test_labels_are_character_spans_of_a_content_or_a_prompt(write_lines: WriteL
         ({"messages": [{"role": "user", "content": "a"}], "labels": {"e": []}}, "belong to its messages"),
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object, found list"),
-        ({}, "give either `messages` or `prompt`"),
-        ({"messages": [{"role": "user", "content": "a"}], "prompt": "b"}, "give either `messages` or `prompt`"),
+        ({}, "give one of `messages`, `prompt` and `prompt_ids`"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "prompt": "b"},
+            "give one of `messages`, `prompt` and `prompt_ids`",
+        ),
         ({"messages": []}, "`messages`: List should have at least 1 item"),
         ({"promt": "x"}, "unknown key `promt`; did you mean `prompt`?"),
-        ({"prompt": "x", "tools": []}, "unknown key `tools`"),
+        ({"prompt": "x", "tools": [{"name": "f"}]}, "unknown key `tools`: tools are not supported"),
         ({"messages": [{"role": "user", "content": None}]}, "`messages.0.content`"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text parts are supported"),
         ({"messages": [{"role": "user", "content": "a", "segment": "special"}]}, "`special` names tokens that"),
@@ -155,10 +158,10 @@ def test_turns_after_the_last_answer_and_answers_to_nobody_are_left_out(write_li
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (share(("human", "q")), "no `gpt` turn answers a `human` turn"),
-        (share(), "no `gpt` turn answers a `human` turn"),
-        (share(("human", "q"), ("bard", "a")), "`conversations.1.from`"),
-        ({"messages": []}, "`conversations` is required"),
+        (share(("human", "q")), "no turn of the assistant (`gpt`) answers one of the user"),
+        (share(), "no turn of the assistant (`gpt`) answers one of the user"),
+        (share(("human", "q"), ("bart", "a")), "a turn is from `bart`, which is none of system, human"),
+        ({"dialogue": []}, "`conversations` is required"),
     ],
 )
 def test_a_bad_sharegpt_record_is_refused_or_counted(tmp_path: Path, record: dict[str, Any], message: str) -> None:

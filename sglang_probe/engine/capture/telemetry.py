@@ -9,7 +9,8 @@ prompt keys of the longest prompt, D head dim, M remembered steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,21 @@ class Measured:
     def nbytes(self) -> int:
         """Size in memory."""
         return sum(x.nbytes for x in (*self.numbers.values(), self.top_positions, self.top_weights))
+
+    def without(self, rids: Container[str]) -> Measured | None:
+        """The same without the steps of some requests; None if no step is left."""
+        keep = [i for i, rid in enumerate(self.rids) if rid not in rids]
+        if not keep:
+            return None
+        return replace(
+            self,
+            numbers={name: x[:, keep] for name, x in self.numbers.items()},
+            top_positions=self.top_positions[:, keep],
+            top_weights=self.top_weights[:, keep],
+            rids=[self.rids[i] for i in keep],
+            attempts=self.attempts[keep],
+            positions=self.positions[keep],
+        )
 
 
 def logits(q_BW: Tensor, pool_SGD: Tensor, slots_BJ: Tensor, scaling: float) -> Tensor:

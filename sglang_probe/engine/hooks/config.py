@@ -8,32 +8,37 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.ask import Ask
-from sglang_probe.config import Config
+from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run.hook_points import parse_hook_point
-from sglang_probe.run.selection import RowsConfig, check_selection
+from sglang_probe.run.hook_points import parse_pattern
+from sglang_probe.run.selection import RowsConfig, check_selection, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
 
 CONFIG_VARIABLE = "SGLANG_PROBE"
 """Environment variable with the path of the probe's YAML; unset means inert."""
+
+ENGINE_FILE = "engine.json"
+"""Written into the run directory of a harvest by the scheduler: what is in force in it. The manifest takes it over."""
 
 FAULT_FILE = "fault.txt"
 """Written into the run directory when the probe stopped itself; its content says why."""
 
 
 class EngineProbeConfig(Config):
-    """Configuration of one engine process.
+    """What one engine process records.
 
-    `run` is the directory to write to; `hook_points` the rows to capture (none: the ledger alone). The remaining
-    fields are set by `sglang-probe harvest`.
+    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches` and `ignore_interrupt`
+    are set by `sglang-probe harvest`.
     """
 
     run: Path
+    """Directory to write to."""
     hook_points: list[str] = Field(default_factory=list)
+    """Rows to capture, e.g. `[hook_embed, blocks.10.hook_resid_post]`. Empty: the ledger alone."""
     accelerator: Literal["refused", "unproved"] = "refused"
-    """`unproved`: capture rows on a GPU too, inside its graphs. That has been tested by simulation only (docs/gpu.md).
+    """`unproved`: capture rows on a GPU too, inside its graphs (docs/explanation/gpu.md says where that was run).
     On a CPU the same path is taken, without graphs, for tests."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads of them; by default all."""
@@ -48,7 +53,7 @@ class EngineProbeConfig(Config):
     asks: list[str] = Field(default_factory=list)
     """What requests may ask of this engine (`sglang_probe.ask`), besides `provenance`, which a live server always
     answers, and `system`, which telemetry reads. A request that asks for more is refused."""
-    kept: Path | None = None
+    kept: InputPath | None = None
     """The kept sets that requests of this recording may name (`sglang_probe.kept_set`)."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
@@ -59,8 +64,17 @@ class EngineProbeConfig(Config):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            parse_hook_point(name)
+            parse_pattern(name)
         return names
+
+    def of_layers(self, layers: int) -> EngineProbeConfig:
+        """With the hook points that its patterns mean in a model of so many layers.
+
+        Raises:
+            ConfigError: two patterns select at one hook point.
+        """
+        rows, points = expanded(self.rows, self.hook_points, layers)
+        return self.model_copy(update={"rows": rows, "hook_points": points})
 
     @field_validator("asks")
     @classmethod

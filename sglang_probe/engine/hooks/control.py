@@ -33,6 +33,11 @@ def carry_out(key: str, value: Any) -> None:
     Raises:
         Refused: it could not be done.
     """
+    if key == CLOSE and (live := guard.active().live) is not None:
+        if live.stops.fault is not None:
+            raise Refused(f"nothing is recorded now: {live.stops.fault}")
+        live.ask_flush()  # nobody waits for the disk here
+        return
     if key == CLOSE:
         if guard.active().records and _close() is None:
             raise Refused("the probe is not recording, or failed; see the scheduler's log")
@@ -51,9 +56,5 @@ def next_config(number: int) -> Path:
 
 @guard.guarded
 def _close() -> bool:
-    session = guard.active()
-    if session.live is not None:  # goes on: the current segment is closed, and nobody waits for the disk here
-        session.live.ask_flush()
-    else:
-        session.close()
+    guard.active().close()
     return True

@@ -24,7 +24,17 @@ logger = logging.getLogger("sglang_probe")
 TARGET = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 _FLUSH_SECONDS = 30.0
-_COVERAGE = ("positions", "requests", "requests_in_flight", "forwards", "recent")
+_RECORDING = ("recording", "reason", "tries_again_in")
+"""What every endpoint says first: counts stand still while nothing is recorded."""
+_COVERAGE = (
+    *_RECORDING,
+    "positions",
+    "requests",
+    "requests_in_flight",
+    "requests_unaccounted",
+    "forwards",
+    "recent",
+)
 
 
 def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -86,8 +96,11 @@ class Endpoints:
         return out
 
     async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
-        """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 if the
-        probe has stopped recording, 504 if the disk does not finish in time.
+        """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 while
+        nothing is recorded, 504 if the disk does not finish in time.
+
+        A segment is closed on demand once in `segments: {min_seconds}` at most: whoever asks sooner waits, and all who
+        wait get the same segment. One in which nothing was recorded is not closed, and `closed` is false.
 
         With `cache` the radix cache is flushed first, so that nothing in the next segment is reused from this one.
         SGLang does that only while nothing is in flight; `timeout` seconds are waited for such a moment, then the
@@ -99,22 +112,26 @@ class Endpoints:
             reason = "requests are in flight, so SGLang does not flush its cache; the segment goes on"
             return JSONResponse({"flushed": False, "reason": reason}, status_code=409)
         if not all(await self._close()):
-            state = await self._state()
-            return JSONResponse({"flushed": False, "reason": state.get("reason")}, status_code=503)
+            return _not_flushed(await self._state(), 503)
         states = await self._each()
         asked = [state["flush"]["asked"] for state in states]
-        deadline = time.monotonic() + _FLUSH_SECONDS
+        deadline = time.monotonic() + _FLUSH_SECONDS + max(s["flush"].get("at_most_every", 0.0) for s in states)
+        pause = 0.02
         while any(state["flush"]["done"] < n for state, n in zip(states, asked, strict=True)):
             state = merge_states(states)
             if time.monotonic() > deadline or not state["recording"]:
-                return JSONResponse({"flushed": False, "reason": state["reason"] or "timeout"}, status_code=504)
-            await asyncio.sleep(0.05)
+                return _not_flushed(state, 504 if state["recording"] else 503)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.25)
             states = await self._each()
         closed = [state["flush"]["segment"] for state in states]
         following = [state["segment"]["path"] for state in states]
+        empty = all(state["flush"].get("nothing_new") for state in states)
+        said = {"reason": "nothing was recorded since the last segment was closed"} if empty else {}
+        answer = {"flushed": True, "closed": not empty, **said}
         if len(states) == 1:
-            return {"flushed": True, "segment": closed[0], "next": following[0]}
-        return {"flushed": True, "segments": closed, "next": following}
+            return {**answer, "segment": closed[0], "next": following[0]}
+        return {**answer, "segments": closed, "next": following}
 
     async def _state(self) -> dict[str, Any]:
         return merge_states(await self._each())
@@ -124,6 +141,13 @@ class Endpoints:
         silent = {"recording": False, "reason": "the scheduler process has no probe"}
         states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
         return sorted(states, key=lambda state: state.get("dp_rank", 0))
+
+
+def _not_flushed(state: dict[str, Any], status: int) -> Any:
+    from fastapi.responses import JSONResponse
+
+    told = {name: state.get(name) for name in _RECORDING}
+    return JSONResponse({"flushed": False, **told, "reason": told["reason"] or "timeout"}, status_code=status)
 
 
 def _closer(tokenizer_manager: Any) -> Callable[[], Awaitable[list[bool]]]:

@@ -17,6 +17,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = guard.active()
     session.tp_size = get_parallel().tp_size
+    session.of_model(runner.model)
     for instrument in session.instruments:
         instrument.attach(runner)
 

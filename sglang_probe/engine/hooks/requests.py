@@ -6,6 +6,7 @@ rank does the same, whether or not it records: a rank that refused alone would l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import ONE_RANK
 from sglang_probe.errors import ConfigError
+
+logger = logging.getLogger("sglang_probe")
 
 _ASK = "_sglang_probe_ask"
 """Attribute of a `Req`."""
@@ -29,8 +32,8 @@ def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
             ask = _admitted(session, req, scheduler.model_config)
         except ConfigError as e:
             req.set_finish_with_abort(f"sglang-probe: {e.message}")
-        except Exception as e:
-            session.fail("made", e)
+        except Exception:  # a matter of this request alone
+            logger.exception("sglang-probe could not check what request %.200s asks", req.rid)
             if req.sampling_params.custom_params:  # one that asks nothing is none the worse for a fault of ours
                 req.set_finish_with_abort("sglang-probe: what the request asks of the probe could not be checked")
     setattr(req, _ASK, ask)
@@ -55,6 +58,16 @@ def _admitted(session: Any, req: Any, model: Any) -> Ask:
         for instrument in session.instruments:
             instrument.admit(ask, req)
     return ask
+
+
+def beams_refused() -> str | None:
+    """Why a request for beam search is refused: its rows are of no request's position."""
+    if guard.session is None:
+        return None
+    return (
+        "sglang-probe: beam search (`beam_width`) computes rows that belong to no position of a request, and is not "
+        "served while the probe is installed; ask without it"
+    )
 
 
 def ask_of(req: Any) -> Ask:

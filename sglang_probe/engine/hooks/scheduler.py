@@ -5,17 +5,21 @@ SGLang: `managers/scheduler.py` (`run_event_loop`, `run_batch`, `process_batch_r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
+from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run import schema
+
+logger = logging.getLogger("sglang_probe")
 
 
 def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -32,6 +36,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session = guard.active()
     if session.fault is not None:  # while graphs were captured
         raise UnsupportedError(session.fault, fix="remove `hook_points` to record the ledger alone")
+    session.resolved = resolved(scheduler, server_args)
     session.attach(
         scheduler,
         dp_rank=release().dp_rank(scheduler),
@@ -40,7 +45,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
         records=get_parallel().tp_rank == 0,
     )
     if session.records and session.config.live is not None:
-        session.live = live_server.start(session.config, server_args, session.dp_rank)
+        session.live = live_server.start(session.config, server_args, session.dp_rank, session.resolved)
     session.open()
 
 
@@ -50,21 +55,22 @@ def run_event_loop(original: Callable[..., Any], scheduler: Any, *args: Any, **k
     try:
         value = original(scheduler, *args, **kwargs)
     except BaseException as e:
-        _crashed(e)
+        _ended(e)
         raise
-    _ended()
+    _ended(None)
     return value
 
 
-@guard.guarded
-def _ended() -> None:
-    if guard.active().live is not None:
-        guard.active().close()
-
-
-@guard.guarded
-def _crashed(error: BaseException) -> None:
-    guard.active().crashed(error)
+def _ended(error: BaseException | None) -> None:
+    if guard.session is None:
+        return
+    try:  # not guarded: a recording that has stopped wants to be closed too
+        if error is not None:
+            guard.session.crashed(error)
+        elif guard.session.live is not None:
+            guard.session.close()
+    except Exception:
+        logger.exception("sglang-probe could not close the recording")
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +85,9 @@ def process_batch_result(
     original: Callable[..., Any], scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND `Scheduler.process_batch_result`: commit the forward after the engine has processed its result."""
-    finished_before = {r.rid for r in batch.reqs if r.finished()}
-    retracted = {r.rid for r in batch.reqs if r.is_retracted}
+    # Requests are told apart as objects: two clients may use one id at the same time.
+    finished_before = {id(r) for r in batch.reqs if r.finished()}
+    retracted = [r for r in batch.reqs if r.is_retracted]
     value = original(scheduler, batch, result, *args, **kwargs)
     _commit(batch, result, finished_before, retracted)
     return value
@@ -96,18 +103,36 @@ def make_abort_req(_result: Any, req: Any, *_args: Any, **_kwargs: Any) -> None:
 def _aborted(req: Any) -> None:
     recorder = guard.active().recorder
     assert recorder is not None
+    if live_server.began_before(req):
+        return  # with the recording that stopped, which has told what became of it
     (end,) = live_server.ending([req], [end_of(req, reason="abort")])
     recorder.abort(end)
     _forget([end])
 
 
-@guard.guarded
 def _launch(scheduler: Any, batch: Any) -> None:
+    session = guard.session
+    if session is None:
+        return
+    if session.live is not None:
+        try:
+            session.follow()
+            if session.recorder is None:
+                live_server.served_unrecorded(batch.reqs)
+        except Exception as e:
+            session.fail("follow", e)
+    _launch_recorded(scheduler, batch)
+
+
+@guard.guarded
+def _launch_recorded(scheduler: Any, batch: Any) -> None:
     session = guard.active()
     session.forget_forward()
     if batch.reqs:
         plan = plan_of(batch, tag=scheduler.forward_ct + 1, waiting=len(scheduler.waiting_queue))
-        _explained(batch.reqs, plan)
+        plan.unaccounted = unexplained(batch.reqs, plan)
+        if plan.unaccounted is not None and session.live is None:
+            raise LedgerError(plan.unaccounted)
         session.launch(batch.reqs, plan)
 
 
@@ -117,10 +142,11 @@ def _launched(result: Any) -> None:
 
 
 @guard.guarded
-def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[str]) -> None:
+def _commit(batch: Any, result: Any, finished_before: set[int], retracted: list[Any]) -> None:
     if not batch.reqs:
         return
-    finished = [r for r in batch.reqs if r.finished() and r.rid not in finished_before]
+    finished = [r for r in batch.reqs if r.finished() and id(r) not in finished_before]
+    finished = [r for r in finished if not live_server.began_before(r)]
     ended = live_server.ending(finished, [end_of(r) for r in finished])
     recorder = guard.active().recorder
     assert recorder is not None
@@ -128,7 +154,7 @@ def _commit(batch: Any, result: Any, finished_before: set[str], retracted: set[s
         batch.forward_iter,
         graph=bool(result.can_run_cuda_graph),
         ended=ended,
-        retracted={live_server.name_of(rid) for rid in retracted},
+        retracted={live_server.name_of(r) for r in retracted if not live_server.began_before(r)},
     )
     _forget(ended)
 
@@ -138,20 +164,17 @@ def _forget(ended: list[RequestEnd]) -> None:
         guard.active().end(end.rid)
 
 
-def _explained(reqs: list[Any], plan: ForwardPlan) -> None:
-    """A forward that computes more than the scheduler's lists say is not recorded as if it did not.
-
-    Raises:
-        LedgerError: the forward has rows of no request's position, such as those of beams.
-    """
+def unexplained(reqs: list[Any], plan: ForwardPlan) -> str | None:
+    """Why a forward cannot be accounted for: it computes more than the scheduler's lists say, such as rows of beams."""
     beams = [r.rid for r in reqs if release().in_beam(r)]
     if beams:
-        raise LedgerError(f"request {beams[0]} asks for beam search, whose rows have no position of their own")
+        return f"request {beams[0]:.200} asks for beam search, whose rows have no position of their own"
     if plan.tokens != plan.slots:
-        raise LedgerError(
+        return (
             f"SGLang allocated {plan.slots} KV slots for a forward pass of {plan.tokens} positions "
-            f"(of {', '.join(plan.rids[:3])})"
+            f"(of {', '.join(plan.rids[:3]):.600})"
         )
+    return None
 
 
 def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
@@ -162,6 +185,8 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     the extend lists, in which decode rows follow the prefill rows (`mix_with_running`).
     """
     reqs = batch.reqs
+    before = [live_server.began_before(r) for r in reqs]
+    rids = [live_server.name_of(r) for r in reqs]
     if batch.forward_mode.is_decode():
         starts = [release().committed_len(r) - 1 for r in reqs]
         ends = [s + 1 for s in starts]
@@ -174,7 +199,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     return ForwardPlan(
         tag=tag,
         mode="decode" if batch.forward_mode.is_decode() else "mixed" if batch.forward_mode.is_mixed() else "extend",
-        rids=[r.rid for r in reqs],
+        rids=rids,
         starts=starts,
         ends=ends,
         decoding=decoding,
@@ -183,6 +208,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         contexts=[None if d else context_of(r) for r, d in zip(reqs, decoding, strict=True)],
         slots=batch.out_cache_loc.shape[0],
         waiting=waiting,
+        began_before=frozenset(rid for rid, b in zip(rids, before, strict=True) if b),
     )
 
 

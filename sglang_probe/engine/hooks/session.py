@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -10,19 +11,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import ForwardPlan, Recorder
+from sglang_probe.engine.ledger.recorder import ForwardPlan, Recorder, Sink
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live.recording import LiveRecording
+from sglang_probe.engine.live.stops import reason_of
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run import journal
+from sglang_probe.run.hook_points import has_patterns
 
 logger = logging.getLogger("sglang_probe")
 
 Kind = TypeVar("Kind", bound=Instrument)
+
+_WEIGHTS = 100
+"""Updates of the weights that are told at least."""
 
 _LINEAGE_PAGES = 1 << 18
 """Pages that the lineage remembers at least, in each of two generations: about 30 MB."""
@@ -44,6 +50,9 @@ class Session:
         self.writer: Writer | LiveRecording | None = None
         self.live: LiveRecording | None = None
         """Set before `open` if a live server is recorded; takes the place of the writer."""
+        self._forwards_before = 0
+        self.resolved: dict[str, Any] = {}
+        """Server arguments as they are in force; set by `attach`."""
         self.plan: ForwardPlan | None = None
         """The forward being launched, from `launch` to `launched`."""
         self.publishing: Any = None
@@ -56,6 +65,10 @@ class Session:
         """Recordings begun in this engine."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
+        self.epoch = 0
+        """Of the live recording, the epoch that `recorder` belongs to."""
+        self.weights: list[dict[str, Any]] = [{"number": 0, "how": "model_path"}]
+        """What the engine's weights were, by the number of updates before."""
 
     def of(self, kind: type[Kind]) -> Kind | None:
         """The instrument of a kind, if the session has it."""
@@ -65,6 +78,13 @@ class Session:
         """What the manifest says of the instruments, once the model is loaded."""
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
+
+    def of_model(self, model: Any) -> None:
+        """Take note of the model, once it is loaded: patterns of hook points become those of its layers."""
+        if has_patterns([*self.config.hook_points, *self.config.rows.at]):
+            self.config = self.config.of_layers(len(model.model.layers))
+            for instrument in self.instruments:
+                instrument.config = self.config
 
     def attach(self, scheduler: Any, *, dp_rank: int, tp_size: int, records: bool) -> None:
         """Take note of the scheduler, once it is built.
@@ -97,18 +117,60 @@ class Session:
             return
         page_size, pool_tokens = scheduler.page_size, scheduler.max_total_num_tokens
         forward = row = 0
+        sink: Sink
         if self.live is not None:
-            self.writer = self.live
+            # Of another epoch: what the recorder before this one knew is forgotten, its numbers are not given again.
+            forward = self._forwards_before
+            self.writer, sink, self.epoch, row = self.live, self.live.sink(), self.live.epoch, self.live.totals.rows
         else:
-            self.writer = Writer(c.run, session=c.start, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
-            forward, row = self.writer.forwards_end, self.writer.rows_end
+            writer = Writer(c.run, session=c.start, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
+            self.writer, sink, forward, row = writer, writer, writer.forwards_end, writer.rows_end
+            self._tell()
+        lineage = Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size))
+        if self.live is not None:
+            self.live.names.remembered = lineage.remembers
         self.recorder = Recorder(
-            self.writer,
-            lineage=Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size)),
+            sink,
+            lineage=lineage,
             captures_rows=bool(c.hook_points),
             first_forward=forward,
             first_row=row,
+            tolerant=self.live is not None,
         )
+
+    def follow(self) -> None:
+        """Follow the live recording, before a launch: it may have stopped, and it may have begun again."""
+        live = self.live
+        if live is None or not self.records:
+            return
+        if live.stops.fault is not None:
+            if self.recorder is not None:
+                self._let_go()
+            self.fault = live.stops.fault
+        elif self.epoch != live.epoch:
+            if self.recorder is not None:
+                self._let_go()
+            self.fault = None
+            self.open()
+
+    def weights_changed(self, how: str, version: str | None, path: str | None) -> None:
+        """The engine's weights are others from the next launch on.
+
+        Args:
+            how: the way of the update. version: SGLang's name of the weights. path: where they come from, if said.
+        """
+        entry = {"number": int(self.weights[-1]["number"]) + 1, "how": how, "version": version, "path": path}
+        self.weights = [*self.weights[-_WEIGHTS:], entry]
+        if self.live is not None:
+            self.live.weights_changed(entry)
+        elif self.opened and self.records:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say what is in force in this engine, for the manifest of a harvest (`harvest/engine.py`)."""
+        if self.dp_rank == 0:
+            told = {"server_resolved": self.resolved, "weights": self.weights}
+            journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
 
     def reopen(self, config: EngineProbeConfig) -> None:
         """Go on with another recording in the same engine: another run, perhaps another policy.
@@ -133,9 +195,9 @@ class Session:
     def launch(self, reqs: Sequence[Any], plan: ForwardPlan) -> None:
         """A forward pass of these requests is about to be launched. Runs inside guarded code."""
         assert self.recorder is not None
-        if self.live is not None:
-            self.live.names.launch(plan)
+        plan.weights = int(self.weights[-1]["number"])
         self.recorder.launch(plan)
+        self._forwards_before = plan.forward_id + 1
         self.plan = plan
         asks = requests.asks_of(reqs)
         for instrument in self.instruments:
@@ -156,7 +218,8 @@ class Session:
 
     def close(self) -> None:
         """Stop recording for good and write everything that is known, forwards in flight included."""
-        if self.recorder is not None and self.writer is not None:
+        stopped = self.live is not None and self.live.stops.fault is not None
+        if self.recorder is not None and self.writer is not None and not stopped:
             recorder, self.recorder = self.recorder, None
             for plan in recorder.in_flight:
                 for transfer in plan.travelling.values():
@@ -165,6 +228,8 @@ class Session:
             self.writer.flush()
             if isinstance(self.writer, Writer):
                 self.writer.stop()
+        elif self.live is not None:  # which has stopped
+            self.live.close()
 
     def crashed(self, error: BaseException) -> None:
         """The scheduler ends by an error of its own: write what is known, and say why.
@@ -172,8 +237,7 @@ class Session:
         A forward pass in flight may be the one that failed: it counts as never run.
         """
         in_flight = 0 if self.live is None else len(self.live.totals.active)
-        self.recorder = None
-        self.forget_forward()
+        self._let_go()
         if isinstance(error, KeyboardInterrupt):
             self.fault = f"the server was ended by Ctrl-C with {in_flight} requests in flight"
         else:
@@ -184,7 +248,7 @@ class Session:
             else:
                 self.live.close(status="interrupted", fault=self.fault)
         elif isinstance(self.writer, Writer):
-            self._tell(self.fault)  # first: what follows takes time, and who waits may end this process
+            self._tell_fault(self.fault)  # first: what follows takes time, and who waits may end this process
             with suppress(OSError, TimeoutError):
                 self.writer.flush(timeout=20)
 
@@ -194,18 +258,23 @@ class Session:
         in_graphs = self.config.accelerator == "unproved"  # which are captured before the recording opens
         return self.fault is None and (self.recorder is not None or in_graphs)
 
-    def fail(self, where: str, error: BaseException) -> None:
-        """Stop recording for good, loudly. Requests go on."""
+    def _let_go(self) -> None:
+        """Record nothing any more; requests go on."""
         self.recorder = self.publishing = None
         self.forget_forward()
+
+    def fail(self, where: str, error: BaseException) -> None:
+        """Stop recording, loudly: a harvest for good, a live server until the next segment can be opened."""
+        self._let_go()
         message = f"sglang-probe stopped recording in {where}: {type(error).__name__}: {error}"
         logger.critical(message, exc_info=error)
         self.fault = message
-        if self.live is not None:  # closes in its own thread; requests do not wait
-            self.live.close(status="incomplete", fault=message, timeout=0)
-        self._tell(message)
+        if self.live is not None:  # its own thread does the rest; requests do not wait
+            self.live.stop(message, reason_of(error), self.epoch)
+            return
+        self._tell_fault(message)
 
-    def _tell(self, fault: str) -> None:
+    def _tell_fault(self, fault: str) -> None:
         """Leave a word to who started this engine: in the run, or beside the configuration if that disk is full."""
         folders = [self.config.run]
         if self.config.live is None and CONFIG_VARIABLE in os.environ:

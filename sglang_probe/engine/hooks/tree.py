@@ -63,9 +63,11 @@ def _published(result: Any, params: Any) -> None:
     req, session.publishing = session.publishing, None
     if req is None or session.recorder is None:
         return
+    # One that was not launched in this recording has no name in it.
+    rid = "" if live_server.began_before(req) else live_server.name_of(req)
     key = params.key
     session.recorder.publish(
-        live_server.name_of(req.rid),
+        rid,
         req.retraction_count,
         Context(key.raw_token_ids(), release().namespace(key)),
         length=len(key),

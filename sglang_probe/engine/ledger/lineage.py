@@ -84,6 +84,11 @@ class Lineage:
         own.fill(end)
         return origins
 
+    def adopt(self, rid: str, attempt: int, length: int) -> None:
+        """A request that began before the recording holds `length` positions, of owners that nobody knows."""
+        own = self._running[rid] = _Owners(self._names.new(rid), attempt, False)
+        own.extend(np.full(length, BEFORE, dtype=np.int64))
+
     def publish(
         self, rid: str, tokens: Any, length: int, first_new: int, protected: int, namespace: object
     ) -> list[Origin]:
@@ -92,7 +97,11 @@ class Lineage:
         Returns the origins of the positions whose owner changed.
         """
         own = self._running.get(rid)
-        if own is None:
+        if own is None:  # of nobody whom the recording follows: whoever reuses it must not be told another owner
+            hashes = self._page_hashes(_token_array(tokens, length), namespace)
+            keys = hashes[first_new // self._page : length // self._page].tolist()
+            unknown = BEFORE if self._page == 1 else np.full(self._page, BEFORE, dtype=np.int64)
+            self._remember(keys, [unknown] * len(keys))
             return []
         own.fill(length)  # decode steps are not launched one by one: what is not known otherwise is the request's own
         ids = _token_array(tokens, length)
@@ -126,6 +135,10 @@ class Lineage:
         own = self._running.pop(rid, None)
         if own is not None and not own.published:
             self._names.forget(own.number)
+
+    def remembers(self, rid: str) -> bool:
+        """Whether anything may still be said to be of this request."""
+        return self._names.holds(rid)
 
     def forget_tree(self) -> None:
         """The tree was flushed."""
@@ -186,18 +199,24 @@ class _Names:
     def __init__(self) -> None:
         self._young: dict[int, str] = {}
         self._old: dict[int, str] = {}
+        self._held: set[str] = set()
         self._next = 0
 
     def new(self, rid: str) -> int:
         number, self._next = self._next, self._next + 1
         self._young[number] = rid
+        self._held.add(rid)
         return number
+
+    def holds(self, rid: str) -> bool:
+        return rid in self._held
 
     def get(self, number: int) -> str | None:
         return self._young.get(number) or self._old.get(number)
 
     def forget(self, number: int) -> None:
         """Nothing that this request computed was published."""
+        self._held.discard(self.get(number) or "")
         self._young.pop(number, None)
         self._old.pop(number, None)
 
@@ -214,8 +233,12 @@ class _Names:
     def age(self, running: Iterable[int]) -> None:
         """A generation is over; names of running requests are kept in any case."""
         names = {number: self.get(number) for number in running}
+        gone = self._old
         self._old = self._young
         self._young = {number: name for number, name in names.items() if name is not None}
+        for number, name in gone.items():
+            if number not in self._old and number not in self._young:
+                self._held.discard(name)
 
 
 class _Owners:

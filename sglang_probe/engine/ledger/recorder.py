@@ -8,19 +8,28 @@ first one, if this attempt has not accounted for them yet, are being reused.
 *Commit.* Results are processed in launch order, under overlap scheduling one step late. Only then is it known that a
 request had finished before (SGLang then discards the output: `batch_result_processor.process_batch_result_decode`),
 so spans are built at commit: such a row is an overshoot, its KV exists and its token does not.
+
+What a forward pass does for a request that does not follow from what came before is a `LedgerError`. A harvest ends
+with it. A live recording (`tolerant`) gives up that one request: its positions are `dropped` from there on, its rows
+are not written, it ends as `unaccounted`, and everybody else is recorded as ever.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
+
+logger = logging.getLogger("sglang_probe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,11 @@ class ForwardPlan:
     contexts: list[Context | None]  # what identifies the prefix of each prefill row; None for decode rows
     slots: int  # KV slots that the engine allocated for this forward
     waiting: int = 0
+    weights: int = 0  # weight updates of the engine before this launch
+    unaccounted: str | None = None  # why nothing of this forward can be told apart, if so
+    # Requests that began while nothing was recorded, and where they go on: attempt and position.
+    began_before: frozenset[str] = frozenset()
+    carried: dict[str, tuple[int, int]] = field(default_factory=dict)
     launched: float = field(default_factory=time.time)
     forward_id: int = -1
     row_start: int = -1
@@ -90,6 +104,7 @@ class Commit:
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
     prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
+    lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
 
 
 class Sink(Protocol):
@@ -116,6 +131,7 @@ class Recorder:
         lineage: follows who computed what is reused; None if the engine cannot reuse.
         captures_rows: whether every launched forward will have rows attached.
         first_forward, first_row: numbering starts here (a resumed run continues its numbering).
+        tolerant: give up a request whose forwards do not fit, and record the others; else that is an error.
     """
 
     def __init__(
@@ -126,6 +142,7 @@ class Recorder:
         captures_rows: bool,
         first_forward: int = 0,
         first_row: int = 0,
+        tolerant: bool = False,
     ) -> None:
         self._sink = sink
         self.lineage = lineage
@@ -137,27 +154,59 @@ class Recorder:
         self._rebinds: list[tuple[Any, ...]] = []
         self._ended: list[RequestEnd] = []
         self._gone: list[str] = []
+        self._tolerant = tolerant
+        self._lost: set[str] = set()
+        self._newly_lost: list[tuple[str, str]] = []
 
     def launch(self, plan: ForwardPlan) -> None:
-        """Number a forward pass and its rows, and look up the origins of what it reuses. Called before it runs."""
+        """Number a forward pass, and look up the origins of what it reuses. Called before it runs.
+
+        Raises:
+            LedgerError: what a request reuses cannot be looked up; of a tolerant recording only that request is lost.
+        """
         plan.forward_id = self._next_forward
         self._next_forward += 1
-        if self._captures_rows:
-            plan.row_start = self._next_row
-            self._next_row += plan.tokens
-        for i, context in enumerate(plan.contexts):
-            rid, attempt = plan.rids[i], plan.attempts[i]
-            p = self._progress.get(rid)
-            if p is None or p.attempt != attempt:
-                p = self._progress[rid] = _Progress(attempt)
-            if context is not None and self.lineage is not None:
-                origins = self.lineage.launch(
-                    rid, attempt, plan.starts[i], plan.ends[i], context.tokens, context.namespace
-                )
-                if origins:
-                    plan.origins[i] = origins
-            p.launched = plan.ends[i]
+        for i in range(len(plan.rids)):
+            try:
+                self._launch(plan, i)
+            except Exception as e:
+                if not self._tolerant:
+                    raise
+                self._lose(plan.rids[i], str(e))
+        if plan.unaccounted is not None:
+            for rid in plan.rids:
+                self._lose(rid, plan.unaccounted)
         self._pending.append(plan)
+
+    def _launch(self, plan: ForwardPlan, i: int) -> None:
+        rid, attempt, context, start = plan.rids[i], plan.attempts[i], plan.contexts[i], plan.starts[i]
+        p = self._progress.get(rid)
+        if p is None and rid in plan.began_before:
+            p = self._progress[rid] = _Progress(attempt, covered=start)
+            plan.carried[rid] = (attempt, start)
+            if self.lineage is not None:
+                self.lineage.adopt(rid, attempt, start)
+        elif p is None or p.attempt != attempt:
+            p = self._progress[rid] = _Progress(attempt)
+        if context is not None and self.lineage is not None and rid not in self._lost:
+            origins = self.lineage.launch(rid, attempt, start, plan.ends[i], context.tokens, context.namespace)
+            if origins:
+                plan.origins[i] = origins
+        p.launched = plan.ends[i]
+
+    def _lose(self, rid: str, reason: str) -> None:
+        """Give up a request. What it has in the cache is of no known owner from now on."""
+        if rid in self._lost:
+            return
+        self._lost.add(rid)
+        self._newly_lost.append((rid, reason))
+        logger.warning("sglang-probe cannot account for request %.200s, and records the others: %.500s", rid, reason)
+        if self.lineage is not None:
+            self.lineage.end(rid)
+
+    def knows(self, rid: str) -> bool:
+        """Whether a request was launched in this recording and is not over."""
+        return rid in self._progress
 
     def publish(self, rid: str, attempt: int, context: Context, length: int, first_new: int, protected: int) -> None:
         """The tree took a request's entries and perhaps repointed some (`Lineage.publish`).
@@ -201,6 +250,13 @@ class Recorder:
         Raises:
             LedgerError: commits are out of launch order, or positions of a request do not follow each other.
         """
+        if self._tolerant and (not self._pending or tag < self._pending[0].tag):
+            # Launched before this recording began. What was launched since of a request that ends is discarded.
+            for end in ended:
+                if self.knows(end.rid):
+                    self.end(end)
+            self._put_ended()
+            return
         if not self._pending or self._pending[0].tag != tag:
             expected = self._pending[0].tag if self._pending else "none"
             raise LedgerError(f"forward {tag} was committed out of launch order (expected {expected})")
@@ -208,14 +264,25 @@ class Recorder:
         plan.discarded.update(retracted)
         for name, transfer in plan.travelling.items():
             setattr(plan, name, transfer.finish())
-        if self._captures_rows and plan.rows is None:
+        if self._captures_rows and plan.rows is None and plan.unaccounted is None:
             raise LedgerError(f"forward {plan.forward_id} has no captured rows")
         commit = Commit(rows=plan.rows, selected=plan.selected, telemetry=plan.telemetry)
-        commit.numbered = plan.tokens if self._captures_rows else 0
-        offset = 0
+        if self._captures_rows:
+            plan.row_start = self._next_row
+        offset = unaccounted = 0
+        lost: list[int] = []
         for i in range(len(plan.rids)):
-            self._account(plan, i, offset, commit.spans)
-            offset += plan.ends[i] - plan.starts[i]
+            n = plan.ends[i] - plan.starts[i]
+            if self._accounted(plan, i, offset, commit.spans):
+                offset += n
+            else:
+                unaccounted += n
+                lost.append(i)
+        if self._captures_rows:
+            commit.numbered = offset
+            self._next_row += offset
+        if lost:
+            _cut(commit, plan, lost)
         for end in ended:
             self.end(end)
         self._close_ended(commit)
@@ -232,6 +299,8 @@ class Recorder:
             time.time() - plan.launched,
             plan.waiting,
             plan.row_start,
+            unaccounted if plan.unaccounted is None else plan.slots,
+            plan.weights,
         )
         commit.rebinds, self._rebinds = self._rebinds, []
         self._sink.put(commit)
@@ -252,6 +321,20 @@ class Recorder:
         self._rebinds = []
         self._close_ended(commit)
         self._sink.put(commit)
+
+    def _accounted(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> bool:
+        """Account for what a forward computed of a request; false if that cannot be done."""
+        rid = plan.rids[i]
+        if rid in self._lost:
+            return False
+        try:
+            self._account(plan, i, offset, spans)
+        except LedgerError as e:
+            if not self._tolerant:
+                raise
+            self._lose(rid, e.message)
+            return False
+        return True
 
     def _account(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> None:
         rid, attempt, start, end = plan.rids[i], plan.attempts[i], plan.starts[i], plan.ends[i]
@@ -276,11 +359,18 @@ class Recorder:
 
     def _close_ended(self, commit: Commit) -> None:
         """Write requests that ended. Their progress stays until nothing of theirs is in flight."""
+        commit.lost, self._newly_lost = self._newly_lost, []
         for end in self._ended:
             p = self._progress.get(end.rid)
             launched = p.launched if p else 0
             due = end.prompt_len + max(end.output_len - 1, 0)
-            if launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
+            if end.rid in self._lost:
+                end = replace(end, finish_reason=schema.UNACCOUNTED)
+                attempt, covered = (p.attempt, p.covered) if p else (0, 0)
+                if covered < due:
+                    fate = (schema.DROPPED, None, *_NOWHERE, None, None)
+                    commit.spans.append((end.rid, attempt, covered, due, *fate))
+            elif launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
                 attempt = p.attempt if p else 0
                 commit.spans.append((end.rid, attempt, launched, due, schema.UNREQUESTED, None, *_NOWHERE, None, None))
             commit.requests.append(
@@ -302,11 +392,30 @@ class Recorder:
         for rid in self._gone:
             if rid not in in_flight:
                 self._progress.pop(rid, None)
+                self._lost.discard(rid)
         self._gone = [rid for rid in self._gone if rid in in_flight]
 
 
 _NOWHERE = (-1, -1, None, -1, 0)
 """forward_id, chunk, tier, row_start and row_step of a span that was never computed."""
+
+
+def _cut(commit: Commit, plan: ForwardPlan, lost: list[int]) -> None:
+    """Take the rows and measurements of some requests of a forward out of its commit."""
+    lengths = np.array(plan.ends) - np.array(plan.starts)
+    keep = np.repeat(~np.isin(np.arange(len(lengths)), lost), lengths)
+    place = np.cumsum(keep) - 1
+    if commit.rows is not None:
+        rows, selected = {}, {}
+        for hook_point, captured in commit.rows.items():
+            held = commit.selected.get(hook_point)
+            kept = np.flatnonzero(keep if held is None else keep[held])
+            rows[hook_point] = captured[kept.tolist()]
+            if held is not None:
+                selected[hook_point] = place[held[kept]]
+        commit.rows, commit.selected = rows, selected
+    if commit.telemetry is not None:
+        commit.telemetry = commit.telemetry.without({plan.rids[i] for i in lost})
 
 
 def _computed(

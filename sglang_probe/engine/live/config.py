@@ -15,10 +15,14 @@ class SegmentLimits(Config):
     """When the current segment is due to be closed: whichever limit is reached first."""
 
     max_seconds: float = Field(default=3600.0, gt=0)
+    """Age of a segment."""
     max_megabytes: float = Field(default=512.0, gt=0)
-    """Of durable files: one part more may come on top."""
+    """Size of its files on disk; one part more may come on top."""
     max_requests: int = Field(default=20_000, gt=0)
     """Finished requests. Also bounds the memory that closing a segment takes."""
+    min_seconds: float = Field(default=2.0, ge=0)
+    """Age before which a segment is not closed on demand (`POST /probe/flush`, an update of the weights): whoever asks
+    earlier waits, and all who wait are answered with one closing."""
     patience: float = Field(default=5.0, ge=0)
     """How long a due segment waits for a moment without requests in flight before they are cut in two."""
 
@@ -30,11 +34,12 @@ class LiveConfig(Config):
     """What is written of prompts and outputs. `ids`: token ids. `hashes`: one keyed hash a prompt, so that equal
     prompts can be recognised within one server process. `none`: nothing. Text is never written."""
     segments: SegmentLimits = SegmentLimits()
+    """When a segment is closed and the next one begun."""
     queue: int = Field(default=1024, ge=1)
     """Forward passes that may wait for the disk before facts are dropped: bounds the probe's memory."""
     when_full: Literal["block", "drop"] | None = None
-    """What happens when they are that many: lose facts and say so in the ledger, or wait for the disk once the writer's
-    own bound is reached. By default facts are dropped, because requests come first; with hook points, whose rows cannot
-    be dropped, the scheduler waits."""
+    """What happens when `queue` is full. `drop`: facts are lost, and the ledger says which. `block`: the scheduler
+    waits for the disk. By default `drop`, because requests come first; with hook points `block`, because rows cannot be
+    dropped."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""

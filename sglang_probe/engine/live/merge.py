@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_SUMMED = ("requests", "requests_in_flight", "forwards", "forwards_dropped", "rows", "write_errors", "segments_closed")
+_SUMMED = (
+    "requests",
+    "requests_in_flight",
+    "requests_unaccounted",
+    "forwards",
+    "forwards_dropped",
+    "rows",
+    "write_errors",
+    "segments_closed",
+)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -23,6 +32,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "recording": all(state["recording"] for state in states),
         "reason": next((state["reason"] for state in states if state["reason"]), None),
+        "tries_again_in": max((t for state in states if (t := state.get("tries_again_in")) is not None), default=None),
         **{name: sum(state.get(name, 0) for state in states) for name in _SUMMED},
         "positions": positions,
         "recent": sorted(recent, key=lambda r: r["ended"], reverse=True),

@@ -6,6 +6,7 @@ the scheduler; whatever is counted there appears. The keeper publishes once a se
 
 from __future__ import annotations
 
+from sglang_probe.engine.live.stops import REASONS, Stops
 from sglang_probe.engine.live.totals import Totals
 from sglang_probe.run import schema
 
@@ -31,8 +32,18 @@ class Metrics:
             "reused": counter("reused_tokens", "Positions whose entries came from the prefix cache."),
             "recomputed": counter("recomputed_tokens", "Computed positions that a retraction had thrown away."),
             "dropped": counter("dropped_tokens", "Positions whose facts were lost because the disk was too slow."),
-            "errors": counter("write_errors", "Failures to write the recording."),
+            "errors": counter("write_errors", "Failures to write the recording, those that stopped it among them."),
         }
+        stopped = Counter(
+            "sglang_probe:recording_stops", "Times that the recording stopped, by reason.", [*labels, "reason"]
+        )
+        self._stops = {reason: stopped.labels(**labels, reason=reason) for reason in REASONS}
+        self._recording = Gauge(
+            "sglang_probe:recording",
+            "1 while requests are being recorded, 0 while they are not.",
+            list(labels),
+            multiprocess_mode="mostrecent",
+        ).labels(**labels)
         self._depth = Gauge(
             "sglang_probe:writer_queue_depth",
             "Commits that wait to be written.",
@@ -40,9 +51,15 @@ class Metrics:
             multiprocess_mode="mostrecent",
         ).labels(**labels)
         self._published = dict.fromkeys(self._counters, 0)
+        self._stops_published = dict.fromkeys(REASONS, 0)
 
-    def publish(self, totals: Totals, *, waiting: int, write_errors: int) -> None:
+    def publish(self, totals: Totals, *, waiting: int, write_errors: int, stops: Stops) -> None:
         """Bring the series up to date."""
+        for reason, n in stops.counts.items():
+            if n > self._stops_published[reason]:
+                self._stops[reason].inc(n - self._stops_published[reason])
+                self._stops_published[reason] = n
+        self._recording.set(stops.fault is None)
         p = totals.positions
         values = {
             "computed": p["computed"] + p[schema.DECODE] + p[schema.OVERSHOOT] + p[schema.RECOMPUTE],

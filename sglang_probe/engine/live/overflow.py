@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_probe.engine.ledger.recorder import Commit
-from sglang_probe.errors import LedgerError
+from sglang_probe.engine.live.stops import DiskTooSlow
 from sglang_probe.run import schema
 
 _AT = {name: schema.SPANS.get_field_index(name) for name in schema.SPANS.names}
@@ -28,7 +28,7 @@ class Overflow:
         """Take a commit that found no room.
 
         Raises:
-            LedgerError: the disk has been too slow for too long; memory is bounded, so the recording ends.
+            DiskTooSlow: the disk has been too slow for too long; memory is bounded, so the recording ends.
         """
         self.forwards += commit.forward is not None
         for fact in commit.spans:
@@ -54,7 +54,7 @@ class Overflow:
         self._waiting.requests += commit.requests
         self._waiting.prompts += commit.prompts
         if len(self._waiting.spans) + len(self._waiting.rebinds) + len(self._waiting.requests) > _LIMIT:
-            raise LedgerError(f"the disk did not take anything while {_LIMIT} facts had to be dropped")
+            raise DiskTooSlow(f"the disk did not take anything while {_LIMIT} facts had to be dropped")
 
     def release(self) -> Commit | None:
         """What is waiting, to be written; None if nothing is."""

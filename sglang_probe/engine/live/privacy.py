@@ -33,6 +33,10 @@ class Redactor:
         if self._level != "none":
             self._prompts[rid] = prompt_ids
 
+    def forget(self) -> None:
+        """The ends that were announced do not come any more."""
+        self._prompts.clear()
+
     def apply(self, commit: Commit) -> None:
         """Rewrite the requests of a commit in place."""
         if not commit.requests:

@@ -1,8 +1,12 @@
 """A live recording: the recorder's sink, and the thread that keeps its segments.
 
 The scheduler thread only counts and hands over. Everything that touches the disk or waits is done by the writer's
-thread and by the *keeper* here: it opens and closes segments, and publishes metrics. One lock orders commits and the
-change of segments; it is held for microseconds.
+thread and by the *keeper* here: it opens and closes segments, publishes metrics, and begins again after a stop. One
+lock orders commits and the change of segments; it is held for microseconds.
+
+A recording that stops (`Stops`) does not end: its segment is closed as `incomplete`, and as soon as another one can be
+opened a new *epoch* begins in it. The scheduler thread follows at its next launch, with a recorder that knows nothing
+of what was before.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +27,18 @@ from sglang_probe.engine.live.metrics import Metrics
 from sglang_probe.engine.live.names import Names
 from sglang_probe.engine.live.overflow import Overflow
 from sglang_probe.engine.live.privacy import Redactor
+from sglang_probe.engine.live.sink import Sink, rebase
+from sglang_probe.engine.live.stops import DISK, Stops
 from sglang_probe.engine.live.totals import Totals
-from sglang_probe.run import schema
+from sglang_probe.run import journal
 
 logger = logging.getLogger("sglang_probe")
 
+_REASONS = 100
+"""Requests of a segment of which the manifest says why they could not be accounted for."""
+
 _PATIENCE = 30.0
 """Seconds that a full disk is waited for before the recording stops."""
-
-_ROW_START = schema.SPANS.get_field_index("row_start")
-_FORWARD_ROW_START = schema.FORWARDS.get_field_index("row_start")
 
 
 class LiveRecording:
@@ -64,6 +71,11 @@ class LiveRecording:
         self._handle = segments.lock(root)
         self.totals = Totals(config.recent)
         self.names = Names()
+        self.stops = Stops()
+        self.epoch = 1
+        """Raised when the recording begins again after a stop."""
+        self.weights: list[dict[str, Any]] = [{"number": 0, "how": "model_path"}]
+        """What the engine's weights were, by the number of updates before."""
         self._redactor = Redactor(config.privacy)
         self._overflow = Overflow()
         self._lock = threading.Lock()
@@ -72,40 +84,63 @@ class LiveRecording:
         self._end: tuple[str, str | None] = ("complete", None)
         self._asked = self._done = 0
         self._last_closed: Path | None = None
+        self._nothing_new = False
         self._closed = 0
         self._keeper_errors = 0
+        self._unclosed: list[tuple[Path, Writer, str, dict[str, str]]] = []
         self._recovered = segments.recover(root)
         self._number = segments.next_number(root)
-        self._path = segments.open_segment(root, self._number, True, facts)
-        self._row_base = self._facts_in_segment = self._requests_in_segment = 0
-        self._opened = 0.0
+        self._path = segments.open_segment(root, self._number, True, self._facts_now())
+        self._pause = tick
         self._due_since: float | None = None
+        self._carried_in: dict[str, list[int]] = {}
+        self._lost: dict[str, str] = {}
+        self._opened = self._closable = 0.0
+        self._row_base = self._facts_in_segment = self._requests_in_segment = self._weights_at_opening = 0
+        self._carried_told = True
         self._begin(self._new_writer(self._path))
+        self._closable = self._opened  # the first flush need not wait
         self._thread = threading.Thread(target=self._keep, name="sglang-probe-keeper", daemon=True)
         self._thread.start()
 
     # ---------------------------------------------------------------- scheduler thread
 
+    def name(self, rid: str) -> str:
+        """A name in the ledger for a new request."""
+        with self._lock:
+            return self.names.name(rid)
+
     def launched(self, plan: ForwardPlan, asking: set[str]) -> None:
         """A forward pass was launched; `asking` are its requests that want their provenance."""
         with self._lock:
             self.totals.launch(plan, asking)
+            for rid, at in plan.carried.items():
+                self._carried_in[rid] = list(at)
+                self._carried_told = False
 
     def ending(self, rid: str, prompt_ids: Any) -> None:
         """A request is about to end."""
         self._redactor.ending(rid, prompt_ids)
 
-    def put(self, commit: Commit) -> None:
-        """Take a commit.
+    def sink(self) -> Sink:
+        """Where the recorder of the present epoch puts its commits."""
+        return Sink(self, self.epoch)
+
+    def put(self, commit: Commit, epoch: int | None = None) -> None:
+        """Take a commit; one of an earlier epoch is not wanted any more.
 
         Raises:
-            OSError: writing failed. LedgerError: the disk has been too slow for too long.
+            OSError: writing failed. DiskTooSlow: for too long.
         """
         with self._lock:
+            if self.stops.fault is not None or epoch not in (None, self.epoch):
+                return
             self.totals.count(commit)
             self._redactor.apply(commit)
             if self._row_base and commit.numbered:
-                _rebase(commit, self._row_base)
+                rebase(commit, self._row_base)
+            for rid, reason in commit.lost[: max(_REASONS - len(self._lost), 0)]:
+                self._lost[rid] = reason[:500]
             self._facts_in_segment += 1
             self._requests_in_segment += len(commit.requests)
             if self._drops and self._writer.error is None and self._writer.waiting >= self._room:
@@ -117,9 +152,14 @@ class LiveRecording:
                 self._writer.put(late)
             self._writer.put(commit)
 
+    def weights_changed(self, entry: Mapping[str, Any]) -> None:
+        """The engine's weights were updated: another segment begins soon."""
+        with self._lock:
+            self.weights = [*self.weights[-_REASONS:], dict(entry)]
+        self._wake.set()
+
     def provenance(self, rid: str) -> list[provenance.Span] | None:
-        """Spans of a request that is just finishing; None if it did not ask."""
-        rid = self.names.get(rid)
+        """Spans of a request that is just finishing, by its name; None if it did not ask."""
         entry = self.totals.active.get(rid)
         if entry is None or entry.spans is None:
             return None
@@ -132,10 +172,25 @@ class LiveRecording:
         self._wake.set()
         return self._asked
 
+    def stop(self, fault: str, reason: str, epoch: int | None = None) -> None:
+        """Nothing can be recorded for now; from any thread.
+
+        Args:
+            reason: one of `stops.REASONS`.
+            epoch: what has failed; if another one has begun since, that goes on.
+        """
+        with self._lock:
+            if self._closing or self.stops.fault is not None or epoch not in (None, self.epoch):
+                return
+            self.stops.stop(fault, reason)
+            self._unclosed.append((self._path, self._writer, fault, dict(self._lost)))
+        self._wake.set()
+
     def status(self) -> dict[str, Any]:
         """Counts and state, as plain data."""
         t = self.totals
         return {
+            **self.stops.state(),
             "run": str(self._root),
             "dp_rank": self._facts.get("dp_rank", 0),
             "privacy": self._config.privacy,
@@ -148,28 +203,36 @@ class LiveRecording:
             },
             "segments_closed": self._closed,
             "segments_interrupted_before": [p.name for p in self._recovered],
+            "weights": self.weights[-1],
             "requests": t.requests,
             "requests_in_flight": len(t.active),
+            "requests_unaccounted": t.unaccounted,
             "forwards": t.forwards,
             "forwards_dropped": self._overflow.forwards,
             "rows": t.rows,
             "positions": dict(t.positions),
             "queue": {"waiting": self._writer.waiting, "size": self._room},
             "write_errors": self.write_errors,
-            "flush": {"asked": self._asked, "done": self._done, "segment": _text(self._last_closed)},
+            "flush": {
+                "asked": self._asked,
+                "done": self._done,
+                "segment": None if self._last_closed is None else str(self._last_closed),
+                "nothing_new": self._nothing_new,
+                "at_most_every": self._config.segments.min_seconds,
+            },
             "recent": t.recent(),
         }
 
     @property
     def write_errors(self) -> int:
-        return self._keeper_errors + (self._writer.error is not None)
+        return self._keeper_errors + self.stops.counts[DISK]
 
     def flush(self) -> None:
         """What the writer of a harvest does at its end: everything is on disk, and nothing more comes."""
         self.close()
 
     def close(self, *, status: str = "complete", fault: str | None = None, timeout: float = 20.0) -> None:
-        """Close the current segment and end. Called once, when the server ends or the probe has failed."""
+        """Close the current segment and end. Called once, when the server ends or has crashed."""
         if self._closing:
             return
         self._end = (status, fault)
@@ -181,13 +244,19 @@ class LiveRecording:
 
     def _keep(self) -> None:
         while not self._closing:
-            self._wake.wait(self._tick)
+            self._wake.wait(self._pause)
             self._wake.clear()
+            self._pause = self._tick
             try:
                 self._turn()
             except Exception:
                 self._keeper_errors += 1
                 logger.exception("sglang-probe could not keep the segments of %s", self._root)
+        with suppress(Exception):
+            self._close_stopped()
+        if self.stops.fault is not None:
+            self._publish()
+            return
         try:
             status, fault = self._end
             with self._lock:
@@ -199,16 +268,42 @@ class LiveRecording:
             logger.exception("sglang-probe could not close %s", self._path)
 
     def _turn(self) -> None:
+        if self.stops.fault is None and (error := self._writer.error) is not None:
+            self.stop(f"the writer stopped: {error}", DISK)  # seen here while nothing is served
+        if self.stops.fault is not None:
+            self._publish()
+            self._begin_again()
+            return
         asked = self._asked
-        if asked > self._done or self._due():
-            self._rotate()
-            self._done = asked
+        flush = asked > self._done or self.weights[-1]["number"] > self._weights_at_opening
+        if flush and not self._facts_in_segment:
+            self._done, self._nothing_new = asked, True
+            self._weights_at_opening = self.weights[-1]["number"]
+            segments.note(self._path, weights=self.weights)
+        elif (flush and self._old_enough()) or self._due():
+            try:
+                self._rotate()
+            finally:
+                self._done, self._nothing_new = asked, False
         with self._lock:  # what was dropped last goes out even if no commit follows that could take it along
             if self._writer.error is None and self._writer.waiting < self._room:
                 late = self._overflow.release()
                 if late is not None:
                     self._writer.put(late)
+        if not self._carried_told:
+            self._carried_told = True
+            try:
+                segments.note_carried(self._path, dict(self._carried_in))
+            except Exception:
+                self._carried_told = False
+                raise
         self._publish()
+
+    def _old_enough(self) -> bool:
+        """Whether the segment may be closed on demand: clients could make any number of segments otherwise."""
+        wait = self._closable - time.monotonic()
+        self._pause = min(max(wait, 0.001), self._tick)
+        return wait <= 0
 
     def _due(self) -> bool:
         limits = self._config.segments
@@ -227,18 +322,75 @@ class LiveRecording:
     def _rotate(self) -> None:
         if not self._facts_in_segment:
             return
-        path = segments.open_segment(self._root, self._number + 1, False, self._facts)
+        path = segments.open_segment(self._root, self._number + 1, False, self._facts_now())
         writer = self._new_writer(path)
         with self._lock:
-            old_path, old_writer = self._path, self._writer
-            late = self._overflow.release()
-            carried = self.totals.carried()
-            lengths = self._prompt_lens()
-            self._path, self._number = path, self._number + 1
-            self._begin(writer)
-            self.names.new_segment(rid for rid in carried if rid not in lengths)
+            stopped = self.stops.fault is not None  # meanwhile
+            if not stopped:
+                old_path, old_writer, told = self._path, self._writer, self._told()
+                late = self._overflow.release()
+                carried = self.totals.carried()
+                lengths = self._prompt_lens()
+                self._path, self._number = path, self._number + 1
+                self._begin(writer)
+                self._carried_in = dict(carried)
+                self.names.new_segment(carried)
+        if stopped:
+            writer.stop()
+            segments.remove(path)
+            return
         segments.note_carried(path, carried)
-        self._finish(old_path, old_writer, "complete", late, lengths, None)
+        self._finish(old_path, old_writer, "complete", late, lengths, None, told)
+
+    def _begin_again(self) -> None:
+        """Close what has stopped and, when its time has come, open the next segment."""
+        self._close_stopped()
+        if not self.stops.due:
+            return
+        path: Path | None = None
+        try:
+            number = segments.next_number(self._root)
+            path = segments.open_segment(self._root, number, True, self._facts_now())
+            writer = self._new_writer(path)
+        except Exception:
+            self._keeper_errors += 1
+            self.stops.postpone()
+            logger.exception("sglang-probe cannot record into %s yet; it will try again", self._root)
+            if path is not None:
+                segments.remove(path)
+            return
+        with self._lock:
+            self._path, self._number = path, number
+            self.totals.forget_in_flight()
+            self._redactor.forget()
+            dropped, self._overflow = self._overflow.forwards, Overflow()
+            self._overflow.forwards = dropped
+            self._begin(writer)
+            self.names.new_segment(())
+            self.epoch += 1
+            self.stops.resume()
+        logger.warning("sglang-probe records again, into %s", path)
+        self._publish()
+
+    def _close_stopped(self) -> None:
+        for item in list(self._unclosed):
+            path, writer, fault, lost = item
+            with suppress(Exception):
+                writer.stop()
+            try:
+                with suppress(OSError):
+                    journal.write_text_durably(self._root / "fault.txt", fault + "\n")
+                journal.discard_leftovers(path)
+                segments.close_segment(
+                    path, "incomplete", fault=fault, told={"weights": self.weights, "unaccounted": lost}
+                )
+            except Exception:
+                self._keeper_errors += 1
+                logger.exception("sglang-probe could not close %s; it will try again", path)
+                if path.exists():
+                    return
+            self._unclosed.remove(item)
+            self._closed += 1
 
     def _finish(
         self,
@@ -248,17 +400,31 @@ class LiveRecording:
         late: Commit | None,
         lengths: dict[str, int] | None,
         fault: str | None,
+        told: Mapping[str, Any] | None = None,
     ) -> None:
+        error: Exception | None = None
         try:
-            if writer.error is None:
-                if late is not None:
-                    writer.put(late)
-                writer.flush(timeout=120)
+            if writer.error is None and late is not None:
+                writer.put(late)
+            writer.flush(timeout=120)
+        except Exception as e:  # what could be written is a segment all the same
+            error = e
+            status, lengths, fault = "incomplete", None, f"not everything could be written: {e}"
+            journal.discard_leftovers(path)
         finally:
             writer.stop()
-        segments.close_segment(path, status, prompt_lens=lengths, fault=fault)
+        segments.close_segment(path, status, prompt_lens=lengths, fault=fault, told=told or self._told())
         self._closed += 1
         self._last_closed = path
+        if error is not None:
+            raise error
+
+    def _told(self) -> dict[str, Any]:
+        """What the manifest of the current segment says at its end besides the counts."""
+        return {"weights": self.weights, "unaccounted": dict(self._lost)}
+
+    def _facts_now(self) -> dict[str, Any]:
+        return {**self._facts, "weights": self.weights}
 
     def _prompt_lens(self) -> dict[str, int]:
         return {rid: entry.prompt_len for rid, entry in self.totals.active.items()}
@@ -267,9 +433,13 @@ class LiveRecording:
         self._writer = writer
         self._room = min(self._config.queue, writer.capacity - 2)  # two puts may follow, and must not block
         self._opened = time.monotonic()
+        self._closable = self._opened + self._config.segments.min_seconds
         self._due_since = None
         self._row_base = self.totals.rows
         self._facts_in_segment = self._requests_in_segment = 0
+        self._weights_at_opening = self.weights[-1]["number"]
+        self._carried_in, self._carried_told = {}, True
+        self._lost = {}
 
     def _new_writer(self, path: Path) -> Writer:
         # Woken before the queue is full, however short: waiting is for the disk alone.
@@ -278,17 +448,6 @@ class LiveRecording:
 
     def _publish(self) -> None:
         if self._metrics is not None:
-            self._metrics.publish(self.totals, waiting=self._writer.waiting, write_errors=self.write_errors)
-
-
-def _rebase(commit: Commit, base: int) -> None:
-    """Number rows from the start of the segment."""
-    i = _ROW_START
-    commit.spans = [(*s[:i], s[i] - base, *s[i + 1 :]) if s[i] >= 0 else s for s in commit.spans]
-    if commit.forward is not None and commit.forward[_FORWARD_ROW_START] >= 0:
-        f, j = commit.forward, _FORWARD_ROW_START
-        commit.forward = (*f[:j], f[j] - base, *f[j + 1 :])
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+            self._metrics.publish(
+                self.totals, waiting=self._writer.waiting, write_errors=self.write_errors, stops=self.stops
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -58,14 +59,30 @@ def open_segment(root: Path, number: int, first_of_process: bool, facts: Mapping
     """Make the directory and its manifest.
 
     Args:
-        first_of_process: whether no earlier segment can hold what this one refers to.
+        first_of_process: whether no earlier segment can hold what this one refers to: the first of a server process,
+            and the first after a stop.
         facts: manifest fields that are the same for all segments of a server process.
     """
     path = segment_path(root, number)
     path.mkdir(parents=True)
     segment = {"number": number, "first_of_process": first_of_process, "carried_in": {}}
-    write_manifest(path, new_manifest(**facts, name=path.name, status=RECORDING, segment=segment))
+    try:
+        write_manifest(path, new_manifest(**facts, name=path.name, status=RECORDING, segment=segment))
+    except BaseException:
+        remove(path)
+        raise
     return path
+
+
+def remove(path: Path) -> None:
+    """Take back a segment in which nothing was recorded."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def note(path: Path, **fields: Any) -> None:
+    """Set fields of the manifest of a segment that is being recorded."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    write_manifest(path, {**manifest, **fields})
 
 
 def note_carried(path: Path, carried: Mapping[str, list[int]]) -> None:
@@ -76,12 +93,18 @@ def note_carried(path: Path, carried: Mapping[str, list[int]]) -> None:
 
 
 def close_segment(
-    path: Path, status: str, *, prompt_lens: Mapping[str, int] | None = None, fault: str | None = None
+    path: Path,
+    status: str,
+    *,
+    prompt_lens: Mapping[str, int] | None = None,
+    fault: str | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `requests.parquet` and the final manifest of a segment whose parts are durable.
 
     Args:
         prompt_lens: of the requests that are still in flight; None if that is not known (the server died).
+        told: further fields of the manifest.
     """
     run = load_run(path)
     manifest = run.manifest
@@ -90,6 +113,7 @@ def close_segment(
     journal.write_durably(path / REQUESTS_FILE, lambda p: _write_requests(run, p, seen, prompt_lens, finish))
     manifest["segment"]["closed"] = datetime.now(UTC).isoformat(timespec="seconds")
     manifest.update(
+        told or {},
         status=status,
         fault=fault,
         requests_expected=finish.total(),

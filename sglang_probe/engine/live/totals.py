@@ -51,6 +51,8 @@ class Totals:
     def __init__(self, recent: int) -> None:
         self.positions = dict.fromkeys(CLASSES, 0)
         self.requests = 0
+        self.unaccounted = 0
+        """Requests that could not be accounted for."""
         self.forwards = 0
         self.rows = 0
         self.active: dict[str, Entry] = {}
@@ -66,10 +68,11 @@ class Totals:
         self.pending.append(plan)
         for i, context in enumerate(plan.contexts):
             rid = plan.rids[i]
-            if context is not None and rid not in self.active:
+            if (context is not None or rid in plan.carried) and rid not in self.active:
                 spans: list[provenance.Span] | None = [] if rid in asking else None
                 self.asking += spans is not None
-                self.active[rid] = Entry(plan.prompt_lens[i], spans=spans)
+                attempt, covered = plan.carried.get(rid, (0, 0))
+                self.active[rid] = Entry(plan.prompt_lens[i], attempt, covered, spans=spans)
 
     def count(self, commit: Commit) -> None:
         """Add a commit."""
@@ -101,6 +104,12 @@ class Totals:
             self.positions[_fate(span[_STATUS], span[_PHASE])] -= n
             self.positions[schema.DROPPED] += n
 
+    def forget_in_flight(self) -> None:
+        """The recording has stopped, and what was in flight is not followed any more."""
+        self.active.clear()
+        self.pending.clear()
+        self.asking = 0
+
     def carried(self) -> dict[str, list[int]]:
         """`rid: [attempt, position]` of every request that has positions from before this moment and may get more:
         those in flight, and ended ones of which a discarded step is still running."""
@@ -118,6 +127,7 @@ class Totals:
 
     def _end(self, request: tuple[Any, ...]) -> None:
         self.requests += 1
+        self.unaccounted += request[_FINISH] == schema.UNACCOUNTED
         rid = request[_REQUEST_RID]
         entry = self.active.pop(rid, None) or Entry(request[schema.ENGINE_REQUESTS.get_field_index("prompt_len")])
         entry.finish, entry.ended = request[_FINISH], time.time()

@@ -1,7 +1,7 @@
 """The SGLang releases that were reviewed, and what differs between them.
 
 `release()` chooses once, by the installed version. Everything that is not the same in all of them is asked of it;
-nothing else looks at the version. `docs/releases.md` says what the differences mean for the ledger.
+nothing else looks at the version. `docs/evidence/releases.md` says what the differences mean for the ledger.
 """
 
 from __future__ import annotations

@@ -73,6 +73,10 @@ class Release(ABC):
         """What the scheduler calls for every request that it drops outside a forward's result."""
 
     @abstractmethod
+    def refusal_hooks(self) -> list[Hook]:
+        """Where SGLang takes requests whose rows the ledger has no place for, such as beams: they are refused."""
+
+    @abstractmethod
     def committed_len(self, req: Any) -> int:
         """Positions with a KV slot, that of a decode step about to run included."""
 
@@ -95,6 +99,20 @@ class Release(ABC):
         """How rows leave an accelerator with the result of their forward (`instruments/accelerator.py`): the copy is
         enqueued after the forward and before the event that SGLang waits for when it processes the result."""
 
+    # Weights
+
+    @abstractmethod
+    def weight_hooks(self) -> list[Hook]:
+        """Every way by which the weights of a running engine change (`engine/hooks/weights.py`)."""
+
+    @abstractmethod
+    def weight_version(self, server_args: Any) -> str:
+        """SGLang's name of the weights that were loaded at the start."""
+
+    @abstractmethod
+    def weight_version_after(self, request: Any) -> str | None:
+        """SGLang's name of the weights once an update has been carried out; None: it has not got one."""
+
     # Commands and answers
 
     @abstractmethod
@@ -112,5 +130,5 @@ class Release(ABC):
         """Fields of the class `ServerArgs`."""
 
     @abstractmethod
-    def arguments(self, server_args: Any) -> dict[str, Any]:
-        """Fields and values of a `ServerArgs`."""
+    def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
+        """Fields and values of a `ServerArgs` in the scheduler's process, as SGLang has resolved them."""

@@ -87,6 +87,30 @@ class Adapter(Release):
             (f"{processor}.process_batch_result_decode", process_batch_result, "AFTER"),
         ]
 
+    def refusal_hooks(self) -> list[Hook]:
+        return []
+
+    def weight_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks import weights
+
+        return weights.hooks(
+            {
+                "update_weights_from_disk": weights.update_from_disk,
+                "update_weights_from_distributed": weights.update_from_distributed,
+                "update_weights_from_tensor": weights.update_from_tensor,
+                "update_weights_from_ipc": weights.update_from_ipc,
+                "resume_memory_occupation": weights.resume_memory,
+            }
+        )
+
+    def weight_version(self, server_args: Any) -> str:
+        return str(server_args.weight_version)
+
+    def weight_version_after(self, request: Any) -> str | None:
+        # The name is kept by the HTTP process; the scheduler hears of it with the update.
+        version = getattr(request, "weight_version", None)
+        return None if version is None else str(version)
+
     def control_hooks(self) -> list[Hook]:
         return [
             (f"{_SCHEDULER}.set_internal_state", set_internal_state, "AROUND"),
@@ -104,7 +128,8 @@ class Adapter(Release):
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(server_args)}
 
-    def arguments(self, server_args: Any) -> dict[str, Any]:
+    def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
+        # Resolved in place.
         return {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)}
 
 
@@ -185,7 +210,7 @@ def to_payload(payload: Any, accumulator: Any, *_args: Any, **_kwargs: Any) -> N
 
     if payload is None or accumulator.rust_server_mode or not live.anybody_asks():
         return
-    spans = live.provenance_of(payload.rids, [reason is not None for reason in payload.finished_reasons])
+    spans = live.provenance_by_id(payload.rids, [reason is not None for reason in payload.finished_reasons])
     if spans is not None:
         from sglang.srt.managers.io_struct import unwrap_from_pickle, wrap_as_pickle
 

@@ -81,6 +81,35 @@ class Adapter(Release):
         worker = "sglang.srt.managers.tp_worker.TpModelWorker"
         return [(f"{worker}.forward_batch_generation", accelerator.forward_batch_generation, "AROUND")]
 
+    def refusal_hooks(self) -> list[Hook]:
+        return [("sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init", refuse_beams, "AROUND")]
+
+    def weight_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks import weights
+
+        return [
+            *weights.hooks(
+                {
+                    "update_weights_from_disk": weights.update_from_disk,
+                    "update_weights_from_distributed": weights.update_from_distributed,
+                    "update_weights_from_tensor": weights.update_from_tensor,
+                    "update_weights_from_ipc": weights.update_from_ipc,
+                    "begin_weight_update": weights.begin_session,
+                    "end_weight_update": weights.end_session,
+                    "resume_memory_occupation": weights.resume_memory,
+                }
+            ),
+            (f"{_SCHEDULER}.Scheduler.handle_update_weight_version", weights.renamed, "AFTER"),
+        ]
+
+    def weight_version(self, server_args: Any) -> str:
+        from sglang.srt.runtime_context import get_serving
+
+        return str(get_serving().weight_version)
+
+    def weight_version_after(self, request: Any) -> str | None:
+        return self.weight_version(None)
+
     def control_hooks(self) -> list[Hook]:
         return [(f"{_CONTROLLER}._update_handlers", update_handlers, "AFTER")]
 
@@ -95,10 +124,17 @@ class Adapter(Release):
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return set(server_args.__struct_fields__)
 
-    def arguments(self, server_args: Any) -> dict[str, Any]:
-        import msgspec
+    def arguments_in_force(self, server_args: Any) -> dict[str, Any]:
+        from sglang.srt.runtime_context import get_context
 
-        return msgspec.structs.asdict(server_args)
+        return dict(get_context().resolved_server_args_dict())
+
+
+def refuse_beams(original: Callable[..., Any], coordinator: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `BeamCoordinator.validate_and_init`, whose message SGLang answers with status 400."""
+    from sglang_probe.engine.hooks import requests
+
+    return requests.beams_refused() or original(coordinator, req, *args, **kwargs)
 
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +184,7 @@ def output_streamer_class(streamer: type[Any], scheduler: Any) -> type[Any] | No
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
             info: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
-            spans = live.provenance_of([r.rid for r in reqs], [r.finished() for r in reqs])
+            spans = live.provenance_of(reqs)
             return info if spans is None else {**info, live.META_KEY: spans}
 
         def is_request_level_customized_info_key(self, key: str) -> bool:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Ab(RecordedStudy):
-    """What does a serving policy change? Several policies over the same requests with the same output tokens.
+    """What does a serving policy change? Runs several policies over the same requests, with the same output tokens.
 
     The first arm samples its outputs; the others decode the same tokens through the real decode path. Each arm runs at
     least twice, so that every effect stands beside the difference between two runs of the same arm. SGLang is started
     again only for arms that need an engine of their own; `--plan` shows for which.
 
-    The YAML must hold `workload`. `arms` names the policies (default: cache on and cache off), `hook_points` the rows
+    The YAML must have `workload`. `arms` names the policies (default: cache on and cache off), `hook_points` the rows
     that are compared.
 
     Example: `sglang-probe ab experiments/cache-on-off.yaml --plan`
@@ -80,14 +80,19 @@ arms:                             # the first samples, the others decode its tok
     def shown(self, result: AbResult) -> Iterator[Table | str]:
         """Tokens, coverage and verdicts."""
         from sglang_probe.studies.ab.tables import coverage_table, effects_table, flips_table, tokens_table
+        from sglang_probe.studies.floor import ALARM, NO_TEST
+        from sglang_probe.studies.pages import ALARMED
 
         yield tokens_table(result)
         yield coverage_table(result)
         if len(result.floors):
             yield effects_table(result)
-            if result.floors["verdict"].str.endswith("no test").any():
+            verdicts = result.floors["verdict"]
+            if verdicts.str.endswith(NO_TEST).any():
                 families = int(result.floors["clusters"].max())
                 yield f"no test: {families} prefix families are too few for an interval; use six or more"
+            if (verdicts == ALARM).any():
+                yield f"[bold red]{ALARM}[/]: {ALARMED}"
         if len(result.flips):
             yield flips_table(result)
         yield result.reconciled

@@ -20,13 +20,13 @@ class AbConfig(WorkloadRecording):
     replicates: int = Field(default=2, ge=1)
     """How often each arm runs: the difference of an arm to itself is the floor beside every effect."""
     order_seed: int = 0
-    """Of the order of the arms within each replicate."""
+    """Seed that shuffles the order of the arms within a replicate."""
     baseline: str | None = None
     """The arm that the others are compared with; by default the first."""
     margin: float = Field(default=1e-3, gt=0)
     """By how much relative L2 an effect may exceed the floor and still be called equivalent; stated beforehand."""
     force_outputs: bool = True
-    """False: every arm samples its own outputs, and what is compared ends where they part."""
+    """`false`: every arm samples its own outputs, which are compared up to where they differ."""
 
     @model_validator(mode="after")
     def _baseline_is_an_arm(self) -> AbConfig:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_probe.studies.base import EXPERIMENT, Parameter, Study, opened, output_option
+from sglang_probe.studies.base import EXPERIMENT, Parameter, Study, opened, option, output_option, schema_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +20,11 @@ FOLDER = "lossless"
 
 
 class Lossless(Study):
-    """Does a harvest with the prefix cache on lose anything, if reused positions are gathered from their origin?
+    """Does a harvest with the prefix cache on lose anything, once each reused position gets the row of its origin?
 
     Reads an experiment that `sglang-probe ab` has recorded, with an arm that reuses positions and one that reuses none.
     Shows how many positions have a row, how much time the cache saved, and how far gathered rows are from computed
-    ones, beside how far a run without cache is from itself. An arm whose prefill is cut elsewhere is a floor too.
+    ones, compared with how far a run without cache is from itself. An arm with other prefill chunks is a floor too.
 
     The YAML is that of `ab`; the result is in the folder `lossless` of the experiment. Exit code 1 if a position of the
     cached arm has no row.
@@ -36,7 +36,13 @@ class Lossless(Study):
 
     def parameters(self) -> list[Parameter]:
         """The experiment."""
-        return [EXPERIMENT, output_option("Folder of the experiment; default: `<output>/<name>` of the YAML.")]
+        from sglang_probe.studies.ab.command import Ab
+
+        return [
+            EXPERIMENT,
+            output_option("Folder of the experiment; default: `<output>/<name>` of the YAML."),
+            option("schema", bool, False, schema_option(Ab().config)),
+        ]
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[LosslessResult, Path]:
         """Read the arms and compare them."""

@@ -21,7 +21,8 @@ from sglang_probe.studies.ab.tables import (
     flips_table,
     tokens_table,
 )
-from sglang_probe.studies.pages import FLOOR, facts, footer, proof
+from sglang_probe.studies.floor import ALARM
+from sglang_probe.studies.pages import ALARMED, FLOOR, facts, footer, proof
 
 _SHARED_PREFIX = "shared_prefix"
 
@@ -177,12 +178,16 @@ def _drift(result: AbResult) -> Section:
     note = "No floor was measured, so no effect can be claimed."
     note = note if len(result.floors) else "No rows were captured, so that there is nothing to compare."
     no_floor = not len(result.floors) or not result.floors["floor"].notna().any()
+    notes = [note] if no_floor else []
+    if len(result.floors) and (result.floors["verdict"] == ALARM).any():
+        notes.append(f"**{ALARM[0].upper()}{ALARM[1:]}**: {ALARMED}.")
     return Section(
         heading="Drift: the same token, computed under another policy",
         text="For positions that both runs computed: the distance of their captured rows, relative to the row's norm. "
-        f"{FLOOR} Effects are taken within a replicate, so that both sides served the requests in one order; the "
-        f"baseline is `{result.baseline}`. Intervals are 95 % cluster bootstrap intervals over prefix families; with "
-        "fewer than six families there are none.",
+        f"{FLOOR} The distance in the same order stands beside them: on an engine that is deterministic given its "
+        f"batches it is what the policy alone does. The baseline is `{result.baseline}`. Intervals are 95 % over "
+        "prefix families (Student's t on a cluster jackknife, corrected for skewness); with fewer than six families "
+        "there are none. The test exchanges the labels of runs of one order.",
         figures=[*_effects(deepest), *_by_bin(result)],
         tables=[
             *([effects_table(result)] if len(result.floors) else []),
@@ -190,7 +195,7 @@ def _drift(result: AbResult) -> Section:
             *every_effect(result),
             *([every_comparison(result)] if len(result.drift) else []),
         ],
-        notes=[note] if no_floor else [],
+        notes=notes,
     )
 
 
@@ -240,7 +245,7 @@ def _by_bin(result: AbResult) -> list[Figure]:
             x_label=f"position (start of bin of {BIN})",
             y_label="relative L2",
             kind="scientific",
-            caption="Below zero, two runs of one arm differ more than the arms do: submission order, not the policy.",
+            caption="Around zero where the policy does nothing beyond what another order does.",
         )
     ]
 

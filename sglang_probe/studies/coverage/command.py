@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class CoverageStudy(Study):
-    """Which classes of tokens does a harvest hold, and which did the prefix cache keep from it?
+    """Which kinds of tokens did the prefix cache keep out of a harvest, and which weights correct for it?
 
     For each class: occurrences in traffic, how many of them were computed, its share of the harvest against its share
     of the traffic with an interval, and how many occurrences one computed position stands for. Several runs are set
     side by side. Needs no SGLang.
 
-    Beside the report: `coverage.md`, a paragraph and a table to paste into a methods section, and a file of correction
-    weights for each axis, which `run.iter_batches(weight=PATH)` takes.
+    Besides the report it writes `coverage.md`, a paragraph and a table to paste into a methods section, and for each
+    axis a file of correction weights, which `run.iter_batches(weight=PATH)` takes.
 
     Example: `sglang-probe coverage runs/mine --axis segment --axis lexical --by position`
     """
@@ -44,10 +44,10 @@ class CoverageStudy(Study):
         return [
             Parameter("runs", Parameter.KEYWORD_ONLY, annotation=Annotated[list[Path], runs]),
             option("axis", list[str] | None, None, axis),
-            option("by", str | None, "position", "Cross every axis with this one. `none`: with nothing."),
-            option("model", Path | None, None, "Folder with the tokenizer; default: where the run's was."),
+            option("by", str | None, "position", "Also split every axis by this one; `none`: do not."),
+            option("model", Path | None, None, "Folder of the tokenizer; default: the one that the run names."),
             output_option("Folder of the results; default: `coverage` in the run directory."),
-            option("seed", int, 0, "Seed of the bootstrap."),
+            option("seed", int, 0, "Seed of how many families are put into few groups."),
         ]
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[CoverageResult, Path]:

@@ -10,6 +10,7 @@ import pandas as pd
 from sglang_probe.report.figures import Figure, grouped_bars, heatmap
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.studies.coverage.result import Coverage, Map
 from sglang_probe.studies.coverage.words import paragraph, ratio_in_words, worst_in_words
 
@@ -117,8 +118,8 @@ def _axis(studies: Sequence[Coverage], name: str) -> Section:
                 high="high",
                 kind="decimal",
                 title=f"Bias by {name}: log2 of share in the harvest over share in traffic",
-                caption="-1: half as frequent in the harvest as in traffic. Whiskers: 95 % intervals of a cluster "
-                "bootstrap over prefix families, where there are at least two.",
+                caption="-1: half as frequent in the harvest as in traffic. Whiskers: 95 % intervals over prefix "
+                f"families, where at least {LEAST_CLUSTERS} have the class.",
             )
         )
     figures += [_multiplicity(c, name) for c in studies if c.totals["reused"] and c.totals["computed"]]

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Evict(RecordedStudy):
-    """Which KV-cache eviction method keeps what decoding needs, and what is generated from what it keeps?
+    """Which KV-cache eviction methods keep what decoding needs? Measured offline and by generating from what is kept.
 
     One harvest with the full cache captures queries, keys and values. Every method then selects under every budget and
     protocol and is judged offline; with `in_engine` (the default) each kept set is run for real, and answers,
     likelihood and agreement with the full cache are counted.
 
-    The YAML must hold `workloads` (tasks by name), `methods` and `budgets`. Texts without right answers need `cut`.
+    The YAML must have `workloads` (tasks by name), `methods` and `budgets`. Texts without right answers need `cut`.
 
     Example: `sglang-probe evict experiments/eviction/experiment.yaml --plan`
     """
@@ -55,6 +55,7 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         import pandas as pd
 
         from sglang_probe.report.tables import Table
+        from sglang_probe.studies.evict.grid import caveats
         from sglang_probe.studies.evict.stages import counts
 
         found = counts(config, {task: len(p.workload.requests) for task, p in prepared.items()})
@@ -62,7 +63,9 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
             f"{found.policies} policies, {len(config.budgets)} budgets, {len(config.protocols)} protocols: "
             f"{found.kept:,} kept sets at most, {found.requests:,} requests"
         )
-        return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, [note])
+        layers = next(iter(prepared.values())).model.layers
+        notes = [note, *caveats(config.entries, layers)]
+        return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, notes)
 
     def recorded(self, found: Mapping[str, Mapping[str, Run]]) -> list[Run]:
         """None: full-cache runs are read by this study alone."""
@@ -92,6 +95,7 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         if len(result.predictors):
             yield predictor_table(result)
         yield stages_table(result)
+        yield from (f"[yellow]note[/]: {text}" for text in result.caveats)
         if len(result.excluded):
             left = int(result.excluded["requests"].sum())
             yield f"{left:,} selections were left out; the reasons are in the report"

@@ -23,6 +23,7 @@ class Cut(Config):
     """How a text without a right answer becomes a task: its first tokens are the prompt, those after the reference."""
 
     prompt_tokens: int = Field(default=192, ge=16)
+    """Length of each prompt, from the beginning of its text."""
     question_tokens: int = Field(default=16, ge=1)
     """Last tokens of the prompt that the query-hidden protocol reads from the compressed cache."""
     steps: int = Field(default=32, ge=2)
@@ -39,6 +40,7 @@ class Decode(Config):
     """How outputs are sampled in the engine."""
 
     temperature: float = Field(default=0.0, ge=0)
+    """0: greedy."""
     repeats: int = Field(default=1, ge=1)
     """Samples of each request; the mean over them is the request's result."""
 
@@ -73,27 +75,33 @@ class EvictionConfig(Recording):
     """An eviction study: policies by budgets by protocols by tasks, offline and in the engine."""
 
     name: str | None = None
+    """Name of the study's folder; by default the name of the YAML file."""
     workloads: dict[str, WorkloadConfig] = Field(min_length=1)
     """Tasks by name. Requests with right answers bring them; others need `cut`."""
     cut: Cut | None = None
+    """For texts without right answers: how long a prompt and its continuation are."""
     methods: list[str | dict[str, Any]] = Field(min_length=1)
     """Names, or `{method: snapkv, window: 8}`."""
     oracles: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Policies that know the future, as upper bounds; written like `methods`."""
     budgets: list[Budget] = Field(min_length=1)
     """Positions per kv head and layer (`64`), or shares of what is compressed (`1/8`)."""
     protocols: list[Protocol] = Field(default_factory=lambda: list(Protocol), min_length=1)
+    """Whether the question belongs to the prompt that is compressed."""
     trivial: Trivial = Trivial()
     """What protected random always keeps, and what metrics of candidates leave out."""
     controls_of: list[str] | None = None
     """Labels of the methods that the negative controls spoil; by default the first `snapkv`, if there is one."""
     layers: list[int] | None = None
-    """Layers to capture and judge; None: all, which is what `in_engine` needs."""
+    """Layers to capture and judge; by default all, which is what `in_engine` needs."""
     in_engine: bool = True
+    """Also generate from every kept set in the engine; false: offline metrics alone."""
     decode: list[Decode] = Field(default_factory=lambda: [Decode()], min_length=1)
+    """How outputs are generated from the compressed caches; each entry generates once more."""
     teacher_forced: bool = True
     """Also decode the reference answers under every kept set, for the likelihood."""
-    resamples: int = Field(default=10_000, ge=100)
     seed: int = 0
+    """Seed of everything random: random policies, controls, bootstrap."""
     concurrency: int = Field(default=32, ge=1)
     """Requests in flight at once."""
     checkpoint_seconds: float = Field(default=60.0, gt=0)

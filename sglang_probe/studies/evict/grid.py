@@ -32,7 +32,9 @@ class Trivial(Config):
     """Positions that every sensible policy keeps: neither metrics of the candidates nor the baseline choose them."""
 
     sinks: int = Field(default=4, ge=0)
+    """First positions."""
     window: int = Field(default=32, ge=0)
+    """Last positions."""
 
     @property
     def size(self) -> int:
@@ -110,6 +112,12 @@ def parse_budget(value: Any) -> int | Fraction:
 def budget_name(budget: int | Fraction) -> str:
     """`1/8`, `64`, and `1/1` for a share that is everything: `1` is one position."""
     return f"{budget.numerator}/{budget.denominator}" if isinstance(budget, Fraction) else str(budget)
+
+
+def caveats(entries: Sequence[Entry], layers: int) -> list[str]:
+    """What policies are not made for in a model of so many layers, each said once."""
+    said = (entry.policy.caveat(layers) for entry in entries)
+    return [text for text in dict.fromkeys(said) if text is not None]
 
 
 def listing(entries: Iterable[Entry]) -> list[dict[str, str]]:

@@ -77,8 +77,9 @@ def conclusions(result: EvictionResult) -> str:
         best = best_predictors(result).iloc[0]
         told.append(
             f"The offline metric that ranks methods most like {result.outcome} is `{best['metric']}` (mean Spearman "
-            f"{best['spearman']:.2f}, {best['low']:.2f} to {best['high']:.2f})."
+            f"{best['spearman']:.2f}{_between(best)}). {_not_told_apart(result)}"
         )
+    told += result.caveats
     small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
     told.append(
         f"\n\nWhat this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one "
@@ -88,6 +89,19 @@ def conclusions(result: EvictionResult) -> str:
         else "\n\nNothing was generated under a kept set here: these are statements about attention, not about answers."
     )
     return " ".join(told)
+
+
+def _between(row: pd.Series) -> str:
+    return "" if pd.isna(row["low"]) else f", {row['low']:.2f} to {row['high']:.2f} over policies"
+
+
+def _not_told_apart(result: EvictionResult) -> str:
+    """Which metrics predict as well as the best, as far as these policies can say."""
+    p = best_predictors(result)
+    close = p.iloc[1:][~(p["below_best_low"].iloc[1:] > 0)]
+    if close.empty:
+        return "The intervals tell all others from it."
+    return f"Not told apart from it: {', '.join(f'`{m}`' for m in close['metric'])}."
 
 
 def _built_in(result: EvictionResult) -> bool:
@@ -138,8 +152,8 @@ def _curves(result: EvictionResult) -> Section:
         figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in dict.fromkeys(part["task"])]
     return Section(
         heading=f"{result.outcome.capitalize()} by budget",
-        text=f"{_said(result.outcome)} Intervals are 95 % over prompts. Oracles, marked so, read the future and bound "
-        "what a kept set can do.",
+        text=f"{_said(result.outcome)} Intervals are 95 % over prompts (Student's t, corrected for skewness). Oracles, "
+        "marked so, read the future and bound what a kept set can do.",
         figures=figures,
     )
 
@@ -252,7 +266,10 @@ def _prediction(result: EvictionResult) -> Section | None:
         text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by "
         "what was generated; Spearman's correlations are averaged over these cells. Metrics that are better when low "
         "are turned around. Oracles are left out, and so are per-step selections, which were not generated from. "
-        "Intervals draw prompts with replacement, the same prompts for metric and outcome.",
+        "Intervals are over policies, the same ones for all metrics: the question is how the next method would be "
+        "ranked. **Below best** is how much lower a metric's correlation is than the highest; where its interval holds "
+        "0 the two are not told apart. Every metric is of what is kept: rankings, too, are of the kept positions. "
+        f"{_not_told_apart(result)}",
         figures=figures,
         tables=[
             predictor_table(result),

@@ -105,7 +105,8 @@ def predictor_table(result: EvictionResult) -> Table:
     """`best_predictors` as it is printed."""
     columns = [
         Column("metric"),
-        Column("spearman", "mean Spearman, 95 % over prompts", "signed", bounds=("low", "high"), digits=2),
+        Column("spearman", "mean Spearman, 95 % over policies", "signed", bounds=("low", "high"), digits=2),
+        Column("below_best", "below best, 95 %", "signed", bounds=("below_best_low", "below_best_high"), digits=2),
         Column("cells"),
         Column("policies"),
     ]
@@ -206,7 +207,7 @@ def _interval(row: pd.Series, scale: int) -> str | None:
     star = "*" if row["p_holm"] <= 0.05 else ""
     digits = 1 if scale == 100 else 2
     value, low, high = (f"{scale * row[c]:+.{digits}f}" for c in ("difference", "difference_low", "difference_high"))
-    return f"{value} [{low}, {high}]{star}"
+    return f"{value}{star}" if pd.isna(row["difference_low"]) else f"{value} [{low}, {high}]{star}"
 
 
 def _size(budget: str) -> tuple[int, float]:

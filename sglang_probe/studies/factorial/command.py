@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Factorial(RecordedStudy):
-    """Do pseudo queries resemble the real decode queries because of what they say, or because of their position?
+    """Do pseudo queries resemble the real decode queries because of their content, or because of their position?
 
     Decodes every prompt, samples another continuation, and runs pseudo tokens of five contents at four RoPE positions
     after the prompt, in one engine. With `evict_positions` the true continuation is then decoded from the cache that
     each cell would keep, in a second engine.
 
-    The YAML must hold `layers`, whose queries, keys and values are captured; evictions need all layers.
+    The YAML must have `layers`, whose queries, keys and values are captured; evictions need all layers.
 
     Example: `sglang-probe factorial experiments/factorial/text.yaml --plan`
     """

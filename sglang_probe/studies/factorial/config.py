@@ -18,7 +18,9 @@ class FactorialConfig(WorkloadRecording):
     """A factorial study."""
 
     name: str | None = None
+    """Name of the study's folder; by default the name of the YAML file."""
     workload: WorkloadConfig = Field(default_factory=Documents)
+    """Where the prompts come from; by default excerpts of Python's standard library."""
     layers: list[int] = Field(min_length=1)
     """Layers whose queries, keys and values are captured."""
     pseudo_tokens: int = Field(default=32, ge=2)
@@ -26,12 +28,13 @@ class FactorialConfig(WorkloadRecording):
     decode_steps: int = Field(default=64, ge=2)
     """Steps of the real decoding, whose attention is the truth that the cells should predict."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.0})
-    """Of the real decoding."""
+    """Sampling of the real decoding."""
     resampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
-    """Of the other continuation."""
+    """Sampling of the second continuation."""
     first_tokens: int = Field(default=4, ge=0)
-    """Of content `prompt`: so many of the prompt's first tokens, the rest from its end."""
+    """For content `prompt`: this many of the prompt's first tokens; the rest are from its end."""
     filler: str = "Sorry, I do not know the answer to that. "
+    """The sentence whose tokens are content `filler`, repeated as needed."""
     window: int = Field(default=8, ge=1)
     """Last prompt positions that every kept set holds and that no measure counts."""
     sinks: int = Field(default=4, ge=0)

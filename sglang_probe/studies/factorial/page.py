@@ -49,7 +49,8 @@ def factorial_page(result: FactorialResult) -> Page:
         Tile(
             _title(outcome),
             " / ".join(_signed(shown.loc[(outcome, effect), "value"]) for effect in ("content", "position")),
-            "effect of content / of position, a second sample against filler, true positions against 0, 1, ...",
+            "effect of content / of position, a second sample against filler, true positions against 0, 1, ...; not "
+            "comparable in size",
         )
         for outcome in ("post", "pre_centred", mass)
     ]
@@ -141,8 +142,11 @@ def _effects(result: FactorialResult) -> Section:
     return Section(
         heading="What matters, by outcome",
         text="Content effect: half of (same - different at the true positions) + (same - different at the other ones); "
-        "position effect likewise. Cosines are averages over all heads; mass and output error are what an eviction "
-        "would be judged by.",
+        "position effect likewise. **The two are not to be ranked.** How large an effect is depends on how far apart "
+        "its two levels are, and nothing makes random tokens as far from a second sample as positions 0, 1, ... are "
+        "from the true ones: with a mild shift content cannot lose, and with a large one position cannot. Compare "
+        "designs that share one contrast. Cosines are averages over all heads; mass and output error are what an "
+        "eviction would be judged by.",
         figures=[figure],
         tables=[Table(pd.DataFrame(others), "All designs: effect of content / effect of position", long=True)],
     )

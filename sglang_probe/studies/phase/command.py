@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Phase(RecordedStudy):
-    """Do activations differ between prefill and decode, and is it the numbers or the text?
+    """Do activations differ between prefill and decode, and if so, because of rounding or because of the text?
 
     Every text is cut to a prompt and a continuation. The continuation is computed three times: human text prefilled,
     the model's own text decoded, and that text prefilled again. Decoded against prefilled again (same tokens, same
     positions) is numerics; the model's text against human text (both prefilled) is content.
 
-    The YAML must hold nothing; `workload` has the texts, `prompt_tokens` and `continuation_tokens` say where they are
+    No key is required. `workload` has the texts, `prompt_tokens` and `continuation_tokens` say where they are
     cut, `hook_points` what is compared.
 
     Example: `sglang-probe phase experiments/phase/experiment.yaml`

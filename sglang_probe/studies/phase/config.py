@@ -16,13 +16,17 @@ class PhaseConfig(WorkloadRecording):
     """A phase study. Every text is cut to `prompt_tokens` and a continuation, whose positions are compared."""
 
     name: str | None = None
+    """Name of the study's folder; by default the name of the YAML file."""
     workload: WorkloadConfig = Field(default_factory=Documents)
+    """Where the texts come from; by default excerpts of Python's standard library."""
     prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens of each text that serve as its prompt."""
     continuation_tokens: int = Field(default=128, ge=1)
+    """Tokens after the prompt whose rows are compared."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
-    """Of the decoded continuation; its length is set by `continuation_tokens`."""
+    """Sampling of the decoded continuation; its length is set by `continuation_tokens`."""
     replicates: int = Field(default=2, ge=1, le=2)
-    """2: every run once more, in another order, for the floor."""
+    """2: record every run a second time, in another order, for the floor."""
 
     @model_validator(mode="after")
     def _compares_all_positions(self) -> PhaseConfig:

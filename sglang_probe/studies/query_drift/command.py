@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class QueryDrift(Study):
-    """How far are decode queries from the prompt window that eviction methods score with, and does it matter?
+    """How far are decode queries from the prompt's last queries, which eviction methods score with, and does it matter?
 
     Cosines of pre-RoPE and post-RoPE queries, excess over what distance alone does, subspaces, change of the logits,
     how many steps the window's choice predicts, change points, negative controls, and which queries exist at all.
 
-    RUN must hold `blocks.<layer>.attn.hook_rot_q` and `hook_rot_k` of some layers; with `hook_q` the pre-RoPE queries
+    RUN must have `blocks.<layer>.attn.hook_rot_q` and `hook_rot_k` of some layers; with `hook_q` the pre-RoPE queries
     are the engine's own. Needs no SGLang.
 
     Example: `sglang-probe query-drift runs/drift-text --window 16 --layer 3`

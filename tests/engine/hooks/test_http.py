@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from sglang_probe.engine.hooks import http
@@ -44,7 +45,26 @@ def test_coverage_lists_as_many_requests_as_asked() -> None:
 def test_flush_waits_until_the_segment_is_on_disk() -> None:
     done = {**STATE, "flush": {"asked": 1, "done": 1, "segment": "s0"}}
     out = asyncio.run(_endpoints([STATE, STATE, done]).flush())
-    assert out == {"flushed": True, "segment": "s0", "next": "s1"}
+    assert out == {"flushed": True, "closed": True, "segment": "s0", "next": "s1"}
+
+
+def test_a_flush_of_nothing_says_so() -> None:
+    done = {**STATE, "flush": {"asked": 1, "done": 1, "segment": "s0", "nothing_new": True}}
+    out = asyncio.run(_endpoints([done]).flush())
+    assert (out["closed"], "nothing was recorded" in out["reason"]) == (False, True)
+
+
+def test_coverage_and_flush_say_that_nothing_is_recorded_like_status() -> None:
+    stopped = {**STATE, "recording": False, "reason": "the disk", "tries_again_in": 3.0}
+    for out in (asyncio.run(_endpoints([stopped]).coverage()), asyncio.run(_endpoints([stopped]).status())):
+        assert (out["recording"], out["reason"], out["tries_again_in"]) == (False, "the disk", 3.0)
+    refused = asyncio.run(_endpoints([stopped], agrees=False).flush())
+    assert json.loads(refused.body) == {
+        "flushed": False,
+        "recording": False,
+        "reason": "the disk",
+        "tries_again_in": 3.0,
+    }
 
 
 def test_a_cache_that_is_in_use_is_not_flushed_and_the_segment_goes_on() -> None:

@@ -28,13 +28,17 @@ class FakeEngine:
 
     def __init__(self, root: Path, *, rows: bool = False, **options: Any) -> None:
         drops = options.pop("drops", True)
+        options["segments"] = {"min_seconds": 0.0, **options.get("segments", {})}
         config = EngineProbeConfig(run=root, live=LiveConfig(**options), checkpoint_seconds=0.05)
         assert config.live is not None
         facts = {"hook_points": {"hook_embed": ""} if rows else {}}
         self.live = LiveRecording(root, config.live, facts, part_seconds=0.05, drops=drops, tick=0.02)
-        self.recorder = Recorder(self.live, lineage=Lineage(1, 10_000), captures_rows=rows)
+        self.recorder = Recorder(self.live, lineage=Lineage(1, 10_000), captures_rows=rows, tolerant=True)
+        assert self.recorder.lineage is not None
+        self.live.names.remembered = self.recorder.lineage.remembers
         self._rows = rows
         self._tag = 0
+        self._names: dict[str, str] = {}
         self.tokens: dict[str, list[int]] = {}
         self._prompt: dict[str, int] = {}
         self._cached: dict[str, int] = {}
@@ -59,7 +63,7 @@ class FakeEngine:
     def _ends(self, rids: Sequence[str], reason: str) -> list[RequestEnd]:
         ended = []
         for r in rids:
-            name = self.live.names.end(r)
+            name = self._names.pop(r)
             self.live.ending(name, self.tokens[r][: self._prompt[r]])
             n = len(self.tokens[r]) + 1 - self._prompt[r]
             output = [*self.tokens[r][self._prompt[r] :], 97]
@@ -80,7 +84,7 @@ class FakeEngine:
     def _publish(self, rid: str, protected: int) -> None:
         length = self._prompt[rid]
         context = Context(np.array(self.tokens[rid]), None)
-        name = self.live.names.get(rid)
+        name = self._names[rid]
         self.recorder.publish(name, 0, context, length=length, first_new=protected, protected=protected)
 
     def _forward(
@@ -93,11 +97,12 @@ class FakeEngine:
         asking: set[str] | None = None,
     ) -> None:
         self._tag += 1
+        self._names.update({r: self.live.name(r) for r, _, _ in rows if r not in self._names})
         decoding = mode == "decode"
         plan = ForwardPlan(
             self._tag,
             mode,
-            [r for r, _, _ in rows],
+            [self._names[r] for r, _, _ in rows],
             [s for _, s, _ in rows],
             [e for _, _, e in rows],
             [decoding] * len(rows),
@@ -106,7 +111,6 @@ class FakeEngine:
             [None if decoding else Context(np.array(self.tokens[r]), None) for r, _, _ in rows],
             sum(e - s for _, s, e in rows),
         )
-        self.live.names.launch(plan)
         self.recorder.launch(plan)
         self.live.launched(plan, asking or set())
         if self._rows:

@@ -71,9 +71,7 @@ def test_provenance_is_added_to_what_others_return(monkeypatch: pytest.MonkeyPat
     ours = streamer()
     assert not ours.should_build_additional_customized_info()
     monkeypatch.setattr(live, "anybody_asks", lambda: True)
-    monkeypatch.setattr(
-        live, "provenance_of", lambda rids, finished: [[r] if f else [] for r, f in zip(rids, finished, strict=True)]
-    )
+    monkeypatch.setattr(live, "provenance_of", lambda reqs: [[r.rid] if r.finished() else [] for r in reqs])
     assert ours.should_build_additional_customized_info()
     reqs = [SimpleNamespace(rid="a", finished=lambda: False), SimpleNamespace(rid="b", finished=lambda: True)]
     assert ours.build_additional_customized_info(reqs) == {"theirs": [1, 1], "probe": [[], ["b"]]}

@@ -1,4 +1,6 @@
-"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel (docs/gpu-results.md).
+"""Taps on an accelerator: set up before graphs are captured, read through SGLang's own channel.
+
+What came of it on a GPU: docs/evidence/gpu-results.md.
 
 SGLang: `model_executor/runner/decode_cuda_graph_runner.py` (one graph per batch size, captured after
 `ModelRunner.load_model`; `capture_tail_hooks` run at the end of each), `prefill_cuda_graph_runner.py` (graphs in
@@ -94,9 +96,10 @@ def check_device(device: str, accelerator: str) -> None:
         )
     if accelerator != "unproved":
         raise UnsupportedError(
-            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/gpu-results.md)",
-            fix="set `accelerator: unproved` to try it, and check what you get with `sglang-probe verify "
-            "--transformers` (docs/gpu.md); or remove `hook_points` and `telemetry` to record the ledger alone",
+            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/evidence/gpu-results.md)",
+            fix="set `accelerator: unproved` to try it, and check what you get with "
+            "`sglang-probe verify --transformers` (docs/explanation/gpu.md); "
+            "or remove `hook_points` and `telemetry` to record the ledger alone",
         )
 
 

@@ -3,7 +3,7 @@
 The queries lie in taps of their own, which are part of the recorded graphs and are not written as rows. The keys are
 read from the KV pool after the forward, on its stream. The slots are not: SGLang lets its scheduler write
 `req_to_token` for the next forward as soon as this one has prepared its attention (`Scheduler._apply_war_barrier`),
-so they are copied in front of it. Run on a GPU once (docs/gpu-results.md).
+so they are copied in front of it. Run on a GPU once (docs/evidence/gpu-results.md).
 """
 
 from __future__ import annotations

@@ -33,27 +33,6 @@ STATE_KEY = "probe"
 META_KEY = "probe"
 """Entry in `meta_info` of a request that asked for its provenance."""
 
-_ARGUMENTS = (
-    # Those that decide what is computed and reused. Never all of them: they hold the server's keys.
-    "model_path",
-    "served_model_name",
-    "dtype",
-    "device",
-    "attention_backend",
-    "page_size",
-    "chunked_prefill_size",
-    "enable_mixed_chunk",
-    "disable_radix_cache",
-    "disable_overlap_schedule",
-    "radix_eviction_policy",
-    "schedule_policy",
-    "max_total_tokens",
-    "max_running_requests",
-    "tp_size",
-    "dp_size",
-    "random_seed",
-)
-
 
 class LiveServer(Instrument):
     """A live server is recorded in segments; a request may ask for its provenance."""
@@ -74,17 +53,35 @@ class LiveServer(Instrument):
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
         return started.live is None and asked.live is None  # segments follow each other; a recording never ends
 
+    def __init__(self, config: EngineProbeConfig) -> None:
+        super().__init__(config)
+        self.asking: dict[str, str] = {}
+        """Names of running requests that asked, by their id."""
+
+    def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
+        super().open(config, scheduler)
+        self.asking.clear()
+
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
         live = guard.active().live
         if live is not None:
-            rows = zip(asks, plan.rids, plan.contexts, strict=True)
-            live.launched(plan, {rid for ask, rid, context in rows if ask.provenance and context is not None})
+            rows = zip(reqs, asks, plan.rids, plan.contexts, strict=True)
+            asking = {name: r.rid for r, ask, name, context in rows if ask.provenance and context is not None}
+            self.asking.update({rid: name for name, rid in asking.items()})
+            live.launched(plan, set(asking))
+
+    def end(self, rid: str) -> None:
+        if self.asking:
+            self.asking = {asked: name for asked, name in self.asking.items() if name != rid}
 
 
-def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveRecording:
+def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: dict[str, Any]) -> LiveRecording:
     """Begin to record. Called once the scheduler is built.
 
     Data-parallel ranks are servers of their own with one address: rank n of several records into `dp<n>`.
+
+    Args:
+        resolved: the server arguments that are in force.
 
     Raises:
         RunDirectoryError: another server records into the same directory.
@@ -99,12 +96,12 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
         "arm": "live",
         "model": {"name": server_args.model_path},
         "model_path": server_args.model_path,
-        "dtype": server_args.dtype,
+        "dtype": resolved["dtype"],
         "hook_points": {name: engine_module(name) for name in config.hook_points},
         "telemetry": None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
         "rows_kept": config.rows.model_dump(mode="json"),
         **guard.active().facts(),
-        "server_resolved": {name: getattr(server_args, name, None) for name in _ARGUMENTS},
+        "server_resolved": resolved,
         "inventory": {"sglang": reviewed.sglang, "version": reviewed.version},
         "privacy": config.live.privacy,
         "rows_dropped": 0,
@@ -120,10 +117,34 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int) -> LiveReco
     )
 
 
-def name_of(rid: str) -> str:
-    """The name of a running request in the ledger. Runs inside guarded code."""
-    live = guard.active().live
-    return rid if live is None else live.names.get(rid)
+_KNOWN = "_sglang_probe_name"
+"""Attribute of a `Req` that was launched: the epoch of the recording that knows it, and its name there."""
+
+
+def name_of(req: Any) -> str:
+    """The name of a request in the ledger, given at its first launch. Runs inside guarded code."""
+    session = guard.active()
+    if session.live is None:
+        return str(req.rid)
+    epoch, name = getattr(req, _KNOWN, (0, ""))
+    if epoch != session.epoch:
+        name = session.live.name(req.rid)
+        setattr(req, _KNOWN, (session.epoch, name))
+    return str(name)
+
+
+def began_before(req: Any) -> bool:
+    """Whether a request was launched before the present recording began, and not since."""
+    session = guard.active()
+    known = None if session.live is None else getattr(req, _KNOWN, None)
+    return known is not None and known[0] != session.epoch
+
+
+def served_unrecorded(reqs: Sequence[Any]) -> None:
+    """These requests are launched while nothing is recorded."""
+    for req in reqs:
+        if getattr(req, _KNOWN, None) is None:
+            setattr(req, _KNOWN, (0, ""))
 
 
 def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
@@ -131,7 +152,7 @@ def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
     live = guard.active().live
     if live is None:
         return list(ends)
-    named_ends = [replace(end, rid=live.names.end(end.rid)) for end in ends]
+    named_ends = [replace(end, rid=name_of(r)) for r, end in zip(reqs, ends, strict=True)]
     for r, end in zip(reqs, named_ends, strict=True):
         # Of a prompt given as embeddings SGLang's token ids are made up.
         live.ending(end.rid, r.origin_input_ids if r.input_embeds is None else None)
@@ -149,8 +170,7 @@ def state() -> dict[str, Any]:
     session = guard.session
     if session is None or session.live is None:
         return {"recording": False, "reason": "the recording was not started"}
-    reason = session.fault if session.recorder is None else None
-    return {"recording": session.recorder is not None, "reason": reason, **session.live.status()}
+    return session.live.status()
 
 
 def anybody_asks() -> bool:
@@ -160,11 +180,24 @@ def anybody_asks() -> bool:
 
 
 @guard.guarded
-def provenance_of(rids: Sequence[str], finished: Sequence[bool]) -> list[list[Span]] | None:
-    """Spans of the requests that finish now and asked; None if none does, so that nobody's `meta_info` changes."""
+def provenance_of(reqs: Sequence[Any]) -> list[list[Span]] | None:
+    """Spans of those of these requests that finish now and asked; None if none does, so that nobody's `meta_info`
+    changes."""
     live = guard.active().live
     assert live is not None
-    spans = [live.provenance(rid) or [] if done else [] for rid, done in zip(rids, finished, strict=True)]
+    spans = [live.provenance(name_of(r)) or [] if r.finished() and not began_before(r) else [] for r in reqs]
+    return spans if any(spans) else None
+
+
+@guard.guarded
+def provenance_by_id(rids: Sequence[str], finished: Sequence[bool]) -> list[list[Span]] | None:
+    """`provenance_of` where a release has the ids alone: of two requests that share one, the later."""
+    session = guard.active()
+    server, live = session.of(LiveServer), session.live
+    assert live is not None
+    assert server is not None
+    names = (server.asking.get(rid) if done else None for rid, done in zip(rids, finished, strict=True))
+    spans = [[] if name is None else live.provenance(name) or [] for name in names]
     return spans if any(spans) else None
 
 

@@ -21,6 +21,7 @@ from sglang_probe.engine.hooks.instruments.attention_rows import install_attenti
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.releases import release
 from sglang_probe.run.hook_points import (
+    ATTENTION,
     EMBED,
     RESID_POST,
     attention_points,
@@ -28,8 +29,9 @@ from sglang_probe.run.hook_points import (
     check_hook_points,
     head_counts,
     parse_hook_point,
+    parse_pattern,
 )
-from sglang_probe.run.selection import Selected, selected_heads
+from sglang_probe.run.selection import Selected, expanded, selected_heads
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
@@ -51,7 +53,8 @@ class Rows(Instrument):
 
     @classmethod
     def needs(cls, config: EngineProbeConfig) -> Sequence[str]:
-        return [*cls.features, *(["attention rows"] if attention_points(config.hook_points) else [])]
+        in_attention = any(parse_pattern(name).site in ATTENTION for name in config.hook_points)
+        return [*cls.features, *(["attention rows"] if in_attention else [])]
 
     @classmethod
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
@@ -59,7 +62,7 @@ class Rows(Instrument):
 
     def __init__(self, config: EngineProbeConfig) -> None:
         super().__init__(config)
-        self._selected = Selected(config.rows, config.hook_points)
+        self._selected = Selected(*expanded(config.rows, config.hook_points, None))
         self.taps: Taps | GraphTaps | None = None
         """Set once the model is loaded."""
         self._heads: dict[str, list[int]] = {}
@@ -67,6 +70,7 @@ class Rows(Instrument):
 
     def attach(self, runner: Any) -> None:
         hook_points = self.config.hook_points
+        self._selected = Selected(self.config.rows, hook_points)
         check_model(runner, self.config)
         install_taps(runner.model, hook_points, self)
         self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))

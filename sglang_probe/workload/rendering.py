@@ -1,0 +1,89 @@
+"""How a conversation becomes a prompt: what a YAML, and a record for itself, may say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from sglang_probe.config import Config, InputPath
+
+RESERVED = frozenset(
+    {"self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
+    | {"continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"}
+)
+"""Arguments of `apply_chat_template` that are no variables of a template."""
+
+
+def check_kwargs(given: Mapping[str, Any]) -> None:
+    """Refuse variables that a template cannot be given.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if taken := sorted(RESERVED & given.keys()):
+        key = taken[0]
+        said = {
+            "tools": "tools are not supported",
+            "add_generation_prompt": "it is a key of its own, beside `chat_template_kwargs`",
+            "chat_template": "it is a key of the workload, and names a file",
+        }.get(key, "it is an argument of `apply_chat_template`, and no variable of a template")
+        raise ValueError(f"`chat_template_kwargs: {key}`: {said}")
+
+
+class RecordRendering(Config):
+    """What one record may say. Absent: as the workload says."""
+
+    add_special_tokens: bool | Literal["auto"] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        check_kwargs(given)
+        return given
+
+
+class Rendering(Config):
+    """How the conversations of a workload become prompts."""
+
+    chat_template: InputPath | None = None
+    """A file with a chat template (Jinja) in place of the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the template, e.g. `{enable_thinking: false}`."""
+    add_generation_prompt: bool | None = None
+    """Whether a chat ends with the template's beginning of an answer; by default, unless the assistant spoke last."""
+    add_special_tokens: bool | Literal["auto"] = "auto"
+    """Whether a plain prompt gets what the tokenizer adds by itself (BOS). `auto`: unless it begins with that already,
+    as a prompt does that was rendered with a chat template."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        check_kwargs(given)
+        return given
+
+    def of(self, record: RecordRendering | None) -> Rendering:
+        """With what a record says of itself."""
+        if record is None:
+            return self
+        said = {k: v for k, v in record if v is not None}
+        said["chat_template_kwargs"] = {**self.chat_template_kwargs, **record.chat_template_kwargs}
+        return Rendering(**{**{k: getattr(self, k) for k in Rendering.model_fields}, **said})
+
+
+def unread(template: str, names: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """Of variables those that a template never reads, and those that it does read; none if it cannot be told."""
+    import jinja2
+    from jinja2 import meta
+
+    try:
+        read = meta.find_undeclared_variables(
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )
+    except jinja2.TemplateError:  # it has tags of its own, e.g. `generation`
+        return [], set()
+    return sorted(names.keys() - read), read - RESERVED - {"strftime_now", "raise_exception", "bos_token", "eos_token"}
