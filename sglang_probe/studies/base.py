@@ -208,6 +208,7 @@ class RecordedStudy(Study):
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[Result, Path] | Plan:
         """Record or read the runs, and study them."""
+        from sglang_probe.harvest.directory import hold_directory
         from sglang_probe.harvest.progress import Terminal
 
         config, name, folder = opened(given, self.config())
@@ -227,8 +228,9 @@ class RecordedStudy(Study):
             if given["plan"]:
                 return plan
             how = {k: given[k] for k in ("overwrite", "resume")}
-            found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
-            write_cards(self.recorded(found))
+            with hold_directory(folder):
+                found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
+                write_cards(self.recorded(found))
         with console.status("studying") as status:
             return self.study(found, config, folder, name, status.update), folder
 

@@ -96,7 +96,8 @@ def test_the_ledger_holds_under(server: dict, cli: Callable, write_yaml: Callabl
 def test_an_interrupted_harvest_says_so_and_can_be_finished(
     write_yaml: Callable, tmp_path: Path, cli: Callable
 ) -> None:
-    """Ctrl-C, resume, kill -9, resume: nothing durable is lost, every request is served once."""
+    """SIGTERM to all, resume, kill -9 of the scheduler, resume, kill -9 of all, resume: nothing durable is lost, every
+    request is served once, and whoever is left says why."""
     path = tmp_path / "run"
     config = write_yaml(
         "long",
@@ -106,11 +107,16 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     )
     first = _start(config, path)
     _wait_for_requests(first, path, 5)
-    os.killpg(first.pid, signal.SIGINT)
-    assert first.wait(60) == 130
+    for option in ("--resume", "--overwrite"):
+        second_writer = cli("harvest", config, "--output", path, option)
+        assert second_writer.returncode == 2
+        assert f"process {first.pid} on " in second_writer.stderr
+    os.killpg(first.pid, signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
     assert not _alive(first.pid)
     interrupted = load_run(path)
     assert not interrupted.complete
+    assert interrupted.manifest["fault"] == "ended by SIGTERM"
     served = set(interrupted.engine_requests()["rid"])
     assert 5 <= len(served) < 80
     assert all(c.holds for c in verify(interrupted))
@@ -120,8 +126,18 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
 
     second = _start(config, path, "--resume")
     _wait_for_requests(second, path, len(served) + 5)
-    os.killpg(second.pid, signal.SIGKILL)
-    second.wait(60)
+    _scheduler_of(second).kill()
+    assert second.wait(60) == 2
+    assert not _alive(second.pid)
+    died = load_run(path)
+    assert "was killed by SIGKILL; requests in flight: r0" in died.manifest["fault"]
+    assert len(died.manifest["ended_engine"]) == 3  # the concurrency
+    assert all(c.holds for c in verify(died))
+
+    third = _start(config, path, "--resume")
+    _wait_for_requests(third, path, len(died.engine_requests()) + 5)
+    os.killpg(third.pid, signal.SIGKILL)
+    third.wait(60)
     time.sleep(1)
 
     done = cli("harvest", config, "--output", path, "--resume")
@@ -133,8 +149,12 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     finished = requests[requests["finish_reason"] != "interrupted"]
     assert sorted(finished["index"]) == list(range(80))
     assert served <= set(finished["rid"])
-    assert len(run.manifest["starts"]) == 3
-    assert {p.session for p in run.parts()} == {0, 1, 2}
+    last = finished.sort_values("rid", key=lambda rids: rids.map(run.spans().groupby("rid")["forward_id"].min()))
+    suspects = set(died.manifest["ended_engine"]) - set(died.engine_requests()["rid"].str.partition("~")[0])
+    assert {rid.partition("~")[0] for rid in last["rid"].iloc[-len(suspects) :]} == suspects
+    assert len(run.manifest["starts"]) == 4
+    assert {p.session for p in run.parts()} == {0, 1, 2, 3}
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
 @pytest.mark.slow
@@ -203,8 +223,12 @@ def _start(config: Path, path: Path, *options: str, command: str = "harvest") ->
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell gives its background jobs a Ctrl-C that is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def _scheduler_of(harvest: subprocess.Popen) -> psutil.Process:
+    return next(
+        p for p in psutil.Process(harvest.pid).children(recursive=True) if any("scheduler" in a for a in p.cmdline())
     )
 
 

@@ -134,6 +134,11 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         reasons = (manifest.get("skipped_by_reason") or {}).items()
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons, key=lambda x: -x[1]))
         gaps.append(f"{manifest['lines_skipped']} records of the workload were skipped" + (f": {why}" if why else ""))
+    if refused := manifest.get("refused"):
+        gaps.append(
+            f"{len(refused)} requests were refused by SGLang (`finish_reason: refused`; `refusal` says why): complete "
+            "means that every request was served or refused"
+        )
     if manifest["status"] != "complete":
         gaps.append(markdown.escape(manifest.get("fault") or "the run was interrupted"))
     partial = Selected.from_manifest(manifest).partial
