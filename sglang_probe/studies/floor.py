@@ -261,13 +261,16 @@ def _verdict(r: dict[str, Any], margin: float, alarm: bool) -> str:
         return "no floor: run replicates"
     if r["identical_same_order"] == 1:
         return "bit-identical in the same order"
-    if np.isnan(r["excess_low"]):
+    if r["clusters"] < LEAST_CLUSTERS:
         return f"{'not above' if r['excess'] <= 0 else 'above'} the floor; {NO_TEST}"
-    if alarm and r["excess_high"] < 0:
+    low, high = r["excess_low"], r["excess_high"]
+    if np.isnan(low):  # the same excess in every cluster
+        low = high = r["excess"]
+    if alarm and high < 0:
         return ALARM
-    if r["excess_low"] > 0 and r["q"] <= 0.05:
-        small = within(r["excess_low"], r["excess_high"], margin) == "equivalent"
+    if low > 0 and r["q"] <= 0.05:
+        small = within(low, high, margin) == "equivalent"
         return f"above the floor, by less than {margin:g}" if small else "above the floor"
-    if within(r["excess_low"], r["excess_high"], margin) == "equivalent":
+    if within(low, high, margin) == "equivalent":
         return f"equivalent within {margin:g}"
     return "unresolved"

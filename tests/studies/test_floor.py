@@ -179,6 +179,7 @@ def test_a_small_excess_is_called_small() -> None:
         (0.0, 0.0, 10, "bit-identical"),
         (0.0, 0.1, 10, "bit-identical"),
         (0.1, 0.2, 10, ALARM),
+        (0.1, 0.1, 10, f"equivalent within {MARGIN:g}"),
         (0.2, 0.1, 3, f"above the floor; {NO_TEST}"),
         (0.1, 0.2, 3, f"not above the floor; {NO_TEST}"),
     ],

@@ -88,9 +88,11 @@ arms:                             # the first samples, the others decode its tok
         if len(result.floors):
             yield effects_table(result)
             verdicts = result.floors["verdict"]
-            if verdicts.str.endswith(NO_TEST).any():
-                families = int(result.floors["clusters"].max())
+            if (few := verdicts.str.endswith(NO_TEST)).any():
+                families = int(result.floors.loc[few, "clusters"].max())
                 yield f"no test: {families} prefix families are too few for an interval; use six or more"
+            if (verdicts == "unresolved").any():
+                yield "unresolved: the interval holds both no excess and more than the margin; more families narrow it"
             if (verdicts == ALARM).any():
                 yield f"[bold red]{ALARM}[/]: {ALARMED}"
         if len(result.flips):
