@@ -166,8 +166,9 @@ def _drawing(
         columns = min(most, len(panels)) if c.width == WIDE else min(2, len(panels))
         first = c.legend(list(legend)) if legend else 0.0
         if y_label:
-            c.text(0, first + 4, y_label, "muted", size=11)
-            first += 14
+            first += 6 if legend else 12
+            c.text(0, first - 2, y_label, "muted", size=11)
+            first += 8
         width = (c.width - _LEFT - 6) / columns
         heads = [wrap(p, width - _GAP, 11, True) for p in panels]
         at = first

@@ -223,10 +223,14 @@ def _reused(run: Run) -> pd.Series:
 
 
 def _strip(run: Run, index: int) -> list[tuple[int, int, str]]:
-    """Spans of a request as a strip shows them."""
+    """Spans of a request as a strip shows them: neighbours of one fate are one."""
     spans = run.last_attempt()
     mine = spans[spans["rid"].isin(run.requests().loc[lambda r: r["index"] == index, "rid"])].sort_values("start")
-    return [
-        (int(s.start), int(s.end), "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status))
-        for s in mine.itertuples()
-    ]
+    strip: list[tuple[int, int, str]] = []
+    for s in mine.itertuples():
+        fate = "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status)
+        if strip and strip[-1][1:] == (s.start, fate):
+            strip[-1] = (strip[-1][0], int(s.end), fate)
+        else:
+            strip.append((int(s.start), int(s.end), fate))
+    return strip

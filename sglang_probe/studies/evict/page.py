@@ -23,7 +23,7 @@ from sglang_probe.studies.evict.tables import (
     budgets_of,
     gap_table,
     kind_of,
-    metrics_table,
+    metrics_tables,
     middle_budget,
     parameters_tables,
     predictor_table,
@@ -261,7 +261,7 @@ def _accuracy(result: EvictionResult) -> Section:
     others = [m for m in OUTCOMES if m != result.outcome]
     decode = next(iter(result.outcomes))
     part = only(_first(result), metric=others, budget=[budget, "1"])
-    tables.append(metrics_table(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}"))
+    tables += metrics_tables(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}")
     return Section(
         heading="What was generated",
         text=f"{TESTED} Oracle rows are bounds and are not tested.",
