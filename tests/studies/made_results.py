@@ -91,6 +91,7 @@ def ab(arms: int = 2, families: int = 6, layers: int = 1, replicates: bool = Tru
             "rid": "r0",
             "arm": names[0],
             "reuses": True,
+            "related": True,
             "requests": {f"request {i}": strip for i in range(min(families, 8))},
             "strips": dict.fromkeys(names, strip),
             "segments": [(0, 18, "user"), (18, 20, "generated")],

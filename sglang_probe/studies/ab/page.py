@@ -137,7 +137,8 @@ def _strips(result: AbResult) -> Figure:
     return request_strips(
         example["requests"] if example["reuses"] else {},
         title=f"What `{example['arm']}` computed of {len(example['requests'])} requests, and what it reused",
-        caption="Requests of one prefix family in the order of the workload; the first run of the arm.",
+        caption=f"Requests{' of one prefix family' if example['related'] else ''} in the order of the workload; the "
+        "first run of the arm.",
         position_label="token position",
     )
 

@@ -54,7 +54,7 @@ class AbResult:
     manifests: dict[str, dict[str, Any]]
     example: dict[str, Any]
     """For the strips: `rid`, its `segments`, and its spans (start, end, fate) per arm as `strips`; `arm`, the one that
-    reuses most, whether it `reuses` anything, and spans of several `requests` in it."""
+    reuses most, whether it `reuses` anything, and spans of several `requests` in it, of one family if `related`."""
 
     @property
     def ok(self) -> bool:
@@ -198,8 +198,9 @@ def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
     requests = runs[arm].requests()
     rid = reused[arm].idxmax() if len(reused[arm]) else requests["rid"].iloc[0]
     request = requests.set_index("rid").loc[rid]
-    family = requests[requests["family"] == request["family"]] if request["family"] else requests
-    shown = (family if len(family) > 1 else requests).sort_values("index").head(MOST_REQUESTS)
+    family = requests[requests["family"] == request["family"]]
+    related = len(family) > 1
+    shown = (family if related else requests).sort_values("index").head(MOST_REQUESTS)
     strips = {name: _strip(runs[name], int(request["index"])) for name in names}
     segments = [(int(s["start"]), int(s["end"]), str(s["name"])) for s in request["segments"]]
     end = max([e for strip in strips.values() for _, e, _ in strip], default=0)
@@ -209,6 +210,7 @@ def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
         "rid": rid,
         "arm": arm,
         "reuses": bool(reused[arm].sum()),
+        "related": related,
         "segments": segments,
         "strips": strips,
         "requests": {f"request {i}": _strip(runs[arm], i) for i in map(int, shown["index"])},

@@ -349,7 +349,7 @@ def _likelihood(result: EvictionResult) -> Section | None:
 def _parameters(result: EvictionResult) -> Section:
     return Section(
         heading="Every parameter",
-        text="Window, pooling, group reduction and always-kept set move results by more than many methods differ.",
+        text="What is stated here is part of every result: rankings are those of these parameters.",
         tables=parameters_tables(result),
     )
 
