@@ -48,7 +48,6 @@ STUDIES: dict[str, dict[str, Any]] = {
             {"method": "laq", "recent": 8},
         ],
         "oracles": ["static_mean", "need_set"],
-        "resamples": 200,
     },
     "factorial": {
         "workload": DOCUMENTS,

@@ -75,6 +75,10 @@ class Policy(Config, ABC):
         """Positions to keep per kv head, `[..., G]`; `budget` everywhere unless the method allocates."""
         return torch.full(layer.shape_GL[:-1], min(budget, layer.length))
 
+    def caveat(self, layers: int) -> str | None:
+        """What a reader must know of this policy in a model of so many layers."""
+        return None
+
     def select(self, layer: Layer, budget: int) -> Selection:
         """Keep `budget` positions per kv head, on average over heads and layers where the method allocates.
 

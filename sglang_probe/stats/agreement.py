@@ -1,9 +1,8 @@
-"""Does one quantity rank things as another does? Spearman's correlation with an interval over the units of both.
+"""Does one quantity rank things as another does? Spearman's correlation over policies, with an interval over policies.
 
-Noise of either side pulls a rank correlation towards 0, and drawing units with replacement adds as much noise again:
-the draws lie below the estimate, and their percentiles may leave it out. So the interval is the estimate plus or minus
-the draws' standard deviation times the normal quantile. It says how well the correlation of the means at hand is known;
-that of means over endless units is larger, by 0.01 to 0.05 in simulations of six cells of 21 policies.
+The question behind such a table is how the next method would be ranked, so the policies are the sample; the cells
+(tasks, budgets) are what they were tried in, and share the policies. An interval over prompts would be narrow and
+answer another question: how well the correlation of *these* policies is known.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, rankdata
-
-from sglang_probe.stats.bootstrap import Interval
-from sglang_probe.stats.paired import draws
+from scipy.stats import rankdata
 
 Array = np.ndarray[Any, Any]
 
@@ -29,39 +25,29 @@ def spearman(x: Array, y: Array) -> Array:
     return np.round(rho, 12)  # ranks are whole or half: what is smaller comes from rounding
 
 
-def mean_spearman(
-    cells: Sequence[tuple[Array, Array]],
-    groups: Sequence[int],
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Spearman over policies in each cell, averaged over the cells, with a bootstrap interval over units.
+def without_each(x: Array, y: Array) -> Array:
+    """Spearman over policies, and the same without each policy in turn, `[1 + policies]`.
 
     Args:
-        cells: pairs `[policies, units]`: the metric and the outcome of every policy and unit of a cell. Policies are
-            ranked by their means over units.
-        groups: of each cell. Cells of one group share their units, and so their draws; groups are independent.
-
-    Returns:
-        Scalars. Cells in which a side is constant are left out of a mean; NaN where all are.
+        x, y: `[policies]`; NaN where there is none.
     """
-    found = np.empty((resamples, len(cells)))
-    for i, (metric, outcome) in enumerate(cells):
-        for start, drawn in draws(metric.shape[1], resamples, seed=seed + groups[i]):
-            weight = drawn / drawn.sum(1, keepdims=True)
-            found[start : start + len(drawn), i] = spearman(weight @ metric.T, weight @ outcome.T)
-    estimates = np.array([float(spearman(m.mean(1), o.mean(1))) for m, o in cells])
-    estimate = _nanmean(estimates[None], 1)[0]
-    means = _nanmean(found, 1)
-    means = means[~np.isnan(means)]
-    reach = norm.ppf((1 + confidence) / 2) * (means.std() if len(means) else np.nan)
-    low, high = np.clip([estimate - reach, estimate + reach], -1, 1)
-    return Interval(estimate, np.asarray(low), np.asarray(high))
+    here = ~(np.isnan(x) | np.isnan(y))
+    n = int(here.sum())
+    if n < 2:
+        return np.full(1 + len(x), np.nan)
+    whole = float(spearman(x[here], y[here]))
+    rest = ~np.eye(n, dtype=bool)
+    less = spearman(*(np.broadcast_to(v[here], (n, n))[rest].reshape(n, n - 1) for v in (x, y)))
+    out = np.full(1 + len(x), whole)
+    out[1:][here] = less
+    return out
 
 
-def _nanmean(x: Array, axis: int) -> Array:
-    here = ~np.isnan(x)
+def mean_spearman(cells: Sequence[Array]) -> tuple[float, Array]:
+    """The mean of `without_each` over cells, as `sglang_probe.stats.intervals.jackknife_interval` takes it: a number
+    and `[policies]`. Cells in which a side is constant are left out of a mean; NaN and infinite where all are."""
+    found = np.stack(cells)
+    here = ~np.isnan(found)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(here, x, 0.0).sum(axis) / here.sum(axis))
+        means = np.where(here, found, 0.0).sum(0) / here.sum(0)
+    return float(means[0]), np.where(np.isnan(means[1:]), np.inf, means[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class Compared:
     cosine: dict[str, np.ndarray[Any, Any]]
     deviation: dict[str, np.ndarray[Any, Any]]
     """Largest absolute difference of two entries of a row."""
+
+    def at(self, mask: np.ndarray[Any, Any]) -> Compared:
+        """Some of the positions."""
+        measures = ({k: v[mask] for k, v in m.items()} for m in (self.relative_l2, self.cosine, self.deviation))
+        return Compared(self.positions[mask].reset_index(drop=True), *measures)
 
 
 def compare_runs(
@@ -74,6 +80,17 @@ def compare_runs(
             pieces = [p[i].astype(np.float32) for p in parts]
             measure[hook_point] = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
     return Compared(positions, *measures)
+
+
+def in_common(compared: Sequence[Compared]) -> list[Compared]:
+    """The comparisons, over the positions that all of them have: means over other positions are not comparable."""
+    if not compared:
+        return []
+    keys = [pd.MultiIndex.from_frame(c.positions[["index", "position", "phase"]]) for c in compared]
+    common = keys[0]
+    for key in keys[1:]:
+        common = common.intersection(key, sort=False)
+    return [c.at(np.asarray(key.isin(common))) for c, key in zip(compared, keys, strict=True)]
 
 
 def first_divergence(a: Run, b: Run) -> pd.Series:

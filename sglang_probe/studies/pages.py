@@ -21,9 +21,16 @@ IDENTICAL = Column("identical_effect", "bit-identical (floor)", "percent", besid
 POSITIONS = Column("positions")
 HOOK_POINT = Column("hook_point")
 
+SAME_ORDER = Column("same_order", "in the same order (bit-identical)", "scientific", beside="identical_same_order")
+
 FLOOR = (
-    "Compare each effect with the floor: the difference between two runs of the same arm, which submitted the requests "
-    "in another order."
+    "Compare each effect with the floor: the difference between two runs of the same arm. Effect and floor are both "
+    "between runs that submitted the requests in different orders, over the same positions, so that they are alike if "
+    "the policy does nothing."
+)
+ALARMED = (
+    "two runs of one arm differ more than runs of two arms across the same change of order. No policy can do that; "
+    "look for something else in which the runs differ, and do not use the verdicts"
 )
 
 
@@ -67,7 +74,7 @@ def footer(manifest: Mapping[str, Any], text: str = "Every number was measured i
 
 def verdicts(*by: Column) -> list[Column]:
     """Columns of a floor table: what the row is, and the verdict with what it rests on."""
-    return [*by, VERDICT, EFFECT, EXCESS, Q, IDENTICAL, POSITIONS]
+    return [*by, VERDICT, EFFECT, EXCESS, Q, SAME_ORDER, IDENTICAL, POSITIONS]
 
 
 def checks_in_words(checks: Mapping[str, Sequence[Check]]) -> str:

@@ -18,7 +18,7 @@ from tests.declared import run_commands
 
 pytestmark = pytest.mark.engine
 
-COMMON = {"budgets": ["1/4", "1/2"], "trivial": {"sinks": 4, "window": 8}, "resamples": 200}
+COMMON = {"budgets": ["1/4", "1/2"], "trivial": {"sinks": 4, "window": 8}}
 SNAPKV = {"method": "snapkv", "window": 8, "pooling": "none"}
 
 

@@ -39,7 +39,11 @@ def test_a_cached_run_covers_every_position_with_fewer_rows(runs: dict[str, Run]
     d = result.distance
     counts = d[d["hook_point"] == LAYER].set_index(["comparison", "runs", "positions"])["n"]
     floor = ("cache_off against itself", "cache_off.repeat, cache_off", GATHERED)
-    assert counts[floor] == counts["cache_on against cache_off", "cache_on, cache_off", GATHERED]
+    assert counts[floor] == counts["cache_on against cache_off", "cache_on, cache_off.repeat", GATHERED]
+    # ... and across two orders, as the effect beside them.
+    orders = d.set_index("runs")["order"]
+    assert set(orders["cache_off.repeat, cache_off"]) == set(orders["cache_on, cache_off.repeat"]) == {"another"}
+    assert set(orders["cache_on, cache_off"]) == {"same"}
 
 
 def test_rows_of_other_positions_would_be_seen(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:

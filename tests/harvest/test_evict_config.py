@@ -114,7 +114,7 @@ def test_a_folder_is_resumed_by_the_same_study_only(tmp_path: Path) -> None:
     again(config())
     with pytest.raises(RunDirectoryError, match="holds a study"):
         again(config())
-    again(config(resamples=500), resume=True)
+    again(config(concurrency=8), resume=True)
     with pytest.raises(RunDirectoryError, match="another `budgets`"):
         again(config(budgets=["1/4"]), resume=True)
     again(config(budgets=["1/4"]), overwrite=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_probe.stats.bootstrap import cluster_bootstrap
+from sglang_probe.stats.auc import auc, auc_without
 from sglang_probe.stats.equivalence import within
-from sglang_probe.stats.multiple import benjamini_hochberg
+from sglang_probe.stats.multiple import benjamini_hochberg, holm
 
 
 def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
@@ -17,6 +17,20 @@ def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
     assert np.isnan(with_gap[:, 1]).all()
 
 
+def test_holm_is_the_step_down_rule() -> None:
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    with_gap = holm(np.array([0.5, np.nan, 0.9]))
+    assert with_gap[[0, 2]] == pytest.approx([1.0, 1.0])
+    assert np.isnan(with_gap[1])
+
+
+def test_the_area_without_each_text_is_the_area_of_the_others() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, (7, 5)) * 1.0, rng.integers(0, 8, (7, 5)) * 1.0  # ties among them
+    others = [auc(np.delete(a, i, 0).ravel(), np.delete(b, i, 0).ravel()) for i in range(7)]
+    assert auc_without(a, b) == pytest.approx(others)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [(-0.1, 0.1, "equivalent"), (0.3, 0.5, "different"), (-0.5, -0.2, "different"), (0.1, 0.3, "unresolved")],
@@ -24,15 +38,3 @@ def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
 def test_an_interval_against_a_margin(low: float, high: float, said: str) -> None:
     assert within(low, high, 0.2) == said
     assert within(float("nan"), float("nan"), 0.2) == "unresolved"
-
-
-def test_cluster_intervals_cover_as_often_as_they_say() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for i in range(300):
-        sizes = rng.integers(5, 15, 24)
-        means = rng.normal(1.0, 0.5, 24)  # clusters differ, so that rows are not independent
-        values = np.stack([means * sizes, sizes], axis=1)
-        interval = cluster_bootstrap(values, lambda s: s[..., 0] / s[..., 1], resamples=400, seed=i)
-        covered += bool(interval.low <= 1.0 <= interval.high)
-    assert 0.90 <= covered / 300 <= 0.98

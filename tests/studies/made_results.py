@@ -106,6 +106,7 @@ def lossless(layers: int = 1) -> LosslessResult:
         runs=["a, b"],
         hook_point=points(layers),
         positions=[HERE, GATHERED, DECODED],
+        order=["same", "another"],
     )
     counts = {"positions": 40, "computed": 10, "rows": 10, "covered": 1.0, "seconds": 1.0}
     return LosslessResult(
@@ -236,11 +237,11 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
         manifest=MANIFEST,
         policies=listed.assign(parameters="", source="here"),
         lengths=evict_study._lengths(offline),
-        offline=means(offline, metrics, resamples=50),
-        outcomes={"greedy": means(answered, list(OUTCOMES), resamples=50)} if engine else {},
-        mass_gaps=gaps(offline, "prompt_mass", "static_mean", resamples=50),
-        outcome_gaps=evict_study._outcome_gaps(answered, "accuracy", 50, 0) if engine else pd.DataFrame(),
-        predictors=predictors(offline, answered, known, "accuracy", resamples=50) if engine else pd.DataFrame(),
+        offline=means(offline, metrics),
+        outcomes={"greedy": means(answered, list(OUTCOMES))} if engine else {},
+        mass_gaps=gaps(offline, "prompt_mass", "static_mean"),
+        outcome_gaps=evict_study._outcome_gaps(answered, "accuracy") if engine else pd.DataFrame(),
+        predictors=predictors(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         heads=by_head(random(by_cell, "held").assign(mass=1.0)),
         points=evict_study._points(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         excluded=pd.DataFrame(),

@@ -10,6 +10,9 @@ from sglang_probe.eviction.layer import Layer
 from sglang_probe.eviction.methods.snapkv import SnapKV
 from sglang_probe.eviction.registry import register
 
+FEWEST_LAYERS = 8
+"""With fewer layers there is no line of budgets to speak of."""
+
 
 @register("pyramidkv", source="arXiv 2406.02069")
 class PyramidKV(SnapKV):
@@ -21,6 +24,15 @@ class PyramidKV(SnapKV):
     """
 
     beta: int = Field(default=20, ge=1)
+
+    def caveat(self, layers: int) -> str | None:
+        """The line of budgets was found on models of 32 layers: with few it starves one of them."""
+        if layers >= FEWEST_LAYERS:
+            return None
+        return (
+            f"PyramidKV's line of budgets was found on models of 32 layers; with {layers} the last gets about "
+            f"1/{self.beta} of the mean, and what it scores here says nothing of the method."
+        )
 
     def budgets(self, layer: Layer, budget: int) -> Tensor:
         """Budget of the layer at `Layer.index` among `Layer.num_layers`, the same for all its heads."""

@@ -80,14 +80,21 @@ arms:                             # the first samples, the others decode its tok
     def shown(self, result: AbResult) -> Iterator[Table | str]:
         """Tokens, coverage and verdicts."""
         from sglang_probe.studies.ab.tables import coverage_table, effects_table, flips_table, tokens_table
+        from sglang_probe.studies.floor import ALARM, NO_TEST
+        from sglang_probe.studies.pages import ALARMED
 
         yield tokens_table(result)
         yield coverage_table(result)
         if len(result.floors):
             yield effects_table(result)
-            if result.floors["verdict"].str.endswith("no test").any():
-                families = int(result.floors["clusters"].max())
+            verdicts = result.floors["verdict"]
+            if (few := verdicts.str.endswith(NO_TEST)).any():
+                families = int(result.floors.loc[few, "clusters"].max())
                 yield f"no test: {families} prefix families are too few for an interval; use six or more"
+            if (verdicts == "unresolved").any():
+                yield "unresolved: the interval holds both no excess and more than the margin; more families narrow it"
+            if (verdicts == ALARM).any():
+                yield f"[bold red]{ALARM}[/]: {ALARMED}"
         if len(result.flips):
             yield flips_table(result)
         yield result.reconciled

@@ -1,14 +1,15 @@
 """Lossless harvesting: the rows that a cached run gathers through lineage, against those of a run without cache.
 
-Three distances stand side by side: gathered against computed, a cache-off run against itself, and a cache-off run
-against one whose prefill is cut elsewhere. A cache hit cuts the prefill at the end of the match, so the last is the
-floor that explains the first; if it does not, something other than rounding was gathered.
+Three distances stand side by side: gathered against computed, a run against itself, and a cache-off run against one
+whose prefill is cut elsewhere. All are between runs in different orders, because a run has nothing in its own order to
+be compared with itself; the distances in the same order stand beside them, and have no floor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ DECODED = "decoded"
 @dataclass(frozen=True)
 class LosslessResult:
     """`coverage` has one row per run, `distance` one per pair of runs, hook point and kind of position in the cached
-    run of the replicate."""
+    run of the first one's replicate; `order` says whether the two submitted the requests in the `same` order or in
+    `another`."""
 
     name: str
     cached: str
@@ -91,17 +93,15 @@ def study_lossless(arms: Mapping[str, Sequence[Run]], name: str = "lossless") ->
     reference = arms[computed[0]]
     if not reference[0].hook_points:
         raise ProbeError("no rows were captured", fix="record with `hook_points`")
-    pairs = [
-        (f"{cached} against {computed[0]}", i, on, off)
-        for i, (on, off) in enumerate(zip(arms[cached], reference, strict=False))
-    ]
-    for n in (computed[0], cached):
-        pairs += [(f"{n} against itself", 0, r, arms[n][0]) for r in arms[n][1:]]
-    pairs += [
-        (f"{n} against {computed[0]}", i, a, b)
-        for n in computed[1:]
-        for i, (a, b) in enumerate(zip(arms[n], reference, strict=False))
-    ]
+    pairs = []
+    for n in arms:
+        what = f"{n} against {computed[0]}"
+        if n != computed[0]:
+            crossed = product(enumerate(arms[n]), enumerate(reference))
+            pairs += [(what, i, j, mine, other) for (i, mine), (j, other) in crossed]
+        if n in (computed[0], cached):
+            both = combinations(enumerate(arms[n]), 2)
+            pairs += [(f"{n} against itself", i, j, other, mine) for (i, mine), (j, other) in both]
     kinds = [_kinds(run, tokens[id(run)]) for run in arms[cached]]
     coverage = [_coverage(run, tokens[id(run)]) | {"arm": arm} for arm, runs in arms.items() for run in runs]
     return LosslessResult(
@@ -109,7 +109,13 @@ def study_lossless(arms: Mapping[str, Sequence[Run]], name: str = "lossless") ->
         cached=cached,
         reference=computed[0],
         coverage=pd.DataFrame(coverage),
-        distance=pd.concat([_distance(what, a, b, tokens, kinds[i]) for what, i, a, b in pairs], ignore_index=True),
+        distance=pd.concat(
+            [
+                _distance(what, a, b, tokens, kinds[i]).assign(order="same" if i == j else "another")
+                for what, i, j, a, b in pairs
+            ],
+            ignore_index=True,
+        ),
         speedup=[_seconds(off) / _seconds(on) for on, off in zip(arms[cached], reference, strict=False)],
         manifest=arms[cached][0].manifest,
     )

@@ -22,7 +22,8 @@ from sglang_probe.studies.ab.tables import (
     flips_table,
     tokens_table,
 )
-from sglang_probe.studies.pages import FLOOR, deepest, facts, footer, only, proof, row_of_largest
+from sglang_probe.studies.floor import ALARM
+from sglang_probe.studies.pages import ALARMED, FLOOR, deepest, facts, footer, only, proof, row_of_largest
 
 _NO_ROWS = "no rows were captured, or no position was computed by both runs of a pair"
 
@@ -199,11 +200,16 @@ def _tokens(result: AbResult) -> Section:
 def _drift(result: AbResult, effects: bool) -> Section:
     """Args: effects: whether the section has the picture of effects, which else is at the head of the page."""
     no_floor = not len(result.floors) or not result.floors["floor"].notna().any()
+    notes = ["No floor was measured, so no effect can be claimed."] if no_floor and len(result.floors) else []
+    if len(result.floors) and (result.floors["verdict"] == ALARM).any():
+        notes.append(f"**{ALARM[0].upper()}{ALARM[1:]}**: {ALARMED}.")
     return Section(
         heading="Drift: the same token, computed under another policy",
         text="For positions that both runs computed: the distance of their captured rows, relative to the row's norm. "
-        f"{FLOOR} The baseline is `{result.baseline}`. Intervals are 95 % intervals over prefix families; there is "
-        "none where the families are too few.",
+        f"{FLOOR} The distance in the same order stands beside them: on an engine that is deterministic given its "
+        f"batches it is what the policy alone does. The baseline is `{result.baseline}`. Intervals are 95 % over "
+        "prefix families (Student's t on a cluster jackknife, corrected for skewness); there is none where the "
+        "families are too few. The test exchanges the labels of runs of one order.",
         figures=[*([_effects(result)] if effects else []), *_by_bin(result)],
         tables=[
             effects_table(result),
@@ -211,7 +217,7 @@ def _drift(result: AbResult, effects: bool) -> Section:
             *every_effect(result),
             every_comparison(result),
         ],
-        notes=["No floor was measured, so no effect can be claimed."] if no_floor and len(result.floors) else [],
+        notes=notes,
         nothing=_NO_ROWS,
     )
 
@@ -265,7 +271,7 @@ def _by_bin(result: AbResult) -> list[Figure]:
             x_label=f"position (start of bin of {BIN})",
             y_label="relative L2",
             kind="scientific",
-            caption="Below zero, two runs of one arm differ more than the arms do.",
+            caption="Around zero where the policy does nothing beyond what another order does.",
         )
     ]
 

@@ -14,7 +14,7 @@ from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.studies.base import records
 from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
-from sglang_probe.studies.drift import compare_runs, drift_table, first_divergence
+from sglang_probe.studies.drift import Compared, compare_runs, drift_table, first_divergence, in_common
 from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
 from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
@@ -40,9 +40,11 @@ class AbResult:
     baseline: str
     """The arm that the others are compared with."""
     drift: pd.DataFrame
-    """kind (effect | floor), arm, comparison, and the columns of `drift_table`."""
+    """kind (effect | floor | same order), arm, comparison, and the columns of `drift_table`, over all positions that
+    the two runs share."""
     floors: pd.DataFrame
-    """Effect beside floor per arm, hook point and phase (`sglang_probe.studies.floor.floor_table`)."""
+    """Effect beside floor per arm, hook point and phase, over the positions that all runs of the two arms share
+    (`sglang_probe.studies.floor.floor_table`)."""
     by_class: pd.DataFrame
     """The same per segment of the prompt, or `generated`."""
     by_bin: pd.DataFrame
@@ -127,23 +129,37 @@ def study_ab(
     drift: list[pd.DataFrame] = []
     sums: dict[str, list[pd.DataFrame]] = {"all": [], "segment": [], "start": []}
     flips = []
-    for c in comparisons(dict(arms), baseline):
-        tell(f"comparing {c.a} with {c.b}")
-        until = None if forced else first_divergence(runs[c.a], runs[c.b])
-        compared = compare_runs(runs[c.a], runs[c.b], tokens[c.a], tokens[c.b], until=until)
-        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label}
-        drift.append(drift_table(compared).assign(**what))
-        positions = compared.positions.assign(start=compared.positions["position"] // BIN * BIN)
-        for key, found in sums.items():
-            by = () if key == "all" else (key,)
-            found.append(cell_sums(positions, compared.relative_l2, by).assign(**what))
-        if until is not None:
-            flips.append({**what, **_flips(runs[c.b], until)})
+    floors: dict[tuple[str, str], Compared] = {}
+    """Of the baseline: every arm has them beside it."""
+    planned = comparisons(dict(arms), baseline)
+    for arm in dict.fromkeys(c.beside for c in planned):
+        mine = [c for c in planned if c.beside == arm]
+        found: list[Compared] = []
+        for c in mine:
+            known = floors.get((c.a, c.b))
+            if known is None:
+                tell(f"comparing {c.a} with {c.b}")
+                until = None if forced else first_divergence(runs[c.a], runs[c.b])
+                known = compare_runs(runs[c.a], runs[c.b], tokens[c.a], tokens[c.b], until=until)
+                what = {"kind": c.kind, "arm": c.arm, "comparison": c.label}
+                drift.append(drift_table(known).assign(**what))
+                if until is not None:
+                    flips.append({**what, **_flips(runs[c.b], until)})
+                if c.arm == baseline:
+                    floors[c.a, c.b] = known
+            found.append(known)
+        for c, compared in zip(mine, in_common(found), strict=True):
+            what = {"kind": c.kind, "arm": c.arm, "comparison": c.label, "beside": arm}
+            what["orders"] = f"{c.orders[0]},{c.orders[1]}"
+            positions = compared.positions.assign(start=compared.positions["position"] // BIN * BIN)
+            for key, parts in sums.items():
+                by = () if key == "all" else (key,)
+                parts.append(cell_sums(positions, compared.relative_l2, by).assign(**what))
     tables = {
         key: floor_table(
-            pd.concat(found, ignore_index=True), baseline, by=() if key == "all" else (key,), margin=margin
+            pd.concat(parts, ignore_index=True), baseline, by=() if key == "all" else (key,), margin=margin
         )
-        for key, found in sums.items()
+        for key, parts in sums.items()
     }
     return AbResult(
         name=name,

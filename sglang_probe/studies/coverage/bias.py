@@ -2,7 +2,7 @@
 
 The harvested set is one row for each computed position. With the share p of a class in traffic and q in the harvest,
 its bias is log2(q / p): -1 means that the class has half the share in the harvest that it has in traffic. Intervals are
-percentiles of a cluster bootstrap over prefix families. The weight of a class is the number of occurrences in traffic
+over prefix families (`sglang_probe.stats.intervals`). The weight of a class is the number of occurrences in traffic
 for each of its rows; rows so weighted have the class frequencies of the traffic, exactly.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.stats.bootstrap import cluster_bootstrap
 from sglang_probe.stats.divergence import jensen_shannon
+from sglang_probe.stats.intervals import LEAST_CLUSTERS, cluster_interval
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +28,7 @@ class Bias:
     log2_ratio: Array
     """-inf for a class of which nothing was computed."""
     low: Array
-    """95 % interval; NaN where there are fewer than two families, or a resample has nothing of the class."""
+    """95 % interval; NaN where fewer than six families have the class, or one holds all of it that was computed."""
     high: Array
     weight: Array
     """Occurrences in traffic for each computed position; NaN for a class of which nothing was computed."""
@@ -40,7 +40,7 @@ class Bias:
     """Share of the traffic in classes of which nothing was computed: no weight can mend that."""
 
 
-def bias_of(positions: Array, computed: Array, *, families: int, seed: int, resamples: int) -> Bias:
+def bias_of(positions: Array, computed: Array) -> Bias:
     """Bias by class.
 
     Args:
@@ -56,13 +56,9 @@ def bias_of(positions: Array, computed: Array, *, families: int, seed: int, resa
         return Bias(
             traffic / max(total, 1), nothing, np.full(k, -np.inf), nothing, nothing, nothing, float("nan"), 0.0, lost
         )
-    low = high = np.full(k, np.nan)
-    if families > 1:
-        sums = np.concatenate([computed, positions], axis=1).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # a resample may have nothing of a class
-            interval = cluster_bootstrap(sums, log2_ratios, resamples=resamples, seed=seed)
-        defined = np.isfinite(interval.low) & np.isfinite(interval.high)
-        low, high = (np.where(defined, x, np.nan) for x in (interval.low, interval.high))
+    interval = cluster_interval(np.concatenate([computed, positions], axis=1).astype(np.float64), log2_ratios)
+    enough = (positions > 0).sum(axis=0) >= LEAST_CLUSTERS
+    low, high = (np.where(enough, x, np.nan) for x in (interval.low, interval.high))
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.where(harvest > 0, traffic / harvest, np.nan)
     held = harvest > 0

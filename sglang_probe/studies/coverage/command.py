@@ -47,7 +47,7 @@ class CoverageStudy(Study):
             option("by", str | None, "position", "Cross every axis with this one. `none`: with nothing."),
             option("model", Path | None, None, "Folder with the tokenizer; default: where the run's was."),
             output_option("Folder of the results; default: `coverage` in the run directory."),
-            option("seed", int, 0, "Seed of the bootstrap."),
+            option("seed", int, 0, "Seed of how many families are put into few groups."),
         ]
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[CoverageResult, Path]:

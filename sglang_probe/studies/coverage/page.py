@@ -11,6 +11,7 @@ from sglang_probe.report.figures import Figure, dots, grouped_bars, heatmap
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
+from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.studies.coverage.result import Coverage, Map
 from sglang_probe.studies.coverage.words import paragraph, ratio_in_words, worst_in_words
 
@@ -138,7 +139,7 @@ def _axis(studies: Sequence[Coverage], name: str, *, pictured: bool) -> Section:
                 references=pd.DataFrame({"name": ["as in traffic"], "value": [0.0]}),
                 title=f"Bias by {name}: log2 of share in the harvest over share in traffic",
                 caption="-1: half as frequent in the harvest as in traffic. Lines are 95 % intervals over prefix "
-                "families, where there are enough of them.",
+                f"families, where at least {LEAST_CLUSTERS} have the class.",
                 x_label="log2 of the ratio of shares",
             )
         )

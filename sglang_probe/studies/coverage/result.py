@@ -85,7 +85,7 @@ def totals_of(whole: Tally, moments: Array, requests: int, families: int, *, kno
     }
 
 
-def map_of(tally: Tally, seed: int, resamples: int, families: int, *, known: bool) -> Map:
+def map_of(tally: Tally, *, known: bool) -> Map:
     fates, contexts = tally.by_fate(), tally.by_context()
     present = np.argwhere(fates.sum(axis=-1) > 0)
     at = tuple(present.T)
@@ -95,7 +95,7 @@ def map_of(tally: Tally, seed: int, resamples: int, families: int, *, known: boo
     }
     cell = np.ravel_multi_index(at, fates.shape[:-1])
     positions, computed = (a[:, cell] for a in tally.per_group())
-    bias = bias_of(positions, computed, families=families, seed=seed, resamples=resamples)
+    bias = bias_of(positions, computed)
     frame = pd.DataFrame(names)
     frame["positions"] = positions.sum(axis=0)
     for i, name in enumerate(FATES):

@@ -74,8 +74,8 @@ class Study:
                 f"{self.run.path}: no axis can be used: {why}", fix="try `segment`, `position` or `phase`"
             )
 
-    def measure(self, *, seed: int = 0, resamples: int = 2000) -> Coverage:
-        """Walk over the run and count."""
+    def measure(self, *, seed: int = 0) -> Coverage:
+        """Walk over the run and count. `seed` puts more families than there are groups into groups."""
         walk = self.walk
         new_from, counted, never = self._contexts()
         reuses = lineage.reuses_of(walk.traffic, walk.spans)
@@ -96,7 +96,7 @@ class Study:
         return Coverage(
             run=str(self.run.manifest.get("name", self.run.path.name)),
             totals=totals_of(whole, moments, len(walk.requests), families.count, known=bool(counted.any())),
-            maps=[map_of(t, seed, resamples, families.count, known=bool(counted.any())) for t in tallies],
+            maps=[map_of(t, known=bool(counted.any())) for t in tallies],
             notes=self._notes(reuses.elsewhere, counted),
             families=families.source,
             missing_axes=self.missing,

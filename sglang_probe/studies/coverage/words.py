@@ -10,10 +10,9 @@ import pandas as pd
 
 from sglang_probe.report import markdown
 from sglang_probe.report.numbers import format_interval, format_number
+from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.studies.coverage.result import Coverage, Map
 
-FEW = 20
-"""With fewer clusters the percentile bootstrap is known to be too narrow (Cameron, Gelbach and Miller 2008)."""
 RARE = 1e-3
 """Classes with a smaller share of the traffic are not named as the worst covered."""
 
@@ -94,10 +93,14 @@ def paragraph(c: Coverage, code: Code = in_page) -> str:
             f"Weighted by how often traffic used each of them, the computed positions are worth "
             f"{t['effective_rows']:,.0f}."
         )
-    if any(m.classes["low"].notna().any() for m in c.maps):
-        said.append(f"Intervals: cluster bootstrap over {t['families']:,} families ({c.families}).")
-        if t["families"] < FEW:
-            said.append("So few clusters make intervals that are too narrow.")
+    if t["families"] < LEAST_CLUSTERS:
+        few = f"{t['families']:,} famil{'y is' if t['families'] == 1 else 'ies are'} too few"
+        said.append(f"No intervals: {few}, {LEAST_CLUSTERS} are the least ({c.families}).")
+    elif any(m.classes["low"].notna().any() for m in c.maps):
+        said.append(
+            f"Intervals are over {t['families']:,} families ({c.families}): Student's t on a cluster jackknife, "
+            "corrected for skewness."
+        )
     return " ".join(said)
 
 

@@ -55,6 +55,7 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         import pandas as pd
 
         from sglang_probe.report.tables import Table
+        from sglang_probe.studies.evict.grid import caveats
         from sglang_probe.studies.evict.stages import counts
 
         found = counts(config, {task: len(p.workload.requests) for task, p in prepared.items()})
@@ -62,7 +63,9 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
             f"{found.policies} policies, {len(config.budgets)} budgets, {len(config.protocols)} protocols: "
             f"{found.kept:,} kept sets at most, {found.requests:,} requests"
         )
-        return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, [note])
+        layers = next(iter(prepared.values())).model.layers
+        notes = [note, *caveats(config.entries, layers)]
+        return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, notes)
 
     def recorded(self, found: Mapping[str, Mapping[str, Run]]) -> list[Run]:
         """None: full-cache runs are read by this study alone."""
@@ -92,6 +95,7 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         if len(result.predictors):
             yield predictor_table(result)
         yield stages_table(result)
+        yield from (f"[yellow]note[/]: {text}" for text in result.caveats)
         if len(result.excluded):
             left = int(result.excluded["requests"].sum())
             yield f"{left:,} selections were left out; the reasons are in the report"

@@ -92,7 +92,6 @@ class EvictionConfig(Recording):
     decode: list[Decode] = Field(default_factory=lambda: [Decode()], min_length=1)
     teacher_forced: bool = True
     """Also decode the reference answers under every kept set, for the likelihood."""
-    resamples: int = Field(default=10_000, ge=100)
     seed: int = 0
     concurrency: int = Field(default=32, ge=1)
     """Requests in flight at once."""

@@ -112,6 +112,12 @@ def budget_name(budget: int | Fraction) -> str:
     return f"{budget.numerator}/{budget.denominator}" if isinstance(budget, Fraction) else str(budget)
 
 
+def caveats(entries: Sequence[Entry], layers: int) -> list[str]:
+    """What policies are not made for in a model of so many layers, each said once."""
+    said = (entry.policy.caveat(layers) for entry in entries)
+    return [text for text in dict.fromkeys(said) if text is not None]
+
+
 def listing(entries: Iterable[Entry]) -> list[dict[str, str]]:
     """Every policy with all its parameters and its source, for reports."""
     return [

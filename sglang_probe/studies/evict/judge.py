@@ -39,8 +39,8 @@ METRICS: dict[str, str] = {
     "hit": "share of the positions that decoding reads most, in sum, that are kept",
     "hit_max": "the same for positions that some step and head reads most",
     "hit_early": f"the same for the first {HORIZON} steps",
-    "ndcg": "NDCG of the policy's ranking, gain = mass",
-    "rbo": f"rank-biased overlap with the ranking by mass, p = {RBO_P}",
+    "ndcg": "NDCG of what is kept, in the policy's order, gain = mass on the whole prompt",
+    "rbo": f"rank-biased overlap of what is kept with the ranking by mass, p = {RBO_P}",
     "js": "Jensen-Shannon distance of the scores to the mass, of methods whose scores are attention; 0 is best",
     "output_error": "relative error of a layer's attention output after W_O, full-cache inputs; 0 is best",
     "head_error": "the same per query head, before W_O",
@@ -146,7 +146,7 @@ class Judge:
             hit = metrics.hit_rate(keep, self._gold_set(name, candidates))
             out[name] = hit.flatten(1).mean(1)
             out[f"{name}_chance"] = hit_chance
-        out |= self._rankings(policy, selection, candidates, free)
+        out |= self._rankings(policy, selection, budget, free)
         error = metrics.output_error(layer, keep)
         assert error.projected_T is not None
         out |= {
@@ -168,21 +168,22 @@ class Judge:
             mass_BYH.to(torch.float64).numpy(),
         )
 
-    def _rankings(self, policy: Policy, selection: Selection, candidates: int, free: Tensor) -> dict[str, Tensor]:
-        """Agreement of the ranking of candidates, where one ranking holds for all steps."""
+    def _rankings(self, policy: Policy, selection: Selection, budget: int, free: Tensor) -> dict[str, Tensor]:
+        """What is kept, as a ranking of the whole prompt, where one ranking holds for all steps."""
         size = len(selection.keep_TGL)
         if selection.scores_TGL.shape[-3] != 1:
             return dict.fromkeys(("ndcg", "ndcg_chance", "rbo", "rbo_chance", "js"), torch.full((size,), torch.nan))
-        scores = selection.scores_GL[..., free].to(torch.float64)
-        gold = self._gold["hit"].squeeze(-3)[..., free].to(torch.float64)
+        scores, keep = selection.scores_GL.to(torch.float64), selection.keep_TGL.squeeze(-3)
+        gold = self._gold["hit"].squeeze(-3).to(torch.float64)
         js = torch.full((size,), torch.nan)
         if isinstance(policy, _BY_ATTENTION):
-            js = metrics.jensen_shannon(scores, gold).sqrt().flatten(1).nanmean(1)
+            js = metrics.jensen_shannon(scores[..., free], gold[..., free]).sqrt().flatten(1).nanmean(1)
+        length = gold.shape[-1]
         return {
-            "ndcg": metrics.ndcg(scores, gold, candidates).flatten(1).nanmean(1),
-            "ndcg_chance": metrics.ndcg_chance(gold, candidates).flatten(1).nanmean(1),
-            "rbo": metrics.rbo(scores, gold, p=RBO_P).flatten(1).mean(1),
-            "rbo_chance": torch.full((size,), metrics.rbo_chance(int(free.sum()), p=RBO_P)),
+            "ndcg": metrics.ndcg(scores, gold, budget, kept=keep).flatten(1).nanmean(1),
+            "ndcg_chance": metrics.ndcg_chance(gold, budget, kept=keep).flatten(1).nanmean(1),
+            "rbo": metrics.rbo(scores, gold, p=RBO_P, kept=keep).flatten(1).mean(1),
+            "rbo_chance": metrics.rbo_chance(length, p=RBO_P, kept=keep).flatten(1).mean(1),
             "js": js,
         }
 

@@ -20,9 +20,9 @@ from sglang_probe.studies.evict.tables import (
 from sglang_probe.studies.pages import only
 
 TESTED = (
-    "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % bootstrap interval "
-    "over prompts; * marks a sign-flip p of at most 0.05 after Holm over all methods and budgets of the task and "
-    "protocol."
+    "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % interval over "
+    "prompts (Student's t, corrected for skewness); * marks a p of at most 0.05 by the same test, after Holm over all "
+    "methods and budgets of the task and protocol."
 )
 
 

@@ -91,12 +91,28 @@ def answer(result: EvictionResult) -> str:
 def limits(result: EvictionResult) -> str:
     """What the numbers do not tell."""
     if not result.outcomes:
-        return "Nothing was generated under a kept set here: these are statements about attention, not about answers."
-    small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
+        said = "Nothing was generated under a kept set here: these are statements about attention, not about answers."
+        return " ".join([*result.caveats, said])
+    told = [*result.caveats, "What this cannot tell:"]
+    if _built_in(result):
+        told.append("the model is small, its tasks are synthetic or short, and there is one training seed;")
+    told.append(
+        "intervals are over prompts alone, on one model and one engine. Rankings are those of these parameters, which "
+        "are all listed below. Nothing is freed in the engine, so no number here is about speed."
+    )
+    return " ".join(told)
+
+
+def _not_told_apart(result: EvictionResult) -> str:
+    """Which metrics predict as well as the best, as far as these policies can say."""
+    p = best_predictors(result)
+    if "below_best_low" not in p:
+        return ""
+    close = p.iloc[1:][~(p["below_best_low"].iloc[1:] > 0)]
+    if close.empty:
+        return "The intervals tell all others from the best."
     return (
-        f"What this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one model "
-        "and one engine. Rankings are those of these parameters, which are all listed below. Nothing is freed in the "
-        "engine, so no number here is about speed."
+        f"Not told apart from the best, {title_of(p['metric'].iloc[0])}: {', '.join(map(title_of, close['metric']))}."
     )
 
 
@@ -212,8 +228,8 @@ def _curves(result: EvictionResult) -> Section:
         figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in tasks]
     return Section(
         heading=f"{title_of(result.outcome).capitalize()} by budget",
-        text=f"{_said(result.outcome)} Intervals are 95 % over prompts. Oracles, marked so, read the future and bound "
-        "what a kept set can do.",
+        text=f"{_said(result.outcome)} Intervals are 95 % over prompts (Student's t, corrected for skewness). Oracles, "
+        "marked so, read the future and bound what a kept set can do.",
         figures=figures,
         nothing="nothing was generated from a kept set",
     )
@@ -322,8 +338,11 @@ def _prediction(result: EvictionResult) -> Section | None:
         heading=f"Which metric predicts {outcome}?",
         text=f"Within each task, protocol and budget, methods and {BASELINE} are ranked by the metric and by what was "
         "generated; Spearman's correlations are averaged over these cells. Metrics that are better when low are turned "
-        "around. Oracles are left out, and so are per-step selections, which were not generated from. Intervals draw "
-        "prompts with replacement, the same prompts for metric and outcome.",
+        "around. Oracles are left out, and so are per-step selections, which were not generated from. Intervals are "
+        "over policies, the same ones for all metrics: the question is how the next method would be ranked. **Below "
+        "best** is how much lower a metric's correlation is than the highest; where its interval holds 0 the two are "
+        "not told apart. Every metric is of what is kept: rankings, too, are of the kept positions. "
+        f"{_not_told_apart(result)}",
         figures=figures,
         tables=[
             predictor_table(result),

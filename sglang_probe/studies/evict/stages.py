@@ -194,8 +194,6 @@ def _studied(
         config.entries,
         {task: r[FULL] for task, r in runs.items()},
         decodes,
-        resamples=config.resamples,
-        seed=config.seed,
         seconds=clock.seconds,
         asserted=clock.asserted,
         outcome=outcome,

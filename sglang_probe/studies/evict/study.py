@@ -12,7 +12,7 @@ import pandas as pd
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies import base
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, check_served, over_repeats, with_full
-from sglang_probe.studies.evict.grid import Entry, listing
+from sglang_probe.studies.evict.grid import Entry, caveats, listing
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
@@ -22,6 +22,8 @@ from sglang_probe.studies.evict.summary import by_head, gaps, means
 from sglang_probe.verify.check import Check
 
 OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "excluded.parquet"
+POINTS_FILE = "points.parquet"
+"""Of every policy, budget, protocol and task the mean of each offline metric beside the outcome."""
 
 PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo")
 _LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial")
@@ -69,6 +71,8 @@ class EvictionResult:
     served: pd.DataFrame
     """Requests asked, failed and truncated, by task and way of decoding."""
     seconds: Mapping[str, float]
+    caveats: Sequence[str] = ()
+    """What a policy is not made for in this model."""
     outcome: str = "accuracy"
     """What predictors are held against."""
 
@@ -107,6 +111,7 @@ class EvictionResult:
             "lengths": records(self.lengths),
             "served": records(self.served),
             "excluded": records(self.excluded),
+            "caveats": list(self.caveats),
             "outcomes": {d: records(frame[frame["metric"].isin(_LEADING)]) for d, frame in self.outcomes.items()},
             "offline": records(self.offline[self.offline["metric"].isin(_LEADING)]),
             "outcome_gaps": records(self.outcome_gaps),
@@ -123,8 +128,6 @@ def study_eviction(
     full: Mapping[str, Run],
     decodes: Sequence[tuple[str, bool]],
     *,
-    resamples: int,
-    seed: int,
     seconds: Mapping[str, float],
     asserted: int,
     outcome: str = "accuracy",
@@ -143,25 +146,28 @@ def study_eviction(
     names = [*OUTCOMES, *FORCED_OUTCOMES]
     if outcome == "agreement":
         names = [n for n in names if n not in OF_ANSWERS]
-    outcomes = {d: means(rows, names, resamples=resamples, seed=seed) for d, rows in by_request.items()}
+    outcomes = {d: means(rows, names) for d, rows in by_request.items()}
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
-    mass_gaps = gaps(offline, "prompt_mass", oracle, resamples=resamples, seed=seed) if oracle else pd.DataFrame()
+    mass_gaps = gaps(offline, "prompt_mass", oracle) if oracle else pd.DataFrame()
     predicted, points, outcome_gaps = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
     first = next((d for d, forced in decodes if not forced), None)
     if first is not None:
         rows = by_request[first]
         measures = (*PREDICTORS, *PREDICTORS_LOW)
         known = [m for m in measures if m in offline and offline[m].notna().any()]
-        predicted = predictors(offline, rows, known, outcome, resamples=min(resamples, 2000), seed=seed)
+        predicted = predictors(offline, rows, known, outcome)
         points = _points(offline, rows, known, outcome)
-        outcome_gaps = _outcome_gaps(rows, outcome, resamples, seed)
+        outcome_gaps = _outcome_gaps(rows, outcome)
+    if len(points):
+        points.to_parquet(folder / POINTS_FILE)
+    manifest = next(iter(full.values())).manifest
     return EvictionResult(
         name=name,
         config=config,
-        manifest=next(iter(full.values())).manifest,
+        manifest=manifest,
         policies=pd.DataFrame(listing(entries)),
         lengths=_lengths(offline),
-        offline=means(offline, [m for m in METRICS if m in offline], resamples=resamples, seed=seed),
+        offline=means(offline, [m for m in METRICS if m in offline]),
         outcomes=outcomes,
         mass_gaps=mass_gaps,
         outcome_gaps=outcome_gaps,
@@ -173,6 +179,7 @@ def study_eviction(
         sanity=sanity,
         served=served,
         seconds=seconds,
+        caveats=caveats(entries, int(manifest["model"]["layers"])),
         outcome=outcome,
     )
 
@@ -217,11 +224,11 @@ def _exact(judged: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame) -
     return [list(produced.get(r.rid, [])) == list(wanted[r.source]) for r in mine.itertuples()]
 
 
-def _outcome_gaps(rows: pd.DataFrame, outcome: str, resamples: int, seed: int) -> pd.DataFrame:
+def _outcome_gaps(rows: pd.DataFrame, outcome: str) -> pd.DataFrame:
     """The share of what eviction at random costs that a policy wins back: the bound is the full cache."""
     full = rows[rows["policy"] == FULL_CACHE].set_index(["task", "protocol", "rid"])[outcome].rename("full_cache")
     joined = rows[rows["kind"] != "full"].join(full, on=["task", "protocol", "rid"])
-    return gaps(joined, outcome, None, upper="full_cache", resamples=resamples, seed=seed)
+    return gaps(joined, outcome, None, upper="full_cache")
 
 
 def _points(offline: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str], outcome: str) -> pd.DataFrame:

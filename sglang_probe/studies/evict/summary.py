@@ -1,7 +1,8 @@
 """From numbers per request to tables: means with intervals, paired differences to protected random, gaps closed.
 
-The unit is the prompt. Differences are paired within prompts, and their p-values are adjusted after Holm over all
-methods and budgets of a task and protocol; oracles and controls are shown and not tested.
+The unit is the prompt. Differences are paired within prompts, and their p-values ("the mean difference is zero", by the
+test that belongs to the intervals) are adjusted after Holm over all methods and budgets of a task and protocol; oracles
+and controls are shown and not tested.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sglang_probe.stats.intervals import mean_intervals, mean_p, ratio_intervals
 from sglang_probe.stats.multiple import holm
-from sglang_probe.stats.paired import mean_intervals, ratio_intervals, sign_flips
 from sglang_probe.studies.evict.grid import BASELINE
 
 Array = np.ndarray[Any, Any]
@@ -22,7 +23,7 @@ KINDS = ("full", "baseline", "method", "oracle", "control")
 """Order of listings."""
 
 
-def means(rows: pd.DataFrame, metrics: Sequence[str], *, resamples: int, seed: int = 0) -> pd.DataFrame:
+def means(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Means over prompts of each metric, by cell, with intervals and paired differences to protected random.
 
     Args:
@@ -39,8 +40,8 @@ def means(rows: pd.DataFrame, metrics: Sequence[str], *, resamples: int, seed: i
                 continue
             values, cells = _pivot(part, metric)
             base = _baseline(values, cells)
-            plain = mean_intervals(values, resamples=resamples, seed=seed)
-            paired = mean_intervals(values - base, resamples=resamples, seed=seed)
+            plain = mean_intervals(values)
+            paired = mean_intervals(values - base)
             frame = cells.assign(
                 task=task,
                 protocol=protocol,
@@ -52,7 +53,7 @@ def means(rows: pd.DataFrame, metrics: Sequence[str], *, resamples: int, seed: i
                 difference=paired.estimate,
                 difference_low=paired.low,
                 difference_high=paired.high,
-                p=np.where(cells["kind"] == "method", sign_flips(values - base, seed=seed), np.nan),
+                p=np.where(cells["kind"] == "method", mean_p(values - base), np.nan),
             )
             frame["p_holm"] = holm(frame["p"].to_numpy())
             if f"{metric}_chance" in part:
@@ -65,9 +66,7 @@ def means(rows: pd.DataFrame, metrics: Sequence[str], *, resamples: int, seed: i
     return found[[*names, *(c for c in found.columns if c not in names)]]
 
 
-def gaps(
-    rows: pd.DataFrame, metric: str, best: str | None, *, resamples: int, seed: int = 0, upper: str | None = None
-) -> pd.DataFrame:
+def gaps(rows: pd.DataFrame, metric: str, best: str | None, *, upper: str | None = None) -> pd.DataFrame:
     """Regret and share of the gap between protected random and a bound that a policy closes, by cell.
 
     Utilities are pooled over prompts before they are divided: a mean of quotients is ruled by prompts without a gap.
@@ -81,8 +80,8 @@ def gaps(
         values, cells = _pivot(part, metric)
         base = _baseline(values, cells)
         bound = _pivot(part, upper)[0] if upper is not None else _of_policy(values, cells, best)
-        regret = mean_intervals(bound - values, resamples=resamples, seed=seed)
-        closed = ratio_intervals(values - base, bound - base, resamples=resamples, seed=seed)
+        regret = mean_intervals(bound - values)
+        closed = ratio_intervals(values - base, bound - base)
         gap = _column_means(bound - base)
         frame = cells.assign(
             task=task,

@@ -120,7 +120,8 @@ def predictor_table(result: EvictionResult) -> Table:
     """`best_predictors` as it is printed."""
     columns = [
         Column("metric"),
-        Column("spearman", "mean Spearman, 95 % over prompts", "correlation", bounds=("low", "high")),
+        Column("spearman", "mean Spearman, 95 % over policies", "correlation", bounds=("low", "high")),
+        Column("below_best", "below best, 95 %", "correlation", bounds=("below_best_low", "below_best_high")),
         Column("cells"),
         Column("policies"),
     ]

@@ -60,7 +60,8 @@ def factorial_page(result: FactorialResult) -> Page:
         Tile(
             _title(outcome),
             _pair(shown, outcome),
-            "effect of content / of position, a second sample against filler, true positions against 0, 1, ...",
+            "effect of content / of position, a second sample against filler, true positions against 0, 1, ...; not "
+            "comparable in size",
         )
         for outcome in ("post", "pre_centred", mass)
         if (outcome, "content") in shown.index
@@ -189,8 +190,11 @@ def _effects(result: FactorialResult) -> Section:
     return Section(
         heading="What matters, by outcome",
         text="Content effect: half of (same - different at the true positions) + (same - different at the other ones); "
-        "position effect likewise. Cosines are averages over all heads; mass and output error are what an eviction "
-        "would be judged by.",
+        "position effect likewise. **The two are not to be ranked.** How large an effect is depends on how far apart "
+        "its two levels are, and nothing makes random tokens as far from a second sample as positions 0, 1, ... are "
+        "from the true ones: with a mild shift content cannot lose, and with a large one position cannot. Compare "
+        "designs that share one contrast. Cosines are averages over all heads; mass and output error are what an "
+        "eviction would be judged by.",
         tables=[
             Table(
                 pd.DataFrame(others if len(result.effects) else []),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.stats.bootstrap import cluster_bootstrap
+from sglang_probe.stats.intervals import cluster_interval
 
 Array = np.ndarray[Any, Any]
 
@@ -21,7 +21,7 @@ def reference_band(rows_TCD: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def describe(rows_TCD: Array, band: tuple[Array, Array], *, seed: int = 0) -> dict[str, float]:
+def describe(rows_TCD: Array, band: tuple[Array, Array]) -> dict[str, float]:
     """What one kind of rows looks like.
 
     Args:
@@ -29,7 +29,7 @@ def describe(rows_TCD: Array, band: tuple[Array, Array], *, seed: int = 0) -> di
         band: of other texts than these, so that the reference is not its own judge.
 
     Returns:
-        `norm` and `outliers` (share of entries outside the band) with 95 % cluster bootstrap intervals over texts;
+        `norm` and `outliers` (share of entries outside the band) with 95 % intervals over texts;
         `mean` (root mean square over dimensions of the mean row), `variance` (mean over dimensions), and `kurtosis`
         (excess, median over dimensions).
     """
@@ -42,7 +42,7 @@ def describe(rows_TCD: Array, band: tuple[Array, Array], *, seed: int = 0) -> di
     outside = ((rows_TCD < band[0]) | (rows_TCD > band[1])).mean(axis=-1)
     n = np.full(len(rows_TCD), rows_TCD.shape[1], dtype=np.float64)
     sums = np.stack([norms.sum(axis=1), outside.sum(axis=1), n], axis=1)
-    interval = cluster_bootstrap(sums, lambda s: s[..., :2] / s[..., 2:], seed=seed)
+    interval = cluster_interval(sums, lambda s: s[..., :2] / s[..., 2:])
     return {
         "norm": float(interval.estimate[0]),
         "norm_low": float(interval.low[0]),

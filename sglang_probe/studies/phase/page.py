@@ -106,8 +106,7 @@ def _probes(result: PhaseResult) -> Section:
         heading="Can they be told apart?",
         text="A linear discriminant, found on some texts and tried on others. 0.5 is chance. **Content** compares the "
         "model's own text with human text, both prefilled. **Numerics** compares the same tokens at the same "
-        "positions, decoded and prefilled. The interval draws texts with replacement; the null exchanges labels within "
-        "texts.",
+        "positions, decoded and prefilled. The interval is over texts; the null exchanges labels within texts.",
         tables=[probes_table(result)],
         nothing=_NOTHING,
     )

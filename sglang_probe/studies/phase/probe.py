@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.stats.auc import auc
+from sglang_probe.stats.auc import auc, auc_without
+from sglang_probe.stats.intervals import jackknife_interval
 
 Array = np.ndarray[Any, Any]
 
 FOLDS = 5
 SHRINKAGE = 0.1
-_RESAMPLES = 200
 _NULLS = 10
 
 
@@ -33,8 +33,9 @@ def probe(a_TCD: Array, b_TCD: Array, *, seed: int = 0) -> ProbeResult:
 
     Folds are made of texts, so that no text is on both sides. The direction is `(S + shrinkage)^-1 (mean_a - mean_b)`
     with the pooled within-class covariance S, shrunk towards its mean diagonal (Fisher 1936; Ledoit and Wolf 2004, with
-    a fixed weight). The interval draws texts with replacement. The null exchanges the two kinds within texts, each with
-    probability one half, which keeps everything but the label; its range is that of ten draws.
+    a fixed weight). The interval is over texts, the directions being those that were found. The null exchanges the two
+    kinds within texts, each with probability one half, which keeps everything but the label; its range is that of ten
+    draws.
 
     Args:
         a_TCD, b_TCD: `[texts, positions, width]`, of the same texts in the same order.
@@ -42,14 +43,14 @@ def probe(a_TCD: Array, b_TCD: Array, *, seed: int = 0) -> ProbeResult:
     rng = np.random.default_rng(seed)
     fold = rng.permutation(len(a_TCD)) % min(FOLDS, len(a_TCD))
     a, b = _held_out_scores(a_TCD, b_TCD, fold)
-    drawn = [rng.integers(0, len(a), len(a)) for _ in range(_RESAMPLES)]
-    low, high = np.quantile([auc(a[i].ravel(), b[i].ravel()) for i in drawn], [0.025, 0.975])
+    whole = auc(a.ravel(), b.ravel())
+    found = jackknife_interval(np.asarray(whole), auc_without(a, b), bounds=(0.0, 1.0))
     nulls = []
     for _ in range(_NULLS):
         swap = rng.random(len(a_TCD)) < 0.5
         x, y = (np.where(swap[:, None, None], *pair) for pair in ((b_TCD, a_TCD), (a_TCD, b_TCD)))
         nulls.append(auc(*(s.ravel() for s in _held_out_scores(x, y, fold))))
-    return ProbeResult(auc(a.ravel(), b.ravel()), float(low), float(high), min(nulls), max(nulls))
+    return ProbeResult(whole, float(found.low), float(found.high), min(nulls), max(nulls))
 
 
 def _held_out_scores(a_TCD: Array, b_TCD: Array, fold: Array) -> tuple[Array, Array]:

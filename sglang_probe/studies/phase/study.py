@@ -18,7 +18,7 @@ import torch
 from sglang_probe.run.run import Run
 from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.base import records
-from sglang_probe.studies.floor import EFFECT, FLOOR, MARGIN, cell_sums, floor_table
+from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
 from sglang_probe.studies.phase.moments import describe, reference_band
 from sglang_probe.studies.phase.probe import probe
 from sglang_probe.studies.phase.rows import read_rows, row_indices
@@ -143,19 +143,12 @@ def _by_position(rows: Mapping[str, Array], hook_point: str) -> list[dict[str, A
 
 def _numerics(rows: Mapping[str, Sequence[Array]], hook_point: str) -> pd.DataFrame:
     """Sums of the relative L2 of decoded against reforward rows, and of replicates, per text."""
-    texts, positions = rows[DECODED][0].shape[:2]
+    texts, positions, width = rows[DECODED][0].shape
     at = pd.DataFrame({"cluster": np.repeat(np.arange(texts), positions), "phase": "both"})
-    pairs = [
-        (EFFECT, DECODED, f"{i}", a, b) for i, (a, b) in enumerate(zip(rows[DECODED], rows[REFORWARD], strict=True))
-    ]
-    pairs += [
-        (FLOOR, kind, f"{kind}{i}", a, b)
-        for kind in (DECODED, REFORWARD)
-        for i, (a, b) in enumerate(zip(rows[kind][1:], rows[kind], strict=False))
-    ]
+    runs = {f"{kind} {i}": x.reshape(-1, width) for kind in (DECODED, REFORWARD) for i, x in enumerate(rows[kind])}
     frames = []
-    for what, arm, label, a, b in pairs:
-        width = a.shape[-1]
-        l2 = row_distance(torch.from_numpy(a.reshape(-1, width)), torch.from_numpy(b.reshape(-1, width)))[0]
-        frames.append(cell_sums(at, {hook_point: l2}, ()).assign(kind=what, arm=arm, comparison=label))
+    for c in comparisons({run: run.split()[0] for run in runs}, REFORWARD):
+        l2 = row_distance(torch.from_numpy(runs[c.a]), torch.from_numpy(runs[c.b]))[0]
+        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label, "orders": f"{c.orders[0]},{c.orders[1]}"}
+        frames.append(cell_sums(at, {hook_point: l2}, ()).assign(**what))
     return pd.concat(frames, ignore_index=True)

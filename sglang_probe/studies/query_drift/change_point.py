@@ -2,7 +2,8 @@
 
 A CUSUM over the steps of one response: for every split the Jensen-Shannon divergence between the mean attention before
 and after it, weighted by how evenly it splits (Page 1954; for a change of mean: Csörgő and Horváth 1997). Steps in
-random order are the null: exact for steps that are exchangeable, so that slow drift is found as well as a jump.
+random order are the null, which holds for exchangeable steps alone: slow drift breaks it as a jump does, and so does
+any likeness of neighbouring steps. A rejection says that the order of the steps matters, and no more.
 """
 
 from __future__ import annotations

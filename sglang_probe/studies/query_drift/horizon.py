@@ -6,6 +6,7 @@ long responses only, so averages over time mix requests; the survival estimate d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_probe.errors import ProbeError
+from sglang_probe.stats.intervals import LEAST_CLUSTERS, jackknife_interval
 
 Array = NDArray[Any]
 
@@ -86,16 +88,37 @@ def kaplan_meier(times: Array, observed: Array) -> Survival:
     return Survival(at, np.cumprod(1 - failures / at_risk), at_risk, failures)
 
 
-def median_interval(
-    times: Array, observed: Array, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of the median horizon over requests. An end may be infinite: the data then do not bound it."""
+def median_interval(times: Array, observed: Array, clusters: Sequence[object] | None = None) -> tuple[float, float]:
+    """Interval of the median horizon: the times at which the interval of the survival holds one half (Brookmeyer and
+    Crowley 1982), that interval being over clusters. A median has no jackknife of its own.
+
+    Args:
+        clusters: what each request belongs to; None: each to itself.
+
+    Returns:
+        An end may be infinite: the data then do not bound it. NaN with fewer than six clusters.
+    """
     times, observed = np.asarray(times, dtype=np.float64), np.asarray(observed, dtype=bool)
-    draws = np.random.default_rng(seed).integers(0, len(times), (resamples, len(times)))
-    medians = np.sort([kaplan_meier(times[i], observed[i]).median for i in draws])
-    # Order statistics, because infinite medians have no interpolation.
-    low = int(np.floor((1 - level) / 2 * (resamples - 1)))
-    return float(medians[low]), float(medians[resamples - 1 - low])
+    cluster = (
+        np.arange(len(times)) if clusters is None else np.unique(np.asarray(clusters, str), return_inverse=True)[1]
+    )
+    names = np.unique(cluster)
+    if len(names) < LEAST_CLUSTERS:
+        return float("nan"), float("nan")
+    at = kaplan_meier(times, observed).times
+    if not len(at):
+        return float("inf"), float("inf")
+    estimate = _survival_at(times, observed, at)
+    without = np.stack([_survival_at(times[cluster != c], observed[cluster != c], at) for c in names])
+    found = jackknife_interval(estimate, without)
+    ends = [np.flatnonzero(np.where(np.isnan(x), estimate, x) <= 0.5) for x in (found.low, found.high)]
+    low, high = (float(at[e[0]]) if len(e) else float("inf") for e in ends)
+    return low, high
+
+
+def _survival_at(times: Array, observed: Array, at: Array) -> Array:
+    found = kaplan_meier(times, observed)
+    return np.concatenate([[1.0], found.survival])[np.searchsorted(found.times, at, side="right")]
 
 
 def fit_decay(values_T: Array) -> Decay:

@@ -179,7 +179,8 @@ def _excess(result: DriftResult) -> Section:
         heading="Is it decoding, or is it distance?",
         text="Excess drift: the mean pre-RoPE cosine of prompt queries a distance apart, minus that of window and "
         "decode queries equally far apart in the same request. 0 means that decode queries are no further from the "
-        "window than prompt queries would be.",
+        "window than prompt queries would be. It has no null of its own: the interval says how well the mean is known, "
+        "not how far from 0 a border inside human text would be.",
         figures=[
             lines(
                 part,

@@ -8,6 +8,7 @@ from sglang_probe.report.figures import Figure, lines
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Section
 from sglang_probe.report.tables import Column, Table
+from sglang_probe.stats.intervals import TOO_FEW
 from sglang_probe.studies.pages import only
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
@@ -129,7 +130,9 @@ def horizon(result: DriftResult) -> Section:
         ],
         tables=[horizon_table(result), horizon_table(result, None)],
         notes=[
-            "Horizons are of requests; responses of one prompt family are not independent, and the interval ignores it."
+            "The interval is over prompt families: the steps at which the interval of the survival holds one half "
+            "(Brookmeyer and Crowley 1982). A horizon has no null: a window without any information would last for "
+            "some steps, too."
         ],
     )
 
@@ -144,7 +147,7 @@ def horizon_table(result: DriftResult, layer: str | None = ALL) -> Table:
     frame = found.assign(median=[_median(x) for x in found["median"]])
     if {"median_low", "median_high"} <= set(found.columns):
         ends = zip(found["median_low"], found["median_high"], strict=True)
-        frame = frame.assign(interval=[f"[{_median(a)}, {_median(b)}]" for a, b in ends])
+        frame = frame.assign(interval=[_ends(a, b) for a, b in ends])
     columns = [
         Column("layer", kind="text"),
         Column("baseline"),
@@ -169,15 +172,20 @@ def changes(result: DriftResult) -> Section:
         Column("prompts"),
     ]
     return Section(
-        heading="Phase jumps",
+        heading="Change points",
         text="A CUSUM over the steps of each response finds the split at which attention over the prompt changes "
-        "most; the same steps in random order give its null. **Found** is the share of heads that exceed their null, "
-        "**shuffled** the same for responses whose steps were shuffled before (false alarms; the **level** is "
-        "expected), **agreement** the largest share of heads that change within one step of each other. Slow drift is "
-        "found as well as a jump.",
+        "most. Its null is that the steps are exchangeable: the same steps in random order. **Found** is the share of "
+        "heads that exceed it, **shuffled** the same for responses whose steps were shuffled before (false alarms; the "
+        "**level** is expected), **agreement** the largest share of heads that change within one step of each other. "
+        "Neighbouring steps resemble each other in any text, and that alone breaks the null, as slow drift does: a "
+        "share above the level says that the order of the steps matters, not that there is a jump.",
         tables=[Table(result.found.changes, "Change points", columns=columns, long=len(result.found.changes) > 12)],
         nothing="no response has steps enough",
     )
+
+
+def _ends(low: float, high: float) -> str:
+    return TOO_FEW if math.isnan(low) else f"[{_median(low)}, {_median(high)}]"
 
 
 def _median(x: float) -> str:

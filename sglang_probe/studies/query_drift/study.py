@@ -1,7 +1,7 @@
 """The drift study of a run: every measure of every request and layer, and what they say together.
 
-Intervals draw prompts (prefix families where there are any) with replacement; layers, heads and steps are not
-independent draws and are never resampled.
+Intervals are over prompts (prefix families where there are any); layers, heads and steps are not independent of each
+other and are never taken for a sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tables of a drift study say together: means with cluster bootstrap intervals over prompts."""
+"""What the tables of a drift study say together: means with intervals over prompt families."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ProbeError
-from sglang_probe.stats.bootstrap import cluster_bootstrap
+from sglang_probe.stats.intervals import cluster_interval
 from sglang_probe.studies.query_drift.horizon import first_failure, fit_decay, kaplan_meier, median_interval
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.steps import METRICS
@@ -59,10 +59,10 @@ def summarise(tables: Mapping[str, pd.DataFrame], clusters: Mapping[str, str], o
     """All summaries.
 
     Args:
-        clusters: what is drawn with replacement, by rid.
+        clusters: what is independent of each other (the prompt family), by rid.
     """
     t = {name: frame.assign(cluster=frame["rid"].map(clusters)) for name, frame in tables.items()}
-    survival, horizon = _horizon(t["recall"], o)
+    survival, horizon = _horizon(t["recall"], clusters, o)
     measures = ("captured", "first", "last", "earlier", "split_half", "random")
     return Summary(
         steps=_steps(t["steps"]),
@@ -88,7 +88,7 @@ def summarise(tables: Mapping[str, pd.DataFrame], clusters: Mapping[str, str], o
 def means(frame: pd.DataFrame, by: Sequence[str], value: str, weight: str | None = None) -> pd.DataFrame:
     """Weighted mean of `value` per group with its interval over clusters: `value, value_low, value_high, prompts`.
 
-    Missing values are left out. With one cluster there is no interval.
+    Missing values are left out. With fewer than six clusters there is no interval.
     """
     frame = frame[frame[value].notna()]
     weights = frame[weight] if weight else pd.Series(1.0, index=frame.index)
@@ -101,10 +101,8 @@ def means(frame: pd.DataFrame, by: Sequence[str], value: str, weight: str | None
     rows = []
     for key, group in sums.groupby(list(by), sort=False):
         values = group[["_total", "_weight"]].to_numpy(np.float64)
-        found = cluster_bootstrap(values, lambda s: s[..., :1] / s[..., 1:], resamples=1000)
-        several = len(values) > 1
-        interval = (float(found.low[0]), float(found.high[0])) if several else (np.nan, np.nan)
-        rows.append((*key, float(found.estimate[0]), *interval, len(values)))
+        found = cluster_interval(values, lambda s: s[..., :1] / s[..., 1:])
+        rows.append((*key, float(found.estimate[0]), float(found.low[0]), float(found.high[0]), len(values)))
     return pd.DataFrame(rows, columns=[*by, value, f"{value}_low", f"{value}_high", "prompts"])
 
 
@@ -145,7 +143,7 @@ def _excess(excess: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
-def _horizon(recall: pd.DataFrame, o: DriftOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _horizon(recall: pd.DataFrame, clusters: Mapping[str, str], o: DriftOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
     pooled = recall.groupby(["rid", "step"], sort=False)[["window", "recency", "random"]].mean().reset_index()
     by_layer = {str(k): g for k, g in recall.groupby("layer")}
     survival, rows = [], []
@@ -157,7 +155,8 @@ def _horizon(recall: pd.DataFrame, o: DriftOptions) -> tuple[pd.DataFrame, pd.Da
             ]
             times, observed = (np.array(x) for x in zip(*ends, strict=True))
             estimate = kaplan_meier(times, observed)
-            low, high = median_interval(times, observed, resamples=500)
+            families = [clusters[rid] for rid in dict.fromkeys(frame["rid"])]
+            low, high = median_interval(times, observed, families)
             reach = frame.groupby("step")["rid"].nunique()
             common = frame[frame["step"] <= reach[reach == reach.max()].index.max()]
             curve = common.groupby("step")["window"].mean().to_numpy()

@@ -61,7 +61,7 @@ def test_every_axis_counts_every_position_once_and_its_weights_cover_what_was_co
 ) -> None:
     run = write_run(*random_traffic(7))
     study = Study(run, [axis], by="segment", model=shipped("models/probe-text/checkpoint"))
-    found = study.measure(resamples=50)
+    found = study.measure()
     for m in found.maps:
         assert m.classes["positions"].sum() == found.totals["positions"]
         assert m.classes["contexts"].sum() == found.totals["contexts"]

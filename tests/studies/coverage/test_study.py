@@ -125,7 +125,7 @@ def test_a_context_that_a_later_request_computed_is_in_the_run(write_run: Callab
     assert (found.totals["contexts"], found.totals["contexts_in_run"]) == (3, 2)
 
 
-def test_intervals_narrow_with_more_families_and_hold_the_estimate(write_run: Callable[..., Run]) -> None:
+def test_intervals_hold_the_estimate_narrow_with_more_families_and_need_six(write_run: Callable[..., Run]) -> None:
     def served(families: int) -> Map:
         requests, spans = [], []
         for i in range(families * 4):
@@ -140,10 +140,11 @@ def test_intervals_narrow_with_more_families_and_hold_the_estimate(write_run: Ca
                 spans += [{"rid": f"r{i}", "start": 0, "end": reused, "status": "reused", **origin}]
         return study_coverage(write_run(requests, spans, f"run{families}")).map("segment")
 
-    few, many = (served(n).classes.set_index("segment").loc["shared"] for n in (4, 40))
+    few, many = (served(n).classes.set_index("segment").loc["shared"] for n in (6, 40))
     for row in (few, many):
         assert row["low"] <= row["log2_ratio"] <= row["high"] < 0
-    assert few["high"] - few["low"] > 0
+    assert few["high"] - few["low"] > many["high"] - many["low"]
+    assert served(5).classes["low"].isna().all()
 
 
 def test_a_harvest_that_computed_everything_is_not_biased(write_run: Callable[..., Run]) -> None:

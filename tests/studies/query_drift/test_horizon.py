@@ -10,6 +10,8 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.studies.query_drift.horizon import first_failure, fit_decay, kaplan_meier, median_interval
 
 NAN = np.nan
+MEDIAN = 33.9
+"""Of an exponential with a mean of 50 times a lognormal with a sigma of 0.4, by four million draws."""
 
 
 @pytest.mark.parametrize(
@@ -60,10 +62,33 @@ def test_treating_the_end_of_a_response_as_a_failure_shortens_the_horizon() -> N
 def test_the_interval_of_the_median_covers_it_and_is_infinite_where_nothing_fails() -> None:
     g = np.random.default_rng(2)
     times = g.exponential(50, 200)
-    low, high = median_interval(times, np.ones(200, dtype=bool), resamples=300)
+    low, high = median_interval(times, np.ones(200, dtype=bool))
     assert low < 50 * np.log(2) < high
-    assert high - low < 30
-    assert median_interval(times, np.zeros(200, dtype=bool), resamples=50) == (np.inf, np.inf)
+    assert high - low < 35
+    assert median_interval(times, np.zeros(200, dtype=bool)) == (np.inf, np.inf)
+
+
+def test_responses_of_one_family_count_as_one_and_five_families_have_no_interval() -> None:
+    g = np.random.default_rng(3)
+    times = g.exponential(50, 8).repeat(10)
+    families = np.arange(8).repeat(10)
+    low, high = median_interval(times, np.ones(80, dtype=bool), families)
+    apart = median_interval(times, np.ones(80, dtype=bool))
+    assert low <= apart[0]
+    assert high >= apart[1]
+    assert high - low > apart[1] - apart[0]
+    assert np.isnan(median_interval(times[:50], np.ones(50, dtype=bool), families[:50])).all()
+
+
+def test_the_interval_of_the_median_covers_as_often_as_it_says() -> None:
+    g = np.random.default_rng(4)
+    covered = 0
+    for _ in range(300):
+        level = g.lognormal(0, 0.4, 12).repeat(8)  # responses of a family are alike
+        failure, end = g.exponential(50, 96) * level, g.exponential(150, 96)
+        low, high = median_interval(np.minimum(failure, end), failure <= end, np.arange(12).repeat(8))
+        covered += low <= MEDIAN <= high
+    assert covered / 300 >= 0.91  # 0.95 less three standard errors
 
 
 def test_a_decay_is_recovered_with_missing_steps() -> None:
