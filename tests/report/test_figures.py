@@ -262,6 +262,13 @@ def test_every_named_segment_has_a_bracket_on_its_own_line() -> None:
         assert len({b.attrib["d"].split("V")[1].split("H")[0] for b in brackets}) == len(SEGMENTS)
 
 
+def test_a_segment_of_no_token_has_no_bracket() -> None:
+    figure = token_strip({"on": [(0, 5, "computed")]}, [(0, 5, "user"), (5, 5, "generated")], title="t")
+    for svg in _drawings(figure):
+        assert len(_by_class(svg, "bracket")) == 1
+        assert "generated" not in _texts(svg)
+
+
 def test_the_table_cuts_spans_at_segment_borders_and_loses_no_token() -> None:
     figure = token_strip({"on": [(0, 35, "reused"), (35, 50, "computed")]}, SEGMENTS, title="t")
     assert figure.data.values.tolist() == [
