@@ -437,6 +437,19 @@ def test_dots_survive_absent_intervals_and_missing_values() -> None:
         assert len([e for e in _by_class(svg, "dot") if e.find("title") is not None]) == 4
 
 
+def test_an_interval_of_a_share_is_drawn_up_to_the_ends_of_a_share() -> None:
+    frame = RANKED.assign(lo=-2.0, hi=3.0)
+    how = {"kind": "percent", "low": "lo", "high": "hi"}
+    for svg in _drawings(dots(frame, "method", "budget", "v", title="t", panel="task", **how)):
+        assert {"0%", "100%"} <= set(_texts(svg))
+        assert not {"200%", "300%", "-200%"} & set(_texts(svg))
+    curve = pd.DataFrame({"x": [0, 1], "y": [0.5, 0.5], "lo": -2.0, "hi": 3.0})
+    for svg in _drawings(lines(curve, "x", "y", title="t", **how)):
+        assert not {"200%", "300%", "-200%"} & set(_texts(svg))
+    differences = RANKED.assign(v=-0.5, lo=-2.0, hi=3.0)
+    assert "-250%" in _texts(_drawings(dots(differences, "method", "budget", "v", title="t", panel="task", **how))[0])
+
+
 def test_shapes_tell_series_apart_without_colour() -> None:
     frame = pd.DataFrame([("a", f"s{i}", i / 4) for i in range(4)], columns=["row", "series", "v"])
     svg = _drawings(dots(frame, "row", "series", "v", title="t"))[0]
