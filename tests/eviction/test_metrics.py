@@ -168,6 +168,37 @@ def test_rbo_and_its_chance_level_over_all_rankings(p: float) -> None:
     assert max(values) == pytest.approx(1.0)
 
 
+def test_the_ranking_of_a_kept_set_sees_what_is_kept_and_in_which_order() -> None:
+    """The chance levels by enumeration of all kept sets in all orders."""
+    gold, kept = torch.tensor(GOLD), torch.tensor([True, False, True, False, False])
+    scores = torch.tensor([1.0, 9.0, 2.0, 8.0, 7.0])  # the best scores are not kept
+    order = [2, 0]
+    best = sum(g / math.log2(r + 2) for r, g in enumerate(sorted(GOLD, reverse=True)[:2]))
+    expected = sum(GOLD[j] / math.log2(r + 2) for r, j in enumerate(order)) / best
+    assert metrics.ndcg(scores, gold, 2, kept=kept).item() == pytest.approx(expected)
+    assert metrics.ndcg(scores, gold, 2).item() != pytest.approx(expected)
+    ndcgs, rbos = [], []
+    for order in permutations(range(5)):
+        mine = torch.zeros(5, dtype=torch.bool)
+        mine[list(order[:2])] = True
+        ranked = torch.tensor([-float(order.index(j)) for j in range(5)])
+        ndcgs.append(metrics.ndcg(ranked, gold, 2, kept=mine).item())
+        rbos.append(metrics.rbo(ranked, gold, kept=mine).item())
+        top = [
+            set(order[: min(d, 2)]) & set(torch.tensor(GOLD).argsort(descending=True)[:d].tolist()) for d in range(1, 6)
+        ]
+        plain = sum(0.1 * 0.9 ** (d - 1) * len(x) / d for d, x in enumerate(top, 1)) + 0.9**5 * 2 / 5
+        assert rbos[-1] == pytest.approx(plain)
+    assert metrics.ndcg_chance(gold, 2, kept=kept).item() == pytest.approx(sum(ndcgs) / len(ndcgs))
+    assert metrics.rbo_chance(5, kept=kept).item() == pytest.approx(sum(rbos) / len(rbos))
+
+
+def test_a_kept_set_of_everything_is_ranked_as_its_scores_are() -> None:
+    scores, gold, every = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0]), torch.tensor(GOLD), torch.ones(5, dtype=torch.bool)
+    assert metrics.ndcg(scores, gold, 5, kept=every) == metrics.ndcg(scores, gold, 5)
+    assert metrics.rbo(scores, gold, kept=every) == metrics.rbo(scores, gold)
+
+
 def test_kendall_on_the_union_of_top_sets_is_that_of_scipy() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(0, 6, (3, 2, 20), generator=g).double() for _ in range(2))

@@ -59,6 +59,7 @@ SETTLED = {
     "sampling": "outputs are sampled as `decode` says, and as long as the right answers or the `cut`",
     "hook_points": "the methods need queries, keys and values; `layers` says of which layers",
     "rows": "methods choose among all positions and heads",
+    "resamples": "intervals draw nothing at random",
     "telemetry": "it reads every cached key, and a request with a kept set attends to some of them",
 }
 """Fields of a recording that an eviction study settles itself."""

@@ -69,7 +69,8 @@ def probes_table(result: PhaseResult) -> Table:
         Column("contrast"),
         HOOK_POINT,
         Column("auc", "AUC, 95 % interval", "decimal", bounds=("low", "high")),
-        Column(header="with exchanged labels", kind="decimal", bounds=("null_low", "null_high")),
+        Column(header="with exchanged labels, 95 %", kind="decimal", bounds=("null_low", "null_high")),
+        Column("p", kind="decimal"),
     ]
     return Table(
         result.probes, "Linear probe on unseen texts", columns=columns, long=len(result.probes) > 30, file="probes"
@@ -106,7 +107,8 @@ def _probes(result: PhaseResult) -> Section:
         heading="Can they be told apart?",
         text="A linear discriminant, found on some texts and tried on others. 0.5 is chance. **Content** compares the "
         "model's own text with human text, both prefilled. **Numerics** compares the same tokens at the same "
-        "positions, decoded and prefilled. The interval is over texts; the null exchanges labels within texts.",
+        "positions, decoded and prefilled. The interval is over texts; the null exchanges labels within texts, 99 "
+        "times, and p is the share that reaches the AUC, which counts itself.",
         tables=[probes_table(result)],
         nothing=_NOTHING,
     )

@@ -46,7 +46,7 @@ class PhaseResult:
     by_position: pd.DataFrame
     """kind, hook_point, start (bin of positions after the prompt), norm, variance, outliers."""
     probes: pd.DataFrame
-    """contrast, hook_point, auc, low, high, null_low, null_high."""
+    """contrast, hook_point, auc, low, high, null_low, null_high, p."""
     numerics: pd.DataFrame
     """Decoded against reforward beside the floor (`sglang_probe.studies.floor.floor_table`), per hook point."""
     texts: int

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, asked_of, check_served, over_repeats, with_full
-from sglang_probe.studies.evict.grid import BASELINE
+from sglang_probe.studies.evict.grid import BASELINE, Trivial, caveats, entries_of
 from sglang_probe.studies.evict.outcome import OUTCOMES, compare, judge_outputs
 from sglang_probe.studies.evict.predict import ALL, predictors
 from sglang_probe.studies.evict.summary import gaps, means
@@ -83,6 +83,36 @@ def test_a_metric_that_orders_methods_as_the_outcome_does_predicts_it_and_oracle
     assert every["policies"].tolist() == [4, 4]
     turned = outcomes.assign(accuracy=-outcomes["accuracy"])
     assert predictors(offline, turned, ["nontrivial"], "accuracy")["spearman"].iloc[0] == -1.0
+
+
+def test_metrics_are_told_apart_over_policies() -> None:
+    """`mass` and `hit` order 20 policies nearly as the outcome does, and `ndcg` does not."""
+    rng = np.random.default_rng(0)
+    good = dict(zip([*"abcdefghijklmnopqrs", BASELINE], rng.permutation(20), strict=True))
+    sizes = {"mass": 2.0, "hit": 2.5, "ndcg": 20.0}
+    cell = {p: ("baseline" if p == BASELINE else "method", p, "1/8") for p in good}
+    outcomes = rows({cell[p]: [float(g)] * 8 for p, g in good.items()}, "accuracy")
+    offline = None
+    for metric, size in sizes.items():
+        mine = rows({cell[p]: [g + size * rng.normal()] * 8 for p, g in good.items()}, metric)
+        offline = mine if offline is None else offline.assign(**{metric: mine[metric]})
+    assert offline is not None
+    found = predictors(offline, outcomes, list(sizes), "accuracy")
+    every = found[found["task"] == ALL].set_index("metric")
+    close = every.loc[["mass", "hit"]].sort_values("below_best")
+    assert close["below_best"].iloc[0] == 0
+    assert close["below_best_low"].iloc[1] < 0 < close["below_best_high"].iloc[1]
+    assert (every["low"] < every["spearman"]).all()
+    assert (every["spearman"] < every["high"]).all()
+    assert every.loc["ndcg", "below_best_low"] > 0.1
+
+
+def test_a_method_that_is_not_made_for_so_few_layers_is_said_to_be_so() -> None:
+    found = entries_of(["snapkv", "pyramidkv", {"method": "pyramidkv", "window": 8}], [], Trivial(), 0)
+    (said,) = caveats(found, 2)
+    assert "PyramidKV" in said
+    assert "with 2 the last" in said
+    assert caveats(found, 32) == []
 
 
 def test_outcomes_of_an_output_are_counted_behind_the_first_token() -> None:

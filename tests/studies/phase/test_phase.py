@@ -32,14 +32,34 @@ def test_a_planted_direction_is_found_with_the_auc_that_theory_gives(shift: floa
     assert found.low < expected < found.high
     assert found.auc == pytest.approx(expected, abs=0.02)
     assert found.null_low < 0.5 < found.null_high < found.low
+    assert found.p == 0.01
 
 
 def test_nothing_is_found_where_nothing_was_planted() -> None:
     found = probe(rows(0), rows(1))
     assert found.auc == pytest.approx(0.5, abs=0.03)
-    assert found.null_low <= found.auc + 0.02
+    assert found.p > 0.05
     same = rows(2)
     assert probe(same, same.copy()).auc == 0.5
+
+
+def test_the_null_is_that_of_rows_that_were_exchanged() -> None:
+    """The first null, computed by exchanging the rows themselves and asking the probe anew."""
+    a, b = rows(0, 0.2), rows(1)
+    g = np.random.default_rng(0)
+    g.permutation(TEXTS)
+    nulls = []
+    for _ in range(99):
+        swap = (g.random(TEXTS) < 0.5)[:, None, None]
+        if len(nulls) < 3:
+            nulls.append(probe(np.where(swap, b, a), np.where(swap, a, b)).auc)
+    found = probe(a, b)
+    assert found.null_low - 0.02 <= min(nulls) <= max(nulls) <= found.null_high + 0.02
+
+
+def test_where_nothing_was_planted_p_is_as_often_small_as_it_should() -> None:
+    small = sum(probe(rows(i)[:20, :8], rows(1000 + i)[:20, :8]).p <= 0.1 for i in range(60))
+    assert small / 60 <= 0.22  # 10 % and three standard errors
 
 
 def test_a_text_that_is_on_both_sides_would_be_learned_by_heart() -> None:
