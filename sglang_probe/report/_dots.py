@@ -11,7 +11,7 @@ import pandas as pd
 
 from sglang_probe.report._axes import Scale, draw_ticks_below, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, listing, make_figure
-from sglang_probe.report._frame import distinct, interval_columns, numbers, select
+from sglang_probe.report._frame import distinct, interval_columns, numbers, select, within_range
 from sglang_probe.report._svg import WIDE, Canvas, mark_class, num, text_width, wrap
 from sglang_probe.report.numbers import Kind, format_number
 
@@ -50,7 +50,7 @@ def dots(
     data = select(frame, [*keys, value], unique=keys, bounds=bounds)
     rows, names = distinct(data[row]), distinct(data[series])
     panels = distinct(data[panel]) if panel else [""]
-    cells = _cells(data, panel, row, series, [value, *bounds])
+    cells = _cells(data, panel, row, series, [value, *bounds], kind)
     lines = _lines(references, panel)
     drawn = [x for cell in cells.values() for x in cell if not math.isnan(x)]
     everything = [*drawn, *(x for found in lines.values() for _, x, _ in found)]
@@ -121,11 +121,12 @@ def _ends(values: list[float]) -> tuple[float, float]:
 
 
 def _cells(
-    data: pd.DataFrame, panel: str | None, row: str, series: str, columns: list[str]
+    data: pd.DataFrame, panel: str | None, row: str, series: str, columns: list[str], kind: Kind
 ) -> dict[tuple[str, str, str], tuple[float, ...]]:
     of = map(str, data[panel]) if panel else iter([""] * len(data))
     keys = zip(of, map(str, data[row]), map(str, data[series]), strict=True)
-    return dict(zip(keys, zip(*(numbers(data, k) for k in columns), strict=True), strict=True))
+    values, *bounds = (numbers(data, k) for k in columns)
+    return dict(zip(keys, zip(values, *within_range(kind, values, bounds), strict=True), strict=True))
 
 
 def _lines(references: pd.DataFrame | None, panel: str | None) -> dict[str, list[tuple[str, float, str]]]:

@@ -51,3 +51,11 @@ def numbers(data: pd.DataFrame, name: str) -> list[float]:
     if any(math.isinf(v) for v in values):
         raise ValueError(f"column {name!r} holds an infinite value, which cannot be drawn")
     return values
+
+
+def within_range(kind: str, values: Sequence[float], bounds: Sequence[list[float]]) -> Sequence[list[float]]:
+    """The ends of intervals as they are drawn: an interval of a share may not leave 0 to 1 on paper."""
+    known = [v for v in values if not math.isnan(v)]
+    if kind != "percent" or not known or min(known) < 0 or max(known) > 1:
+        return bounds
+    return [[v if math.isnan(v) else min(max(v, 0.0), 1.0) for v in ends] for ends in bounds]

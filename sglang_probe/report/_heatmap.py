@@ -12,6 +12,9 @@ from sglang_probe.report._frame import distinct, numbers, select
 from sglang_probe.report._svg import Canvas, text_width, wrap
 from sglang_probe.report.numbers import Kind, format_number
 
+_MOST_COLUMNS = 12
+"""The numbers of a wider heatmap are listed cell by cell."""
+
 
 def heatmap(
     frame: pd.DataFrame,
@@ -78,10 +81,13 @@ def heatmap(
         ends = (format_number(bottom, kind), format_number(top, kind))
         c.height = _draw_key(c, y + 6, gutter, ends, missing if any_missing else "")
 
+    said = listing(data, {value: kind})
+    if len(columns) > _MOST_COLUMNS:
+        return make_figure(title, caption, data, {value: kind}, draw if present else None, said)
     wide = pd.DataFrame([[cells.get((r, k), math.nan) for k in columns] for r in rows], columns=columns)
     wide.insert(0, row, rows, allow_duplicates=True)
     formats: dict[str, Kind] = dict.fromkeys(columns, kind)
-    return make_figure(title, caption, wide, formats, draw if present else None, listing(data, {value: kind}))
+    return make_figure(title, caption, wide, formats, draw if present else None, said)
 
 
 def _cell_class(shade: float) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from sglang_probe.report._axes import Scale, decades, draw_ticks_below, log_ticks, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, make_figure
-from sglang_probe.report._frame import distinct, interval_columns, numbers, select
+from sglang_probe.report._frame import distinct, interval_columns, numbers, select, within_range
 from sglang_probe.report._panels import panel_lines
 from sglang_probe.report._svg import WIDE, Canvas, num, series_class, text_width, wrap
 from sglang_probe.report.numbers import Kind, format_number
@@ -65,7 +65,9 @@ def lines(
         )
     curves: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     owners = [str(s) for s in data[series]] if series else [""] * len(data)
-    for name, point in zip(owners, zip(*(numbers(data, k) for k in (x, y, *bounds)), strict=True), strict=True):
+    heights = numbers(data, y)
+    ends = within_range(kind, heights, [numbers(data, k) for k in bounds])
+    for name, point in zip(owners, zip(numbers(data, x), heights, *ends, strict=True), strict=True):
         curves[name].append(point)
     for points in curves.values():
         points.sort()

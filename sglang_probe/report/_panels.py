@@ -12,7 +12,7 @@ import pandas as pd
 
 from sglang_probe.report._axes import Scale, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, listing, make_figure
-from sglang_probe.report._frame import distinct, interval_columns, numbers, select
+from sglang_probe.report._frame import distinct, interval_columns, numbers, select, within_range
 from sglang_probe.report._svg import WIDE, Canvas, mark_class, num, text_width, wrap
 from sglang_probe.report.numbers import Kind, format_number
 
@@ -51,13 +51,15 @@ def panel_lines(
     bounds = interval_columns(low, high)
     data = select(frame, [panel, series, x, y], unique=[panel, series, x], bounds=bounds)
     names = distinct(data[series]) if len(data) else []
-    ys = [v for c in (y, *bounds) for v in numbers(data, c) if not math.isnan(v)]
+    heights = numbers(data, y)
+    ends = within_range(kind, heights, [numbers(data, c) for c in bounds])
+    ys = [v for column in (heights, *ends) for v in column if not math.isnan(v)]
     reference: dict[str, list[tuple[float, float]]] = {}
     if behind is not None:
         for s, *point in zip(behind[series], numbers(behind, x), numbers(behind, y), strict=True):
             reference.setdefault(str(s), []).append((point[0], point[1]))
     curves: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    columns = (numbers(data, c) for c in (x, y, *bounds))
+    columns = (numbers(data, x), heights, *ends)
     for p, s, *point in zip(map(str, data[panel]), map(str, data[series]), *columns, strict=True):
         curves.setdefault((p, s), []).append(tuple(point))
 
@@ -166,8 +168,9 @@ def _drawing(
         columns = min(most, len(panels)) if c.width == WIDE else min(2, len(panels))
         first = c.legend(list(legend)) if legend else 0.0
         if y_label:
-            c.text(0, first + 4, y_label, "muted", size=11)
-            first += 14
+            first += 6 if legend else 12
+            c.text(0, first - 2, y_label, "muted", size=11)
+            first += 8
         width = (c.width - _LEFT - 6) / columns
         heads = [wrap(p, width - _GAP, 11, True) for p in panels]
         at = first

@@ -262,6 +262,13 @@ def test_every_named_segment_has_a_bracket_on_its_own_line() -> None:
         assert len({b.attrib["d"].split("V")[1].split("H")[0] for b in brackets}) == len(SEGMENTS)
 
 
+def test_a_segment_of_no_token_has_no_bracket() -> None:
+    figure = token_strip({"on": [(0, 5, "computed")]}, [(0, 5, "user"), (5, 5, "generated")], title="t")
+    for svg in _drawings(figure):
+        assert len(_by_class(svg, "bracket")) == 1
+        assert "generated" not in _texts(svg)
+
+
 def test_the_table_cuts_spans_at_segment_borders_and_loses_no_token() -> None:
     figure = token_strip({"on": [(0, 35, "reused"), (35, 50, "computed")]}, SEGMENTS, title="t")
     assert figure.data.values.tolist() == [
@@ -428,6 +435,19 @@ def test_dots_survive_absent_intervals_and_missing_values() -> None:
     for svg in _drawings(figure):
         assert not _by_class(svg, "interval")
         assert len([e for e in _by_class(svg, "dot") if e.find("title") is not None]) == 4
+
+
+def test_an_interval_of_a_share_is_drawn_up_to_the_ends_of_a_share() -> None:
+    frame = RANKED.assign(lo=-2.0, hi=3.0)
+    how = {"kind": "percent", "low": "lo", "high": "hi"}
+    for svg in _drawings(dots(frame, "method", "budget", "v", title="t", panel="task", **how)):
+        assert {"0%", "100%"} <= set(_texts(svg))
+        assert not {"200%", "300%", "-200%"} & set(_texts(svg))
+    curve = pd.DataFrame({"x": [0, 1], "y": [0.5, 0.5], "lo": -2.0, "hi": 3.0})
+    for svg in _drawings(lines(curve, "x", "y", title="t", **how)):
+        assert not {"200%", "300%", "-200%"} & set(_texts(svg))
+    differences = RANKED.assign(v=-0.5, lo=-2.0, hi=3.0)
+    assert "-250%" in _texts(_drawings(dots(differences, "method", "budget", "v", title="t", panel="task", **how))[0])
 
 
 def test_shapes_tell_series_apart_without_colour() -> None:

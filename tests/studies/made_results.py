@@ -91,6 +91,7 @@ def ab(arms: int = 2, families: int = 6, layers: int = 1, replicates: bool = Tru
             "rid": "r0",
             "arm": names[0],
             "reuses": True,
+            "related": True,
             "requests": {f"request {i}": strip for i in range(min(families, 8))},
             "strips": dict.fromkeys(names, strip),
             "segments": [(0, 18, "user"), (18, 20, "generated")],
@@ -106,6 +107,7 @@ def lossless(layers: int = 1) -> LosslessResult:
         order=["another", "same"],
         hook_point=points(layers),
         positions=[HERE, GATHERED, DECODED],
+        order=["same", "another"],
     )
     counts = {"positions": 40, "computed": 10, "rows": 10, "covered": 1.0, "seconds": 1.0}
     return LosslessResult(
@@ -133,7 +135,9 @@ def phase(layers: int = 1) -> PhaseResult:
         name="made",
         moments=random(kinds, *described),
         by_position=random(kinds.merge(pd.DataFrame({"start": [0, 32]}), how="cross"), *described),
-        probes=random(probes, "auc", "low", "high", "null_low", "null_high").sort_values("hook_point", kind="stable"),
+        probes=random(probes, "auc", "low", "high", "null_low", "null_high", "p").sort_values(
+            "hook_point", kind="stable"
+        ),
         numerics=floor_table(sums, REFORWARD),
         texts=8,
         positions=80,

@@ -27,27 +27,21 @@ def lossless_page(result: LosslessResult) -> Page:
     """Coverage, speed-up, and the distance of gathered rows beside the distance of a run to itself."""
     gathered = only(deepest(result.distance), positions=GATHERED)
     effect = f"{result.cached} against {result.reference}"
-    # Across two orders, as the floors are; with one replicate there is no other order, and no floor.
-    across = only(gathered, order="another")
-    gathered = across if len(across) else gathered
-    largest = _largest(only(gathered, comparison=effect))
-    floor = _largest(gathered[gathered["comparison"] != effect] if len(gathered) else gathered)
+    shown = only(gathered, order="another")
+    shown = shown if len(shown) else gathered  # one replicate: there is no other order, and no floor
+    largest = _largest(only(shown, comparison=effect))
+    floor = _largest(shown[shown["comparison"] != effect] if len(shown) else shown)
     cached = only(result.coverage, arm=result.cached)
-    covered, computed = (
-        format_number(x, "percent")
-        for x in (
-            (cached["covered"].min(), cached["computed"].sum() / cached["positions"].sum())
-            if len(cached)
-            else (None, None)
-        )
-    )
+    covered = format_number(cached["covered"].min() if len(cached) else None, "percent")
+    computed = format_number(cached["computed"].sum() / cached["positions"].sum() if len(cached) else None, "percent")
     speed = [format_number(s, "times") for s in result.speedup]
     where = gathered["hook_point"].iloc[0] if len(gathered) else "no hook point"
     return Page(
         title=f"Lossless harvesting: {result.name}",
         answer=f"With the prefix cache on, {covered} of the positions have a row although {computed} were computed, "
-        f"and gathered rows of `{where}` are at most {largest} from computed ones in relative L2 (floor {floor}).",
-        picture=_distances(gathered, effect, str(where)),
+        f"and gathered rows of `{where}` are at most {largest} in relative L2 from those that a run in another order "
+        f"computed (floor {floor}).",
+        picture=_distances(shown, effect, str(where)),
         tiles=[
             Tile("positions with a row", covered, f"in `{result.cached}`, which computed {computed} of them"),
             Tile(
@@ -55,10 +49,14 @@ def lossless_page(result: LosslessResult) -> Page:
                 " and ".join(f"{s} ×" for s in speed) or "not known",
                 f"serving time of `{result.reference}` over that of `{result.cached}`, replicate by replicate",
             ),
-            Tile("largest distance", largest, f"relative L2 of a gathered row to the computed one; floor {floor}"),
+            Tile(
+                "largest distance",
+                largest,
+                f"relative L2 of a gathered row to one computed in another order; floor {floor}",
+            ),
         ],
         lead="Gathered through lineage: the row of a reused position is that of the request that computed it. Floors "
-        "are runs that differ in order, or in where prefills are cut.",
+        "are runs of one arm in two orders, and runs whose prefills are cut elsewhere.",
         facts=facts(result.manifest),
         sections=[
             Section(
@@ -70,10 +68,10 @@ def lossless_page(result: LosslessResult) -> Page:
             Section(
                 heading="How far gathered rows are from computed ones",
                 text="Every comparison is over the same positions, split by how the cached run came by their row. "
-                "Compare distances in the same column of order: an arm against itself is always across two orders. A "
-                "cache hit also cuts the prefill at the end of the match: an arm whose prefill is cut elsewhere shows "
-                "what that does. If gathered rows are farther than these, something other than rounding was gathered. "
-                "These are largest distances and quantiles, not a test.",
+                "Compare distances of the same order: an arm against itself is always across two orders. A cache hit "
+                "also cuts the prefill at the end of the match: an arm whose prefill is cut elsewhere shows what that "
+                "does. If gathered rows are farther than these, something other than rounding was gathered. These are "
+                "largest distances and quantiles, not a test.",
                 tables=[*distance_tables(result), _everything(result)],
                 nothing="no position was computed by both runs of a pair",
             ),
@@ -96,10 +94,10 @@ def _distances(gathered: pd.DataFrame, effect: str, where: str) -> Figure:
         "comparison",
         "what",
         "l2_max",
-        title=f"Largest distance of `{where}`, of positions that the cached run gathered",
+        title=f"Largest distance of `{where}` across two orders, of positions that the cached run gathered",
         kind="scientific",
         x_label="largest relative L2",
-        caption="Of replicates the larger. Floors: runs that differ in order, or in where prefills are cut.",
+        caption="Of replicates the larger. Floors: runs of one arm, and runs whose prefills are cut elsewhere.",
     )
 
 

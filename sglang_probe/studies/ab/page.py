@@ -138,7 +138,8 @@ def _strips(result: AbResult) -> Figure:
     return request_strips(
         example["requests"] if example["reuses"] else {},
         title=f"What `{example['arm']}` computed of {len(example['requests'])} requests, and what it reused",
-        caption="Requests of one prefix family in the order of the workload; the first run of the arm.",
+        caption=f"Requests{' of one prefix family' if example['related'] else ''} in the order of the workload; the "
+        "first run of the arm.",
         position_label="token position",
     )
 
@@ -207,8 +208,8 @@ def _drift(result: AbResult, effects: bool) -> Section:
         text="For positions that both runs computed: the distance of their captured rows, relative to the row's norm. "
         f"{FLOOR} The distance in the same order stands beside them: on an engine that is deterministic given its "
         f"batches it is what the policy alone does. The baseline is `{result.baseline}`. Intervals are 95 % over "
-        "prefix families (Student's t on a cluster jackknife, corrected for skewness); with fewer than six families "
-        "there are none. The test exchanges the labels of runs of one order.",
+        "prefix families (Student's t on a cluster jackknife, corrected for skewness); there is none where the "
+        "families are too few. The test exchanges the labels of runs of one order.",
         figures=[*([_effects(result)] if effects else []), *_by_bin(result)],
         tables=[
             effects_table(result),

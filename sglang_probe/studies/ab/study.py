@@ -56,7 +56,7 @@ class AbResult:
     manifests: dict[str, dict[str, Any]]
     example: dict[str, Any]
     """For the strips: `rid`, its `segments`, and its spans (start, end, fate) per arm as `strips`; `arm`, the one that
-    reuses most, whether it `reuses` anything, and spans of several `requests` in it."""
+    reuses most, whether it `reuses` anything, and spans of several `requests` in it, of one family if `related`."""
 
     @property
     def ok(self) -> bool:
@@ -214,8 +214,9 @@ def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
     requests = runs[arm].requests()
     rid = reused[arm].idxmax() if len(reused[arm]) else requests["rid"].iloc[0]
     request = requests.set_index("rid").loc[rid]
-    family = requests[requests["family"] == request["family"]] if request["family"] else requests
-    shown = (family if len(family) > 1 else requests).sort_values("index").head(MOST_REQUESTS)
+    family = requests[requests["family"] == request["family"]]
+    related = len(family) > 1
+    shown = (family if related else requests).sort_values("index").head(MOST_REQUESTS)
     strips = {name: _strip(runs[name], int(request["index"])) for name in names}
     segments = [(int(s["start"]), int(s["end"]), str(s["name"])) for s in request["segments"]]
     end = max([e for strip in strips.values() for _, e, _ in strip], default=0)
@@ -225,6 +226,7 @@ def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
         "rid": rid,
         "arm": arm,
         "reuses": bool(reused[arm].sum()),
+        "related": related,
         "segments": segments,
         "strips": strips,
         "requests": {f"request {i}": _strip(runs[arm], i) for i in map(int, shown["index"])},
@@ -239,10 +241,14 @@ def _reused(run: Run) -> pd.Series:
 
 
 def _strip(run: Run, index: int) -> list[tuple[int, int, str]]:
-    """Spans of a request as a strip shows them."""
+    """Spans of a request as a strip shows them: neighbours of one fate are one."""
     spans = run.last_attempt()
     mine = spans[spans["rid"].isin(run.requests().loc[lambda r: r["index"] == index, "rid"])].sort_values("start")
-    return [
-        (int(s.start), int(s.end), "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status))
-        for s in mine.itertuples()
-    ]
+    strip: list[tuple[int, int, str]] = []
+    for s in mine.itertuples():
+        fate = "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status)
+        if strip and strip[-1][1:] == (s.start, fate):
+            strip[-1] = (strip[-1][0], int(s.end), fate)
+        else:
+            strip.append((int(s.start), int(s.end), fate))
+    return strip

@@ -12,7 +12,7 @@ from sglang_probe.studies.evict.tables import (
     budget_table,
     gap_table,
     mass_table,
-    metrics_table,
+    metrics_tables,
     middle_budget,
     title_of,
     worded,
@@ -40,10 +40,10 @@ def mass(result: EvictionResult) -> Section:
         tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds, file="offline"))
     budget = middle_budget(result)
     part = only(result.offline, budget=budget, metric=list(METRICS), kind=kinds)
-    tables.append(metrics_table(part, f"all metrics, budget {budget}", file="offline"))
+    tables += metrics_tables(part, f"all metrics, budget {budget}", file="offline")
     if "chance" in part and part["chance"].notna().any():
         known = part[part["chance"].notna()]
-        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance", file="offline"))
+        tables += metrics_tables(known, f"their chance levels, budget {budget}, exact", "chance", file="offline")
     if len(result.mass_gaps):
         bound = result.mass_gaps["bound"].iloc[0] if "bound" in result.mass_gaps else "the bound"
         title = f"prompt mass: regret to {bound}, and share of the gap to it that is closed, budget {budget}"

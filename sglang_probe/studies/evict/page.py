@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from sglang_probe.paths import BUILT_IN_MODELS
@@ -24,7 +23,7 @@ from sglang_probe.studies.evict.tables import (
     budgets_of,
     gap_table,
     kind_of,
-    metrics_table,
+    metrics_tables,
     middle_budget,
     parameters_tables,
     predictor_table,
@@ -92,25 +91,29 @@ def answer(result: EvictionResult) -> str:
 def limits(result: EvictionResult) -> str:
     """What the numbers do not tell."""
     if not result.outcomes:
-        return "Nothing was generated under a kept set here: these are statements about attention, not about answers."
-    small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
-    return (
-        f"What this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one model "
-        "and one engine. Rankings are those of these parameters, which are all listed below. Nothing is freed in the "
-        "engine, so no number here is about speed."
+        said = "Nothing was generated under a kept set here: these are statements about attention, not about answers."
+        return " ".join([*result.caveats, said])
+    told = [*result.caveats, "What this cannot tell:"]
+    if _built_in(result):
+        told.append("the model is small, its tasks are synthetic or short, and there is one training seed;")
+    told.append(
+        "intervals are over prompts alone, on one model and one engine. Rankings are those of these parameters, which "
+        "are all listed below. Nothing is freed in the engine, so no number here is about speed."
     )
+    return " ".join(told)
 
 
 def _not_told_apart(result: EvictionResult) -> str:
     """Which metrics predict as well as the best, as far as these policies can say."""
     p = best_predictors(result)
-    low = p.get("below_best_low", pd.Series(np.nan, index=p.index))
-    if not low.iloc[1:].notna().any():
+    if "below_best_low" not in p or not p["below_best_low"].iloc[1:].notna().any():
         return "With so few policies nothing tells the metrics apart."
-    close = p.iloc[1:][~(low.iloc[1:] > 0)]
+    close = p.iloc[1:][~(p["below_best_low"].iloc[1:] > 0)]
     if close.empty:
-        return "The intervals tell all others from it."
-    return f"Not told apart from it: {', '.join(f'`{m}`' for m in close['metric'])}."
+        return "The intervals tell all others from the best."
+    return (
+        f"Not told apart from the best, {title_of(p['metric'].iloc[0])}: {', '.join(map(title_of, close['metric']))}."
+    )
 
 
 def _built_in(result: EvictionResult) -> bool:
@@ -225,8 +228,8 @@ def _curves(result: EvictionResult) -> Section:
         figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in tasks]
     return Section(
         heading=f"{title_of(result.outcome).capitalize()} by budget",
-        text=f"{_said(result.outcome)} Intervals are 95 % over prompts. Oracles, marked so, read the future and bound "
-        "what a kept set can do.",
+        text=f"{_said(result.outcome)} Intervals are 95 % over prompts (Student's t, corrected for skewness). Oracles, "
+        "marked so, read the future and bound what a kept set can do.",
         figures=figures,
         nothing="nothing was generated from a kept set",
     )
@@ -274,7 +277,7 @@ def _accuracy(result: EvictionResult) -> Section:
     others = [m for m in OUTCOMES if m != result.outcome]
     decode = next(iter(result.outcomes))
     part = only(_first(result), metric=others, budget=[budget, "1"])
-    tables.append(metrics_table(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}"))
+    tables += metrics_tables(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}")
     return Section(
         heading="What was generated",
         text=f"{TESTED} Oracle rows are bounds and are not tested.",
@@ -365,7 +368,7 @@ def _likelihood(result: EvictionResult) -> Section | None:
 def _parameters(result: EvictionResult) -> Section:
     return Section(
         heading="Every parameter",
-        text="Window, pooling, group reduction and always-kept set move results by more than many methods differ.",
+        text="What is stated here is part of every result: rankings are those of these parameters.",
         tables=parameters_tables(result),
     )
 

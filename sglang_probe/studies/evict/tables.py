@@ -19,6 +19,9 @@ from sglang_probe.studies.evict.summary import KINDS
 PROTOCOLS = {"query_visible": "question visible", "query_hidden": "question hidden"}
 """Names of the protocols in reports."""
 
+_MOST_METRICS = 8
+"""In one table."""
+
 _NO_SHARE = ("ndcg", "rbo", "js", "output_error", "head_error", "gap", "gini", "divergence", "nll", "answer_nll", "kl")
 
 
@@ -145,14 +148,22 @@ def stages_table(result: EvictionResult) -> Table:
     return Table(frame, "wall time", columns=[Column("stage"), Column("seconds", kind="seconds")])
 
 
-def metrics_table(part: pd.DataFrame, caption: str, value: str = "mean", file: str = "") -> Table:
-    """`wide` for a page, folded away."""
+def metrics_tables(part: pd.DataFrame, caption: str, value: str = "mean", file: str = "") -> list[Table]:
+    """`wide` for a page, folded away, in tables that a page has room for."""
     frame = worded(wide(part, value))
     columns = [Column("task"), Column("protocol"), Column("policy")]
-    known = [c for c in (*METRICS, *OUTCOMES, *FORCED_OUTCOMES) if c in frame]
-    return Table(
-        frame, caption, columns=[*columns, *(Column(c, title_of(c), kind_of(c)) for c in known)], long=True, file=file
-    )
+    known = [Column(c, title_of(c), kind_of(c)) for c in (*METRICS, *OUTCOMES, *FORCED_OUTCOMES) if c in frame]
+    parts = [known[i : i + _MOST_METRICS] for i in range(0, max(len(known), 1), _MOST_METRICS)]
+    return [
+        Table(
+            frame,
+            caption + (f", part {i + 1}" if len(parts) > 1 else ""),
+            columns=[*columns, *some],
+            long=True,
+            file=file,
+        )
+        for i, some in enumerate(parts)
+    ]
 
 
 def wide(part: pd.DataFrame, value: str = "mean") -> pd.DataFrame:

@@ -260,10 +260,13 @@ def _coverage(result: DriftResult) -> Section:
     c = result.found.coverage.iloc[0]
     text = (
         f"{int(c['whole_windows'])} of {int(c['requests'])} requests computed all queries of their window themselves; "
-        f"{format_number(c['window_coverage'], 'percent')} of the window positions were computed, the others came "
-        "from the prefix cache, where queries do not exist. They were gathered through lineage from the requests that "
-        "computed them."
+        f"{format_number(c['window_coverage'], 'percent')} of the window positions were computed."
     )
+    if c["gathered"]:
+        text += (
+            " The others came from the prefix cache, where queries do not exist: they were gathered through lineage "
+            "from the requests that computed them."
+        )
     if c["cut_windows"]:
         text += (
             f" In the {int(c['cut_windows'])} requests with a cut window the mean centred cosine is "

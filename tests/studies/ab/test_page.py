@@ -88,6 +88,7 @@ def result(arms: tuple[str, ...] = ("on",), *, source: str = "jsonl", violation:
             "segments": [(0, 20, "user")],
             "arm": names[0],
             "reuses": True,
+            "related": True,
             "requests": {f"request {i}": [(0, 15, "reused"), (15, 20, "computed")] for i in range(3)},
         },
     )
