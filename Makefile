@@ -13,12 +13,19 @@ WORKERS := -n 2 --dist loadscope
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= 1
+# The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
+export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo test test-all attack bench bench-gpu docs lint setup clean
+.PHONY: demo demo-real test test-all attack bench bench-gpu docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
 	$(BIN)/sglang-probe verify runs/cache-on-off/cache_off --transformers 8
+
+demo-real: setup ## the same with a language model of 135 million parameters (fetched once, 93 MB)
+	$(BIN)/sglang-probe model fetch smollm2-135m
+	$(BIN)/sglang-probe ab experiments/demo-real.yaml --overwrite
+	$(BIN)/sglang-probe verify runs/demo-real/cache_off --transformers 4
 
 test: setup ## tests, a few minutes on two cores
 	$(BIN)/ruff check .
@@ -38,6 +45,7 @@ bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks
 	$(BIN)/python bench/eviction.py --out docs/evidence/benchmarks.md
 	$(BIN)/python bench/coverage.py
 
+bench-gpu: export SGLANG_PROBE_DEVICE :=
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
 

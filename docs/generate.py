@@ -34,7 +34,7 @@ FOLDER = Path(__file__).parent
 DO_NOT_EDIT = "Written by `make docs`; do not edit."
 EXIT_CODES = (
     "Exit codes: 0, all is well; 1, the command ran, and something that it checked does not hold; 2, an error, with a "
-    "sentence that says what to do; 130 after Ctrl-C."
+    "sentence that says what to do; 128 and the number of the signal after one (130 after Ctrl-C, 143 after SIGTERM)."
 )
 TABLES = {
     "spans": schema.SPANS,
@@ -72,14 +72,14 @@ def configuration() -> str:
     parts += ["## A live server: the YAML that `SGLANG_PROBE` names", _about(EngineProbeConfig)]
     parts += [_table(EngineProbeConfig, sections), "## What a request may ask", _about(Ask, first=True)]
     parts += ["[More about each](asks.md).", _table(Ask, sections)]
-    parts += ["# Mappings within these"]
+    parts += ["## Mappings within these"]
     for model in (LiveConfig, Arm):
         sections[model.__name__] = model
     shown: set[str] = set()
     while left := [m for n, m in sections.items() if n not in shown]:
         model = left[0]
         shown.add(model.__name__)
-        parts += [f"## {model.__name__}", _about(model), _table(model, sections)]
+        parts += [f"### {model.__name__}", _about(model), _table(model, sections)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -130,8 +130,8 @@ def _yaml(value: Any) -> str:
             return {k: plain(x) for k, x in v.model_dump(mode="json", exclude_defaults=True).items()}
         if isinstance(v, Mapping):
             return {k: plain(x) for k, x in v.items()}
-        if isinstance(v, list | tuple):
-            return [plain(x) for x in v]
+        if isinstance(v, list | tuple | set | frozenset):
+            return [plain(x) for x in (sorted(v) if isinstance(v, set | frozenset) else v)]
         return v.value if isinstance(v, enum.Enum) else v if isinstance(v, bool | int | float | str) else str(v)
 
     text: str = yaml.safe_dump(plain(value), default_flow_style=True, width=1000, sort_keys=False).strip()

@@ -91,13 +91,23 @@ CorpusPath = Annotated[str, AfterValidator(_corpus)]
 """`stdlib`, or as `InputPath`."""
 
 
+def _folder_name(name: str) -> str:
+    if not name or name != os.path.basename(name) or name.startswith((".", "~")) or "\0" in name or len(name) > 100:
+        raise ValueError(f"{name!r} becomes a folder: give a name without slashes that does not begin with a dot")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+"""A name that a folder gets."""
+
+
 def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
     """What to say of an unknown key, to follow its name: a hint, the nearest known key, or all of them."""
     if hints and key in hints:
         return f": {hints[key]}"
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"
+    return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known) or 'none'}"
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:

@@ -29,14 +29,21 @@ def register() -> None:
 
 
 def activate_cpu_platform() -> str | None:
-    """Platform plugin: name the CPU reference platform where no accelerator is present, else None."""
+    """Platform plugin: name the CPU reference platform where no accelerator is present or may be used, else None."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None  # the user asked for SGLang's own CPU platform
-    from sglang_probe.engine.platform.environment import accelerator_present, set_process_defaults
+    from sglang_probe.engine.platform.environment import (
+        accelerator_present,
+        choose_cpu,
+        cpu_chosen,
+        set_process_defaults,
+    )
     from sglang_probe.engine.releases import release
 
     if accelerator_present():
         return None
+    if cpu_chosen():
+        choose_cpu(os.environ)
     platform = release().cpu_platform
     set_process_defaults(os.environ)
     return platform

@@ -21,18 +21,13 @@ def command(
     from rich.table import Table
 
     from sglang_probe.engine.hooks import inventory
-    from sglang_probe.engine.platform.environment import accelerator_present
     from sglang_probe.paths import shipped
 
     console = Console()
     version = inventory.installed_version()
     known = inventory.known_versions()
     console.print(f"SGLang [bold]{version}[/]; reviewed releases: {', '.join(known)}")
-    console.print(
-        "platform: an accelerator is present, SGLang's own platform is used"
-        if accelerator_present()
-        else "platform: no accelerator found, the CPU reference platform (torch_native) is used"
-    )
+    console.print(f"platform: {_platform()}", soft_wrap=True)
     if write:
         path = inventory.draft(Path(shipped("patches")), version)
         console.print(f"drafted [bold]{path}[/]: review every target before you rely on it", soft_wrap=True)
@@ -55,3 +50,16 @@ def command(
     bad = sum(f.state != "fine" for f in findings)
     console.print(f"{len(findings)} targets, {bad} not as reviewed")
     raise typer.Exit(1 if bad or reference.sglang != version else 0)
+
+
+def _platform() -> str:
+    from sglang_probe.engine.platform.environment import DEVICE, cpu_chosen, platform_facts
+
+    facts = platform_facts()
+    if facts["device"] == "accelerator":
+        return f"an accelerator is present, SGLang's own platform is used; {DEVICE}=cpu leaves it alone"
+    why = f"{DEVICE}=cpu" if cpu_chosen() else "no accelerator found"
+    how = (
+        "bf16 by this CPU" if facts["bf16_products"] == "bf16" else "bf16 in fp32, because this CPU has no bf16 kernels"
+    )
+    return f"{why}, the CPU reference platform is used; it multiplies {how}"

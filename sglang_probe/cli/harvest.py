@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """
 # sglang-probe harvest mine.yaml
-model: Qwen/Qwen3-0.6B            # a hub id, a folder, or a built-in model
+model: smollm2-135m               # a name from `sglang-probe model list`, a folder, or a hub id
 workload:
   source: jsonl                   # {"messages": [...]} or {"prompt": "..."} a line; also sharegpt, shared_prefix
   path: prompts.jsonl
@@ -46,6 +46,9 @@ def command(
     schema: Annotated[bool, schema_option(_config)] = False,
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
+
+    A request that SGLang refuses is recorded as refused, and the rest is served. Ctrl-C, SIGTERM and SIGHUP close the
+    run as incomplete; `--resume` finishes it.
 
     Every token position of every request is recorded: whether it was computed or reused from the prefix cache, in which
     forward pass, and where its captured rows are. Read it with `sglang_probe.load_run(path)`; check it with
@@ -84,4 +87,8 @@ def command(
     print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
         console.print(prepared.workload.skipped_in_words, style="yellow", markup=False, soft_wrap=True)
+    if refused := run.manifest.get("refused"):
+        rid, why = next(iter(refused.items()))
+        console.print(f"SGLang refused {len(refused)} of {len(prepared.workload.requests)} requests", style="yellow")
+        console.print(f"  {rid}: {why}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"run directory: [bold]{path}[/]   check it: sglang-probe verify {path}", soft_wrap=True)

@@ -30,6 +30,7 @@ from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import expand
 from sglang_probe.run.run import Run
 from sglang_probe.workload.build import Workload, WorkloadConfig, iter_requests
+from sglang_probe.workload.render import Renderer
 from sglang_probe.workload.request import Conversation, Request, Segment, SegmentSpan
 
 Prompt = str | Sequence[int]
@@ -93,7 +94,8 @@ class Experiment:
             given = _of_requests(requests or (), config.sampling)
             if prompts is not None:
                 given = _of_prompts(prompts, found.tokenizer, config.sampling)
-            made = Workload(tuple(given))
+            texts = any(isinstance(p, str) for p in prompts or ())
+            made = Workload(tuple(given), made_from=Renderer(found.tokenizer).made_from() if texts else {})
         self.arms = {name: _arm(arm) for name, arm in (arms or {}).items()}
         self.prepared: Prepared = prepare(config, self.arms, workload=made, kept_later=True)
         self.asks = frozenset(asks)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sglang_probe.config import Config, beside
+from sglang_probe.config import Config, FolderName, beside
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
@@ -21,8 +22,8 @@ class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
 
     model: str = BUILT_IN_MODEL
-    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it), or
-    a hub id."""
+    """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it),
+    or a hub id."""
     dtype: str = "auto"
     """`bfloat16`, `float16` or `float32`; `auto` takes that of the checkpoint."""
     sampling: dict[str, Any] = Field(default_factory=lambda: {"max_new_tokens": 32, "temperature": 0.0})
@@ -78,11 +79,30 @@ def refuse_rows(config: Recording) -> None:
         raise ValueError(f"this study reads all positions, and `rows` keeps some of `{partial[0]}`: leave it out")
 
 
+ENDS_AN_OUTPUT = frozenset(
+    {"stop", "stop_token_ids", "stop_regex", "regex", "json_schema", "ebnf", "structural_tag", "max_new_tokens"}
+    | {"min_new_tokens", "ignore_eos", "n"}
+)
+
+
+def refuse_ends(sampling: Mapping[str, Any], length: str) -> None:
+    """Refuse sampling parameters that would end outputs, in a study that compares outputs of a length of its own.
+
+    Args:
+        length: the key that sets it.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    if ending := sorted(ENDS_AN_OUTPUT & sampling.keys()):
+        raise ValueError(f"`{ending[0]}` has no meaning here: every output is as long as `{length}` says")
+
+
 R = TypeVar("R", bound=Recording)
 
 
 def with_skip_bad(config: R, skip_bad: bool) -> R:
-    """The configuration, passing over malformed records of its workload, or of its `workloads`, if `skip_bad`.
+    """The configuration, passing over records of its workload or `workloads` that cannot be used, if `skip_bad`.
 
     Raises:
         ConfigError: no workload is read from a file.
@@ -111,7 +131,7 @@ def _skipping(workload: WorkloadConfig) -> WorkloadConfig:
 class HarvestConfig(WorkloadRecording):
     """One run."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
     """How SGLang is used: its prefix cache, who shares a batch, dtype, server arguments."""

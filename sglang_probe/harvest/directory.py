@@ -62,11 +62,15 @@ CONFIGURATION = (
     "submission_order",
     "policy",
     "versions",
+    "platform",
 )
 """Manifest keys that must agree for two recordings to be of the same thing."""
 
 _SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
 """Keys that older manifests do not have: of those runs this much is unknown, and taken on trust."""
+
+_NOT_IN_ALL = frozenset({"platform"})
+"""Keys that manifests of this schema may lack; taken on trust as well."""
 
 
 class State(Enum):
@@ -272,6 +276,7 @@ def _beside(path: Path, what: str) -> Path:
 def difference(old: dict[str, Any], new: dict[str, Any], *, keys: Sequence[str] = CONFIGURATION) -> str | None:
     """The first configuration key in which two manifests differ, if any."""
     unknown = _SINCE_SCHEMA_4 - old.keys() if old["schema_version"] < 4 else frozenset()
+    unknown |= _NOT_IN_ALL - old.keys()
     compared = (k for k in keys if k not in unknown)
     return next((k for k in compared if old.get(k) != json.loads(json.dumps(new.get(k), default=str))), None)
 

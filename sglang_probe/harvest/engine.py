@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
+from sglang_probe.engine.platform.defaults import cpu_defaults
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
@@ -58,14 +59,7 @@ def default_server_args() -> dict[str, Any]:
     """Arguments that a user would otherwise have to know on a machine without an accelerator."""
     if accelerator_present():
         return {}
-    # The pool is sized from free memory otherwise, which on a shared CPU machine is neither small nor repeatable; and
-    # SGLang would derive a negative fraction from large prefills.
-    return {
-        "device": "cpu",
-        "attention_backend": release().cpu_attention[0],
-        "max_total_tokens": 65536,
-        "mem_fraction_static": 0.5,
-    }
+    return {"device": "cpu", **cpu_defaults()}
 
 
 def server_argument_names() -> set[str]:
@@ -181,23 +175,30 @@ class ProbedEngine:
             import sglang
 
             self._engine = sglang.Engine(**self._server, **self._signals.arguments())
-            self._engine.tokenizer_manager.auto_create_handle_loop()  # installs handlers too, at the first request else
+            self.run(self._listen())
         except BaseException as e:
             left = Children(p for p in multiprocessing.active_children() if p not in before)
             left.kill()
             self._end()
             if isinstance(e, ValueError | TypeError) or not isinstance(e, Exception):
                 raise
-            fault = fault_of(self._probe.run)
-            raise EngineDied(f"SGLang did not start: {fault or e}", fix="its log above says more") from e
+            raise EngineDied(
+                f"SGLang did not start: {fault_of(self._probe.run) or e}", fix="its log above says more"
+            ) from e
         self._signals.restore(self._engine.loop)
         self._children = Children(p for p in multiprocessing.active_children() if p not in before)
+
+    async def _listen(self) -> None:
+        """What SGLang does at the first request: now, because it installs signal handlers. It makes another event loop
+        if it is not called from one."""
+        self._engine.tokenizer_manager.auto_create_handle_loop()
 
     def _write_config(self, probe: EngineProbeConfig) -> Path:
         """Write what the scheduler process reads, and a copy into the run. JSON is YAML."""
         assert self._folder is not None
         text = json.dumps(probe.model_dump(mode="json"), indent=2) + "\n"
         (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
+        (Path(self._folder.name) / FAULT_FILE).unlink(missing_ok=True)  # of the recording before
         path = Path(self._folder.name) / f"probe-{self._recordings}.yaml"
         path.write_text(text, encoding="utf-8")
         return path
@@ -306,14 +307,19 @@ class ProbedEngine:
         Raises:
             EngineDied: it ended; says why, as far as that is known. ProbeError: it stopped recording.
         """
-        fault, ended = fault_of(self._probe.run), self._children.ended()
+        fault, ended = self._fault(), self._children.ended()
         if ended is None and self._signals.child_failed:
             ended = self._children.wait_for_end()
-            fault = fault_of(self._probe.run)
+            fault = self._fault()
         if ended is not None:
             raise EngineDied(fault or ended.words, fix=ended.fix, in_flight=list(self._in_flight))
         if fault is not None:
             raise ProbeError(fault)
+
+    def _fault(self) -> str | None:
+        """Why the probe stopped recording. It tells it beside its configuration if the disk of the run is full."""
+        assert self._folder is not None
+        return fault_of(self._probe.run) or fault_of(Path(self._folder.name))
 
     async def serve_groups(
         self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None = None
@@ -338,7 +344,7 @@ class ProbedEngine:
         except TimeoutError:
             raise ProbeError(f"the engine did not confirm within {timeout} s that the recording is on disk") from None
         if not all(replies):
-            raise ProbeError(fault_of(self._probe.run) or "the engine refused to close the recording")
+            raise ProbeError(self._fault() or "the engine refused to close the recording")
 
     def _tell(self, command: str, value: int, timeout: float) -> list[bool]:
         """Send a command to every data-parallel rank (`sglang_probe.engine.hooks.control`)."""
@@ -365,8 +371,6 @@ class ProbedEngine:
 
 def fault_of(run: Path) -> str | None:
     """Why the probe stopped recording, if it did."""
-    from sglang_probe.engine.hooks.config import FAULT_FILE
-
     path = run / FAULT_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 

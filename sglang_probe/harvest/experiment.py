@@ -11,7 +11,7 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.job import Job, asks_given, job_of, manifest_of
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.prepare import Prepared, capture_of, check_requests
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.harvest.recording import harvest
 from sglang_probe.kept_set import KeptFile
@@ -68,11 +68,13 @@ def record(
         host: keeps the engine for what is recorded next; None: engines for these runs alone.
 
     Raises:
-        ConfigError: two specs have one name; `outputs_of` names no earlier one; or as `job_of`.
+        ConfigError: two specs have one name; `outputs_of` names no earlier one; or as `job_of`. What can be refused
+            before the first run is recorded is refused then.
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked; or it is one of something else.
         ProbeError: a recording failed.
     """
     _check_names(specs)
+    _check_given(specs, prepared)
     if overwrite and resume:
         raise ConfigError("`overwrite` and `resume` contradict each other", fix="choose one")
     if not (overwrite or resume):
@@ -128,6 +130,19 @@ def resolve(spec: RunSpec, prepared: Prepared, runs: Runs) -> Job:
         kept=KeptFile(kept) if isinstance(kept, Path) else kept,
         order_seed=spec.order_seed,
     )
+
+
+def _check_given(specs: Sequence[RunSpec], prepared: Prepared) -> None:
+    """Refuse what of later runs can be refused before the first one is recorded: their requests, where they are given,
+    and what is captured."""
+    checked: list[Sequence[Request]] = [prepared.workload.requests]
+    for spec in specs:
+        if not callable(spec.requests) and not any(spec.requests is done for done in checked):
+            check_requests(spec.requests, prepared)
+            checked.append(spec.requests)
+        if spec.hook_points is not None:
+            server = {**prepared.config.server, **spec.arm.server}
+            capture_of(prepared.config, prepared.model, spec.hook_points, [server])
 
 
 def _check_names(specs: Sequence[RunSpec]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import ONE_RANK
+from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
@@ -192,6 +193,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         forced_from=job.forced_from,
         forced_digest=None if job.forced is None else _digest(sorted(job.forced.items())),
         kept_digest=None if job.kept is None else digest_of_kept(job.kept, job.requests),
+        platform=platform_facts(),
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},
         requests_expected=len(job.requests),
         lines_skipped=prepared.workload.skipped,

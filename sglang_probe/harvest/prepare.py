@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.engine.hooks.supported import refuse_unsupported
-from sglang_probe.engine.platform.environment import accelerator_present
+from sglang_probe.engine.platform.environment import accelerator_present, choose_cpu
 from sglang_probe.engine.platform.limits import refuse_without_gpu
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError, WorkloadError
 from sglang_probe.harvest.config import Recording
@@ -98,6 +99,7 @@ def prepare(
     )
     reviewed = inventory.require([*features(asked), "platform"])
     servers = [dict(config.server), *({**config.server, **arm.server} for arm in arms.values())]
+    choose_device(servers)
     for server in servers:
         _check_server(server)
         if not accelerator_present():
@@ -141,6 +143,22 @@ def prepare(
     if given is workload:  # its requests were made elsewhere
         check_requests(given.requests, prepared)
     return prepared
+
+
+def choose_device(servers: Sequence[Mapping[str, Any]]) -> None:
+    """Leave the accelerator of this machine alone, from here on and in this process's children, if `device: cpu` says
+    so.
+
+    Raises:
+        ConfigError: some arms are to run on the CPU and others not: SGLang decides once in a process.
+    """
+    on_cpu = [server.get("device") == "cpu" for server in servers]
+    if not any(on_cpu):
+        return
+    if not all(on_cpu) and accelerator_present():
+        raise ConfigError("some arms set `device: cpu` and others do not", fix="set it under `server:`, for all arms")
+    if accelerator_present():
+        choose_cpu(os.environ)
 
 
 def require_asks(asks: Collection[str]) -> None:

@@ -93,8 +93,12 @@ class EngineSignals:
         """Once it is started: take back what SGLang set on its event loop."""
         if self._kept is None:
             return
-        for s in (signal.SIGTERM, signal.SIGQUIT):
-            loop.remove_signal_handler(s)
+
+        async def take_back() -> None:  # uvloop does nothing outside a running loop, and says nothing
+            for s in (signal.SIGTERM, signal.SIGQUIT):
+                loop.remove_signal_handler(s)
+
+        loop.run_until_complete(take_back())
         for s in ENDING:
             signal.signal(s, self._kept[s])
         signal.signal(signal.SIGQUIT, note_failed_child)

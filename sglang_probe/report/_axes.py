@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from sglang_probe.report._svg import Canvas, text_width
-from sglang_probe.report.tables import Kind
+from sglang_probe.report.numbers import Kind
 
 
 class Scale:

@@ -10,8 +10,12 @@ import pandas as pd
 from sglang_probe.report._axes import Scale
 from sglang_probe.report._figure import Figure, listing, make_figure
 from sglang_probe.report._frame import distinct, interval_columns, numbers, select
+from sglang_probe.report._heatmap import heatmap
 from sglang_probe.report._svg import WIDE, Canvas, num, series_class, text_width, wrap
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report.numbers import Kind, format_number
+
+MOST_SERIES = 6
+"""There are so many colours."""
 
 
 def grouped_bars(
@@ -31,11 +35,14 @@ def grouped_bars(
 
     Categories and series keep their order in the frame, or that of a categorical column. Percent bars run on a track
     from 0 to 100 %, so that what is missing shows as well. `low` and `high` name the columns of an interval, drawn as a
-    whisker.
+    whisker. More series than colours become a heatmap.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [category, series, value, *bounds], unique=[category, series])
+    data = select(frame, [category, series, value], unique=[category, series], bounds=bounds)
     categories, names = distinct(data[category]), distinct(data[series])
+    if len(names) > MOST_SERIES:
+        down, across = (series, category) if len(categories) <= len(names) else (category, series)
+        return heatmap(data, down, across, value, title=title, caption=caption, kind=kind, missing="no value")
     keys = zip(map(str, data[category]), map(str, data[series]), strict=True)
     cells = dict(zip(keys, zip(*(numbers(data, k) for k in (value, *bounds)), strict=True), strict=True))
     drawn = [x for cell in cells.values() for x in cell if not math.isnan(x)]
@@ -98,6 +105,8 @@ def _draw_bar(
         return x(0)
     left, right = sorted((x(0), x(value)))
     c.rect(left, y, right - left, height, f"bar {series_class(index)} fill", tip=name + label(value))
+    if index > 1 and right - left > 1:  # in grey, colours from the third on are alike
+        c.hatch(left, y, right - left, height, "stripes", pitch=(5.0, 9.0, 3.0, 14.0)[index % 4])
     if interval and not any(map(math.isnan, interval)) and interval[0] != interval[1]:
         low, high = x(interval[0]), x(interval[1])
         middle = y + height / 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
-from sglang_probe.report._svg import NARROW, WIDE, Canvas
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report._svg import NARROW, WIDE, Canvas, num
+from sglang_probe.report.numbers import Kind, format_number
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,22 @@ class Figure:
     svg_narrow: str
     data: pd.DataFrame
     formats: Mapping[str, Kind] = field(default_factory=dict)
+    drawn: bool = True
+    """False where there is nothing to draw."""
+
+    def standalone(self, *, margin: int = 16) -> str:
+        """The wide drawing as an SVG file of its own, with the colours of the pages, light or dark as the reader's."""
+        css = Path(__file__).with_name("figure.css").read_text(encoding="utf-8")
+        found = re.search(r'viewBox="0 0 (\S+) (\S+)"', self.svg)
+        assert found is not None
+        width, height = (float(x) + 2 * margin for x in found.groups())
+        paper = (
+            f'<rect x="{-margin}" y="{-margin}" width="{num(width)}" height="{num(height)}" style="fill:var(--paper)"/>'
+        )
+        head = f'xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {num(width)} {num(height)}"'
+        # After title and description, which belong at the head.
+        svg = self.svg.replace(found[0], head, 1)
+        return svg.replace("</desc>", f"</desc><style>{css}</style>{paper}", 1) + "\n"
 
 
 def make_figure(
@@ -41,7 +59,7 @@ def make_figure(
             canvas.text(width / 2, 40, "no data", "none", "middle")
             canvas.height = 72
         drawings.append(canvas.svg(css, title, description if draw else "no data"))
-    return Figure(title, caption, drawings[0], drawings[1], data, formats)
+    return Figure(title, caption, drawings[0], drawings[1], data, formats, draw is not None)
 
 
 def listing(data: pd.DataFrame, formats: Mapping[str, Kind], limit: int = 24) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
-from sglang_probe.report.tables import is_missing
+from sglang_probe.report.numbers import is_missing
 
 
-def select(frame: pd.DataFrame, columns: list[str], unique: list[str]) -> pd.DataFrame:
-    """The columns, after checking that they exist and that no key occurs twice."""
-    if frame.empty and not len(frame.columns):
-        return pd.DataFrame({name: pd.Series(dtype="float64") for name in columns})
+def select(frame: pd.DataFrame, columns: list[str], unique: list[str], bounds: Sequence[str] = ()) -> pd.DataFrame:
+    """The columns, after checking that they exist and that no key occurs twice; of `bounds`, the ends of an interval
+    that may not have been computed, absent ones are missing values."""
+    if frame.empty:
+        return pd.DataFrame({name: pd.Series(dtype="float64") for name in [*columns, *bounds]})
+    frame = frame.assign(**{name: math.nan for name in bounds if name not in frame.columns})
+    columns = [*columns, *bounds]
     absent = [name for name in columns if name not in frame.columns]
     if absent:
         raise ValueError(f"no column {absent[0]!r}; the frame has {', '.join(map(str, frame.columns))}")

@@ -10,7 +10,7 @@ from sglang_probe.report._axes import Scale
 from sglang_probe.report._figure import Figure, listing, make_figure
 from sglang_probe.report._frame import distinct, numbers, select
 from sglang_probe.report._svg import Canvas, text_width, wrap
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report.numbers import Kind, format_number
 
 
 def heatmap(
@@ -54,7 +54,8 @@ def heatmap(
             c.paragraph(0, y + (band - len(names) * 15) / 2 + 11, names)
             for i, k in enumerate(columns):
                 x, v = gutter + i * width, cells.get((r, k), math.nan)
-                box = (x + 0.75, y + 0.75, width - 1.5, band - 1.5)
+                seam = min(0.75, width / 8)
+                box = (x + seam, y + 0.75, width - 2 * seam, band - 1.5)
                 if math.isnan(v):
                     c.hatch(*box, "hatch soft", tip=f"{r}, {k}: {missing}")
                     c.rect(*box, "blank")

@@ -12,8 +12,11 @@ import pandas as pd
 from sglang_probe.report._axes import Scale, decades, draw_ticks_below, log_ticks, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, make_figure
 from sglang_probe.report._frame import distinct, interval_columns, numbers, select
+from sglang_probe.report._panels import panel_lines
 from sglang_probe.report._svg import WIDE, Canvas, num, series_class, text_width, wrap
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report.numbers import Kind, format_number
+
+MOST_SERIES = 8
 
 
 def lines(
@@ -37,11 +40,29 @@ def lines(
 
     A missing value interrupts its curve. The y axis starts at zero unless `log_y`; exact zeros on a logarithmic axis
     are drawn as rings on a line of their own, because "bit-identical" is a result. `step` holds each value halfway to
-    its neighbours, for values that belong to bins.
+    its neighbours, for values that belong to bins. More series than can be told apart get a panel each.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [x, *([series] if series else []), y, *bounds], unique=[x, *([series] if series else [])])
+    data = select(
+        frame, [x, *([series] if series else []), y], unique=[x, *([series] if series else [])], bounds=bounds
+    )
     names = distinct(data[series]) if series else [""]
+    if series and len(names) > MOST_SERIES and not log_y:
+        return panel_lines(
+            data.assign(curve=y_label or y),
+            series,
+            x,
+            y,
+            "curve",
+            title=title,
+            caption=caption,
+            x_label=x_label,
+            y_label=y_label,
+            kind=kind,
+            low=low,
+            high=high,
+            log_x=log_x,
+        )
     curves: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     owners = [str(s) for s in data[series]] if series else [""] * len(data)
     for name, point in zip(owners, zip(*(numbers(data, k) for k in (x, y, *bounds)), strict=True), strict=True):
@@ -66,7 +87,7 @@ def lines(
         y_ticks = log_ticks(bottom, top, 6)
     else:
         bottom, top = min([0.0, *ys]), max([0.0, *ys])
-        top = 1.0 if kind == "percent" and top <= 1 else top
+        top = 1.0 if kind == "percent" and 0.5 < top <= 1 else top
         y_ticks = round_ticks(bottom, top, 5)
         bottom, top = min(bottom, y_ticks[0]), max(top, y_ticks[-1])
 

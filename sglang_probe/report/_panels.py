@@ -13,8 +13,8 @@ import pandas as pd
 from sglang_probe.report._axes import Scale, round_ticks, tick_labels
 from sglang_probe.report._figure import Figure, listing, make_figure
 from sglang_probe.report._frame import distinct, interval_columns, numbers, select
-from sglang_probe.report._svg import WIDE, Canvas, num, text_width, wrap
-from sglang_probe.report.tables import Kind, format_number
+from sglang_probe.report._svg import WIDE, Canvas, mark_class, num, text_width, wrap
+from sglang_probe.report.numbers import Kind, format_number
 
 _GAP, _LEFT, _HEIGHT = 14.0, 42.0, 104.0
 
@@ -49,7 +49,7 @@ def panel_lines(
         x_ticks: values of the x axis that are labelled, with their labels.
     """
     bounds = interval_columns(low, high)
-    data = select(frame, [panel, series, x, y, *bounds], unique=[panel, series, x])
+    data = select(frame, [panel, series, x, y], unique=[panel, series, x], bounds=bounds)
     names = distinct(data[series]) if len(data) else []
     ys = [v for c in (y, *bounds) for v in numbers(data, c) if not math.isnan(v)]
     reference: dict[str, list[tuple[float, float]]] = {}
@@ -68,19 +68,19 @@ def panel_lines(
         for s, points in reference.items():
             if s in names:
                 path = _path([(across(a), up(b)) for a, b in sorted(points) if not math.isnan(b)])
-                c.path(path, f"{_hue(names.index(s))} leader dash2")
+                c.path(path, f"{mark_class(names.index(s))} leader dash2")
         for i, s in enumerate(names):
             mine = sorted(p for p in curves.get((name, s), []) if not any(map(math.isnan, p)))
             if bounds and len(mine) > 1:
                 band = [(across(p[0]), up(p[3])) for p in mine] + [(across(p[0]), up(p[2])) for p in reversed(mine)]
-                c.path(_path(band) + "Z", f"{_hue(i)} area")
+                c.path(_path(band) + "Z", f"{mark_class(i)} area")
             if len(mine) > 1:
-                c.path(_path([(across(p[0]), up(p[1])) for p in mine]), f"{_hue(i)} stroke", f"{name}, {s}")
+                c.path(_path([(across(p[0]), up(p[1])) for p in mine]), f"{mark_class(i)} stroke", f"{name}, {s}")
             for p in mine:
                 tip = f"{name}, {s}, {_tick(p[0], x_ticks)}: {format_number(p[1], kind)}"
-                c.circle(across(p[0]), up(p[1]), 2.5, f"{_hue(i)} dot", tip)
+                c.circle(across(p[0]), up(p[1]), 2.5, f"{mark_class(i)} dot", tip)
 
-    legend = [(s, f"{_hue(i)} stroke") for i, s in enumerate(names)]
+    legend = [(s, f"{mark_class(i)} stroke") for i, s in enumerate(names)] if len(names) > 1 else []
     draw = _drawing(
         distinct(data[panel]), numbers(data, x), ys, inside, legend, x_label, y_label, kind, x_ticks, log_x=log_x
     )
@@ -101,6 +101,7 @@ def panel_scatter(
     x_label: str = "",
     y_label: str = "",
     kind: Kind = "percent",
+    x_kind: Kind = "percent",
 ) -> Figure:
     """A panel per value of `panel`, in each a point per row, coloured by series, named by `label` in its tip."""
     data = select(frame, [panel, series, label, x, y], unique=[panel, series, label])
@@ -115,15 +116,26 @@ def panel_scatter(
 
     def inside(c: Canvas, name: str, across: Scale, up: Scale) -> None:
         for a, b, i, text in points.get(name, []):
-            tip = f"{text}: {format_number(a, kind)}, {format_number(b, kind)}"
-            c.circle(across(a), up(b), 3.2, f"{_hue(i)} dot", tip)
+            tip = f"{text}: {format_number(a, x_kind)}, {format_number(b, kind)}"
+            c.circle(across(a), up(b), 3.2, f"{mark_class(i)} dot", tip)
 
-    legend = [(s, f"{_hue(i)} fill") for i, s in enumerate(names)]
+    legend = [(s, f"{mark_class(i)} fill") for i, s in enumerate(names)]
     known = [v for v in ys if not math.isnan(v)]
     draw = _drawing(
-        distinct(data[panel]), xs, known, inside, legend, x_label, y_label, kind, None, height=150.0, most=3
+        distinct(data[panel]),
+        xs,
+        known,
+        inside,
+        legend,
+        x_label,
+        y_label,
+        kind,
+        None,
+        height=150.0,
+        most=3,
+        x_kind=x_kind,
     )
-    formats: dict[str, Kind] = dict.fromkeys((x, y), kind)
+    formats: dict[str, Kind] = {x: x_kind, y: kind}
     return make_figure(title, caption, data, formats, draw if points else None, listing(data, formats))
 
 
@@ -141,6 +153,7 @@ def _drawing(
     height: float = _HEIGHT,
     most: int = 5,
     log_x: bool = False,
+    x_kind: Kind = "auto",
 ) -> Callable[[Canvas], None]:
     """What draws the grid of panels; `inside` draws one panel's marks."""
     known = [v for v in xs if not math.isnan(v)]
@@ -182,7 +195,7 @@ def _drawing(
                 marks = list(x_ticks.items()) if x_ticks is not None else []
                 if x_ticks is None:
                     ticks = round_ticks(min(0.0, low), high, 3)
-                    marks = list(zip(ticks, tick_labels(ticks, kind), strict=True))
+                    marks = list(zip(ticks, tick_labels(ticks, x_kind), strict=True))
                 taken = -math.inf
                 for tick, text in marks:
                     place, half = across(tick), text_width(text, 10) / 2
@@ -198,11 +211,6 @@ def _drawing(
         c.height = at
 
     return draw
-
-
-def _hue(index: int) -> str:
-    """Colours of the series without the grey, which does not tell bands apart."""
-    return ("s1", "s3", "s4", "s5", "s6", "s2")[index % 6]
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -18,6 +18,15 @@ from sglang_probe.report._svg import WIDE, Canvas, num, text_width, wrap
 Span = tuple[int, int, str]
 
 FATES = ("computed", "decode", "reused", "dropped", "unrequested")
+NO_RECORD = "no record"
+FATES_IN_WORDS = {
+    "computed": "computed in prefill",
+    "decode": "computed in decode",
+    "reused": "reused from the cache: no row",
+    "dropped": "dropped: its facts were lost",
+    "unrequested": "not asked for",
+    NO_RECORD: NO_RECORD,
+}
 
 
 def token_strip(
@@ -33,13 +42,12 @@ def token_strip(
     Args:
         strips: per arm, spans `(start, end, fate)`, end exclusive; the fates are `FATES`. A position in no span is
             drawn as a gap, "no record".
-        segments: spans `(start, end, name)`; each name gets a line of its own below the strips.
+        segments: spans `(start, end, name)`; each name gets a line of its own below the strips. Empty ones, such as an
+            output of no token that was run, are left out.
     """
+    segments = [s for s in segments if s[0] != s[1]]
     for arm, spans in strips.items():
-        _check_spans(spans, f"arm {arm!r}")
-        unknown = {s for _, _, s in spans} - set(FATES)
-        if unknown:
-            raise ValueError(f"arm {arm!r} has the unknown fate {sorted(unknown)[0]!r}; known: {', '.join(FATES)}")
+        _check_fates(spans, f"arm {arm!r}")
     _check_spans(segments, "the segments")
     total = max([end for spans in (*strips.values(), segments) for _, end, _ in spans], default=0)
     filled = {arm: _fill_gaps(spans, total) for arm, spans in strips.items()}
@@ -89,6 +97,50 @@ def token_strip(
     return make_figure(title, caption, data, {}, draw if total and strips else None, f"Of {total} positions, {said}.")
 
 
+def request_strips(
+    requests: Mapping[str, Sequence[Span]], *, title: str, caption: str = "", position_label: str = "position"
+) -> Figure:
+    """Several requests under each other on one axis of positions: what was computed of each, and what was reused.
+
+    Args:
+        requests: by name, spans as in `token_strip`. What stands after the last span of a request is no gap: requests
+            differ in length.
+    """
+    for name, spans in requests.items():
+        _check_fates(spans, f"request {name!r}")
+    total = max([end for spans in requests.values() for _, end, _ in spans], default=0)
+    filled = {name: _fill_gaps(spans, max([e for _, e, _ in spans], default=0)) for name, spans in requests.items()}
+    fates = [f for f in (*FATES, NO_RECORD) if any(f == fate for spans in filled.values() for _, _, fate in spans)]
+    counts = {name: _tokens_by_name(spans) for name, spans in filled.items()}
+
+    def draw(c: Canvas) -> None:
+        gutter = min(max(map(text_width, [*requests, position_label])) + 12, 0.34 * c.width)
+        x = Scale(0, total, gutter, c.width - 12)
+        y = _draw_fate_key(c, [(FATES_IN_WORDS[f], f) for f in fates], 11, 0) + 12
+        for name, spans in filled.items():
+            rows = wrap(name, gutter - 10)
+            c.paragraph(0, y + 12 - 7.5 * (len(rows) - 1), rows)
+            for start, end, fate in spans:
+                tip = f"{name}: {start:,} to {end - 1:,} {fate} ({end - start:,} tokens)"
+                _draw_fate(c, x(start), y, x(end) - x(start), 17, fate, tip)
+            y += 15 * max(len(rows) - 1, 0) + 23
+        ticks = [t for t in round_ticks(0, total, 8 if c.width == WIDE else 4, whole=True) if t <= total]
+        draw_ticks_below(c, x, ticks, tick_labels(ticks, "auto"), y)
+        c.paragraph(0, y + 17, wrap(position_label, gutter - 10, 11), "muted", size=11)
+        c.height = y + 22
+
+    frame = _atoms(filled, []).rename(columns={"arm": "request"}).drop(columns="segment")
+    said = "; ".join(f"{name}: " + ", ".join(f"{n} {fate}" for fate, n in by.items()) for name, by in counts.items())
+    return make_figure(title, caption, frame, {}, draw if total else None, f"{said}.")
+
+
+def _check_fates(spans: Sequence[Span], what: str) -> None:
+    _check_spans(spans, what)
+    unknown = {s for _, _, s in spans} - set(FATES)
+    if unknown:
+        raise ValueError(f"{what} has the unknown fate {sorted(unknown)[0]!r}; known: {', '.join(FATES)}")
+
+
 def _draw_fate(c: Canvas, x: float, y: float, w: float, h: float, fate: str, tip: str = "") -> None:
     """A run of tokens in the look of its fate: solid if an activation exists, hatched if none was computed."""
     match fate:
@@ -133,14 +185,14 @@ def _fill_gaps(spans: Sequence[Span], total: int) -> list[Span]:
     at = 0
     for start, end, fate in sorted(spans):
         if start > at:
-            filled.append((at, start, "no record"))
+            filled.append((at, start, NO_RECORD))
         filled.append((start, end, fate))
         at = end
-    return filled if at == total else [*filled, (at, total, "no record")]
+    return filled if at == total else [*filled, (at, total, NO_RECORD)]
 
 
 def _tokens_by_name(spans: Iterable[Span]) -> dict[str, int]:
-    counts = dict.fromkeys((*FATES, "no record"), 0)
+    counts = dict.fromkeys((*FATES, NO_RECORD), 0)
     for start, end, name in spans:
         counts[name] += end - start
     return {name: n for name, n in counts.items() if n}

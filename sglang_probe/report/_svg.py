@@ -50,6 +50,18 @@ class Canvas:
     def circle(self, x: float, y: float, r: float, css: str, tip: str = "") -> None:
         self._add("circle", f'cx="{num(x)}" cy="{num(y)}" r="{num(r)}"', css, tip)
 
+    def mark(self, x: float, y: float, index: int, css: str, tip: str = "") -> None:
+        """The mark of a series: shapes differ as colours do, for readers who do not tell the colours apart."""
+        match index % 4:
+            case 0:
+                self.circle(x, y, 3.5, css, tip)
+            case 1:
+                self.path(f"M{num(x - 3.2)} {num(y - 3.2)}h6.4v6.4h-6.4Z", css, tip)
+            case 2:
+                self.path(f"M{num(x)} {num(y - 4.6)}l4.6 4.6l-4.6 4.6l-4.6 -4.6Z", css, tip)
+            case _:
+                self.path(f"M{num(x)} {num(y - 4.4)}l4.4 7.6h-8.8Z", css, tip)
+
     def hatch(self, x: float, y: float, w: float, h: float, css: str, *, tip: str = "", pitch: float = 6.0) -> None:
         """Diagonal strokes cut to the box, one by one: an SVG pattern would need a reference, and the page has none."""
         strokes = []
@@ -81,8 +93,9 @@ class Canvas:
         return y + 28
 
     def svg(self, css: str, title: str, description: str) -> str:
-        head = f'<svg class="{css}" viewBox="0 0 {self.width} {num(self.height)}" role="img" font-size="12">'
-        head += f"<title>{_escape(re.sub(r'`|[*][*]', '', title))}</title><desc>{_escape(description)}</desc>"
+        named = _escape(re.sub(r"`|[*][*]", "", title))
+        head = f'<svg class="{css}" viewBox="0 0 {self.width} {num(self.height)}" role="img" aria-label="{named}" '
+        head += f'font-size="12"><title>{named}</title><desc>{_escape(description)}</desc>'
         return "\n".join([head, *self._parts, "</svg>"])
 
     def _add(self, tag: str, attributes: str, css: str, tip: str = "") -> None:
@@ -129,6 +142,11 @@ def num(x: float) -> str:
 def series_class(index: int) -> str:
     """The colour of a series: six in turn, defined in page.html.j2."""
     return f"s{index % 6 + 1}"
+
+
+def mark_class(index: int) -> str:
+    """The colour of a series that is told apart by marks or bands: without the grey, which is for what is compared."""
+    return ("s1", "s3", "s4", "s5", "s6", "s2")[index % 6]
 
 
 def _escape(text: str) -> str:

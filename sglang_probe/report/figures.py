@@ -1,4 +1,4 @@
-"""Figures as inline SVG: grouped bars, lines, a heatmap, small multiples, and the token strip.
+"""Figures as inline SVG: dots with intervals, grouped bars, lines, a heatmap, small multiples, and token strips.
 
 Each function takes a frame and the names of its columns (the token strip: spans) and gives a `Figure`: two drawings of
 the same numbers (one for columns 720 px wide and for print, one for phones, so that text keeps its size), and the
@@ -6,17 +6,18 @@ numbers themselves. Colours come from classes that page.html.j2 defines for ligh
 so give arms the same order in every figure. A duplicate, an overlap or a missing column raises `ValueError`: a figure
 never picks one of two numbers. Missing values are drawn as missing.
 
-One file per figure: _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py. They share the
-result (_figure.py), the reading of
-frames (_frame.py), axes (_axes.py), and the SVG canvas with its text measuring (_svg.py).
+One file per figure: _dots.py, _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py. They share
+the result (_figure.py), the reading of frames (_frame.py), axes (_axes.py), and the SVG canvas with its text measuring
+(_svg.py).
 """
 
 from sglang_probe.report._bars import grouped_bars
+from sglang_probe.report._dots import dots
 from sglang_probe.report._figure import Figure
 from sglang_probe.report._heatmap import heatmap
 from sglang_probe.report._lines import lines
 from sglang_probe.report._panels import panel_lines, panel_scatter
-from sglang_probe.report._strip import FATES, Span, token_strip
+from sglang_probe.report._strip import FATES, Span, request_strips, token_strip
 from sglang_probe.report._svg import NARROW, WIDE
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "WIDE",
     "Figure",
     "Span",
+    "dots",
     "grouped_bars",
     "heatmap",
     "lines",
     "panel_lines",
     "panel_scatter",
+    "request_strips",
     "token_strip",
 ]

@@ -1,4 +1,4 @@
-"""A page of results: title, headline tiles, facts, and sections with text, figures and tables, as one HTML file.
+"""A page of results as one HTML file: the answer in a sentence, the picture that shows it, then the evidence.
 
 The file needs nothing but itself: no script, no font, no image, and its content security policy forbids loading any.
 All text is escaped; the only markup understood is `code` in backquotes and **bold**.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -18,7 +19,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from sglang_probe.report.figures import Figure
-from sglang_probe.report.tables import Table
+from sglang_probe.report.tables import MOST_ROWS, Table
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what belongs to it. `text`: paragraphs, separated by blank lines; `notes`: caveats, small."""
+    """A heading and what belongs to it. `text`: paragraphs, separated by blank lines; `notes`: caveats, small.
+
+    Figures and tables without a number are replaced by one sentence: nothing to show, because of `nothing`.
+    """
 
     heading: str
     text: str = ""
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
+    nothing: str = "nothing of it was measured"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,12 @@ class Page:
     """The whole report. `facts` are (name, value) pairs that say what was measured: model, versions, seeds, arms."""
 
     title: str
+    answer: str = ""
+    """What was found, in one sentence."""
+    picture: Figure | None = None
+    """The figure that shows the answer; left out where there is nothing to draw."""
     lead: str = ""
+    """How it was measured."""
     tiles: Sequence[Tile] = ()
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = ()
@@ -89,6 +99,16 @@ def paragraphs(text: str) -> Markup:
     return Markup("\n").join(Markup("<p>{}</p>").format(inline(b)) for b in blocks)
 
 
+def _split(section: Section) -> dict[str, list[Any]]:
+    """Figures and tables with numbers, and what the others would have shown."""
+    empty = [f.title for f in section.figures if not f.drawn] + [t.caption for t in section.tables if t.frame.empty]
+    return {
+        "figures": [f for f in section.figures if f.drawn],
+        "tables": [t for t in section.tables if not t.frame.empty],
+        "empty": [e for e in empty if e],
+    }
+
+
 def _csv_link(frame: pd.DataFrame) -> str:
     """The frame at full precision, as a link that holds its own data."""
     return "data:text/csv;charset=utf-8," + quote(frame.to_csv(index=any(n is not None for n in frame.index.names)))
@@ -102,6 +122,6 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(inline=inline, paragraphs=paragraphs, csv_link=_csv_link)
-    environment.globals.update(Table=Table)
+    environment.filters.update(inline=inline, paragraphs=paragraphs, csv_link=_csv_link, split=_split)
+    environment.globals.update(Table=Table, MOST_ROWS=MOST_ROWS)
     return environment

@@ -1,71 +1,30 @@
-"""Numbers as text, and frames as HTML tables.
-
-A printed number never claims more than it is: `100%` and `0%` appear only for exact values (99.97 % reads `>99.9%`),
-a small number that would round to zero turns scientific, and a fraction asked to be an integer keeps its fraction.
-"""
+"""Frames as HTML tables: numbers that belong together in one cell, and what was left out said below."""
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pandas as pd
 from markupsafe import escape
 
-Kind = Literal["auto", "integer", "decimal", "signed", "percent", "scientific", "text"]
+from sglang_probe.report.numbers import MISSING, Kind, format_interval, format_number, is_missing
 
-MISSING = "\N{EN DASH}"
+__all__ = [
+    "MISSING",
+    "MOST_ROWS",
+    "Column",
+    "Kind",
+    "Printed",
+    "Table",
+    "format_interval",
+    "format_number",
+    "is_missing",
+]
 
-_EXACT = 1e-12  # a mean of ones may miss 1.0 by rounding; closer than this counts as exact
-
-
-def format_number(x: object, kind: Kind = "auto", *, digits: int | None = None) -> str:
-    """`x` as text.
-
-    Args:
-        x: a number; missing values (None, NaN, NA) give an en dash, text is returned as it is.
-        kind: `auto` (four significant digits, scientific below 0.001), `integer` (thousands separated), `decimal`
-            (three places), `signed` (the same with its sign), `percent` (of a fraction; one place), `scientific` (two
-            places; `4.20e-7`, as on axes), or `text` (no separators, for ids).
-        digits: places after the point, instead of the kind's default.
-    """
-    if is_missing(x):
-        return MISSING
-    if isinstance(x, bool | np.bool_):
-        return "yes" if x else "no"
-    if kind == "text" or not isinstance(x, numbers.Real):
-        return str(x)
-    value = float(x)
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    match kind:
-        case "percent":
-            return _percent(value, 1 if digits is None else digits)
-        case "decimal":
-            text = f"{value:,.{3 if digits is None else digits}f}"
-            return _scientific(value, 2) if value and _is_zero(text) else text.removeprefix("-" if not value else "")
-        case "signed":
-            return f"{value:+,.{3 if digits is None else digits}f}"
-        case "scientific":
-            return _scientific(value, 2 if digits is None else digits)
-    if isinstance(x, numbers.Integral):
-        return f"{int(x):,}"
-    if value.is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if not 1e-3 <= abs(value) < 1e7:
-        return _scientific(value, 2)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def format_interval(low: object, high: object, kind: Kind = "auto", *, digits: int | None = None) -> str:
-    """`[low, high]`, or an en dash if one of them is missing."""
-    if is_missing(low) or is_missing(high):
-        return MISSING
-    return f"[{format_number(low, kind, digits=digits)}, {format_number(high, kind, digits=digits)}]"
+MOST_ROWS = 400
+"""A longer table prints so many rows and says how many there are; the files of the table have all."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +42,17 @@ class Column:
     beside: str = ""
     bounds: tuple[str, str] | None = None
     """Names of the columns that hold the ends of the interval."""
-    digits: int | None = None
 
     @property
     def title(self) -> str:
         """What stands above the column."""
         return self.header or self.name.replace("_", " ")
+
+    def there(self, frame: pd.DataFrame) -> bool:
+        """Whether it is printed: an interval may be absent, and a frame without rows may have no columns."""
+        if self.name:
+            return self.name in frame.columns or len(frame) > 0
+        return all(n in frame.columns for n in self.bounds or ())
 
 
 @dataclass(frozen=True)
@@ -113,13 +77,15 @@ class Table:
     """The kind of number per column where `columns` is not given; other columns are `auto`."""
     columns: Sequence[Column] = ()
     long: bool = False
-    """Whether a page folds it away, with the whole frame as CSV beside it."""
+    """Whether a page folds it away."""
+    file: str = ""
+    """Name of the file in `tables/` that has the whole frame, without its suffix; a page links to it."""
 
     def printed(self) -> list[Printed]:
         """The columns as text."""
         frame = self.frame.reset_index() if any(n is not None for n in self.frame.index.names) else self.frame
         if self.columns:
-            return [_print(c, frame) for c in self.columns] if len(frame.columns) else []
+            return [_print(c, frame) for c in self.columns if c.there(frame)]
         return [
             _print(Column(str(name), str(name), self.formats.get(str(name), "auto")), frame.iloc[:, [i]])
             for i, name in enumerate(frame.columns)
@@ -127,7 +93,7 @@ class Table:
 
     def to_html(self) -> str:
         """The `<table>` in a container that scrolls sideways; the caption is left to the page."""
-        columns = self.printed()
+        columns = replace(self, frame=self.frame.head(MOST_ROWS)).printed()
         if not columns:
             return '<p class="empty">no data</p>'
         css = [' class="n"' if c.numeric else "" for c in columns]
@@ -137,6 +103,9 @@ class Table:
             for row in zip(*(c.cells for c in columns), strict=True)
         ]
         body = "\n".join(rows) or f'<tr><td class="empty" colspan="{len(columns)}">no data</td></tr>'
+        if len(self.frame) > MOST_ROWS:
+            more = f"{MOST_ROWS:,} of {len(self.frame):,} rows are shown; the files below have all"
+            body += f'\n<tr><td class="empty" colspan="{len(columns)}">{more}</td></tr>'
         label = escape(self.caption or "numbers")
         return (
             f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">\n<table>\n'
@@ -144,15 +113,12 @@ class Table:
         )
 
 
-def is_missing(x: object) -> bool:
-    """None, NaN, NaT or NA."""
-    return x is None or x is pd.NA or x is pd.NaT or (isinstance(x, numbers.Real) and math.isnan(float(x)))
-
-
 def _print(column: Column, frame: pd.DataFrame) -> Printed:
     at = {str(name): i for i, name in reversed(list(enumerate(frame.columns)))}
     names = [n for n in (column.name, column.beside, *(column.bounds or ())) if n]
-    values = {n: frame.iloc[:, at[n]].tolist() for n in names}
+    if column.name and column.name not in at:
+        raise ValueError(f"no column {column.name!r}; the frame has {', '.join(at)}")
+    values = {n: frame.iloc[:, at[n]].tolist() if n in at else [None] * len(frame) for n in names}
     cells = [_cell(column, {n: values[n][i] for n in names}) for i in range(len(frame))]
     present = [v for n in names for v in values[n] if not is_missing(v)]
     numeric = column.kind != "text" and all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in present)
@@ -164,33 +130,11 @@ def _cell(column: Column, row: Mapping[str, object]) -> str:
     if column.name:
         if is_missing(row[column.name]):
             return MISSING
-        parts.append(format_number(row[column.name], column.kind, digits=column.digits))
+        parts.append(format_number(row[column.name], column.kind))
     if column.beside and not is_missing(row[column.beside]):
-        parts.append(f"({format_number(row[column.beside], column.kind, digits=column.digits)})")
+        parts.append(f"({format_number(row[column.beside], column.kind)})")
     if column.bounds is not None:
         low, high = (row[n] for n in column.bounds)
-        interval = format_interval(low, high, column.kind, digits=column.digits)
+        interval = format_interval(low, high, column.kind)
         parts += [interval] if interval != MISSING else []
     return " ".join(parts) or MISSING
-
-
-def _percent(value: float, digits: int) -> str:
-    for exact in (0.0, 1.0):
-        if abs(value - exact) < _EXACT * exact or value == exact:
-            return f"{exact:.0%}"
-    text = f"{value * 100:,.{digits}f}"
-    step = 10.0**-digits
-    if _is_zero(text):
-        return f"<{step:.{digits}f}%" if value > 0 else f">-{step:.{digits}f}%"
-    if text == f"{100:.{digits}f}":
-        return f">{100 - step:.{digits}f}%" if value < 1 else ">100%"
-    return f"{text}%"
-
-
-def _scientific(value: float, digits: int) -> str:
-    mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if value else "0"
-
-
-def _is_zero(text: str) -> bool:
-    return not text.strip("-0.,")

@@ -184,7 +184,7 @@ class RecordedStudy(Study):
         return list(found.values())
 
     def skipping_bad(self, config: Any) -> Any:
-        """The configuration, reading past malformed lines of its workload."""
+        """The configuration, passing over records of its workload that cannot be used."""
         from sglang_probe.harvest.config import with_skip_bad
 
         return with_skip_bad(config, skip_bad=True)
@@ -208,6 +208,7 @@ class RecordedStudy(Study):
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[Result, Path] | Plan:
         """Record or read the runs, and study them."""
+        from sglang_probe.harvest.directory import hold_directory
         from sglang_probe.harvest.progress import Terminal
 
         config, name, folder = opened(given, self.config())
@@ -221,11 +222,15 @@ class RecordedStudy(Study):
                 prepared = self.runs().prepare(config)
             plan = self.plan(prepared, config)
             show(console, [plan.table, *plan.notes, f"engine starts: {plan.starts}"])
+            for ours in prepared.values() if isinstance(prepared, Mapping) else [prepared]:
+                if skipped := getattr(getattr(ours, "workload", None), "skipped_in_words", ""):
+                    console.print(skipped, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if given["plan"]:
                 return plan
             how = {k: given[k] for k in ("overwrite", "resume")}
-            found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
-            write_cards(self.recorded(found))
+            with hold_directory(folder):
+                found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
+                write_cards(self.recorded(found))
         with console.status("studying") as status:
             return self.study(found, config, folder, name, status.update), folder
 

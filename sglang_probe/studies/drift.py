@@ -49,7 +49,7 @@ def compare_runs(
         ProbeError: a position holds different tokens in the two runs.
     """
     joined = _rows_of(a, a_tokens).merge(_rows_of(b, b_tokens), on=["index", "position"], suffixes=("_a", "_b"))
-    if until is not None:
+    if until is not None and len(joined):
         joined = joined[joined["position"] < joined["index"].map(until)]
     wrong = joined[joined["token_id_a"] != joined["token_id_b"]]
     if len(wrong):

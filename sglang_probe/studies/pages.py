@@ -16,7 +16,7 @@ Facts = list[tuple[str, str]]
 VERDICT = Column("verdict")
 EFFECT = Column("effect", "effect (floor)", "scientific", beside="floor")
 EXCESS = Column(header="effect minus floor, 95 %", kind="scientific", bounds=("excess_low", "excess_high"))
-Q = Column("q", kind="decimal")
+Q = Column("q", "q, Benjamini-Hochberg", "decimal")
 IDENTICAL = Column("identical_effect", "bit-identical (floor)", "percent", beside="identical_floor")
 POSITIONS = Column("positions")
 HOOK_POINT = Column("hook_point")
@@ -32,6 +32,27 @@ ALARMED = (
     "two runs of one arm differ more than runs of two arms across the same change of order. No policy can do that; "
     "look for something else in which the runs differ, and do not use the verdicts"
 )
+
+
+def only(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    """Rows whose columns have these values; a tuple or list: one of them. A frame without rows stays one."""
+    for column, value in where.items() if len(frame) else ():
+        frame = frame[frame[column].isin(value if isinstance(value, list | tuple) else [value])]
+    return frame
+
+
+def deepest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the last hook point; hook points are in the order of the model."""
+    return frame[frame["hook_point"] == frame["hook_point"].iloc[-1]] if len(frame) else frame
+
+
+def row_of_largest(frame: pd.DataFrame, column: str, *, least: bool = False) -> pd.Series | None:
+    """The row with the largest (or least) value; None if there is no value."""
+    known = frame[frame[column].notna()] if len(frame) else frame
+    if not len(known):
+        return None
+    at = known[column].to_numpy().argmin() if least else known[column].to_numpy().argmax()
+    return known.iloc[int(at)]
 
 
 def facts(manifest: Mapping[str, Any], *more: tuple[str, str]) -> Facts:

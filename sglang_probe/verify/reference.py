@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from sglang_probe import bf16
 from sglang_probe.ask import recorded_override
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.hook_points import (
@@ -26,7 +27,7 @@ from sglang_probe.verify.check import Check
 from sglang_probe.verify.segment import known_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest accepted relative error of a row, by dtype. In half precision it bounds rounding through all layers."""
+"""Largest accepted relative error of a row after up to four layers, by dtype. `tolerance` has deeper ones."""
 
 _ATTENTION = "sglang_probe"
 _ROTATED = (ROTATED_QUERY, ROTATED_KEY)
@@ -53,6 +54,7 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
     dtype = run.rows_dtype()
     _register_attention()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
+    bf16.widen(model)
     errors: dict[str, list[np.ndarray]] = {h: [] for h in hook_points}
     tokens = run.tokens()
     tokens = tokens[tokens["row"] >= 0]
@@ -85,25 +87,43 @@ def _moved(sampling_params: str, length: int) -> dict[str, torch.Tensor]:
 
 
 def check_against_transformers(run: Run, model_path: str, *, requests: int) -> Check:
-    """The comparison as a check: the worst row stays within `TOLERANCE` of its dtype."""
+    """The comparison as a check: every row stays within the `tolerance` of its hook point."""
     errors = reference_errors(run, model_path, requests=requests)
     dtype = run.rows_dtype() or torch.float32
     later = None if known_weights(run) is None else "requests after an update of the weights were not compared"
     if not any(len(e) for e in errors.values()):
         return Check("reference", "rows agree with transformers", 0, "rows", None, later)
-    worst_hook = max(errors, key=lambda h: float(errors[h].max()))
-    worst = float(errors[worst_hook].max())
+    limits = {h: tolerance(h, dtype) for h in errors}
+    worst_hook = max(errors, key=lambda h: float(errors[h].max()) / limits[h])
+    worst, limit = float(errors[worst_hook].max()), limits[worst_hook]
     covered = sum(len(e) for e in errors.values())
     summary = ", ".join(f"{h}: median {np.median(e):.1e}, max {e.max():.1e}" for h, e in errors.items())
-    limit = TOLERANCE[dtype]
     return Check(
         "reference",
-        f"rows agree with transformers in {str(dtype).removeprefix('torch.')} (relative error below {limit:g})",
+        f"rows agree with transformers in {str(dtype).removeprefix('torch.')} "
+        f"(relative error below {_span(limits.values())})",
         covered,
         "rows",
-        None if worst < limit else f"{worst_hook}: relative error {worst:.2e}",
+        None if worst < limit else f"{worst_hook}: relative error {worst:.2e}, not below {limit:.2g}",
         note=summary if later is None else f"{summary}; {later}",
     )
+
+
+def tolerance(hook_point: str, dtype: torch.dtype) -> float:
+    """Largest accepted relative error of a row of a hook point.
+
+    Every layer adds rounding of its own to the residual stream, in a direction of its own, so that what two correct
+    computations differ by grows like the square root of the depth: in SmolLM2-135M in bf16 the median is 0.0045, 0.010,
+    0.014 and 0.017 after layers 0, 10, 20 and 29, and the largest of 2,299 rows 0.014, 0.032, 0.040 and 0.059. A row
+    that belongs to another token differs by about 1.
+    """
+    layer = parse_hook_point(hook_point).layer
+    return TOLERANCE[dtype] * max(1.0, ((layer or 0) + 1) / 4) ** 0.5
+
+
+def _span(limits: Iterable[float]) -> str:
+    low, high = min(numbers := list(limits)), max(numbers)
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}, by depth"
 
 
 def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:
@@ -163,6 +183,10 @@ def _register_attention() -> None:
         for which, (name, outputs) in getattr(module, "probe_sink", {}).items():
             x_BHND = args[which]
             outputs[name] = x_BHND[0].transpose(0, 1).flatten(1)
+        q, k, v, *others = args
+        if q.dtype == torch.bfloat16 and bf16.products() == "fp32":
+            out, weights = sdpa_attention_forward(module, q.float(), k.float(), v.float(), *others, **kwargs)
+            return out.to(q.dtype), weights
         return sdpa_attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register(_ATTENTION, attend)

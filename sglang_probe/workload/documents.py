@@ -25,8 +25,8 @@ class Documents(Rendering):
     chars: int = Field(default=1500, ge=1)
     """Length of an excerpt. It begins at a line, drawn at random from those that leave room."""
     corpus: CorpusPath = "stdlib"
-    """`stdlib` (Python's standard library), or a file or folder of `.py`, `.txt`, `.md` and `.rst` files; in a YAML file
-    relative to that file."""
+    """`stdlib` (Python's standard library), or a file or folder of `.py`, `.txt`, `.md` and `.rst` files; in a YAML
+    file relative to that file."""
     held_out: bool = False
     """Only documents that the built-in model was not trained on."""
     seed: int = 0

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
@@ -115,7 +115,7 @@ class _Message(_Labelled):
         return self
 
 
-_Span = tuple[StrictInt, StrictInt, Text]
+_Span = tuple[StrictInt, StrictInt, Annotated[Text, Field(min_length=1)]]
 
 
 class _Line(_Labelled, RecordRendering):

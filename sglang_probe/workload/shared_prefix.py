@@ -49,7 +49,8 @@ class SharedPrefix(Rendering):
     shared_system: bool = True
     """Whether all families share the beginning of the system prompt; if not, it begins with the family's own part."""
     corpus: CorpusPath = "stdlib"
-    """`stdlib` (Python's standard library), or a file or folder of Python source; in a YAML file relative to that file."""
+    """`stdlib` (Python's standard library), or a file or folder of Python source; in a YAML file relative to that
+    file."""
     seed: int = 0
     """Seed of the choice of modules and functions."""
 

@@ -134,6 +134,8 @@ def read_records(source: FileSource, model: type[M], report: SourceReport) -> It
         WorkloadError: the file cannot be read, or a record is bad and `skip_bad` is off.
     """
     report.skip_bad = source.skip_bad
+    if read := sorted(_known(model) & source.ignore_keys):
+        raise WorkloadError(f"`ignore_keys: {read[0]}`: this source reads it", fix="leave it out of `ignore_keys`")
     for raw in records_in(source.path):
         try:
             parsed = _parse(raw, model, source.ignore_keys)
@@ -162,9 +164,14 @@ def _parse(raw: Raw, model: type[M], ignored: Collection[str]) -> M:
         raise error from None
 
 
+def _known(model: type[Config]) -> set[str]:
+    """Keys of a record that are read."""
+    return {f.alias or name for name, f in model.model_fields.items()}.union(getattr(model, "synonyms", ()))
+
+
 def _heard(data: Mapping[str, Any], model: type[Config], harmless: Collection[str], ignored: Collection[str]) -> Any:
     """A record without what says nothing: harmless keys, and keys unknown here whose value is null or empty."""
-    known = {f.alias or name for name, f in model.model_fields.items()} | getattr(model, "synonyms", set())
+    known = _known(model)
 
     def heard(k: str, v: Any) -> bool:
         if v is None:

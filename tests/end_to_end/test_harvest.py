@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION
@@ -24,13 +27,49 @@ pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
 
 
-def test_fp32_rows_agree_with_transformers(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
-    hook_points = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(4))]
-    hook_points += [f"blocks.{i}.{site}" for i in range(4) for site in ATTENTION]
-    config = write_yaml("fp32", dtype="float32", hook_points=hook_points, arm={"cache": "off"})
+def test_fp32_rows_agree_with_transformers(cli: Callable, tmp_path: Path) -> None:
+    """Of a file as people have it, whose usable records are served token by token."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    words = (json.__doc__ or "").split()
+    chats = [[{"role": "user", "content": " ".join(words[20 * i : 20 * i + 80])}] for i in range(7)]
+    rendered = tokenizer.apply_chat_template(chats[0], tokenize=False, add_generation_prompt=True)
+    ids = [7, *tokenizer.encode(rendered)[:20], 7, 7]
+    records = [
+        *({"messages": chat, "id": i} for i, chat in enumerate(chats)),
+        {"prompt": rendered},
+        {"prompt_ids": ids, "segments": [[0, 1, "special"], [1, 9, "document"]]},
+        {"input_ids": ids[:9]},
+        {"prompt": "x " * 9000},
+        {"prompt": "x", "sampling_params": {"top_p": 2}},
+    ]
+    with gzip.open(tmp_path / "mine.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+    config = tmp_path / "mine.yaml"
+    points = "[hook_embed, blocks.*.hook_resid_post, " + ", ".join(f"'blocks.{{0..3}}.{s}'" for s in ATTENTION) + "]"
+    config.write_text(
+        "workload: {source: jsonl, path: mine.jsonl.gz, skip_bad: true}\ndtype: float32\narm: {cache: off}\n"
+        f"sampling: {{max_new_tokens: 8, temperature: 1e-9}}\nhook_points: {points}\n"
+    )
     done = cli("harvest", config, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    errors = reference_errors(load_run(tmp_path / "run"), str(MODEL), requests=10)
+    told = "2 records were skipped: 1 too long, 1 sampling value"
+    assert told in done.stdout
+    run = load_run(tmp_path / "run")
+    assert "1 too long, 1 sampling value" in (run.path / "README.md").read_text()
+    assert run.manifest["skipped_by_reason"] == {"too long": 1, "sampling value": 1}
+    assert run.manifest["prompts_made_from"]["add_special_tokens"] == "auto"
+    assert run.hook_points == [
+        "hook_embed",
+        *(f"blocks.{i}.hook_resid_post" for i in range(4)),
+        *(f"blocks.{i}.{site}" for site in ATTENTION for i in range(4)),
+    ]
+    served = [list(p) for p in run.requests()["prompt_ids"]]
+    how = {"add_generation_prompt": True, "return_dict": False}
+    assert served[:7] == [tokenizer.apply_chat_template(chat, **how) for chat in chats]
+    assert served[7:] == [served[0], ids, ids[:9]]
+    assert [s["name"] for s in run.requests()["segments"][8]] == ["special", "document", "prompt"]
+    assert [str(c) for c in verify(run) if not c.holds] == []
+    errors = reference_errors(run, str(MODEL), requests=10)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
 
 
@@ -57,7 +96,8 @@ def test_the_ledger_holds_under(server: dict, cli: Callable, write_yaml: Callabl
 def test_an_interrupted_harvest_says_so_and_can_be_finished(
     write_yaml: Callable, tmp_path: Path, cli: Callable
 ) -> None:
-    """Ctrl-C, resume, kill -9, resume: nothing durable is lost, every request is served once."""
+    """SIGTERM to all, resume, kill -9 of the scheduler, resume, kill -9 of all, resume: nothing durable is lost, every
+    request is served once, and whoever is left says why."""
     path = tmp_path / "run"
     config = write_yaml(
         "long",
@@ -67,11 +107,16 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     )
     first = _start(config, path)
     _wait_for_requests(first, path, 5)
-    os.killpg(first.pid, signal.SIGINT)
-    assert first.wait(60) == 130
+    for option in ("--resume", "--overwrite"):
+        second_writer = cli("harvest", config, "--output", path, option)
+        assert second_writer.returncode == 2
+        assert f"process {first.pid} on " in second_writer.stderr
+    os.killpg(first.pid, signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
     assert not _alive(first.pid)
     interrupted = load_run(path)
     assert not interrupted.complete
+    assert interrupted.manifest["fault"] == "ended by SIGTERM"
     served = set(interrupted.engine_requests()["rid"])
     assert 5 <= len(served) < 80
     assert all(c.holds for c in verify(interrupted))
@@ -81,8 +126,18 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
 
     second = _start(config, path, "--resume")
     _wait_for_requests(second, path, len(served) + 5)
-    os.killpg(second.pid, signal.SIGKILL)
-    second.wait(60)
+    _scheduler_of(second).kill()
+    assert second.wait(60) == 2
+    assert not _alive(second.pid)
+    died = load_run(path)
+    assert "was killed by SIGKILL; requests in flight: r0" in died.manifest["fault"]
+    assert len(died.manifest["ended_engine"]) == 3  # the concurrency
+    assert all(c.holds for c in verify(died))
+
+    third = _start(config, path, "--resume")
+    _wait_for_requests(third, path, len(died.engine_requests()) + 5)
+    os.killpg(third.pid, signal.SIGKILL)
+    third.wait(60)
     time.sleep(1)
 
     done = cli("harvest", config, "--output", path, "--resume")
@@ -94,8 +149,12 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     finished = requests[requests["finish_reason"] != "interrupted"]
     assert sorted(finished["index"]) == list(range(80))
     assert served <= set(finished["rid"])
-    assert len(run.manifest["starts"]) == 3
-    assert {p.session for p in run.parts()} == {0, 1, 2}
+    last = finished.sort_values("rid", key=lambda rids: rids.map(run.spans().groupby("rid")["forward_id"].min()))
+    suspects = set(died.manifest["ended_engine"]) - set(died.engine_requests()["rid"].str.partition("~")[0])
+    assert {rid.partition("~")[0] for rid in last["rid"].iloc[-len(suspects) :]} == suspects
+    assert len(run.manifest["starts"]) == 4
+    assert {p.session for p in run.parts()} == {0, 1, 2, 3}
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
 @pytest.mark.slow
@@ -164,8 +223,12 @@ def _start(config: Path, path: Path, *options: str, command: str = "harvest") ->
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell gives its background jobs a Ctrl-C that is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def _scheduler_of(harvest: subprocess.Popen) -> psutil.Process:
+    return next(
+        p for p in psutil.Process(harvest.pid).children(recursive=True) if any("scheduler" in a for a in p.cmdline())
     )
 
 

@@ -66,10 +66,23 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     with EngineHost() as host:
         how: Any = {"asks": {"force"}, "host": host}
         recording = record([RunSpec("run", requests[:-1])], ours, folder, **how)["run"]
+        mixed = record([RunSpec("mixed", [requests[-1], requests[0]])], ours, folder, **how)["mixed"]
         with pytest.raises(ProbeError) as refusal:
             record([RunSpec("refused", requests[-1:])], ours, folder, **how)
     assert host.starts == 1
+    _is_recorded_as_refused(mixed)
     return recording, str(refusal.value)
+
+
+def _is_recorded_as_refused(mixed: Run) -> None:
+    """What SGLang refuses does not keep the rest from being served."""
+    refused, served = mixed.requests().sort_values("finish_reason", ascending=False).to_dict("records")
+    assert mixed.complete
+    assert (refused["rid"], refused["finish_reason"], served["finish_reason"]) == ("outside", "refused", "length")
+    assert mixed.manifest["refused"] == {"outside": refused["refusal"]}
+    assert "positions" in refused["refusal"]
+    assert mixed.manifest["requests_by_finish"] == {"refused": 1, "length": 1}
+    assert [str(c) for c in verify(mixed) if not c.holds] == []
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_probe import bf16
 from sglang_probe.engine.releases import release
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.experiment import RunSpec, record
@@ -39,6 +41,14 @@ def prepared(**fields: Any) -> Prepared:
     config = {"workload": workload, "sampling": sampling, "hook_points": ["hook_embed", LAYER], **fields}
     # One request at a time, so that equal policies give equal bits.
     return prepare(HarvestConfig.model_validate({"concurrency": 1, **config}), ARMS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stock_products() -> Iterator[None]:
+    """SGLang's own attention, which ours is compared with bit by bit, is not widened on any CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(bf16.VARIABLE, "bf16")
+        yield
 
 
 @pytest.fixture(scope="module")

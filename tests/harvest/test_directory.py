@@ -45,3 +45,33 @@ def test_engine_starts_are_read_from_older_manifests_too() -> None:
     told = [{"seconds": 1.5, "requests": 3}]
     assert schema.starts_of({"sessions": told}) == schema.starts_of({"starts": told}) == told
     assert schema.starts_of({}) == []
+
+
+def test_a_request_that_was_refused_before_it_was_queued_has_a_row_and_no_position(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 4, "hook_points": {}, "requests_expected": 2}))
+    run = load_run(tmp_path)
+    asked = [Request(i, rid, (3, 4), (SegmentSpan("user", 0, 2),)) for i, rid in enumerate("ab")]
+
+    counts = write_requests(run, asked, refused={"b": "too long"})
+
+    assert counts == {schema.REFUSED: 1}
+    (row,) = run.requests().to_dict("records")
+    assert (row["rid"], row["index"], row["finish_reason"], row["refusal"]) == ("b", 1, schema.REFUSED, "too long")
+    assert (row["prompt_len"], row["output_len"], row["output_ids"], len(row["prompt_ids"])) == (0, 0, None, 0)
+
+
+def test_a_request_that_ended_the_engine_and_is_refused_now_keeps_what_was_interrupted(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    recorder = Recorder(writer, lineage=Lineage(1, 1000), captures_rows=False)
+    plan = ForwardPlan(1, "extend", ["a"], [0], [2], [False], [0], [2], [Context(np.array([3, 4]), None)], 2)
+    recorder.launch(plan)
+    recorder.commit(1, graph=False)
+    writer.flush(timeout=30)
+    (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 4, "hook_points": {}, "requests_expected": 1}))
+    run = load_run(tmp_path)
+
+    counts = write_requests(run, [Request(0, "a", (3, 4), (SegmentSpan("user", 0, 2),))], refused={"a": "ended"})
+
+    assert counts == {schema.INTERRUPTED: 1, schema.REFUSED: 1}
+    assert run.requests()["rid"].tolist() == ["a~refused"]
+    assert [str(c) for c in verify(run) if not c.holds] == []

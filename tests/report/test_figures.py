@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from sglang_probe.report.figures import Figure, grouped_bars, heatmap, lines, token_strip
+from sglang_probe.report.figures import Figure, dots, grouped_bars, heatmap, lines, request_strips, token_strip
 
 NAN = math.nan
 ARIAL_BOLD_X = 0.556  # width of the letter x, in em
@@ -297,6 +297,10 @@ NOTHING: dict[str, Callable[[], Figure]] = {
     "lines of NaN": lambda: lines(pd.DataFrame({"x": [1], "y": [NAN]}), "x", "y", title="t"),
     "heatmap": lambda: heatmap(EMPTY, "r", "k", "v", title="t"),
     "heatmap without rows": lambda: heatmap(pd.DataFrame({"r": [], "k": [], "v": []}), "r", "k", "v", title="t"),
+    "dots": lambda: dots(EMPTY, "r", "s", "v", title="t", panel="p", low="a", high="b"),
+    "dots of NaN": lambda: dots(pd.DataFrame({"r": ["a"], "s": ["b"], "v": [NAN]}), "r", "s", "v", title="t"),
+    "requests": lambda: request_strips({}, title="t"),
+    "requests without spans": lambda: request_strips({"a": []}, title="t"),
     "strip": lambda: token_strip({}, [], title="t"),
     "strip without spans": lambda: token_strip({"on": []}, [], title="t"),
 }
@@ -321,6 +325,11 @@ SPOILED: dict[str, Callable[[], Figure]] = {
         pd.DataFrame({"r": [EVIL, EVIL + "2"], "k": [EVIL, EVIL + "2"], "v": [1.0, 0.5]}),
         "r", "k", "v", title=EVIL, column_label=EVIL, missing=EVIL,
     ),
+    "dots": lambda: dots(
+        pd.DataFrame({"r": [EVIL], "s": [EVIL], "p": [EVIL], "v": [1.0]}), "r", "s", "v", title=EVIL, panel="p",
+        x_label=EVIL, references=pd.DataFrame({"p": [EVIL], "name": [EVIL], "value": [0.5]}),
+    ),
+    "requests": lambda: request_strips({EVIL: [(0, 9, "computed")]}, title=EVIL, position_label=EVIL),
     "strip": lambda: token_strip({EVIL: [(0, 9, "computed")]}, [(0, 9, EVIL)], title=EVIL, position_label=EVIL),
 }  # fmt: skip
 
@@ -331,6 +340,112 @@ def test_markup_in_any_text_stays_text(make: Callable[[], Figure]) -> None:
         assert svg.findtext("title") == EVIL
         assert {e.tag for e in svg.iter()} <= {"svg", "title", "desc", "text", "rect", "path", "circle"}
         assert any("script>" in t for t in _texts(svg))
+
+
+def test_a_drawing_of_its_own_is_a_file_with_colours_and_paper(coverage: pd.DataFrame) -> None:
+    figure = grouped_bars(coverage, "segment", "arm", "coverage", title="t & u", kind="percent")
+    root = ElementTree.fromstring(figure.standalone())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    x, y, width, height = map(float, root.attrib["viewBox"].split())
+    assert (x, y, width) == (-16, -16, 720 + 32)
+    assert height == pytest.approx(float(_drawings(figure)[0].attrib["viewBox"].split()[3]) + 32)
+    style = next(e for e in root.iter() if e.tag.endswith("style"))
+    used = set(re.findall(r'class="([^"]*)"', figure.svg))
+    assert {c for names in used for c in names.split()} - {"wide", "bar"} <= set(
+        re.findall(r"[.]([\w-]+)", style.text or "")
+    )
+
+
+def test_requests_stand_under_each_other_on_one_axis() -> None:
+    rows = {"request 0": [(0, 40, "computed")], "request 1": [(0, 20, "reused"), (20, 30, "computed")]}
+    figure = request_strips(rows, title="t")
+    for svg in _drawings(figure):
+        boxes = {e.findtext("title"): e for e in svg.iter("rect") if e.find("title") is not None}
+        first, second = (
+            boxes[t] for t in ("request 0: 0 to 39 computed (40 tokens)", "request 1: 0 to 19 reused (20 tokens)")
+        )
+        assert float(first.attrib["width"]) == pytest.approx(2 * float(second.attrib["width"]), abs=0.02)
+        assert first.attrib["x"] == second.attrib["x"]
+        assert not _by_class(svg, "gap")  # a shorter request is no gap
+        assert {"computed in prefill", "reused from the cache: no row"} <= set(_texts(svg))
+
+
+# ---- dots ----
+
+
+RANKED = pd.DataFrame(
+    [
+        (p, m, b, v, v - 0.1, v + 0.1)
+        for p in ("t", "u")
+        for m, v in (("best", 0.8), ("worst", 0.2))
+        for b in ("1/8", "1/2")
+    ],
+    columns=["task", "method", "budget", "v", "lo", "hi"],
+)
+LINES = pd.DataFrame(
+    [("t", "random", 0.2, "1/8"), ("t", "random", 0.8, "1/2"), ("t", "full", 1.0, ""), ("u", "full", 1.0, "")],
+    columns=["task", "name", "value", "series"],
+)
+
+
+def ranked(**more: object) -> Figure:
+    how = {"panel": "task", "kind": "percent", "low": "lo", "high": "hi", "references": LINES} | more
+    return dots(RANKED, "method", "budget", "v", title="t", **how)
+
+
+def test_dots_stand_at_their_values_in_every_panel_with_their_intervals() -> None:
+    for svg in _drawings(ranked()):
+        circles = [
+            (float(e.attrib["cx"]), float(e.attrib["cy"]))
+            for e in _by_class(svg, "dot")
+            if e.find("title") is not None and e.tag == "circle"
+        ]
+        assert len(circles) == 4  # the first budget; the second one's marks are squares
+        best, worst = circles[0], circles[1]
+        assert best[0] > worst[0]
+        assert best[1] < worst[1]
+        spans = [re.findall(r"[\d.]+", e.attrib["d"]) for e in _by_class(svg, "interval")]
+        assert len(spans) == 8
+        assert (float(spans[0][0]) + float(spans[0][2])) / 2 == pytest.approx(best[0], abs=0.02)
+
+
+def test_reference_lines_are_named_and_take_the_colour_of_their_series() -> None:
+    for svg in _drawings(ranked()):
+        rules = [e for e in _by_class(svg, "rule") if e.find("title") is not None]
+        assert [e.findtext("title") for e in rules] == [
+            "t, random: 20.0%",
+            "t, random: 80.0%",
+            "t, full: 100%",
+            "u, full: 100%",
+        ]
+        assert [e.attrib["class"].split()[0] for e in rules] == ["s1", "s3", "ink", "ink"]
+        assert {"random", "full", "1/8", "1/2"} <= set(_texts(svg))
+
+
+def test_dots_survive_absent_intervals_and_missing_values() -> None:
+    frame = RANKED.drop(columns=["lo", "hi"]).assign(v=lambda d: d["v"].where(d["method"] == "best"))
+    figure = dots(frame, "method", "budget", "v", title="t", panel="task", low="lo", high="hi")
+    for svg in _drawings(figure):
+        assert not _by_class(svg, "interval")
+        assert len([e for e in _by_class(svg, "dot") if e.find("title") is not None]) == 4
+
+
+def test_shapes_tell_series_apart_without_colour() -> None:
+    frame = pd.DataFrame([("a", f"s{i}", i / 4) for i in range(4)], columns=["row", "series", "v"])
+    svg = _drawings(dots(frame, "row", "series", "v", title="t"))[0]
+    marks = [e for e in _by_class(svg, "dot") if e.find("title") is not None]
+    assert len({re.sub(r"[\d. ]+", "", e.attrib.get("d", "circle")) for e in marks}) == 4
+
+
+@pytest.mark.parametrize("count", [7, 19])
+def test_more_series_than_colours_change_the_figure(count: int) -> None:
+    frame = pd.DataFrame([(c, f"s{i}", 0.5) for c in "ab" for i in range(count)], columns=["c", "s", "v"])
+    svg = _drawings(grouped_bars(frame, "c", "s", "v", title="t", kind="percent"))[0]
+    assert not _by_class(svg, "bar")
+    assert len(_by_class(svg, "heat")) >= 2 * count
+    curves = pd.DataFrame([(x, f"s{i}", 0.5) for x in (0, 1) for i in range(count + 2)], columns=["x", "s", "v"])
+    svg = _drawings(lines(curves, "x", "v", "s", title="t", kind="percent"))[0]
+    assert {f"s{i}" for i in range(count + 2)} <= {e.text for e in _by_class(svg, "strong")}
 
 
 def test_control_characters_do_not_break_the_drawing() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sglang_probe.report.tables import MISSING, Column, Kind, Table, format_number
+from sglang_probe.report.numbers import MISSING, Kind, format_number
+from sglang_probe.report.tables import MOST_ROWS, Column, Table
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,15 @@ from sglang_probe.report.tables import MISSING, Column, Kind, Table, format_numb
         (1234567, "text", "1234567"),
         (0.5, "signed", "+0.500"),
         (-0.25, "signed", "-0.250"),
+        (-0.0001, "signed", "-0.000"),  # the sign of an end of an interval is what it is read for
+        (0.0, "signed", "0.000"),
+        (0.845, "correlation", "+0.84"),
+        (-20.04, "points", "-20.0"),
+        (6.04, "seconds", "6.0"),
+        (0.0004, "seconds", "4.00e-4"),
+        (389.6, "rate", "390"),
+        (1.934, "times", "1.93"),
+        (28.25, "average", "28.2"),
         ("req-1", "auto", "req-1"),
         (True, "auto", "yes"),
         (np.bool_(False), "auto", "no"),
@@ -95,13 +105,13 @@ def test_numbers_that_belong_together_stand_in_one_cell() -> None:
         {"effect": [2e-3, 1e-3, None], "floor": [1e-3, None, 1.0], "low": [-1e-4, None, 0], "high": [2e-4, None, 0]}
     )
     columns = [
-        Column("effect", "effect (floor)", "scientific", beside="floor", bounds=("low", "high"), digits=1),
-        Column(header="interval", kind="scientific", bounds=("low", "high"), digits=0),
+        Column("effect", "effect (floor)", "scientific", beside="floor", bounds=("low", "high")),
+        Column(header="interval", kind="scientific", bounds=("low", "high")),
     ]
     assert _cells(Table(frame, columns=columns).to_html()) == [
         ["effect (floor)", "interval"],
-        ["2.0e-3 (1.0e-3) [-1.0e-4, 2.0e-4]", "[-1e-4, 2e-4]"],
-        ["1.0e-3", MISSING],
+        ["2.00e-3 (1.00e-3) [-1.00e-4, 2.00e-4]", "[-1.00e-4, 2.00e-4]"],
+        ["1.00e-3", MISSING],
         [MISSING, "[0, 0]"],
     ]
 
@@ -114,6 +124,22 @@ def test_columns_are_named_in_words_and_their_dashes_are_no_missing_values() -> 
 def test_empty_tables_say_so() -> None:
     assert "no data" in Table(pd.DataFrame()).to_html()
     assert _cells(Table(pd.DataFrame({"a": [], "b": []})).to_html()) == [["a", "b"], ["no data"]]
+
+
+def test_an_interval_may_be_absent_and_a_number_may_not() -> None:
+    frame = pd.DataFrame({"effect": [1e-3]})
+    with_interval = Column("effect", kind="scientific", beside="floor", bounds=("low", "high"))
+    alone = Column(header="interval", bounds=("low", "high"))
+    assert _cells(Table(frame, columns=[with_interval, alone]).to_html()) == [["effect"], ["1.00e-3"]]
+    with pytest.raises(ValueError, match="no column 'efect'; the frame has effect"):
+        Table(frame, columns=[Column("efect")]).to_html()
+    assert _cells(Table(pd.DataFrame(), columns=[Column("a")]).to_html()) == []
+
+
+def test_rows_that_are_not_shown_are_counted() -> None:
+    cells = _cells(Table(pd.DataFrame({"a": range(1, MOST_ROWS + 11)})).to_html())
+    assert len(cells) == MOST_ROWS + 2
+    assert cells[-1] == [f"{MOST_ROWS} of {MOST_ROWS + 10} rows are shown; the files below have all"]
 
 
 def test_names_cells_and_caption_are_escaped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,20 @@ def test_ranks_keep_journals_of_their_own_and_are_read_together(tmp_path: Path) 
     assert journal.read(tmp_path) == [part(0), one, ten]
     assert journal.read_rank(tmp_path, 10) == [ten]
     assert [p.stem for p in (part(3), ten)] == ["00003", "dp10-00000"]
+
+
+def test_a_line_that_did_not_become_durable_is_taken_back_so_that_it_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append(tmp_path, part(0))
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(journal.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            journal.append(tmp_path, part(1))
+    assert journal.read(tmp_path) == [part(0)]
+    journal.append(tmp_path, part(1))
+    assert journal.read(tmp_path) == [part(0), part(1)]

@@ -73,6 +73,12 @@ def test_other_keys_are_refused_until_they_are_said_to_reach_no_prompt(
     assert found.segments[0].text == "q"
 
 
+@pytest.mark.parametrize("key", ["prompt", "messages", "input_ids"])
+def test_a_key_that_is_read_cannot_be_ignored(read: Callable[..., list[Conversation]], key: str) -> None:
+    with pytest.raises(WorkloadError, match=f"`ignore_keys: {key}`: this source reads it"):
+        read({"prompt": "a"}, ignore_keys=[key])
+
+
 def test_a_key_with_null_says_nothing(read: Callable[..., list[Conversation]]) -> None:
     message = {"role": "user", "content": "q", "name": None, "tool_calls": None}
     (found,) = read({"messages": [message], "prompt": None, "sampling_params": None, "whatever": None})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
-from sglang_probe.engine.hooks.config import ENGINE_FILE, FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.ledger.lineage import Lineage
@@ -286,8 +288,13 @@ class Session:
         self._tell_fault(message)
 
     def _tell_fault(self, fault: str) -> None:
-        """Leave a word to who started this engine."""
-        try:
-            journal.write_text_durably(self.config.run / FAULT_FILE, fault + "\n")
-        except OSError:
-            logger.critical("sglang-probe could not write %s", FAULT_FILE)
+        """Leave a word to who started this engine: in the run, or beside the configuration if that disk is full."""
+        folders = [self.config.run]
+        if self.config.live is None and CONFIG_VARIABLE in os.environ:
+            folders.append(Path(os.environ[CONFIG_VARIABLE]).parent)
+        for folder in folders:
+            try:
+                journal.write_text_durably(folder / FAULT_FILE, fault + "\n")
+                return
+            except OSError:
+                logger.critical("sglang-probe could not write %s", folder / FAULT_FILE)

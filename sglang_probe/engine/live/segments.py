@@ -135,6 +135,8 @@ def recover(root: Path) -> list[Path]:
         try:
             if load_run(path).manifest["status"] == RECORDING:
                 journal.discard_leftovers(path)
+                for left in path.glob(".lock*"):
+                    left.unlink()
                 close_segment(path, "interrupted", fault="the server ended without closing this segment")
                 recovered.append(path)
         except Exception:  # a damaged old segment must not keep a server from starting

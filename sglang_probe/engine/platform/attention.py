@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_probe import bf16
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.kept_attention import attend_masked, attend_one_query, seen_behind_cache
@@ -184,7 +184,7 @@ def _extend(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None) 
 
 
 def _attend(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scaling: float | None, **options: Any) -> Tensor:
-    out_HND = scaled_dot_product_attention(
+    out_HND = bf16.attention(
         q_NHD.transpose(0, 1)[None],
         k_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
         v_LGD.transpose(0, 1)[None].to(q_NHD.dtype),

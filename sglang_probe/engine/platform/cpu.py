@@ -1,8 +1,8 @@
 """Stock SGLang on a plain CPU: a reference for correctness, not for speed.
 
 SGLang selects an out-of-tree platform when one is registered; its own CPU platform needs kernels that its registry
-package does not carry. This one subclasses it and points at `torch_native` attention. Imported by SGLang only, after
-`sglang_probe.plugin.activate_cpu_platform` has found no accelerator.
+package does not carry. This one subclasses it and points at attention in PyTorch. Imported by SGLang only, after
+`sglang_probe.plugin.activate_cpu_platform` has found no accelerator, or was told to leave it alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities
 
+from sglang_probe.engine.platform.defaults import apply_cpu_defaults
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 
 if PROBE_TORCH not in ATTENTION_BACKEND_CHOICES:
@@ -23,7 +24,7 @@ if PROBE_TORCH not in ATTENTION_BACKEND_CHOICES:
 class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
     """`CpuSRTPlatform` as an out-of-tree platform: PyTorch-only operators, eager execution.
 
-    The default attention is SGLang's own; `--attention-backend probe_torch` chooses `attention.py` beside this file.
+    The default attention is `attention.py` beside this file; `--attention-backend torch_native` chooses SGLang's own.
     """
 
     _enum = PlatformEnum.OOT
@@ -34,7 +35,17 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return PROBE_TORCH
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """For servers that were started without our defaults; SGLang calls it before it sizes anything."""
+        apply_cpu_defaults(server_args)
+
+    def post_load_model(self, model: Any) -> None:
+        """Once the weights are loaded: how this CPU multiplies them."""
+        from sglang_probe.engine.platform.linear import widen
+
+        widen(model)
 
     def init_backend(self) -> None:
         """Register the attention backend; SGLang calls this when it imports its model runner."""

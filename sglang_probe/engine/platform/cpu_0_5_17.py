@@ -12,6 +12,8 @@ import torch
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
+from sglang_probe.engine.platform.defaults import apply_cpu_defaults
+
 
 class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
     """`CpuSRTPlatform` as an out-of-tree platform: PyTorch-only operators, eager execution."""
@@ -24,6 +26,10 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """As in `engine/platform/cpu.py`."""
+        apply_cpu_defaults(server_args)
 
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool

@@ -11,8 +11,11 @@ import glob
 import os
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
+from sglang_probe import bf16
+from sglang_probe.engine.releases import release
+from sglang_probe.errors import ConfigError
 from sglang_probe.paths import cache_dir
 
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/davinci[0-9]*", "/dev/dxg")
@@ -20,12 +23,40 @@ _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/davinci[0-9]*", "/dev/dx
 _BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
+DEVICE = "SGLANG_PROBE_DEVICE"
+"""`cpu`: leave the accelerator of this machine alone and use the CPU reference platform."""
+
+_HIDE = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "ASCEND_RT_VISIBLE_DEVICES": "-1"}
+"""SGLang asks PyTorch in many places whether there is a GPU, and takes its kernels then, whatever the platform."""
+
+
+def cpu_chosen(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user asked for the CPU although there may be an accelerator.
+
+    Raises:
+        ConfigError: `SGLANG_PROBE_DEVICE` is set to something else.
+    """
+    chosen = env.get(DEVICE) or ""
+    if chosen not in ("", "cpu"):
+        raise ConfigError(f"{DEVICE}={chosen} is not known", fix="set it to cpu, or not at all")
+    return chosen == "cpu"
+
+
+def choose_cpu(env: MutableMapping[str, str]) -> None:
+    """Let this process, if it has not used a GPU yet, and its children see no accelerator."""
+    env[DEVICE] = "cpu"
+    env.update(_HIDE)
+
+
 def accelerator_present() -> bool:
-    """Whether this machine has a GPU or NPU, seen by PyTorch or as a device file.
+    """Whether this machine has a GPU or NPU, seen by PyTorch or as a device file, that may be used.
 
     The device files count on purpose: a machine whose GPU is hidden or whose driver is broken must get an error from
-    SGLang, not a silent fall-back to a slow reference platform.
+    SGLang, not a silent fall-back to a slow reference platform. Who wants that says so (`SGLANG_PROBE_DEVICE=cpu`, or
+    `device: cpu` under `server:`).
     """
+    if cpu_chosen():
+        return False
     if any(glob.glob(pattern) for pattern in _DEVICE_FILES):
         return True
     import torch
@@ -65,9 +96,18 @@ def bind_cpus(env: MutableMapping[str, str], ranks: int) -> None:
         env[_BINDING] = "|".join(",".join(map(str, share)) for share in shares)
 
 
+def platform_facts() -> dict[str, str]:
+    """What computes here, for the manifest: `device`, and on the CPU in which type bf16 matrices are multiplied."""
+    if accelerator_present():
+        return {"device": "accelerator"}
+    return {"device": "cpu", "bf16_products": bf16.products() if release().cpu_widens else "bf16"}
+
+
 def prepare_this_process() -> None:
     """Apply the defaults to the running interpreter too, before it imports SGLang, and leave out what SGLang says at
-    import about hardware that this machine does not have."""
+    import about hardware that this machine does not have, or that it was told to leave alone."""
+    if cpu_chosen():
+        choose_cpu(os.environ)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
     # `Engine.shutdown` ends all child processes, Python's own among them, which is started anew.
     warnings.filterwarnings("ignore", message="resource_tracker: process died unexpectedly")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_probe import bf16
 from sglang_probe.kept_set import Kept
 
 
@@ -23,7 +23,7 @@ def attend_one_query(
     """
     batch, heads, dim = q_BHD.shape
     kv_heads = k_BGJD.shape[1]
-    out = scaled_dot_product_attention(
+    out = bf16.attention(
         q_BHD.view(batch, kv_heads, heads // kv_heads, dim),
         k_BGJD,
         v_BGJD,
@@ -36,7 +36,7 @@ def attend_one_query(
 def attend_masked(q_NHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, seen_GNL: Tensor, scaling: float | None) -> Tensor:
     """Queries of one request, each over the positions that its kv head may see, `[N, H, D]`."""
     group = q_NHD.shape[1] // k_LGD.shape[1]
-    out_HND = scaled_dot_product_attention(
+    out_HND = bf16.attention(
         q_NHD.transpose(0, 1)[None],
         k_LGD.transpose(0, 1)[None].to(q_NHD.dtype),
         v_LGD.transpose(0, 1)[None].to(q_NHD.dtype),

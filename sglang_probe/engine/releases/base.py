@@ -25,6 +25,10 @@ class Release(ABC):
     cpu_attention: ClassVar[tuple[str, ...]]
     """Attention backends of that platform, the default of a harvest first."""
 
+    cpu_widens: ClassVar[bool]
+    """Whether that platform is told of the loaded model, and can have it multiply bf16 in fp32 (`platform/linear.py`).
+    """
+
     cpu_ranks: ClassVar[bool]
     """Whether several tensor- or data-parallel ranks start on that platform."""
 

@@ -23,6 +23,7 @@ class Adapter(Release):
     tree = _TREE
     cpu_platform = "sglang_probe.engine.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention = ("torch_native",)
+    cpu_widens = False  # no `post_load_model`
     cpu_ranks = False  # tensor parallelism asks for NCCL (`parallel_state.py`), data parallelism for one rank's cores
     row_channel = "sglang.srt.managers.utils"
     overshoots_at_length = True

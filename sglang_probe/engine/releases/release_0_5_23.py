@@ -24,6 +24,7 @@ class Adapter(Release):
     tree = _TREE
     cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
+    cpu_widens = True
     cpu_ranks = True
     row_channel = "sglang.srt.managers.auxiliary_output"
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`

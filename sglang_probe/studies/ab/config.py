@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from sglang_probe.config import FolderName
 from sglang_probe.harvest.config import WorkloadRecording, refuse_rows
 from sglang_probe.policy.arm import Arm
 
@@ -11,9 +12,9 @@ from sglang_probe.policy.arm import Arm
 class AbConfig(WorkloadRecording):
     """Several arms over the same requests with the same output tokens."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Name of the experiment's folder; by default the name of the YAML file."""
-    arms: dict[str, Arm] = Field(
+    arms: dict[FolderName, Arm] = Field(
         default_factory=lambda: {"cache_on": Arm(), "cache_off": Arm(cache="off")}, min_length=2
     )
     """The first arm samples; the decode of all others is forced to its tokens. Each name is a run's folder."""

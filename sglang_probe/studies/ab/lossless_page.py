@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from sglang_probe.report.figures import grouped_bars
+import pandas as pd
+
+from sglang_probe.report.figures import Figure, dots
+from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.ab.lossless import DECODED, GATHERED, HERE, LosslessResult
-from sglang_probe.studies.pages import facts, footer
+from sglang_probe.studies.pages import deepest, facts, footer, only
 
 _DISTANCE = [
     Column("comparison"),
@@ -22,32 +25,40 @@ _DISTANCE = [
 
 def lossless_page(result: LosslessResult) -> Page:
     """Coverage, speed-up, and the distance of gathered rows beside the distance of a run to itself."""
-    deepest = _deepest(result)
-    gathered = result.distance[(result.distance["hook_point"] == deepest) & (result.distance["positions"] == GATHERED)]
+    gathered = only(deepest(result.distance), positions=GATHERED)
     effect = f"{result.cached} against {result.reference}"
-    shown = gathered[gathered["order"] == "another"]
-    shown = shown if len(shown) else gathered  # one replicate: there is no other order, and no floor
-    floors = shown[shown["comparison"] != effect]
-    largest, floor = (
-        format_number(part["l2_max"].max() if len(part) else None, "scientific", digits=1)
-        for part in (shown[shown["comparison"] == effect], floors)
+    # Across two orders, as the floors are; with one replicate there is no other order, and no floor.
+    across = only(gathered, order="another")
+    gathered = across if len(across) else gathered
+    largest = _largest(only(gathered, comparison=effect))
+    floor = _largest(gathered[gathered["comparison"] != effect] if len(gathered) else gathered)
+    cached = only(result.coverage, arm=result.cached)
+    covered, computed = (
+        format_number(x, "percent")
+        for x in (
+            (cached["covered"].min(), cached["computed"].sum() / cached["positions"].sum())
+            if len(cached)
+            else (None, None)
+        )
     )
-    cached = result.coverage[result.coverage["arm"] == result.cached]
-    covered = format_number(float(cached["covered"].min()), "percent")
-    computed = format_number(float(cached["computed"].sum() / cached["positions"].sum()), "percent")
-    speed = [format_number(s, "decimal", digits=2) for s in result.speedup]
+    speed = [format_number(s, "times") for s in result.speedup]
+    where = gathered["hook_point"].iloc[0] if len(gathered) else "no hook point"
     return Page(
         title=f"Lossless harvesting: {result.name}",
-        lead=f"With the prefix cache on (`{result.cached}`) the engine computed {computed} of the positions; gathered "
-        f"through lineage, {covered} of them have a row. Without the cache (`{result.reference}`) serving took "
-        f"{' and '.join(speed)} times as long, replicate by replicate. Gathered rows of `{deepest}` are at most "
-        f"{largest} from those that a run in another order computed (relative L2); runs of one arm in two orders, and "
-        f"runs whose prefills are cut elsewhere, are at most {floor} apart.",
+        answer=f"With the prefix cache on, {covered} of the positions have a row although {computed} were computed, "
+        f"and gathered rows of `{where}` are at most {largest} from computed ones in relative L2 (floor {floor}).",
+        picture=_distances(gathered, effect, str(where)),
         tiles=[
             Tile("positions with a row", covered, f"in `{result.cached}`, which computed {computed} of them"),
-            Tile("speed-up", f"{speed[0]} x", f"serving time of `{result.reference}` over the cached run"),
-            Tile("largest distance", largest, f"of a gathered row; floor {floor}"),
+            Tile(
+                "speed-up",
+                " and ".join(f"{s} ×" for s in speed) or "not known",
+                f"serving time of `{result.reference}` over that of `{result.cached}`, replicate by replicate",
+            ),
+            Tile("largest distance", largest, f"relative L2 of a gathered row to the computed one; floor {floor}"),
         ],
+        lead="Gathered through lineage: the row of a reused position is that of the request that computed it. Floors "
+        "are runs that differ in order, or in where prefills are cut.",
         facts=facts(result.manifest),
         sections=[
             Section(
@@ -63,21 +74,32 @@ def lossless_page(result: LosslessResult) -> Page:
                 "cache hit also cuts the prefill at the end of the match: an arm whose prefill is cut elsewhere shows "
                 "what that does. If gathered rows are farther than these, something other than rounding was gathered. "
                 "These are largest distances and quantiles, not a test.",
-                figures=[
-                    grouped_bars(
-                        # Replicates of a comparison: the larger of their largest distances.
-                        shown.groupby(["positions", "comparison"], sort=False, as_index=False)["l2_max"].max(),
-                        "comparison",
-                        "positions",
-                        "l2_max",
-                        title=f"Largest relative L2 of `{deepest}`, positions that were gathered, across two orders",
-                        kind="scientific",
-                    )
-                ],
                 tables=[*distance_tables(result), _everything(result)],
+                nothing="no position was computed by both runs of a pair",
             ),
         ],
         footer=footer(result.manifest),
+    )
+
+
+def _largest(part: pd.DataFrame) -> str:
+    return format_number(part["l2_max"].max() if len(part) else None, "scientific")
+
+
+def _distances(gathered: pd.DataFrame, effect: str, where: str) -> Figure:
+    """The largest distance of each comparison; of its replicates the larger."""
+    largest = gathered.groupby("comparison", sort=False, as_index=False)["l2_max"].max() if len(gathered) else gathered
+    if len(largest):
+        largest = largest.assign(what=["floor" if c != effect else "gathered rows" for c in largest["comparison"]])
+    return dots(
+        largest,
+        "comparison",
+        "what",
+        "l2_max",
+        title=f"Largest distance of `{where}`, of positions that the cached run gathered",
+        kind="scientific",
+        x_label="largest relative L2",
+        caption="Of replicates the larger. Floors: runs that differ in order, or in where prefills are cut.",
     )
 
 
@@ -89,28 +111,22 @@ def coverage_table(result: LosslessResult) -> Table:
         Column("positions"),
         Column("computed"),
         Column("rows"),
-        Column("seconds", kind="decimal", digits=1),
+        Column("seconds", kind="seconds"),
     ]
     return Table(result.coverage, "Positions with a row", columns=columns)
 
 
 def distance_tables(result: LosslessResult) -> list[Table]:
     """Distances at the deepest hook point, a table for each way in which the cached run came by the row."""
-    deepest = _deepest(result)
-    part = result.distance[result.distance["hook_point"] == deepest]
+    part = deepest(result.distance)
+    where = part["hook_point"].iloc[0] if len(part) else "rows"
     return [
-        Table(
-            part[part["positions"] == kind], f"`{deepest}`, positions {kind}", columns=_DISTANCE, long=kind != GATHERED
-        )
+        Table(found, f"`{where}`, positions {kind}", columns=_DISTANCE, long=kind != GATHERED, file="distance")
         for kind in (GATHERED, HERE, DECODED)
-        if (part["positions"] == kind).any()
+        if len(found := only(part, positions=kind)) or kind == GATHERED
     ]
 
 
 def _everything(result: LosslessResult) -> Table:
     columns = [Column("hook_point"), Column("positions", kind="text"), *_DISTANCE]
-    return Table(result.distance, "Distances at every hook point", columns=columns, long=True)
-
-
-def _deepest(result: LosslessResult) -> str:
-    return str(result.distance["hook_point"].iloc[-1])
+    return Table(result.distance, "Distances at every hook point", columns=columns, long=True, file="distance")

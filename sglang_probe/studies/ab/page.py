@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from sglang_probe.report.figures import Figure, grouped_bars, lines, token_strip
+from sglang_probe.report.figures import Figure, dots, grouped_bars, lines, request_strips, token_strip
+from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.studies.ab.study import BIN, AbResult
 from sglang_probe.studies.ab.tables import (
@@ -22,27 +23,30 @@ from sglang_probe.studies.ab.tables import (
     tokens_table,
 )
 from sglang_probe.studies.floor import ALARM
-from sglang_probe.studies.pages import ALARMED, FLOOR, facts, footer, proof
+from sglang_probe.studies.pages import ALARMED, FLOOR, deepest, facts, footer, only, proof, row_of_largest
 
-_SHARED_PREFIX = "shared_prefix"
+_NO_ROWS = "no rows were captured, or no position was computed by both runs of a pair"
 
 
 def ab_page(result: AbResult) -> Page:
     """The page of one experiment: what was computed, what was not, and how far the common rows differ."""
-    first, last = arms_of(result)[0], arms_of(result)[-1]
     m = _manifest(result)
     workload = f"{m['workload']['source']}, {m['requests_expected']} requests, digest {m['workload_digest'][:12]}"
-    backend = str(m.get("server_resolved", {}).get("attention_backend"))
+    backend = str(m.get("server_resolved", {}).get("attention_backend") or "not known")
+    strips = _strips(result)
     return Page(
         title=f"What the engine computed: {result.name}",
-        lead=_lead(result, first, last),
-        tiles=_tiles(result, first),
+        answer=f"{_coverage_answer(result)}; {_drift_answer(result)}",
+        picture=strips if strips.drawn else _effects(result),
+        tiles=_tiles(result),
+        lead=f"The same {format_number(m['requests_expected'])} requests under {len(arms_of(result))} policies; "
+        f"the baseline is `{result.baseline}`.",
         facts=facts(
             m, ("attention backend", backend), ("workload", workload), ("requests in flight", str(m["concurrency"]))
         ),
         sections=[
-            _coverage(result, first),
-            _drift(result),
+            _coverage(result),
+            _drift(result, strips.drawn),
             _tokens(result),
             proof(result.checks, f"{result.reconciled} {_proved(result)}"),
             _arguments(result),
@@ -59,66 +63,90 @@ def _manifest(result: AbResult) -> dict[str, Any]:
     return next(iter(result.manifests.values()))
 
 
-def _row(result: AbResult, run: str) -> dict[str, Any]:
-    return dict(result.totals.set_index("run").loc[run])
+def _least_covered(result: AbResult) -> tuple[pd.Series | None, pd.Series | None]:
+    """The arm that computed the smallest share of the prompts, as its row of all segments, and its worst segment."""
+    whole = row_of_largest(only(result.by_segment, segment="all"), "coverage", least=True)
+    if whole is None:
+        return None, None
+    mine = result.by_segment[(result.by_segment["arm"] == whole["arm"]) & (result.by_segment["segment"] != "all")]
+    return whole, row_of_largest(mine, "coverage", least=True)
 
 
-def _coverage_of(result: AbResult, arm: str, segment: str) -> float:
-    frame = result.by_segment
-    values = frame[(frame["arm"] == arm) & (frame["segment"] == segment)]["coverage"]
-    return float(values.iloc[0]) if len(values) else float("nan")
-
-
-def _worst(result: AbResult, arm: str) -> dict[str, Any]:
-    """The segment of the prompt with the least coverage."""
-    frame = result.by_segment[(result.by_segment["arm"] == arm) & (result.by_segment["segment"] != "all")]
-    return dict(frame.loc[frame["coverage"].idxmin()])
-
-
-def _lead(result: AbResult, first: str, last: str) -> str:
-    worst, overall = _worst(result, first), _coverage_of(result, first, "all")
+def _coverage_answer(result: AbResult) -> str:
+    whole, worst = _least_covered(result)
+    if whole is None:
+        return "No prompt position was recorded"
+    if not whole["reused"]:
+        return f"Coverage of the prompts is {format_number(whole['coverage'], 'percent')} or more in every arm"
+    of = f" (worst: `{worst['segment']}`, {_missed(worst)})" if worst is not None else ""
     return (
-        f"The same {int(_row(result, first)['requests'])} requests with the same output tokens under "
-        f"{len(arms_of(result))} policies. Under `{first}` the engine computed {format_number(overall, 'percent')} of "
-        f"the prompt tokens; the others came from the cache and have no row. Worst covered: `{worst['segment']}`, at "
-        f"{format_number(worst['coverage'], 'percent')}. Under `{last}` it computed "
-        f"{format_number(_coverage_of(result, last, 'all'), 'percent')}."
+        f"Under `{whole['arm']}` the engine never computed {_missed(whole)} of the prompt positions{of}, because they "
+        "came from the prefix cache"
     )
 
 
-def _tiles(result: AbResult, first: str) -> list[Tile]:
-    row, worst = _row(result, first), _worst(result, first)
-    prompt = format_number(int(row["prompt_tokens"]))
-    tiles = [
-        Tile(
-            "positions not computed",
-            format_number(int(row["reused"])),
-            f"of {prompt} prompt positions in `{first}`: they came from the prefix cache and have no row",
-        ),
-        Tile(
-            "least covered",
-            format_number(worst["coverage"], "percent"),
-            f"of the `{worst['segment']}` positions were computed in `{first}`",
-        ),
-    ]
-    if len(result.floors):
-        deepest = result.floors[result.floors["hook_point"] == result.floors["hook_point"].iloc[-1]]
-        r = dict(deepest.loc[deepest["effect"].idxmax()])
-        floor = format_number(r["floor"], "scientific", digits=1)
+def _missed(row: pd.Series) -> str:
+    return format_number(1 - row["coverage"], "percent")
+
+
+def _drift_answer(result: AbResult) -> str:
+    largest = row_of_largest(_deep(result), "effect")
+    if largest is None:
+        return f"how far rows differ between arms is not known: {_NO_ROWS}."
+    return (
+        f"rows of `{largest['hook_point']}` that both computed differ most under `{largest['arm']}` in "
+        f"{largest['phase']}, by {format_number(largest['effect'], 'scientific')} in relative L2 (floor "
+        f"{format_number(largest['floor'], 'scientific')}): {largest['verdict']}."
+    )
+
+
+def _tiles(result: AbResult) -> list[Tile]:
+    whole, worst = _least_covered(result)
+    tiles = []
+    if whole is not None:
+        prompt = format_number(int(whole["positions"]))
+        tiles.append(
+            Tile(
+                "positions not computed",
+                format_number(int(whole["reused"])),
+                f"of {prompt} prompt positions in `{whole['arm']}`: they came from the prefix cache and have no row",
+            )
+        )
+    if whole is not None and worst is not None:
+        tiles.append(
+            Tile(
+                "least covered",
+                format_number(worst["coverage"], "percent"),
+                f"of the `{worst['segment']}` positions were computed in `{whole['arm']}`",
+            )
+        )
+    if (r := row_of_largest(_deep(result), "effect")) is not None:
         tiles.append(
             Tile(
                 "largest effect",
-                format_number(r["effect"], "scientific", digits=1),
-                f"relative L2 of `{r['arm']}` against `{result.baseline}` in {r['phase']}, floor {floor}: "
-                f"{r['verdict']}",
+                format_number(r["effect"], "scientific"),
+                f"relative L2 of `{r['arm']}` against `{result.baseline}` in {r['phase']}, floor "
+                f"{format_number(r['floor'], 'scientific')}: {r['verdict']}",
             )
         )
     return tiles
 
 
-def _coverage(result: AbResult, first: str) -> Section:
-    by_position = result.by_position.assign(position=result.by_position["start"])
-    shared = _manifest(result)["workload"]["source"] == _SHARED_PREFIX
+def _strips(result: AbResult) -> Figure:
+    """Requests of one prefix family, position by position, in the arm that reuses most."""
+    example = result.example
+    return request_strips(
+        example["requests"] if example["reuses"] else {},
+        title=f"What `{example['arm']}` computed of {len(example['requests'])} requests, and what it reused",
+        caption="Requests of one prefix family in the order of the workload; the first run of the arm.",
+        position_label="token position",
+    )
+
+
+def _coverage(result: AbResult) -> Section:
+    by_position = result.by_position
+    if len(by_position):
+        by_position = by_position.assign(position=by_position["start"])
     return Section(
         heading="Coverage: which prompt tokens were computed",
         text="Coverage is the computed share of prompt positions. A position that is not computed was served from the "
@@ -132,8 +160,7 @@ def _coverage(result: AbResult, first: str) -> Section:
                 "coverage",
                 title="Coverage by segment class",
                 kind="percent",
-                caption="Share of prompt positions in traffic that the engine computed. For example, a prefix that is "
-                "computed once and reused eleven times has a coverage of 8.3%: one row stands for twelve occurrences.",
+                caption="Share of prompt positions in traffic that the engine computed.",
             ),
             lines(
                 by_position,
@@ -145,19 +172,16 @@ def _coverage(result: AbResult, first: str) -> Section:
                 y_label="computed share",
                 kind="percent",
                 step=True,
-                caption="This workload's shared prefixes are at the front, so that a cached harvest under-samples "
-                "early positions."
-                if shared
-                else "",
             ),
             token_strip(
                 result.example["strips"],
                 result.example["segments"],
                 title=f"One request ({result.example['rid']}), position by position",
-                caption=f"The request with the most reused tokens under {first}.",
+                caption=f"The request of which `{result.example['arm']}` reused most.",
             ),
         ],
         tables=[coverage_table(result)],
+        nothing="the runs have no prompt position",
     )
 
 
@@ -172,13 +196,10 @@ def _tokens(result: AbResult) -> Section:
     )
 
 
-def _drift(result: AbResult) -> Section:
-    floors = result.floors[result.floors["hook_point"] != EMBED] if len(result.floors) else result.floors
-    deepest = floors[floors["hook_point"] == floors["hook_point"].iloc[-1]] if len(floors) else floors
-    note = "No floor was measured, so no effect can be claimed."
-    note = note if len(result.floors) else "No rows were captured, so that there is nothing to compare."
+def _drift(result: AbResult, effects: bool) -> Section:
+    """Args: effects: whether the section has the picture of effects, which else is at the head of the page."""
     no_floor = not len(result.floors) or not result.floors["floor"].notna().any()
-    notes = [note] if no_floor else []
+    notes = ["No floor was measured, so no effect can be claimed."] if no_floor and len(result.floors) else []
     if len(result.floors) and (result.floors["verdict"] == ALARM).any():
         notes.append(f"**{ALARM[0].upper()}{ALARM[1:]}**: {ALARMED}.")
     return Section(
@@ -188,50 +209,54 @@ def _drift(result: AbResult) -> Section:
         f"batches it is what the policy alone does. The baseline is `{result.baseline}`. Intervals are 95 % over "
         "prefix families (Student's t on a cluster jackknife, corrected for skewness); with fewer than six families "
         "there are none. The test exchanges the labels of runs of one order.",
-        figures=[*_effects(deepest), *_by_bin(result)],
+        figures=[*([_effects(result)] if effects else []), *_by_bin(result)],
         tables=[
-            *([effects_table(result)] if len(result.floors) else []),
+            effects_table(result),
             *([flips_table(result)] if len(result.flips) else []),
             *every_effect(result),
-            *([every_comparison(result)] if len(result.drift) else []),
+            every_comparison(result),
         ],
         notes=notes,
+        nothing=_NO_ROWS,
     )
 
 
-def _effects(floors: pd.DataFrame) -> list[Figure]:
-    """Effect and floor of every arm at the deepest hook point, one figure a phase."""
-    figures = []
-    for phase, part in floors.groupby("phase", sort=False) if len(floors) else ():
-        long = pd.concat(
-            [
-                pd.DataFrame({"arm": part["arm"], "what": what, "l2": part[what], "low": part[low], "high": part[high]})
-                for what, low, high in (("effect", "effect_low", "effect_high"), ("floor", "floor_low", "floor_high"))
-            ]
+def _deep(result: AbResult) -> pd.DataFrame:
+    """Floors at the deepest hook point, which the embedding is not."""
+    return deepest(result.floors[result.floors["hook_point"] != EMBED]) if len(result.floors) else result.floors
+
+
+def _effects(result: AbResult) -> Figure:
+    """Effect and floor of every arm at the deepest hook point, a panel a phase."""
+    floors = _deep(result)
+    parts = []
+    for what in ("effect", "floor") if len(floors) else ():
+        ends = {side: floors.get(f"{what}_{side}") for side in ("low", "high")}
+        parts.append(
+            pd.DataFrame({"arm": floors["arm"], "phase": floors["phase"], "what": what, "l2": floors[what], **ends})
         )
-        whiskers = long["low"].notna().all()
-        figures.append(
-            grouped_bars(
-                long if whiskers else long.drop(columns=["low", "high"]),
-                "arm",
-                "what",
-                "l2",
-                title=f"{part['hook_point'].iloc[0]}, {phase}: effect beside floor",
-                kind="scientific",
-                low="low" if whiskers else None,
-                high="high" if whiskers else None,
-                caption="Mean relative L2 against the baseline, and of runs of the same arm against each other.",
-            )
-        )
-    return figures
+    where = floors["hook_point"].iloc[0] if len(floors) else "rows"
+    return dots(
+        pd.concat(parts) if parts else pd.DataFrame(),
+        "arm",
+        "what",
+        "l2",
+        panel="phase",
+        low="low",
+        high="high",
+        kind="scientific",
+        title=f"`{where}`: effect of each arm beside its floor",
+        x_label=f"mean relative L2 against `{result.baseline}`; floor: of runs of the same arm".replace("`", ""),
+        caption="Lines are 95 % intervals, where there are enough prefix families for one.",
+    )
 
 
 def _by_bin(result: AbResult) -> list[Figure]:
     """How much effect exceeds floor along the sequence, per arm, at the deepest hook point."""
-    frame = result.by_bin
-    if frame.empty or frame["excess"].isna().all():
+    frame = deepest(result.by_bin)
+    frame = frame[frame["excess"].notna()] if len(frame) else frame
+    if frame.empty:
         return []
-    frame = frame[(frame["hook_point"] == frame["hook_point"].iloc[-1]) & frame["excess"].notna()]
     weighted = frame.assign(total=frame["excess"] * frame["positions"])
     sums = weighted.groupby(["arm", "start"], sort=False, as_index=False)[["total", "positions"]].sum()
     sums["excess"] = sums["total"] / sums["positions"]
@@ -273,9 +298,10 @@ def _arguments(result: AbResult) -> Section:
     volatile = {"port", "nccl_port", "_launch_command", "random_seed_offset"}
     names = sorted({k for args in resolved.values() for k in args} - volatile)
     differing = [k for k in names if len({str(args.get(k)) for args in resolved.values()}) > 1]
-    rows = [{"run": n, **{k: str(args.get(k)) for k in differing}} for n, args in resolved.items()]
+    rows = [{"run": n, "how": ", ".join(f"{k}: {args.get(k)}" for k in differing)} for n, args in resolved.items()]
     return Section(
         heading="How the arms differ",
-        text="Every resolved server argument that is not the same in all runs.",
-        tables=[Table(pd.DataFrame(rows), "Server arguments")],
+        text="Every resolved server argument and switch that is not the same in all runs.",
+        tables=[Table(pd.DataFrame(rows), "Server arguments", columns=[Column("run"), Column("how", "arguments")])],
+        nothing="the manifests name no argument",
     )

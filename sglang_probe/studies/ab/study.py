@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ProbeError
+from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.studies.base import records
 from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
@@ -20,6 +21,9 @@ from sglang_probe.verify.verify import verify
 
 BIN = 32
 """Positions in a bin."""
+
+MOST_REQUESTS = 8
+"""So many requests are shown under each other."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class AbResult:
     """Invariants of each run."""
     manifests: dict[str, dict[str, Any]]
     example: dict[str, Any]
-    """One request for the strip figure: rid, segments, and spans (start, end, fate) per arm."""
+    """For the strips: `rid`, its `segments`, and its spans (start, end, fate) per arm as `strips`; `arm`, the one that
+    reuses most, whether it `reuses` anything, and spans of several `requests` in it."""
 
     @property
     def ok(self) -> bool:
@@ -61,6 +66,8 @@ class AbResult:
     @property
     def reconciled(self) -> str:
         """How many requests have the reused count that SGLang reports, in words."""
+        if self.totals.empty:
+            return "No request was recorded."
         equal, requests = int(self.totals["requests_reconciled"].sum()), int(self.totals["requests"].sum())
         return f"The reused count equals SGLang's `cached_tokens` in {equal} of {requests} requests."
 
@@ -200,24 +207,42 @@ def _flips(reference: Run, until: pd.Series) -> dict[str, Any]:
 
 
 def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
-    """The request with the largest reused share in the first arm: where a cached harvest is blindest."""
-    spans = runs[names[0]].last_attempt()
-    reused = spans[spans["status"] == "reused"]
-    size = (reused["end"] - reused["start"]).groupby(reused["rid"]).sum()
-    requests = runs[names[0]].requests()
-    rid = size.idxmax() if len(size) else requests["rid"].iloc[0]
+    """The request with the most reused positions, in the arm that reuses most: where a cached harvest is blindest; and
+    requests of its family beside it."""
+    reused = {name: _reused(runs[name]) for name in names}
+    arm = max(names, key=lambda name: reused[name].sum())
+    requests = runs[arm].requests()
+    rid = reused[arm].idxmax() if len(reused[arm]) else requests["rid"].iloc[0]
     request = requests.set_index("rid").loc[rid]
-    strips = {}
-    for name in names:
-        run = runs[name]
-        other = run.requests().set_index("index").loc[request["index"], "rid"]
-        mine = run.last_attempt()
-        mine = mine[mine["rid"] == other].sort_values("start")
-        strips[name] = [
-            (int(s.start), int(s.end), "decode" if s.phase in ("decode", "overshoot") else str(s.status))
-            for s in mine.itertuples()
-        ]
+    family = requests[requests["family"] == request["family"]] if request["family"] else requests
+    shown = (family if len(family) > 1 else requests).sort_values("index").head(MOST_REQUESTS)
+    strips = {name: _strip(runs[name], int(request["index"])) for name in names}
     segments = [(int(s["start"]), int(s["end"]), str(s["name"])) for s in request["segments"]]
-    end = max(e for strip in strips.values() for _, e, _ in strip)
-    segments.append((int(request["prompt_len"]), end, "generated"))
-    return {"rid": rid, "segments": segments, "strips": strips}
+    end = max([e for strip in strips.values() for _, e, _ in strip], default=0)
+    if end > request["prompt_len"]:
+        segments.append((int(request["prompt_len"]), end, "generated"))
+    return {
+        "rid": rid,
+        "arm": arm,
+        "reuses": bool(reused[arm].sum()),
+        "segments": segments,
+        "strips": strips,
+        "requests": {f"request {i}": _strip(runs[arm], i) for i in map(int, shown["index"])},
+    }
+
+
+def _reused(run: Run) -> pd.Series:
+    """Reused positions by rid."""
+    spans = run.last_attempt()
+    spans = spans[spans["status"] == schema.REUSED]
+    return (spans["end"] - spans["start"]).groupby(spans["rid"]).sum()
+
+
+def _strip(run: Run, index: int) -> list[tuple[int, int, str]]:
+    """Spans of a request as a strip shows them."""
+    spans = run.last_attempt()
+    mine = spans[spans["rid"].isin(run.requests().loc[lambda r: r["index"] == index, "rid"])].sort_values("start")
+    return [
+        (int(s.start), int(s.end), "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status))
+        for s in mine.itertuples()
+    ]

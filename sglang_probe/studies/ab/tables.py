@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sglang_probe.report.tables import Column, Kind, Table
+from sglang_probe.report.numbers import Kind
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.ab.study import AbResult
 from sglang_probe.studies.pages import HOOK_POINT, verdicts
 
@@ -13,7 +14,7 @@ ARM, RUN, PHASE = Column("arm"), Column("run"), Column("phase")
 
 def arms_of(result: AbResult) -> list[str]:
     """Arms in the order of the experiment's runs."""
-    return list(dict.fromkeys(result.totals["arm"]))
+    return list(dict.fromkeys(result.totals["arm"])) if len(result.totals) else []
 
 
 def tokens_table(result: AbResult) -> Table:
@@ -24,8 +25,8 @@ def tokens_table(result: AbResult) -> Table:
         Column("computed"),
         Column("reused"),
         Column("generated"),
-        Column("seconds", kind="decimal", digits=1),
-        Column("tokens_per_second", "tokens/s", "decimal", digits=0),
+        Column("seconds", kind="seconds"),
+        Column("tokens_per_second", "tokens per second", "rate"),
     ]
     return Table(result.totals, "Tokens and time of each run", columns=columns)
 
@@ -41,14 +42,16 @@ def counts_table(result: AbResult) -> Table:
         Column("sglang_cached_tokens", "SGLang's cached tokens"),
         Column("requests_reconciled", "requests with equal counts"),
     ]
-    return Table(result.totals, "Steps and reconciliation of each run", columns=columns, long=True)
+    return Table(result.totals, "Steps and reconciliation of each run", columns=columns, long=True, file="totals")
 
 
 def coverage_table(result: AbResult) -> Table:
     """Computed share of prompt positions, segments by arms; the longer of the two runs down."""
-    arms, segments = arms_of(result), list(dict.fromkeys(result.by_segment["segment"]))
-    shares = result.by_segment.pivot(index="segment", columns="arm", values="coverage").loc[segments, arms]
     title = "Computed share of prompt positions"
+    if result.by_segment.empty:
+        return Table(pd.DataFrame(), title)
+    arms, segments = list(dict.fromkeys(result.by_segment["arm"])), list(dict.fromkeys(result.by_segment["segment"]))
+    shares = result.by_segment.pivot(index="segment", columns="arm", values="coverage").loc[segments, arms]
     if len(arms) > 3:
         return Table(shares.T.reset_index(), title, columns=[ARM, *(Column(s, s, "percent") for s in segments)])
     counts = result.by_segment.drop_duplicates("segment").set_index("segment")["positions"]
@@ -59,6 +62,8 @@ def coverage_table(result: AbResult) -> Table:
 
 def effects_table(result: AbResult) -> Table:
     """Effect beside floor at the deepest hook point; an arm that is bit-identical everywhere takes one row."""
+    if result.floors.empty:
+        return Table(pd.DataFrame(), "Effect beside floor")
     deepest = result.floors["hook_point"].iloc[-1]
     parts = []
     for _, part in result.floors.groupby("arm", sort=False):
@@ -87,10 +92,10 @@ def flips_table(result: AbResult) -> Table:
 def every_effect(result: AbResult) -> list[Table]:
     """Effect beside floor at every hook point, and by class of token."""
     found = [
-        (result.floors, "Effect and floor at every hook point", [ARM, HOOK_POINT, PHASE]),
-        (result.by_class, "Effect and floor by class of token", [ARM, HOOK_POINT, PHASE, Column("segment")]),
+        ("floors", "Effect and floor at every hook point", [ARM, HOOK_POINT, PHASE]),
+        ("by_class", "Effect and floor by class of token", [ARM, HOOK_POINT, PHASE, Column("segment")]),
     ]
-    return [Table(frame, title, columns=verdicts(*by), long=True) for frame, title, by in found if len(frame)]
+    return [Table(getattr(result, k), title, columns=verdicts(*by), long=True, file=k) for k, title, by in found]
 
 
 def every_comparison(result: AbResult) -> Table:
@@ -105,9 +110,9 @@ def every_comparison(result: AbResult) -> Table:
         Column("l2_median", "relative L2, median", kind),
         Column("l2_p99", "99th percentile", kind),
         Column("l2_max", "largest", kind),
-        Column("cosine_min", "least cosine", "decimal", digits=6),
+        Column("cosine_min", "least cosine", "decimal"),
         Column("deviation_max", "largest deviation", kind),
         Column("positions"),
     ]
     order = result.drift.sort_values(["hook_point", "phase", "kind"]) if len(result.drift) else result.drift
-    return Table(order, "Every comparison of two runs", columns=columns, long=True)
+    return Table(order, "Every comparison of two runs", columns=columns, long=True, file="drift")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pandas as pd
 
 from sglang_probe.errors import LedgerError
+from sglang_probe.report import markdown
+from sglang_probe.report.numbers import format_number
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run
 from sglang_probe.run.selection import Selected
@@ -21,7 +24,7 @@ _CARD = """# {name}
 | | |
 |---|---|
 | model | {model} ({architecture}), rows in {dtype} |
-| arm | {arm}: `{policy}` |
+| arm | {arm}: {policy} |
 | requests | {requests} of {expected} |
 | hook points | {hook_points} |
 | rows | {rows:,}, {dropped} dropped |
@@ -65,52 +68,55 @@ def write_card(run: Run) -> None:
     tokens = run.tokens()
     t = totals(run, tokens)
     text = _CARD.format(
-        name=m["name"],
+        name=markdown.escape(m["name"]),
         status="Complete." if run.complete else "**Incomplete.**",
-        probe=m["versions"]["sglang-probe"],
-        sglang=m["versions"]["sglang"],
-        created=m["created"],
-        model=m["model"]["name"],
-        architecture=m["model"]["architecture"],
-        dtype=m["rows_dtype"] or m["dtype"],
-        arm=m["arm"],
-        policy=m["policy"],
+        probe=markdown.escape(m["versions"]["sglang-probe"]),
+        sglang=markdown.escape(m["versions"]["sglang"]),
+        created=markdown.escape(m["created"]),
+        model=markdown.escape(m["model"]["name"]),
+        architecture=markdown.escape(m["model"]["architecture"]),
+        dtype=markdown.escape(m["rows_dtype"] or m["dtype"]),
+        arm=markdown.escape(m["arm"]),
+        policy=markdown.code(m["policy"]),
         requests=int(t["requests"]),
         expected=m["requests_expected"],
-        hook_points=", ".join(f"`{h}`" for h in run.hook_points) or "none",
+        hook_points=", ".join(map(markdown.code, run.hook_points)) or "none",
         rows=m["rows"],
         dropped=m["rows_dropped"],
         prompt_tokens=int(t["prompt_tokens"]),
         computed=int(t["computed"]),
         reused=int(t["reused"]),
         generated=int(t["generated"]),
-        coverage=markdown_table(coverage_by_segment(tokens)),
+        coverage=segments_table(tokens),
         methods=_methods(run),
         gaps=_gaps(m, t),
-        path=run.path.name,
+        path=_in_string(run.path.name),
         first_hook=run.hook_points[0] if run.hook_points else "hook_embed",
     )
     journal.write_text_durably(run.path / "README.md", text)
 
 
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table; floats in percent."""
-    header = "| " + " | ".join(str(c) for c in frame.columns) + " |"
-    rule = "|" + "---|" * len(frame.columns)
+def segments_table(tokens: pd.DataFrame) -> str:
+    """Coverage by segment of the prompt as a Markdown table."""
+    found = coverage_by_segment(tokens)
+    counts = ["positions", "computed", "reused"]
     rows = [
-        "| "
-        + " | ".join(f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in r)
-        + " |"
-        for r in frame.itertuples(index=False)
+        [markdown.code(r["segment"]), *(f"{r[c]:,}" for c in counts), format_number(r["coverage"], "percent")]
+        for r in found.to_dict("records")
     ]
-    return "\n".join([header, rule, *rows])
+    return markdown.table(["segment", *counts, "coverage"], rows, numeric=4)
 
 
 def _methods(run: Run) -> str:
     try:
-        return paragraph(study_coverage(run))
+        return paragraph(study_coverage(run), markdown.code)
     except LedgerError as e:
-        return f"**The coverage of this run cannot be counted: {e.message}.**"
+        return f"**The coverage of this run cannot be counted: {markdown.escape(e.message)}.**"
+
+
+def _in_string(name: str) -> str:
+    """The name inside of a Python string in a fenced block, which no sign of it may end."""
+    return json.dumps(name)[1:-1].replace("`", "\\x60")
 
 
 def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
@@ -128,10 +134,15 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         reasons = (manifest.get("skipped_by_reason") or {}).items()
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons, key=lambda x: -x[1]))
         gaps.append(f"{manifest['lines_skipped']} records of the workload were skipped" + (f": {why}" if why else ""))
+    if refused := manifest.get("refused"):
+        gaps.append(
+            f"{len(refused)} requests were refused by SGLang (`finish_reason: refused`; `refusal` says why): complete "
+            "means that every request was served or refused"
+        )
     if manifest["status"] != "complete":
-        gaps.append(manifest.get("fault") or "the run was interrupted")
+        gaps.append(markdown.escape(manifest.get("fault") or "the run was interrupted"))
     partial = Selected.from_manifest(manifest).partial
     if partial:
-        named = ", ".join(f"`{h}`" for h in partial)
+        named = ", ".join(map(markdown.code, partial))
         gaps.append(f"{named} hold rows of the selected positions only (`rows_kept` in the manifest)")
     return "\n".join(f"* {g}" for g in gaps)

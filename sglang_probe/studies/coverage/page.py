@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from sglang_probe.report.figures import Figure, grouped_bars, heatmap
+from sglang_probe.report.figures import Figure, dots, grouped_bars, heatmap
+from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.studies.coverage.result import Coverage, Map
 from sglang_probe.studies.coverage.words import paragraph, ratio_in_words, worst_in_words
@@ -24,6 +25,10 @@ _SHARES = [
 ]
 
 
+_MOST_ROWS = 30
+"""Longer tables are folded away."""
+
+
 def coverage_page(studies: Sequence[Coverage]) -> Page:
     """The page: what each run computed of its traffic, class by class, and how the harvest departs from it."""
     first = studies[0]
@@ -32,17 +37,25 @@ def coverage_page(studies: Sequence[Coverage]) -> Page:
     crossed = [n for n in names if len(first.map(n).axes) == 2]
     return Page(
         title="What the harvest holds of its traffic: " + ", ".join(c.run for c in studies),
-        lead="\n\n".join(_lead(c) for c in studies),
+        answer=_answer(studies),
+        picture=_coverage_of(studies, singles[0]) if singles else None,
+        lead="\n\n".join(_lead(c) for c in studies if len(studies) > 1),
         tiles=_tiles(first) if len(studies) == 1 else [],
         sections=[
             *([_totals(studies)] if len(studies) > 1 else []),
-            *(_axis(studies, name) for name in singles),
+            *(_axis(studies, name, pictured=i == 0) for i, name in enumerate(singles)),
             *(_crossed(studies, name) for name in crossed),
             _methods(studies),
         ],
         footer="Coverage is the computed share of occurrences in traffic. A reused position has a key and a value from "
         "another request's forward pass, and no activation of its own.",
     )
+
+
+def _answer(studies: Sequence[Coverage]) -> str:
+    """Of the run that computed least of its traffic."""
+    counted = [c for c in studies if c.totals["positions"]]
+    return _lead(min(counted, key=lambda c: c.totals["coverage"])) if counted else "No position was recorded."
 
 
 def _lead(c: Coverage) -> str:
@@ -53,7 +66,7 @@ def _lead(c: Coverage) -> str:
 
 
 def _tiles(c: Coverage) -> list[Tile]:
-    t, m = c.totals, c.maps[0]
+    t = c.totals
     contexts = "not known"
     if not np.isnan(t["contexts"]):
         contexts = format_number(t["context_coverage"], "percent")
@@ -64,10 +77,13 @@ def _tiles(c: Coverage) -> list[Tile]:
             f"of {format_number(int(t['positions']))} positions; {format_number(int(t['reused']))} were reused",
         ),
         Tile("unique contexts", contexts, "computed in the run, of the tokens with their whole prefix in traffic"),
-        Tile(
-            "bias",
-            f"{format_number(m.bias.divergence, 'decimal')} bits" if t["computed"] else "not known",
-            f"Jensen-Shannon divergence of harvest and traffic along `{m.name}`",
+        *(
+            Tile(
+                "bias",
+                f"{format_number(m.bias.divergence, 'decimal')} bits" if t["computed"] else "not known",
+                f"Jensen-Shannon divergence of harvest and traffic along `{m.name}`",
+            )
+            for m in c.maps[:1]
         ),
         Tile(
             "effective rows",
@@ -79,7 +95,7 @@ def _tiles(c: Coverage) -> list[Tile]:
 
 def _totals(studies: Sequence[Coverage]) -> Section:
     frame = pd.DataFrame([{"run": c.run, **c.totals} for c in studies])
-    effective = Column("effective_rows", kind="decimal", digits=0)
+    effective = Column("effective_rows", kind="rate")
     columns = [Column("run"), _COVERAGE, *_COUNTS, effective, *_CONTEXTS, *_present(frame, _RARE), Column("requests")]
     return Section("Runs", tables=[Table(frame, "Positions of each run", columns=columns)])
 
@@ -92,34 +108,39 @@ def class_table(c: Coverage, m: Map) -> Table:
     return Table(frame, f"{c.run}: coverage by {m.name}", columns=columns)
 
 
-def _axis(studies: Sequence[Coverage], name: str) -> Section:
+def _coverage_of(studies: Sequence[Coverage], name: str) -> Figure:
+    return grouped_bars(
+        _together(studies, name),
+        name,
+        "run",
+        "coverage",
+        title=f"Coverage by {name}",
+        kind="percent",
+        caption="Share of occurrences in traffic whose forward pass was run.",
+    )
+
+
+def _axis(studies: Sequence[Coverage], name: str, *, pictured: bool) -> Section:
+    """Args: pictured: whether the figure of coverage is at the head of the page."""
     frame = _together(studies, name)
     finite = frame.assign(**{k: frame[k].where(np.isfinite(frame[k])) for k in ("log2_ratio", "low", "high")})
     ratios = finite[finite["log2_ratio"].notna()]
-    figures = [
-        grouped_bars(
-            frame,
-            name,
-            "run",
-            "coverage",
-            title=f"Coverage by {name}",
-            kind="percent",
-            caption="Share of occurrences in traffic whose forward pass was run.",
-        )
-    ]
+    figures = [] if pictured else [_coverage_of(studies, name)]
     if len(ratios):
         figures.append(
-            grouped_bars(
-                ratios.fillna({"low": ratios["log2_ratio"], "high": ratios["log2_ratio"]}),
+            dots(
+                ratios,
                 name,
                 "run",
                 "log2_ratio",
                 low="low",
                 high="high",
-                kind="decimal",
+                kind="log2",
+                references=pd.DataFrame({"name": ["as in traffic"], "value": [0.0]}),
                 title=f"Bias by {name}: log2 of share in the harvest over share in traffic",
-                caption="-1: half as frequent in the harvest as in traffic. Whiskers: 95 % intervals over prefix "
+                caption="-1: half as frequent in the harvest as in traffic. Lines are 95 % intervals over prefix "
                 f"families, where at least {LEAST_CLUSTERS} have the class.",
+                x_label="log2 of the ratio of shares",
             )
         )
     figures += [_multiplicity(c, name) for c in studies if c.totals["reused"] and c.totals["computed"]]
@@ -180,16 +201,19 @@ def _together(studies: Sequence[Coverage], name: str) -> pd.DataFrame:
 
 def _tables(c: Coverage, name: str) -> list[Table]:
     frame = c.map(name).classes
-    ratio = Column("log2_ratio", "log2 share ratio, 95 %", "signed", bounds=("low", "high"), digits=2)
+    ratio = Column("log2_ratio", "log2 share ratio, 95 %", "log2", bounds=("low", "high"))
     weight = Column("weight", "correction weight", "decimal")
+    long, file = len(frame) > _MOST_ROWS, f"classes-{name}"
     counts = [Column(name), _COVERAGE, *_COUNTS, *_present(frame, _RARE), *_CONTEXTS]
     return [
         Table(
             frame,
             f"{c.run}: bias by {name}, and the correction weight",
             columns=[Column(name), ratio, *_SHARES, weight],
+            long=long,
+            file=file,
         ),
-        Table(frame, f"{c.run}: counts by {name}", columns=counts),
+        Table(frame, f"{c.run}: counts by {name}", columns=counts, long=long, file=file),
     ]
 
 

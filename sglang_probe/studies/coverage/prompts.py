@@ -23,7 +23,9 @@ def coverage_by_segment(tokens: pd.DataFrame) -> pd.DataFrame:
     """
     prompt = tokens[tokens["segment"] != GENERATED]
     order = list(dict.fromkeys(prompt["segment"]))
-    rows = [_counts(prompt[prompt["segment"] == s], segment=s) for s in order]
+    # A workload may have a class of the name that the sum has.
+    names = {s: "all (segment)" if s == "all" else s for s in order}
+    rows = [_counts(prompt[prompt["segment"] == s], segment=names[s]) for s in order]
     return pd.DataFrame([*rows, _counts(prompt, segment="all")])
 
 

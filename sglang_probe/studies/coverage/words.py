@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 
+from sglang_probe.report import markdown
+from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.studies.coverage.result import Coverage, Map
 
 RARE = 1e-3
 """Classes with a smaller share of the traffic are not named as the worst covered."""
+
+
+Code = Callable[[object], str]
+"""How a name from the workload is set apart from the words around it."""
+
+
+def in_page(name: object) -> str:
+    """As pages and the terminal have it, which escape every text themselves; Markdown has `markdown.code`."""
+    return f"`{name}`"
 
 
 def worst_class(m: Map) -> pd.Series | None:
@@ -27,31 +38,33 @@ def worst_class(m: Map) -> pd.Series | None:
     return under.sort_values(["log2_ratio", "positions"], ascending=[True, False]).iloc[0]
 
 
-def worst_in_words(m: Map) -> str:
+def worst_in_words(m: Map, code: Code = in_page) -> str:
     """A sentence that names the worst covered class."""
     worst = worst_class(m)
     if worst is None:
-        return f"Along {_axes(m)} no class is under-represented beyond chance."
-    name = _name(m, worst)
+        return f"Along {_axes(m, code)} no class is under-represented beyond chance."
+    name = _name(m, worst, code)
     if not worst["computed"]:
-        return f"Along {_axes(m)}, {name} is missing: none of its {worst['positions']:,} occurrences was computed."
+        return (
+            f"Along {_axes(m, code)}, {name} is missing: none of its {worst['positions']:,} occurrences was computed."
+        )
     interval = ""
     if not math.isnan(worst["low"]):
         interval = f" (95 % interval {2 ** worst['low']:.3g} to {2 ** worst['high']:.3g})"
     return (
-        f"Along {_axes(m)}, {name} is under-represented most: {_percent(worst['coverage'])} of its "
+        f"Along {_axes(m, code)}, {name} is under-represented most: {_percent(worst['coverage'])} of its "
         f"{worst['positions']:,} occurrences were computed, and its share of the harvest is "
         f"{2 ** worst['log2_ratio']:.3g} times its share of the traffic{interval}."
     )
 
 
-def paragraph(c: Coverage) -> str:
+def paragraph(c: Coverage, code: Code = in_page) -> str:
     """What was served, what of it was computed, and how the harvest departs from the traffic."""
     t = c.totals
     reused = f"; {t['reused']:,} were reused from the prefix cache: no forward pass was run for them"
     said = [
-        f"The run `{c.run}` served {t['requests']:,} requests with {t['positions']:,} token positions (prompts, and "
-        f"outputs but for the last sampled token, which is not run). SGLang computed {t['computed']:,} of them "
+        f"The run {code(c.run)} served {t['requests']:,} requests with {t['positions']:,} token positions (prompts, "
+        f"and outputs but for the last sampled token, which is not run). SGLang computed {t['computed']:,} of them "
         f"({_percent(t['coverage'])}){reused if t['reused'] else ''}."
     ]
     if t["dropped"]:
@@ -66,7 +79,7 @@ def paragraph(c: Coverage) -> str:
     for m in c.maps:
         if len(m.axes) > 1 or not t["computed"]:
             continue
-        said.append(worst_in_words(m))
+        said.append(worst_in_words(m, code))
         if m.bias.divergence > 0:
             said.append(
                 f"The Jensen-Shannon divergence between the classes of the traffic and those of the harvest is "
@@ -93,43 +106,39 @@ def paragraph(c: Coverage) -> str:
 
 def markdown_table(m: Map) -> str:
     """The classes of a map as a Markdown table."""
-    head = [*m.axes, "positions", "computed", "coverage", "unique contexts", "share of traffic", "share of harvest"]
-    lines = ["| " + " | ".join([*head, "log2 ratio (95 %)"]) + " |"]
-    lines.append("|" + "---|" * len(m.axes) + "---:|" * (len(head) - len(m.axes) + 1))
+    head = ["positions", "computed", "coverage", "unique contexts", "share of traffic", "share of harvest"]
+    rows = []
     for row in m.classes.to_dict("records"):
         contexts = "not known" if pd.isna(row["contexts"]) else f"{int(row['contexts']):,}"
-        cells = [f"`{row[a]}`" for a in m.axes]
+        cells = [markdown.code(row[a]) for a in m.axes]
         cells += [f"{row['positions']:,}", f"{row['computed']:,}", _percent(row["coverage"]), contexts]
-        cells += [_percent(row["traffic_share"]), _percent(row["harvest_share"]), ratio_in_words(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, _percent(row["traffic_share"]), _percent(row["harvest_share"]), ratio_in_words(row)])
+    headers = [*map(markdown.escape, m.axes), *head, "log2 ratio (95 %)"]
+    return markdown.table(headers, rows, numeric=len(head) + 1)
 
 
 def ratio_in_words(row: Mapping[str, Any]) -> str:
     """A class's log2 ratio with its interval."""
     if row["log2_ratio"] == -math.inf:
         return "none computed"
-    ratio, low, high = (f"{row[k]:.2f}".replace("-0.00", "0.00") for k in ("log2_ratio", "low", "high"))
-    return ratio if math.isnan(row["low"]) else f"{ratio} [{low}, {high}]"
+    ratio, interval = format_number(row["log2_ratio"], "log2"), format_interval(row["low"], row["high"], "log2")
+    return ratio if math.isnan(row["low"]) else f"{ratio} {interval}"
 
 
 def card_text(c: Coverage) -> str:
     """Paragraph and tables, as Markdown."""
     tables = [markdown_table(m) for m in c.maps if len(m.axes) == 1]
-    return "\n\n".join([paragraph(c), *tables, *(f"* {note}" for note in c.notes)]) + "\n"
+    notes = [f"* {markdown.escape(note)}" for note in c.notes]
+    return "\n\n".join([paragraph(c, markdown.code), *tables, *notes]) + "\n"
 
 
-def _axes(m: Map) -> str:
-    return " and ".join(f"`{a}`" for a in m.axes)
+def _axes(m: Map, code: Code) -> str:
+    return " and ".join(code(a) for a in m.axes)
 
 
-def _name(m: Map, row: pd.Series) -> str:
-    return " at ".join(f"`{row[a]}`" for a in m.axes)
+def _name(m: Map, row: pd.Series, code: Code) -> str:
+    return " at ".join(code(row[a]) for a in m.axes)
 
 
 def _percent(share: float) -> str:
-    if math.isnan(share):
-        return "not known"
-    text = f"{share:.1%}"
-    exact = share in (0.0, 1.0)
-    return text.replace(".0%", "%") if exact else {"100.0%": "over 99.9%", "0.0%": "under 0.1%"}.get(text, text)
+    return "not known" if math.isnan(share) else format_number(share, "percent")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from sglang_probe.config import Config
+from sglang_probe.config import Config, FolderName
 from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.harvest.config import Recording
@@ -74,9 +74,9 @@ _OF_THE_GRID = {
 class EvictionConfig(Recording):
     """An eviction study: policies by budgets by protocols by tasks, offline and in the engine."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Name of the study's folder; by default the name of the YAML file."""
-    workloads: dict[str, WorkloadConfig] = Field(min_length=1)
+    workloads: dict[FolderName, WorkloadConfig] = Field(min_length=1)
     """Tasks by name. Requests with right answers bring them; others need `cut`."""
     cut: Cut | None = None
     """For texts without right answers: how long a prompt and its continuation are."""

@@ -52,6 +52,26 @@ METRICS: dict[str, str] = {
 }
 """What each metric says, for reports. Those that have a chance level have it as `<name>_chance`."""
 
+SHORT: dict[str, str] = {
+    "mass": "attention mass",
+    "prompt_mass": "mass on the prompt",
+    "nontrivial": "non-trivial mass",
+    "hit": "hit rate",
+    "hit_max": "hit rate, peaks",
+    "hit_early": "hit rate, early steps",
+    "ndcg": "NDCG",
+    "rbo": "rank-biased overlap",
+    "js": "Jensen-Shannon distance",
+    "output_error": "output error",
+    "head_error": "output error by head",
+    "evicted": "evicted mass",
+    "gap": "gap of evicted values",
+    "gini": "Gini over heads",
+    "below_random": "heads below random",
+    "lost_everywhere": "lost by all heads",
+}
+"""Headers of tables."""
+
 BETTER_LOW = ("js", "output_error", "head_error", "evicted", "gap", "gini", "below_random", "lost_everywhere")
 
 _BY_ATTENTION = (SnapKV, H2O, ObservedAttention, TOVA, LookaheadScorer, StaticMean)

@@ -14,8 +14,10 @@ from sglang_probe.studies.evict.tables import (
     mass_table,
     metrics_table,
     middle_budget,
+    title_of,
     worded,
 )
+from sglang_probe.studies.pages import only
 
 TESTED = (
     "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % interval over "
@@ -24,63 +26,79 @@ TESTED = (
 )
 
 
+_MOST_HEADS = 48
+"""Of more, a figure shows the layers."""
+
+
 def mass(result: EvictionResult) -> Section:
     """Non-trivial mass by budget, all metrics at one budget, and their chance levels."""
     kinds = ("baseline", "method", "oracle")
     tables = [mass_table(result)]
-    cells = result.offline[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None)
-    for task, protocol in cells:
+    cells = result.offline[["task", "protocol"]].drop_duplicates() if len(result.offline) else result.offline
+    for task, protocol in cells.itertuples(index=False, name=None):
         title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
-        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds))
+        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds, file="offline"))
     budget = middle_budget(result)
-    part = result.offline[result.offline["budget"] == budget]
-    part = part[part["metric"].isin(METRICS) & part["kind"].isin(kinds)]
-    tables.append(metrics_table(part, f"all metrics, budget {budget}"))
+    part = only(result.offline, budget=budget, metric=list(METRICS), kind=kinds)
+    tables.append(metrics_table(part, f"all metrics, budget {budget}", file="offline"))
     if "chance" in part and part["chance"].notna().any():
         known = part[part["chance"].notna()]
-        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance"))
+        tables.append(metrics_table(known, f"their chance levels, budget {budget}, exact", "chance", file="offline"))
     if len(result.mass_gaps):
-        title = f"prompt mass: regret to static_mean, and gap to it that is closed, budget {budget}"
-        tables.append(gap_table(result.mass_gaps, budget, title))
+        bound = result.mass_gaps["bound"].iloc[0] if "bound" in result.mass_gaps else "the bound"
+        title = f"prompt mass: regret to {bound}, and share of the gap to it that is closed, budget {budget}"
+        tables.append(gap_table(result.mass_gaps, budget, title, file="mass_gaps"))
     return Section(
         heading="Offline: what is kept of the attention",
         text=f"Judged on the full-cache run's own decode steps. {TESTED} Adaptive budgets, per-step selections and "
         "another always-kept set than the baseline's change how many candidates a policy keeps; the chance table "
         "shows what that alone gives.",
         tables=tables,
-        notes=[f"`{k}`: {text}." for k, text in METRICS.items()],
+        notes=[f"**{title_of(k)}**: {text}." for k, text in METRICS.items()],
+        nothing="no selection was judged",
     )
 
 
 def heads(result: EvictionResult) -> Section:
     """Which layers and heads lose mass."""
     budget = middle_budget(result)
-    part = result.heads[(result.heads["budget"] == budget) & result.heads["kind"].isin(["baseline", "method"])]
-    part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
+    part = only(result.heads, budget=budget, kind=["baseline", "method"])
+    few = len(part[["layer", "head"]].drop_duplicates()) <= _MOST_HEADS if len(part) else True
+    if len(part) and few:
+        part = part.assign(where="L" + part["layer"].astype(str) + " H" + part["head"].astype(str))
+    elif len(part):
+        keys = ["task", "protocol", "policy", "layer"]
+        part = part.assign(held=part["recall"] * part["mass"])
+        part = part.groupby(keys, sort=False, as_index=False)[["held", "mass"]].sum()
+        part = part.assign(
+            recall=part["held"] / part["mass"].where(part["mass"] > 0), where="L" + part["layer"].astype(str)
+        )
+    of = "layer and query head" if few else "layer"
     figures = [
         heatmap(
             mine,
             "policy",
             "where",
             "recall",
-            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by layer and head, budget {budget}",
-            column_label="layer and query head",
+            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by {of}, budget {budget}",
+            column_label=of,
             missing="no mass",
         )
-        for (task, protocol), mine in part.groupby(["task", "protocol"], sort=False)
+        for (task, protocol), mine in (part.groupby(["task", "protocol"], sort=False) if len(part) else ())
     ]
     return Section(
         heading="Where it is lost: layers and heads",
         text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "
-        "trivial set, so that a method can lose all of it without losing an answer.",
+        "trivial set, so that a method can lose all of it without losing an answer. Every head is in `tables/heads`.",
         figures=figures,
+        nothing="no selection was judged by head",
     )
 
 
 def controls(result: EvictionResult) -> Section | None:
     """Methods fed with what must not help."""
-    part = result.offline[result.offline["metric"] == "nontrivial"]
-    names = set(part.loc[part["kind"] == "control", "policy"])
+    part = only(result.offline, metric="nontrivial")
+    names = set(only(part, kind="control")["policy"]) if len(part) else set()
     if not names:
         return None
     sources = {n.split(": ")[0] for n in names}
@@ -100,5 +118,5 @@ def controls(result: EvictionResult) -> Section | None:
         "the thing that was spoiled; at the chance level beside it, it owes everything to it. If another request's "
         "queries work equally well, the method is not using this request's question; it keeps positions that every "
         "query attends to.",
-        tables=[Table(worded(rows), "non-trivial mass recall", columns=columns, long=len(rows) > 12)],
+        tables=[Table(worded(rows), "non-trivial mass recall", columns=columns, long=len(rows) > 12, file="offline")],
     )

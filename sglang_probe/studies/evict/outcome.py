@@ -19,6 +19,19 @@ OUTCOMES: dict[str, str] = {
     "divergence": "step at which the output first differs from the full cache's; the number of steps if it never does",
 }
 
+SHORT: dict[str, str] = {
+    "accuracy": "accuracy",
+    "success": "all answers right",
+    "first_answer": "first answer right",
+    "agreement": "agreement with the full cache",
+    "divergence": "first different step",
+    "nll": "loss, nats per token",
+    "top1": "same most likely token",
+    "answer_nll": "loss of the answers, nats per token",
+    "kl": "KL divergence, nats per token",
+}
+"""Headers of tables, of likelihoods too."""
+
 OF_ANSWERS = ("accuracy", "success", "first_answer", "answer_nll")
 """Outcomes that need right answers: the text of a person is not the only right continuation."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from sglang_probe.paths import BUILT_IN_MODELS
-from sglang_probe.report.figures import Figure, grouped_bars, panel_lines, panel_scatter
+from sglang_probe.report.figures import Figure, dots, panel_lines, panel_scatter
+from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.evict.grid import BASELINE
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
@@ -28,8 +30,9 @@ from sglang_probe.studies.evict.tables import (
     predictor_table,
     predictors_by_task,
     stages_table,
+    title_of,
 )
-from sglang_probe.studies.pages import facts, footer
+from sglang_probe.studies.pages import facts, footer, only, row_of_largest
 
 
 def eviction_page(result: EvictionResult) -> Page:
@@ -45,11 +48,13 @@ def eviction_page(result: EvictionResult) -> Page:
     ]
     return Page(
         title=f"KV-cache eviction: {result.name}",
-        lead=conclusions(result),
+        answer=answer(result),
+        picture=ranking(result),
         tiles=_tiles(result),
+        lead=limits(result),
         facts=facts(
             result.manifest,
-            ("tasks", ", ".join(f"{t} ({n} prompts)" for t, n in _prompts(result).items())),
+            ("tasks", ", ".join(f"{t} ({n} prompts)" for t, n in _prompts(result).items()) or "none"),
             ("budgets", ", ".join(budgets_of(result.offline)) + " of the positions that are compressed, per kv head"),
             ("always kept by protected random", _trivial(result)),
         ),
@@ -58,47 +63,51 @@ def eviction_page(result: EvictionResult) -> Page:
     )
 
 
-def conclusions(result: EvictionResult) -> str:
-    """What can and what cannot be concluded, from the numbers alone."""
-    told = []
-    if result.outcomes:
-        decode = next(iter(result.outcomes))
-        tested, better, worse = _tested(result)
-        told.append(
-            f"Of {len(tested)} cells (method, budget, task, protocol) that were generated in the engine ({decode}), "
-            f"{len(better)} have more {result.outcome} than protected random and {len(worse)} less, at a family-wise "
-            "5 % within each task and protocol."
+def answer(result: EvictionResult) -> str:
+    """Which methods are better than protected random, from the numbers alone."""
+    if not result.outcomes:
+        best = row_of_largest(_ranked(result), "mean")
+        if best is None:
+            return "Nothing was kept or generated that a method could be judged by."
+        return (
+            f"Of the attention that decoding gives to candidates, `{best['policy']}` keeps most: "
+            f"{format_number(best['mean'], 'percent')} in {best['cell']} at a budget of {best['budget']}; nothing was "
+            "generated from what is kept."
         )
-        always = _everywhere(tested, better)
-        told.append(
-            f"Better in every cell: {', '.join(always)}." if always else "No method is better than it in every cell."
-        )
-    if len(result.predictors):
-        best = best_predictors(result).iloc[0]
-        told.append(
-            f"The offline metric that ranks methods most like {result.outcome} is `{best['metric']}` (mean Spearman "
-            f"{best['spearman']:.2f}{_between(best)}). {_not_told_apart(result)}"
-        )
-    told += result.caveats
-    small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
-    told.append(
-        f"\n\nWhat this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one "
-        "model and one engine. Rankings are those of these parameters, which are all listed below. Nothing is freed in "
-        "the engine, so no number here is about speed."
-        if result.outcomes
-        else "\n\nNothing was generated under a kept set here: these are statements about attention, not about answers."
+    order = _order(_ranked(result))
+    if not len(order):
+        return "No method was generated from."
+    best, mean = order.index[0], format_number(order.iloc[0], "percent")
+    random = only(_ranked(result), kind="baseline")
+    beside = f", {BASELINE} {format_number(random['mean'].mean(), 'percent')}" if len(random) else ""
+    tested, better, worse = _tested(result)
+    mine = only(tested, policy=best)
+    return (
+        f"Best on average is `{best}` ({title_of(result.outcome)} {mean}{beside}); at a family-wise 5 % it is better "
+        f"than {BASELINE} in {len(only(better, policy=best))} of {len(mine)} cells (budget, task, protocol), and all "
+        f"methods together are better in {len(better)} and worse in {len(worse)} of {len(tested)}."
     )
-    return " ".join(told)
 
 
-def _between(row: pd.Series) -> str:
-    return "" if pd.isna(row["low"]) else f", {row['low']:.2f} to {row['high']:.2f} over policies"
+def limits(result: EvictionResult) -> str:
+    """What the numbers do not tell."""
+    if not result.outcomes:
+        return "Nothing was generated under a kept set here: these are statements about attention, not about answers."
+    small = "the model is small, its tasks are synthetic or short, and there is one training seed; "
+    return (
+        f"What this cannot tell: {small if _built_in(result) else ''}intervals are over prompts alone, on one model "
+        "and one engine. Rankings are those of these parameters, which are all listed below. Nothing is freed in the "
+        "engine, so no number here is about speed."
+    )
 
 
 def _not_told_apart(result: EvictionResult) -> str:
     """Which metrics predict as well as the best, as far as these policies can say."""
     p = best_predictors(result)
-    close = p.iloc[1:][~(p["below_best_low"].iloc[1:] > 0)]
+    low = p.get("below_best_low", pd.Series(np.nan, index=p.index))
+    if not low.iloc[1:].notna().any():
+        return "With so few policies nothing tells the metrics apart."
+    close = p.iloc[1:][~(low.iloc[1:] > 0)]
     if close.empty:
         return "The intervals tell all others from it."
     return f"Not told apart from it: {', '.join(f'`{m}`' for m in close['metric'])}."
@@ -108,18 +117,19 @@ def _built_in(result: EvictionResult) -> bool:
     return result.config["model"] in BUILT_IN_MODELS
 
 
+def _first(result: EvictionResult) -> pd.DataFrame:
+    """Outcomes of the first way of decoding."""
+    return next(iter(result.outcomes.values()), pd.DataFrame())
+
+
 def _tested(result: EvictionResult) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Cells of methods that were tested against protected random, those that are better, and those that are worse."""
-    frame = next(iter(result.outcomes.values()))
-    part = frame[(frame["metric"] == result.outcome) & (frame["kind"] == "method")]
+    part = only(_first(result), metric=result.outcome, kind="method")
+    if part.empty:
+        return part, part, part
     tested = part[part["p"].notna()]
     sure = tested[tested["p_holm"] <= 0.05]
     return tested, sure[sure["difference"] > 0], sure[sure["difference"] < 0]
-
-
-def _everywhere(tested: pd.DataFrame, better: pd.DataFrame) -> list[str]:
-    cells, won = tested.groupby("policy", sort=False).size(), better.groupby("policy").size()
-    return [p for p, n in cells.items() if won.get(p, 0) == n]
 
 
 def _tiles(result: EvictionResult) -> list[Tile]:
@@ -132,56 +142,94 @@ def _tiles(result: EvictionResult) -> list[Tile]:
                 "requests whose kept set holds everything, or that have none, give the full cache's tokens exactly",
             )
         )
-    if result.outcomes:
-        tested, better, _ = _tested(result)
+    tested, better, _ = _tested(result)
+    if len(tested):
         text = (
-            f"cells (method, budget, task, protocol) with more {result.outcome} than protected random, family-wise 5 %"
+            f"cells (method, budget, task, protocol) with more {title_of(result.outcome)} than {BASELINE}, "
+            "family-wise 5 %"
         )
         tiles.append(Tile("better than random", f"{len(better)} of {len(tested)}", text))
-    if len(result.predictors):
-        best = best_predictors(result).iloc[0]
-        tiles.append(Tile("best predictor", str(best["metric"]), f"mean Spearman {best['spearman']:.2f}"))
+    best = row_of_largest(best_predictors(result), "spearman")
+    if best is not None:
+        interval = format_interval(best["low"], best["high"], "correlation")
+        text = f"ranks methods most like {title_of(result.outcome)}: mean Spearman correlation {interval}"
+        tiles.append(
+            Tile(f"best predictor: {title_of(best['metric'])}", format_number(best["spearman"], "correlation"), text)
+        )
     return tiles
 
 
-def _curves(result: EvictionResult) -> Section:
-    """Policies ranked at one budget, and the outcome by budget, a panel per method."""
-    figures = _ranking(result)
-    for decode, frame in result.outcomes.items():
-        part = frame[(frame["metric"] == result.outcome) & frame["kind"].isin(["method", "baseline", "oracle"])]
-        figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in dict.fromkeys(part["task"])]
-    return Section(
-        heading=f"{result.outcome.capitalize()} by budget",
-        text=f"{_said(result.outcome)} Intervals are 95 % over prompts (Student's t, corrected for skewness). Oracles, "
-        "marked so, read the future and bound what a kept set can do.",
-        figures=figures,
+def _ranked(result: EvictionResult) -> pd.DataFrame:
+    """What methods are ranked by: the outcome where something was generated, else the non-trivial mass."""
+    frame, metric = (_first(result), result.outcome) if result.outcomes else (result.offline, "nontrivial")
+    part = only(frame, metric=metric, kind=["full", "baseline", "method"])
+    part = part[part["mean"].notna()] if len(part) else part
+    return part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS)) if len(part) else part
+
+
+def _order(ranked: pd.DataFrame) -> pd.Series:
+    """Mean of each method over the cells that all methods have, best first."""
+    methods = only(ranked, kind="method")
+    if methods.empty:
+        return pd.Series(dtype=float)
+    wide = methods.pivot_table(index="policy", columns=["cell", "budget"], values="mean", sort=False)
+    shared = wide.loc[:, wide.notna().all()]
+    means = (shared if len(shared.columns) else wide).mean(axis="columns")
+    return means.sort_values(ascending=False, kind="stable")
+
+
+def ranking(result: EvictionResult) -> Figure:
+    """Every method, best first: a dot a budget with its interval, a panel a task and protocol, and two lines to compare
+    with: protected random under each budget, and the full cache."""
+    part = _ranked(result)
+    methods, base = only(part, kind="method"), only(part, kind="baseline")
+    what = title_of(result.outcome if result.outcomes else "nontrivial")
+    references = pd.DataFrame()
+    if len(methods):
+        panels = pd.CategoricalDtype(list(dict.fromkeys(methods["cell"])), ordered=True)
+        sizes = pd.CategoricalDtype([f"budget {b}" for b in budgets_of(methods)], ordered=True)
+        methods = methods.assign(
+            policy=pd.Categorical(methods["policy"], list(_order(part).index), ordered=True),
+            cell=methods["cell"].astype(panels),
+            budget=("budget " + methods["budget"]).astype(sizes),
+        ).sort_values("policy")
+        references = pd.concat(
+            [
+                base.assign(name=BASELINE, series="budget " + base["budget"], value=base["mean"]),
+                only(part, kind="full").assign(name="full cache", series="", value=lambda d: d["mean"]),
+            ]
+        )
+    return dots(
+        methods,
+        "policy",
+        "budget",
+        "mean",
+        panel="cell",
+        low="low",
+        high="high",
+        kind=kind_of(result.outcome if result.outcomes else "nontrivial"),
+        references=references,
+        title=f"Methods by {what}, best first",
+        caption="Ordered by the mean over all panels and budgets. Horizontal lines: 95 % intervals over prompts. "
+        f"Vertical lines: {BASELINE} under the budget of the same colour, and the full cache.",
+        x_label=what,
     )
 
 
-def _ranking(result: EvictionResult) -> list[Figure]:
-    """Policies at the middle budget, best first, a figure per task."""
-    decode, frame = next(iter(result.outcomes.items()))
-    budget = middle_budget(result)
-    part = frame[(frame["metric"] == result.outcome) & (frame["budget"] == budget)]
-    part = _labelled(part[part["kind"].isin(["method", "baseline", "oracle"])])
+def _curves(result: EvictionResult) -> Section:
+    """The outcome by budget, a panel per policy."""
     figures = []
-    for task, mine in part.groupby("task", sort=False):
-        order = mine.groupby("panel")["mean"].mean().sort_values(ascending=False, kind="stable").index
-        ranked = mine.assign(panel=pd.Categorical(mine["panel"], list(order), ordered=True)).sort_values("panel")
-        figures.append(
-            grouped_bars(
-                ranked,
-                "panel",
-                "series",
-                "mean",
-                low="low",
-                high="high",
-                kind=kind_of(result.outcome),
-                title=f"{task}: {result.outcome} at budget {budget}, {decode}",
-                caption="Best first, by the mean over protocols.",
-            )
-        )
-    return figures
+    for decode, frame in result.outcomes.items():
+        part = only(frame, metric=result.outcome, kind=["method", "baseline", "oracle"])
+        tasks = dict.fromkeys(part["task"]) if len(part) else ()
+        figures += [_curve(result, part[part["task"] == t], str(t), decode) for t in tasks]
+    return Section(
+        heading=f"{title_of(result.outcome).capitalize()} by budget",
+        text=f"{_said(result.outcome)} Intervals are 95 % over prompts. Oracles, marked so, read the future and bound "
+        "what a kept set can do.",
+        figures=figures,
+        nothing="nothing was generated from a kept set",
+    )
 
 
 def _labelled(part: pd.DataFrame) -> pd.DataFrame:
@@ -193,6 +241,8 @@ def _labelled(part: pd.DataFrame) -> pd.DataFrame:
 def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -> Figure:
     sizes = _shares(result, task)
     frame = _labelled(part).assign(x=part["budget"].map(sizes))
+    # Of short prompts two budgets may be the same number of positions.
+    frame = frame[frame["x"].notna()].drop_duplicates(["panel", "series", "x"])
     frame = frame.sort_values("kind", key=lambda k: k == "oracle", kind="stable")
     base = frame[frame["policy"] == BASELINE]
     return panel_lines(
@@ -204,10 +254,10 @@ def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -
         low="low",
         high="high",
         behind=base,
-        x_ticks={sizes[b]: b for b in budgets_of(part)},
+        x_ticks={sizes[b]: b for b in budgets_of(frame)},
         log_x=True,
         kind=kind_of(result.outcome),
-        title=f"{task}: {result.outcome} by budget, {decode}",
+        title=f"{task}: {title_of(result.outcome)} by budget, {decode}",
         caption="One panel per policy. Dashed: protected random.",
         x_label="budget, share of the compressed positions",
     )
@@ -215,34 +265,52 @@ def _curve(result: EvictionResult, part: pd.DataFrame, task: str, decode: str) -
 
 def _accuracy(result: EvictionResult) -> Section:
     tables = [accuracy_table(result)]
+    budget = middle_budget(result)
     for decode, frame in result.outcomes.items():
-        if result.outcome not in set(frame["metric"]):
-            continue
-        for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-            title = f"{task}, {PROTOCOLS[protocol]}, {decode}: {result.outcome} by budget"
-            tables.append(budget_table(frame, task, protocol, result.outcome, title))
+        tables += _by_budget(frame, result.outcome, decode)
     if len(result.outcome_gaps):
-        title = f"lost to the full cache, and share of protected random's loss won back, budget {middle_budget(result)}"
-        tables.append(gap_table(result.outcome_gaps, middle_budget(result), title))
+        title = f"lost to the full cache, and share of {BASELINE}'s loss won back, budget {budget}"
+        tables.append(gap_table(result.outcome_gaps, budget, title, "outcome_gaps"))
     others = [m for m in OUTCOMES if m != result.outcome]
-    first = next(iter(result.outcomes.values()))
-    part = first[(first["metric"].isin(others)) & (first["budget"].isin([middle_budget(result), "1"]))]
-    tables.append(metrics_table(part, f"other outcomes at budget {middle_budget(result)}"))
+    decode = next(iter(result.outcomes))
+    part = only(_first(result), metric=others, budget=[budget, "1"])
+    tables.append(metrics_table(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}"))
     return Section(
         heading="What was generated",
         text=f"{TESTED} Oracle rows are bounds and are not tested.",
         tables=tables,
-        notes=[f"`{k}`: {text}." for k, text in OUTCOMES.items()],
+        notes=[f"**{title_of(k)}**: {text}." for k, text in OUTCOMES.items()],
+        nothing="nothing was generated from a kept set",
     )
+
+
+def _by_budget(frame: pd.DataFrame, metric: str, decode: str) -> list[Table]:
+    """A table a task and protocol, budgets across."""
+    part = only(frame, metric=metric)
+    cells = part[["task", "protocol"]].drop_duplicates() if len(part) else pd.DataFrame()
+    return [
+        budget_table(
+            part,
+            task,
+            protocol,
+            metric,
+            f"{task}, {PROTOCOLS[protocol]}, {decode}: {title_of(metric)} by budget",
+            file=f"outcomes_{decode}",
+        )
+        for task, protocol in cells.itertuples(index=False, name=None)
+    ]
 
 
 def _prediction(result: EvictionResult) -> Section | None:
     if not len(result.predictors):
         return None
-    points = result.points[result.points["kind"].isin(["method", "baseline"])]
-    points = points.assign(panel=points["task"] + ", " + points["protocol"].map(PROTOCOLS))
-    order = pd.CategoricalDtype(budgets_of(points), ordered=True)
-    points = points.assign(budget=points["budget"].astype(order)).sort_values("budget", kind="stable")
+    outcome = title_of(result.outcome)
+    points = only(result.points, kind=["method", "baseline"])
+    if len(points):
+        order = pd.CategoricalDtype(budgets_of(points), ordered=True)
+        points = points.assign(
+            panel=points["task"] + ", " + points["protocol"].map(PROTOCOLS), budget=points["budget"].astype(order)
+        ).sort_values("budget", kind="stable")
     figures = [
         panel_scatter(
             points,
@@ -251,31 +319,33 @@ def _prediction(result: EvictionResult) -> Section | None:
             result.outcome,
             "budget",
             "policy",
-            title=f"`{metric}` against {result.outcome}",
+            title=f"{title_of(metric).capitalize()} against {outcome}",
             caption=f"A point is a method at a budget. {METRICS[metric][0].upper()}{METRICS[metric][1:]}.",
-            x_label=metric,
-            y_label=result.outcome,
+            x_label=title_of(metric),
+            y_label=outcome,
+            kind=kind_of(result.outcome),
+            x_kind=kind_of(metric),
         )
         for metric in ("nontrivial", "output_error")
         if metric in points
     ]
     by_task = predictors_by_task(result)
-    by_cell = [Column("metric"), *(Column(c, c, "signed", digits=2) for c in map(str, by_task.columns[1:]))]
+    by_cell = [Column("metric"), *(Column(c, c, "correlation") for c in map(str, by_task.columns[1:]))]
     return Section(
-        heading=f"Which metric predicts {result.outcome}?",
-        text="Within each task, protocol and budget, methods and protected random are ranked by the metric and by "
-        "what was generated; Spearman's correlations are averaged over these cells. Metrics that are better when low "
-        "are turned around. Oracles are left out, and so are per-step selections, which were not generated from. "
-        "Intervals are over policies, the same ones for all metrics: the question is how the next method would be "
-        "ranked. **Below best** is how much lower a metric's correlation is than the highest; where its interval holds "
-        "0 the two are not told apart. Every metric is of what is kept: rankings, too, are of the kept positions. "
+        heading=f"Which metric predicts {outcome}?",
+        text=f"Within each task, protocol and budget, methods and {BASELINE} are ranked by the metric and by what was "
+        "generated; Spearman's correlations are averaged over these cells. Metrics that are better when low are turned "
+        "around. Oracles are left out, and so are per-step selections, which were not generated from. Intervals are "
+        "over policies, the same ones for all metrics: the question is how the next method would be ranked. **Below "
+        "best** is how much lower a metric's correlation is than the highest; where its interval holds 0 the two are "
+        "not told apart. Every metric is of what is kept: rankings, too, are of the kept positions. "
         f"{_not_told_apart(result)}",
         figures=figures,
         tables=[
             predictor_table(result),
-            Table(by_task, "mean Spearman by task and protocol", columns=by_cell, long=True),
+            Table(by_task, "mean Spearman by task and protocol", columns=by_cell, long=True, file="predictors"),
         ],
-        notes=[f"`{k}`: {METRICS[k]}." for k in best_predictors(result)["metric"] if k in METRICS],
+        notes=[f"**{title_of(k)}**: {METRICS[k]}." for k in best_predictors(result)["metric"] if k in METRICS],
     )
 
 
@@ -283,15 +353,12 @@ def _likelihood(result: EvictionResult) -> Section | None:
     frame = result.outcomes.get("forced")
     if frame is None:
         return None
-    tables = []
-    for task, protocol in frame[["task", "protocol"]].drop_duplicates().itertuples(index=False, name=None):
-        title = f"{task}, {PROTOCOLS[protocol]}: nll, nats per token; lower is better"
-        tables.append(budget_table(frame, task, protocol, "nll", title))
     return Section(
         heading="Likelihood of the reference, teacher-forced",
-        text=TESTED,
-        tables=tables,
-        notes=[f"`{k}`: {text}." for k, text in FORCED_OUTCOMES.items()],
+        text=f"{TESTED} Lower is better.",
+        tables=_by_budget(frame, "nll", "forced"),
+        notes=[f"**{title_of(k)}**: {text}." for k, text in FORCED_OUTCOMES.items()],
+        nothing="no likelihood was recorded",
     )
 
 
@@ -306,7 +373,8 @@ def _parameters(result: EvictionResult) -> Section:
 def _run(result: EvictionResult) -> Section:
     tables = [stages_table(result)]
     if len(result.served):
-        columns = [Column(c) for c in ("task", "decode", "asked", "failed", "truncated", "kept_counts_asserted")]
+        columns = [Column("task"), Column("decode", "decoding")]
+        columns += [Column(c) for c in ("asked", "failed", "truncated", "kept_counts_asserted")]
         tables.append(Table(result.served, "requests in the engine", columns=columns))
     if len(result.excluded):
         columns = [Column(str(c)) for c in result.excluded.columns]
@@ -319,11 +387,13 @@ def _run(result: EvictionResult) -> Section:
 
 
 def _shares(result: EvictionResult, task: str) -> dict[str, float]:
-    mine = result.lengths[result.lengths["task"] == task]
-    return {str(b): float(s) for b, s in mine.groupby("budget")["share"].mean().items()}
+    mine = only(result.lengths, task=task)
+    return {str(b): float(s) for b, s in mine.groupby("budget")["share"].mean().items()} if len(mine) else {}
 
 
 def _prompts(result: EvictionResult) -> dict[str, int]:
+    if result.lengths.empty:
+        return {}
     return {str(t): int(n) for t, n in result.lengths.groupby("task", sort=False)["prompts"].max().items()}
 
 

@@ -54,6 +54,8 @@ def with_truth(task: str, requests: Sequence[Request], cut: Cut | None) -> list[
     if known and len(known) < len(requests):
         raise WorkloadError(f"task `{task}`: {len(known)} of {len(requests)} requests have right answers")
     if known:
+        if len(known) < 2:
+            raise WorkloadError(f"task `{task}`: 1 request; policies are compared over two or more")
         if any(len(r.truth.continuation_ids) < 2 for r in known if r.truth):
             raise WorkloadError(f"task `{task}`: one answer comes from prefill alone", fix="use two `answers` or more")
         return known

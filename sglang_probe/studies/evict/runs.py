@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept_requests import ASKS, requests_of
 from sglang_probe.harvest.model import resolve_model
-from sglang_probe.harvest.prepare import Prepared, require_asks
+from sglang_probe.harvest.prepare import Prepared, check_requests, require_asks
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.kept_set import write_kept
@@ -33,6 +35,8 @@ from sglang_probe.studies.evict.lookahead_runs import (
 from sglang_probe.studies.evict.requests import forced, kept_request, lookahead_request, with_truth
 from sglang_probe.studies.evict.stages import FULL, REFERENCE, Clock, open_folder, select_and_judge
 from sglang_probe.studies.evict.study import OFFLINE_FILE
+from sglang_probe.workload.build import check_fits
+from sglang_probe.workload.request import Request
 
 __all__ = ["prepare", "read", "run"]
 
@@ -51,8 +55,26 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
     for task, workload in config.workloads.items():
         prepared = check(recording, workload=workload)
         requests = tuple(with_truth(task, prepared.workload.requests, config.cut))
+        _check_task(task, requests, prepared, config)
         out[task] = replace(prepared, workload=replace(prepared.workload, requests=requests))
     return out
+
+
+def _check_task(task: str, requests: Sequence[Request], prepared: Prepared, config: EvictionConfig) -> None:
+    """Refuse before anything is recorded what would be found out after the full cache: a budget that evicts nothing,
+    and lookahead tokens that do not fit."""
+    longest = max(len(r.prompt_ids) for r in requests)
+    for budget in config.budgets:
+        if isinstance(budget, int) and budget >= longest:
+            raise ConfigError(f"task `{task}`: a budget of {budget} evicts nothing: no prompt is longer than {longest}")
+    check_requests([forced(r) for r in requests], prepared)
+    needed = steps_needed(config.entries) if config.in_engine else {}
+    most = max(needed, key=needed.__getitem__, default="")
+    for r in requests if needed else ():
+        try:
+            check_fits(len(r.prompt_ids), {"max_new_tokens": needed[most] + 1}, prepared.room)
+        except ProbeError as e:
+            raise type(e)(f"{r.where}: lookahead of `{most}`: {e.message}", fix=e.fix) from e
 
 
 def run(

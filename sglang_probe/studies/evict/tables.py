@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sglang_probe.report.tables import Column, Kind, Table
+from sglang_probe.report.numbers import MISSING, Kind, format_interval, format_number
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.studies.evict import judge, outcome
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
 from sglang_probe.studies.evict.outcome import OUTCOMES
@@ -20,6 +22,11 @@ PROTOCOLS = {"query_visible": "question visible", "query_hidden": "question hidd
 _NO_SHARE = ("ndcg", "rbo", "js", "output_error", "head_error", "gap", "gini", "divergence", "nll", "answer_nll", "kl")
 
 
+def title_of(metric: str) -> str:
+    """A metric or an outcome in words."""
+    return {**judge.SHORT, **outcome.SHORT}.get(metric, metric.replace("_", " "))
+
+
 def kind_of(metric: str) -> Kind:
     """How a metric or an outcome is printed: shares in percent."""
     return "decimal" if metric in _NO_SHARE else "percent"
@@ -27,14 +34,14 @@ def kind_of(metric: str) -> Kind:
 
 def budgets_of(frame: pd.DataFrame) -> list[str]:
     """Budgets of a study, smallest first."""
-    named = {b: _size(b) for b in frame["budget"].unique()}
+    named = {b: _size(b) for b in (frame["budget"].unique() if len(frame) else ())}
     return sorted(named, key=lambda b: named[b])
 
 
 def middle_budget(result: EvictionResult) -> str:
     """The budget that tables of one budget show: the middle one, or the smaller of two."""
     found = budgets_of(result.offline)
-    return found[(len(found) - 1) // 2]
+    return found[(len(found) - 1) // 2] if found else "none"
 
 
 def by_budget(
@@ -48,6 +55,8 @@ def by_budget(
 ) -> pd.DataFrame:
     """One metric of one task and protocol: kind, policy, and per budget the mean (and the difference with interval, in
     percentage points of what is a share)."""
+    if means.empty:
+        return means
     part = means[(means["task"] == task) & (means["protocol"] == protocol) & (means["metric"] == metric)]
     part = part[part["kind"].isin(kinds)]
     rows = []
@@ -73,13 +82,14 @@ def budget_table(
     caption: str,
     *,
     kinds: tuple[str, ...] = KINDS,
+    file: str = "",
 ) -> Table:
     """`by_budget` for a page, folded away: the policy, and by budget the mean with its difference to the baseline."""
     frame = by_budget(means, task, protocol, metric, kinds=kinds)
     columns = [str(c) for c in frame.columns[2:]]
     pairs = [[Column(b, b, kind_of(metric)), Column(f"Δ {b}", f"Δ at {b}, 95 %")] for b in columns if "Δ" not in b]
     cells = [c for pair in pairs for c in pair if c.name in columns]
-    return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")], long=True)
+    return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")], long=True, file=file)
 
 
 def accuracy_table(result: EvictionResult) -> Table:
@@ -98,6 +108,8 @@ def mass_table(result: EvictionResult) -> Table:
 def best_predictors(result: EvictionResult) -> pd.DataFrame:
     """Spearman of each metric with the outcome over all cells, best first."""
     p = result.predictors
+    if p.empty:
+        return p
     return p[p["task"] == ALL].sort_values("spearman", ascending=False).reset_index(drop=True)
 
 
@@ -105,50 +117,56 @@ def predictor_table(result: EvictionResult) -> Table:
     """`best_predictors` as it is printed."""
     columns = [
         Column("metric"),
-        Column("spearman", "mean Spearman, 95 % over policies", "signed", bounds=("low", "high"), digits=2),
-        Column("below_best", "below best, 95 %", "signed", bounds=("below_best_low", "below_best_high"), digits=2),
+        Column("spearman", "mean Spearman, 95 % over policies", "correlation", bounds=("low", "high")),
+        Column("below_best", "below best, 95 %", "correlation", bounds=("below_best_low", "below_best_high")),
         Column("cells"),
         Column("policies"),
     ]
     title = f"which offline metric ranks policies as {result.outcome} does"
-    return Table(best_predictors(result), title, columns=columns)
+    return Table(_titled(best_predictors(result)), title, columns=columns)
 
 
 def predictors_by_task(result: EvictionResult) -> pd.DataFrame:
     """Metrics down, tasks and protocols across."""
     p = result.predictors
+    if p.empty:
+        return p
     part = p[(p["budget"] == ALL) & (p["protocol"] != ALL)]
     part = part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS))
     order = list(dict.fromkeys(part["cell"]))
     wide = part.pivot(index="metric", columns="cell", values="spearman")[order]
-    return wide.loc[[m for m in best_predictors(result)["metric"] if m in wide.index]].reset_index()
+    return _titled(wide.loc[[m for m in best_predictors(result)["metric"] if m in wide.index]].reset_index())
 
 
 def stages_table(result: EvictionResult) -> Table:
     """Wall time by stage, and the total."""
     rows = [*result.seconds.items(), ("total", sum(result.seconds.values()))]
     frame = pd.DataFrame(rows, columns=["stage", "seconds"])
-    return Table(frame, "wall time", columns=[Column("stage"), Column("seconds", kind="decimal", digits=1)])
+    return Table(frame, "wall time", columns=[Column("stage"), Column("seconds", kind="seconds")])
 
 
-def metrics_table(part: pd.DataFrame, caption: str, value: str = "mean") -> Table:
+def metrics_table(part: pd.DataFrame, caption: str, value: str = "mean", file: str = "") -> Table:
     """`wide` for a page, folded away."""
     frame = worded(wide(part, value))
     columns = [Column("task"), Column("protocol"), Column("policy")]
     known = [c for c in (*METRICS, *OUTCOMES, *FORCED_OUTCOMES) if c in frame]
-    return Table(frame, caption, columns=[*columns, *(Column(c, c, kind_of(c)) for c in known)], long=True)
+    return Table(
+        frame, caption, columns=[*columns, *(Column(c, title_of(c), kind_of(c)) for c in known)], long=True, file=file
+    )
 
 
 def wide(part: pd.DataFrame, value: str = "mean") -> pd.DataFrame:
     """Metrics across, cells of one budget down, in the order in which cells first appear."""
     keys = ["task", "protocol", "kind", "policy"]
+    if part.empty:
+        return part
     cells = part[keys].drop_duplicates()
     metrics = list(dict.fromkeys(part["metric"]))
     found = part.pivot(index=keys, columns="metric", values=value)
     return found.loc[pd.MultiIndex.from_frame(cells), metrics].reset_index()
 
 
-def gap_table(gaps: pd.DataFrame, budget: str, caption: str) -> Table:
+def gap_table(gaps: pd.DataFrame, budget: str, caption: str, file: str = "") -> Table:
     """Regret and gap closed at one budget, each with its interval."""
     columns = [Column("task"), Column("protocol"), Column("policy")]
     columns += [
@@ -156,15 +174,20 @@ def gap_table(gaps: pd.DataFrame, budget: str, caption: str) -> Table:
         for n, title in (("closed", "share closed"), ("regret", "regret"))
     ]
     columns.append(Column("gap", "whole gap", "percent"))
-    return Table(worded(gaps[gaps["budget"] == budget]), caption, columns=columns, long=True)
+    shown = worded(gaps[gaps["budget"] == budget]) if len(gaps) else gaps
+    return Table(shown, caption, columns=columns, long=True, file=file)
 
 
 def worded(frame: pd.DataFrame) -> pd.DataFrame:
     """With the protocol in words."""
+    if frame.empty:
+        return frame
     return frame.assign(protocol=[PROTOCOLS.get(p, p) for p in frame["protocol"]]).reset_index(drop=True)
 
 
 def _across(result: EvictionResult, means: pd.DataFrame, metric: str, caption: str) -> Table:
+    if means.empty:
+        return Table(means, caption)
     part = means[(means["metric"] == metric) & ((means["budget"] == middle_budget(result)) | (means["kind"] == "full"))]
     part = part.assign(cell=part["task"] + ", " + part["protocol"].map(PROTOCOLS))
     order = list(dict.fromkeys(part["cell"]))
@@ -183,13 +206,13 @@ def parameters_tables(result: EvictionResult) -> Sequence[Table]:
         Column("protocol"),
         Column("budget"),
         Column("share", kind="percent"),
-        Column("b", "positions kept", "decimal", digits=1),
-        Column("L", "positions compressed", "decimal", digits=1),
+        Column("b", "positions kept", "average"),
+        Column("L", "positions compressed", "average"),
         Column("prompts"),
     ]
     return [
-        Table(result.policies, "policies", columns=policies, long=True),
-        Table(worded(result.lengths), "budgets in positions", columns=lengths, long=True),
+        Table(result.policies, "policies", columns=policies, long=True, file="policies"),
+        Table(worded(result.lengths), "budgets in positions", columns=lengths, long=True, file="lengths"),
     ]
 
 
@@ -205,9 +228,15 @@ def _interval(row: pd.Series, scale: int) -> str | None:
     if pd.isna(row["difference"]):
         return None
     star = "*" if row["p_holm"] <= 0.05 else ""
-    digits = 1 if scale == 100 else 2
-    value, low, high = (f"{scale * row[c]:+.{digits}f}" for c in ("difference", "difference_low", "difference_high"))
-    return f"{value}{star}" if pd.isna(row["difference_low"]) else f"{value} [{low}, {high}]{star}"
+    kind: Kind = "points" if scale == 100 else "signed"
+    value, low, high = (scale * row.get(c, float("nan")) for c in ("difference", "difference_low", "difference_high"))
+    interval = format_interval(low, high, kind)
+    return f"{format_number(value, kind)}{'' if interval == MISSING else ' ' + interval}{star}"
+
+
+def _titled(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the metric in words."""
+    return frame.assign(metric=frame["metric"].map(title_of)) if len(frame) else frame
 
 
 def _size(budget: str) -> tuple[int, float]:

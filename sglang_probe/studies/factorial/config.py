@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sglang_probe.harvest.config import WorkloadRecording
+from sglang_probe.config import FolderName
+from sglang_probe.harvest.config import WorkloadRecording, refuse_ends
 from sglang_probe.run.hook_points import EMBED, QUERY, ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.selection import RowsConfig
 from sglang_probe.studies.factorial.study import FactorialOptions
@@ -17,7 +18,7 @@ from sglang_probe.workload.documents import Documents
 class FactorialConfig(WorkloadRecording):
     """A factorial study."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Name of the study's folder; by default the name of the YAML file."""
     workload: WorkloadConfig = Field(default_factory=Documents)
     """Where the prompts come from; by default excerpts of Python's standard library."""
@@ -74,6 +75,8 @@ class FactorialConfig(WorkloadRecording):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> FactorialConfig:
+        refuse_ends(self.sampling, "decode_steps")
+        refuse_ends(self.resampling, "decode_steps")
         if self.rows != RowsConfig():
             raise ValueError("this study reads all positions and heads of its layers: leave `rows` out")
         if self.telemetry is not None and self.evict_positions:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
-from sglang_probe.report.figures import Figure, grouped_bars, heatmap
+from sglang_probe.report.figures import Figure, dots, heatmap
+from sglang_probe.report.numbers import MISSING, format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.factorial import cells
 from sglang_probe.studies.factorial.evicted import OUTCOMES
 from sglang_probe.studies.factorial.outcomes import COSINES
@@ -17,7 +20,7 @@ from sglang_probe.studies.factorial.study import (
     SAME_CONTENTS,
     FactorialResult,
 )
-from sglang_probe.studies.pages import facts, footer, proof
+from sglang_probe.studies.pages import facts, footer, only, proof
 from sglang_probe.studies.query_drift.summary import ALL
 from sglang_probe.studies.query_drift.tautologies import TAUTOLOGIES
 
@@ -32,6 +35,14 @@ _TITLES = {
     "agreement": "same token after eviction",
     "nll": "excess nats per token after eviction",
 }
+CONTENTS = {
+    cells.REAL: "the true continuation",
+    cells.RESAMPLED: "a second sample",
+    cells.PROMPT: "ends of the prompt",
+    cells.FILLER: "filler",
+    cells.RANDOM: "random tokens",
+}
+POSITIONS = {cells.TRUE: "true positions", "+8": "8 further", "+32": "32 further", cells.ZERO: "0, 1, ..."}
 _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 """Same content, different content and different position of the effects that are shown first."""
 
@@ -43,27 +54,27 @@ _MOST_ROWS = 30
 def factorial_page(result: FactorialResult) -> Page:
     """The page of one study: does it matter what pseudo tokens say, or where they are said to stand?"""
     o = result.options
-    shown = effects_of(result, *_DESIGN, layer=ALL).set_index(["outcome", "effect"])
+    shown = _main_effects(result)
     mass = f"mass@{o.budgets[0]:g}"
     tiles = [
         Tile(
             _title(outcome),
-            " / ".join(_signed(shown.loc[(outcome, effect), "value"]) for effect in ("content", "position")),
+            _pair(shown, outcome),
             "effect of content / of position, a second sample against filler, true positions against 0, 1, ...; not "
             "comparable in size",
         )
         for outcome in ("post", "pre_centred", mass)
+        if (outcome, "content") in shown.index
     ]
-    lead = (
-        f"{result.prompts} prompts, each decoded for real and followed by {o.pseudo_tokens} pseudo tokens of "
-        f"{len(cells.CONTENTS)} contents at {len(cells.POSITIONS)} RoPE positions. The pseudo tokens ran through the "
-        f"same engine after the prompt, {format_number(result.reused, 'percent')} of whose positions came from the "
-        "prefix cache; what they can attend to is the same in every cell, only the rotation differs."
-    )
     return Page(
         title=f"Content by position: {result.name}",
-        lead=lead,
+        answer=_answer(shown, mass),
+        picture=_picture(result),
         tiles=tiles,
+        lead=f"{format_number(result.prompts)} prompts, each decoded for real and followed by {o.pseudo_tokens} pseudo "
+        f"tokens of {len(cells.CONTENTS)} contents at {len(cells.POSITIONS)} RoPE positions. The pseudo tokens ran "
+        f"through the same engine after the prompt, {format_number(result.reused, 'percent')} of whose positions came "
+        "from the prefix cache; what they can attend to is the same in every cell, only the rotation differs.",
         facts=facts(
             result.manifest,
             ("always kept, never counted", f"{o.sinks} first and {o.window} last prompt positions"),
@@ -82,20 +93,47 @@ def factorial_page(result: FactorialResult) -> Page:
     )
 
 
+def _main_effects(result: FactorialResult) -> pd.DataFrame:
+    """Effects of the design that is shown first, by outcome and effect."""
+    found = effects_of(result, *_DESIGN, layer=ALL)
+    return (
+        found.set_index(["outcome", "effect"])
+        if len(found)
+        else pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []]))
+    )
+
+
+def _answer(shown: pd.DataFrame, mass: str) -> str:
+    if (mass, "content") not in shown.index:
+        return "Neither content nor position can be judged: no cell was measured."
+    content, position = (shown.loc[(mass, effect)] for effect in ("content", "position"))
+    return (
+        f"For the {_title(mass)}, what pseudo tokens say moves the share by {_estimate(content)}, and where they are "
+        f"said to stand by {_estimate(position)}: a second sample against filler, and true positions against 0, 1, ..."
+    )
+
+
+def _estimate(row: pd.Series) -> str:
+    """A difference of shares with its interval, in percentage points."""
+    value, low, high = (100 * row.get(c, math.nan) for c in ("value", "value_low", "value_high"))
+    interval = format_interval(low, high, "points")
+    return f"{format_number(value, 'points')} points" + ("" if interval == MISSING else f" {interval}")
+
+
 def cosines_table(result: FactorialResult) -> Table:
     """Published cosines and ours, with the effects computed from the four cells."""
     four = [Column(c, kind="decimal") for c in ("SC&SP", "DC&SP", "SC&DP", "DC&DP")]
     effects = [Column(c, kind="signed") for c in ("content", "position", "interaction")]
-    frame = result.table.assign(outcome=result.table["outcome"].map(_TITLES))
+    frame = result.table
+    frame = frame.assign(outcome=frame["outcome"].map(_TITLES)) if len(frame) else frame
     columns = [Column("source"), Column("outcome", "cosine"), *effects, *four]
     return Table(frame, "Cosine to the true decode queries, published and here", columns=columns)
 
 
 def effects_of(result: FactorialResult, same: str, different: str, position: str, *, layer: str) -> pd.DataFrame:
     """Effects of one 2x2 design in one layer, or in all."""
-    e = result.effects
-    chosen = (e["same"] == same) & (e["different"] == different) & (e["position"] == position) & (e["layer"] == layer)
-    return e[chosen].drop(columns=["same", "different", "position", "layer"])
+    chosen = only(result.effects, same=same, different=different, position=position, layer=layer)
+    return chosen.drop(columns=["same", "different", "position", "layer"], errors="ignore")
 
 
 def _dapq(result: FactorialResult) -> Section:
@@ -107,32 +145,42 @@ def _dapq(result: FactorialResult) -> Section:
         tables=[cosines_table(result)],
         notes=[
             "Published: arXiv 2603.11564v1, tables 1, 5 and 6; aggregation over layers and heads is not stated there. "
-            "The identity row is not exactly 1 here: the true tokens were decoded once and prefilled once, and the "
-            "difference is the engine's numerics, which is the floor of every cosine in this report."
+            "In the identity row the true tokens were decoded once and prefilled once: what it misses to 1 is the "
+            "engine's numerics, the floor of every cosine in this report."
         ],
     )
 
 
-def _effects(result: FactorialResult) -> Section:
+def _picture(result: FactorialResult) -> Figure:
+    """Both main effects of every outcome but the loss, whose unit is another."""
     first = effects_of(result, *_DESIGN, layer=ALL)
-    order = [c for c in (*COSINES, *_ordered(result)) if c in set(first["outcome"])]
-    figure = grouped_bars(
-        _in_order(first[first["effect"] != "interaction"], order),
+    if len(first):
+        order = [c for c in (*COSINES, *_ordered(result)) if c in set(first["outcome"]) and c != "nll"]
+        first = _in_order(only(first, effect=["content", "position"], outcome=order), order)
+    return dots(
+        first,
         "outcome",
         "effect",
         "value",
         low="value_low",
         high="value_high",
-        title="Main effects, from a second sample to filler and from the true positions to 0, 1, ...",
-        caption="95 % intervals over prompts. For output error and excess nats, a negative effect is better.",
-        kind="decimal",
+        kind="signed",
+        references=pd.DataFrame({"name": ["no effect"], "value": [0.0]}),
+        title="Effect of content and of position on each outcome",
+        caption="From a second sample to filler, and from the true positions to 0, 1, ... Lines are 95 % intervals "
+        "over prompts. For the output error, a negative effect is better.",
+        x_label="effect",
     )
+
+
+def _effects(result: FactorialResult) -> Section:
+    order = [*COSINES, *_ordered(result)]
     first_budget = f"@{result.options.budgets[0]:g}"
     columns = ["post", "pre_centred", *(x for x in order if x.endswith(first_budget) or x in OUTCOMES)]
     others = [
         {
-            "content": f"{same} or {different}",
-            "position": f"true or {position}",
+            "content": f"{CONTENTS[same]} or {CONTENTS[different]}",
+            "position": f"true or {POSITIONS[position]}",
             **_pairs(effects_of(result, same, different, position, layer=ALL), columns),
         }
         for same in SAME_CONTENTS
@@ -147,19 +195,26 @@ def _effects(result: FactorialResult) -> Section:
         "from the true ones: with a mild shift content cannot lose, and with a large one position cannot. Compare "
         "designs that share one contrast. Cosines are averages over all heads; mass and output error are what an "
         "eviction would be judged by.",
-        figures=[figure],
-        tables=[Table(pd.DataFrame(others), "All designs: effect of content / effect of position", long=True)],
+        tables=[
+            Table(
+                pd.DataFrame(others if len(result.effects) else []),
+                "All designs: effect of content / effect of position",
+                long=True,
+                file="effects",
+            )
+        ],
+        nothing="no cell was measured",
     )
 
 
 def _importance(result: FactorialResult) -> Section:
     figures: list[Figure] = []
-    at = result.cells[result.cells["layer"] == ALL]
+    at = only(result.cells, layer=ALL)
     for outcome in _ordered(result):
-        part = at[(at["outcome"] == outcome) & (at["content"] != "baseline")]
+        part = only(at, outcome=outcome, content=list(cells.CONTENTS))
         figures.append(
             heatmap(
-                part.assign(position="at " + part["position"]),
+                _named(part),
                 "content",
                 "position",
                 "value",
@@ -176,22 +231,38 @@ def _importance(result: FactorialResult) -> Section:
         "eviction, the real continuation is forced through the engine with the kept set; its first token comes from "
         "the full cache and does not count.",
         figures=figures,
+        nothing="no cell was measured",
     )
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """With contents and positions in words."""
+    if frame.empty:
+        return frame
+    content = [
+        BASELINES.get(p, p) if c == "baseline" else CONTENTS.get(c, c)
+        for c, p in zip(frame["content"], frame["position"], strict=True)
+    ]
+    return frame.assign(content=content, position=[POSITIONS.get(p, MISSING) for p in frame["position"]])
 
 
 def _layers(result: FactorialResult) -> Section:
-    frames = [
-        effects_of(result, *_DESIGN, layer=str(layer)).assign(layer=f"layer {layer}")
-        for layer in sorted({x for x in result.effects["layer"] if x != ALL}, key=int)
-    ]
-    part = pd.concat(frames)
+    e = result.effects
+    layers = sorted({x for x in e["layer"] if x != ALL}, key=int) if len(e) else []
+    frames = [effects_of(result, *_DESIGN, layer=str(x)).assign(layer=f"layer {x}") for x in layers]
+    values = pd.concat(frames) if frames else pd.DataFrame()
     outcomes = ["post", "pre_centred", *(x for x in _ordered(result) if x.startswith(("mass", "output_error")))]
-    part = part[part["outcome"].isin(outcomes) & (part["effect"] != "interaction")]
-    values = part.assign(outcome=part["outcome"].map(_title)).pivot(
-        index=["layer", "outcome"], columns="effect", values=["value", "value_low", "value_high"]
-    )
-    names = {"value": "", "value_low": "_low", "value_high": "_high"}
-    values.columns = [f"{effect}{names[what]}" for what, effect in values.columns]
+    values = only(values, outcome=outcomes, effect=["content", "position"])
+    if len(values):
+        values = values.assign(outcome=values["outcome"].map(_title)).pivot(
+            index=["layer", "outcome"],
+            columns="effect",
+            values=[c for c in ("value", "value_low", "value_high") if c in values],
+        )
+        names = {"value": "", "value_low": "_low", "value_high": "_high"}
+        values.columns = pd.Index([f"{effect}{names[what]}" for what, effect in values.columns])
+        values = values.assign(**{e: math.nan for e in ("content", "position") if e not in values})
+        values = values.reset_index()
     columns = [Column("layer"), Column("outcome")]
     columns += [
         Column(e, f"effect of {e}, 95 %", "signed", bounds=(f"{e}_low", f"{e}_high")) for e in ("content", "position")
@@ -201,34 +272,40 @@ def _layers(result: FactorialResult) -> Section:
         text="A mean over layers can hide heads that look back by position and heads that look back by content.",
         tables=[
             Table(
-                values.reset_index(),
+                values,
                 "Main effects by layer, intervals over prompts",
                 columns=columns,
                 long=len(values) > _MOST_ROWS,
+                file="effects",
             )
         ],
     )
 
 
 def _all(result: FactorialResult) -> Section:
-    at = result.cells[result.cells["layer"] == ALL]
-    wide = at.pivot_table(index=["content", "position"], columns="outcome", values="value", sort=False).reset_index()
+    wide = only(result.cells, layer=ALL)
+    if len(wide):
+        wide = wide.pivot_table(index=["content", "position"], columns="outcome", values="value", sort=False)
+        wide = wide.reset_index()
     columns = [Column("content"), Column("position")]
-    columns += [Column(x, _title(x), "decimal") for x in wide.columns[2:]]
+    columns += [Column(x, _title(x), "decimal") for x in (wide.columns[2:] if len(wide) else ())]
     return Section(
-        heading="Every cell", tables=[Table(wide, "Means over prompts, layers and heads", columns=columns, long=True)]
+        heading="Every cell",
+        tables=[Table(_named(wide), "Means over prompts, layers and heads", columns=columns, long=True, file="means")],
+        nothing="no cell was measured",
     )
 
 
 def _ordered(result: FactorialResult) -> list[str]:
     budgets = [f"{b:g}" for b in result.options.budgets]
     names = ["spearman", *(f"{k}@{b}" for k in ("overlap", "mass", "output_error") for b in budgets), *OUTCOMES]
-    return [x for x in names if x in set(result.cells["outcome"])]
+    there = set(result.cells["outcome"]) if len(result.cells) else set()
+    return [x for x in names if x in there]
 
 
 def _title(outcome: str) -> str:
     name, _, budget = outcome.partition("@")
-    return _TITLES[name] + (f", {float(budget):.3g} of the prompt kept" if budget else "")
+    return _TITLES[name] + (f", {format_number(float(budget), 'percent')} kept" if budget else "")
 
 
 def _in_order(frame: pd.DataFrame, order: list[str]) -> pd.DataFrame:
@@ -238,19 +315,15 @@ def _in_order(frame: pd.DataFrame, order: list[str]) -> pd.DataFrame:
 
 
 def _baselines(at: pd.DataFrame, outcome: str) -> str:
-    part = at[(at["outcome"] == outcome) & (at["content"] == "baseline")].set_index("position")["value"]
+    part = only(at, outcome=outcome, content="baseline").set_index("position")["value"]
     return "; ".join(f"{BASELINES[k]} {format_number(part[k], 'decimal')}" for k in BASELINES if k in part) + "."
 
 
 def _pairs(effects: pd.DataFrame, outcomes: list[str]) -> dict[str, str]:
     """Both main effects of each outcome, as text."""
-    value = effects.set_index(["outcome", "effect"])["value"]
-    return {
-        _title(x): " / ".join(_signed(value[x, effect]) for effect in ("content", "position"))
-        for x in outcomes
-        if (x, "content") in value
-    }
+    value = effects.set_index(["outcome", "effect"]) if len(effects) else effects
+    return {_title(x): _pair(value, x) for x in outcomes if (x, "content") in value.index}
 
 
-def _signed(x: float) -> str:
-    return f"{x:+.3f}"
+def _pair(effects: pd.DataFrame, outcome: str) -> str:
+    return " / ".join(format_number(effects.loc[(outcome, e), "value"], "signed") for e in ("content", "position"))

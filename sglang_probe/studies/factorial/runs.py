@@ -6,17 +6,17 @@ A cell is N pseudo tokens after the prompt, which comes from the prefix cache. P
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from sglang_probe.ask import Ask, PositionOverride
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.errors import ConfigError, ProbeError, WorkloadError
 from sglang_probe.harvest import kept_requests
 from sglang_probe.harvest.experiment import Runs, RunSpec, record
 from sglang_probe.harvest.kept_requests import KeptRequest
-from sglang_probe.harvest.prepare import Prepared, require_asks
+from sglang_probe.harvest.prepare import Prepared, check_requests, require_asks
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.kept_set import write_kept
@@ -46,7 +46,15 @@ def prepare(config: FactorialConfig) -> Prepared:
     """
     require_asks({"positions", *(["evict"] if config.evict_positions else [])})
     prepared = check(config)
-    _prompts(prepared, config)
+    try:
+        prepared.sampling(config.resampling)
+    except ProbeError as e:
+        raise type(e)(f"`resampling`: {e.message}", fix=e.fix) from e
+    prompts = _prompts(prepared, config)
+    check_requests(_requests(DECODED, prompts, prepared, config, {}), prepared)
+    check_requests(_cells(prompts, config, _placeholders(prompts, config)), prepared)
+    if not prepared.model.tokenizer.encode(config.filler, add_special_tokens=False):
+        raise ConfigError("`filler` has no tokens", fix="give a sentence")
     if config.evict_positions and sorted(config.layers) != list(range(prepared.model.layers)):
         raise ConfigError(
             f"an eviction keeps positions in all {prepared.model.layers} layers; `layers` names {config.layers}",
@@ -149,6 +157,19 @@ def _requests(
         }
         for r in prompts
     ]
+    return _cells(prompts, config, contents)
+
+
+def _placeholders(prompts: Sequence[Request], config: FactorialConfig) -> list[dict[str, Sequence[int]]]:
+    """Contents as long as those of the cells will be."""
+    return [dict.fromkeys(cells.CONTENTS, [r.prompt_ids[0]] * config.pseudo_tokens) for r in prompts]
+
+
+def _cells(
+    prompts: Sequence[Request], config: FactorialConfig, contents: Sequence[Mapping[str, Sequence[int]]]
+) -> list[Request]:
+    """The prompts alone, and every cell: the prompt and pseudo tokens that say what `contents` has for it."""
+    n = config.pseudo_tokens
     params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
     # The prompts alone come first and fill the cache; a cell publishes nothing.
     requests = [replace(r, index=i, sampling_params=params) for i, r in enumerate(prompts)]

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from sglang_probe.harvest.config import WorkloadRecording, refuse_rows
+from sglang_probe.config import FolderName
+from sglang_probe.harvest.config import WorkloadRecording, refuse_ends, refuse_rows
 from sglang_probe.policy.arm import Arm
 from sglang_probe.workload.build import WorkloadConfig
 from sglang_probe.workload.documents import Documents
@@ -15,7 +16,7 @@ from sglang_probe.workload.documents import Documents
 class PhaseConfig(WorkloadRecording):
     """A phase study. Every text is cut to `prompt_tokens` and a continuation, whose positions are compared."""
 
-    name: str | None = None
+    name: FolderName | None = None
     """Name of the study's folder; by default the name of the YAML file."""
     workload: WorkloadConfig = Field(default_factory=Documents)
     """Where the texts come from; by default excerpts of Python's standard library."""
@@ -31,6 +32,9 @@ class PhaseConfig(WorkloadRecording):
     @model_validator(mode="after")
     def _compares_all_positions(self) -> PhaseConfig:
         refuse_rows(self)
+        refuse_ends(self.sampling, "continuation_tokens")
+        if not self.hook_points:
+            raise ValueError("this study compares rows: `hook_points` must name some")
         return self
 
     @property

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sglang_probe.report.figures import grouped_bars, lines
+from sglang_probe.report.figures import Figure, dots, lines
+from sglang_probe.report.numbers import Kind, format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Kind, Table, format_number
-from sglang_probe.run.hook_points import EMBED
-from sglang_probe.studies.pages import FLOOR, HOOK_POINT, facts, footer, proof, verdicts
-from sglang_probe.studies.phase.study import BIN, PhaseResult
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.studies.pages import FLOOR, HOOK_POINT, deepest, facts, footer, only, proof, verdicts
+from sglang_probe.studies.phase.study import BIN, CONTRASTS, DECODED, HUMAN, REFORWARD, PhaseResult
+
+KINDS = {HUMAN: "human text", DECODED: "decoded", REFORWARD: "prefilled again"}
+_NOTHING = "no hook point was compared"
 
 
 def phase_page(result: PhaseResult) -> Page:
     """The page of one study: can prefill and decode be told apart, and is it the numbers or the text?"""
-    deepest = result.probes["hook_point"].iloc[-1]
-    auc = result.probes[result.probes["hook_point"] == deepest].set_index("contrast")["auc"]
-    both, content, numerics = (f"{auc[c]:.3f}" for c in ("numerics and content", "content", "numerics"))
+    at = deepest(result.probes)
+    where = at["hook_point"].iloc[0] if len(at) else "none"
+    both, content, numerics = (_auc(at, c) for c in CONTRASTS)
     return Page(
         title=f"Prefill and decode: {result.name}",
-        lead=f"{result.texts} texts, each a prompt and a continuation, whose {format_number(result.positions)} "
-        "positions were computed three times: as human text prefilled, as the model's own text decoded, and as that "
-        f"text prefilled again. At `{deepest}` a linear probe tells decoded rows from human ones with an AUC of "
-        f"{both}; the text alone gives {content}, the path through the engine alone {numerics}.",
+        answer=f"At `{where}` a linear probe tells decoded rows from human ones with an AUC of {both}; the text alone "
+        f"gives {content}, the path through the engine alone {numerics}, and 0.5 is chance."
+        if len(at)
+        else f"Nothing can be told apart: {_NOTHING}.",
+        picture=_picture(result),
         tiles=[
             Tile("content", content, "AUC, the model's text against human text, prefilled"),
             Tile("numerics", numerics, "AUC, the same tokens decoded against prefilled"),
         ],
+        lead=f"{format_number(result.texts)} texts, each a prompt and a continuation, whose "
+        f"{format_number(result.positions)} positions were computed three times: as human text prefilled, as the "
+        "model's own text decoded, and as that text prefilled again.",
         facts=facts(result.manifest),
         sections=[_probes(result), _numerics(result), _moments(result), proof(result.checks)],
         footer=footer(result.manifest),
+    )
+
+
+def _auc(at: pd.DataFrame, contrast: str) -> str:
+    found = only(at, contrast=contrast)
+    return format_number(found["auc"].iloc[0] if len(found) else None, "decimal")
+
+
+def _picture(result: PhaseResult) -> Figure:
+    chance = pd.DataFrame({"name": ["chance"], "value": [0.5]})
+    return dots(
+        result.probes,
+        "hook_point",
+        "contrast",
+        "auc",
+        low="low",
+        high="high",
+        kind="decimal",
+        references=chance,
+        zero=False,
+        title="Area under the curve (AUC) of a linear probe on unseen texts",
+        caption="Lines are 95 % intervals over texts.",
+        x_label="AUC",
     )
 
 
@@ -41,13 +71,15 @@ def probes_table(result: PhaseResult) -> Table:
         Column("auc", "AUC, 95 % interval", "decimal", bounds=("low", "high")),
         Column(header="with exchanged labels", kind="decimal", bounds=("null_low", "null_high")),
     ]
-    return Table(result.probes, "Linear probe on unseen texts", columns=columns)
+    return Table(
+        result.probes, "Linear probe on unseen texts", columns=columns, long=len(result.probes) > 30, file="probes"
+    )
 
 
 def numerics_table(result: PhaseResult) -> Table:
     """Effect beside floor of decoding what could be prefilled."""
     title = "Decoded against prefilled again, mean relative L2"
-    return Table(result.numerics, title, columns=verdicts(HOOK_POINT))
+    return Table(result.numerics, title, columns=verdicts(HOOK_POINT), long=len(result.numerics) > 30, file="numerics")
 
 
 def moments_table(result: PhaseResult) -> Table:
@@ -62,7 +94,11 @@ def moments_table(result: PhaseResult) -> Table:
         Column("kurtosis"),
     ]
     title = f"Rows of {result.positions:,} continuation positions of {result.texts} texts"
-    return Table(result.moments, title, columns=columns)
+    return Table(_kinds_named(result.moments), title, columns=columns, long=len(result.moments) > 30, file="moments")
+
+
+def _kinds_named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(kind=frame["kind"].map(lambda k: KINDS.get(k, k))) if len(frame) else frame
 
 
 def _probes(result: PhaseResult) -> Section:
@@ -71,20 +107,8 @@ def _probes(result: PhaseResult) -> Section:
         text="A linear discriminant, found on some texts and tried on others. 0.5 is chance. **Content** compares the "
         "model's own text with human text, both prefilled. **Numerics** compares the same tokens at the same "
         "positions, decoded and prefilled. The interval is over texts; the null exchanges labels within texts.",
-        figures=[
-            grouped_bars(
-                result.probes,
-                "hook_point",
-                "contrast",
-                "auc",
-                low="low",
-                high="high",
-                kind="decimal",
-                title="AUC of a linear probe on unseen texts",
-                caption="With 95 % intervals over texts.",
-            )
-        ],
         tables=[probes_table(result)],
+        nothing=_NOTHING,
     )
 
 
@@ -93,25 +117,26 @@ def _numerics(result: PhaseResult) -> Section:
         heading="Numerics: the same tokens, decoded and prefilled",
         text=f"Relative L2 of each row. {FLOOR}",
         tables=[numerics_table(result)],
+        nothing=_NOTHING,
     )
 
 
 def _moments(result: PhaseResult) -> Section:
-    deep = [h for h in dict.fromkeys(result.moments["hook_point"]) if h != EMBED]
-    frame = result.by_position[result.by_position["hook_point"] == (deep[-1] if deep else EMBED)]
+    frame = _kinds_named(deepest(result.by_position))
+    where = frame["hook_point"].iloc[0] if len(frame) else "rows"
     shown: tuple[tuple[str, Kind, str], ...] = (
         ("norm", "auto", "Mean norm of the rows."),
-        ("outliers", "percent", "Entries outside the central 99.9 % of human rows of other texts."),
+        ("outliers", "percent", "Share of entries outside the central 99.9 % of human rows of other texts."),
     )
     curves = [
         lines(
-            pd.DataFrame(frame),
+            frame,
             "start",
             column,
             "kind",
             low=f"{column}_low",
             high=f"{column}_high",
-            title=f"{frame['hook_point'].iloc[0]}: {column} by position",
+            title=f"`{where}`: {column} by position",
             x_label=f"position after the prompt (start of bin of {BIN})",
             y_label=column,
             kind=kind,
@@ -126,4 +151,5 @@ def _moments(result: PhaseResult) -> Section:
         "human rows of other texts, dimension by dimension.",
         figures=curves,
         tables=[moments_table(result)],
+        nothing=_NOTHING,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sglang_probe.errors import WorkloadError
 from sglang_probe.harvest.experiment import Runs, RunSpec, record
-from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.prepare import Prepared, check_requests
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Reporter
 from sglang_probe.run.run import Run, load_run
@@ -26,11 +26,13 @@ def prepare(config: PhaseConfig) -> Prepared:
     """Check model and texts; starts no engine.
 
     Raises:
-        WorkloadError: fewer than two texts are long enough.
+        WorkloadError: fewer than two texts are long enough, or prompt and continuation do not fit into the context.
         ProbeError: as `sglang_probe.harvest.prepare.prepare`.
     """
     prepared = check(config, {"arm": config.arm})
-    _texts(prepared, config)
+    texts = _texts(prepared, config)
+    for kind in (HUMAN, DECODED):  # a forward pass of what was decoded is as long as human text
+        check_requests(_requests(kind, texts, config, {}), prepared)
     return prepared
 
 

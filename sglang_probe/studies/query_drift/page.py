@@ -7,10 +7,11 @@ import math
 import pandas as pd
 
 from sglang_probe.report.figures import Figure, heatmap, lines
+from sglang_probe.report.numbers import Kind, format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
-from sglang_probe.report.tables import Column, Kind, Table, format_interval, format_number
-from sglang_probe.studies.pages import facts, footer, proof
-from sglang_probe.studies.query_drift.reading import changes, horizon, importance
+from sglang_probe.report.tables import Column, Table
+from sglang_probe.studies.pages import facts, footer, only, proof
+from sglang_probe.studies.query_drift.reading import changes, horizon, importance, kept_mass
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
 from sglang_probe.studies.query_drift.tautologies import TAUTOLOGIES
@@ -31,39 +32,28 @@ NEAREST = {
 def drift_page(result: DriftResult) -> Page:
     """The page of one study: how far do decode queries leave the window that eviction scores with, and does it
     matter?"""
-    f, o = result.found, result.options
-    excess = f.excess[(f.excess["layer"] == ALL) & (f.excess["kind"] == "centred")].sort_values("distance")
-    recall = f.recall[f.recall["layer"] == ALL]
-    last = int(recall["step"].max())
-    at_last = recall[recall["step"] == last].set_index("policy")
-    lead = (
-        f"{result.requests} requests with prompts of {_between(result.lengths)} tokens and {_between(result.steps)} "
-        f"decode steps. The window is the last {o.window} prompt positions. Decode queries are compared with it "
-        "pre-RoPE and post-RoPE, raw and without the prompt's mean query, and every curve stands beside what would be "
-        "seen without any drift of content."
-    )
-    tiles = [
-        Tile(
-            "excess drift, centred",
-            format_number(excess["excess"].iloc[0], "signed") if len(excess) else "none",
-            _reach(excess),
-        ),
-        Tile(
-            "still predicted",
-            format_number(at_last.loc["window", "value"], "percent"),
-            f"of the non-trivial mass at step {last} is on what the window chose; at random "
-            f"{format_number(at_last.loc['random', 'value'], 'percent')}, most recent "
-            f"{format_number(at_last.loc['recency', 'value'], 'percent')}",
-        ),
-    ]
+    o = result.options
+    excess = only(result.found.excess, layer=ALL, kind="centred")
+    excess = excess.sort_values("distance") if len(excess) else excess
     return Page(
         title=f"Query drift: {result.name}",
-        lead=lead,
-        tiles=tiles,
+        answer=_answer(result),
+        picture=kept_mass(result),
+        tiles=[
+            Tile(
+                "excess drift, centred",
+                format_number(excess["excess"].iloc[0] if len(excess) else None, "signed"),
+                _reach(excess),
+            )
+        ],
+        lead=f"{format_number(result.requests)} requests with prompts of {_between(result.lengths)} tokens and "
+        f"{_between(result.steps)} decode steps. The window is the last {o.window} prompt positions. Decode queries "
+        "are compared with it pre-RoPE and post-RoPE, raw and without the prompt's mean query, and every curve stands "
+        "beside what would be seen without any drift of content.",
         facts=facts(
             result.manifest,
             ("layers", ", ".join(map(str, result.layers))),
-            ("options", ", ".join(f"{k} {val}" for k, val in o.model_dump().items())),
+            ("options", ", ".join(f"{k.replace('_', ' ')} {val}" for k, val in o.model_dump().items())),
             ("left out", "; ".join(f"{n} requests: {why}" for why, n in result.left_out.items()) or "nothing"),
         ),
         sections=[
@@ -83,10 +73,26 @@ def drift_page(result: DriftResult) -> Page:
     )
 
 
+def _answer(result: DriftResult) -> str:
+    """What the window's choice still holds at the last step, beside chance and recency."""
+    recall = only(result.found.recall, layer=ALL)
+    if recall.empty:
+        return "Nothing can be said of what the window predicts: no step was measured."
+    last = int(recall["step"].max())
+    at = dict(zip(*(only(recall, step=last)[c] for c in ("policy", "value")), strict=True))
+    window, random, recent = (format_number(at.get(p), "percent") for p in ("window", "random", "recency"))
+    return (
+        f"From step {last} on, {window} of the non-trivial attention mass is on what the prompt's last "
+        f"{result.options.window} queries chose; random positions hold {random}, the most recent ones {recent}."
+    )
+
+
 def steps_table(result: DriftResult) -> Table:
     """Means over layers and heads by decode step."""
     steps = result.found.steps
-    wide = steps[steps["layer"] == ALL].pivot(index="metric", columns="step", values="value").reset_index()
+    wide = only(steps, layer=ALL)
+    if len(wide):
+        wide = wide.pivot(index="metric", columns="step", values="value").reset_index()
     wide.columns = [str(c) for c in wide.columns]
     columns = [Column("metric"), *(Column(c, kind="decimal") for c in wide.columns[1:])]
     return Table(wide, f"{result.requests} requests: means by decode step (first of its bin)", columns=columns)
@@ -94,9 +100,10 @@ def steps_table(result: DriftResult) -> Table:
 
 def _cosines(result: DriftResult) -> Section:
     steps = result.found.steps
-    heads = result.found.maps
-    late = int(heads["late_step"].iloc[0])
-    map_rows = heads.assign(layer="layer " + heads["layer"].astype(str), head=heads["head"].astype(str))
+    heads = _by_head(result)
+    late = int(heads["late_step"].iloc[0]) if len(heads) else 0
+    by_layer = only(steps, metric="pre_centred")
+    by_layer = by_layer[by_layer["layer"] != ALL] if len(by_layer) else by_layer
     return Section(
         heading="Decode queries beside the window",
         text=TAUTOLOGIES,
@@ -111,9 +118,7 @@ def _cosines(result: DriftResult) -> Section:
                 "A nearest neighbour among many is near even where nothing is shared: compare with the controls below.",
             ),
             lines(
-                steps[(steps["metric"] == "pre_centred") & (steps["layer"] != ALL)].assign(
-                    layer=lambda d: "layer " + d["layer"]
-                ),
+                _layers_named(by_layer),
                 "step",
                 "value",
                 "layer",
@@ -125,7 +130,7 @@ def _cosines(result: DriftResult) -> Section:
                 y_label="cosine",
             ),
             heatmap(
-                map_rows,
+                heads,
                 "layer",
                 "head",
                 "pre_centred_late",
@@ -139,10 +144,12 @@ def _cosines(result: DriftResult) -> Section:
 
 
 def _curves(steps: pd.DataFrame, names: dict[str, str], title: str, caption: str) -> Figure:
-    part = steps[(steps["layer"] == ALL) & steps["metric"].isin(names)]
-    part = part.assign(metric=pd.Categorical(part["metric"].map(names), list(names.values()), ordered=True))
+    part = only(steps, layer=ALL, metric=list(names))
+    if len(part):
+        part = part.assign(metric=pd.Categorical(part["metric"].map(names), list(names.values()), ordered=True))
+        part = part.sort_values(["metric", "step"])
     return lines(
-        part.sort_values(["metric", "step"]),
+        part,
         "step",
         "value",
         "metric",
@@ -156,10 +163,18 @@ def _curves(steps: pd.DataFrame, names: dict[str, str], title: str, caption: str
     )
 
 
+def _layers_named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(layer="layer " + frame["layer"].astype(str)) if len(frame) else frame
+
+
+def _by_head(result: DriftResult) -> pd.DataFrame:
+    heads = _layers_named(result.found.maps)
+    return heads.assign(head=heads["head"].astype(str)) if len(heads) else heads
+
+
 def _excess(result: DriftResult) -> Section:
-    f = result.found
-    part = f.excess[f.excess["layer"] == ALL].sort_values(["kind", "distance"])
-    heads = f.maps.assign(layer="layer " + f.maps["layer"].astype(str), head=f.maps["head"].astype(str))
+    part = only(result.found.excess, layer=ALL)
+    part = part.sort_values(["kind", "distance"]) if len(part) else part
     return Section(
         heading="Is it decoding, or is it distance?",
         text="Excess drift: the mean pre-RoPE cosine of prompt queries a distance apart, minus that of window and "
@@ -180,7 +195,7 @@ def _excess(result: DriftResult) -> Section:
                 caption="Bands over prompts.",
             ),
             heatmap(
-                heads,
+                _by_head(result),
                 "layer",
                 "head",
                 "excess_centred",
@@ -192,6 +207,7 @@ def _excess(result: DriftResult) -> Section:
             ),
         ],
         tables=[Table(part, "Excess drift", columns=_EXCESS)],
+        nothing="no two queries are so far apart",
     )
 
 
@@ -203,34 +219,43 @@ def _subspace(result: DriftResult) -> Section:
         "split_half": "null: other half of the window",
         "random": "null: random directions",
     }
-    part = result.found.subspace
-    part = part[part["measure"].isin(names)]
-    part = part.assign(queries=part["measure"].map(names), layer="layer " + part["layer"].astype(str))
-    wide = part.pivot(index="queries", columns="layer", values="value").loc[list(names.values())].reset_index()
-    kinds: dict[str, Kind] = {c: "percent" for c in wide.columns if c != "queries"}
+    wide = _layers_named(only(result.found.subspace, measure=list(names)))
+    if len(wide):
+        # Layers down: a model has more of them than there are kinds of queries.
+        wide = wide.assign(queries=wide["measure"].map(names))
+        wide = wide.pivot(index="layer", columns="queries", values="value").reindex(columns=list(names.values()))
+        wide = wide.loc[[f"layer {i}" for i in result.layers if f"layer {i}" in wide.index]].reset_index()
+    kinds: dict[str, Kind] = {str(c): "percent" for c in wide.columns if c != "layer"}
     return Section(
         heading="Do decode queries leave the window's directions?",
         text=f"The directions that hold {result.options.energy:.0%} of the window's energy (at most half as many as "
         "the window has queries), and how much of the energy of decode queries lies within them, centred and pre-RoPE. "
         "Half a window finds fewer directions than the whole, so that the split-half null is too low.",
         tables=[Table(wide, "Captured energy", kinds)],
+        nothing="no subspace was found",
     )
 
 
 def _controls(result: DriftResult) -> Section:
-    wide = result.found.controls.pivot_table(index=["layer", "control"], columns="measure", values="value", sort=False)
-    columns = [Column("layer"), Column("control"), *(Column(c, _MEASURES[c], "decimal") for c in wide.columns)]
+    wide = result.found.controls
+    if len(wide):
+        wide = wide.pivot_table(index=["layer", "control"], columns="measure", values="value", sort=False).reset_index()
+    columns = [Column("layer"), Column("control"), *(Column(c, h, k) for c, (h, k) in _MEASURES.items() if c in wide)]
     return Section(
         heading="Negative controls",
         text="The same measures with something broken on purpose: the decode queries (and the scoring window) of "
         "another request, the prompt's first positions as the window, and keys that changed places before scoring. "
         "Shuffled keys must bring the kept mass to chance; if another request's queries do not, importance depends on "
         "the keys alone.",
-        tables=[Table(wide.reset_index(), "Late steps", columns=columns, long=True)],
+        tables=[Table(wide, "Late steps", columns=columns, long=True, file="means_controls")],
+        nothing="no control was run",
     )
 
 
 def _coverage(result: DriftResult) -> Section:
+    heading = "Which of these queries exist"
+    if result.found.coverage.empty:
+        return Section(heading=heading, text="Nothing to show, because no window was looked at.")
     c = result.found.coverage.iloc[0]
     text = (
         f"{int(c['whole_windows'])} of {int(c['requests'])} requests computed all queries of their window themselves; "
@@ -241,15 +266,15 @@ def _coverage(result: DriftResult) -> Section:
     if c["cut_windows"]:
         text += (
             f" In the {int(c['cut_windows'])} requests with a cut window the mean centred cosine is "
-            f"{format_number(c['cosine_with_lineage'])} with lineage"
+            f"{format_number(c['cosine_with_lineage'], 'decimal')} with lineage"
         )
         own = c["cosine_of_own_queries"]
         text += (
             "."
             if own is None or math.isnan(own)
-            else f", and {format_number(own)} from the queries alone that they computed themselves."
+            else f", and {format_number(own, 'decimal')} from the queries alone that they computed themselves."
         )
-    return Section(heading="Which of these queries exist", text=text)
+    return Section(heading=heading, text=text)
 
 
 _EXCESS = [
@@ -260,12 +285,12 @@ _EXCESS = [
     Column("decode", "decode cosine", "decimal"),
     Column("prompts"),
 ]
-_MEASURES = {
-    "pre_centred": "centred pre-RoPE cosine",
-    "pre_centred_nearest": "to the nearest window query",
-    "js": "Jensen-Shannon divergence, nats",
-    "mass": "kept non-trivial mass",
-    "mass_chance": "chance",
+_MEASURES: dict[str, tuple[str, Kind]] = {
+    "pre_centred": ("centred pre-RoPE cosine", "decimal"),
+    "pre_centred_nearest": ("to the nearest window query", "decimal"),
+    "js": ("Jensen-Shannon divergence, nats", "decimal"),
+    "mass": ("kept non-trivial mass", "percent"),
+    "mass_chance": ("chance", "percent"),
 }
 
 
@@ -281,7 +306,9 @@ def _reach(excess: pd.DataFrame) -> str:
     if len(excess) < 2:
         return nothing
     nearest, farthest = excess.iloc[0], excess.iloc[-1]
-    near, far = (format_interval(row["excess_low"], row["excess_high"], "signed") for row in (nearest, farthest))
+    near, far = (
+        format_interval(row.get("excess_low"), row.get("excess_high"), "signed") for row in (nearest, farthest)
+    )
     return (
         f"{near}, fewer than {int(excess['distance'].iloc[1])} positions apart; from {int(farthest['distance'])} on "
         f"{format_number(farthest['excess'], 'signed')} {far}. {nothing}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
-from sglang_probe.report.figures import lines
+from sglang_probe.report.figures import Figure, lines
+from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Section
-from sglang_probe.report.tables import Column, Table, format_number
+from sglang_probe.report.tables import Column, Table
 from sglang_probe.stats.intervals import TOO_FEW
+from sglang_probe.studies.pages import only
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
 
@@ -19,18 +21,20 @@ DAPQ_PUBLISHED = {128: 0.9785, 64: 0.9747, 32: 0.9726, 16: 0.9713, 8: 0.9705, 4:
 def importance(result: DriftResult) -> Section:
     """Does the drift reach the attention weights?"""
     f = result.found
-    windows = f.windows.pivot(index="window", columns="measure", values="value").reset_index()
-    windows = windows.assign(
-        **{
-            "SnapKV, published": windows["window"].map(SNAPKV_PUBLISHED),
-            "DapQ, published": windows["window"].map(DAPQ_PUBLISHED),
-        }
-    ).rename(columns={"cosine": "window here", "without_sinks": "window here, sinks left out"})
+    windows = f.windows
+    if len(windows):
+        windows = windows.pivot(index="window", columns="measure", values="value").reset_index()
+        windows = windows.assign(
+            **{
+                "SnapKV, published": windows["window"].map(SNAPKV_PUBLISHED),
+                "DapQ, published": windows["window"].map(DAPQ_PUBLISHED),
+            }
+        ).rename(columns={"cosine": "window here", "without_sinks": "window here, sinks left out"})
+        windows = windows.sort_values("window", ascending=False)
     distances = {"js": "Jensen-Shannon divergence", "functional": "change of the logits"}
-    part = f.steps[(f.steps["layer"] == ALL)]
     figures = [
         lines(
-            part[part["metric"] == name],
+            only(f.steps, layer=ALL, metric=name),
             "step",
             "value",
             low="value_low",
@@ -63,7 +67,7 @@ def importance(result: DriftResult) -> Section:
         figures=figures,
         tables=[
             Table(
-                windows.sort_values("window", ascending=False),
+                windows,
                 "Cosine of window-averaged attention to that of the whole response, in the layout of DapQ's table 8",
                 columns=[Column(str(c), kind="integer" if c == "window" else "decimal") for c in windows.columns],
             )
@@ -75,11 +79,32 @@ def importance(result: DriftResult) -> Section:
     )
 
 
+def kept_mass(result: DriftResult) -> Figure:
+    """The share of the attention mass that the window's choice holds, by step, beside chance and recency."""
+    names = {"window": "chosen by the window", "recency": "most recent", "random": "random"}
+    recall = only(result.found.recall, layer=ALL)
+    return lines(
+        recall.assign(policy=recall["policy"].map(lambda p: names.get(p, p))) if len(recall) else recall,
+        "step",
+        "value",
+        "policy",
+        low="value_low",
+        high="value_high",
+        kind="percent",
+        log_x=True,
+        title="Non-trivial attention mass on the positions that are kept",
+        x_label="decode step (first of its bin)",
+        y_label="share",
+        caption="Only requests that reach the last step shown, so that every step is a mean over the same requests. "
+        "Bands are 95 % intervals over prompts.",
+    )
+
+
 def horizon(result: DriftResult) -> Section:
     """For how many steps the window's choice is worth more than a baseline."""
     f = result.found
-    part = f.survival[f.survival["layer"] == ALL].assign(baseline=lambda d: "against " + d["baseline"])
-    recall = f.recall[f.recall["layer"] == ALL]
+    part = only(f.survival, layer=ALL)
+    part = part.assign(baseline="against " + part["baseline"])[part["step"].notna()] if len(part) else part
     o = result.options
     return Section(
         heading="How long does the window predict?",
@@ -102,21 +127,6 @@ def horizon(result: DriftResult) -> Section:
                 y_label="survival",
                 caption="Pooled over layers and heads.",
             ),
-            lines(
-                recall,
-                "step",
-                "value",
-                "policy",
-                low="value_low",
-                high="value_high",
-                kind="percent",
-                log_x=True,
-                title="Non-trivial mass that is kept",
-                x_label="decode step (first of its bin)",
-                y_label="share",
-                caption="Only requests that reach the last step shown, so that every step is a mean over the same "
-                "requests.",
-            ),
         ],
         tables=[horizon_table(result), horizon_table(result, None)],
         notes=[
@@ -130,22 +140,26 @@ def horizon(result: DriftResult) -> Section:
 def horizon_table(result: DriftResult, layer: str | None = ALL) -> Table:
     """Median horizon in steps, and the recall of the window beside that of the baseline; of one layer, or of each."""
     found = result.found.horizon
-    found = found[found["layer"] == layer] if layer else found
-    ends = [_ends(a, b) for a, b in zip(found["median_low"], found["median_high"], strict=True)]
-    frame = found.assign(median=[_median(x) for x in found["median"]], interval=ends)
+    found = only(found, layer=layer) if layer else found
+    title = "For how many steps the window predicts" + ("" if layer else ", by layer")
+    if found.empty:
+        return Table(found, title)
+    frame = found.assign(median=[_median(x) for x in found["median"]])
+    if {"median_low", "median_high"} <= set(found.columns):
+        ends = zip(found["median_low"], found["median_high"], strict=True)
+        frame = frame.assign(interval=[_ends(a, b) for a, b in ends])
     columns = [
         Column("layer", kind="text"),
         Column("baseline"),
         Column("median", "median horizon, steps"),
-        Column("interval", "95 % interval"),
+        *([Column("interval", "95 % interval")] if "interval" in frame else []),
         Column("recall", "recall (baseline's)", "percent", beside="baseline_recall"),
         Column("failed", "requests that failed"),
         Column("failed_at_once", "at once"),
         Column("requests"),
         Column("half_life", "half-life, steps"),
     ]
-    title = "For how many steps the window predicts" + ("" if layer else ", by layer")
-    return Table(frame, title, columns=columns, long=layer is None)
+    return Table(frame, title, columns=columns, long=layer is None, file="" if layer else "means_horizon")
 
 
 def changes(result: DriftResult) -> Section:
@@ -165,7 +179,8 @@ def changes(result: DriftResult) -> Section:
         "**level** is expected), **agreement** the largest share of heads that change within one step of each other. "
         "Neighbouring steps resemble each other in any text, and that alone breaks the null, as slow drift does: a "
         "share above the level says that the order of the steps matters, not that there is a jump.",
-        tables=[Table(result.found.changes, "Change points", columns=columns)],
+        tables=[Table(result.found.changes, "Change points", columns=columns, long=len(result.found.changes) > 12)],
+        nothing="no response has steps enough",
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_probe import bf16
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.kept_rows import KeptRow
@@ -17,6 +18,11 @@ from sglang_probe.kept_set import Kept
 HEADS, KV_HEADS, DIM, POOL = 8, 4, 32, 2000
 PREFIX, NEW = [0, 130, 77, 300, 64], [70, 1, 40, 33, 90]
 TOTAL = [p + n for p, n in zip(PREFIX, NEW, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def _stock_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(bf16.VARIABLE, "bf16")  # what is compared with the stock backend, on any CPU
 
 
 def _batch(dtype: torch.dtype) -> SimpleNamespace:

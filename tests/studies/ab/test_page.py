@@ -86,6 +86,9 @@ def result(arms: tuple[str, ...] = ("on",), *, source: str = "jsonl", violation:
             "rid": "r0",
             "strips": {n: [(0, 15, "reused"), (15, 20, "computed")] for n in names},
             "segments": [(0, 20, "user")],
+            "arm": names[0],
+            "reuses": True,
+            "requests": {f"request {i}": [(0, 15, "reused"), (15, 20, "computed")] for i in range(3)},
         },
     )
 
@@ -98,7 +101,7 @@ def test_the_verdict_and_what_it_rests_on_come_first() -> None:
         "verdict",
         "effect (floor)",
         "effect minus floor, 95 %",
-        "q",
+        "q, Benjamini-Hochberg",
     ]
     cells = [c.cells[0] for c in printed]
     assert cells[2] == "above the floor"
@@ -121,7 +124,7 @@ def test_coverage_runs_down_the_longer_side(arms: tuple[str, ...], first: str) -
 
 def test_no_header_is_a_python_name_and_long_tables_are_folded() -> None:
     html = render(ab_page(result()))
-    body = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
+    body = re.sub(r"<details>.*?</details>|<p class=\"folded\">.*?</p>", "", html, flags=re.DOTALL)
     headers = re.findall(r"<th[^>]*>(.*?)</th>", body)
     assert headers
     assert [h for h in headers if "_" in h] == []
@@ -131,18 +134,18 @@ def test_no_header_is_a_python_name_and_long_tables_are_folded() -> None:
 
 
 def test_the_page_says_only_what_was_measured() -> None:
-    html, shared = render(ab_page(result())), render(ab_page(result(source="shared_prefix")))
+    html = render(ab_page(result(source="shared_prefix")))
     assert "positions not computed" in html
     assert "forward passes skipped" not in html
     assert "shared machine" not in html
-    assert "shared prefixes are at the front" not in html
-    assert "shared prefixes are at the front" in shared
+    assert "shared prefixes" not in html
+    assert "the cache cuts" not in html
 
 
 def test_arms_without_captured_rows_have_a_page_too() -> None:
     found = replace(result(), floors=pd.DataFrame(), by_class=pd.DataFrame(), by_bin=pd.DataFrame())
     html = render(ab_page(replace(found, drift=found.drift.iloc[:0])))
-    assert "No rows were captured" in html
+    assert "no rows were captured" in html
     assert "positions not computed" in html
 
 

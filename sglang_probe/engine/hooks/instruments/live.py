@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard, inventory
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
 
@@ -102,6 +103,7 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         "rows_kept": config.rows.model_dump(mode="json"),
         **guard.active().facts(),
         "server_resolved": resolved,
+        "platform": platform_facts(),
         "inventory": {"sglang": reviewed.sglang, "version": reviewed.version},
         "privacy": config.live.privacy,
         "rows_dropped": 0,
