@@ -104,7 +104,6 @@ def lossless(layers: int = 1) -> LosslessResult:
     compared = every(
         comparison=["on against off", "off against itself", "cut against off"],
         runs=["a, b"],
-        order=["another", "same"],
         hook_point=points(layers),
         positions=[HERE, GATHERED, DECODED],
         order=["same", "another"],
