@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from sglang_probe.engine.platform.defaults import SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS
 from sglang_probe.errors import ProbeError
 
 _MEMORY = (
@@ -16,7 +17,8 @@ _MEMORY = (
     "`server: {max_total_tokens: ...}`; then finish the run with --resume"
 )
 _WATCHDOG = (
-    "SGLang's watchdog ends an engine whose forward pass takes longer than `server: {watchdog_timeout: ...}` (300 s): "
+    "SGLang's watchdog ends an engine whose forward pass takes longer than `server: {watchdog_timeout: ...}` "
+    f"({SGLANG_WATCHDOG_SECONDS} s on an accelerator, {WATCHDOG_SECONDS:,} s on the CPU reference platform): "
     "raise it, or lower `server: {chunked_prefill_size: ...}`"
 )
 _RESUME = "its log above says more; --resume finishes the run, with the requests in flight last and one at a time"
