@@ -19,9 +19,8 @@ from sglang_probe.harvest.job import Job, manifest_of, probe_config
 from sglang_probe.harvest.kept import keep_with_run
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.policy.partners import group
-from sglang_probe.run import journal
+from sglang_probe.run import journal, seal
 from sglang_probe.run.hook_points import EMBED
-from sglang_probe.run.manifest import write_manifest
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.verify.ownership import load_embedding, write_oracle
 from sglang_probe.workload.request import asked_rid
@@ -123,7 +122,8 @@ def _close(job: Job, path: Path, manifest: dict[str, Any], answers: list[Answer]
     rows = run.row_count()
     if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
         requests = run.requests(interrupted=True)
-        write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))
+        ids = chain(*requests["prompt_ids"], *requests["output_ids"].dropna())
+        write_oracle(run, embedding, ids, weights=manifest["model"]["weights_sha256"])
     ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
     served = {asked_rid(rid) for rid in ended.index}
     fault = fault_of(path)
@@ -143,9 +143,10 @@ def _close(job: Job, path: Path, manifest: dict[str, Any], answers: list[Answer]
         rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
         rows_dropped=0,
         cached_tokens_disagreements=disagreements,
+        facts=run.facts(),
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
-    write_manifest(path, manifest)
+    seal.close(path, manifest)
     if fault is not None:
         raise ProbeError(
             f"the recording of {path} is incomplete: {fault}",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sglang_probe.run.damage import reading
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,7 +26,8 @@ def rows_of(path: Path) -> torch.Tensor:
     """The rows of a shard, `[n, width]`."""
     from safetensors.torch import load_file
 
-    return load_file(path)[ROWS_KEY]
+    with reading(path):
+        return load_file(path)[ROWS_KEY]
 
 
 @functools.lru_cache(maxsize=64)
@@ -32,7 +35,7 @@ def index_of(path: Path) -> Array | None:
     """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="np") as f:
+    with reading(path), safe_open(path, framework="np") as f:
         return np.asarray(f.get_tensor(INDEX_KEY)) if INDEX_KEY in f.keys() else None  # noqa: SIM118 (not a mapping)
 
 

@@ -19,6 +19,12 @@ OPEN_ENDED = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER)
 """Finish reasons of requests whose end is not in this run."""
 
 
+def of(run: Run) -> dict[str, Any] | None:
+    """What the manifest says of the segment; None for a run that is none."""
+    found: dict[str, Any] | None = run.manifest.get("segment")
+    return found
+
+
 def carried_in(run: Run) -> dict[str, tuple[int, int]]:
     """`rid: (attempt, position)` of requests that the segment before began."""
     carried = (run.manifest.get("segment") or {}).get("carried_in", {})
@@ -51,8 +57,8 @@ def computed_elsewhere(run: Run, tokens: pd.DataFrame) -> np.ndarray[Any, np.dty
     """
     spans = run.spans()
     dropped = tokens["origin_rid"].isin(set(spans.loc[spans["status"] == schema.DROPPED, "rid"])).to_numpy()
-    segment = run.manifest.get("segment")
-    if segment is None or segment["first_of_process"]:
+    here_alone = of(run)
+    if here_alone is None or here_alone.get("first_of_process"):
         return np.asarray(dropped)
     carried = carried_in(run)
     here = set(spans["rid"]) - set(carried)

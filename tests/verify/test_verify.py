@@ -23,13 +23,18 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
     checks = verify(make_run(), embedding=EMBEDDING)
     assert {c.name: (c.covered, c.violation) for c in checks} == {
         "files": (5, None),  # rows of two hook points, and three tables
+        "cells": (11, None),
+        "requests": (2, None),
         "tiling": (2, None),
+        "attempts": (5, None),
         "phases": (5, None),
         "reuse": (2, None),
         "forwards": (4, None),
         "lineage": (4, None),
         "rebinds": (0, None),
+        "manifest": (5, None),
         "row ownership": (12, None),
+        "rows": (24, None),
         "content": (12, None),
     }
 
@@ -37,17 +42,19 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
 @pytest.mark.parametrize(
     ("rebind", "violation"),
     [
-        (("a", 0, 4, 1, "b"), "its origin had not computed it"),  # b reuses these from a
-        (("b", 4, 6, 3, "a"), "the tokens of a differ"),
+        (("a", 0, 4, 1, "b"), "b never computed it"),  # b reuses these from a
+        (("b", 4, 6, 3, "a"), "the tokens of origin a differ"),
         (("b", 4, 6, 1, "a"), "it had not computed it"),  # at its own forward
-        (("a", 4, 6, 3, "nobody"), "its origin had not computed it"),
+        (("a", 4, 6, 3, "nobody"), "nobody never computed it"),
+        (("b", 4, 6, 2, "a"), "the tokens of origin a differ"),
+        (("b", 4, 6, 3, None), "of no origin"),
     ],
 )
 def test_a_wrong_rebind_is_named(make_run: Callable[..., Run], rebind: Any, violation: str) -> None:
     run = make_run()
     rid, start, end, forward, origin = rebind
-    facts = [(rid, 0, start, end, forward, origin, 0)]
-    frame = pd.DataFrame(facts, columns=schema.REBINDS.names)
+    facts = [(0, rid, 0, start, end, forward, origin, None if origin is None else 0)]
+    frame = pd.DataFrame(facts, columns=["dp_rank", *schema.REBINDS.names])
     run.rebinds = lambda: frame  # type: ignore[method-assign]
     (check,) = [c for c in verify(run) if c.name == "rebinds"]
     assert violation in (check.violation or "")

@@ -15,14 +15,11 @@ from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live.recording import LiveRecording
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run import journal
+from sglang_probe.run import journal, schema
 
 logger = logging.getLogger("sglang_probe")
 
 Kind = TypeVar("Kind", bound=Instrument)
-
-_LINEAGE_PAGES = 1 << 18
-"""Pages that the lineage remembers at least, in each of two generations: about 30 MB."""
 
 
 class Session:
@@ -101,7 +98,7 @@ class Session:
             forward, row = self.writer.forwards_end, self.writer.rows_end
         self.recorder = Recorder(
             self.writer,
-            lineage=Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size)),
+            lineage=Lineage(page_size, max(schema.REMEMBERED_PAGES, 4 * pool_tokens // page_size)),
             captures_rows=bool(c.hook_points),
             first_forward=forward,
             first_row=row,

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from sglang_probe.errors import LedgerError
-from sglang_probe.run import journal
+from sglang_probe.run import journal, seal
 from sglang_probe.run.run import Run
 from sglang_probe.run.selection import Selected
 from sglang_probe.studies.coverage.prompts import coverage_by_segment, totals
@@ -59,6 +59,10 @@ rows = run.rows("{first_hook}", held["row"])
 """
 
 
+CARD = "README.md"
+"""Name of the card in a run directory."""
+
+
 def write_card(run: Run) -> None:
     """Write `README.md` into the run directory."""
     m = run.manifest
@@ -90,7 +94,8 @@ def write_card(run: Run) -> None:
         path=run.path.name,
         first_hook=run.hook_points[0] if run.hook_points else "hook_embed",
     )
-    journal.write_text_durably(run.path / "README.md", text)
+    journal.write_text_durably(run.path / CARD, text)
+    seal.add(run.path, CARD)
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
