@@ -23,10 +23,10 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
     checks = verify(make_run(), embedding=EMBEDDING)
     assert {c.name: (c.covered, c.violation) for c in checks} == {
         "files": (5, None),  # rows of two hook points, and three tables
-        "cells": (11, None),
+        "cells": (12, None),
         "requests": (2, None),
         "tiling": (2, None),
-        "attempts": (5, None),
+        "attempts": (6, None),
         "phases": (5, None),
         "reuse": (2, None),
         "forwards": (4, None),
@@ -106,11 +106,11 @@ def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None
             ("forwards", "b positions 7 to 8: forward 7 is not in the run"),
         ),
         (
-            lambda s: _set(s, s["phase"] == "decode", phase="prefill"),
+            lambda s: _set(s, s["phase"] == "decode", phase="prefill", chunk=1, row_step=1),
             ("phases", "positions 6 to 8 of attempt 0 cannot be prefill"),
         ),
         (
-            lambda s: _set(s, s["phase"] == "prefill", phase="decode"),
+            lambda s: _set(s, s["phase"] == "prefill", phase="decode", chunk=-1),
             ("phases", "a positions 0 to 6 of attempt 0 cannot be decode"),
         ),
         (
@@ -152,7 +152,8 @@ def test_two_requests_with_swapped_rows_are_found_by_content_alone(make_run: Cal
         decode_a = s[(s["rid"] == "a") & (s["phase"] == "decode")].iloc[0]
         tail = decode_a.copy()
         tail["start"], tail["forward_id"], tail["row_start"] = decode_a["start"] + 1, decode_a["forward_id"] + 1, 10
-        s = _set(s, (s["rid"] == "a") & (s["phase"] == "decode"), end=decode_a["start"] + 1, row_start=b)
+        tail["row_step"] = 1
+        s = _set(s, (s["rid"] == "a") & (s["phase"] == "decode"), end=decode_a["start"] + 1, row_start=b, row_step=1)
         s = _set(s, (s["rid"] == "b") & (s["phase"] == "decode"), row_start=a)
         return pd.concat([s, tail.to_frame().T])
 
@@ -196,8 +197,9 @@ def test_the_hash_of_a_row_depends_on_every_bit_and_not_on_its_neighbours() -> N
 def _attempts(rid: str, *computed: tuple[int, int, str]) -> pd.DataFrame:
     """Computed spans of attempt 1."""
     rows = [
-        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, 0, None, -1, 0, None, None), strict=True))
+        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, c, None, 0, 1, None, None), strict=True))
         for a, b, p in computed
+        for c in [-1 if p == "decode" else 0]
     ]
     return pd.DataFrame(rows)
 
