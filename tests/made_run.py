@@ -32,7 +32,8 @@ OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step.
 
-    The row of a query is made of its position and token, so that it shows whose it is. With `cache=False`, `b` reuses nothing.
+    The row of a query is made of its position and token, so that it shows whose it is. With `cache=False`, `b` reuses
+    nothing.
     """
     selected_points = ("hook_embed", QUERY)
 

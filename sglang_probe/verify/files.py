@@ -95,8 +95,11 @@ def _parts(parts: list[journal.Part]) -> str | None:
         if part.session < last.session or part.forwards_end < last.forwards_end:
             return f"{where} of the journal is older than the one before it"
         if part.rows_end - part.rows != last.rows_end:
-            return f"{where} of the journal has rows from {part.rows_end - part.rows}, the one before it up to {last.rows_end}"
-        if wrong := [f for f in part.files if not Path(f).stem.endswith(f"-{part.stem}") or Path(f).parts[0] not in seal.FOLDERS]:
+            begin = part.rows_end - part.rows
+            return f"{where} of the journal has rows from {begin}, the one before it up to {last.rows_end}"
+        if wrong := [
+            f for f in part.files if not Path(f).stem.endswith(f"-{part.stem}") or Path(f).parts[0] not in seal.FOLDERS
+        ]:
             return f"{where} of the journal names {wrong[0]}, which is not a name of its files"
         before[part.dp_rank] = part
     return None
@@ -106,9 +109,8 @@ def _strange(path: Path, known: set[str], *, covered: bool) -> list[str]:
     """Files that look like ours and are in no list. Cards and faults can be older than seals, or a user's."""
     found = [f for f in seal.ours(path) if f not in known and f != "README.md"] if covered else []
     for folder in seal.FOLDERS:
-        for file in sorted((path / folder).rglob("*")) if (path / folder).is_dir() else []:
-            if not file.is_dir() and (name := file.relative_to(path).as_posix()) not in known:
-                found.append(name)
+        files = sorted(f for f in (path / folder).rglob("*") if not f.is_dir())
+        found += [name for f in files if (name := f.relative_to(path).as_posix()) not in known]
     return found
 
 

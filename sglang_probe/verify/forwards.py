@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sglang_probe.run import schema
+from sglang_probe.run.damage import read_table
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
@@ -27,13 +30,36 @@ def forwards_add_up(run: Run) -> Check:
     violation = None
     if forwards.empty:
         computed = spans[spans["status"].isin((schema.COMPUTED, schema.REUSED))]
-        violation = f"spans of {computed['rid'].iloc[0]} were computed, and no forward is in the run" if len(computed) else None
+        violation = (
+            f"spans of {computed['rid'].iloc[0]} were computed, and no forward is in the run" if len(computed) else None
+        )
+    violation = violation or _parts(run)
     for rank, mine in forwards.groupby("dp_rank"):
         ours = spans[spans["dp_rank"] == rank]
-        violation = violation or _numbers(run, mine, ours) or _times(mine) or _sums(mine, ours) or _rows(run, mine, ours)
+        violation = (
+            violation or _numbers(run, mine, ours) or _times(mine) or _sums(mine, ours) or _rows(run, mine, ours)
+        )
     if violation is None and len(strange := spans[~spans["dp_rank"].isin(forwards["dp_rank"])]):
         violation = f"spans of {strange['rid'].iloc[0]} are of a rank without forward passes" if len(forwards) else None
     return Check(name, claim, len(forwards), "forwards", violation)
+
+
+def _parts(run: Run) -> str | None:
+    """Each part of the journal ends with the forward pass that it says, and numbered a row for each of its slots."""
+    rank, before = -1, 0
+    for part in run.parts():
+        if part.dp_rank != rank:
+            rank, before = part.dp_rank, part.dp_rank << schema.RANK_SHIFT
+        rows = 0
+        for file in (f for f in part.files if f.startswith("ledger/forwards-")):
+            table = read_table(run.path / file, pa.schema([schema.FORWARDS.field(n) for n in ("forward_id", "slots")]))
+            before = int(pc.max(table["forward_id"]).as_py()) + 1
+            rows = int(pc.sum(table["slots"]).as_py())
+        if part.forwards_end != before:
+            return f"part {part.number} ends before forward {part.forwards_end}, says the journal, and before {before}"
+        if part.rows != (rows if run.hook_points else 0):
+            return f"part {part.number} numbered {part.rows} rows, says the journal, and its forward passes {rows}"
+    return None
 
 
 def _numbers(run: Run, forwards: pd.DataFrame, spans: pd.DataFrame) -> str | None:

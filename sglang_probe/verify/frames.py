@@ -72,7 +72,7 @@ def last_forward(spans: pd.DataFrame) -> Array:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What of asked intervals lies in which computed span: `[start[i], end[i])` of `asked[i]` in `span[i]`, by place."""
+    """What of asked intervals lies in which computed span: `[start[i], end[i])` of `asked[i]` in `span[i]`."""
 
     asked: Array
     span: Array

@@ -29,6 +29,16 @@ _OF_A_HARVEST = (
     *("concurrency", "submission_order", "server_given", "switches", "partners", "forced_from", "forced_digest"),
     *("kept_digest", "lines_skipped", "starts", "rows_dtype", "cached_tokens_disagreements"),
 )
+_WITHIN = {
+    "versions": ("sglang-probe", "sglang", "torch", "transformers"),
+    "model": ("name", "architecture", "layers", "context_length", "weights_sha256", "tokenizer_sha256"),
+    "policy": ("cache", "partners", "dtype", "server"),
+    "inventory": ("sglang", "version"),
+    "kept": ("file", "sha256", "sets", "frees_memory"),
+    "facts": ("spans", "forwards", "rebinds", "requests", "rebound_positions"),
+    "telemetry": ("sinks", "window", "top_k", "memory", "every", "layers"),
+    "rows_kept": ("prefill", "window", "decode", "heads", "kv_heads", "at"),
+}
 _STATUSES = ("complete", "incomplete", "recording", "interrupted")
 
 
@@ -47,6 +57,8 @@ def _named(run: Run) -> Iterator[str]:
         due += _OF_A_SERVER if here is None or m.get("kind") == "live" else ()
         due += _OF_A_HARVEST if here is None else ()
         yield from (f"the manifest has no `{key}`" for key in due if key not in m)
+        if here is None:
+            yield from _whole(m)
     if m["schema_version"] < 1:
         yield f"schema version {m['schema_version']} does not exist"
     if m["status"] not in _STATUSES:
@@ -67,6 +79,35 @@ def _named(run: Run) -> Iterator[str]:
     weights = (m.get("model") or {}).get("weights_sha256")
     if (run.path / ORACLE_FILE).exists() and (of := oracle_weights(run)) is not None and of != weights:
         yield "the model's weights are not those that the embedding oracle was made from"
+
+
+def _whole(m: dict[str, Any]) -> Iterator[str]:
+    """Fields within fields, and fields that say the same thing."""
+    for field, keys in _WITHIN.items():
+        if isinstance(m.get(field), dict):
+            yield from (f"`{field}` has no `{key}`" for key in keys if key not in m[field])
+    if m["model"]["layers"] != (layers := m["model_config"].get("num_hidden_layers", m["model"]["layers"])):
+        yield f"`model` has {m['model']['layers']} layers, and `model_config` {layers}"
+    if m["model"]["weights_sha256"] is not None and not isinstance(m["model"]["weights_sha256"], dict):
+        yield "`weights_sha256` of the model is no mapping"
+    if (m["forced_from"] is None) != (m["forced_digest"] is None):
+        yield f"outputs were forced from {m['forced_from']}, and their digest is {m['forced_digest']}"
+    if (m["kept_digest"] is None) != (m.get("kept") is None):
+        yield "there are kept sets without their digest, or a digest without kept sets"
+    policy = m["policy"] or {}
+    if policy.get("partners") != m["partners"]:
+        yield "`partners` are not those of the policy"
+    if policy.get("dtype") is not None and policy["dtype"] != m["dtype"]:
+        yield f"the policy asks for {policy['dtype']}, and the model ran in {m['dtype']}"
+    for key in ("lines_skipped", "rows_dropped"):
+        if not isinstance(m[key], int) or m[key] < 0:
+            yield f"`{key}` is {m[key]}"
+    if m["rows_dropped"]:
+        yield f"`rows_dropped` is {m['rows_dropped']}: a harvest drops none"
+    if set(m["heads"]) != (per_head := {h for h in m["hook_points"] if parse_hook_point(h).in_attention}):
+        yield f"`heads` names {sorted(m['heads'])}, and {sorted(per_head)} have rows per head"
+    if not set(m["head_numbers"]) <= set(m["heads"]):
+        yield "`head_numbers` names a hook point that `heads` does not"
 
 
 def _hook_points(run: Run, recorded: dict[str, str]) -> Iterator[str]:
@@ -91,13 +132,12 @@ def _hook_points(run: Run, recorded: dict[str, str]) -> Iterator[str]:
     dtype = m.get("rows_dtype")
     if (dtype is None) != (not folders) and "rows_dtype" in m:
         yield f"`rows_dtype` is {dtype}, and there are {'no ' if not folders else ''}rows"
-    if dtype is not None and m.get("dtype") in ("bfloat16", "float16", "float32") and m["dtype"] != dtype:
-        yield f"the model ran in {m['dtype']}, and rows are {dtype}"
-    if weights_dtype := config.get("dtype") or config.get("torch_dtype"):
-        # SGLang, srt/configs/model_config.py: `auto` is float16 for a float32 checkpoint.
-        expected = "float16" if weights_dtype == "float32" else weights_dtype
-        if dtype is not None and m.get("dtype") == "auto" and dtype not in (expected, weights_dtype):
-            yield f"the model is {weights_dtype}, and rows are {dtype}"
+    asked = (m.get("server_given") or {}).get("dtype", m.get("dtype"))
+    of_weights = config.get("dtype") or config.get("torch_dtype")
+    if asked == "auto" and of_weights in ("bfloat16", "float16"):  # of float32 weights SGLang makes another dtype
+        asked = of_weights
+    if dtype is not None and asked in ("bfloat16", "float16", "float32") and asked != dtype:
+        yield f"the model ran in {asked}, and rows are {dtype}"
 
 
 def _counted(run: Run) -> Iterator[str]:
@@ -116,7 +156,12 @@ def _counted(run: Run) -> Iterator[str]:
             yield f"`requests_by_finish` is {m['requests_by_finish']}, and requests.parquet has {found}"
     facts = m.get("facts")
     if facts is not None:
-        tables = {"spans": spans, "forwards": run.forwards(), "rebinds": run.rebinds(), "requests": run.engine_requests()}
+        tables = {
+            "spans": spans,
+            "forwards": run.forwards(),
+            "rebinds": run.rebinds(),
+            "requests": run.engine_requests(),
+        }
         for table, frame in tables.items():
             if facts.get(table) != len(frame):
                 yield f"`facts` counts {facts.get(table)} {table}, and there are {len(frame)}"
@@ -140,7 +185,7 @@ def _starts(run: Run) -> Iterator[str]:
         yield f"`starts` has {len(starts)} engine processes, and {sessions} wrote parts"
     for s in starts:
         seconds, requests = (s.get("seconds"), s.get("requests")) if isinstance(s, dict) else (0, -1)
-        if (seconds is None) != (requests is None) or (seconds is not None and (seconds < 0 or requests < 0)):
+        if (seconds is None) != (requests is None) or min(seconds or 0, requests or 0) < 0:
             yield f"`starts` says that an engine served {requests} requests in {seconds} s"
             return
     served = [s["requests"] for s in starts if s["requests"] is not None]

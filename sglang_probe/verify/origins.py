@@ -65,9 +65,7 @@ def _before_the_recording(run: Run, spans: pd.DataFrame, what: str) -> tuple[str
     )
 
 
-def _computed_before(
-    run: Run, asked: pd.DataFrame, forward: Array, what: str, who: str
-) -> tuple[str | None, int]:
+def _computed_before(run: Run, asked: pd.DataFrame, forward: Array, what: str, who: str) -> tuple[str | None, int]:
     """Whether origins computed what is asked before `forward`; and how many positions this run cannot know."""
     spans = run.spans()
     pieces = _pieces(spans, asked)
@@ -97,7 +95,10 @@ def _computed_before(
     ranks = spans["dp_rank"].to_numpy()[pieces.span] != asked["dp_rank"].to_numpy()[pieces.asked]
     if ranks.any():
         s = asked.iloc[pieces.asked[int(np.argmax(ranks))]]
-        return f"{s['rid']} positions {s['start']} to {s['end']}: {s['origin_rid']} ran on another data-parallel rank", 0
+        return (
+            f"{s['rid']} positions {s['start']} to {s['end']}: {s['origin_rid']} ran on another data-parallel rank",
+            0,
+        )
     return None, unseen
 
 
@@ -191,5 +192,6 @@ def _rebound_after(run: Run, rebinds: pd.DataFrame) -> str | None:
             return f"{t['rid']} position {t['position']}, rebound: it had not computed it"
     if late.any():
         r = rebinds.iloc[int(np.argmax(late))]
-        return f"{r['rid']} positions {r['start']} to {r['end']}, rebound at forward {r['at_forward']}: it had not computed it"
+        where = f"{r['rid']} positions {r['start']} to {r['end']}, rebound at forward {r['at_forward']}"
+        return f"{where}: it had not computed it"
     return None

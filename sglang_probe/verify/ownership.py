@@ -61,7 +61,21 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
             f"{bad['rid']} position {bad['position']} (token {int(bad['token_id'])}, row {bad['row']}): "
             f"the row is another token's; {int((~same).sum())} of {len(tokens)} rows are wrong"
         )
+    if violation is None and name == "content" and embedding is None:
+        violation = _covers(run)
     return Check(name, claim, len(tokens), "rows", violation, note)
+
+
+def _covers(run: Run) -> str | None:
+    """The oracle has the tokens of the run, each once: those of `write_oracle`."""
+    known = read_table(run.path / ORACLE_FILE, _ORACLE)["token_id"].to_numpy()
+    if (np.diff(known) <= 0).any():
+        return f"{ORACLE_FILE} does not have each token once, in order"
+    requests = run.requests(interrupted=True)
+    lists = [x for column in ("prompt_ids", "output_ids") for x in requests[column] if x is not None]
+    there = np.unique(np.concatenate(lists)) if lists else np.empty(0, np.int64)
+    other = np.setxor1d(known, there)
+    return f"{ORACLE_FILE} and requests.parquet do not have the same tokens: {other[0]}" if len(other) else None
 
 
 def write_oracle(

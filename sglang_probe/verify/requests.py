@@ -27,10 +27,10 @@ def requests_are_the_engines(run: Run) -> Check:
     claim = "requests.parquet has each request once, in every column what the engine said of it and what was asked"
     asked, ended = run.requests(interrupted=True), run.engine_requests()
     if not (seal.closed(run.manifest) or run.complete):
-        note = "the run was not closed: requests.parquet, if it is there, is of an earlier end, and was not compared"
-        return Check(name, claim, 0, "requests", None, note)
+        why = "the run was not closed: requests.parquet, if it is there, is of an earlier end, and was not compared"
+        return Check(name, claim, 0, "requests", None, why)
     violation = _the_same_requests(run, asked, ended) or _the_same_values(asked, ended) or _inside(run, asked)
-    note = None
+    note: str | None = None
     if violation is None:
         violation, note = _workload(run, asked)
     return Check(name, claim, len(asked), "requests", violation, note)
@@ -47,12 +47,15 @@ def _the_same_requests(run: Run, asked: pd.DataFrame, ended: pd.DataFrame) -> st
     has_end = asked["rid"].isin(ended["rid"])
     if (wrong := open_ended == has_end).any():
         r = asked[wrong].iloc[0]
-        return f"{r['rid']}: finish reason `{r['finish_reason']}`, and the engine said {'it ended' if open_ended[wrong].iloc[0] else 'of no end'}"
+        said = "that it ended" if open_ended[wrong].iloc[0] else "of no end"
+        return f"{r['rid']}: finish reason `{r['finish_reason']}`, and the engine said {said}"
     index = asked["index"]
     if segment.of(run) is None:
         expected = int(run.manifest["requests_expected"])
         if len(index) and not index.between(0, expected - 1).all():
-            return f"{asked['rid'][~index.between(0, expected - 1)].iloc[0]}: number {index.max()} of {expected} requests"
+            return (
+                f"{asked['rid'][~index.between(0, expected - 1)].iloc[0]}: number {index.max()} of {expected} requests"
+            )
         served = asked[~open_ended]
         if (again := served["index"].duplicated()).any():
             return f"request {served['index'][again].iloc[0]} of the workload was served twice"
@@ -101,7 +104,9 @@ def _inside(run: Run, asked: pd.DataFrame) -> str | None:
             if s is None or s["name"] is None or s["start"] is None or s["end"] is None:
                 return f"{r.rid}: a segment has no name or no end"
             if s["start"] != end or s["end"] < s["start"]:
-                return f"{r.rid}: segment {s['name']} [{s['start']}, {s['end']}) does not begin where the one before ends"
+                return (
+                    f"{r.rid}: segment {s['name']} [{s['start']}, {s['end']}) does not begin where the one before ends"
+                )
             end = s["end"]
         if length is not None and end != length and (len(r.segments) or segment.of(run) is None):
             return f"{r.rid}: its segments end at {end}, and its prompt at {length}"

@@ -1,6 +1,6 @@
 """Rows of every hook point: each has one owner, and is a row that this hook point of this model can have.
 
-Shards are read one at a time, so that a run of any size is checked in the memory of one shard and one 64-bit hash a row.
+Shards are read one at a time, so that a run of any size is checked in the memory of one shard and a 64-bit hash a row.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def rows_are_possible(run: Run, *, progress: Progress = nothing) -> Check:
             return Check(name, claim, covered, "rows", f"{h} and {twin} hold the same rows")
     note = None
     if run.hook_points and EMBED not in run.hook_points:
-        note = f"without {EMBED} among the hook points, whose a row is follows from the ledger, and not from its content"
+        note = (
+            f"without {EMBED} among the hook points, whose a row is follows from the ledger, and not from its content"
+        )
     return Check(name, claim, covered, "rows", None, note)
 
 
@@ -124,7 +126,9 @@ def _shape(run: Run, hook_point: str, shard: _Shard, dtype: str, widths: dict[st
     if str(rows.dtype).removeprefix("torch.") != dtype:
         return f"rows are {rows.dtype}, and the run's are {dtype}"
     if shard.row_start is not None and shard.row_start != str(part.rows_end - part.rows):
-        return f"its rows begin at {shard.row_start}, says the file, and at {part.rows_end - part.rows}, says the journal"
+        return (
+            f"its rows begin at {shard.row_start}, says the file, and at {part.rows_end - part.rows}, says the journal"
+        )
     if index is None:
         if hook_point in run.selected.partial and len(rows) != part.rows:
             return f"it has {len(rows)} rows and no index, and some positions were selected"
@@ -146,7 +150,9 @@ def _kind(run: Run, hook_point: str) -> str:
     site = parse_hook_point(hook_point).site
     if site in (EMBED, RESID_POST):
         return "residual"
-    return f"{site} {len(run.head_numbers(hook_point))}" if hook_point in (run.manifest.get("heads") or {}) else hook_point
+    return (
+        f"{site} {len(run.head_numbers(hook_point))}" if hook_point in (run.manifest.get("heads") or {}) else hook_point
+    )
 
 
 def _width(run: Run, hook_point: str) -> int | None:

@@ -82,7 +82,9 @@ def _attempts(run: Run, spans: pd.DataFrame) -> str | None:
     wrong_count = np.where(waits, last > retractions, last != retractions)
     if wrong_count.any():
         i = int(np.argmax(wrong_count))
-        return f"{ended['rid'].iloc[i]}: spans of {last[i] + 1} attempts, and SGLang retracted it {retractions[i]} times"
+        return (
+            f"{ended['rid'].iloc[i]}: spans of {last[i] + 1} attempts, and SGLang retracted it {retractions[i]} times"
+        )
     return None
 
 
@@ -111,12 +113,16 @@ def _chunks(run: Run, spans: pd.DataFrame) -> str | None:
     wrong = parts[parts["chunk"] != number]
     if len(wrong):
         s = wrong.iloc[0]
-        return f"{s['rid']} positions {s['start']} to {s['end']} of attempt {s['attempt']}: chunk {s['chunk']} is not next"
+        return (
+            f"{s['rid']} positions {s['start']} to {s['end']} of attempt {s['attempt']}: chunk {s['chunk']} is not next"
+        )
     attempt = spans["rid"].astype(str) + "\0" + spans["attempt"].astype(str)
     follows = spans[["forward_id", "chunk", "status"]].where(spans["status"] != schema.REUSED)
     follows = follows.groupby(attempt.to_numpy()).bfill()
     reused = (spans["status"] == schema.REUSED).to_numpy()
-    lonely = reused & (follows["status"] != schema.COMPUTED).to_numpy() & (follows["status"] != schema.DROPPED).to_numpy()
+    lonely = (
+        reused & (follows["status"] != schema.COMPUTED).to_numpy() & (follows["status"] != schema.DROPPED).to_numpy()
+    )
     here = (follows["status"] == schema.COMPUTED).to_numpy()
     other = reused & here & (follows[["forward_id", "chunk"]] != spans[["forward_id", "chunk"]]).any(axis=1).to_numpy()
     for bad, what in ((lonely, "was reused, and nothing was computed after it"), (other, None)):

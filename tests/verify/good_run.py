@@ -179,7 +179,7 @@ class _Engine:
             self._recorder.abort(self._end(rid))
         if plan.forward_id < 0:
             self._recorder.launch(plan)
-        ids = [(m.prompt + m.output)[: e] for m, e in zip(made, stops, strict=True)]
+        ids = [(m.prompt + m.output)[:e] for m, e in zip(made, stops, strict=True)]
         prefixes = [tuple(x[: p + 1]) for x, s, e in zip(ids, starts, stops, strict=True) for p in range(s, e)]
         tokens = [x[-1] for x in prefixes]
         plan.selected = self._selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
@@ -193,7 +193,9 @@ class _Engine:
         plan.telemetry = _measured(plan.forward_id, steps) if steps else None
         for m, e in zip(made, stops, strict=True):
             m.done = max(m.done, e) if m.rid not in discarded else m.done
-        self._recorder.commit(self._tag, graph=mode == "decode", ended=[self._end(r) for r in ends if r not in discarded])
+        self._recorder.commit(
+            self._tag, graph=mode == "decode", ended=[self._end(r) for r in ends if r not in discarded]
+        )
 
     def _end(self, rid: str) -> RequestEnd:
         m = self._made[rid]

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -34,20 +33,24 @@ from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
 from tests.amended import amend
-from tests.verify.good_run import VOCABULARY, make_good_run
+from tests.verify.good_run import make_good_run
 
+_ONCE = "written in this one place, and nothing of the data follows from it"
+_MODEL = (
+    "which of a hook point's rows is whose, or whether they are the model's, only the model can tell (--transformers)"
+)
 UNDECIDED = {
-    "* forwards.launched *": "nothing else has the time of one forward pass; order is asked, to a second",
-    "* forwards.seconds *": "nothing else has the duration of one forward pass; order and sum are asked, to a second",
-    "* forwards.waiting *": "the length of the queue is written nowhere else",
-    "* forwards.graph *": "whether a graph was replayed is written nowhere else",
-    "* rebinds.at_forward row 0: +1": "the ledger does not say when the cache took a request's entries, only after what",
-    "* telemetry*.*": "the numbers of one step are written once; ranges and sums are asked",
-    "* rows hook_resid_post: *swap*": "which of a hook point's rows is whose, only the model can tell (--transformers)",
-    "* rows hook_v: *swap*": "as of the residual stream",
-    "* rows hook_resid_post: negate": "as where rows were exchanged",
-    "* rows hook_v: negate": "as where rows were exchanged",
-    "* requests.cached*": "",
+    "cells forwards.launched*": "nothing else has the time of one forward pass; order is asked, to a second",
+    "cells forwards.seconds*": "how long one forward pass took is nowhere else; order and sum are asked, to a second",
+    "cells forwards.waiting*": "the length of the queue is written nowhere else",
+    "cells forwards.graph*": "whether a graph was replayed is written nowhere else",
+    "cells rebinds.at_forward*: +1*": "when the cache took a request's entries is not in the ledger",
+    "cells telemetry.*": "the numbers of one step are written once; ranges and sums are asked",
+    "rows rows hook_resid_post: *swap*": _MODEL,
+    "rows rows hook_v: *swap*": _MODEL,
+    "rows rows hook_resid_post: negate": _MODEL,
+    "rows rows hook_v: negate": _MODEL,
+    "files rows/blocks.*: another run's": _MODEL,
 }
 """Consistent changes that `verify` does not notice, by pattern, and why."""
 
@@ -121,24 +124,21 @@ def _more(path: Path, source: str, name: str) -> None:
 
 def _of_table(run: Path, file: str) -> Iterator[Mutation]:
     table = pq.read_table(run / file)
-    label = Path(file).name.split("-")[0].removesuffix(".parquet")
-    if file.startswith("ledger/"):
-        label = f"ledger/{label}-{file[-9]}"
-    if file.startswith("telemetry"):
-        label = f"telemetry-{file[-9]}"
+    label = "telemetry" if file.startswith("telemetry") else Path(file).stem.split("-")[0]
+    label, part = ("engine", file[-9]) if file.startswith("ledger/requests") else (label, file[-9])
+    where = f" (part {part})" if part.isdigit() else ""
     rows = sorted({0, len(table) // 2, len(table) - 1})
 
     def change(what: str, how: Callable[[list[dict[str, Any]]], None]) -> Mutation:
-        return Mutation("cells", f"{label}.{what}", lambda path: _rewrite(path / file, how), True)
+        return Mutation("cells", f"{label}.{what}{where}", lambda path: _rewrite(path / file, how), True)
 
     for column in table.column_names:
         values = table[column].to_pylist()
         for row in rows:
             for said, value in _changed(values, row):
                 yield change(f"{column} row {row}: {said}", lambda x, r=row, c=column, v=value: x[r].update({c: v}))
-    everything = "requests" if "ledger" not in file else ""
     for row in rows:
-        yield change(f"* row {row}: deleted{everything and ''}", lambda x, r=row: x.pop(r))
+        yield change(f"* row {row}: deleted", lambda x, r=row: x.pop(r))
         yield change(f"* row {row}: doubled", lambda x, r=row: x.insert(r, copy.deepcopy(x[r])))
     if len(table) > 1:
         yield change("*: first and last row exchanged", _exchange)
@@ -298,11 +298,17 @@ def _of_journal(run: Path) -> Iterator[Mutation]:
             changes = [("null", None)] if key == "files" else [("+1", value + 1), ("-1", value - 1)]
             for said, v in changes:
                 yield Mutation(
-                    "journal", f"part {i}.{key}: {said}", lambda p, i=i, k=key, v=v: _journal(p, lambda x: x[i].update({k: v})), True
+                    "journal",
+                    f"part {i}.{key}: {said}",
+                    lambda p, i=i, k=key, v=v: _journal(p, lambda x: x[i].update({k: v})),
+                    True,
                 )
         for file in part["files"]:
             yield Mutation(
-                "journal", f"part {i}: without {file}", lambda p, i=i, f=file: _journal(p, lambda x: x[i]["files"].pop(f)), True
+                "journal",
+                f"part {i}: without {file}",
+                lambda p, i=i, f=file: _journal(p, lambda x: x[i]["files"].pop(f)),
+                True,
             )
 
 
@@ -335,7 +341,9 @@ def noticed(run: Path, mutation: Mutation, folder: Path) -> str | None:
         shutil.rmtree(path)
 
 
-def survivors(run: Path, other: Path, folder: Path, *, every: int = 1) -> tuple[list[Mutation], Counter[tuple[str, str]]]:
+def survivors(
+    run: Path, other: Path, folder: Path, *, every: int = 1
+) -> tuple[list[Mutation], Counter[tuple[str, str]]]:
     """Changes that go unnoticed, and how many were tried and noticed by kind. `every`: try one in so many."""
     counts: Counter[tuple[str, str]] = Counter()
     left = []
@@ -368,7 +376,9 @@ def main() -> None:
         run, other = make_good_run(root / "a").path, make_good_run(root / "b", seed=1).path
         left, counts = survivors(run, other, root, every=args.every)
     for m in left:
-        print(f"{'listed' if excused(m) else 'UNLISTED'}  {m.kind} {'consistent' if m.consistent else 'crude'}: {m.name}")
+        print(
+            f"{'listed' if excused(m) else 'UNLISTED'}  {m.kind} {'consistent' if m.consistent else 'crude'}: {m.name}"
+        )
     for kind in sorted({k for k, _ in counts}):
         print(f"{kind}: {counts[kind, 'noticed']} of {counts[kind, 'tried']}")
 
