@@ -188,8 +188,17 @@ class RunFiles:
             yield start + (np.arange(len(rows)) if index is None else index), rows
 
     def parts(self) -> list[journal.Part]:
-        """Durable parts of the run."""
-        return journal.read(self.path)
+        """Durable parts of the run.
+
+        Raises:
+            RunDirectoryError: the journal is damaged, or lacks parts that the manifest of a closed run lists.
+        """
+        parts = journal.read(self.path)
+        listed = self.manifest.get("files")
+        if listed is not None and (lost := listed.keys() - {f for part in parts for f in part.files}):
+            where = self.path / journal.NAME
+            raise RunDirectoryError(f"{where} does not name {min(lost)}, which the manifest lists", fix=FIX)
+        return parts
 
     def row_count(self) -> int:
         """Row numbers that were given out, one for every computed position. A hook point holds all of these rows, or

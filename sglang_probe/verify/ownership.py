@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal
 from sglang_probe.run.damage import read_table, reading
 from sglang_probe.run.hook_points import EMBED
@@ -139,6 +140,8 @@ def _hash_captured(run: Run, rows: np.ndarray[Any, Any]) -> Hashes:
     """Hashes of the captured rows with these ascending indices, one shard in memory at a time."""
     pieces = []
     for numbers, shard in run.iter_shards(EMBED):
+        if shard.ndim != 2 or len(shard) != len(numbers):
+            raise RunDirectoryError(f"{EMBED}: rows of the shape {list(shard.shape)} are not those of {len(numbers)}")
         low, high = np.searchsorted(rows, [numbers[0], numbers[-1] + 1])
         at = np.searchsorted(numbers, rows[low:high])
         pieces += [hash_rows(shard[at[i : i + _CHUNK].tolist()]) for i in range(0, len(at), _CHUNK)]

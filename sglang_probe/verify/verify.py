@@ -85,12 +85,10 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
     # Content is asked only of rows that have one owner, and of a run that has any.
     if not (holds("row ownership", owned) and results[-1].covered):
         return results
-    if not holds("rows", partial(rows_are_possible, progress=progress)):
-        return results
-    if run.selected.partial and not holds("selection", held_as_selected):
-        return results
-    if EMBED in run.hook_points:
-        holds("content", partial(rows_match_tokens, embedding=embedding))
+    if run.selected.partial:
+        holds("selection", held_as_selected)
+    owners = EMBED in run.hook_points and holds("content", partial(rows_match_tokens, embedding=embedding))
+    holds("rows", partial(rows_are_possible, proved=owners, progress=progress))
     return results
 
 
