@@ -24,8 +24,9 @@ def amend(path: Path, change: Callable[[dict[str, Any]], None] = lambda _: None)
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if seal.closed(manifest):
         manifest["files"] = {name: digest for part in parts for name, digest in part.files.items()}
-    if manifest.get("kept"):
-        manifest["kept"]["sha256"] = journal.sha256(path / manifest["kept"]["file"])
+    kept = manifest.get("kept")
+    if isinstance(kept, dict) and (path / str(kept.get("file"))).is_file():
+        kept["sha256"] = journal.sha256(path / kept["file"])
     change(manifest)
     if (path / seal.NAME).exists():
         seal.close(path, manifest)
