@@ -61,7 +61,7 @@ def read_manifest(file: Path) -> Manifest:
 _NOTHING = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
     "schema_version": (int,),
-    "status": (str,),
+    **dict.fromkeys(("status", "created", "python", "machine", "name", "arm", "model_path", "dtype"), (str,)),
     "requests_expected": (int,),
     "rows": (int,),
     "hook_points": (dict, list),

@@ -21,21 +21,30 @@ INDEX_KEY = "index"
 counted from the first of the part."""
 
 
-@functools.lru_cache(maxsize=16)
 def rows_of(path: Path) -> torch.Tensor:
     """The rows of a shard, `[n, width]`."""
+    with reading(path):
+        return _rows_of(path, path.stat().st_mtime_ns)
+
+
+def index_of(path: Path) -> Array | None:
+    """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
+    with reading(path):
+        return _index_of(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _rows_of(path: Path, _written: int) -> torch.Tensor:
     from safetensors.torch import load_file
 
-    with reading(path):
-        return load_file(path)[ROWS_KEY]
+    return load_file(path)[ROWS_KEY]
 
 
 @functools.lru_cache(maxsize=64)
-def index_of(path: Path) -> Array | None:
-    """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
+def _index_of(path: Path, _written: int) -> Array | None:
     from safetensors import safe_open
 
-    with reading(path), safe_open(path, framework="np") as f:
+    with safe_open(path, framework="np") as f:
         return np.asarray(f.get_tensor(INDEX_KEY)) if INDEX_KEY in f.keys() else None  # noqa: SIM118 (not a mapping)
 
 

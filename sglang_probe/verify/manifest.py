@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -99,6 +100,10 @@ def _whole(m: dict[str, Any]) -> Iterator[str]:
         yield "`partners` are not those of the policy"
     if policy.get("dtype") is not None and policy["dtype"] != m["dtype"]:
         yield f"the policy asks for {policy['dtype']}, and the model ran in {m['dtype']}"
+    if not re.fullmatch(r"[0-9a-f]{64}", str(m["workload_digest"])):
+        yield f"`workload_digest` is {m['workload_digest']}, and no SHA-256"
+    if not isinstance(m["concurrency"], int) or m["concurrency"] < 1:
+        yield f"`concurrency` is {m['concurrency']}"
     for key in ("lines_skipped", "rows_dropped"):
         if not isinstance(m[key], int) or m[key] < 0:
             yield f"`{key}` is {m[key]}"
@@ -189,8 +194,12 @@ def _starts(run: Run) -> Iterator[str]:
             yield f"`starts` says that an engine served {requests} requests in {seconds} s"
             return
     served = [s["requests"] for s in starts if s["requests"] is not None]
-    if run.complete and len(starts) == 1 and served != [m["requests_expected"]]:
-        yield f"`starts` says that {served} requests were served, of {m['requests_expected']}"
+    if run.complete and len(starts) == 1 and served:
+        finish = m.get("requests_by_finish") or {}
+        # A client that goes away is not answered, whether its request had ended by then or not.
+        every = not finish.get("abort") and not finish.get(schema.REFUSED)
+        if served[0] > m["requests_expected"] or (every and served[0] < m["requests_expected"]):
+            yield f"`starts` says that {served[0]} requests were answered, of {m['requests_expected']}"
     forwards = run.forwards()
     if len(starts) == 1 and len(forwards) and starts[0]["seconds"] is not None:
         took = float((forwards["launched"] + forwards["seconds"]).max() - forwards["launched"].min())
