@@ -61,7 +61,9 @@ def read_manifest(file: Path) -> Manifest:
 _NOTHING = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
     "schema_version": (int,),
-    **dict.fromkeys(("status", "created", "python", "machine", "name", "arm", "model_path", "dtype"), (str,)),
+    **dict.fromkeys(
+        ("status", "created", "python", "machine", "name", "arm", "model_path", "dtype", "privacy"), (str,)
+    ),
     "requests_expected": (int,),
     "rows": (int,),
     "hook_points": (dict, list),

@@ -51,6 +51,14 @@ UNDECIDED = {
     "rows rows hook_resid_post: negate": _MODEL,
     "rows rows hook_v: negate": _MODEL,
     "files rows/blocks.*: another run's": _MODEL,
+    "files ledger/forwards-*: another run's": "two runs of the same batches differ in their times alone",
+    "cells forwards.mode*: another (mixed)*": "a mixed forward pass may have nothing to decode",
+    "cells embedding.hash*": "of a token that has no captured row; of any other it is noticed",
+    "manifest rows_kept: *": "of what selects the same rows",
+    "manifest switches: *": "a switch that is not named is as SGLang has it, and the policy says the same",
+    "manifest privacy: other": _ONCE,
+    "manifest model: context_length +1": _ONCE,
+    "manifest model: without tokenizer_sha256": _ONCE,
     "manifest created: *": _ONCE,
     "manifest python: *": _ONCE,
     "manifest machine: *": _ONCE,
@@ -397,11 +405,47 @@ def main() -> None:
         run, other = make_good_run(root / "a").path, make_good_run(root / "b", seed=1).path
         left, counts = survivors(run, other, root, every=args.every, offset=args.offset)
     for m in left:
-        print(
-            f"{'listed' if excused(m) else 'UNLISTED'}  {m.kind} {'consistent' if m.consistent else 'crude'}: {m.name}"
-        )
-    for kind in sorted({k for k, _ in counts}):
-        print(f"{kind}: {counts[kind, 'noticed']} of {counts[kind, 'tried']}")
+        state = "listed" if excused(m) else "UNLISTED"
+        print(f"{state}  {m.kind} {'consistent' if m.consistent else 'crude'}: {m.name}")
+    text = _page(left, counts)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+
+
+def _page(left: list[Mutation], counts: Counter[tuple[str, str]]) -> str:
+    kinds = sorted({kind for kind, _ in counts})
+    tried, found = (sum(counts[k, what] for k in kinds) for what in ("tried", "noticed"))
+    rows = [f"| {k} | {counts[k, 'tried']} | {counts[k, 'noticed']} |" for k in kinds]
+    by_pattern = Counter(excused(m) or "not listed: a fault of `verify`" for m in left)
+    reasons = [f"| `{p}` | {n} | {UNDECIDED.get(p, '')} |" for p, n in sorted(by_pattern.items())]
+    return _PAGE.format(tried=tried, found=found, rows="\n".join(rows), reasons="\n".join(reasons), left=tried - found)
+
+
+_PAGE = """# What `sglang-probe verify` notices
+
+Written by `python -m tests.verify.mutations --out docs/evidence/verify.md`; `tests/verify/test_mutations.py` asks a
+sample of it whenever the tests run.
+
+A good run (`tests/verify/good_run.py`: the real recorder, writer and closing, a made-up engine) is changed in one place,
+{tried:,} times, and `verify` is asked each time. A *crude* change leaves hashes as they are, as damage does. A
+*consistent* one writes every hash anew, the journal's, the manifest's and the seal's, as a fault in a writer would: then
+only what the run says in two places can give it away. {found:,} changes are noticed, and {left:,} are not.
+
+| what is changed | changes | noticed |
+|---|---|---|
+{rows}
+
+Of consistent changes these go unnoticed, by pattern:
+
+| change | unnoticed | why |
+|---|---|---|
+{reasons}
+
+What holds against accidents and faults of ours does not hold against somebody who writes a whole run anew: hashes are
+no signatures.
+"""
 
 
 if __name__ == "__main__":
