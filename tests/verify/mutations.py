@@ -67,7 +67,7 @@ UNDECIDED = {
     "manifest model_path: *": _ONCE,
     "manifest corpus_digest: *": _ONCE,
     "manifest sampling: *": "requests may overrule it; what each was asked is in requests.parquet, under a digest",
-    "manifest concurrency: +1": "a bound that need not be reached",
+    "manifest concurrency: [+-]1": "a bound that need not be reached",
     "manifest submission_order: *": "when each request was submitted is not in the ledger",
     "manifest lines_skipped: +1": _ONCE,
     "manifest server_resolved: *": _ONCE,
@@ -372,7 +372,7 @@ def noticed(run: Path, mutation: Mutation, folder: Path) -> str | None:
 def survivors(
     run: Path, other: Path, folder: Path, *, every: int = 1, offset: int = 0
 ) -> tuple[list[Mutation], Counter[tuple[str, str]]]:
-    """Changes that go unnoticed, and how many were tried and noticed by kind. `every`: try one in so many, from `offset` on."""
+    """Changes that go unnoticed, and how many were tried and noticed by kind; of one in so many, from `offset` on."""
     counts: Counter[tuple[str, str]] = Counter()
     left = []
     for i, mutation in enumerate(mutations(run, other)):
@@ -407,20 +407,22 @@ def main() -> None:
     for m in left:
         state = "listed" if excused(m) else "UNLISTED"
         print(f"{state}  {m.kind} {'consistent' if m.consistent else 'crude'}: {m.name}")
-    text = _page(left, counts)
+    text = _page(left, counts, args.every)
     print(text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")
 
 
-def _page(left: list[Mutation], counts: Counter[tuple[str, str]]) -> str:
+def _page(left: list[Mutation], counts: Counter[tuple[str, str]], every: int) -> str:
     kinds = sorted({kind for kind, _ in counts})
     tried, found = (sum(counts[k, what] for k in kinds) for what in ("tried", "noticed"))
     rows = [f"| {k} | {counts[k, 'tried']} | {counts[k, 'noticed']} |" for k in kinds]
     by_pattern = Counter(excused(m) or "not listed: a fault of `verify`" for m in left)
     reasons = [f"| `{p}` | {n} | {UNDECIDED.get(p, '')} |" for p, n in sorted(by_pattern.items())]
-    return _PAGE.format(tried=tried, found=found, rows="\n".join(rows), reasons="\n".join(reasons), left=tried - found)
+    told = {"tried": tried, "found": found, "left": tried - found, "rows": "\n".join(rows)}
+    sample = f" (one in {every} of all changes)" if every > 1 else ""
+    return _PAGE.format(**told, reasons="\n".join(reasons), sample=sample)
 
 
 _PAGE = """# What `sglang-probe verify` notices
@@ -428,10 +430,10 @@ _PAGE = """# What `sglang-probe verify` notices
 Written by `python -m tests.verify.mutations --out docs/evidence/verify.md`; `tests/verify/test_mutations.py` asks a
 sample of it whenever the tests run.
 
-A good run (`tests/verify/good_run.py`: the real recorder, writer and closing, a made-up engine) is changed in one place,
-{tried:,} times, and `verify` is asked each time. A *crude* change leaves hashes as they are, as damage does. A
-*consistent* one writes every hash anew, the journal's, the manifest's and the seal's, as a fault in a writer would: then
-only what the run says in two places can give it away. {found:,} changes are noticed, and {left:,} are not.
+A good run (`tests/verify/good_run.py`: the real recorder, writer and closing, a made-up engine) is changed in one
+place, {tried:,} times{sample}, and `verify` is asked each time. A *crude* change leaves hashes as they are, as damage
+does. A *consistent* one writes every hash anew, the journal's, the manifest's and the seal's, as a fault in a writer
+would: then only what the run says in two places can give it away. {found:,} changes are noticed, {left:,} are not.
 
 | what is changed | changes | noticed |
 |---|---|---|
