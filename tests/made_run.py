@@ -32,7 +32,8 @@ OUTPUTS = {"a": [11, 12, 13], "b": [14, 1]}
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Request `a` is computed; `b` reuses its first four positions and stops one step before a discarded step.
 
-    The row of a query is made of its position, so that it shows whose it is. With `cache=False`, `b` reuses nothing.
+    The row of a query is made of its position and token, so that it shows whose it is. With `cache=False`, `b` reuses
+    nothing.
     """
     selected_points = ("hook_embed", QUERY)
 
@@ -59,7 +60,8 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             )
             recorder.launch(plan)
             ids = [(PROMPTS[r] + OUTPUTS[r])[p] for r, s, e in asked for p in range(s, e)]
-            positions = torch.tensor([[p] * 4 for _, s, e in asked for p in range(s, e)]).to(torch.bfloat16)
+            places = [p for _, s, e in asked for p in range(s, e)]
+            positions = torch.tensor([[p, i, 1, p] for p, i in zip(places, ids, strict=True)]).to(torch.bfloat16)
             plan.selected = selected.offsets(plan.starts, plan.ends, plan.prompt_lens)
             captured = {"hook_embed": EMBEDDING[ids], QUERY: positions}
             plan.rows = {

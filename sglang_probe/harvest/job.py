@@ -16,11 +16,13 @@ from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
+from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import engine_module
 from sglang_probe.run.manifest import new_manifest
 from sglang_probe.run.run import Run
+from sglang_probe.run.workload_digest import digest_of_columns
 from sglang_probe.workload.build import digest_of
 from sglang_probe.workload.request import Request
 
@@ -183,6 +185,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         head_numbers=job.capture.head_numbers,
         workload=dict(prepared.workload.source),
         workload_digest=digest_of(job.requests),
+        columns_digest=digest_of_columns(workload_columns(r) for r in sorted(job.requests, key=lambda r: r.index)),
         corpus_digest=prepared.workload.corpus_digest,
         sampling=config.sampling,
         concurrency=config.concurrency,

@@ -25,7 +25,7 @@ from sglang_probe.harvest.progress import Counter, Quiet, Reporter
 from sglang_probe.harvest.requests_table import write_requests
 from sglang_probe.harvest.signals import closing
 from sglang_probe.policy.partners import group
-from sglang_probe.run import journal
+from sglang_probe.run import journal, seal
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.run.manifest import write_manifest
 from sglang_probe.run.run import Run, load_run
@@ -189,7 +189,8 @@ class _Recording:
         rows = run.row_count()
         if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
             requests = run.requests(interrupted=True)
-            write_oracle(run, embedding, chain(*requests["prompt_ids"], *requests["output_ids"].dropna()))
+            ids = chain(*requests["prompt_ids"], *requests["output_ids"].dropna())
+            write_oracle(run, embedding, ids, weights=self.manifest["model"]["weights_sha256"])
         ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
         answered = {asked_rid(rid) for rid in ended.index} | self.refused.keys()
         disagreements = [
@@ -208,9 +209,10 @@ class _Recording:
             rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
             rows_dropped=0,
             cached_tokens_disagreements=disagreements,
+            facts=run.facts(),
             files={name: digest for p in run.parts() for name, digest in p.files.items()},
         )
-        write_manifest(path, self.manifest)
+        seal.close(path, self.manifest)
 
     def _told(self, fault: str | None, in_flight: Sequence[str]) -> dict[str, Any]:
         """Manifest fields: why it is incomplete, durations, refusals, and the requests that an engine ended with."""

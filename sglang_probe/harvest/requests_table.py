@@ -45,30 +45,24 @@ def write_requests(
         if request is None:  # not of the workload: the engine's own warm-up
             continue
         end = ended.get(rid)
-        prompt = list(request.prompt_ids)
-        segments = [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans]
+        asked = workload_columns(request)
         reason = end["finish_reason"] if end else schema.INTERRUPTED
         if reason == schema.REFUSED:  # what was served is not what was asked
-            prompt, segments = [schema.REFUSED_TOKEN], [{"name": schema.REFUSED, "start": 0, "end": 1}]
+            asked["prompt_ids"] = [schema.REFUSED_TOKEN]
+            asked["segments"] = [{"name": schema.REFUSED, "start": 0, "end": 1}]
         elif rid in unseen:
-            reason, prompt, segments = schema.REFUSED, [], []
+            reason, asked["prompt_ids"], asked["segments"] = schema.REFUSED, [], []
         records.append(
             {
                 "rid": rid,
-                "prompt_len": len(prompt),
+                "prompt_len": len(asked["prompt_ids"]),
                 "output_len": end["output_len"] if end else 0,
                 "cached_tokens": end["cached_tokens"] if end else None,
                 "retractions": end["retractions"] if end else None,
                 "finish_reason": reason,
                 "refusal": refused.get(request.rid) if reason == schema.REFUSED else None,
                 "output_ids": end["output_ids"] if end else None,
-                "index": request.index,
-                "family": request.family,
-                "prompt_ids": prompt,
-                "segments": segments,
-                "sampling_params": json.dumps(recorded(request.sampling_params)),
-                "labels": [asdict(label) for label in request.labels] or None,
-                **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
+                **asked,
                 **_evicted(request, kept),
             }
         )
@@ -79,6 +73,19 @@ def write_requests(
     for r in records:
         counts[r["finish_reason"]] = counts.get(r["finish_reason"], 0) + 1
     return counts
+
+
+def workload_columns(request: Request) -> dict[str, Any]:
+    """What `requests.parquet` has of a request before it is served (`run.workload_digest.COLUMNS`)."""
+    return {
+        "index": request.index,
+        "family": request.family,
+        "prompt_ids": list(request.prompt_ids),
+        "segments": [{"name": s.name, "start": s.start, "end": s.end} for s in request.spans],
+        "sampling_params": json.dumps(recorded(request.sampling_params)),
+        "labels": [asdict(label) for label in request.labels] or None,
+        **{name: getattr(request.truth, name, None) for name in schema.TRUTH.names},
+    }
 
 
 def _evicted(request: Request, kept: KeptFile | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from sglang_probe.errors import LedgerError, RunDirectoryError
 from sglang_probe.run import schema
+from sglang_probe.run.damage import read_table, reading, require_columns
 from sglang_probe.run.files import REQUESTS_FILE, RunFiles
 
 Array = np.ndarray[Any, Any]
@@ -90,9 +91,12 @@ def read_requests(run: RunFiles) -> Requests:
     path = run.path / REQUESTS_FILE
     if not path.exists():
         raise RunDirectoryError(f"{path} is missing: nothing can be said of requests", fix="finish the run first")
-    present = set(pq.read_schema(path).names)
     names = ["rid", "prompt_len", "finish_reason", "family", "segments", "labels"]
-    table = pq.read_table(path, columns=[n for n in names if n in present])
+    with reading(path):
+        file = pq.ParquetFile(path)
+        present = set(file.schema_arrow.names)
+        require_columns(path, file.schema_arrow, names[:5])
+        table = file.read(columns=[n for n in names if n in present])
     served = np.flatnonzero(pc.not_equal(table["finish_reason"], schema.INTERRUPTED).to_numpy())
     table = table.take(pa.array(served))
     family = pc.index_in(table["family"], value_set=pc.drop_null(pc.unique(table["family"])))
@@ -117,7 +121,8 @@ def read_spans(run: RunFiles, requests: Requests) -> Spans:
     """All spans of all attempts."""
     files = [run.path / f for part in run.parts() for f in part.files if f.startswith("ledger/spans-")]
     empty = schema.SPANS.empty_table().select(_SPAN_COLUMNS)
-    table = pa.concat_tables([empty, *(pq.read_table(f, schema=empty.schema) for f in files)])
+    filled = [name for name in _SPAN_COLUMNS if name in schema.NEVER_NULL["spans"]]
+    table = pa.concat_tables([empty, *(read_table(f, empty.schema, never_null=filled) for f in files)])
     rids = pc.unique(pa.chunked_array([requests.rid, *table["rid"].chunks], type=pa.string()))
     return Spans(
         request=_ints(pc.index_in(table["rid"], value_set=rids), np.int32),
@@ -178,11 +183,13 @@ class TokenIds:
 
     def __init__(self, run: RunFiles, requests: Requests, traffic: Traffic, rows: int) -> None:
         # Without `pre_buffer` and with a buffer, a column is decoded page by page and never held as a whole.
-        file = pq.ParquetFile(run.path / REQUESTS_FILE, pre_buffer=False, buffer_size=1 << 20)
+        with reading(run.path / REQUESTS_FILE):
+            file = pq.ParquetFile(run.path / REQUESTS_FILE, pre_buffer=False, buffer_size=1 << 20)
+            require_columns(run.path / REQUESTS_FILE, file.schema_arrow, ["prompt_ids", "output_ids"])
         self._batches = file.iter_batches(batch_size=rows, columns=["prompt_ids", "output_ids"])
         self._table: pa.Table | None = None
         self._first = 0  # row in the file of the table's first row
-        self._requests, self._traffic = requests, traffic
+        self._requests, self._traffic, self._path = requests, traffic, run.path / REQUESTS_FILE
 
     def take(self, low: int, high: int) -> Array:
         """Ids of the traffic positions of requests `[low, high)`, laid end to end, int32; -1 where they are unknown.
@@ -209,7 +216,8 @@ class TokenIds:
         pieces = [] if self._table is None else [self._table]
         have = self._first + sum(len(t) for t in pieces)
         while len(rows) and have <= rows[-1]:
-            pieces.append(pa.Table.from_batches([next(self._batches)]))
+            with reading(self._path):
+                pieces.append(pa.Table.from_batches([next(self._batches)]))
             have += len(pieces[-1])
         table = pa.concat_tables(pieces).combine_chunks() if pieces else _NO_IDS
         chosen = rows - self._first

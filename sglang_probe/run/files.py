@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ import pyarrow.parquet as pq
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal, schema, shards
-from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.damage import FIX, read_table, reading, require_columns
+from sglang_probe.run.manifest import MANIFEST, read_manifest
 from sglang_probe.run.selection import Selected
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RunFiles:
     """The files of one run. `Run`, which users hold, adds what is put together from several of them.
 
     Raises (on construction):
-        RunDirectoryError: there is no manifest, or it was written by a newer schema.
+        RunDirectoryError: there is no manifest, it is damaged, or it was written by a newer schema.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class RunFiles:
             raise RunDirectoryError(
                 f"{path} is not a run directory: it has no {MANIFEST}", fix="see `sglang-probe harvest`"
             )
-        self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self.manifest: dict[str, Any] = read_manifest(file)
         if self.manifest["schema_version"] > schema.SCHEMA_VERSION:
             raise RunDirectoryError(
                 f"{path} has schema version {self.manifest['schema_version']}; "
@@ -78,7 +78,7 @@ class RunFiles:
                     fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
                 )
             raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
-        frame = pq.read_table(path).to_pandas()
+        frame = self._requests_table(path).to_pandas()
         return frame if interrupted else frame[frame["finish_reason"] != schema.INTERRUPTED].reset_index(drop=True)
 
     def engine_requests(self) -> pd.DataFrame:
@@ -126,7 +126,8 @@ class RunFiles:
     @functools.cached_property
     def selected(self) -> Selected:
         """Which positions the hook points hold (`rows` of the configuration)."""
-        return Selected.from_manifest(self.manifest)
+        with reading(self.path / MANIFEST):
+            return Selected.from_manifest(self.manifest)
 
     def holds(self, hook_point: str, indices: Sequence[int] | Array) -> Array:
         """Which rows a hook point holds, bool `[len(indices)]`: those that were computed and selected; not -1."""
@@ -187,22 +188,57 @@ class RunFiles:
             yield start + (np.arange(len(rows)) if index is None else index), rows
 
     def parts(self) -> list[journal.Part]:
-        """Durable parts of the run."""
-        return journal.read(self.path)
+        """Durable parts of the run.
+
+        Raises:
+            RunDirectoryError: the journal is damaged, or lacks parts that the manifest of a closed run lists.
+        """
+        parts = journal.read(self.path)
+        listed = self.manifest.get("files")
+        if listed is not None and (lost := listed.keys() - {f for part in parts for f in part.files}):
+            where = self.path / journal.NAME
+            raise RunDirectoryError(f"{where} does not name {min(lost)}, which the manifest lists", fix=FIX)
+        return parts
 
     def row_count(self) -> int:
         """Row numbers that were given out, one for every computed position. A hook point holds all of these rows, or
         those that were selected."""
         return sum(p.rows for p in self.parts())
 
+    def facts(self) -> dict[str, int]:
+        """Rows of each table of the ledger, and how many positions were rebound. For the manifest of a closed run."""
+        counts = dict.fromkeys(("spans", "forwards", "rebinds", "requests"), 0)
+        for file in (f for part in self.parts() for f in part.files):
+            folder, _, name = file.partition("/")
+            if folder == "ledger" and (table := name.split("-")[0]) in counts:
+                with reading(self.path / file):
+                    counts[table] += pq.ParquetFile(self.path / file).metadata.num_rows
+        rebinds = self.rebinds()
+        return {**counts, "rebound_positions": int((rebinds["end"] - rebinds["start"]).sum())}
+
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
         prefix = name if "/" in name else f"ledger/{name}-"
         files = [(part, f) for part in self.parts() for f in part.files if f.startswith(prefix)]
-        tables = [pq.read_table(self.path / f, schema=table_schema) for _, f in files]
+        tables = [read_table(self.path / f, table_schema, never_null=schema.NEVER_NULL[name]) for _, f in files]
         frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
         ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)
         frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))
         return frame
+
+    def _requests_table(self, path: Path) -> pa.Table:
+        """Older runs lack columns that came later; those that the engine's own table has are always there."""
+        with reading(path):
+            file = pq.ParquetFile(path)
+            always = [*schema.ENGINE_REQUESTS.names, "index", "prompt_ids", "segments", "sampling_params"]
+            require_columns(path, file.schema_arrow, always)
+            table = file.read()
+            for name in always:
+                kind = schema.REQUESTS.field(name).type
+                if name != "segments":
+                    table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+                if name in schema.REQUESTS_NEVER_NULL and table[name].null_count:
+                    raise RunDirectoryError(f"{path} is damaged: `{name}` has no value in some row", fix=FIX)
+            return table
 
     def _holds_any(self, hook_point: str) -> bool:
         return any(f.startswith(f"rows/{hook_point}/") for part in self.parts() for f in part.files)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from sglang_probe.errors import RunDirectoryError
@@ -39,6 +39,21 @@ class Part:
         """How the names of its files end."""
         return f"{self.number:05d}" if self.dp_rank == 0 else f"dp{self.dp_rank}-{self.number:05d}"
 
+    def check(self) -> None:
+        """Whether a line holds what a part does.
+
+        Raises:
+            ValueError: names the field.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "files":
+                good = isinstance(value, dict) and all(isinstance(x, str) for kv in value.items() for x in kv)
+            else:
+                good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not good:
+                raise ValueError(f"`{f.name}` of a part is {json.dumps(value)[:60]}")
+
 
 def read(run: Path) -> list[Part]:
     """Parts of a run, rank by rank, in order. A torn last line (a crash while appending) is ignored.
@@ -55,13 +70,16 @@ def read_rank(run: Path, dp_rank: int) -> list[Part]:
     path = run / _name(dp_rank)
     if not path.exists():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
-        return [Part(**json.loads(line)) for line in lines]
-    except (json.JSONDecodeError, TypeError) as e:
+        *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        parts = [Part(**json.loads(line)) for line in lines]
+        for part in parts:
+            part.check()
+    except (OSError, ValueError, TypeError) as e:
         raise RunDirectoryError(
             f"{path} is damaged: {e}", fix="restore it; parts that it does not name are unknown"
         ) from e
+    return parts
 
 
 def append(run: Path, part: Part) -> None:
@@ -108,8 +126,8 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> str:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        digest = sha256(temporary)
         with open(temporary, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -117,6 +135,17 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> str:
         raise
     sync_folder(path.parent)
     return digest
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of the file that `write_text_durably` makes of a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

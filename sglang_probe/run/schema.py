@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 4
-"""4: the manifest has `starts` (`sessions` before), and digests of forced outputs and kept sets. 3: a shard may hold
-some rows of its part only, and says which (`run.shards.INDEX_KEY`)."""
+SCHEMA_VERSION = 5
+"""5: a closed run has a seal (`run.seal`), its manifest counts the ledger's facts, and the embedding oracle names its
+weights. 4: the manifest has `starts` (`sessions` before), and digests of forced outputs and kept sets. 3: a shard may
+hold some rows of its part only, and says which (`run.shards.INDEX_KEY`)."""
 
 
 def starts_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -179,6 +180,23 @@ REQUESTS = pa.schema(
 
 LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
 """`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
+
+NEVER_NULL = {
+    "spans": ("rid", "attempt", "start", "end", "status", "forward_id", "chunk", "row_start", "row_step"),
+    "forwards": tuple(name for name in FORWARDS.names if name not in ("unaccounted", "weights")),  # null in older runs
+    "rebinds": ("rid", "attempt", "start", "end", "at_forward"),
+    "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
+    "prompts": ("rid",),
+    "telemetry/part-": tuple(TELEMETRY.names),
+}
+"""Columns of the ledger's tables that have a value in every row."""
+
+REQUESTS_NEVER_NULL = ("rid", "output_len", "finish_reason", "index", "segments")
+"""The same of `requests.parquet`."""
+
+REMEMBERED_PAGES = 1 << 18
+"""Pages that a recorder remembers the owners of, at least: about 30 MB in each of two generations. A reused position of
+unknown origin in a run of fewer positions was not forgotten."""
 
 CONTINUES = "continues"
 """Finish reason of a request that was in flight when its segment was closed: the next segment goes on with it."""

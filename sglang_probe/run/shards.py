@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sglang_probe.run.damage import reading
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,17 +21,27 @@ INDEX_KEY = "index"
 counted from the first of the part."""
 
 
-@functools.lru_cache(maxsize=16)
 def rows_of(path: Path) -> torch.Tensor:
     """The rows of a shard, `[n, width]`."""
+    with reading(path):
+        return _rows_of(path, path.stat().st_mtime_ns)
+
+
+def index_of(path: Path) -> Array | None:
+    """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
+    with reading(path):
+        return _index_of(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _rows_of(path: Path, _written: int) -> torch.Tensor:
     from safetensors.torch import load_file
 
     return load_file(path)[ROWS_KEY]
 
 
 @functools.lru_cache(maxsize=64)
-def index_of(path: Path) -> Array | None:
-    """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
+def _index_of(path: Path, _written: int) -> Array | None:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as f:

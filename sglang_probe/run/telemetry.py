@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.damage import reading
 from sglang_probe.run.files import RunFiles
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.telemetry_options import NUMBERS, TelemetryConfig
 from sglang_probe.run.tokens import prompt_lengths
 
@@ -28,7 +30,8 @@ def options_of(run: RunFiles) -> TelemetryConfig:
             fix="record with `telemetry: {}`, or compute it from captured queries and keys "
             "(`sglang_probe.attention.run_telemetry`)",
         )
-    return TelemetryConfig.model_validate(run.manifest["telemetry"])
+    with reading(run.path / MANIFEST):
+        return TelemetryConfig.model_validate(run.manifest["telemetry"])
 
 
 def read_telemetry(run: RunFiles) -> pd.DataFrame:

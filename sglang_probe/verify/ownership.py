@@ -6,7 +6,8 @@ weights and not from captured rows, so that the check is as strict on a machine 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal
+from sglang_probe.run.damage import read_table, reading
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 ORACLE_FILE = "embedding.parquet"
+_ORACLE = pa.schema([("token_id", pa.int32()), ("hash", pa.uint64())])
+_WEIGHTS_KEY = b"weights_sha256"
 _CHUNK = 16384
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -67,18 +72,51 @@ def rows_match_tokens(run: Run, *, embedding: torch.Tensor | None = None) -> Che
             f"{bad['rid']} position {bad['position']} (token {int(bad['token_id'])}, row {bad['row']}): "
             f"the row is another token's; {int((~same).sum())} of {len(tokens)} rows are wrong"
         )
+    if violation is None and name == "content" and embedding is None:
+        violation = _covers(run)
     return Check(name, claim, len(tokens), "rows", violation, note)
 
 
-def write_oracle(run: Run, embedding: torch.Tensor, token_ids: Iterable[int]) -> None:
-    """Store the hash of the embedding of each of `token_ids`, in the dtype that the run captured."""
+def _covers(run: Run) -> str | None:
+    """The oracle has the tokens of the run, each once: those of `write_oracle`."""
+    known = read_table(run.path / ORACLE_FILE, _ORACLE)["token_id"].to_numpy()
+    if (np.diff(known) <= 0).any():
+        return f"{ORACLE_FILE} does not have each token once, in order"
+    requests = run.requests(interrupted=True)
+    lists = [x for column in ("prompt_ids", "output_ids") for x in requests[column] if x is not None]
+    there = np.unique(np.concatenate(lists)) if lists else np.empty(0, np.int64)
+    other = np.setxor1d(known, there)
+    return f"{ORACLE_FILE} and requests.parquet do not have the same tokens: {other[0]}" if len(other) else None
+
+
+def write_oracle(
+    run: Run, embedding: torch.Tensor, token_ids: Iterable[int], *, weights: Mapping[str, str] | None = None
+) -> None:
+    """Store the hash of the embedding of each of `token_ids`, in the dtype that the run captured.
+
+    Args:
+        weights: SHA-256 by name of the files that the matrix comes from; stored with it (`oracle_weights`).
+    """
     import torch
 
     ids = np.unique(np.fromiter(token_ids, dtype=np.int64))
     dtype = run.rows_dtype()
     hashes = hash_rows(embedding[torch.from_numpy(ids)].to(dtype))
     table = pa.table({"token_id": pa.array(ids, pa.int32()), "hash": pa.array(hashes, pa.uint64())})
+    if weights is not None:
+        table = table.replace_schema_metadata({_WEIGHTS_KEY: json.dumps(dict(weights), sort_keys=True)})
     journal.write_durably(run.path / ORACLE_FILE, lambda path: pq.write_table(table, path))
+
+
+def oracle_weights(run: Run) -> dict[str, str] | None:
+    """SHA-256 by name of the weights that the oracle was made from; None if it does not say.
+
+    Raises:
+        RunDirectoryError: the oracle is damaged.
+    """
+    with reading(run.path / ORACLE_FILE):
+        told = (pq.ParquetFile(run.path / ORACLE_FILE).schema_arrow.metadata or {}).get(_WEIGHTS_KEY)
+        return None if told is None else dict(json.loads(told))
 
 
 def hash_rows(rows_ND: torch.Tensor) -> Hashes:
@@ -112,6 +150,8 @@ def _hash_captured(run: Run, rows: np.ndarray[Any, Any]) -> Hashes:
     """Hashes of the captured rows with these ascending indices, one shard in memory at a time."""
     pieces = []
     for numbers, shard in run.iter_shards(EMBED):
+        if shard.ndim != 2 or len(shard) != len(numbers):
+            raise RunDirectoryError(f"{EMBED}: rows of the shape {list(shard.shape)} are not those of {len(numbers)}")
         low, high = np.searchsorted(rows, [numbers[0], numbers[-1] + 1])
         at = np.searchsorted(numbers, rows[low:high])
         pieces += [hash_rows(shard[at[i : i + _CHUNK].tolist()]) for i in range(0, len(at), _CHUNK)]
@@ -126,8 +166,10 @@ def _hash_tokens(run: Run, embedding: torch.Tensor, ids: np.ndarray[Any, Any]) -
 
 def _oracle(run: Run, ids: np.ndarray[Any, Any]) -> Hashes:
     """Recorded hash of each token's embedding; zero for a token that the oracle does not know."""
-    table = pq.read_table(run.path / ORACLE_FILE)
+    table = read_table(run.path / ORACLE_FILE, _ORACLE, never_null=_ORACLE.names)
     known, hashes = table["token_id"].to_numpy(), table["hash"].to_numpy()
+    if not len(known):
+        return np.zeros(len(ids), dtype=np.uint64)
     at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     return np.asarray(np.where(known[at] == ids, hashes[at], np.uint64(0)), dtype=np.uint64)
 

@@ -15,8 +15,17 @@ import pandas as pd
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 
-OPEN_ENDED = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER, schema.UNACCOUNTED)
+WITHOUT_END = (schema.INTERRUPTED, schema.CONTINUES, schema.ENDED_EARLIER)
+"""Finish reasons of requests whose end is not in this run."""
+
+OPEN_ENDED = (*WITHOUT_END, schema.UNACCOUNTED)
 """Finish reasons of requests whose end is not in this run, or not known."""
+
+
+def of(run: Run) -> dict[str, Any] | None:
+    """What the manifest says of the segment; None for a run that is none."""
+    found: dict[str, Any] | None = run.manifest.get("segment")
+    return found
 
 
 def carried_in(run: Run) -> dict[str, tuple[int, int]]:
@@ -87,8 +96,8 @@ def computed_elsewhere(run: Run, tokens: pd.DataFrame) -> np.ndarray[Any, np.dty
     """
     spans = run.spans()
     lost = tokens["origin_rid"].isin(dropped(run)).to_numpy()
-    segment = run.manifest.get("segment")
-    if segment is None or segment["first_of_process"]:
+    here_alone = of(run)
+    if here_alone is None or here_alone.get("first_of_process"):
         return np.asarray(lost)
     carried = carried_in(run)
     here = set(spans["rid"]) - set(carried)

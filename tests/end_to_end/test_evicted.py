@@ -29,6 +29,7 @@ from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.verify import verify
+from tests.amended import amend
 from tests.end_to_end import masked_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("eviction")]
@@ -255,6 +256,7 @@ def test_entries_that_pass_between_full_and_compressed_are_noticed(recorded: Rec
         requests = pd.read_parquet(copy / "requests.parquet")
         requests.loc[requests["rid"] == rid, ["evict", "cache_len"]] = ["hidden 3", cache_len]
         requests.to_parquet(copy / "requests.parquet")
+        amend(copy)
         (check,) = [c for c in verify(load_run(copy)) if c.name == "kept sets"]
         assert words in str(check.violation)
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from sglang_probe.engine.releases import release
 from sglang_probe.paths import shipped
-from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.coverage.prompts import coverage_by_segment
 from sglang_probe.verify.ownership import ORACLE_FILE, load_embedding
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
+from tests.amended import amend
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
@@ -118,19 +118,15 @@ def test_rows_shifted_by_one_position_are_noticed(runs: dict[str, Run], tmp_path
     """Negative control: shapes, counts and hashes all agree; only the content oracle can tell."""
     copy = tmp_path / "run"
     shutil.copytree(runs["cache_on"].path, copy)
-    parts = journal.read(copy)
-    (copy / journal.NAME).unlink()
-    for part in parts:
-        name = f"rows/hook_embed/shard-{part.number:05d}.safetensors"
-        if name in part.files:
-            rows = load_file(copy / name)["rows"]
-            save_file({"rows": torch.roll(rows, 1, dims=0).contiguous()}, copy / name)
-            part.files[name] = _sha256(copy / name)
-        journal.append(copy, part)
+    for shard in (copy / "rows" / "hook_embed").iterdir():
+        rows = load_file(shard)["rows"]
+        save_file({"rows": torch.roll(rows, 1, dims=0).contiguous()}, shard)
+    amend(copy)
     violated = [c.name for c in verify(load_run(copy), embedding=load_embedding(MODEL)) if not c.holds]
     assert violated == ["content"]
     by_hash = verify(load_run(copy))
     (copy / ORACLE_FILE).unlink()
+    amend(copy)
     by_consistency = verify(load_run(copy))
     assert [c.name for c in (*by_hash, *by_consistency) if not c.holds] == ["content", "consistency"]
 
@@ -174,9 +170,3 @@ def test_a_run_moved_to_another_place_still_verifies_without_sglang(runs: dict[s
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()

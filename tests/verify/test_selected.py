@@ -63,7 +63,7 @@ def test_batches_hold_selected_rows_only(run: Run) -> None:
 
 def test_content_is_asked_of_selected_rows(make_run: Callable[..., Run]) -> None:
     run = make_run(rows=RowsConfig.model_validate({"window": 2, "decode": "none"}))
-    content = verify(run, embedding=EMBEDDING)[-1]
+    (content,) = [c for c in verify(run, embedding=EMBEDDING) if c.name == "content"]
     assert (content.name, content.holds, content.covered) == ("content", True, 4)
 
 

@@ -23,13 +23,18 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
     checks = verify(make_run(), embedding=EMBEDDING)
     assert {c.name: (c.covered, c.violation) for c in checks} == {
         "files": (5, None),  # rows of two hook points, and three tables
+        "cells": (12, None),
+        "requests": (2, None),
         "tiling": (2, None),
+        "attempts": (6, None),
         "phases": (5, None),
         "reuse": (2, None),
         "forwards": (4, None),
         "lineage": (4, None),
         "rebinds": (0, None),
+        "manifest": (5, None),
         "row ownership": (12, None),
+        "rows": (24, None),
         "content": (12, None),
     }
 
@@ -37,17 +42,19 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
 @pytest.mark.parametrize(
     ("rebind", "violation"),
     [
-        (("a", 0, 4, 1, "b"), "its origin had not computed it"),  # b reuses these from a
-        (("b", 4, 6, 3, "a"), "the tokens of a differ"),
+        (("a", 0, 4, 1, "b"), "b never computed it"),  # b reuses these from a
+        (("b", 4, 6, 3, "a"), "the tokens of origin a differ"),
         (("b", 4, 6, 1, "a"), "it had not computed it"),  # at its own forward
-        (("a", 4, 6, 3, "nobody"), "its origin had not computed it"),
+        (("a", 4, 6, 3, "nobody"), "nobody never computed it"),
+        (("b", 4, 6, 2, "a"), "the tokens of origin a differ"),
+        (("b", 4, 6, 3, None), "of no origin"),
     ],
 )
 def test_a_wrong_rebind_is_named(make_run: Callable[..., Run], rebind: Any, violation: str) -> None:
     run = make_run()
     rid, start, end, forward, origin = rebind
-    facts = [(rid, 0, start, end, forward, origin, 0)]
-    frame = pd.DataFrame(facts, columns=schema.REBINDS.names)
+    facts = [(0, rid, 0, start, end, forward, origin, None if origin is None else 0)]
+    frame = pd.DataFrame(facts, columns=["dp_rank", *schema.REBINDS.names])
     run.rebinds = lambda: frame  # type: ignore[method-assign]
     (check,) = [c for c in verify(run) if c.name == "rebinds"]
     assert violation in (check.violation or "")
@@ -99,11 +106,11 @@ def test_rows_come_back_in_the_order_asked(make_run: Callable[..., Run]) -> None
             ("forwards", "b positions 7 to 8: forward 7 is not in the run"),
         ),
         (
-            lambda s: _set(s, s["phase"] == "decode", phase="prefill"),
+            lambda s: _set(s, s["phase"] == "decode", phase="prefill", chunk=1, row_step=1),
             ("phases", "positions 6 to 8 of attempt 0 cannot be prefill"),
         ),
         (
-            lambda s: _set(s, s["phase"] == "prefill", phase="decode"),
+            lambda s: _set(s, s["phase"] == "prefill", phase="decode", chunk=-1),
             ("phases", "a positions 0 to 6 of attempt 0 cannot be decode"),
         ),
         (
@@ -145,19 +152,20 @@ def test_two_requests_with_swapped_rows_are_found_by_content_alone(make_run: Cal
         decode_a = s[(s["rid"] == "a") & (s["phase"] == "decode")].iloc[0]
         tail = decode_a.copy()
         tail["start"], tail["forward_id"], tail["row_start"] = decode_a["start"] + 1, decode_a["forward_id"] + 1, 10
-        s = _set(s, (s["rid"] == "a") & (s["phase"] == "decode"), end=decode_a["start"] + 1, row_start=b)
+        tail["row_step"] = 1
+        s = _set(s, (s["rid"] == "a") & (s["phase"] == "decode"), end=decode_a["start"] + 1, row_start=b, row_step=1)
         s = _set(s, (s["rid"] == "b") & (s["phase"] == "decode"), row_start=a)
         return pd.concat([s, tail.to_frame().T])
 
     _rewrite_spans(run.path, swap)
-    by_consistency = verify(run)[-1]
+    by_consistency = verify(run)[-2]
     assert by_consistency.name == "consistency", "without an oracle the check does not claim content"
     assert by_consistency.holds, "tokens that occur once cannot be told apart"
     from_matrix = verify(run, embedding=EMBEDDING)
     write_oracle(run, EMBEDDING, range(50))
     for checks in (from_matrix, verify(run)):
         assert [c.name for c in checks if not c.holds] == ["content"]
-        assert "2 of 12 rows are wrong" in str(checks[-1].violation)
+        assert "2 of 12 rows are wrong" in str(checks[-2].violation)
 
 
 def test_a_request_that_ends_twice_is_found(make_run: Callable[..., Run]) -> None:
@@ -189,8 +197,9 @@ def test_the_hash_of_a_row_depends_on_every_bit_and_not_on_its_neighbours() -> N
 def _attempts(rid: str, *computed: tuple[int, int, str]) -> pd.DataFrame:
     """Computed spans of attempt 1."""
     rows = [
-        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, 0, None, -1, 0, None, None), strict=True))
+        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, c, None, 0, 1, None, None), strict=True))
         for a, b, p in computed
+        for c in [-1 if p == "decode" else 0]
     ]
     return pd.DataFrame(rows)
 

@@ -21,7 +21,7 @@ from sglang_probe.engine.live.recording import LiveRecording
 from sglang_probe.engine.live.stops import reason_of
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run import journal
+from sglang_probe.run import journal, schema
 from sglang_probe.run.hook_points import has_patterns
 
 logger = logging.getLogger("sglang_probe")
@@ -30,9 +30,6 @@ Kind = TypeVar("Kind", bound=Instrument)
 
 _WEIGHTS = 100
 """Updates of the weights that are told at least."""
-
-_LINEAGE_PAGES = 1 << 18
-"""Pages that the lineage remembers at least, in each of two generations: about 30 MB."""
 
 
 class Session:
@@ -124,7 +121,7 @@ class Session:
             writer = Writer(c.run, session=c.start, dp_rank=self.dp_rank, part_seconds=c.checkpoint_seconds)
             self.writer, sink, forward, row = writer, writer, writer.forwards_end, writer.rows_end
             self._tell()
-        lineage = Lineage(page_size, max(_LINEAGE_PAGES, 4 * pool_tokens // page_size))
+        lineage = Lineage(page_size, max(schema.REMEMBERED_PAGES, 4 * pool_tokens // page_size))
         if self.live is not None:
             self.live.names.remembered = lineage.remembers
         self.recorder = Recorder(

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sglang_probe.run import journal, schema
+from sglang_probe.run import journal, schema, seal
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.lock import Held, hold
 from sglang_probe.run.manifest import MANIFEST, new_manifest, write_manifest
@@ -123,9 +123,10 @@ def close_segment(
         positions_by_status=dict(by_status),
         positions_by_phase=dict(by_phase),
         rows=run.row_count(),
+        facts=run.facts(),
         files={name: digest for p in run.parts() for name, digest in p.files.items()},
     )
-    write_manifest(path, manifest)
+    seal.close(path, manifest)
 
 
 def recover(root: Path) -> list[Path]:

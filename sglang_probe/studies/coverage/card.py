@@ -10,7 +10,7 @@ import pandas as pd
 from sglang_probe.errors import LedgerError
 from sglang_probe.report import markdown
 from sglang_probe.report.numbers import format_number
-from sglang_probe.run import journal
+from sglang_probe.run import journal, seal
 from sglang_probe.run.run import Run
 from sglang_probe.run.selection import Selected
 from sglang_probe.studies.coverage.prompts import coverage_by_segment, totals
@@ -62,6 +62,10 @@ rows = run.rows("{first_hook}", held["row"])
 """
 
 
+CARD = "README.md"
+"""Name of the card in a run directory."""
+
+
 def write_card(run: Run) -> None:
     """Write `README.md` into the run directory."""
     m = run.manifest
@@ -93,7 +97,8 @@ def write_card(run: Run) -> None:
         path=_in_string(run.path.name),
         first_hook=run.hook_points[0] if run.hook_points else "hook_embed",
     )
-    journal.write_text_durably(run.path / "README.md", text)
+    journal.write_text_durably(run.path / CARD, text)
+    seal.add(run.path, CARD)
 
 
 def segments_table(tokens: pd.DataFrame) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
+from tests.amended import amend
 from tests.engine.live.conftest import EMBEDDING, FakeEngine, checked, notes, violations
 
 A, B = [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]
@@ -92,9 +92,7 @@ def test_a_border_that_is_not_written_down_is_a_gap(make_engine: Callable[..., F
     engine.end("a")
     path = engine.flush()
     assert violations(checked(path)[1]) == []
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["segment"]["carried_in"] = {}
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    amend(path, lambda manifest: manifest["segment"].update(carried_in={}))
     assert any("gap in a at position 0" in v for v in violations(checked(path)[1]))
 
 
@@ -108,9 +106,7 @@ def test_an_origin_that_nobody_computed_is_still_a_violation_in_a_first_segment(
     engine.serve("b", B, reused=4)
     path = engine.flush()
     assert violations(checked(path)[1]) == []
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["segment"]["first_of_process"] = True
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    amend(path, lambda manifest: manifest["segment"].update(first_of_process=True, number=0))
     assert any("a never computed it" in v for v in violations(checked(path)[1]))
 
 
