@@ -20,7 +20,7 @@ from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import engine_module
-from sglang_probe.run.manifest import new_manifest
+from sglang_probe.run.manifest import new_manifest, without_secrets
 from sglang_probe.run.run import Run
 from sglang_probe.run.workload_digest import digest_of_columns
 from sglang_probe.workload.build import digest_of
@@ -190,7 +190,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         sampling=config.sampling,
         concurrency=config.concurrency,
         submission_order=job.order_seed,
-        server_given=job.server,
+        server_given=without_secrets(job.server),
         switches=arm.switches(config.server).model_dump(mode="json", exclude_none=True),
         partners=None if arm.partners is None else arm.partners.model_dump(mode="json"),
         forced_from=job.forced_from,

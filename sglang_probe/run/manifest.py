@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from sglang_probe.run import journal, schema
 from sglang_probe.run.damage import FIX, reading
 
 MANIFEST = "manifest.json"
+_SECRET = re.compile(r"(^|_)(api_key|password|secret|access_token|auth_token|hf_token)|watermark_key")
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -86,6 +88,11 @@ def new_manifest(**fields: Any) -> dict[str, Any]:
         "machine": platform.machine(),
         **fields,
     }
+
+
+def without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Server arguments as a manifest may hold them: keys and passwords are told to be there, and not what they are."""
+    return {k: "(secret)" if v is not None and _SECRET.search(k) else v for k, v in arguments.items()}
 
 
 def _version(name: str) -> str | None:
