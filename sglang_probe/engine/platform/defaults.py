@@ -49,5 +49,7 @@ def apply_cpu_defaults(server_args: Any) -> None:
     given = {name: getattr(server_args, name, None) for name in _NAMES}
     if given["watchdog_timeout"] == SGLANG_WATCHDOG_SECONDS:
         given["watchdog_timeout"] = None
+    if given["attention_backend"] == "intel_amx":  # what SGLang chooses for every CPU, and falls back from later
+        given["attention_backend"] = None
     for name, value in cpu_defaults(given).items():
         setattr(server_args, name, value)

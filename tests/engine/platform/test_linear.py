@@ -117,3 +117,19 @@ def test_what_the_user_gave_stays(given: dict[str, object], left: dict[str, obje
     server = SimpleNamespace(**{**dict.fromkeys(names), **given})
     apply_cpu_defaults(server)
     assert {name: getattr(server, name) for name in left} == left
+
+
+def test_sglangs_own_resolution_takes_them() -> None:
+    """SGLang writes `intel_amx` for every CPU before it asks the platform; that is not the user's word."""
+    from sglang.srt.arg_groups.overrides import resolution_result
+    from sglang.srt.arg_groups.pipeline import run_resolution_pipeline
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_probe.engine.platform.defaults import cpu_defaults
+    from sglang_probe.paths import shipped
+
+    for given in ({}, {"attention_backend": "torch_native", "max_total_tokens": 100}):
+        server = ServerArgs(model_path=str(shipped("models/probe-text/checkpoint")), **given)
+        run_resolution_pipeline(server)
+        expected = {**cpu_defaults(), **given}
+        assert {name: resolution_result(server, name) for name in expected} == expected
