@@ -134,7 +134,9 @@ def phase(layers: int = 1) -> PhaseResult:
         name="made",
         moments=random(kinds, *described),
         by_position=random(kinds.merge(pd.DataFrame({"start": [0, 32]}), how="cross"), *described),
-        probes=random(probes, "auc", "low", "high", "null_low", "null_high", "p").sort_values("hook_point", kind="stable"),
+        probes=random(probes, "auc", "low", "high", "null_low", "null_high", "p").sort_values(
+            "hook_point", kind="stable"
+        ),
         numerics=floor_table(sums, REFORWARD),
         texts=8,
         positions=80,
