@@ -142,7 +142,9 @@ def _auc(n: int, studies: int = 1000) -> float:
         text = g.normal(0, 0.7, (n, 1))  # a text moves both kinds of its rows
         shift = 1 + g.normal(0, 0.5, (n, 1))
         a, b = text + shift + g.normal(size=(n, 16)), text + g.normal(size=(n, 16))
-        found = jackknife_interval(np.asarray(auc(a.ravel(), b.ravel())), auc_without(a, b), bounds=(0.0, 1.0))
+        found = jackknife_interval(
+            np.asarray(auc(a.ravel(), b.ravel())), auc_without(a, b, np.arange(n)), bounds=(0.0, 1.0)
+        )
         truth = norm.cdf(1 / np.sqrt(2 * 0.7**2 + 0.5**2 + 2))
         covered += bool(found.low <= truth <= found.high)
     return covered / studies

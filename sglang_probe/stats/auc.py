@@ -22,15 +22,21 @@ def auc(positive: Array, negative: Array) -> float:
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def auc_without(positive_TC: Array, negative_TC: Array) -> Array:
-    """The area of all scores but those of one text each, `[texts]`: what a jackknife over texts takes."""
-    texts = len(positive_TC)
+def auc_without(positive_TC: Array, negative_TC: Array, group: Array) -> Array:
+    """The area of all scores but those of one group of texts each, `[groups]`: what a jackknife over groups takes.
+
+    Args:
+        group: of each text, `[texts]`, numbered from 0.
+    """
     positives, negatives = np.sort(positive_TC, axis=None), np.sort(negative_TC, axis=None)
-    mine = np.array([_wins(p, negatives) for p in positive_TC])
-    theirs = np.array([n.size * positives.size - _wins(n, positives) for n in negative_TC])
-    both = np.array([_wins(p, np.sort(n)) for p, n in zip(positive_TC, negative_TC, strict=True)])
-    pairs = positives.size * negatives.size * ((texts - 1) / texts) ** 2
-    return np.asarray((mine.sum() - mine - theirs + both) / pairs)
+    parts = [(positive_TC[group == g].ravel(), negative_TC[group == g].ravel()) for g in range(int(group.max()) + 1)]
+    mine = np.array([_wins(p, negatives) for p, _ in parts])
+    theirs = np.array([n.size * positives.size - _wins(n, positives) for _, n in parts])
+    both = np.array([_wins(p, np.sort(n)) for p, n in parts])
+    pairs = np.array([(positives.size - p.size) * (negatives.size - n.size) for p, n in parts])
+    whole = _wins(positives, negatives)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((whole - mine - theirs + both) / pairs)
 
 
 def _wins(values: Array, against: Array) -> float:

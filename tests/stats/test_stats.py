@@ -24,11 +24,14 @@ def test_holm_is_the_step_down_rule() -> None:
     assert np.isnan(with_gap[1])
 
 
-def test_the_area_without_each_text_is_the_area_of_the_others() -> None:
+def test_the_area_without_each_text_or_family_is_the_area_of_the_others() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 9, (7, 5)) * 1.0, rng.integers(0, 8, (7, 5)) * 1.0  # ties among them
     others = [auc(np.delete(a, i, 0).ravel(), np.delete(b, i, 0).ravel()) for i in range(7)]
-    assert auc_without(a, b) == pytest.approx(others)
+    assert auc_without(a, b, np.arange(7)) == pytest.approx(others)
+    group = np.array([0, 1, 1, 0, 2, 2, 2])
+    rest = [auc(a[group != g].ravel(), b[group != g].ravel()) for g in range(3)]
+    assert auc_without(a, b, group) == pytest.approx(rest)
 
 
 @pytest.mark.parametrize(

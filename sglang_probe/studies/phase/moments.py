@@ -21,15 +21,16 @@ def reference_band(rows_TCD: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def describe(rows_TCD: Array, band: tuple[Array, Array]) -> dict[str, float]:
+def describe(rows_TCD: Array, band: tuple[Array, Array], family: Array | None = None) -> dict[str, float]:
     """What one kind of rows looks like.
 
     Args:
         rows_TCD: `[texts, positions, width]`.
+        family: of each text, `[texts]`; None: each its own.
         band: of other texts than these, so that the reference is not its own judge.
 
     Returns:
-        `norm` and `outliers` (share of entries outside the band) with 95 % intervals over texts;
+        `norm` and `outliers` (share of entries outside the band) with 95 % intervals over families;
         `mean` (root mean square over dimensions of the mean row), `variance` (mean over dimensions), and `kurtosis`
         (excess, median over dimensions).
     """
@@ -42,7 +43,10 @@ def describe(rows_TCD: Array, band: tuple[Array, Array]) -> dict[str, float]:
     outside = ((rows_TCD < band[0]) | (rows_TCD > band[1])).mean(axis=-1)
     n = np.full(len(rows_TCD), rows_TCD.shape[1], dtype=np.float64)
     sums = np.stack([norms.sum(axis=1), outside.sum(axis=1), n], axis=1)
-    interval = cluster_interval(sums, lambda s: s[..., :2] / s[..., 2:])
+    names, at = np.unique(np.arange(len(sums)) if family is None else family, return_inverse=True)
+    totals = np.zeros((len(names), 3))
+    np.add.at(totals, at, sums)
+    interval = cluster_interval(totals, lambda s: s[..., :2] / s[..., 2:])
     return {
         "norm": float(interval.estimate[0]),
         "norm_low": float(interval.low[0]),

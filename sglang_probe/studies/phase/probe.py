@@ -31,20 +31,24 @@ class ProbeResult:
     """Share of them, the AUC counted in, that are as large."""
 
 
-def probe(a_TCD: Array, b_TCD: Array, *, seed: int = 0) -> ProbeResult:
+def probe(a_TCD: Array, b_TCD: Array, family: Array | None = None, *, seed: int = 0) -> ProbeResult:
     """Linear discriminant between two kinds of rows of the same texts.
 
-    Folds are made of texts, so that no text is on both sides. The direction is `(S + shrinkage)^-1 (mean_a - mean_b)`
-    with the pooled within-class covariance S, shrunk towards its mean diagonal (Fisher 1936; Ledoit and Wolf 2004, with
-    a fixed weight). The interval is over texts, the directions being those that were found. The null exchanges the two
-    kinds within texts, each with probability one half, which keeps everything but the label, 99 times.
+    Folds are made of families of texts, so that none is on both sides. The direction is `(S + shrinkage)^-1 (mean_a -
+    mean_b)` with the pooled within-class covariance S, shrunk towards its mean diagonal (Fisher 1936; Ledoit and Wolf
+    2004, with a fixed weight). The interval is over families, the directions being those that were found. The null
+    exchanges the two kinds within texts, each with probability one half, which keeps everything but the label, 99
+    times.
 
     Args:
         a_TCD, b_TCD: `[texts, positions, width]`, of the same texts in the same order.
+        family: of each text, `[texts]`, numbered from 0; None: each its own.
     """
     rng = np.random.default_rng(seed)
     texts = len(a_TCD)
-    fold = rng.permutation(texts) % min(FOLDS, texts)
+    family = np.arange(texts) if family is None else family
+    families = int(family.max()) + 1
+    fold = (rng.permutation(families) % min(FOLDS, families))[family]
     folds = [_Fold(a_TCD, b_TCD, fold == k) for k in np.unique(fold)]
 
     def scores(swap: Array) -> tuple[Array, Array]:
@@ -57,7 +61,7 @@ def probe(a_TCD: Array, b_TCD: Array, *, seed: int = 0) -> ProbeResult:
 
     a, b = scores(np.zeros(texts, dtype=bool))
     whole = auc(a.ravel(), b.ravel())
-    found = jackknife_interval(np.asarray(whole), auc_without(a, b), bounds=(0.0, 1.0))
+    found = jackknife_interval(np.asarray(whole), auc_without(a, b, family), bounds=(0.0, 1.0))
     nulls = np.array([auc(*(x.ravel() for x in scores(rng.random(texts) < 0.5))) for _ in range(_NULLS)])
     low, high = np.quantile(nulls, [0.025, 0.975])
     p = (1 + int((nulls >= whole).sum())) / (1 + _NULLS)

@@ -89,7 +89,7 @@ def study_phase(
     """
     checks = {}
     where: dict[str, list[Array]] = {}
-    texts = 0
+    texts, family = 0, np.empty(0, dtype=np.int64)
     for kind, replicates in runs.items():
         where[kind] = []
         for run in replicates:
@@ -98,6 +98,7 @@ def study_phase(
             index, rows = row_indices(run, start, end)
             where[kind].append(rows)
             texts = len(index)
+            family = _families(run, index)
     moments, by_position, probes, sums = [], [], [], []
     for hook_point in runs[HUMAN][0].hook_points:
         tell(f"comparing {hook_point}")
@@ -106,12 +107,12 @@ def study_phase(
             for kind in runs
         }
         firsts = {kind: r[0] for kind, r in by_kind.items()}
-        moments += _moments(firsts, hook_point)
-        by_position += _by_position(firsts, hook_point)
+        moments += _moments(firsts, hook_point, family)
+        by_position += _by_position(firsts, hook_point, family)
         for contrast, (a, b) in CONTRASTS.items():
-            found = asdict(probe(firsts[a], firsts[b]))
+            found = asdict(probe(firsts[a], firsts[b], family))
             probes.append({"contrast": contrast, "hook_point": hook_point, **found})
-        sums.append(_numerics(by_kind, hook_point))
+        sums.append(_numerics(by_kind, hook_point, family))
     return PhaseResult(
         name=name,
         moments=pd.DataFrame(moments),
@@ -125,26 +126,32 @@ def study_phase(
     )
 
 
-def _moments(rows: Mapping[str, Array], hook_point: str) -> list[dict[str, Any]]:
+def _families(run: Run, index: Array) -> Array:
+    """Number of the family of each text; a text without one is a family of its own."""
+    requests = run.requests().set_index("index").loc[index]
+    return np.asarray(pd.factorize(requests["family"].fillna(requests["rid"]))[0], dtype=np.int64)
+
+
+def _moments(rows: Mapping[str, Array], hook_point: str, family: Array) -> list[dict[str, Any]]:
     """Moments on the texts with odd numbers; the human rows of the even ones are the reference for outliers."""
     band = reference_band(rows[HUMAN][::2])
-    return [{"kind": k, "hook_point": hook_point, **describe(x[1::2], band)} for k, x in rows.items()]
+    return [{"kind": k, "hook_point": hook_point, **describe(x[1::2], band, family[1::2])} for k, x in rows.items()]
 
 
-def _by_position(rows: Mapping[str, Array], hook_point: str) -> list[dict[str, Any]]:
+def _by_position(rows: Mapping[str, Array], hook_point: str, family: Array) -> list[dict[str, Any]]:
     out = []
     for at in range(0, rows[HUMAN].shape[1], BIN):
         band = reference_band(rows[HUMAN][::2, at : at + BIN])
         for kind, x in rows.items():
-            found = describe(x[1::2, at : at + BIN], band)
+            found = describe(x[1::2, at : at + BIN], band, family[1::2])
             out.append({"kind": kind, "hook_point": hook_point, "start": at, **found})
     return out
 
 
-def _numerics(rows: Mapping[str, Sequence[Array]], hook_point: str) -> pd.DataFrame:
+def _numerics(rows: Mapping[str, Sequence[Array]], hook_point: str, family: Array) -> pd.DataFrame:
     """Sums of the relative L2 of decoded against reforward rows, and of replicates, per text."""
-    texts, positions, width = rows[DECODED][0].shape
-    at = pd.DataFrame({"cluster": np.repeat(np.arange(texts), positions), "phase": "both"})
+    _, positions, width = rows[DECODED][0].shape
+    at = pd.DataFrame({"cluster": np.repeat(family, positions), "phase": "both"})
     runs = {f"{kind} {i}": x.reshape(-1, width) for kind in (DECODED, REFORWARD) for i, x in enumerate(rows[kind])}
     frames = []
     for c in comparisons({run: run.split()[0] for run in runs}, REFORWARD):

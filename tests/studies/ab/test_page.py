@@ -153,3 +153,12 @@ def test_arms_without_captured_rows_have_a_page_too() -> None:
 def test_a_violated_invariant_is_on_the_page() -> None:
     assert "Do not use these numbers" not in render(ab_page(result()))
     assert "Do not use these numbers" in render(ab_page(result(violation="a gap")))
+
+
+def test_a_floor_above_the_effect_is_an_alarm_and_no_verdict() -> None:
+    turned = sums(("on",)).assign(kind=lambda f: f["kind"].map({EFFECT: FLOOR, FLOOR: EFFECT}))
+    turned = turned[(turned["kind"] == FLOOR) | (turned["arm"] == "on")]
+    html = render(ab_page(replace(result(), floors=floor_table(turned, "off"))))
+    assert "alarm: the floor exceeds the effect" in html
+    assert "No policy can do that" in html
+    assert "No policy can do that" not in render(ab_page(result()))

@@ -69,6 +69,21 @@ def test_a_text_that_is_on_both_sides_would_be_learned_by_heart() -> None:
     assert found.auc == pytest.approx(0.5, abs=0.03)
 
 
+def test_texts_of_one_family_count_as_one() -> None:
+    """Eight families of five texts: how far the two kinds lie apart belongs to the family."""
+    family = np.arange(8).repeat(5)
+    apart = np.random.default_rng(3).normal(1, 0.7, (8, 1)).repeat(5, axis=0)
+    a, b = rows(0), rows(1)
+    a[..., 0] += apart
+    together, alone = probe(a, b, family), probe(a, b)
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+    wide, narrow = (describe(a * (2 + apart[..., None]), reference_band(b), f) for f in (family, None))
+    assert wide["norm_high"] - wide["norm_low"] > 1.5 * (narrow["norm_high"] - narrow["norm_low"])
+    assert wide["norm"] == narrow["norm"]
+    few = probe(a[:25], b[:25], family[:25])
+    assert np.isnan([few.low, few.high]).all()
+
+
 def test_moments_of_known_distributions() -> None:
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(200, 100, 4))
