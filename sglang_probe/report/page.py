@@ -21,6 +21,9 @@ from markupsafe import Markup, escape
 from sglang_probe.report.figures import Figure
 from sglang_probe.report.tables import MOST_ROWS, Table
 
+TABLES = "tables"
+"""Folder of a study's tables, beside its page."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -63,15 +66,22 @@ class Page:
     footer: str = ""
 
 
-def render(page: Page) -> str:
-    """The page as one HTML document."""
-    return _environment().get_template("page.html.j2").render(page=page)
+def render(page: Page, folder: Path | None = None) -> str:
+    """The page as one HTML document, with links to those files of its tables that `folder` has."""
+
+    def files_of(table: str) -> list[str]:
+        names = [f"{TABLES}/{table}.{suffix}" for suffix in ("csv", "parquet")] if table and folder else []
+        return [n for n in names if folder is not None and (folder / n).is_file()]
+
+    environment = _environment()
+    environment.globals["files_of"] = files_of
+    return environment.get_template("page.html.j2").render(page=page)
 
 
 def write(page: Page, path: Path | str) -> None:
     """Render to `path`; a reader sees the old file or the whole new one, never a part."""
     path = Path(path)
-    html = render(page)
+    html = render(page, path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

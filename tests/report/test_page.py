@@ -79,6 +79,37 @@ def test_a_long_table_is_folded_away_with_all_its_columns_as_csv() -> None:
     assert unquote(link[1]) == "x,y\n1,3\n2,4\n"
 
 
+def test_a_page_links_to_the_files_of_its_tables_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "floors.parquet").touch()
+    frame = pd.DataFrame({"x": [1]})
+    tables = [Table(frame, name, long=True, file=name) for name in ("floors", "absent")]
+    write(Page("t", sections=[Section("s", tables=tables)]), tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert re.findall(r'href="(tables/[^"]*)"', html) == ["tables/floors.parquet"]
+    assert html.count('href="data:text/csv') == 1  # what has no file is embedded
+    assert "floors: 1 row, not printed; in tables/floors.parquet." in html
+
+
+def test_what_is_empty_is_one_sentence_with_its_reason() -> None:
+    figure = grouped_bars(pd.DataFrame(), "c", "s", "v", title="bars")
+    section = Section("s", figures=[figure], tables=[Table(pd.DataFrame(), "rows")], nothing="no run was named")
+    html = render(Page("t", picture=figure, sections=[section]))
+    assert "<svg" not in html
+    assert "<table" not in html
+    for what in ("bars", "rows"):
+        assert f"{what}: nothing to show, because no run was named." in html
+
+
+def test_the_answer_and_its_picture_come_before_everything_else() -> None:
+    picture = lines(pd.DataFrame({"x": [1, 2], "y": [1.0, 2.0]}), "x", "y", title="picture")
+    html = render(
+        Page("t", answer="It is so.", picture=picture, lead="How.", tiles=[Tile("a", "1")], facts=[("b", "c")])
+    )
+    order = [html.index(x) for x in ("<h1>t", "It is so.", "<svg", 'class="tiles"', "How.", 'class="facts"')]
+    assert order == sorted(order)
+
+
 @pytest.mark.parametrize(
     ("text", "html"),
     [
