@@ -435,8 +435,8 @@ A good run (`tests/verify/good_run.py`: the real recorder, writer and closing, a
 place, {tried:,} times{sample}.
 
 `verify` is asked each time. A *crude* change leaves hashes as they are, as damage does. A *consistent* one writes every
-hash anew, the journal's, the manifest's and the seal's, as a fault in a writer would: then only what the run says in two
-places can give it away. {found:,} changes are noticed, {left:,} are not.
+hash anew, the journal's, the manifest's and the seal's, as a fault in a writer would: then only what the run says in
+two places can give it away. {found:,} changes are noticed, {left:,} are not.
 
 | what is changed | changes | noticed |
 |---|---|---|
