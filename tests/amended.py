@@ -25,7 +25,7 @@ def amend(path: Path, change: Callable[[dict[str, Any]], None] = lambda _: None)
     if seal.closed(manifest):
         manifest["files"] = {name: digest for part in parts for name, digest in part.files.items()}
     kept = manifest.get("kept")
-    if isinstance(kept, dict) and (path / str(kept.get("file"))).is_file():
+    if isinstance(kept, dict) and "sha256" in kept and (path / str(kept.get("file"))).is_file():
         kept["sha256"] = journal.sha256(path / kept["file"])
     change(manifest)
     if (path / seal.NAME).exists():

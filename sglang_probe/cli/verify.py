@@ -87,6 +87,8 @@ def _checked(
         return [Check("files", claim, 0, "files", missing)], False, None
     try:
         opened = load_run(path)
+        for key in ("status", "hook_points"):
+            opened.manifest[key]  # or it is said that it is not there
     except RunDirectoryError as e:
         return [Check("files", claim, 0, "files", e.message)], False, None
     checks = verify(opened, embedding=_embedding(opened, model), progress=progress)

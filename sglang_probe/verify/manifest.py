@@ -60,6 +60,8 @@ def _named(run: Run) -> Iterator[str]:
         yield from (f"the manifest has no `{key}`" for key in due if key not in m)
         if here is None:
             yield from _whole(m)
+    if m["schema_version"] < seal.SINCE_SCHEMA and (run.path / seal.NAME).exists():
+        yield f"the run has a seal, and schema version {m['schema_version']} has none"
     if m["schema_version"] < 1:
         yield f"schema version {m['schema_version']} does not exist"
     if m["status"] not in _STATUSES:
@@ -183,6 +185,8 @@ def _starts(run: Run) -> Iterator[str]:
     """Engine processes: as many as wrote parts, at least; together they served what was served."""
     m = run.manifest
     starts = schema.starts_of(m)
+    if not starts and m["schema_version"] >= seal.SINCE_SCHEMA and seal.closed(m):
+        yield "`starts` names no engine process"
     if not starts or not seal.closed(m):
         return
     sessions = max((part.session for part in run.parts()), default=0) + 1

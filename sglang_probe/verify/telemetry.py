@@ -41,7 +41,17 @@ def telemetry_holds(run: Run) -> Check:
                 rid, attempt, position, forward = index[0]
                 violation = f"layer {layer}: {rid} attempt {attempt} position {position} (forward {forward}) {what}"
                 return Check(name, claim, len(mine), "rows", violation, note)
-    return Check(name, claim, len(mine), "rows", _numbers_fit(mine), note)
+    return Check(name, claim, len(mine), "rows", _top_fits(mine, options.top_k) or _numbers_fit(mine), note)
+
+
+def _top_fits(table: pd.DataFrame, top_k: int) -> str | None:
+    """Each head lists as many positions as the manifest says."""
+    for column in ("top_positions", "top_weights"):
+        wrong = table[column].map(len) != table["entropy"].map(len) * top_k
+        if wrong.any():
+            r = table[wrong].iloc[0]
+            return f"layer {r['layer']}: {r['rid']} position {r['position']}: {column} does not have {top_k} a head"
+    return None
 
 
 def _numbers_fit(table: pd.DataFrame) -> str | None:

@@ -29,7 +29,7 @@ def test_a_refused_request_is_in_the_ledger_with_the_placeholder_that_was_served
     plan.rows = {"hook_embed": embedding[:1]}
     recorder.commit(1, graph=False, ended=[RequestEnd("a", 1, 1, 0, 0, schema.REFUSED, [11])])
     writer.flush(timeout=30)
-    manifest = {"schema_version": 1, "hook_points": {"hook_embed": ""}, "requests_expected": 1}
+    manifest = {"schema_version": 1, "status": "complete", "hook_points": {"hook_embed": ""}, "requests_expected": 1}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     run = load_run(tmp_path)
 
