@@ -35,19 +35,25 @@ def reading(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{path} is damaged: {what}", fix=FIX) from e
 
 
-def read_table(path: Path, schema: pa.Schema, *, never_null: Sequence[str] = ()) -> pa.Table:
+def read_table(path: Path, schema: pa.Schema, *, never_null: Sequence[str] = (), added: Sequence[str] = ()) -> pa.Table:
     """A Parquet file with exactly the columns of `schema`.
 
     Args:
         never_null: columns that have a value in every row.
+        added: columns that runs of earlier releases do not have; they are null then.
 
     Raises:
         RunDirectoryError: it cannot be read, a column is missing or of another type, or a value is null.
     """
     with reading(path):
         file = pq.ParquetFile(path)
-        require_columns(path, file.schema_arrow, schema.names)
-        table = file.read(columns=schema.names).select(schema.names)
+        absent = [name for name in added if name not in file.schema_arrow.names]
+        present = [name for name in schema.names if name not in absent]
+        require_columns(path, file.schema_arrow, present)
+        table = file.read(columns=present)
+        for name in absent:
+            table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+        table = table.select(schema.names)
         for name in never_null:
             if table[name].null_count:
                 row = pc.index(pc.is_null(table[name]), value=pa.scalar(True)).as_py()

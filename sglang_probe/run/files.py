@@ -219,7 +219,8 @@ class RunFiles:
     def _table(self, name: str, table_schema: pa.Schema) -> pd.DataFrame:
         prefix = name if "/" in name else f"ledger/{name}-"
         files = [(part, f) for part in self.parts() for f in part.files if f.startswith(prefix)]
-        tables = [read_table(self.path / f, table_schema, never_null=schema.NEVER_NULL[name]) for _, f in files]
+        kinds = {"never_null": schema.NEVER_NULL[name], "added": schema.ADDED.get(name, ())}
+        tables = [read_table(self.path / f, table_schema, **kinds) for _, f in files]
         frame = (pa.concat_tables(tables) if tables else table_schema.empty_table()).to_pandas()
         ranks = np.array([part.dp_rank for part, _ in files], dtype=np.int16)
         frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))

@@ -181,9 +181,12 @@ REQUESTS = pa.schema(
 LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
 """`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
 
+ADDED = {"forwards": ("unaccounted", "weights")}
+"""Columns of the ledger's tables that runs of earlier releases do not have, by table; they are read as null."""
+
 NEVER_NULL = {
     "spans": ("rid", "attempt", "start", "end", "status", "forward_id", "chunk", "row_start", "row_step"),
-    "forwards": tuple(name for name in FORWARDS.names if name not in ("unaccounted", "weights")),  # null in older runs
+    "forwards": tuple(name for name in FORWARDS.names if name not in ADDED["forwards"]),
     "rebinds": ("rid", "attempt", "start", "end", "at_forward"),
     "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
     "prompts": ("rid",),

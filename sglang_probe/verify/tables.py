@@ -104,5 +104,5 @@ def _request_faults(q: pd.DataFrame) -> dict[str, pd.Series]:
         "a count is negative": (q[["prompt_len", "output_len", "cached_tokens", "retractions"]] < 0).any(axis=1),
         "SGLang reused more than the prompt": q["cached_tokens"] > q["prompt_len"],
         "output_len is not the length of its output": given & (lengths != q["output_len"]),
-        "its finish reason is that of a request without an end": q["finish_reason"].isin(segment.OPEN_ENDED),
+        "its finish reason is that of a request without an end": q["finish_reason"].isin(segment.WITHOUT_END),
     }

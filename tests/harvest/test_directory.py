@@ -48,7 +48,9 @@ def test_engine_starts_are_read_from_older_manifests_too() -> None:
 
 
 def test_a_request_that_was_refused_before_it_was_queued_has_a_row_and_no_position(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 4, "hook_points": {}, "requests_expected": 2}))
+    (tmp_path / MANIFEST).write_text(
+        json.dumps({"schema_version": 4, "status": "incomplete", "hook_points": {}, "requests_expected": 2})
+    )
     run = load_run(tmp_path)
     asked = [Request(i, rid, (3, 4), (SegmentSpan("user", 0, 2),)) for i, rid in enumerate("ab")]
 
@@ -67,7 +69,9 @@ def test_a_request_that_ended_the_engine_and_is_refused_now_keeps_what_was_inter
     recorder.launch(plan)
     recorder.commit(1, graph=False)
     writer.flush(timeout=30)
-    (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 4, "hook_points": {}, "requests_expected": 1}))
+    (tmp_path / MANIFEST).write_text(
+        json.dumps({"schema_version": 4, "status": "incomplete", "hook_points": {}, "requests_expected": 1})
+    )
     run = load_run(tmp_path)
 
     counts = write_requests(run, [Request(0, "a", (3, 4), (SegmentSpan("user", 0, 2),))], refused={"a": "ended"})

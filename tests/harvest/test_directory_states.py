@@ -34,7 +34,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def manifest(name: str, **fields: Any) -> dict[str, Any]:
     """Of a run of the one configuration, called `name`."""
-    return {"schema_version": 4, "name": name, "model": "m", **fields}
+    return {"schema_version": 4, "name": name, "model": {"name": "m"}, **fields}
 
 
 def part(path: Path, name: str) -> None:

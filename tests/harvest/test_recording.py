@@ -116,7 +116,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """`REQUESTS` requests, two at a time."""
     file = tmp_path_factory.mktemp("workload") / "requests.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"number {i}"}) for i in range(REQUESTS)))
-    fields: dict[str, Any] = {"workload": {"source": "jsonl", "path": file}, "concurrency": 2}
+    fields: dict[str, Any] = {"workload": {"source": "jsonl", "path": file}, "concurrency": 2, "hook_points": []}
     prepared = prepare(HarvestConfig.model_validate({**fields, "sampling": {"max_new_tokens": 1}}))
     return job_of(prepared, "run", prepared.workload.requests, arm=Arm())
 
