@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -184,35 +184,7 @@ class _Recording:
         journal.discard_leftovers(path)
         (path / ENGINE_FILE).unlink(missing_ok=True)
         write_manifest(path, self.manifest)
-        run = load_run(path)
-        counts = write_requests(run, job.requests, job.kept, self.refused)
-        rows = run.row_count()
-        if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
-            requests = run.requests(interrupted=True)
-            ids = chain(*requests["prompt_ids"], *requests["output_ids"].dropna())
-            write_oracle(run, embedding, ids, weights=self.manifest["model"]["weights_sha256"])
-        ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
-        answered = {asked_rid(rid) for rid in ended.index} | self.refused.keys()
-        disagreements = [
-            a.rid
-            for a in self.answers
-            if a.rid in ended.index and int(ended.at[a.rid, "cached_tokens"]) != a.cached_tokens
-        ]
-        spans = run.spans()
-        lengths = spans["end"] - spans["start"]
-        self.manifest.update(
-            status="complete" if fault is None and len(answered) == len(job.requests) else "incomplete",
-            requests_by_finish=counts,
-            positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
-            positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
-            rows=rows,
-            rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
-            rows_dropped=0,
-            cached_tokens_disagreements=disagreements,
-            facts=run.facts(),
-            files={name: digest for p in run.parts() for name, digest in p.files.items()},
-        )
-        seal.close(path, self.manifest)
+        close_run(job, path, self.manifest, self.answers, self.refused)
 
     def _told(self, fault: str | None, in_flight: Sequence[str]) -> dict[str, Any]:
         """Manifest fields: why it is incomplete, durations, refusals, and the requests that an engine ended with."""
@@ -228,6 +200,44 @@ class _Recording:
             "refused": self.refused,
             "ended_engine": ended,
         }
+
+
+def close_run(
+    job: Job, path: Path, manifest: dict[str, Any], answers: Sequence[Answer], refused: Mapping[str, str]
+) -> None:
+    """Write `requests.parquet`, the embedding oracle, the final manifest and the seal of a run whose parts are durable.
+
+    Args:
+        manifest: its `fault` says why the run is incomplete; the rest is filled in.
+        refused: requests that SGLang refused, and why.
+    """
+    run = load_run(path)
+    counts = write_requests(run, job.requests, job.kept, refused)
+    rows = run.row_count()
+    if rows and EMBED in run.hook_points and (embedding := load_embedding(job.prepared.model.path)) is not None:
+        requests = run.requests(interrupted=True)
+        ids = chain(*requests["prompt_ids"], *requests["output_ids"].dropna())
+        write_oracle(run, embedding, ids, weights=manifest["model"]["weights_sha256"])
+    ended = run.engine_requests().drop_duplicates("rid").set_index("rid")
+    answered = {asked_rid(rid) for rid in ended.index} | refused.keys()
+    disagreements = [
+        a.rid for a in answers if a.rid in ended.index and int(ended.at[a.rid, "cached_tokens"]) != a.cached_tokens
+    ]
+    spans = run.spans()
+    lengths = spans["end"] - spans["start"]
+    manifest.update(
+        status="complete" if manifest["fault"] is None and len(answered) == len(job.requests) else "incomplete",
+        requests_by_finish=counts,
+        positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
+        positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
+        rows=rows,
+        rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
+        rows_dropped=0,
+        cached_tokens_disagreements=disagreements,
+        facts=run.facts(),
+        files={name: digest for p in run.parts() for name, digest in p.files.items()},
+    )
+    seal.close(path, manifest)
 
 
 def _remaining(job: Job, path: Path, start: directory.Start) -> list[Todo]:

@@ -54,9 +54,10 @@ def _parts(run: Run) -> str | None:
             rank, before = part.dp_rank, part.dp_rank << schema.RANK_SHIFT
         rows = 0
         for file in (f for f in part.files if f.startswith("ledger/forwards-")):
-            table = read_table(run.path / file, pa.schema([schema.FORWARDS.field(n) for n in ("forward_id", "slots")]))
+            asked = pa.schema([schema.FORWARDS.field(n) for n in ("forward_id", "slots", "unaccounted")])
+            table = read_table(run.path / file, asked, added=("unaccounted",))
             before = int(pc.max(table["forward_id"]).as_py()) + 1
-            rows = int(pc.sum(table["slots"]).as_py())
+            rows = int(pc.sum(table["slots"]).as_py()) - (pc.sum(table["unaccounted"]).as_py() or 0)
         if part.forwards_end != before:
             return f"part {part.number} ends before forward {part.forwards_end}, says the journal, and before {before}"
         if part.rows != (rows if run.hook_points else 0):
@@ -154,7 +155,7 @@ def _rows(run: Run, forwards: pd.DataFrame, spans: pd.DataFrame) -> str | None:
         if (begin != -1).any():
             return f"forward {ids[np.argmax(begin != -1)]} has rows, and this run captured none"
         return None
-    slots = forwards["slots"].to_numpy(np.int64)
+    slots = (forwards["slots"] - forwards["unaccounted"].fillna(0)).to_numpy(np.int64)
     follows = np.concatenate([begin[:1], begin[:-1] + slots[:-1]])
     wrong = (begin != follows) & (np.diff(ids, prepend=ids[0] - 1) == 1)
     wrong[0] |= begin[0] < 0

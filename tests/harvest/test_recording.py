@@ -53,7 +53,7 @@ class MadeEngine:
         self._tag = 0
 
     def in_force(self) -> dict[str, Any]:
-        return {}
+        return {"server_resolved": {}, "weights": [{"number": 0, "how": "model_path"}]}
 
     def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(main)

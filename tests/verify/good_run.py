@@ -19,10 +19,10 @@ from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
 from sglang_probe.engine.ledger.writer import Writer
-from sglang_probe.harvest.directory import workload_columns
 from sglang_probe.harvest.engine import Answer
 from sglang_probe.harvest.kept import keep_with_run
-from sglang_probe.harvest.recording import _close
+from sglang_probe.harvest.recording import close_run
+from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.run.journal import sha256
 from sglang_probe.run.manifest import new_manifest, write_manifest
@@ -87,7 +87,7 @@ def make_good_run(folder: Path, seed: int = 0) -> Run:
     job: Any = SimpleNamespace(
         requests=requests, kept=kept, prepared=SimpleNamespace(model=SimpleNamespace(path=str(model)))
     )
-    _close(job, path, manifest, [Answer(m.rid, m.output, m.cached) for m in made])
+    close_run(job, path, {"fault": None, **manifest}, [Answer(m.rid, m.output, m.cached) for m in made], {})
     run = load_run(path)
     write_card(run)
     return run
@@ -144,6 +144,8 @@ class _Engine:
 
     def flush(self) -> None:
         self._writer.flush(timeout=30)
+        self._writer.stop()
+        self._writer._thread.join(10)  # the lock is gone with it
 
     def _next(self, rids: tuple[str, ...]) -> list[tuple[str, int, int]]:
         return [(r, self._made[r].done, self._made[r].done + 1) for r in rids]
