@@ -23,7 +23,7 @@ _OF_A_SEGMENT = (
 )
 _OF_A_SERVER = (
     *("arm", "model", "model_path", "dtype", "rows_kept", "telemetry", "telemetry_layers", "heads", "head_numbers"),
-    *("inventory", "privacy", "server_resolved", "rows_dropped"),
+    *("inventory", "privacy", "server_resolved", "weights", "rows_dropped"),
 )
 _OF_A_HARVEST = (
     *("policy", "model_config", "workload", "workload_digest", "columns_digest", "corpus_digest", "sampling"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sglang_probe.run import schema
+from sglang_probe.run import schema, seal
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
@@ -21,7 +21,7 @@ def cells_are_possible(run: Run) -> Check:
     covered = len(spans) + len(forwards) + len(rebinds) + len(ended)
     violation = (
         _first(spans, _span_faults(run, spans), lambda s: f"span {s['rid']} {s['start']} to {s['end']}")
-        or _first(forwards, _forward_faults(forwards), lambda f: f"forward {f['forward_id']}")
+        or _first(forwards, _forward_faults(run, forwards), lambda f: f"forward {f['forward_id']}")
         or _first(rebinds, _rebind_faults(rebinds), lambda r: f"rebind of {r['rid']} {r['start']} to {r['end']}")
         or _first(ended, _request_faults(ended), lambda r: f"request {r['rid']}")
     )
@@ -69,7 +69,11 @@ def _span_faults(run: Run, s: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-def _forward_faults(f: pd.DataFrame) -> dict[str, pd.Series]:
+def _forward_faults(run: Run, f: pd.DataFrame) -> dict[str, pd.Series]:
+    added = f[list(schema.ADDED["forwards"])]
+    older = run.manifest["schema_version"] < seal.SINCE_SCHEMA
+    told = [w["number"] for w in run.manifest.get("weights") or [{"number": 0}]]
+    most = max(told) if run.complete else np.inf  # an engine that died may not have told of its last update
     counts = ("requests", "prefill_tokens", "decode_tokens", "slots", "waiting", "forward_id")
     prefill, decode = f["prefill_tokens"], f["decode_tokens"]
     return {
@@ -83,6 +87,10 @@ def _forward_faults(f: pd.DataFrame) -> dict[str, pd.Series]:
         "row_start is below -1": f["row_start"] < -1,
         "its time is not a number": ~np.isfinite(f["launched"]) | ~np.isfinite(f["seconds"]),
         "it took less than no time": f["seconds"] < 0,
+        "`unaccounted` or `weights` has no value": added.isna().any(axis=1) & (not older),
+        "fewer slots than positions that could not be accounted for": f["unaccounted"] > f["slots"],
+        "it ran with weights that the manifest does not name": ~f["weights"].fillna(0).between(0, most),
+        "it ran with earlier weights than the one before it": f.groupby("dp_rank")["weights"].diff() < 0,
     }
 
 

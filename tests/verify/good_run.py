@@ -78,6 +78,7 @@ def make_good_run(folder: Path, seed: int = 0) -> Run:
     requests = [_request(i, m) for i, m in enumerate(made)]
     engine = _Engine(path, embedding, {m.rid: m for m in made})
     _serve(engine)
+    engine.stop()
     write_kept(folder / "kept.safetensors", {"half": Kept(torch.arange(8).remainder(2).eq(0).expand(1, LAYERS, 1, 8))})
     kept = KeptFile(folder / "kept.safetensors")
     manifest = _manifest(path, model, requests, kept)
@@ -144,6 +145,8 @@ class _Engine:
 
     def flush(self) -> None:
         self._writer.flush(timeout=30)
+
+    def stop(self) -> None:
         self._writer.stop()
         self._writer._thread.join(10)  # the lock is gone with it
 
@@ -251,6 +254,7 @@ def _manifest(path: Path, model: Path, requests: list[Request], kept: KeptFile) 
         submission_order=None,
         server_given={"dtype": "auto"},
         switches={"radix_cache": True},
+        weights=[{"number": 0, "how": "model_path"}],
         partners=None,
         forced_from=None,
         forced_digest=None,

@@ -85,7 +85,7 @@ class Writer:
         self._handed_bytes = self._taken_bytes = 0
         self._max_waiting_bytes = max_waiting_bytes
         self._asked: list[threading.Event] = []
-        self._stopping = False
+        self._stopping = self._ended = False
         self._error: BaseException | None = None
         self._failing: OSError | None = None
         self._failing_since = 0.0
@@ -129,6 +129,8 @@ class Writer:
         self._raise_error()
         done = threading.Event()
         with self._work:
+            if self._ended:
+                done.set()
             self._asked.append(done)
             self._work.notify()
         return done
@@ -176,6 +178,10 @@ class Writer:
     def _run_thread(self) -> None:
         while self._turn():
             pass
+        with self._work:
+            self._ended = True
+            for event in self._asked:  # asked after the last turn: nothing is left to write
+                event.set()
         self._lock.release()
 
     def _turn(self) -> bool:
