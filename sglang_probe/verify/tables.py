@@ -80,7 +80,8 @@ def _forward_faults(run: Run, f: pd.DataFrame) -> dict[str, pd.Series]:
         "mode is none of extend, mixed, decode": ~f["mode"].isin(("extend", "mixed", "decode")),
         "a count is negative": (f[list(counts)] < 0).any(axis=1),
         "it is of no request": f["requests"] < 1,
-        "prefill and decode tokens do not sum to its slots": prefill + decode != f["slots"],
+        "prefill and decode tokens do not sum to its slots": (prefill + decode != f["slots"])
+        & (f["unaccounted"].fillna(0) == 0),
         "mode `decode` with tokens of a prefill": (f["mode"] == "decode") & (prefill > 0),
         "mode `extend` with tokens of decoding": (f["mode"] == "extend") & (decode > 0),
         "a prefill without tokens": (f["mode"] != "decode") & (prefill < 1),

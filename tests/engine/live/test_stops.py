@@ -184,6 +184,7 @@ def test_reuse_across_an_update_within_a_segment_is_named(make_engine: Callable[
     engine.serve("a", A)
     engine.weights = 1  # before the keeper has turned
     engine.serve("b", B, reused=4)
+    engine.live.weights = [*engine.live.weights, {"number": 1, "how": "update_weights_from_disk"}]
     checks = checked(engine.flush())[1]
     assert violations(checks) == []
     assert "4 reused positions were computed with earlier weights" in notes(checks)
