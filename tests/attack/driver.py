@@ -27,9 +27,12 @@ from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.job import job_of
 from sglang_probe.harvest.prepare import prepare
 from sglang_probe.harvest.recording import harvest
+from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.policy.arm import Arm
+from sglang_probe.run.workload_digest import digest_of_columns
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
+from tests.amended import amend
 from tests.attack.plan import LONGEST, Plan, Traffic, make_traffic, plan_of
 
 _PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
@@ -216,6 +219,8 @@ def main() -> None:
     with EngineHost() as host:
         asks = frozenset({"cache"} if plan.bypass else ())
         run = harvest(job, args.out, host, overwrite=True, asks=asks)
+    made = digest_of_columns(workload_columns(r) for r in requests)  # some of them after the manifest was
+    amend(args.out, lambda manifest: manifest.update(columns_digest=made))
     spans = run.spans()
     counts = {
         "finish": run.requests()["finish_reason"].value_counts().to_dict(),

@@ -107,10 +107,12 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     )
     first = _start(config, path)
     _wait_for_requests(first, path, 5)
+    os.killpg(first.pid, signal.SIGSTOP)  # or it may be done before the others have come so far
     for option in ("--resume", "--overwrite"):
         second_writer = cli("harvest", config, "--output", path, option)
         assert second_writer.returncode == 2
         assert f"process {first.pid} on " in second_writer.stderr
+    os.killpg(first.pid, signal.SIGCONT)
     os.killpg(first.pid, signal.SIGTERM)
     assert first.wait(60) == 128 + signal.SIGTERM
     assert not _alive(first.pid)
