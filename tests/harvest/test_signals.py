@@ -28,6 +28,11 @@ async def serve(*numbers):
 """
 
 
+def _by_default() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whoever started the tests may ignore them (`nohup`)
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run(code: str, before: str = AS_SGLANG_DOES) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", before + code],
@@ -35,7 +40,7 @@ def run(code: str, before: str = AS_SGLANG_DOES) -> subprocess.CompletedProcess[
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_by_default,
     )
 
 
