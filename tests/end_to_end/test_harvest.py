@@ -93,6 +93,7 @@ def test_the_ledger_holds_under(server: dict, cli: Callable, write_yaml: Callabl
         assert (run.spans()["phase"] != "overshoot").all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_harvest_says_so_and_can_be_finished(
     write_yaml: Callable, tmp_path: Path, cli: Callable
 ) -> None:

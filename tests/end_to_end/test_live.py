@@ -293,6 +293,7 @@ def test_the_manifest_has_what_is_in_force_and_no_key(server: LiveServer) -> Non
     assert ADMIN_KEY not in json.dumps(manifest)
 
 
+@pytest.mark.slow
 def test_an_update_of_the_weights_begins_a_segment_and_every_forward_says_which_it_had(server: LiveServer) -> None:
     shared = [88, *range(300, 340)]
     server.generate(shared, rid="old weights")
