@@ -39,6 +39,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.engine.hooks.config import FAULT_FILE
 from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
@@ -291,7 +292,7 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     with journal.lock(path, 0):  # waits for an engine that is still ending
         journal.discard_leftovers(path)
     parts = journal.read(path)
-    (path / "fault.txt").unlink(missing_ok=True)
+    (path / FAULT_FILE).unlink(missing_ok=True)
     refused = dict(old.manifest.get("refused") or {})
     suspects = {}
     for rid, how in (old.manifest.get("ended_engine") or {}).items():

@@ -65,11 +65,11 @@ def harvest(
         path = path.resolve()
     with directory.hold_directory(path):
         directory.settle(path)
-        if resume and (run := directory.complete_run(path, manifest_of(job, path))) is not None:
+        manifest = manifest_of(job, path)
+        if resume and (run := directory.complete_run(path, manifest)) is not None:
             return run
         probe = probe_config(job, path, job.asks | asks)
         inventory.require(features(probe))
-        manifest = manifest_of(job, path)
         start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
         try:
             return _Recording(job, path, engines, probe, manifest, start, reporter or Quiet()).make()

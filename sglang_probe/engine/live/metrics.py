@@ -27,6 +27,9 @@ class Metrics:
         def counter(name: str, what: str) -> Counter:
             return Counter(f"sglang_probe:{name}", what, list(labels)).labels(**labels)
 
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(f"sglang_probe:{name}", what, list(labels), multiprocess_mode="mostrecent").labels(**labels)
+
         self._counters = {
             "computed": counter("computed_tokens", "Positions that a forward pass computed: prompts and decode steps."),
             "reused": counter("reused_tokens", "Positions whose entries came from the prefix cache."),
@@ -37,28 +40,13 @@ class Metrics:
         stopped = Counter(
             "sglang_probe:recording_stops", "Times that the recording stopped, by reason.", [*labels, "reason"]
         )
-        self._stops = {reason: stopped.labels(**labels, reason=reason) for reason in REASONS}
-        self._recording = Gauge(
-            "sglang_probe:recording",
-            "1 while requests are being recorded, 0 while they are not.",
-            list(labels),
-            multiprocess_mode="mostrecent",
-        ).labels(**labels)
-        self._depth = Gauge(
-            "sglang_probe:writer_queue_depth",
-            "Commits that wait to be written.",
-            list(labels),
-            multiprocess_mode="mostrecent",
-        ).labels(**labels)
+        self._counters |= {f"stop: {reason}": stopped.labels(**labels, reason=reason) for reason in REASONS}
+        self._recording = gauge("recording", "1 while requests are being recorded, 0 while they are not.")
+        self._depth = gauge("writer_queue_depth", "Commits that wait to be written.")
         self._published = dict.fromkeys(self._counters, 0)
-        self._stops_published = dict.fromkeys(REASONS, 0)
 
     def publish(self, totals: Totals, *, waiting: int, write_errors: int, stops: Stops) -> None:
         """Bring the series up to date."""
-        for reason, n in stops.counts.items():
-            if n > self._stops_published[reason]:
-                self._stops[reason].inc(n - self._stops_published[reason])
-                self._stops_published[reason] = n
         self._recording.set(stops.fault is None)
         p = totals.positions
         values = {
@@ -67,6 +55,7 @@ class Metrics:
             "recomputed": p[schema.RECOMPUTE],
             "dropped": p[schema.DROPPED],
             "errors": write_errors,
+            **{f"stop: {reason}": n for reason, n in stops.counts.items()},
         }
         for name, value in values.items():
             if value > self._published[name]:
