@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.run import schema
 from sglang_probe.run.files import REQUESTS_FILE

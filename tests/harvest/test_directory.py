@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.harvest.requests_table import write_requests
 from sglang_probe.run import schema

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from sglang_probe.engine.hooks.config import FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.config import HarvestConfig

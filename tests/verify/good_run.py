@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_probe.engine.capture.telemetry import Measured
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.harvest.engine import Answer
 from sglang_probe.harvest.kept import keep_with_run

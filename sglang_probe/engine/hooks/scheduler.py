@@ -13,7 +13,7 @@ from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, RequestEnd
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run import schema

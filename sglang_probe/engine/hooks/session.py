@@ -14,8 +14,9 @@ from sglang_probe.engine.hooks import instruments, policy, requests
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.resolved import resolved
+from sglang_probe.engine.ledger.facts import ForwardPlan, Sink
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import ForwardPlan, Recorder, Sink
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live.recording import LiveRecording
 from sglang_probe.engine.live.stops import reason_of

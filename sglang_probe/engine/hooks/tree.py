@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.ledger.recorder import Context
+from sglang_probe.engine.ledger.facts import Context
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.coalesce import coalesce
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.run import journal, schema
 from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 

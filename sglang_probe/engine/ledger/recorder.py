@@ -28,8 +28,6 @@ from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
 
-__all__ = ["Commit", "Context", "ForwardPlan", "Recorder", "RequestEnd", "Sink"]
-
 logger = logging.getLogger("sglang_probe")
 
 

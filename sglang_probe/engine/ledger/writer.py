@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.ledger.part import OpenPart, size_of
-from sglang_probe.engine.ledger.recorder import Commit
 from sglang_probe.run import journal, schema
 
 _BUNDLE_BYTES = 4 << 20

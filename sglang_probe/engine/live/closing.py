@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live import segments
 from sglang_probe.run import journal

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.live.stops import DiskTooSlow
 from sglang_probe.run import schema
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.live.config import Privacy
 from sglang_probe.run import schema
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.ledger.facts import ForwardPlan
 from sglang_probe.run import schema
 
 _AT = {name: schema.SPANS.get_field_index(name) for name in schema.SPANS.names}

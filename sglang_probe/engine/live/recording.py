@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.ledger.recorder import Commit, ForwardPlan
+from sglang_probe.engine.ledger.facts import Commit, ForwardPlan
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live import provenance, segments
 from sglang_probe.engine.live.closing import Stopped, close_stopped, finish
@@ -264,8 +264,7 @@ class LiveRecording:
             with self._lock:
                 late, lengths = self._overflow.release(), self._prompt_lens()
             known = lengths if fault is None else None
-            last = self._path, self._writer, status, late
-            self._finish(*last, lengths=known, fault=fault, told=self._told())
+            self._finish(self._path, self._writer, status, late, lengths=known, fault=fault, told=self._told())
             self._publish()
         except Exception:
             self._keeper_errors += 1

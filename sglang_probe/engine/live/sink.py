@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.run import schema
 
 if TYPE_CHECKING:

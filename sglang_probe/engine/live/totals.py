@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_probe.engine.ledger.recorder import Commit, ForwardPlan
+from sglang_probe.engine.ledger.facts import Commit, ForwardPlan
 from sglang_probe.engine.live import provenance
 from sglang_probe.run import schema
 

@@ -17,7 +17,7 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import accelerator, host_telemetry
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
-from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.ledger.facts import ForwardPlan
 from sglang_probe.errors import LedgerError
 from sglang_probe.run.telemetry_options import TelemetryConfig
 from tests.engine.capture.graph import WIDTH, Graph

@@ -13,8 +13,9 @@ from sglang_probe.engine.hooks import http, resolved, scheduler
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import live
 from sglang_probe.engine.hooks.session import Session
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.recording import LiveRecording

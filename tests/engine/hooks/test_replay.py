@@ -17,7 +17,7 @@ from sglang_probe.engine.hooks.instruments import accelerator
 from sglang_probe.engine.hooks.instruments import attention_rows as attention
 from sglang_probe.engine.hooks.instruments.rows import Rows, install_taps
 from sglang_probe.engine.hooks.session import Session
-from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.ledger.facts import ForwardPlan
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError
 from sglang_probe.run.hook_points import ATTENTION

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_probe.engine.ledger import part
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal

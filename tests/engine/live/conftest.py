@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
-from sglang_probe.engine.ledger.recorder import Context, ForwardPlan, Recorder, RequestEnd
+from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.recording import LiveRecording
 from sglang_probe.run.run import Run, load_run

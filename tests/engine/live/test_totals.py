@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from sglang_probe.engine.ledger.recorder import Commit
+from sglang_probe.engine.ledger.facts import Commit
 from sglang_probe.engine.live.totals import Totals
 from tests.engine.live.conftest import FakeEngine, checked, notes, violations
 

@@ -18,7 +18,7 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import live
 from sglang_probe.engine.hooks.instruments.rows import Rows
 from sglang_probe.engine.hooks.session import Session
-from sglang_probe.engine.ledger.recorder import ForwardPlan
+from sglang_probe.engine.ledger.facts import ForwardPlan
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases import release_0_5_17 as adapter
 from sglang_probe.errors import LedgerError, UnsupportedError

@@ -25,7 +25,7 @@ from sglang_probe.run.hook_points import ROTATED_QUERY
 from sglang_probe.run.telemetry_options import TelemetryConfig
 
 if TYPE_CHECKING:
-    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.engine.ledger.facts import ForwardPlan
 
 
 class AcceleratorTelemetry(AskedTelemetry):

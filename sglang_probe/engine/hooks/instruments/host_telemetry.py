@@ -22,7 +22,7 @@ from sglang_probe.errors import UnsupportedError
 from sglang_probe.run.telemetry_options import TelemetryConfig, layers_of
 
 if TYPE_CHECKING:
-    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.engine.ledger.facts import ForwardPlan
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

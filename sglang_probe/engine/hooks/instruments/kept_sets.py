@@ -22,7 +22,7 @@ from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
-    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.engine.ledger.facts import ForwardPlan
     from sglang_probe.kept_set import KeptFile
 
 _UNPACKED = 1024

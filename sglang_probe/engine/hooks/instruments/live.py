@@ -21,7 +21,7 @@ from sglang_probe.run.hook_points import engine_module
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
-    from sglang_probe.engine.ledger.recorder import ForwardPlan, RequestEnd
+    from sglang_probe.engine.ledger.facts import ForwardPlan, RequestEnd
     from sglang_probe.engine.live.metrics import Metrics
     from sglang_probe.engine.live.provenance import Span
     from sglang_probe.engine.live.recording import LiveRecording

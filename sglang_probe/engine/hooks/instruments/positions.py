@@ -18,7 +18,7 @@ from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.releases.base import Hook, Release
 
 if TYPE_CHECKING:
-    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.engine.ledger.facts import ForwardPlan
 
 _BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 

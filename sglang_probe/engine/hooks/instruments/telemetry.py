@@ -19,7 +19,7 @@ from sglang_probe.engine.hooks.instruments.host_telemetry import EngineTelemetry
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
-    from sglang_probe.engine.ledger.recorder import ForwardPlan
+    from sglang_probe.engine.ledger.facts import ForwardPlan
 
 
 class AttentionTelemetry(Instrument):
