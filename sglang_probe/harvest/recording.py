@@ -235,7 +235,7 @@ def close_run(
         rows_dropped=0,
         cached_tokens_disagreements=disagreements,
         facts=run.facts(),
-        files={name: digest for p in run.parts() for name, digest in p.files.items()},
+        files=run.recorded_files(),
     )
     seal.close(path, manifest)
 

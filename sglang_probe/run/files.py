@@ -205,6 +205,10 @@ class RunFiles:
         those that were selected."""
         return sum(p.rows for p in self.parts())
 
+    def recorded_files(self) -> dict[str, str]:
+        """SHA-256 of every file that the journal names, by its path in the run directory."""
+        return {name: digest for part in self.parts() for name, digest in part.files.items()}
+
     def facts(self) -> dict[str, int]:
         """Rows of each table of the ledger, and how many positions were rebound. For the manifest of a closed run."""
         counts = dict.fromkeys(("spans", "forwards", "rebinds", "requests"), 0)

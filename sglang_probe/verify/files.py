@@ -23,7 +23,7 @@ def nothing(_what: str, _done: int, _of: int) -> None:
 def files_intact(run: Run, *, progress: Progress = nothing) -> Check:
     """Every file that the journal or the seal names is present with its hash, and no other looks like ours."""
     name, claim = "files", "every file has the SHA-256 that was recorded when it was written, and none is unknown"
-    listed = {f: digest for part in run.parts() for f, digest in part.files.items()}
+    listed = run.recorded_files()
     sealed, note = _sealed(run)
     violation = note if sealed is None else None
     files = {**(sealed or {}), **listed}

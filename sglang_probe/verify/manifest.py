@@ -68,7 +68,7 @@ def _named(run: Run) -> Iterator[str]:
         yield f"status `{m['status']}` is none of {', '.join(_STATUSES)}"
     if m["status"] == "complete" and m.get("fault"):
         yield f"the run is complete, and has a fault: {m['fault']}"
-    recorded = {f: digest for part in run.parts() for f, digest in part.files.items()}
+    recorded = run.recorded_files()
     if (files := m.get("files")) is not None and files != recorded:
         other = sorted(f for f in files.keys() | recorded.keys() if files.get(f) != recorded.get(f))
         yield f"`files` is not what the journal has: {other[0]}"

@@ -124,7 +124,7 @@ def close_segment(
         positions_by_phase=dict(by_phase),
         rows=run.row_count(),
         facts=run.facts(),
-        files={name: digest for p in run.parts() for name, digest in p.files.items()},
+        files=run.recorded_files(),
     )
     seal.close(path, manifest)
 
