@@ -217,8 +217,7 @@ def _floor(g: np.random.Generator, order: float, noise: float, policy: float) ->
     for c in comparisons(arms, "a"):
         x, y = runs[c.a], runs[c.b]
         l2 = np.linalg.norm(x - y, axis=1) / np.linalg.norm(y, axis=1)
-        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label, "beside": c.beside, "orders": "0,1"}
-        parts.append(cell_sums(where, {"h": l2}, ()).assign(**what))
+        parts.append(cell_sums(where, {"h": l2}, ()).assign(**c.columns))
     return dict(floor_table(pd.concat(parts, ignore_index=True), "a").iloc[0])
 
 

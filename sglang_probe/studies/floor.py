@@ -57,6 +57,12 @@ class Comparison:
     """Replicates of the two runs."""
 
     @property
+    def columns(self) -> dict[str, str]:
+        """What `floor_table` asks of the sums of a comparison beside the sums."""
+        what = {"kind": self.kind, "arm": self.arm, "comparison": self.label, "beside": self.beside}
+        return what | {"orders": f"{self.orders[0]},{self.orders[1]}"}
+
+    @property
     def label(self) -> str:
         return f"{self.a} vs {self.b}"
 

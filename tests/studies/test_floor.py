@@ -17,7 +17,6 @@ from sglang_probe.studies.floor import (
     MARGIN,
     NO_TEST,
     SAME_ORDER,
-    Comparison,
     cell_sums,
     comparisons,
     floor_table,
@@ -36,16 +35,10 @@ def study(distances: Any, clusters: int, rows: int, arms: dict[str, str] | None 
     """`distances(comparison)` gives the relative L2 of every row."""
     where = positions(clusters, rows)
     sums = [
-        cell_sums(where, {LAYER: distances(c)}, options.get("by", ())).assign(**named(c))
+        cell_sums(where, {LAYER: distances(c)}, options.get("by", ())).assign(**c.columns)
         for c in comparisons(arms or ARMS, "a")
     ]
     return floor_table(pd.concat(sums), "a", **options)
-
-
-def named(c: Comparison) -> dict[str, str]:
-    """Columns of the sums of one comparison."""
-    orders = f"{c.orders[0]},{c.orders[1]}"
-    return {"kind": c.kind, "arm": c.arm, "comparison": c.label, "beside": c.beside, "orders": orders}
 
 
 def test_without_captured_rows_there_is_no_floor_and_no_error() -> None:
@@ -202,7 +195,7 @@ def test_many_cells_are_corrected_for() -> None:
 
     def sums(c: Any) -> pd.DataFrame:
         l2 = rng.gamma(4, 0.001, len(where)) + (0.05 if c.kind == EFFECT else 0) * (where["start"] == 7)
-        return cell_sums(where, {LAYER: l2.to_numpy()}, ["start"]).assign(**named(c))
+        return cell_sums(where, {LAYER: l2.to_numpy()}, ["start"]).assign(**c.columns)
 
     table = floor_table(pd.concat([sums(c) for c in comparisons(ARMS, "a")]), "a", by=["start"])
     assert len(table) == 40
@@ -225,7 +218,7 @@ def test_every_arm_has_the_baselines_floor_over_its_own_positions() -> None:
     for c in comparisons(arms, "a"):
         mine = where.iloc[::2] if c.beside == "b" else where
         l2 = np.where(np.arange(24) % 2, 0.3, 0.1)[:: 2 if c.beside == "b" else 1]
-        parts.append(cell_sums(mine, {LAYER: l2}, ()).assign(**named(c)))
+        parts.append(cell_sums(mine, {LAYER: l2}, ()).assign(**c.columns))
     table = floor_table(pd.concat(parts), "a").set_index("arm")
     assert table.loc["b", ["positions", "floor"]].tolist() == pytest.approx([12, 0.1])
     assert table.loc["c", ["positions", "floor"]].tolist() == pytest.approx([24, 0.2])

@@ -149,12 +149,10 @@ def study_ab(
                     floors[c.a, c.b] = known
             found.append(known)
         for c, compared in zip(mine, in_common(found), strict=True):
-            what = {"kind": c.kind, "arm": c.arm, "comparison": c.label, "beside": arm}
-            what["orders"] = f"{c.orders[0]},{c.orders[1]}"
             positions = compared.positions.assign(start=compared.positions["position"] // BIN * BIN)
             for key, parts in sums.items():
                 by = () if key == "all" else (key,)
-                parts.append(cell_sums(positions, compared.relative_l2, by).assign(**what))
+                parts.append(cell_sums(positions, compared.relative_l2, by).assign(**c.columns))
     tables = {
         key: floor_table(
             pd.concat(parts, ignore_index=True), baseline, by=() if key == "all" else (key,), margin=margin
@@ -209,15 +207,17 @@ def _flips(reference: Run, until: pd.Series) -> dict[str, Any]:
 def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
     """The request with the most reused positions, in the arm that reuses most: where a cached harvest is blindest; and
     requests of its family beside it."""
-    reused = {name: _reused(runs[name]) for name in names}
+    spans = {name: runs[name].last_attempt() for name in names}
+    asked = {name: runs[name].requests() for name in names}
+    reused = {name: _reused(spans[name]) for name in names}
     arm = max(names, key=lambda name: reused[name].sum())
-    requests = runs[arm].requests()
+    requests = asked[arm]
     rid = reused[arm].idxmax() if len(reused[arm]) else requests["rid"].iloc[0]
     request = requests.set_index("rid").loc[rid]
     family = requests[requests["family"] == request["family"]]
     related = len(family) > 1
     shown = (family if related else requests).sort_values("index").head(MOST_REQUESTS)
-    strips = {name: _strip(runs[name], int(request["index"])) for name in names}
+    strips = {name: _strip(spans[name], asked[name], int(request["index"])) for name in names}
     segments = [(int(s["start"]), int(s["end"]), str(s["name"])) for s in request["segments"]]
     end = max([e for strip in strips.values() for _, e, _ in strip], default=0)
     if end > request["prompt_len"]:
@@ -229,21 +229,19 @@ def _example(runs: Mapping[str, Run], names: list[str]) -> dict[str, Any]:
         "related": related,
         "segments": segments,
         "strips": strips,
-        "requests": {f"request {i}": _strip(runs[arm], i) for i in map(int, shown["index"])},
+        "requests": {f"request {i}": _strip(spans[arm], requests, i) for i in map(int, shown["index"])},
     }
 
 
-def _reused(run: Run) -> pd.Series:
+def _reused(spans: pd.DataFrame) -> pd.Series:
     """Reused positions by rid."""
-    spans = run.last_attempt()
     spans = spans[spans["status"] == schema.REUSED]
     return (spans["end"] - spans["start"]).groupby(spans["rid"]).sum()
 
 
-def _strip(run: Run, index: int) -> list[tuple[int, int, str]]:
+def _strip(spans: pd.DataFrame, requests: pd.DataFrame, index: int) -> list[tuple[int, int, str]]:
     """Spans of a request as a strip shows them: neighbours of one fate are one."""
-    spans = run.last_attempt()
-    mine = spans[spans["rid"].isin(run.requests().loc[lambda r: r["index"] == index, "rid"])].sort_values("start")
+    mine = spans[spans["rid"].isin(requests.loc[requests["index"] == index, "rid"])].sort_values("start")
     strip: list[tuple[int, int, str]] = []
     for s in mine.itertuples():
         fate = "decode" if s.phase in (schema.DECODE, schema.OVERSHOOT) else str(s.status)

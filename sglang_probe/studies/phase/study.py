@@ -89,7 +89,6 @@ def study_phase(
     """
     checks = {}
     where: dict[str, list[Array]] = {}
-    texts, family = 0, np.empty(0, dtype=np.int64)
     for kind, replicates in runs.items():
         where[kind] = []
         for run in replicates:
@@ -97,8 +96,7 @@ def study_phase(
             checks[run.path.name] = verify(run)
             index, rows = row_indices(run, start, end)
             where[kind].append(rows)
-            texts = len(index)
-            family = _families(run, index)
+    texts, family = len(index), _families(run, index)
     moments, by_position, probes, sums = [], [], [], []
     for hook_point in runs[HUMAN][0].hook_points:
         tell(f"comparing {hook_point}")
@@ -156,6 +154,5 @@ def _numerics(rows: Mapping[str, Sequence[Array]], hook_point: str, family: Arra
     frames = []
     for c in comparisons({run: run.split()[0] for run in runs}, REFORWARD):
         l2 = row_distance(torch.from_numpy(runs[c.a]), torch.from_numpy(runs[c.b]))[0]
-        what = {"kind": c.kind, "arm": c.arm, "comparison": c.label, "orders": f"{c.orders[0]},{c.orders[1]}"}
-        frames.append(cell_sums(at, {hook_point: l2}, ()).assign(**what))
+        frames.append(cell_sums(at, {hook_point: l2}, ()).assign(**c.columns))
     return pd.concat(frames, ignore_index=True)

@@ -105,10 +105,10 @@ def median_interval(times: Array, observed: Array, clusters: Sequence[object] | 
     names = np.unique(cluster)
     if len(names) < LEAST_CLUSTERS:
         return float("nan"), float("nan")
-    at = kaplan_meier(times, observed).times
+    whole = kaplan_meier(times, observed)
+    at, estimate = whole.times, whole.survival
     if not len(at):
         return float("inf"), float("inf")
-    estimate = _survival_at(times, observed, at)
     without = np.stack([_survival_at(times[cluster != c], observed[cluster != c], at) for c in names])
     found = jackknife_interval(estimate, without)
     ends = [np.flatnonzero(np.where(np.isnan(x), estimate, x) <= 0.5) for x in (found.low, found.high)]
