@@ -9,7 +9,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.harvest.config import HarvestConfig, Recording
 from sglang_probe.policy.arm import Arm
+from sglang_probe.report import markdown
 from sglang_probe.run import schema
 from sglang_probe.studies.base import RecordedStudy
 from sglang_probe.studies.catalogue import STUDIES
@@ -58,17 +59,12 @@ def pages() -> dict[str, str]:
 def configuration() -> str:
     """Every key of every YAML."""
     studies = {s.name: s.config() for s in STUDIES if isinstance(s, RecordedStudy)}
-    files: dict[str, type[BaseModel]] = {"harvest": HarvestConfig, **studies}
-    own = {name: model for name, model in files.items() if model is not HarvestConfig}
     sections: dict[str, type[BaseModel]] = {}
-    parts = [_lead(files), "## What every recording may say", _table(Recording, sections)]
+    parts = [_lead(["harvest", *studies]), "## What every recording may say", _table(Recording, sections)]
     parts += ["## `sglang-probe harvest`", _about(HarvestConfig), _table(HarvestConfig, sections, without=Recording)]
-    done: set[type[BaseModel]] = {Recording, HarvestConfig}
-    for model in own.values():
-        if model not in done:
-            done.add(model)
-            sharing = [f"`sglang-probe {n}`" for n, m in own.items() if m is model]
-            parts += [f"## {' and '.join(sharing)}", _about(model), _table(model, sections, without=Recording)]
+    for model in dict.fromkeys(studies.values()):
+        sharing = [f"`sglang-probe {n}`" for n, m in studies.items() if m is model]
+        parts += [f"## {' and '.join(sharing)}", _about(model), _table(model, sections, without=Recording)]
     parts += ["## A live server: the YAML that `SGLANG_PROBE` names", _about(EngineProbeConfig)]
     parts += [_table(EngineProbeConfig, sections), "## What a request may ask", _about(Ask, first=True)]
     parts += ["[More about each](asks.md).", _table(Ask, sections)]
@@ -83,7 +79,7 @@ def configuration() -> str:
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def _lead(files: Mapping[str, Any]) -> str:
+def _lead(files: Iterable[str]) -> str:
     commands = ", ".join(f"`{name}`" for name in files)
     return (
         f"# Configuration\n\n{DO_NOT_EDIT}\n\nEvery key of every YAML that the commands {commands} and a live server "
@@ -99,7 +95,7 @@ def _about(model: type[BaseModel], *, first: bool = False) -> str:
 
 
 def _table(model: type[BaseModel], sections: dict[str, type[BaseModel]], without: type[BaseModel] | None = None) -> str:
-    rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    rows = []
     for name, field in model.model_fields.items():
         if without is not None and name in without.model_fields:
             inherited = without.model_fields[name]
@@ -107,8 +103,10 @@ def _table(model: type[BaseModel], sections: dict[str, type[BaseModel]], without
                 continue
         key = field.alias or name
         shown = " ".join((field.description or "").split())
-        rows.append(f"| `{key}` | {_type(field.annotation, sections)} | {_default(field)} | {_cell(shown)} |")
-    return "\n".join(rows) if len(rows) > 2 else "No keys beyond those of every recording."
+        rows.append([f"`{key}`", _type(field.annotation, sections), _default(field), _cell(shown)])
+    if not rows:
+        return "No keys beyond those of every recording."
+    return markdown.table(["key", "values", "default", "meaning"], rows)
 
 
 def _cell(text: str) -> str:
@@ -189,15 +187,15 @@ def _commands(command: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
 
 
 def _options(command: click.Command) -> str:
-    rows = ["| argument or option | default | meaning |", "|---|---|---|"]
+    rows = []
     for p in command.params:
         if p.name == "help":
             continue
         named = f"`{p.name.upper()}`" if p.param_type_name == "argument" else ", ".join(f"`{o}`" for o in p.opts)
         default = "" if p.default in (None, False, ()) or callable(p.default) else f"`{p.default}`"
         default = "**required**" if p.required else default
-        rows.append(f"| {named} | {default} | {_cell(' '.join((getattr(p, 'help', None) or '').split()))} |")
-    return "\n".join(rows)
+        rows.append([named, default, _cell(" ".join((getattr(p, "help", None) or "").split()))])
+    return markdown.table(["argument or option", "default", "meaning"], rows)
 
 
 def run_directory() -> str:
@@ -217,9 +215,8 @@ def columns(name: str, table: pa.Schema, told: Mapping[str, str]) -> str:
     """
     if missing := set(table.names) ^ told.keys():
         raise KeyError(f"docs/columns.yaml: `{name}` and its schema differ in {', '.join(sorted(missing))}")
-    rows = ["| column | type | meaning |", "|---|---|---|"]
-    rows += [f"| `{f.name}` | {_short(f.type)} | {_cell(' '.join(told[f.name].split()))} |" for f in table]
-    return "\n".join(rows)
+    rows = [[f"`{f.name}`", _short(f.type), _cell(" ".join(told[f.name].split()))] for f in table]
+    return markdown.table(["column", "type", "meaning"], rows)
 
 
 def _short(kind: pa.DataType) -> str:

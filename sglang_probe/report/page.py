@@ -70,12 +70,11 @@ def render(page: Page, folder: Path | None = None) -> str:
     """The page as one HTML document, with links to those files of its tables that `folder` has."""
 
     def files_of(table: str) -> list[str]:
-        names = [f"{TABLES}/{table}.{suffix}" for suffix in ("csv", "parquet")] if table and folder else []
-        return [n for n in names if folder is not None and (folder / n).is_file()]
+        if not table or folder is None:
+            return []
+        return [n for n in (f"{TABLES}/{table}.{suffix}" for suffix in ("csv", "parquet")) if (folder / n).is_file()]
 
-    environment = _environment()
-    environment.globals["files_of"] = files_of
-    return environment.get_template("page.html.j2").render(page=page)
+    return _environment().get_template("page.html.j2").render(page=page, files_of=files_of)
 
 
 def write(page: Page, path: Path | str) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sglang_probe.run.run import Run
     from sglang_probe.verify.check import Check
 
-REPORT, SUMMARY, TABLES = "report.html", "summary.json", "tables"
+REPORT, SUMMARY = "report.html", "summary.json"
 MOST_CSV_ROWS = 20_000
 """Longer tables are written as Parquet alone."""
 
@@ -109,7 +109,7 @@ class Study(ABC):
 
     def write(self, result: Result, folder: Path) -> dict[str, Any]:
         """Write report, summary and tables; returns the summary."""
-        from sglang_probe.report.page import write
+        from sglang_probe.report.page import TABLES, write
         from sglang_probe.run import journal
 
         summary: dict[str, Any] = plain({"study": self.name, "ok": result.ok, **result.to_json()})

@@ -9,7 +9,7 @@ from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
-    budget_table,
+    budget_tables,
     gap_table,
     mass_table,
     metrics_tables,
@@ -34,10 +34,8 @@ def mass(result: EvictionResult) -> Section:
     """Non-trivial mass by budget, all metrics at one budget, and their chance levels."""
     kinds = ("baseline", "method", "oracle")
     tables = [mass_table(result)]
-    cells = result.offline[["task", "protocol"]].drop_duplicates() if len(result.offline) else result.offline
-    for task, protocol in cells.itertuples(index=False, name=None):
-        title = f"{task}, {PROTOCOLS[protocol]}: non-trivial mass recall by budget"
-        tables.append(budget_table(result.offline, task, protocol, "nontrivial", title, kinds=kinds, file="offline"))
+    said = ": non-trivial mass recall by budget"
+    tables += budget_tables(result.offline, "nontrivial", said, kinds=kinds, file="offline")
     budget = middle_budget(result)
     part = only(result.offline, budget=budget, metric=list(METRICS), kind=kinds)
     tables += metrics_tables(part, f"all metrics, budget {budget}", file="offline")

@@ -19,7 +19,7 @@ from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
     accuracy_table,
     best_predictors,
-    budget_table,
+    budget_tables,
     budgets_of,
     gap_table,
     kind_of,
@@ -64,8 +64,9 @@ def eviction_page(result: EvictionResult) -> Page:
 
 def answer(result: EvictionResult) -> str:
     """Which methods are better than protected random, from the numbers alone."""
+    ranked = _ranked(result)
     if not result.outcomes:
-        best = row_of_largest(_ranked(result), "mean")
+        best = row_of_largest(ranked, "mean")
         if best is None:
             return "Nothing was kept or generated that a method could be judged by."
         return (
@@ -73,11 +74,11 @@ def answer(result: EvictionResult) -> str:
             f"{format_number(best['mean'], 'percent')} in {best['cell']} at a budget of {best['budget']}; nothing was "
             "generated from what is kept."
         )
-    order = _order(_ranked(result))
+    order = _order(ranked)
     if not len(order):
         return "No method was generated from."
     best, mean = order.index[0], format_number(order.iloc[0], "percent")
-    random = only(_ranked(result), kind="baseline")
+    random = only(ranked, kind="baseline")
     beside = f", {BASELINE} {format_number(random['mean'].mean(), 'percent')}" if len(random) else ""
     tested, better, worse = _tested(result)
     mine = only(tested, policy=best)
@@ -289,19 +290,8 @@ def _accuracy(result: EvictionResult) -> Section:
 
 def _by_budget(frame: pd.DataFrame, metric: str, decode: str) -> list[Table]:
     """A table a task and protocol, budgets across."""
-    part = only(frame, metric=metric)
-    cells = part[["task", "protocol"]].drop_duplicates() if len(part) else pd.DataFrame()
-    return [
-        budget_table(
-            part,
-            task,
-            protocol,
-            metric,
-            f"{task}, {PROTOCOLS[protocol]}, {decode}: {title_of(metric)} by budget",
-            file=f"outcomes_{decode}",
-        )
-        for task, protocol in cells.itertuples(index=False, name=None)
-    ]
+    said = f", {decode}: {title_of(metric)} by budget"
+    return budget_tables(only(frame, metric=metric), metric, said, file=f"outcomes_{decode}")
 
 
 def _prediction(result: EvictionResult) -> Section | None:

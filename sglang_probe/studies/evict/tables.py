@@ -95,6 +95,17 @@ def budget_table(
     return Table(frame, caption, columns=[Column("policy"), *cells, Column("kind")], long=True, file=file)
 
 
+def budget_tables(
+    means: pd.DataFrame, metric: str, said: str, *, kinds: tuple[str, ...] = KINDS, file: str = ""
+) -> list[Table]:
+    """`budget_table` of every task and protocol; `said` follows their names."""
+    cells = means[["task", "protocol"]].drop_duplicates() if len(means) else means
+    return [
+        budget_table(means, task, protocol, metric, f"{task}, {PROTOCOLS[protocol]}{said}", kinds=kinds, file=file)
+        for task, protocol in cells.itertuples(index=False, name=None)
+    ]
+
+
 def accuracy_table(result: EvictionResult) -> Table:
     """The greedy outcome of every policy by task and protocol at the middle budget, oracles apart."""
     decode = next(iter(result.outcomes))
