@@ -56,10 +56,9 @@ def parse_config(data: dict[str, Any], model: type[M], *, where: str, folder: Pa
     try:
         return model.model_validate(data, context=None if folder is None else {"folder": folder})
     except ValidationError as e:
-        error = ConfigError(_explain(e, model, where))
         kinds = {found["type"] for found in e.errors(include_url=False, include_context=False, include_input=False)}
-        error.reason = UNKNOWN_KEY if "extra_forbidden" in kinds else MISSING_KEY if kinds == {"missing"} else BAD_VALUE
-        raise error from None
+        reason = UNKNOWN_KEY if "extra_forbidden" in kinds else MISSING_KEY if kinds == {"missing"} else BAD_VALUE
+        raise ConfigError(_explain(e, model, where), reason=reason) from None
 
 
 def beside(path: str, folder: Path | None) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class ProbeError(Exception):
     """Base of all errors raised on purpose. `str()` gives the message, then the advice on its own line."""
 
-    reason: str | None = None
-    """Class of a refusal of one record of a workload, e.g. `too long`: what skipped records are counted by."""
-
-    def __init__(self, message: str, *, fix: str | None = None) -> None:
+    def __init__(self, message: str, *, fix: str | None = None, reason: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.fix = fix
+        self.reason = reason
+        """Class of a refusal of one record of a workload, e.g. `too long`: what skipped records are counted by."""
+
+    def at(self, place: str) -> Self:
+        """The same error, with its place in front."""
+        return type(self)(f"{place}: {self.message}", fix=self.fix, reason=self.reason)
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n  to fix: {self.fix}"

@@ -91,11 +91,12 @@ class Experiment:
             config = parse_config({"workload": workload, **options}, WorkloadRecording, where="record")
         else:
             config = parse_config(options, Recording, where="record")
+            texts = any(isinstance(p, str) for p in prompts or ())
+            renderer = Renderer(found.tokenizer) if texts else None
             given = _of_requests(requests or (), config.sampling)
             if prompts is not None:
-                given = _of_prompts(prompts, found.tokenizer, config.sampling)
-            texts = any(isinstance(p, str) for p in prompts or ())
-            made = Workload(tuple(given), made_from=Renderer(found.tokenizer).made_from() if texts else {})
+                given = _of_prompts(prompts, renderer, config.sampling)
+            made = Workload(tuple(given), made_from={} if renderer is None else renderer.made_from())
         self.arms = {name: _arm(arm) for name, arm in (arms or {}).items()}
         self.prepared: Prepared = prepare(config, self.arms, workload=made, kept_later=True)
         self.asks = frozenset(asks)
@@ -232,9 +233,9 @@ def _arm(given: Arm | Mapping[str, Any]) -> Arm:
     return given if isinstance(given, Arm) else parse_config(dict(given), Arm, where="arm")
 
 
-def _of_prompts(prompts: Sequence[Prompt], tokenizer: Any, sampling: Mapping[str, Any]) -> Iterable[Request]:
+def _of_prompts(prompts: Sequence[Prompt], renderer: Renderer | None, sampling: Mapping[str, Any]) -> Iterable[Request]:
     texts = (Conversation((Segment("prompt", p),)) for p in prompts if isinstance(p, str))
-    rendered = iter_requests(texts, tokenizer, context_length=None, default_sampling=sampling)
+    rendered = iter(()) if renderer is None else iter_requests(texts, renderer, sampling)
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             yield replace(next(rendered), index=i, rid=f"r{i:06d}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.model import Model
 from sglang_probe.kept_set import KeptFile
+from sglang_probe.run import journal
 from sglang_probe.workload.request import Request
 
 KEPT_FILE = "kept.safetensors"
@@ -28,7 +28,7 @@ def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model)
         try:
             check_key(r, kept, model)
         except ConfigError as e:
-            raise ConfigError(f"{r.where}: {e.message}", fix=e.fix) from e
+            raise e.at(r.where) from e
 
 
 def check_key(request: Request, kept: KeptFile | None, model: Model) -> None:
@@ -79,8 +79,7 @@ def keep_with_run(path: Path, kept: KeptFile, requests: Iterable[Request]) -> di
     """Copy the sets that `requests` name into the run directory; what the manifest says of it."""
     keys = _keys(requests)
     kept.write_subset(path / KEPT_FILE, keys)
-    digest = hashlib.sha256((path / KEPT_FILE).read_bytes()).hexdigest()
-    return {"file": KEPT_FILE, "sha256": digest, "sets": len(keys), "frees_memory": False}
+    return {"file": KEPT_FILE, "sha256": journal.sha256(path / KEPT_FILE), "sets": len(keys), "frees_memory": False}
 
 
 def digest_of_kept(kept: KeptFile, requests: Iterable[Request]) -> str:

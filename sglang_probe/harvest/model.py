@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from sglang_probe.errors import ConfigError
 from sglang_probe.model.catalogue import FETCHABLE, fetched_folder
 from sglang_probe.paths import BUILT_IN_MODELS, shipped
+from sglang_probe.run import journal
 
 _NAME_ANOTHER = (
     "give a folder in Hugging Face format, a hub id that can be reached, or a name of `sglang-probe model list`"
@@ -55,8 +55,10 @@ class Model:
             "architecture": self.architecture,
             "layers": self.layers,
             "context_length": self.context_length,
-            "weights_sha256": {p.name: _sha256(p) for p in weights} or None,
-            "tokenizer_sha256": _sha256(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None,
+            "weights_sha256": {p.name: journal.sha256(p) for p in weights} or None,
+            "tokenizer_sha256": journal.sha256(tokenizer)
+            if (tokenizer := folder / "tokenizer.json").exists()
+            else None,
         }
 
 
@@ -126,8 +128,3 @@ def _download(name: str) -> str:
             f"cannot get model `{name}` from the hub: {first}",
             fix=_NAME_ANOTHER,
         ) from e
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from sglang_probe.harvest.engine import (
 )
 from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
-from sglang_probe.harvest.sampling import SamplingCheck
+from sglang_probe.harvest.sampling import SamplingCheck, check_names
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
     check_architecture,
@@ -135,7 +134,7 @@ def prepare(
         )
     # Last, because SGLang must be imported to know its names.
     for server in servers:
-        _check_names(server, server_argument_names(), "server argument")
+        check_names(server, server_argument_names(), "server argument")
         _check_choices(server, server_argument_choices())
     for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
         _check_choices({"dtype": dtype}, server_argument_choices())
@@ -244,7 +243,7 @@ def check_sampling(given: Mapping[str, Any], check: SamplingCheck) -> None:
         check(given)
         Ask.of(given)
     except ProbeError as e:
-        raise type(e)(f"`sampling`: {e.message}", fix=e.fix) from e
+        raise e.at("`sampling`") from e
 
 
 def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
@@ -258,7 +257,7 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
             check_request(r, prepared.config, prepared.sampling, context=prepared.context)
         except ProbeError as e:
-            raise type(e)(f"{r.where}: {e.message}", fix=e.fix) from e
+            raise e.at(r.where) from e
 
 
 def _check_tokens(prompt_ids: Sequence[int], vocabulary: int) -> None:
@@ -283,11 +282,3 @@ def _check_choices(given: Mapping[str, object], choices: Mapping[str, list[objec
                 f"server argument `{name}: {value}` is not among SGLang's choices",
                 fix=", ".join(map(str, choices[name])),
             )
-
-
-def _check_names(given: Iterable[str], known: set[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ConfigError(f"{what} `{name}` is unknown to SGLang{hint}")

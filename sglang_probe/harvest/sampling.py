@@ -5,20 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.engine import sampling_parameter_names, verify_sampling
 from sglang_probe.harvest.model import Model
+from sglang_probe.workload.openai_batch import SGLANG_NAMES
 
 _OTHER_NAMES = {
-    "seed": "sampling_seed",
+    **{theirs: ours for theirs, ours in SGLANG_NAMES.items() if theirs != ours},
     "random_seed": "sampling_seed",
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
     "num_beams": "beam_width",
     "stop_sequences": "stop",
     "stop_strings": "stop",
@@ -28,11 +26,12 @@ _OTHER_NAMES = {
     "repeat_penalty": "repetition_penalty",
 }
 """What other engines call SGLang's parameters."""
-_INSTEAD = {
-    "do_sample": "set `temperature: 0.0` for greedy outputs",
-    "logprobs": "a run has no log-probabilities",
-    "top_logprobs": "a run has no log-probabilities",
-    "response_format": "give `json_schema`, a JSON schema as text",
+_HINTS = {
+    **{theirs: f"; did you mean `{ours}`?" for theirs, ours in _OTHER_NAMES.items()},
+    "do_sample": ": set `temperature: 0.0` for greedy outputs",
+    "logprobs": ": a run has no log-probabilities",
+    "top_logprobs": ": a run has no log-probabilities",
+    "response_format": ": give `json_schema`, a JSON schema as text",
 }
 
 
@@ -58,10 +57,7 @@ class SamplingCheck:
         key = json.dumps(values, sort_keys=True, default=repr)
         if key in self._passed:
             return
-        known = sampling_parameter_names()
-        for name in params:
-            if name not in known:
-                raise ConfigError(f"sampling parameter `{name}` is unknown to SGLang{_hint(name, known)}")
+        check_names(params, sampling_parameter_names(), "sampling parameter", _HINTS)
         for name in ("n", "beam_width"):
             if values.get(name) not in (None, 1):
                 raise UnsupportedError(
@@ -107,10 +103,14 @@ def _compilers() -> dict[str, Callable[[str], Any]]:
     return {"regex": Grammar.from_regex, "json_schema": Grammar.from_json_schema, "ebnf": Grammar.from_ebnf}
 
 
-def _hint(name: str, known: set[str]) -> str:
-    if name in _OTHER_NAMES:
-        return f"; did you mean `{_OTHER_NAMES[name]}`?"
-    if name in _INSTEAD:
-        return f": {_INSTEAD[name]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+def check_names(given: Iterable[str], known: set[str], what: str, hints: Mapping[str, str] | None = None) -> None:
+    """Refuse names that SGLang does not know.
+
+    Raises:
+        ConfigError: the first of them, with its hint, or the nearest known one.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = (hints or {}).get(name) or (f"; did you mean `{near[0]}`?" if near else "")
+            raise ConfigError(f"{what} `{name}` is unknown to SGLang{hint}")

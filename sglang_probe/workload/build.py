@@ -21,7 +21,7 @@ from sglang_probe.workload.request import Conversation, Request, Truth
 from sglang_probe.workload.retrieval import Retrieval
 from sglang_probe.workload.shared_prefix import SharedPrefix
 from sglang_probe.workload.sharegpt import ShareGpt
-from sglang_probe.workload.sources import SourceReport, because, in_words
+from sglang_probe.workload.sources import SourceReport, in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +41,6 @@ class Workload:
     """Requests, and what is recorded about where they came from."""
 
     requests: tuple[Request, ...]
-    skipped: int = 0
-    """Bad records of the source that were passed over."""
     corpus_digest: str | None = None
     source: Mapping[str, Any] = field(default_factory=lambda: {"source": "requests"})
     """Its configuration; `requests`: they were made in code."""
@@ -57,6 +55,11 @@ class Workload:
     def digest(self) -> str:
         """`digest_of` its requests."""
         return digest_of(self.requests)
+
+    @property
+    def skipped(self) -> int:
+        """How many records `skip_bad` passed over."""
+        return sum(self.reasons.values())
 
     @property
     def skipped_in_words(self) -> str:
@@ -94,7 +97,7 @@ def build_requests(
             there is no request at all.
         ProbeError: of `check`; file and line come first.
     """
-    report = SourceReport(skip_bad=getattr(config, "skip_bad", False))
+    report = SourceReport()
     limit = getattr(config, "limit", None)
     # Here, so that a request that is passed over does not count.
     unlimited = config if limit is None else config.model_copy(update={"limit": None})
@@ -107,13 +110,12 @@ def build_requests(
         examples = "".join(f"\n  {reason}: {said}" for reason, said in report.examples.items())
         raise WorkloadError(
             f"the workload has no requests: of {getattr(config, 'path', config.source)} no record can be used "
-            f"({report.in_words()}). The first of each reason:{examples}"
+            f"({in_words(report.reasons)}). The first of each reason:{examples}"
             if report.skipped
             else f"the workload has no requests: {getattr(config, 'path', config.source)} holds none"
         )
     return Workload(
         requests,
-        report.skipped,
         report.corpus_digest,
         config.model_dump(mode="json"),
         dict(report.reasons),
@@ -124,19 +126,15 @@ def build_requests(
 
 def iter_requests(
     conversations: Iterable[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int | None,
-    default_sampling: Mapping[str, Any],
+    renderer: Renderer,
+    sampling: Mapping[str, Any],
 ) -> Iterator[Request]:
     """Render conversations one by one. A conversation's own sampling parameters overrule the default ones.
 
     Raises:
         WorkloadError: the first that cannot be used, with its place.
     """
-    return _usable(
-        conversations, Renderer(tokenizer), SourceReport(), context=context_length, sampling=default_sampling
-    )
+    return _usable(conversations, renderer, SourceReport(), context=None, sampling=sampling)
 
 
 def _usable(
@@ -200,8 +198,9 @@ def new_tokens(sampling: Mapping[str, Any]) -> int:
     if new is None:  # until the context is full
         return 0
     if not isinstance(new, int) or isinstance(new, bool) or new < 0:
-        with because("sampling value"):
-            raise WorkloadError(f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative")
+        raise WorkloadError(
+            f"`max_new_tokens` is {new!r}", fix="give a whole number that is not negative", reason="sampling value"
+        )
     return new
 
 
@@ -216,10 +215,10 @@ def check_fits(prompt: int, sampling: Mapping[str, Any], context_length: int | N
         return
     usable = context_length - _UNUSED_POSITIONS
     if prompt + max(new, _LEAST_ROOM) > usable:
-        with because("too long"):
-            raise WorkloadError(
-                f"{prompt} prompt tokens and {new} new ones do not fit into the context of {context_length}, "
-                f"of which SGLang uses {usable} (and wants room for {_LEAST_ROOM} new ones)",
-                fix="shorten the prompt (for `shared_prefix`: fewer `exemplars`, `turns` or `document_chars`), "
-                "lower `max_new_tokens`, or use a model with a longer context",
-            )
+        raise WorkloadError(
+            f"{prompt} prompt tokens and {new} new ones do not fit into the context of {context_length}, "
+            f"of which SGLang uses {usable} (and wants room for {_LEAST_ROOM} new ones)",
+            fix="shorten the prompt (for `shared_prefix`: fewer `exemplars`, `turns` or `document_chars`), "
+            "lower `max_new_tokens`, or use a model with a longer context",
+            reason="too long",
+        )

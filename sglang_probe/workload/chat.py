@@ -94,12 +94,13 @@ class ChatText:
                 marked, remembered = self._with_markers(messages, marked_contents, options, fresh=fresh)
                 if marking is _whole:
                     _refuse_dropped(messages, marked)
+                    whole = marked
                 written = _assembled(text, marked, parts, messages)
                 if written is not None:
                     return text, written
                 if not remembered:
                     break
-        written = self._of_one_part(text, messages, options)
+        written = self._of_one_part(text, whole, messages, options)
         if written is None:
             raise WorkloadError(
                 "the chat template changes the text of a message, so its tokens cannot be told from the template's",
@@ -133,7 +134,7 @@ class ChatText:
         """
         key = frozenset(names)
         if key not in self._variables:
-            beyond, read = unread(self.template or "", dict.fromkeys(names))
+            beyond, read = unread(self.template or "", names)
             self._variables[key] = f"`{beyond[0]}`{nearest(beyond[0], read)}" if beyond else ""
         if said := self._variables[key]:
             raise WorkloadError(f"`chat_template_kwargs`: the chat template never reads {said}")
@@ -156,11 +157,12 @@ class ChatText:
         self._marked[key] = marked
         return marked, False
 
-    def _of_one_part(self, text: str, messages: list[_Message], options: Rendering) -> list[Written] | None:
+    def _of_one_part(
+        self, text: str, marked: str, messages: list[_Message], options: Rendering
+    ) -> list[Written] | None:
         """Who wrote `text` if the template wrote one part of each content. The parts are found in the text, and proved
         by rendering once more with markers in their place."""
-        parts, contents = _whole(messages)
-        marked = self._apply(messages, contents, options)
+        parts, _ = _whole(messages)
         found = _parts_written(text, marked, parts, messages)
         if found is None or any("\ue000" in m.content for m in messages):
             return None

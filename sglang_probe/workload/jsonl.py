@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, PrivateAttr, StrictInt, field_validator, model_validator
 
 from sglang_probe.axes.axes import AXES
 from sglang_probe.config import Config
@@ -47,7 +47,7 @@ class Jsonl(FileSource):
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The file's requests in file order."""
-        found = (line.conversation(raw.where) for raw, line in read_records(self, _Line, report))
+        found = read_records(self, _Line, report, lambda line, raw: line.conversation(raw.where))
         return islice(found, self.limit)
 
 
@@ -147,6 +147,7 @@ class _Line(_Labelled, RecordRendering):
     segments: list[_Span] | None = None
     family: Text | None = None
     sampling_params: dict[str, Any] = Field(default_factory=dict)
+    _rendered: Rendered | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -185,13 +186,13 @@ class _Line(_Labelled, RecordRendering):
             said = {k for k in RecordRendering.model_fields if getattr(self, k)}
             if said:
                 raise ValueError(f"`{min(said)}` has no meaning beside `prompt_ids`, which are served as they are")
-            self._rendered()
+            self._rendered = self._as_they_are(self.prompt_ids)
         else:
             self._label(self.prompt or "")
         return self
 
-    def _rendered(self) -> Rendered:
-        ids = tuple(self.prompt_ids or ())
+    def _as_they_are(self, prompt_ids: list[int]) -> Rendered:
+        ids = tuple(prompt_ids)
         spans, at = [], 0
         for start, end, name in self.segments or []:
             if not at <= start < end <= len(ids):
@@ -214,8 +215,8 @@ class _Line(_Labelled, RecordRendering):
         return Rendered(ids, tuple(spans), tuple(labels))
 
     def conversation(self, source: str) -> Conversation:
-        if self.prompt_ids is not None:
-            return Conversation((), self.family, self.sampling_params, source=source, rendered=self._rendered())
+        if self._rendered is not None:
+            return Conversation((), self.family, self.sampling_params, source=source, rendered=self._rendered)
         if self.prompt is not None:
             segments = [Segment("prompt", self.prompt, labels=self._label(self.prompt))]
         else:

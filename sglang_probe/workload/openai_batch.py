@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sglang_probe.workload.rendering import RecordRendering
+
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _SAME = [
     *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("logit_bias", "stop_token_ids", "stop_regex", "ignore_eos", "regex", "ebnf", "n", "custom_params"),
 ]
-_RENAMED = {
+SGLANG_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -18,10 +20,9 @@ _RENAMED = {
     **{name: name for name in _SAME},
 }
 """Names of the API, and SGLang's (`to_sampling_params` in `entrypoints/openai/protocol.py`)."""
-_RENDERING = ("chat_template_kwargs", "add_generation_prompt", "add_special_tokens")
 _OF_THE_TRANSPORT = frozenset({"model", "user", "metadata", "store", "stream", "stream_options", "service_tier"})
 
-OF_A_BODY = frozenset(_RENAMED) | {"response_format"}
+OF_A_BODY = frozenset(SGLANG_NAMES) | {"response_format"}
 """Keys of a body that are sampling values."""
 
 
@@ -46,11 +47,11 @@ def unwrapped(data: dict[str, Any]) -> dict[str, Any]:
     for key, value in body.items():
         if value is None or key in _OF_THE_TRANSPORT:
             continue
-        if key in _RENAMED:
-            sampling[_RENAMED[key]] = value
+        if key in SGLANG_NAMES:
+            sampling[SGLANG_NAMES[key]] = value
         elif key == "response_format":
             sampling |= _constraint(value)
-        elif key in ("messages", "prompt", *_RENDERING):
+        elif key in ("messages", "prompt", *RecordRendering.model_fields):
             line[key] = value
         elif value not in ([], {}, False):
             raise ValueError(f"`body.{key}` is not supported: it changes the prompt, or what is generated")

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang_probe.errors import ConfigError, WorkloadError
 from sglang_probe.workload.chat import ChatText, Written
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rendered", "Renderer"]
 
-_Run = tuple[str, int, int]
+V = TypeVar("V")
 
 
 class Renderer:
@@ -102,8 +102,7 @@ class Renderer:
                 self._chat.check_ids(segments, options, encoding["input_ids"])
         ids: list[int] = encoding["input_ids"]
         if not text or not ids:  # some tokenizers make a lone BOS of no text
-            with because("empty prompt"):
-                raise WorkloadError("the prompt is empty", fix="give it at least one character")
+            raise WorkloadError("the prompt is empty", fix="give it at least one character", reason="empty prompt")
         runs = list(_runs(self._pieces(ids, encoding["offset_mapping"], text, written)))
         of = {n: sources[int(n)] if n.isdecimal() else _Source(n, ()) for n, _, _ in runs}
         spans = tuple(SegmentSpan(name, a, b) for name, a, b in _merged((of[n].name, a, b) for n, a, b in runs))
@@ -206,7 +205,7 @@ def _check_segments(segments: tuple[Segment, ...]) -> None:
             )
 
 
-def _runs(values: Sequence[str]) -> Iterator[_Run]:
+def _runs(values: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Each value with the range in which it stands unchanged."""
     start = 0
     for value, group in groupby(values):
@@ -215,7 +214,7 @@ def _runs(values: Sequence[str]) -> Iterator[_Run]:
         start = end
 
 
-def _merged(runs: Iterable[_Run]) -> Iterator[_Run]:
+def _merged(runs: Iterable[tuple[V, int, int]]) -> Iterator[tuple[V, int, int]]:
     """Runs of which no two that touch have one value."""
     for value, group in groupby(runs, key=lambda r: r[0]):
         parts = list(group)
@@ -226,7 +225,4 @@ def _label_spans(runs: list[tuple[tuple[tuple[str, str], ...], int, int]]) -> It
     """Where labels of one axis overlap, the first one given counts."""
     for axis in sorted({axis for found, _, _ in runs for axis, _ in found}):
         named = ((next((name for a, name in found if a == axis), None), a, b) for found, a, b in runs)
-        for name, group in groupby(named, key=lambda r: r[0]):
-            parts = list(group)
-            if name is not None:
-                yield LabelSpan(axis, name, parts[0][1], parts[-1][2])
+        yield from (LabelSpan(axis, name, a, b) for name, a, b in _merged(named) if name is not None)

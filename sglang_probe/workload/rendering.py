@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from sglang_probe.config import Config, InputPath
 
@@ -17,12 +17,7 @@ RESERVED = frozenset(
 """Arguments of `apply_chat_template` that are no variables of a template."""
 
 
-def check_kwargs(given: Mapping[str, Any]) -> None:
-    """Refuse variables that a template cannot be given.
-
-    Raises:
-        ValueError: names the key.
-    """
+def _no_arguments(given: dict[str, Any]) -> dict[str, Any]:
     if taken := sorted(RESERVED & given.keys()):
         key = taken[0]
         said = {
@@ -31,6 +26,11 @@ def check_kwargs(given: Mapping[str, Any]) -> None:
             "chat_template": "it is a key of the workload, and names a file",
         }.get(key, "it is an argument of `apply_chat_template`, and no variable of a template")
         raise ValueError(f"`chat_template_kwargs: {key}`: {said}")
+    return given
+
+
+Variables = Annotated[dict[str, Any], AfterValidator(_no_arguments)]
+"""Variables of a chat template; names that a template cannot be given are refused."""
 
 
 class RecordRendering(Config):
@@ -38,13 +38,7 @@ class RecordRendering(Config):
 
     add_special_tokens: bool | Literal["auto"] | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _variables(cls, given: dict[str, Any]) -> dict[str, Any]:
-        check_kwargs(given)
-        return given
+    chat_template_kwargs: Variables = Field(default_factory=dict)
 
 
 class Rendering(Config):
@@ -52,7 +46,7 @@ class Rendering(Config):
 
     chat_template: InputPath | None = None
     """A file with a chat template (Jinja) in place of the tokenizer's own."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: Variables = Field(default_factory=dict)
     """Variables of the template, e.g. `{enable_thinking: false}`."""
     add_generation_prompt: bool | None = None
     """Whether a chat ends with the template's beginning of an answer; by default, unless the assistant spoke last."""
@@ -60,22 +54,16 @@ class Rendering(Config):
     """Whether a plain prompt gets what the tokenizer adds by itself (BOS). `auto`: unless it begins with that already,
     as a prompt does that was rendered with a chat template."""
 
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _variables(cls, given: dict[str, Any]) -> dict[str, Any]:
-        check_kwargs(given)
-        return given
-
-    def of(self, record: RecordRendering | None) -> Rendering:
+    def of(self, record: RecordRendering | None) -> Self:
         """With what a record says of itself."""
         if record is None:
             return self
         said = {k: v for k, v in record if v is not None}
         said["chat_template_kwargs"] = {**self.chat_template_kwargs, **record.chat_template_kwargs}
-        return Rendering(**{**{k: getattr(self, k) for k in Rendering.model_fields}, **said})
+        return self.model_copy(update=said)
 
 
-def unread(template: str, names: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+def unread(template: str, names: Collection[str]) -> tuple[list[str], set[str]]:
     """Of variables those that a template never reads, and those that it does read; none if it cannot be told."""
     import jinja2
     from jinja2 import meta
@@ -86,4 +74,4 @@ def unread(template: str, names: Mapping[str, Any]) -> tuple[list[str], set[str]
         )
     except jinja2.TemplateError:  # it has tags of its own, e.g. `generation`
         return [], set()
-    return sorted(names.keys() - read), read - RESERVED - {"strftime_now", "raise_exception", "bos_token", "eos_token"}
+    return sorted(set(names) - read), read - RESERVED - {"strftime_now", "raise_exception", "bos_token", "eos_token"}

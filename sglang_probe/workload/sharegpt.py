@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from sglang_probe.config import Config
-from sglang_probe.errors import ProbeError, WorkloadError
+from sglang_probe.errors import WorkloadError
 from sglang_probe.workload.files import Raw
 from sglang_probe.workload.request import Conversation, Segment
-from sglang_probe.workload.sources import TOOLS, FileSource, SourceReport, Text, because, read_records
+from sglang_probe.workload.sources import TOOLS, FileSource, SourceReport, Text, read_records
 
 _SPEAKERS = {
     "system": "system",
@@ -49,21 +49,12 @@ class ShareGpt(FileSource):
 
     def conversations(self, report: SourceReport) -> Iterator[Conversation]:
         """The file's requests."""
-        records = self._usable(report)
+        records = read_records(self, _Record, report, lambda record, raw: (raw, record.segments()))
         if self.shuffle:
             shuffled = list(records)
             random.Random(self.seed).shuffle(shuffled)
             records = iter(shuffled)
         return islice(chain.from_iterable(self._requests(raw, segments) for raw, segments in records), self.limit)
-
-    def _usable(self, report: SourceReport) -> Iterator[tuple[Raw, tuple[Segment, ...]]]:
-        for raw, record in read_records(self, _Record, report):
-            try:
-                segments = record.segments()
-            except ProbeError as e:
-                report.refuse(raw.where, e)
-            else:
-                yield raw, segments
 
     def _requests(self, raw: Raw, segments: tuple[Segment, ...]) -> Iterator[Conversation]:
         answered = _answered(segments)
@@ -107,14 +98,13 @@ class _Turn(Config):
         """
         speaker = self.speaker.strip().lower()
         if speaker in _TOOL_SPEAKERS:
-            with because("tools"):
-                raise WorkloadError(f"a turn is from `{self.speaker}`: {TOOLS}")
+            raise WorkloadError(f"a turn is from `{self.speaker}`: {TOOLS}", reason="tools")
         if speaker not in _SPEAKERS:
-            with because("unknown speaker"):
-                raise WorkloadError(
-                    f"a turn is from `{self.speaker}`, which is none of {', '.join(_SPEAKERS)}",
-                    fix="name the speakers by these",
-                )
+            raise WorkloadError(
+                f"a turn is from `{self.speaker}`, which is none of {', '.join(_SPEAKERS)}",
+                fix="name the speakers by these",
+                reason="unknown speaker",
+            )
         return _SPEAKERS[speaker]
 
 
@@ -156,11 +146,15 @@ class _Record(Config):
         turns = [(t.role, t.value) for t in self.conversations]
         if self.system is not None:
             if turns and turns[0][0] == "system" and turns[0][1] != self.system:
-                with because("two system prompts"):
-                    raise WorkloadError("`system` and the first turn are different system prompts", fix="leave one out")
+                raise WorkloadError(
+                    "`system` and the first turn are different system prompts",
+                    fix="leave one out",
+                    reason="two system prompts",
+                )
             turns = [("system", self.system), *(turns[1:] if turns and turns[0][0] == "system" else turns)]
         segments = tuple(Segment(role, text, role, i) for i, (role, text) in enumerate(turns))
         if not _answered(segments):
-            with because("no answer"):
-                raise WorkloadError("no turn of the assistant (`gpt`) answers one of the user (`human`)")
+            raise WorkloadError(
+                "no turn of the assistant (`gpt`) answers one of the user (`human`)", reason="no answer"
+            )
         return segments

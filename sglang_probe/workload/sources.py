@@ -10,7 +10,7 @@ named by file and line.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -73,16 +73,10 @@ class SourceReport:
             said = said[: _MESSAGE_LIMIT + len(where)] + "…"
         if not self.skip_bad:
             fix = f"{error.fix}; or {SKIP_BAD.partition(', or ')[2]}" if error.fix else SKIP_BAD
-            placed = type(error)(said, fix=fix if from_file else error.fix)
-            placed.reason = error.reason
-            raise placed from error
+            raise type(error)(said, fix=fix if from_file else error.fix, reason=error.reason) from error
         reason = error.reason or BAD_VALUE
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         self.examples.setdefault(reason, said)
-
-    def in_words(self) -> str:
-        """As `in_words` of its reasons."""
-        return in_words(self.reasons)
 
 
 def in_words(reasons: Mapping[str, int]) -> str:
@@ -125,43 +119,42 @@ Text = Annotated[str, AfterValidator(_encodable)]
 """A string that can be tokenized. JSON can spell lone surrogates (`\\ud800`); UTF-8 and tokenizers cannot."""
 
 M = TypeVar("M", bound=Config)
+T = TypeVar("T")
 
 
-def read_records(source: FileSource, model: type[M], report: SourceReport) -> Iterator[tuple[Raw, M]]:
-    """Each record of a file as `model`, with its place. `report` gets the bad ones.
+def read_records(source: FileSource, model: type[M], report: SourceReport, use: Callable[[M, Raw], T]) -> Iterator[T]:
+    """What `use` makes of each record of a file, read as `model`. `report` gets the bad ones.
 
     Raises:
         WorkloadError: the file cannot be read, or a record is bad and `skip_bad` is off.
     """
     report.skip_bad = source.skip_bad
-    if read := sorted(_known(model) & source.ignore_keys):
+    known = _known(model)
+    if read := sorted(known & source.ignore_keys):
         raise WorkloadError(f"`ignore_keys: {read[0]}`: this source reads it", fix="leave it out of `ignore_keys`")
     for raw in records_in(source.path):
         try:
-            parsed = _parse(raw, model, source.ignore_keys)
+            made = use(_parse(raw, model, known, source.ignore_keys), raw)
         except ProbeError as e:
             report.refuse(raw.where, e)
         else:
-            yield raw, parsed
+            yield made
 
 
-def _parse(raw: Raw, model: type[M], ignored: Collection[str]) -> M:
+def _parse(raw: Raw, model: type[M], known: Collection[str], ignored: frozenset[str]) -> M:
     data = raw.data
     if isinstance(data, bytes | str):
         try:
             data = parse_json(data)
         except (ValueError, RecursionError) as e:
-            with because("not JSON"):
-                raise WorkloadError(f"{raw.where}: not valid JSON: {e}", fix=SKIP_BAD) from e
+            raise WorkloadError(f"{raw.where}: not valid JSON: {e}", fix=SKIP_BAD, reason="not JSON") from e
     if not isinstance(data, dict):
-        with because("not a JSON object"):
-            raise WorkloadError(f"{raw.where}: expected a JSON object, found {type(data).__name__}", fix=SKIP_BAD)
+        said = f"{raw.where}: expected a JSON object, found {type(data).__name__}"
+        raise WorkloadError(said, fix=SKIP_BAD, reason="not a JSON object")
     try:
-        return parse_config(_heard(data, model, HARMLESS.union(ignored), ignored), model, where=raw.where)
+        return parse_config(_heard(data, known, ignored), model, where=raw.where)
     except ConfigError as e:
-        error = WorkloadError(e.message)
-        error.reason = e.reason
-        raise error from None
+        raise WorkloadError(e.message, reason=e.reason) from None
 
 
 def _known(model: type[Config]) -> set[str]:
@@ -169,16 +162,16 @@ def _known(model: type[Config]) -> set[str]:
     return {f.alias or name for name, f in model.model_fields.items()}.union(getattr(model, "synonyms", ()))
 
 
-def _heard(data: Mapping[str, Any], model: type[Config], harmless: Collection[str], ignored: Collection[str]) -> Any:
+def _heard(data: Mapping[str, Any], known: Collection[str], ignored: frozenset[str]) -> dict[str, Any]:
     """A record without what says nothing: harmless keys, and keys unknown here whose value is null or empty."""
-    known = _known(model)
+    harmless = HARMLESS | ignored
 
     def heard(k: str, v: Any) -> bool:
         if v is None:
             return False
         return k in known or not (k in harmless or any(type(v) is type(x) and v == x for x in _SAYS_NOTHING))
 
-    inner = HARMLESS_IN_MESSAGE | frozenset(ignored)
+    inner = HARMLESS_IN_MESSAGE | ignored
     return {k: _heard_messages(v, inner) for k, v in data.items() if heard(str(k), v)}
 
 

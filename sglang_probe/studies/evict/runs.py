@@ -74,7 +74,7 @@ def _check_task(task: str, requests: Sequence[Request], prepared: Prepared, conf
         try:
             check_fits(len(r.prompt_ids), {"max_new_tokens": needed[most] + 1}, prepared.room)
         except ProbeError as e:
-            raise type(e)(f"{r.where}: lookahead of `{most}`: {e.message}", fix=e.fix) from e
+            raise e.at(f"{r.where}: lookahead of `{most}`") from e
 
 
 def run(

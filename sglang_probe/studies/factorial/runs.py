@@ -49,7 +49,7 @@ def prepare(config: FactorialConfig) -> Prepared:
     try:
         prepared.sampling(config.resampling)
     except ProbeError as e:
-        raise type(e)(f"`resampling`: {e.message}", fix=e.fix) from e
+        raise e.at("`resampling`") from e
     prompts = _prompts(prepared, config)
     check_requests(_requests(DECODED, prompts, prepared, config, {}), prepared)
     check_requests(_cells(prompts, config, _placeholders(prompts, config)), prepared)
