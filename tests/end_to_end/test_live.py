@@ -293,13 +293,16 @@ def test_the_manifest_has_what_is_in_force_and_no_key(server: LiveServer) -> Non
     assert ADMIN_KEY not in json.dumps(manifest)
 
 
-@pytest.mark.slow
 def test_an_update_of_the_weights_begins_a_segment_and_every_forward_says_which_it_had(server: LiveServer) -> None:
     shared = [88, *range(300, 340)]
     server.generate(shared, rid="old weights")
     before = _settled(server)
     update = {"model_path": str(MODEL), "flush_cache": False, "weight_version": "v2"}
     assert server.admin.post("/update_weights_from_disk", json=update).json()["success"]
+    for _ in range(100):  # a segment is closed on demand once it has its `min_seconds`
+        if server.status()["segment"]["path"] != before["segment"]["path"]:
+            break
+        time.sleep(0.05)
     server.generate([*shared, 1], rid="new weights")  # reuses what the old weights computed
     assert _settled(server)["weights"] == {"number": 1, "how": "disk", "version": "v2", "path": str(MODEL)}
     path = server.flush()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.verify.good_run import make_good_run
 from tests.verify.mutations import UNDECIDED, excused, survivors
 
 
-@pytest.mark.slow
 def test_every_change_is_noticed_or_listed_with_its_reason(tmp_path: Path) -> None:
     run, other = make_good_run(tmp_path / "a").path, make_good_run(tmp_path / "b", seed=1).path
     left, counts = survivors(run, other, tmp_path, every=13, offset=4)
