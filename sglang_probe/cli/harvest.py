@@ -62,6 +62,7 @@ def command(
 
     from sglang_probe.config import load_config
     from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
+    from sglang_probe.harvest.directory import refuse_soon
     from sglang_probe.harvest.experiment import RunSpec, record
     from sglang_probe.harvest.prepare import prepare
     from sglang_probe.harvest.progress import Terminal
@@ -74,6 +75,7 @@ def command(
     cfg = with_skip_bad(load_config(config, HarvestConfig), skip_bad)
     name = cfg.name or config.stem
     path = output or cfg.output / name
+    refuse_soon(path, overwrite=overwrite, resume=resume)
     terminal = Terminal(console)
     with terminal.stage("checking model and workload"):
         prepared = prepare(cfg, {"arm": cfg.arm})

@@ -154,6 +154,23 @@ def refuse_existing(path: Path) -> None:
         )
 
 
+def refuse_soon(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Before the seconds that preparing takes: refuse what `hold_directory` and `open_directory` would refuse whatever
+    the configuration. Nothing is held afterwards.
+
+    Raises:
+        RunDirectoryError: another process records there; or it exists and neither `overwrite` nor `resume` was asked.
+    """
+    if path.parent.is_dir():
+        with hold_directory(path):
+            _refuse_unless_asked(path, state_of(path), asked=overwrite or resume)
+
+
+def _refuse_unless_asked(path: Path, state: State, *, asked: bool) -> None:
+    if not asked or state in (State.FOREIGN, State.SEGMENT):
+        refuse_existing(path)
+
+
 def complete_run(path: Path, wanted: dict[str, Any]) -> Run | None:
     """The run at `path`, if it is complete and is the wanted one; None if it is not complete.
 
@@ -180,9 +197,8 @@ def open_directory(path: Path, manifest: dict[str, Any], *, overwrite: bool, res
     settle(path)
     start = Start()
     state = state_of(path)
+    _refuse_unless_asked(path, state, asked=overwrite or resume)
     if state not in (State.NOTHING, State.EMPTY):
-        if state in (State.FOREIGN, State.SEGMENT) or not (resume or overwrite):
-            refuse_existing(path)
         if resume:
             start = _resume_point(path, manifest)
         else:

@@ -195,7 +195,10 @@ def test_what_is_not_ours_is_never_touched(file: str, how: dict[str, bool], tmp_
     (path / file).write_text("mine")
     with pytest.raises(RunDirectoryError, match="is not a run directory"):
         record(path, "N", **how)
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        directory.refuse_soon(path, **{"overwrite": False, "resume": False, **how})
     assert (path / file).read_text() == "mine"
+    assert beside(path) == set()
 
 
 def test_a_segment_of_a_live_recording_is_not_overwritten(tmp_path: Path) -> None:
@@ -221,6 +224,8 @@ def test_a_second_process_is_refused_by_the_name_of_the_first_and_only_while_it_
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(RunDirectoryError, match=rf"another process records into .*process {other.pid} on "):
             record(path, "N", **how)
+        with pytest.raises(RunDirectoryError, match=rf"another process records into .*process {other.pid} on "):
+            directory.refuse_soon(path, **{"overwrite": False, "resume": False, **how})
     assert not path.exists()
     other.kill()
     other.wait()
