@@ -10,5 +10,15 @@ from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
+from sglang_probe.studies.row_counts.command import RowCounts
 
-STUDIES: tuple[Study, ...] = (Ab(), CoverageStudy(), Lossless(), Phase(), QueryDrift(), Factorial(), Evict())
+STUDIES: tuple[Study, ...] = (
+    Ab(),
+    CoverageStudy(),
+    Lossless(),
+    RowCounts(),
+    Phase(),
+    QueryDrift(),
+    Factorial(),
+    Evict(),
+)

@@ -1,0 +1,91 @@
+"""What the bare products of a model do on this machine: which row counts give a row other bits, without an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sglang_probe import bf16
+
+PRODUCTS = "products.json"
+
+
+def products_json(model: Mapping[str, Any], dtype: str, row_counts: Sequence[int]) -> str:
+    """The table of `row_classes` for every product of a layer and the output head, and the machine, as JSON.
+
+    Args:
+        model: the model's `config.json`.
+        dtype: of the rows, e.g. `float32`.
+    """
+    counts = sorted(set(row_counts))
+    rows = []
+    for product, (n_in, n_out) in shapes(model).items():
+        classes = row_classes(n_in, n_out, getattr(torch, dtype), counts)
+        rows += [
+            {"product": product, "inputs": n_in, "outputs": n_out, "rows": m, "class": c}
+            for m, c in zip(counts, classes, strict=True)
+        ]
+    return json.dumps({"machine": machine(), "dtype": dtype, "products": rows}, indent=1) + "\n"
+
+
+def read_products(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
+    """Machine and table that `products_json` wrote; empty if there is no such file."""
+    columns = ["product", "inputs", "outputs", "rows", "class"]
+    if not (folder / PRODUCTS).exists():
+        return {}, pd.DataFrame(columns=columns)
+    found = json.loads((folder / PRODUCTS).read_text(encoding="utf-8"))
+    return found["machine"], pd.DataFrame(found["products"], columns=columns)
+
+
+def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the products of a Llama-like layer, fused as SGLang fuses them, and of the output head."""
+    hidden, heads = int(model["hidden_size"]), int(model["num_attention_heads"])
+    kv_heads = int(model.get("num_key_value_heads") or heads)
+    width = int(model.get("head_dim") or hidden // heads)
+    return {
+        "qkv": (hidden, (heads + 2 * kv_heads) * width),
+        "attention output": (heads * width, hidden),
+        "gate and up": (hidden, 2 * int(model["intermediate_size"])),
+        "down": (int(model["intermediate_size"]), hidden),
+        "head": (hidden, int(model["vocab_size"])),
+    }
+
+
+def row_classes(n_in: int, n_out: int, dtype: torch.dtype, row_counts: Sequence[int], *, seed: int = 0) -> list[int]:
+    """For each row count a number; equal numbers mean that the first row of `x @ w.T` has equal bits.
+
+    The product is the engine's on a CPU: PyTorch's, or `sglang_probe.bf16.linear` where bf16 is widened.
+
+    Args:
+        n_in, n_out: width of `x` and of the result; both are filled with normal numbers.
+        row_counts: rows of `x`.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    w_OI = (torch.randn((n_out, n_in), generator=draw) / n_in**0.5).to(dtype)
+    x_MI = torch.randn((max(row_counts), n_in), generator=draw).to(dtype)
+    widened = dtype == torch.bfloat16 and bf16.products() == "fp32"
+    multiply = bf16.linear if widened else torch.nn.functional.linear
+    seen: dict[bytes, int] = {}
+    return [
+        seen.setdefault(multiply(x_MI[:m], w_OI)[0].contiguous().view(torch.uint8).numpy().tobytes(), len(seen))
+        for m in row_counts
+    ]
+
+
+def machine() -> dict[str, str]:
+    """CPU, the instructions that PyTorch uses, its version and its threads."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else "unknown",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "bf16 products": bf16.products(),
+    }
