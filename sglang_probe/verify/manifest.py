@@ -43,6 +43,10 @@ _WITHIN = {
 _STATUSES = ("complete", "incomplete", "recording", "interrupted")
 
 
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""What SGLang's `--dtype` takes."""
+
+
 def manifest_fits(run: Run) -> Check:
     """Every field of the manifest that says something of the data says what is there."""
     name, claim = "manifest", "the manifest names and counts what the run directory holds"
@@ -102,6 +106,8 @@ def _whole(m: dict[str, Any]) -> Iterator[str]:
         yield "`partners` are not those of the policy"
     if policy.get("dtype") is not None and policy["dtype"] != m["dtype"]:
         yield f"the policy asks for {policy['dtype']}, and the model ran in {m['dtype']}"
+    if m["dtype"] not in _DTYPES:
+        yield f"`dtype` is {m['dtype']}, which SGLang does not know"
     if not re.fullmatch(r"[0-9a-f]{64}", str(m["workload_digest"])):
         yield f"`workload_digest` is {m['workload_digest']}, and no SHA-256"
     if not isinstance(m["concurrency"], int) or m["concurrency"] < 1:
@@ -149,6 +155,11 @@ def _hook_points(run: Run, recorded: dict[str, str]) -> Iterator[str]:
 
 def _counted(run: Run) -> Iterator[str]:
     m = run.manifest
+    if (updates := m.get("weights")) is not None:
+        known = {entry["number"] for entry in updates}
+        had = set(run.forwards()["weights"].dropna().astype(int))
+        if unknown := (had or {0}) - known:
+            yield f"forward passes had weights number {min(unknown)}, and `weights` does not say which these are"
     spans = run.spans()
     lengths = spans["end"] - spans["start"]
     for key, column in (("positions_by_status", "status"), ("positions_by_phase", "phase")):
