@@ -28,6 +28,7 @@ from sglang_probe.studies.query_drift.steps import METRICS as STEP_METRICS
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL, summarise
 from sglang_probe.studies.query_drift.summary import means as drift_means
+from sglang_probe.studies.row_counts.study import RowCountsResult
 from sglang_probe.verify.check import Check
 
 MANIFEST: dict[str, Any] = {
@@ -140,6 +141,27 @@ def phase(layers: int = 1) -> PhaseResult:
         numerics=floor_table(sums, REFORWARD),
         texts=8,
         positions=80,
+        checks=CHECKS,
+        manifest=MANIFEST,
+    )
+
+
+def row_counts(layers: int = 1, counts: int = 8) -> RowCountsResult:
+    """Every phase, and a class of row counts by hook point."""
+    cells = every(hook_point=points(layers), phase=["prefill", "decode"], rows=range(1, counts + 1))
+    alone = every(hook_point=points(layers), phase=["prefix", "repeat"], rows=[64])
+    classes = pd.DataFrame({"class": ["1", "2"], "prefill": ["1", "2-8"], "decode": ["1", ""], "whole": [False, True]})
+    return RowCountsResult(
+        name="made",
+        distances=random(pd.concat([cells, alone]), "identical", "l2", "low", "high", "l2_max").assign(
+            texts=6, positions=60
+        ),
+        classes=every(hook_point=points(layers)).merge(classes, how="cross"),
+        products=every(product=["qkv"], inputs=[8], outputs=[24], rows=range(1, 5)).assign(**{"class": [0, 1, 1, 2]}),
+        machine={"cpu": "c", "instructions": "i", "torch": "3", "threads": "1"},
+        texts=6,
+        prefix=64,
+        whole=128,
         checks=CHECKS,
         manifest=MANIFEST,
     )

@@ -18,12 +18,14 @@ from sglang_probe.studies.evict.page import eviction_page
 from sglang_probe.studies.factorial.page import factorial_page
 from sglang_probe.studies.phase.page import phase_page
 from sglang_probe.studies.query_drift.page import drift_page
+from sglang_probe.studies.row_counts.page import row_counts_page
 from tests.studies import made_results as made
 
 PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
     "ab": (made.ab, ab_page),
     "lossless": (made.lossless, lossless_page),
     "phase": (made.phase, phase_page),
+    "row-counts": (made.row_counts, row_counts_page),
     "drift": (made.drift, drift_page),
     "factorial": (made.factorial, factorial_page),
     "evict": (made.evict, eviction_page),
@@ -32,6 +34,7 @@ ONE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 2, "families": 1, "replicates": False},
     "lossless": {"layers": 0},
     "phase": {"layers": 0},
+    "row-counts": {"layers": 0, "counts": 1},
     "drift": {"layers": 1, "heads": 1, "prompts": 2, "steps": 1},
     "factorial": {"prompts": 1},
     "evict": {"methods": 1, "prompts": 1, "layers": 1, "heads": 1},
@@ -40,6 +43,7 @@ HUGE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 19, "families": 200},
     "lossless": {"layers": 30},
     "phase": {"layers": 30},
+    "row-counts": {"layers": 30, "counts": 64},
     "drift": {"layers": 30, "heads": 9},
     "factorial": {"layers": 30},
     "evict": {"methods": 19, "layers": 30, "heads": 9},

@@ -23,10 +23,13 @@ from sglang_probe.studies.factorial import runs as factorial
 from sglang_probe.studies.factorial.config import FactorialConfig
 from sglang_probe.studies.phase import runs as phase
 from sglang_probe.studies.phase.config import PhaseConfig
+from sglang_probe.studies.row_counts import runs as row_counts
+from sglang_probe.studies.row_counts.config import RowCountsConfig
 
 STUDIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ab": (ab, AbConfig, {}),
     "phase": (phase, PhaseConfig, {"prompt_tokens": 8, "continuation_tokens": 8}),
+    "row-counts": (row_counts, RowCountsConfig, {"prefix_tokens": 8, "row_counts": [1, 4], "decode_batches": [1, 2]}),
     "factorial": (factorial, FactorialConfig, {"layers": [0], "window": 2, "sinks": 1, "pseudo_tokens": 4}),
     "evict": (
         evict,
@@ -34,7 +37,7 @@ STUDIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"methods": ["knorm"], "budgets": ["1/4"], "cut": {"prompt_tokens": 16, "question_tokens": 4, "steps": 4}},
     ),
 }
-FEWEST = {"ab": 1, "phase": 2, "factorial": 2, "evict": 2}
+FEWEST = {"ab": 1, "phase": 2, "row-counts": 2, "factorial": 2, "evict": 2}
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_a_study_takes_as_few_requests_as_it_can_compare_and_no_fewer(checked: C
         checked(study, *[64] * (FEWEST[study] - 1))
 
 
-@pytest.mark.parametrize("study", ["phase", "factorial", "evict"])
+@pytest.mark.parametrize("study", ["phase", "row-counts", "factorial", "evict"])
 def test_texts_that_are_too_short_are_no_texts(checked: Callable[..., Any], study: str) -> None:
     with pytest.raises(WorkloadError):
         checked(study, 64, 2, 2)
@@ -88,6 +91,8 @@ def test_what_does_not_fit_in_a_later_run_is_refused_before_the_first(
         ("phase", {"sampling": {"max_new_tokens": 4}}, "every output is as long as `continuation_tokens` says"),
         ("phase", {"sampling": {"stop": "x"}}, "`stop` has no meaning here"),
         ("phase", {"hook_points": []}, "`hook_points` must name some"),
+        ("row-counts", {"hook_points": ["hook_embed"]}, "beside the embedding"),
+        ("row-counts", {"row_counts": [0]}, "greater than or equal to 1"),
         ("factorial", {"resampling": {"regex": "a"}}, "`regex` has no meaning here"),
         ("factorial", {"resampling": {"temperature": -1}}, "`resampling`: SGLang refuses"),
         ("factorial", {"filler": ""}, "`filler` has no tokens"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.config import FolderName
-from sglang_probe.harvest.config import WorkloadRecording, refuse_rows
+from sglang_probe.harvest.config import WorkloadRecording, refuse_ends, refuse_rows
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.workload.build import WorkloadConfig
 from sglang_probe.workload.documents import Documents
@@ -45,6 +45,7 @@ class RowCountsConfig(WorkloadRecording):
     @model_validator(mode="after")
     def _compares_rows(self) -> RowCountsConfig:
         refuse_rows(self)
+        refuse_ends(self.sampling, "decode_steps")
         if not [p for p in self.hook_points if p != EMBED]:
             raise ValueError("this study compares rows: `hook_points` must name some beside the embedding")
         return self

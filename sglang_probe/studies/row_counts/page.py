@@ -20,6 +20,9 @@ PHASES = {
 }
 
 
+_NOTHING = "no hook point was compared"
+
+
 def row_counts_page(result: RowCountsResult) -> Page:
     """The page of one study: which row counts change bits, and by how much."""
     machine = result.machine
@@ -48,6 +51,8 @@ def row_counts_page(result: RowCountsResult) -> Page:
 def answer(result: RowCountsResult) -> str:
     """The finding in a sentence."""
     at = deepest(result.classes)
+    if not len(at):
+        return f"Nothing can be said: {_NOTHING}."
     where = at["hook_point"].iloc[0]
     told = [
         " and ".join(
@@ -87,7 +92,9 @@ def classes_table(result: RowCountsResult) -> Table:
         Column("decode", "rows, decode"),
         Column("whole", f"the whole text ({result.whole} rows)"),
     ]
-    frame = result.classes.assign(whole=result.classes["whole"].map({True: "yes", False: ""}))
+    frame = result.classes
+    if len(frame):
+        frame = frame.assign(whole=frame["whole"].map({True: "yes", False: ""}))
     title = f"Row counts with the same bits, first position after {result.prefix} cached tokens"
     return Table(frame, title, columns=columns, long=len(frame) > 30, file="classes")
 
@@ -103,15 +110,18 @@ def distances_table(result: RowCountsResult) -> Table:
         Column("l2_max", "largest", "scientific"),
         Column("positions"),
     ]
-    frame = result.distances.assign(phase=result.distances["phase"].map(PHASES))
+    frame = result.distances
+    if len(frame):
+        frame = frame.assign(phase=frame["phase"].map(PHASES))
     return Table(frame, "Against the text computed whole", columns=columns, long=True, file="distances")
 
 
 def products_table(result: RowCountsResult) -> Table:
     """What the bare products do."""
+    grouped = result.products.groupby(["product", "inputs", "outputs"], sort=False) if len(result.products) else ()
     rows = [
         {"product": product, "shape": f"{inputs} to {outputs}", "classes": "; ".join(_classes_of(found))}
-        for (product, inputs, outputs), found in result.products.groupby(["product", "inputs", "outputs"], sort=False)
+        for (product, inputs, outputs), found in grouped
     ]
     columns = [Column("product"), Column("shape"), Column("classes", "row counts with the same bits")]
     return Table(pd.DataFrame(rows, columns=["product", "shape", "classes"]), "Bare products", columns=columns)
@@ -141,6 +151,7 @@ def _classes(result: RowCountsResult) -> Section:
         text="Row counts are in one class if the row of the first position after the prefix has the same bits in every "
         "text. Rows of two classes differ in at least one text.",
         tables=[classes_table(result)],
+        nothing=_NOTHING,
     )
 
 
@@ -155,6 +166,7 @@ def _sizes(result: RowCountsResult) -> Section:
         "counted forward alone.",
         figures=[_curves(result, "identical", "share of rows that are bit-identical")],
         tables=[distances_table(result)],
+        nothing=_NOTHING,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +56,29 @@ def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def row_classes(n_in: int, n_out: int, dtype: torch.dtype, row_counts: Sequence[int], *, seed: int = 0) -> list[int]:
+def row_classes(
+    n_in: int,
+    n_out: int,
+    dtype: torch.dtype,
+    row_counts: Sequence[int],
+    *,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    seed: int = 0,
+) -> list[int]:
     """For each row count a number; equal numbers mean that the first row of `x @ w.T` has equal bits.
 
-    The product is the engine's on a CPU: PyTorch's, or `sglang_probe.bf16.linear` where bf16 is widened.
-
     Args:
-        n_in, n_out: width of `x` and of the result; both are filled with normal numbers.
+        n_in, n_out: width of `x` and of the result; `x` and `w` are filled with normal numbers.
         row_counts: rows of `x`.
+        multiply: of `x` and `w`; by default the engine's product on a CPU: PyTorch's, or `sglang_probe.bf16.linear`
+            where bf16 is widened.
     """
     draw = torch.Generator().manual_seed(seed)
     w_OI = (torch.randn((n_out, n_in), generator=draw) / n_in**0.5).to(dtype)
     x_MI = torch.randn((max(row_counts), n_in), generator=draw).to(dtype)
-    widened = dtype == torch.bfloat16 and bf16.products() == "fp32"
-    multiply = bf16.linear if widened else torch.nn.functional.linear
+    if multiply is None:
+        widened = dtype == torch.bfloat16 and bf16.products() == "fp32"
+        multiply = bf16.linear if widened else torch.nn.functional.linear
     seen: dict[bytes, int] = {}
     return [
         seen.setdefault(multiply(x_MI[:m], w_OI)[0].contiguous().view(torch.uint8).numpy().tobytes(), len(seen))
