@@ -2,8 +2,9 @@
 
     python experiments/coverage-mix/make.py            # beside this file; the same bytes each time
 
-Texts are from the standard library of the Python that runs it (the file is not kept here). What is meant to be lifelike is the shape: who shares which beginning with
-whom, how histories grow, and in which order requests come. Every number of it stands below, so that it can be disputed.
+Texts are from the standard library of the Python that runs it, and the file is not kept here. What is meant to be
+lifelike is the shape: who shares which beginning with whom, how histories grow, and in which order requests come. Every
+number of it stands below, so that it can be disputed.
 """
 
 from __future__ import annotations
