@@ -41,7 +41,7 @@ def row_counts_page(result: RowCountsResult) -> Page:
         facts=facts(
             result.manifest,
             ("CPU", f"{machine['cpu']}, {machine['instructions']}" if machine else "not known"),
-            ("threads of the bare products", machine.get("threads", "not known")),
+            ("threads of the bare kernels", machine.get("threads", "not known")),
         ),
         sections=[_classes(result), _sizes(result), _products(result), proof(result.checks)],
         footer=footer(result.manifest),
@@ -124,7 +124,7 @@ def products_table(result: RowCountsResult) -> Table:
         for (product, inputs, outputs), found in grouped
     ]
     columns = [Column("product"), Column("shape"), Column("classes", "row counts with the same bits")]
-    return Table(pd.DataFrame(rows, columns=["product", "shape", "classes"]), "Bare products", columns=columns)
+    return Table(pd.DataFrame(rows, columns=["product", "shape", "classes"]), "Bare kernels", columns=columns)
 
 
 def _classes_of(found: pd.DataFrame) -> list[str]:
@@ -172,10 +172,10 @@ def _sizes(result: RowCountsResult) -> Section:
 
 def _products(result: RowCountsResult) -> Section:
     return Section(
-        heading="Is it the matrix products?",
-        text="The same question, asked of each product alone on the machine that recorded, with normal numbers for "
-        "weights and rows. Classes that these products do not have come from attention or from what the engine "
-        "does around them.",
+        heading="Is it the kernels?",
+        text="The same question, asked of each product and of attention alone on the machine that recorded, with "
+        "normal numbers for weights and rows. Classes that none of these has come from what the engine does around "
+        "them.",
         tables=[products_table(result)],
-        nothing="the bare products were not measured on the machine that recorded",
+        nothing="the bare kernels were not measured on the machine that recorded",
     )

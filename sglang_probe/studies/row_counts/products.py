@@ -1,4 +1,5 @@
-"""What the bare products of a model do on this machine: which row counts give a row other bits, without an engine."""
+"""What the bare products and the bare attention of a model do on this machine, without an engine: which row counts give
+a row other bits."""
 
 from __future__ import annotations
 
@@ -13,23 +14,30 @@ import torch
 from sglang_probe import bf16
 
 PRODUCTS = "products.json"
+ATTENTION = "attention (queries of one request)"
 
 
-def products_json(model: Mapping[str, Any], dtype: str, row_counts: Sequence[int]) -> str:
-    """The table of `row_classes` for every product of a layer and the output head, and the machine, as JSON.
+def products_json(model: Mapping[str, Any], dtype: str, row_counts: Sequence[int], prefix: int) -> str:
+    """The table of `row_classes` for every product of a layer and the output head, that of `attention_classes`, and the
+    machine, as JSON.
 
     Args:
         model: the model's `config.json`.
         dtype: of the rows, e.g. `float32`.
+        prefix: positions before the counted queries of attention.
     """
     counts = sorted(set(row_counts))
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(product: str, n_in: int, n_out: int, classes: Sequence[int]) -> None:
+        told = {"product": product, "inputs": n_in, "outputs": n_out}
+        rows.extend({**told, "rows": m, "class": c} for m, c in zip(counts, classes, strict=True))
+
     for product, (n_in, n_out) in shapes(model).items():
-        classes = row_classes(n_in, n_out, getattr(torch, dtype), counts)
-        rows += [
-            {"product": product, "inputs": n_in, "outputs": n_out, "rows": m, "class": c}
-            for m, c in zip(counts, classes, strict=True)
-        ]
+        add(product, n_in, n_out, row_classes(n_in, n_out, getattr(torch, dtype), counts))
+    heads, kv_heads, width = head_shape(model)
+    attention = attention_classes(heads, kv_heads, width, getattr(torch, dtype), counts, prefix)
+    add(ATTENTION, heads * width, heads * width, attention)
     return json.dumps({"machine": machine(), "dtype": dtype, "products": rows}, indent=1) + "\n"
 
 
@@ -44,9 +52,8 @@ def read_products(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the products of a Llama-like layer, fused as SGLang fuses them, and of the output head."""
-    hidden, heads = int(model["hidden_size"]), int(model["num_attention_heads"])
-    kv_heads = int(model.get("num_key_value_heads") or heads)
-    width = int(model.get("head_dim") or hidden // heads)
+    hidden = int(model["hidden_size"])
+    heads, kv_heads, width = head_shape(model)
     return {
         "qkv": (hidden, (heads + 2 * kv_heads) * width),
         "attention output": (heads * width, hidden),
@@ -54,6 +61,16 @@ def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         "down": (int(model["intermediate_size"]), hidden),
         "head": (hidden, int(model["vocab_size"])),
     }
+
+
+def head_shape(model: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, kv heads and the width of a head."""
+    heads = int(model["num_attention_heads"])
+    return (
+        heads,
+        int(model.get("num_key_value_heads") or heads),
+        int(model.get("head_dim") or int(model["hidden_size"]) // heads),
+    )
 
 
 def row_classes(
@@ -84,6 +101,35 @@ def row_classes(
         seen.setdefault(multiply(x_MI[:m], w_OI)[0].contiguous().view(torch.uint8).numpy().tobytes(), len(seen))
         for m in row_counts
     ]
+
+
+def attention_classes(
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    row_counts: Sequence[int],
+    prefix: int,
+    *,
+    seed: int = 0,
+) -> list[int]:
+    """As `row_classes`, of PyTorch's `scaled_dot_product_attention`: the first of `m` queries after `prefix` positions,
+    each of which sees the positions up to its own."""
+    draw = torch.Generator().manual_seed(seed)
+    longest = prefix + max(row_counts)
+    q_HMD = torch.randn((1, heads, max(row_counts), width), generator=draw).to(dtype)
+    k_KLD, v_KLD = (torch.randn((1, kv_heads, longest, width), generator=draw).to(dtype) for _ in range(2))
+    seen: dict[bytes, int] = {}
+    classes = []
+    for m in row_counts:
+        visible = torch.ones((m, prefix + m), dtype=torch.bool).tril(prefix)
+        keys, values = (x[:, :, : prefix + m] for x in (k_KLD, v_KLD))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q_HMD[:, :, :m], keys, values, attn_mask=visible, enable_gqa=True
+        )
+        bits = out[0, :, 0].contiguous().view(torch.uint8).numpy().tobytes()
+        classes.append(seen.setdefault(bits, len(seen)))
+    return classes
 
 
 def machine() -> dict[str, str]:

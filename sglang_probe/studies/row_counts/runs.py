@@ -62,7 +62,8 @@ def run(
     specs = _specs(_texts(prepared, config), config)
     runs = record(specs, prepared, folder, asks=ASKS, overwrite=overwrite, resume=resume, reporter=reporter)
     dtype = runs[WHOLE].manifest["rows_dtype"]
-    found = products_json(runs[WHOLE].manifest["model_config"], dtype, [*config.row_counts, *config.decode_batches])
+    counts = [*config.row_counts, *config.decode_batches]
+    found = products_json(runs[WHOLE].manifest["model_config"], dtype, counts, config.prefix_tokens)
     journal.write_text_durably(folder / PRODUCTS, found)
     return runs
 

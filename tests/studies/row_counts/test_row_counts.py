@@ -67,10 +67,10 @@ def test_the_products_of_a_model_are_fused_as_sglang_fuses_them(tmp_path: Path) 
         "down": (1536, 576),
         "head": (576, 300),
     }
-    (tmp_path / PRODUCTS).write_text(products_json(MODEL, "float32", [4, 1, 4]))
+    (tmp_path / PRODUCTS).write_text(products_json(MODEL, "float32", [4, 1, 4], prefix=3))
     machine, products = read_products(tmp_path)
     assert set(machine) == {"cpu", "instructions", "torch", "threads", "bf16 products"}
-    assert products["rows"].tolist() == [1, 4] * 5
+    assert products["rows"].tolist() == [1, 4] * 6
     assert json.loads((tmp_path / PRODUCTS).read_text())["dtype"] == "float32"
     nothing = read_products(tmp_path / "nowhere")
     assert nothing[0] == {}
