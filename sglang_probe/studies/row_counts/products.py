@@ -4,7 +4,7 @@ a row other bits."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from sglang_probe import bf16
 
 PRODUCTS = "products.json"
+DRAWS = 16
+"""Random inputs of each kernel: what differs in the last bits of float32 seldom survives the rounding to bfloat16."""
+_LARGEST = 1 << 25
+"""Inputs times outputs times draws of a product: the output head of a large vocabulary is multiplied once."""
 ATTENTION = "attention (queries of one request)"
 
 
@@ -92,15 +96,12 @@ def row_classes(
     """
     draw = torch.Generator().manual_seed(seed)
     w_OI = (torch.randn((n_out, n_in), generator=draw) / n_in**0.5).to(dtype)
-    x_MI = torch.randn((max(row_counts), n_in), generator=draw).to(dtype)
+    draws = min(DRAWS, max(1, _LARGEST // (n_in * n_out)))
+    x_RMI = torch.randn((draws, max(row_counts), n_in), generator=draw).to(dtype)
     if multiply is None:
         widened = dtype == torch.bfloat16 and bf16.products() == "fp32"
         multiply = bf16.linear if widened else torch.nn.functional.linear
-    seen: dict[bytes, int] = {}
-    return [
-        seen.setdefault(multiply(x_MI[:m], w_OI)[0].contiguous().view(torch.uint8).numpy().tobytes(), len(seen))
-        for m in row_counts
-    ]
+    return _classes(torch.stack([multiply(x_MI[:m], w_OI)[0] for x_MI in x_RMI]) for m in row_counts)
 
 
 def attention_classes(
@@ -117,19 +118,25 @@ def attention_classes(
     each of which sees the positions up to its own."""
     draw = torch.Generator().manual_seed(seed)
     longest = prefix + max(row_counts)
-    q_HMD = torch.randn((1, heads, max(row_counts), width), generator=draw).to(dtype)
-    k_KLD, v_KLD = (torch.randn((1, kv_heads, longest, width), generator=draw).to(dtype) for _ in range(2))
-    seen: dict[bytes, int] = {}
-    classes = []
-    for m in row_counts:
+    q_RHMD = torch.randn((DRAWS, 1, heads, max(row_counts), width), generator=draw).to(dtype)
+    k_RKLD, v_RKLD = (torch.randn((DRAWS, 1, kv_heads, longest, width), generator=draw).to(dtype) for _ in range(2))
+
+    def first(m: int) -> torch.Tensor:
         visible = torch.ones((m, prefix + m), dtype=torch.bool).tril(prefix)
-        keys, values = (x[:, :, : prefix + m] for x in (k_KLD, v_KLD))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q_HMD[:, :, :m], keys, values, attn_mask=visible, enable_gqa=True
-        )
-        bits = out[0, :, 0].contiguous().view(torch.uint8).numpy().tobytes()
-        classes.append(seen.setdefault(bits, len(seen)))
-    return classes
+        found = []
+        for q, k, v in zip(q_RHMD, k_RKLD, v_RKLD, strict=True):  # one at a time: a batch is cut up in other ways
+            q, k, v = q[:, :, :m], k[:, :, : prefix + m], v[:, :, : prefix + m]
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+            found.append(out[0, :, 0])
+        return torch.stack(found)
+
+    return _classes(first(m) for m in row_counts)
+
+
+def _classes(rows: Iterable[torch.Tensor]) -> list[int]:
+    """Numbers of the distinct tensors, by their bits."""
+    seen: dict[bytes, int] = {}
+    return [seen.setdefault(r.contiguous().view(torch.uint8).numpy().tobytes(), len(seen)) for r in rows]
 
 
 def machine() -> dict[str, str]:

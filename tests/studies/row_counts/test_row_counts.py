@@ -54,7 +54,7 @@ def test_products_are_told_apart_by_their_bits() -> None:
         return out + 1e-3 if 2 <= len(x) < 5 else out.double().float()
 
     classes = row_classes(8, 4, torch.float64, [1, 2, 4, 5], multiply=product)
-    assert calls == [1, 2, 4, 5]
+    assert sorted(set(calls)) == [1, 2, 4, 5]
     assert classes[1] == classes[2]
     assert classes[0] != classes[1] != classes[3]
 
