@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks.config import FAULT_FILE
-from sglang_probe.errors import ProbeError, RunDirectoryError
+from sglang_probe.errors import ConfigError, ProbeError, RunDirectoryError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.lock import Held, hold
@@ -54,6 +54,7 @@ CONFIGURATION = (
     "hook_points",
     "rows_kept",
     "telemetry",
+    "sampling",
     "server_given",
     "switches",
     "partners",
@@ -154,13 +155,25 @@ def refuse_existing(path: Path) -> None:
         )
 
 
+def refuse_both(*, overwrite: bool, resume: bool) -> None:
+    """Refuse two flags of which one replaces what the other keeps.
+
+    Raises:
+        ConfigError: both were given.
+    """
+    if overwrite and resume:
+        raise ConfigError("`overwrite` and `resume` contradict each other", fix="choose one")
+
+
 def refuse_soon(path: Path, *, overwrite: bool, resume: bool) -> None:
     """Before the seconds that preparing takes: refuse what `hold_directory` and `open_directory` would refuse whatever
     the configuration. Nothing is held afterwards.
 
     Raises:
         RunDirectoryError: another process records there; or it exists and neither `overwrite` nor `resume` was asked.
+        ConfigError: both were.
     """
+    refuse_both(overwrite=overwrite, resume=resume)
     if path.parent.is_dir():
         with hold_directory(path):
             _refuse_unless_asked(path, state_of(path), asked=overwrite or resume)

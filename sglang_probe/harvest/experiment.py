@@ -75,8 +75,7 @@ def record(
     """
     _check_names(specs)
     _check_given(specs, prepared)
-    if overwrite and resume:
-        raise ConfigError("`overwrite` and `resume` contradict each other", fix="choose one")
+    directory.refuse_both(overwrite=overwrite, resume=resume)
     if not (overwrite or resume):
         for spec in specs:
             directory.refuse_existing(folder / spec.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +125,8 @@ def _download(name: str) -> str:
         return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as e:  # the hub's client raises many kinds: no such model, no access, no network; or is missing
         first = (str(e).splitlines() or [type(e).__name__])[0]
+        near = difflib.get_close_matches(name, (*BUILT_IN_MODELS, *FETCHABLE), n=1, cutoff=0.7)
         raise ConfigError(
-            f"cannot get model `{name}` from the hub: {first}",
-            fix=_NAME_ANOTHER,
+            f"`{name}` is no built-in model and no folder, and it cannot be got from the hub: {first}",
+            fix=f"did you mean `{near[0]}`?" if near else _NAME_ANOTHER,
         ) from e

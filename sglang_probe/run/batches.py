@@ -69,12 +69,20 @@ def iter_batches(
     """See `Run.iter_batches`: up to `batch_size` rows each, `[n, width]`.
 
     Raises:
-        RunDirectoryError: the hook point was not captured, or the weights cannot be used.
+        RunDirectoryError: the hook point was not captured, or `where`, the weights or `batch_size` cannot be used.
     """
+    if batch_size < 1:
+        raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
     tokens = positions.read_tokens(run, interrupted=False)
     tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
-    if where is not None:
-        tokens = tokens.query(where) if isinstance(where, str) else tokens[where(tokens)]
+    if isinstance(where, str):
+        try:
+            tokens = tokens.query(where)
+        except Exception as e:  # pandas raises a kind of its own for each mistake
+            columns = ", ".join(map(str, tokens.columns))
+            raise RunDirectoryError(f"`where` cannot be used: {e}", fix=f"the columns are {columns}") from e
+    elif where is not None:
+        tokens = tokens[where(tokens)]
     rng = np.random.default_rng(seed)
     if isinstance(weight, str) and weight in ("unique", "traffic"):
         rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]].to_numpy()

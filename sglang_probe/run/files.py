@@ -25,6 +25,17 @@ Array = np.ndarray[Any, Any]
 REQUESTS_FILE = "requests.parquet"
 
 
+def no_run(path: Path) -> RunDirectoryError:
+    """What is said of a path that has no manifest: of a folder of runs, which ones are in it."""
+    if not path.exists():
+        return RunDirectoryError(f"{path} does not exist", fix="give the path of a run directory")
+    if not path.is_dir():
+        return RunDirectoryError(f"{path} is a file, not a run directory", fix="give the folder that it is in")
+    within = sorted(p.parent.name for p in path.glob(f"*/{MANIFEST}"))
+    fix = f"name one of the runs in it: {', '.join(within[:8])}" if within else "see `sglang-probe harvest`"
+    return RunDirectoryError(f"{path} is not a run directory: it has no {MANIFEST}", fix=fix)
+
+
 class RunFiles:
     """The files of one run. `Run`, which users hold, adds what is put together from several of them.
 
@@ -36,9 +47,7 @@ class RunFiles:
         self.path = path
         file = path / MANIFEST
         if not file.exists():
-            raise RunDirectoryError(
-                f"{path} is not a run directory: it has no {MANIFEST}", fix="see `sglang-probe harvest`"
-            )
+            raise no_run(path)
         self.manifest: dict[str, Any] = read_manifest(file)
         if self.manifest["schema_version"] > schema.SCHEMA_VERSION:
             raise RunDirectoryError(
@@ -197,6 +206,8 @@ class RunFiles:
         listed = self.manifest.get("files")
         if listed is not None and (lost := listed.keys() - {f for part in parts for f in part.files}):
             where = self.path / journal.NAME
+            if not where.exists():
+                raise RunDirectoryError(f"{where} is missing, and the manifest lists files of it", fix=FIX)
             raise RunDirectoryError(f"{where} does not name {min(lost)}, which the manifest lists", fix=FIX)
         return parts
 

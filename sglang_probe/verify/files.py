@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal, schema, seal
 from sglang_probe.run.damage import reading
+from sglang_probe.run.files import no_run
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
 from sglang_probe.verify.check import Check
@@ -124,4 +124,4 @@ def readable(path: Path) -> str | None:
         return None
     if path.is_dir() and any((path / name).exists() for name in (journal.NAME, seal.NAME, "ledger")):
         return f"{MANIFEST} is missing"
-    raise RunDirectoryError(f"{path} is not a run directory: it has no {MANIFEST}", fix="see `sglang-probe harvest`")
+    raise no_run(path)

@@ -142,7 +142,7 @@ class _Line(_Labelled, RecordRendering):
     }
 
     messages: list[_Message] | None = Field(default=None, min_length=1)
-    prompt: Text | None = Field(default=None, min_length=1)
+    prompt: Text | None = None
     prompt_ids: list[StrictInt] | None = Field(default=None, min_length=1)
     segments: list[_Span] | None = None
     family: Text | None = None

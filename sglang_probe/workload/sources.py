@@ -38,7 +38,7 @@ _SAYS_NOTHING: tuple[Any, ...] = ("", "[]", [], {})
 TOOLS = "tools are not supported: a prompt with tools is what the model's template makes of them; render it, and give"
 TOOLS += " `prompt_ids`"
 
-SKIP_BAD = "correct it, or set `skip_bad: true` to pass over bad records and count them"
+PASS_OVER = "set `skip_bad: true` (`--skip-bad`) to pass over bad records and count them"
 
 
 @dataclass
@@ -72,7 +72,7 @@ class SourceReport:
         if len(said) > _MESSAGE_LIMIT + len(where):  # it quotes a value, which may be a whole document
             said = said[: _MESSAGE_LIMIT + len(where)] + "…"
         if not self.skip_bad:
-            fix = f"{error.fix}; or {SKIP_BAD.partition(', or ')[2]}" if error.fix else SKIP_BAD
+            fix = f"{error.fix}; or {PASS_OVER}" if error.fix else f"correct it, or {PASS_OVER}"
             raise type(error)(said, fix=fix if from_file else error.fix, reason=error.reason) from error
         reason = error.reason or BAD_VALUE
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -147,10 +147,10 @@ def _parse(raw: Raw, model: type[M], known: Collection[str], ignored: frozenset[
         try:
             data = parse_json(data)
         except (ValueError, RecursionError) as e:
-            raise WorkloadError(f"{raw.where}: not valid JSON: {e}", fix=SKIP_BAD, reason="not JSON") from e
+            raise WorkloadError(f"{raw.where}: not valid JSON: {e}", reason="not JSON") from e
     if not isinstance(data, dict):
         said = f"{raw.where}: expected a JSON object, found {type(data).__name__}"
-        raise WorkloadError(said, fix=SKIP_BAD, reason="not a JSON object")
+        raise WorkloadError(said, reason="not a JSON object")
     try:
         return parse_config(_heard(data, known, ignored), model, where=raw.where)
     except ConfigError as e:

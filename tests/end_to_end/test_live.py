@@ -279,6 +279,19 @@ def test_beams_are_refused_by_name_and_the_others_are_recorded(server: LiveServe
     assert run.requests().set_index("rid").at["beside", "output_len"] == 100
 
 
+def test_a_prompt_without_tokens_ends_nobodys_serving(server: LiveServer) -> None:
+    """SGLang queues it, and its forward of no rows ends the engine."""
+    for prompt in ({"text": ""}, {"input_ids": []}):
+        body = {**prompt, "sampling_params": {"max_new_tokens": 4}}
+        assert server.http.post("/generate", json=body).status_code == 400
+    server.generate([5, 6, 7], 4, rid="after an empty one")
+    status = _settled(server)
+    assert (status["recording"], status["requests_unaccounted"]) == (True, 0)
+    run = load_run(server.flush())
+    assert [c.violation for c in verify(run) if not c.holds] == []
+    assert run.requests().set_index("rid").at["after an empty one", "output_len"] == 4
+
+
 def test_the_manifest_has_what_is_in_force_and_no_key(server: LiveServer) -> None:
     server.generate([4, 4, 4])
     manifest = load_run(server.flush()).manifest

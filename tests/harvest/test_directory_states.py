@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sglang_probe.errors import RunDirectoryError
+from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.directory import State, state_of
 from sglang_probe.run import journal
@@ -185,6 +185,18 @@ def test_killed_before_the_first_manifest_counts_as_never_begun(how: dict[str, b
         (path / leftover).write_text("{")
     record(path, "N", **how)
     assert state_of(path) is State.COMPLETE
+
+
+def test_a_run_of_other_sampling_is_not_resumed_and_two_flags_are_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    write_manifest(path, {**manifest("a"), "sampling": {"max_new_tokens": 100}})
+    with pytest.raises(RunDirectoryError, match="another `sampling`"):
+        directory.open_directory(
+            path, {**manifest("a"), "sampling": {"max_new_tokens": 101}}, overwrite=False, resume=True
+        )
+    with pytest.raises(ConfigError, match="contradict"):
+        directory.refuse_soon(tmp_path / "nothing", overwrite=True, resume=True)
 
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=lambda how: str(list(how)))

@@ -45,7 +45,7 @@ JSONL = [
     ({"promt": "a"}, "unknown key"),
     ({}, "bad value"),
     ({"prompt": 7}, "bad value"),
-    ({"prompt": ""}, "bad value"),
+    ({"prompt": ""}, "empty prompt"),
     (chat(("user", None)), "bad value"),
     ({"prompt": "a", "labels": {"x": [[0, 9, "y"]]}}, "bad value"),
     ({"prompt_ids": []}, "bad value"),

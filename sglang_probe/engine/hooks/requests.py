@@ -42,6 +42,8 @@ def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 def _admitted(session: Any, req: Any, model: Any) -> Ask:
+    if not req.origin_input_ids:  # SGLang serves it, and ends with a forward of no rows
+        raise ConfigError("the prompt has no tokens, and a forward of no rows would end the engine for everybody")
     ask = Ask.of(req.sampling_params)
     if ask.fields:
         if session.fault is not None and session.tp_size == 1:  # other ranks have not heard of it
