@@ -25,8 +25,8 @@ OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "e
 POINTS_FILE = "points.parquet"
 """Of every policy, budget, protocol and task the mean of each offline metric beside the outcome."""
 
-PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo")
-_LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial")
+PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo", "needed_kept")
+_LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial", "needed_kept")
 """Metrics that the summary has; the tables have all."""
 
 PREDICTORS_LOW = ("output_error", "head_error", "gini", "lost_everywhere")
