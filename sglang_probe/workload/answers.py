@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -100,16 +101,13 @@ class Answers(Rendering):
             WorkloadError: facts and question alone are longer than the prompt, the corpus has too little prose, or the
                 tokenizer joins the question and the answer in one token.
         """
-        corpus = load_corpus(self.corpus)
-        report.corpus_digest = corpus.digest
-        prose = [re.sub(r"\s+", " ", f.doc).strip() for f in corpus.functions]
-        sentences = [s for doc in prose for s in re.split(r"(?<=[.:;]) ", doc) if 20 <= len(s) <= _LINE_CHARS]
+        report.corpus_digest, sentences = _prose(self.corpus)
         if not sentences:
             raise WorkloadError(f"corpus `{self.corpus}` has no docstrings to make prose of", fix="use `stdlib`")
         for index in range(self.count):
             yield self._conversation(index, sentences, renderer)
 
-    def _conversation(self, index: int, sentences: list[str], renderer: Renderer) -> Conversation:
+    def _conversation(self, index: int, sentences: Sequence[str], renderer: Renderer) -> Conversation:
         """Request `index`: it depends on the seed, the index and the shape, on no other request."""
         rng = random.Random(f"{self.seed}/{self.task}/{index}")
         drawn = _Facts.draw(self, rng, self.depth[index % len(self.depth)] if self.depth else None)
@@ -186,7 +184,17 @@ def _value(config: Answers, rng: random.Random) -> str:
     return " " + " ".join(rng.sample(WORDS, config.value_length))
 
 
-def _fitted(make: Any, tokens: int, most: int, renderer: Renderer) -> tuple[Segment, ...]:
+@cache
+def _prose(corpus: str) -> tuple[str, tuple[str, ...]]:
+    """Digest and sentences of a corpus. Tasks of a study share it, and the standard library takes seconds to parse."""
+    found = load_corpus(corpus)
+    docs = [re.sub(r"\s+", " ", f.doc).strip() for f in found.functions]
+    return found.digest, tuple(s for doc in docs for s in re.split(r"(?<=[.:;]) ", doc) if 20 <= len(s) <= _LINE_CHARS)
+
+
+def _fitted(
+    make: Callable[[int], tuple[Segment, ...]], tokens: int, most: int, renderer: Renderer
+) -> tuple[Segment, ...]:
     """The prompt with as many characters of prose as give `tokens`.
 
     Tokens grow with the characters, but for a merge here and there: a search finds about where, and the nearest number
@@ -207,7 +215,7 @@ def _fitted(make: Any, tokens: int, most: int, renderer: Renderer) -> tuple[Segm
         low, high = (middle, high) if length(middle) <= tokens else (low, middle - 1)
     for chars in sorted(range(max(0, low - 40), min(most, low + 40) + 1), key=lambda c: abs(c - low)):
         if length(chars) == tokens:
-            return tuple(make(chars))
+            return make(chars)
     raise WorkloadError(f"no prompt of exactly {tokens} tokens is found", fix="use another `seed` or `prompt_tokens`")
 
 
