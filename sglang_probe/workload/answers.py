@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -56,6 +56,7 @@ WORDS = tuple(_WORDS.split())
 """What values are made of."""
 _STEM = {"words": "The secret words of {key} are", "digits": "The secret number of {key} is"}
 _LINE_CHARS = 160
+_TRIES = 16
 
 
 class Answers(Rendering):
@@ -111,13 +112,25 @@ class Answers(Rendering):
         """Request `index`: it depends on the seed, the index and the shape, on no other request."""
         rng = random.Random(f"{self.seed}/{self.task}/{index}")
         drawn = _Facts.draw(self, rng, self.depth[index % len(self.depth)] if self.depth else None)
-        filler = "\n".join(rng.choice(sentences) for _ in range(1 + self.prompt_tokens // 4))
-        segments = _fitted(lambda chars: drawn.segments(filler[:chars]), self.prompt_tokens, len(filler), renderer)
+        segments = self._fitted(drawn, rng, sentences, renderer)
         prompt = renderer.render(Conversation(segments))
         truth = _truth(self, drawn, segments, prompt, renderer)
         sampling: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
         sampling["max_new_tokens"] = len(truth.continuation_ids)
         return Conversation((), None, sampling, truth, rendered=prompt)
+
+    def _fitted(
+        self, drawn: _Facts, rng: random.Random, sentences: Sequence[str], renderer: Renderer
+    ) -> tuple[Segment, ...]:
+        """The prompt with prose enough for `prompt_tokens`; other prose where some passes over that very number."""
+        for _ in range(_TRIES):
+            prose = "\n".join(rng.choice(sentences) for _ in range(1 + self.prompt_tokens // 4))
+            found = _cut(drawn, prose, self.prompt_tokens, renderer)
+            if found is not None:
+                return found
+        raise WorkloadError(
+            f"no prompt of exactly {self.prompt_tokens} tokens is found", fix="use another `seed` or `prompt_tokens`"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,31 +205,29 @@ def _prose(corpus: str) -> tuple[str, tuple[str, ...]]:
     return found.digest, tuple(s for doc in docs for s in re.split(r"(?<=[.:;]) ", doc) if 20 <= len(s) <= _LINE_CHARS)
 
 
-def _fitted(
-    make: Callable[[int], tuple[Segment, ...]], tokens: int, most: int, renderer: Renderer
-) -> tuple[Segment, ...]:
+def _cut(drawn: _Facts, prose: str, tokens: int, renderer: Renderer) -> tuple[Segment, ...] | None:
     """The prompt with as many characters of prose as give `tokens`.
 
     Tokens grow with the characters, but for a merge here and there: a search finds about where, and the nearest number
-    that fits to the token is taken.
+    that fits to the token is taken; None if there is none.
     """
 
     def length(chars: int) -> int:
-        return len(renderer.render(Conversation(make(chars))).prompt_ids)
+        return len(renderer.render(Conversation(drawn.segments(prose[:chars]))).prompt_ids)
 
     if (least := length(0)) > tokens:
         raise WorkloadError(
             f"facts and question alone have {least} tokens, and `prompt_tokens` is {tokens}",
             fix="raise `prompt_tokens`, or have fewer `distractors` or `examples`",
         )
-    low, high = 0, most
+    low, high = 0, len(prose)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if length(middle) <= tokens else (low, middle - 1)
-    for chars in sorted(range(max(0, low - 40), min(most, low + 40) + 1), key=lambda c: abs(c - low)):
+    for chars in sorted(range(max(0, low - 40), min(len(prose), low + 40) + 1), key=lambda c: abs(c - low)):
         if length(chars) == tokens:
-            return make(chars)
-    raise WorkloadError(f"no prompt of exactly {tokens} tokens is found", fix="use another `seed` or `prompt_tokens`")
+            return drawn.segments(prose[:chars])
+    return None
 
 
 def _truth(
