@@ -17,7 +17,6 @@ from sglang_probe.errors import ProbeError, UnsupportedError
 from sglang_probe.eviction.needed import Score, Scored
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.run.hook_points import REVIEWED_ARCHITECTURES
-from sglang_probe.workload.request import Truth
 
 AT_ONCE = 16
 """Removals in one forward: each needs a copy of the prompt's keys and values."""
@@ -49,18 +48,34 @@ class RemovalModel:
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
         self._model.eval()
 
-    def scores(self, truth: Truth, protocols: Sequence[Protocol]) -> dict[Protocol, Score]:
+    def scores(
+        self,
+        prompt: Sequence[int],
+        continuation: Sequence[int],
+        steps: Sequence[int],
+        protocols: Sequence[Protocol],
+        *,
+        context: int,
+    ) -> dict[Protocol, Score]:
         """What scores one request under each protocol. The prompt is run once, and its cache is held by the scores.
 
         The first answer is left out where the question is visible, because it comes from the full cache.
+
+        Args:
+            continuation: the right output.
+            steps: which of its tokens are answers.
+            context: positions before the question.
+
+        Raises:
+            ProbeError: there is no other answer than one that comes from prefill.
         """
         out = {}
-        ids, cache, at = [*truth.prompt_ids, *truth.continuation_ids], None, 0
+        ids, cache, at = [*prompt, *continuation], None, 0
         for protocol in sorted(protocols, key=lambda p: p is Protocol.QUERY_VISIBLE):
-            n = truth.context_len if protocol is Protocol.QUERY_HIDDEN else len(truth.prompt_ids)
+            n = context if protocol is Protocol.QUERY_HIDDEN else len(prompt)
             if n > at:
                 cache, at = self._extended(cache, ids[at:n]), n
-            out[protocol] = self._score(ids, n, list(cache or ()), _steps(truth, protocol))
+            out[protocol] = self._score(ids, n, list(cache or ()), _rows(len(prompt), steps, protocol))
         return out
 
     def _extended(self, cache: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -103,17 +118,17 @@ class RemovalModel:
         return score
 
 
-def _steps(truth: Truth, protocol: Protocol) -> list[int]:
+def _rows(prompt: int, steps: Sequence[int], protocol: Protocol) -> list[int]:
     """Of each answer that is scored the position in prompt and continuation.
 
     Raises:
         ProbeError: there is none.
     """
     visible = protocol is Protocol.QUERY_VISIBLE
-    steps = [len(truth.prompt_ids) + t for t in truth.answer_steps if t > 0 or not visible]
-    if not steps:
+    rows = [prompt + t for t in steps if t > 0 or not visible]
+    if not rows:
         raise ProbeError("the one answer comes from prefill alone", fix="use two `answers` or more")
-    return steps
+    return rows
 
 
 def _cache(layers: list[Any], many: int) -> Any:

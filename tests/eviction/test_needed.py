@@ -13,6 +13,7 @@ from sglang_probe.eviction.needed import Found, Scored, Segment, find_needed
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.eviction.removal import RemovalModel
 from sglang_probe.paths import shipped
+from sglang_probe.studies.evict.needed import scores_of
 from sglang_probe.workload.build import build_requests
 from sglang_probe.workload.request import Request
 from sglang_probe.workload.retrieval import Retrieval
@@ -99,7 +100,7 @@ def test_what_probe_recall_reads_is_found_and_nothing_else_of_the_facts(model: R
         truth = request.truth
         assert truth is not None
         assert truth.needed_causal is not None
-        scores = model.scores(truth, list(Protocol))
+        scores = scores_of(model, truth, list(Protocol))
         for protocol, later in ((Protocol.QUERY_HIDDEN, 0), (Protocol.QUERY_VISIBLE, 1)):
             segments = [Segment(s.name, s.start, s.end) for s in request.spans if s.end <= truth.context_len]
             found = find_needed(scores[protocol], segments)
@@ -136,7 +137,7 @@ def test_a_removal_is_scored_as_by_a_whole_forward_with_a_mask(model: RemovalMod
             logits = stock(ids, attention_mask=seen[None, None], use_cache=False).logits[0].log_softmax(-1)
         at = torch.tensor([len(truth.prompt_ids) + t for t in truth.answer_steps[first:]])
         wanted = logits[at - 1].gather(-1, ids[0, at][:, None]).sum()
-        found, none = model.scores(truth, [protocol])[protocol]([removed, frozenset()])
+        found, none = scores_of(model, truth, [protocol])[protocol]([removed, frozenset()])
         assert found.log_likelihood == pytest.approx(float(wanted), abs=1e-3)
         assert found.log_likelihood < none.log_likelihood - 1
 
@@ -144,6 +145,6 @@ def test_a_removal_is_scored_as_by_a_whole_forward_with_a_mask(model: RemovalMod
 def test_positions_after_the_cache_cannot_be_removed(model: RemovalModel) -> None:
     truth = requests("recall", 1)[0].truth
     assert truth is not None
-    score = model.scores(truth, [Protocol.QUERY_HIDDEN])[Protocol.QUERY_HIDDEN]
+    score = scores_of(model, truth, [Protocol.QUERY_HIDDEN])[Protocol.QUERY_HIDDEN]
     with pytest.raises(ProbeError, match=f"position {truth.context_len} is not in the cache"):
         score([frozenset({truth.context_len})])

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sglang_probe.eviction.needed import Found, Segment, find_needed
+from sglang_probe.eviction.needed import Found, Score, Segment, find_needed
 from sglang_probe.eviction.protocol import Protocol
-from sglang_probe.workload.request import Request
+from sglang_probe.workload.request import Request, Truth
 
 if TYPE_CHECKING:
+    from sglang_probe.eviction.removal import RemovalModel
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.harvest.progress import Reporter
 
@@ -54,12 +55,19 @@ def record_needed(
         with reporter.requests(f"{task}: needed positions", len(requests)) as counter:
             for r in requests:
                 assert r.truth is not None
-                for protocol, score in model.scores(r.truth, protocols).items():
+                for protocol, score in scores_of(model, r.truth, protocols).items():
                     length = len(r.prompt_ids) if protocol is Protocol.QUERY_VISIBLE else r.truth.context_len
                     found = find_needed(score, segments_of(r, length, sinks), seed=seed + r.index)
                     rows += _rows(task, protocol, r.rid, found)
                 counter.advance(0)
     pd.DataFrame(rows, columns=COLUMNS).to_parquet(folder / NEEDED_FILE)
+
+
+def scores_of(model: RemovalModel, truth: Truth, protocols: Sequence[Protocol]) -> dict[Protocol, Score]:
+    """What scores a request that knows its right answer."""
+    return model.scores(
+        truth.prompt_ids, truth.continuation_ids, truth.answer_steps, protocols, context=truth.context_len
+    )
 
 
 def segments_of(request: Request, length: int, sinks: int) -> list[Segment]:
