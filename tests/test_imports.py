@@ -48,6 +48,7 @@ RECORDING = ("engine/", "harvest/", "plugin.py")
 LAZY = {
     "axes/axis.py": {"transformers"},
     "axes/vocabulary.py": {"transformers"},
+    "eviction/removal.py": {"transformers"},
     "model/from_gguf.py": {"gguf"},
     "model/tokenizer.py": {"tokenizers"},
     "verify/reference.py": {"transformers"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from sglang_probe.errors import ProbeError, WorkloadError
+from sglang_probe.workload.answers import Answers
 from sglang_probe.workload.documents import Documents
 from sglang_probe.workload.jsonl import Jsonl
 from sglang_probe.workload.render import Renderer
@@ -26,7 +27,9 @@ from sglang_probe.workload.sources import SourceReport, in_words
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WorkloadConfig = Annotated[SharedPrefix | Documents | Retrieval | Jsonl | ShareGpt, Field(discriminator="source")]
+WorkloadConfig = Annotated[
+    SharedPrefix | Documents | Answers | Retrieval | Jsonl | ShareGpt, Field(discriminator="source")
+]
 
 # SGLang 0.5.23, srt/sampling/sampling_params.py: what it generates when a request does not say.
 _DEFAULT_NEW_TOKENS = 128
@@ -102,9 +105,11 @@ def build_requests(
     # Here, so that a request that is passed over does not count.
     unlimited = config if limit is None else config.model_copy(update={"limit": None})
     renderer = Renderer(tokenizer, config if isinstance(config, Rendering) else None)
-    made = _usable(
-        unlimited.conversations(report), renderer, report, check, context=context_length, sampling=default_sampling
-    )
+    if isinstance(unlimited, Answers):  # its lengths and answers are counted in tokens
+        told = unlimited.conversations(report, renderer)
+    else:
+        told = unlimited.conversations(report)
+    made = _usable(told, renderer, report, check, context=context_length, sampling=default_sampling)
     requests = tuple(islice(made, limit))
     if not requests:
         examples = "".join(f"\n  {reason}: {said}" for reason, said in report.examples.items())

@@ -78,6 +78,10 @@ class Renderer:
             **self._options.model_dump(mode="json", include=set(Rendering.model_fields)),
         }
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text that tokens stand for."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def render(self, conversation: Conversation) -> Rendered:
         """Tokenize a chat (every segment has a role) or a plain prompt (none has), and label every token.
 

@@ -78,6 +78,7 @@ def test_what_is_generated_from_kept_sets_is_judged_and_resumed(cli: Callable, t
             {"method": "quest", "dense_layers": 0},
         ],
         oracles=["static_max", "need_set"],
+        needed=True,
         decode=[{"temperature": 0}, {"temperature": 0.7, "repeats": 2}],
     )
     folder = tmp_path / "study"
@@ -106,6 +107,14 @@ def test_what_is_generated_from_kept_sets_is_judged_and_resumed(cli: Callable, t
         for protocol in ("query_visible", "query_hidden"):
             assert accuracy[task, protocol, FULL_CACHE, "1"] > 0.9
             assert accuracy[task, protocol, "need_set", "1/2"] > accuracy[task, protocol, "random", "1/2"]
+    needed = pd.read_parquet(folder / "needed.parquet")
+    assert set(needed["rid"]) == {f"r{i:06d}" for i in range(6)}
+    offline = pd.DataFrame(summary["offline"])
+    kept = offline[offline["metric"] == "needed_kept"].set_index(["task", "protocol", "policy", "budget"])["mean"]
+    for task in tasks:
+        for protocol in ("query_visible", "query_hidden"):
+            assert kept[task, protocol, "need_set", "1/2"] == 1
+            assert 0.2 < kept[task, protocol, "random", "1/2"] < 0.8
     assert "quest" not in accuracy.index.get_level_values("policy")
     assert {"laq", "dapq", "speckv"} <= set(accuracy.index.get_level_values("policy"))
     forced = pd.DataFrame(summary["outcomes"]["forced"]).set_index(["metric", "task", "protocol", "policy", "budget"])

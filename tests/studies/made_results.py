@@ -273,6 +273,16 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
         sanity=Sanity(4, 4) if engine else None,
         served=pd.DataFrame(),
         seconds={"offline grid": 1.0},
+        needed=every(task=["recall"], protocol=["query_visible", "query_hidden"]).assign(
+            prompts=prompts,
+            right=1.0,
+            ranges=2.0,
+            positions=3.0,
+            breaks=0.9,
+            control_breaks=0.0,
+            drop=4.0,
+            control_drop=0.1,
+        ),
     )
 
 

@@ -68,7 +68,7 @@ SETTLED = {
 _SHARED = Recording.model_fields.keys() - SETTLED.keys()
 _OF_THE_GRID = {
     *("workloads", "cut", "methods", "oracles", "budgets", "protocols"),
-    *("trivial", "controls_of", "layers", "in_engine", "seed"),
+    *("trivial", "controls_of", "layers", "in_engine", "needed", "seed"),
 }
 
 
@@ -97,6 +97,9 @@ class EvictionConfig(Recording):
     """Layers to capture and judge; by default all, which is what `in_engine` needs."""
     in_engine: bool = True
     """Also generate from every kept set in the engine; false: offline metrics alone."""
+    needed: bool = False
+    """Also find by removal which positions each answer needs (`needed.parquet`): by `transformers` on the CPU in
+    float32, before the engine is started. Needs right answers."""
     decode: list[Decode] = Field(default_factory=lambda: [Decode()], min_length=1)
     """How outputs are generated from the compressed caches; each entry generates once more."""
     teacher_forced: bool = True
@@ -143,6 +146,8 @@ class EvictionConfig(Recording):
                 raise ValueError(f"`controls_of: {label}` is no method of this study")
         if self.in_engine and self.layers is not None:
             raise ValueError("`in_engine` needs kept sets of all layers: leave `layers` out")
+        if self.needed and self.cut is not None:
+            raise ValueError("`needed` asks what right answers need, and texts that are `cut` have none")
         return self
 
     @property

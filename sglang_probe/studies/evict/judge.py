@@ -48,6 +48,7 @@ METRICS: dict[str, str] = {
     "gap": "distance between kept and evicted values over the output norm: head error = p times gap",
     "gini": "Gini coefficient of non-trivial recall over layers and heads",
     "below_random": "share of heads with less non-trivial mass than protected random is expected to hold",
+    "needed_kept": "share of needed candidates that are kept, mean over layers and heads",
     "lost_everywhere": "share of needed positions that no head of any layer keeps",
 }
 """What each metric says, for reports. Those that have a chance level have it as `<name>_chance`."""
@@ -68,6 +69,7 @@ SHORT: dict[str, str] = {
     "gap": "gap of evicted values",
     "gini": "Gini over heads",
     "below_random": "heads below random",
+    "needed_kept": "needed positions kept",
     "lost_everywhere": "lost by all heads",
 }
 """Headers of tables."""
@@ -188,11 +190,19 @@ class Judge:
         }
 
     def _lost(self, selection: Selection) -> dict[str, Tensor]:
-        """Needed positions that are gone from all heads, and the share expected of random candidates."""
+        """Needed positions that are kept, and those that are gone from all heads, with what is expected of random
+        candidates. Positions that every policy is given (sinks, window) say nothing of what is kept."""
         keep, needed = selection.keep_TGL, self.layer.needed_L
         size = len(keep)
+        names = ("needed_kept", "needed_kept_chance", "lost_everywhere", "lost_everywhere_chance")
         if needed is None or not selection.evicts:
-            return dict.fromkeys(("lost_everywhere", "lost_everywhere_chance"), torch.full((size,), torch.nan))
+            return dict.fromkeys(names, torch.full((size,), torch.nan))
+        free = ~self.trivial_L
+        kept_BL = selection.keep_GL.flatten(1, -2).to(torch.float64).mean(1)
+        wanted_BL = needed[:, 0] & free
+        # 0 / 0, where nothing is needed but sinks and window, is NaN.
+        kept = (kept_BL * wanted_BL).sum(-1) / wanted_BL.sum(-1)
+        kept_chance = torch.where(wanted_BL.any(-1), kept_BL[:, free].mean(-1), torch.nan)
         lost, chance = [], []
         for keep_YGL, needed_L in zip(selection.keep_GL, needed[:, 0], strict=True):
             if not bool(needed_L.any()):
@@ -201,7 +211,7 @@ class Judge:
                 continue
             lost.append(metrics.global_eviction_ratio(keep_YGL, needed_L))
             chance.append(metrics.global_eviction_chance(keep_YGL, needed_L, self.trivial_L))
-        return {"lost_everywhere": torch.tensor(lost), "lost_everywhere_chance": torch.tensor(chance)}
+        return dict(zip(names, (kept, kept_chance, torch.tensor(lost), torch.tensor(chance)), strict=True))
 
     def _cost(self, policy: Policy, selection: Selection) -> dict[str, Tensor]:
         """Bytes of a request's prompt over the captured layers. Requests of a batch cost the same."""

@@ -25,6 +25,7 @@ from sglang_probe.eviction.protocol import Protocol, under
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.studies.evict.needed import Positions, mask
 from sglang_probe.workload.request import asked_rid
 
 
@@ -39,16 +40,17 @@ class Batch:
     """Leading axes: requests B, captured layers Y. In float32, whatever was captured."""
     itemsize: int
     """Bytes per captured element."""
-    first_needed_L: Tensor | None = None
-    """Positions that the first answer needs, `[B, Y, L]` like `layer.needed_L`, which leaves them out."""
+    hidden_needed_L: Tensor | None = None
+    """Positions that answers need with the question hidden, `[B, Y, L]`; `layer.needed_L` has those with it visible,
+    which leave the first answer out."""
 
     def under(self, protocol: Protocol) -> Layer:
         """The layer as a method sees it. With the question hidden the first answer is generated from the compressed
         cache like the others, so that what it needs is needed."""
         layer = under(protocol, self.layer, context=self.context)
-        if protocol is Protocol.QUERY_VISIBLE or self.first_needed_L is None or layer.needed_L is None:
+        if protocol is Protocol.QUERY_VISIBLE or self.hidden_needed_L is None:
             return layer
-        return replace(layer, needed_L=layer.needed_L | self.first_needed_L[..., : self.context])
+        return replace(layer, needed_L=self.hidden_needed_L[..., : self.context])
 
 
 def batches(
@@ -57,12 +59,14 @@ def batches(
     *,
     model: str | Path,
     most: int = 64,
+    needed: Positions | None = None,
 ) -> Iterator[Batch]:
     """All requests that decoded, grouped by shape.
 
     Args:
         layers: captured layers, in order.
         model: model folder, for the output projections.
+        needed: positions that answers need; by default those that the workload knows, if it does.
         most: requests per batch at most.
 
     Raises:
@@ -95,10 +99,13 @@ def batches(
                 num_layers=int(config["num_hidden_layers"]),
                 request=number,
                 future=Queries(q[:, :, length:], k[:, :, length:], v[:, :, length:]),
-                needed_L=_needed(requests, chosen, length, len(layers), slice(1, None)),
             )
-            first = _needed(requests, chosen, length, len(layers), slice(1))
-            yield Batch(tuple(chosen), context, layer, stored[0].element_size(), first)
+            visible, hidden = _needed(requests, chosen, length, needed)
+            if visible is not None and hidden is not None:
+                shape = (len(chosen), len(layers), length)
+                layer = replace(layer, needed_L=visible[:, None].expand(shape))
+                hidden = hidden[:, None].expand(shape)
+            yield Batch(tuple(chosen), context, layer, stored[0].element_size(), hidden)
 
 
 SITES = (ROTATED_QUERY, ROTATED_KEY, VALUE)
@@ -146,12 +153,23 @@ def _groups(requests: pd.DataFrame) -> dict[tuple[int, int, int], list[str]]:
     return out
 
 
-def _needed(requests: pd.DataFrame, rids: list[str], length: int, layers: int, answers: slice) -> Tensor | None:
-    """Positions that some answers need, found by knocking out (`needed_causal`), `[B, Y, L]`."""
+def _needed(
+    requests: pd.DataFrame, rids: list[str], length: int, found: Positions | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions that answers need, `[B, L]`, with the question visible (all answers but the first) and hidden (all).
+
+    Found by removal in this study, or by knocking out when the model was made (`needed_causal`).
+    """
+    if found is not None:
+        visible, hidden = (mask(found, rids, p, length) for p in (Protocol.QUERY_VISIBLE, Protocol.QUERY_HIDDEN))
+        return torch.from_numpy(visible), torch.from_numpy(hidden)
     if "needed_causal" not in requests.columns or requests.loc[rids, "needed_causal"].isna().any():
-        return None
-    out = torch.zeros(len(rids), length, dtype=torch.bool)
+        return None, None
+    later, every = (torch.zeros(len(rids), length, dtype=torch.bool) for _ in range(2))
     for i, rid in enumerate(rids):
-        for positions in list(requests.at[rid, "needed_causal"])[answers]:
-            out[i, torch.as_tensor(np.asarray(positions, dtype=np.int64))] = True
-    return out[:, None].expand(len(rids), layers, length)
+        for j, positions in enumerate(requests.at[rid, "needed_causal"]):
+            at = torch.as_tensor(np.asarray(positions, dtype=np.int64))
+            every[i, at] = True
+            if j:
+                later[i, at] = True
+    return later, every

@@ -57,6 +57,30 @@ def mass(result: EvictionResult) -> Section:
     )
 
 
+def needed(result: EvictionResult) -> Section | None:
+    """What the answers need, found by removal, and how much of it each policy keeps."""
+    if result.needed.empty:
+        return None
+    columns = [Column("task"), Column("protocol"), Column("prompts"), Column("right", "answered right", "percent")]
+    columns += [Column("positions", "positions needed", "average"), Column("ranges", "in so many ranges", "average")]
+    for name, said in (("", "their removal"), ("control_", "removal of as many others")):
+        columns.append(Column(f"{name}breaks", f"wrong after {said}", "percent"))
+        columns.append(Column(f"{name}drop", f"nats lost by {said}, median", "decimal"))
+    tables = [Table(worded(result.needed), "what the answers need", columns=columns, file="needed")]
+    kinds = ("baseline", "method", "oracle")
+    said = ": needed positions kept, by budget"
+    tables += budget_tables(result.offline, "needed_kept", said, kinds=kinds, file="offline")
+    return Section(
+        heading="What the answers need",
+        text="Found by removing stretches of the prompt from the cache of the model, run by transformers in float32, "
+        "and halving those whose removal costs the right answer 1 nat or makes it wrong. What is written twice is not "
+        f"found. {TESTED}",
+        tables=tables,
+        notes=[f"**{title_of(k)}**: {METRICS[k]}." for k in ("needed_kept", "lost_everywhere")],
+        nothing="nothing was looked for",
+    )
+
+
 def heads(result: EvictionResult) -> Section:
     """Which layers and heads lose mass."""
     budget = middle_budget(result)

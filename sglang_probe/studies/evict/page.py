@@ -12,7 +12,7 @@ from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.evict.grid import BASELINE
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
-from sglang_probe.studies.evict.offline_page import TESTED, controls, heads, mass
+from sglang_probe.studies.evict.offline_page import TESTED, controls, heads, mass, needed
 from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.tables import (
@@ -39,6 +39,7 @@ def eviction_page(result: EvictionResult) -> Page:
     sections = [_curves(result), _accuracy(result), _prediction(result)] if result.outcomes else []
     sections += [
         mass(result),
+        needed(result),
         heads(result),
         controls(result),
         _likelihood(result),

@@ -32,6 +32,7 @@ from sglang_probe.studies.evict.lookahead_runs import (
     second_pass,
     steps_needed,
 )
+from sglang_probe.studies.evict.needed import NEEDED_FILE, record_needed
 from sglang_probe.studies.evict.requests import forced, kept_request, lookahead_request, with_truth
 from sglang_probe.studies.evict.stages import FULL, REFERENCE, Clock, open_folder, select_and_judge
 from sglang_probe.studies.evict.study import OFFLINE_FILE
@@ -99,6 +100,9 @@ def run(
     open_folder(folder, config, overwrite=overwrite, resume=resume)
     clock = Clock(folder, fresh=overwrite)
     again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
+    if config.needed and not (folder / NEEDED_FILE).exists():
+        with clock.stage("needed positions"):
+            record_needed(prepared, config.protocols, config.trivial.sinks, folder, reporter, seed=config.seed)
     selected = (folder / OFFLINE_FILE).exists()
     with EngineHost() as host:
         with clock.stage("full cache"):

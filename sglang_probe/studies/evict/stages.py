@@ -19,6 +19,7 @@ from sglang_probe.studies.evict.asked import KeptSets
 from sglang_probe.studies.evict.config import SETTLED, EvictionConfig
 from sglang_probe.studies.evict.layers import batches
 from sglang_probe.studies.evict.lookahead_runs import Ahead
+from sglang_probe.studies.evict.needed import NEEDED_FILE, read_needed
 from sglang_probe.studies.evict.offline import Offline, run_offline, spoiled
 from sglang_probe.studies.evict.study import (
     EXCLUDED_FILE,
@@ -113,7 +114,7 @@ def open_folder(folder: Path, config: EvictionConfig, *, overwrite: bool, resume
 
 def _discard(folder: Path, tasks: Iterable[str]) -> None:
     """Delete the tables of a study and all runs and kept sets of its tasks."""
-    for name in (OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE):
+    for name in (OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE, NEEDED_FILE):
         (folder / name).unlink(missing_ok=True)
     for path in (p for task in tasks for p in folder.glob(f"{glob.escape(task)}.*")):
         if (path / MANIFEST).exists():
@@ -138,7 +139,8 @@ def select_and_judge(
     out, entries = Offline(), config.entries
     for task, ours in prepared.items():
         layers = list(range(ours.model.layers)) if config.layers is None else config.layers
-        found = list(batches(runs[task][FULL], layers, model=ours.model.path))
+        needed = read_needed(folder, task)
+        found = list(batches(runs[task][FULL], layers, model=ours.model.path, needed=needed))
         kept = KeptSets()
         steps = len(found) * len(config.protocols) * (len(entries) + len(spoiled(config.controls)))
         with reporter.requests(f"{task}: selecting and judging", steps) as counter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sglang_probe.studies.evict.grid import Entry, caveats, listing
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
+from sglang_probe.studies.evict.needed import NEEDED_FILE, needed_summary
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
 from sglang_probe.studies.evict.predict import predictors
 from sglang_probe.studies.evict.summary import by_head, gaps, means
@@ -25,8 +26,8 @@ OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "e
 POINTS_FILE = "points.parquet"
 """Of every policy, budget, protocol and task the mean of each offline metric beside the outcome."""
 
-PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo")
-_LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial")
+PREDICTORS = ("nontrivial", "prompt_mass", "mass", "hit", "hit_max", "hit_early", "ndcg", "rbo", "needed_kept")
+_LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial", "needed_kept")
 """Metrics that the summary has; the tables have all."""
 
 PREDICTORS_LOW = ("output_error", "head_error", "gini", "lost_everywhere")
@@ -75,6 +76,8 @@ class EvictionResult:
     """What a policy is not made for in this model."""
     outcome: str = "accuracy"
     """What predictors are held against."""
+    needed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """What the answers need, by task and protocol (`needed.needed_summary`); empty if it was not looked for."""
 
     @property
     def ok(self) -> bool:
@@ -94,7 +97,17 @@ class EvictionResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the report."""
-        names = ("offline", "mass_gaps", "outcome_gaps", "predictors", "heads", "points", "policies", "excluded")
+        names = (
+            "offline",
+            "mass_gaps",
+            "outcome_gaps",
+            "predictors",
+            "heads",
+            "points",
+            "policies",
+            "excluded",
+            "needed",
+        )
         frames = {name: getattr(self, name) for name in (*names, "lengths", "served")}
         return frames | {f"outcomes_{d}": frame for d, frame in self.outcomes.items()}
 
@@ -115,6 +128,7 @@ class EvictionResult:
             "outcomes": {d: records(frame[frame["metric"].isin(_LEADING)]) for d, frame in self.outcomes.items()},
             "offline": records(self.offline[self.offline["metric"].isin(_LEADING)]),
             "outcome_gaps": records(self.outcome_gaps),
+            "needed": records(self.needed),
             "predictors": records(self.predictors),
             "policies": records(self.policies),
         }
@@ -181,6 +195,7 @@ def study_eviction(
         seconds=seconds,
         caveats=caveats(entries, int(manifest["model"]["layers"])),
         outcome=outcome,
+        needed=needed_summary(pd.read_parquet(found)) if (found := folder / NEEDED_FILE).exists() else pd.DataFrame(),
     )
 
 

@@ -198,12 +198,25 @@ def test_frames_name_their_cells() -> None:
     assert isinstance(rows, pd.DataFrame)
 
 
-def test_with_the_question_hidden_the_first_answers_needs_count() -> None:
+def test_with_the_question_hidden_other_positions_are_needed() -> None:
     found = batch()
-    needed, first = (torch.zeros(3, 2, LENGTH, dtype=torch.bool) for _ in range(2))
-    needed[..., 3], first[..., 5] = True, True
-    found = replace(found, layer=replace(found.layer, needed_L=needed), first_needed_L=first)
+    visible, hidden = (torch.zeros(3, 2, LENGTH, dtype=torch.bool) for _ in range(2))
+    visible[..., [3, CONTEXT]], hidden[..., [3, 5]] = True, True
+    found = replace(found, layer=replace(found.layer, needed_L=visible), hidden_needed_L=hidden)
     kept = {p: found.under(p).needed_L for p in (VISIBLE, HIDDEN)}
-    assert kept[VISIBLE][0, 0].nonzero().flatten().tolist() == [3]
+    assert kept[VISIBLE][0, 0].nonzero().flatten().tolist() == [3, CONTEXT]
     assert kept[HIDDEN][0, 0].nonzero().flatten().tolist() == [3, 5]
     assert kept[HIDDEN].shape[-1] == CONTEXT
+
+
+def test_needed_positions_kept_are_counted_among_candidates() -> None:
+    # The first position and the last two are kept by all; the last four by this policy.
+    for needed, kept in (([0, 3, LENGTH - 4], 0.5), ([LENGTH - 4], 1.0), ([2, 3], 0.0), ([0, LENGTH - 1], None)):
+        needed_L = torch.zeros(3, 2, LENGTH, dtype=torch.bool)
+        needed_L[..., needed] = True
+        layer = replace(batch().layer, needed_L=needed_L)
+        policy = parse_method({"method": "streaming_llm", "sinks": 1})
+        found = Judge(layer, TRIVIAL, 2)(policy, policy.select(layer, 5), 5).by_request
+        assert found["needed_kept"].tolist() == pytest.approx([float("nan") if kept is None else kept] * 3, nan_ok=True)
+        chance = float("nan") if kept is None else 2 / (LENGTH - 3)
+        assert found["needed_kept_chance"].tolist() == pytest.approx([chance] * 3, nan_ok=True)
