@@ -16,7 +16,7 @@ from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.predict import predictors
 from sglang_probe.studies.evict.study import EvictionResult, Sanity
-from sglang_probe.studies.evict.summary import by_head, gaps, means
+from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.studies.factorial import cells
 from sglang_probe.studies.factorial import study as factorial_study
 from sglang_probe.studies.factorial.study import FactorialOptions, FactorialResult
@@ -212,6 +212,7 @@ def factorial(layers: int = 1, prompts: int = 3) -> FactorialResult:
 def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, engine: bool = True) -> EvictionResult:
     """Random selections, judged; with `engine`, answers too."""
     policies = [("baseline", "protected random"), *(("method", f"method_{i}") for i in range(methods))]
+    policies += [("published", f"method_{i}") for i in range(methods)]
     policies += [("oracle", "static_mean"), ("control", "method_0: shuffled keys")]
     budgets = ["1/8", "1/2"]
     listed = pd.DataFrame(policies, columns=["kind", "policy"])
@@ -251,6 +252,9 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
         sanity=Sanity(4, 4) if engine else None,
         served=pd.DataFrame(),
         seconds={"offline grid": 1.0},
+        protection=pd.concat(
+            [protection(answered, ["accuracy"]), protection(offline, evict_study.PROTECTED_METRICS)], ignore_index=True
+        ),
     )
 
 

@@ -12,9 +12,10 @@ from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.evict.grid import BASELINE
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
-from sglang_probe.studies.evict.offline_page import TESTED, controls, heads, mass
+from sglang_probe.studies.evict.offline_page import TESTED, controls, equal_terms, heads, mass
 from sglang_probe.studies.evict.outcome import OUTCOMES
 from sglang_probe.studies.evict.study import EvictionResult
+from sglang_probe.studies.evict.summary import KINDS
 from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
     accuracy_table,
@@ -38,6 +39,7 @@ def eviction_page(result: EvictionResult) -> Page:
     """The page of one study: what each method keeps, what is generated from it, and which metric foretells it."""
     sections = [_curves(result), _accuracy(result), _prediction(result)] if result.outcomes else []
     sections += [
+        equal_terms(result),
         mass(result),
         heads(result),
         controls(result),
@@ -55,7 +57,7 @@ def eviction_page(result: EvictionResult) -> Page:
             result.manifest,
             ("tasks", ", ".join(f"{t} ({n} prompts)" for t, n in _prompts(result).items()) or "none"),
             ("budgets", ", ".join(budgets_of(result.offline)) + " of the positions that are compressed, per kv head"),
-            ("always kept by protected random", _trivial(result)),
+            ("always kept by every policy", _protected(result)),
         ),
         sections=[s for s in sections if s is not None],
         footer=footer(result.manifest, "Every number was measured in the runs of this study's folder."),
@@ -277,7 +279,8 @@ def _accuracy(result: EvictionResult) -> Section:
         tables.append(gap_table(result.outcome_gaps, budget, title, "outcome_gaps"))
     others = [m for m in OUTCOMES if m != result.outcome]
     decode = next(iter(result.outcomes))
-    part = only(_first(result), metric=others, budget=[budget, "1"])
+    kinds = [k for k in KINDS if k != "published"]
+    part = only(_first(result), metric=others, budget=[budget, "1"], kind=kinds)
     tables += metrics_tables(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}")
     return Section(
         heading="What was generated",
@@ -390,9 +393,12 @@ def _prompts(result: EvictionResult) -> dict[str, int]:
     return {str(t): int(n) for t, n in result.lengths.groupby("task", sort=False)["prompts"].max().items()}
 
 
-def _trivial(result: EvictionResult) -> str:
-    t = result.config["trivial"]
-    return f"the first {t['sinks']} and the last {t['window']} positions"
+def _protected(result: EvictionResult) -> str:
+    trivial = result.config["trivial"]
+    sinks, recent = trivial["sinks"], trivial["window"]
+    if (protect := result.config.get("protect")) is not None:
+        sinks, recent = protect["sinks"], protect["recent"]
+    return f"the first {sinks} and the last {recent} positions"
 
 
 def _said(outcome: str) -> str:

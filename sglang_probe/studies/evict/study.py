@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
 from sglang_probe.studies.evict.predict import predictors
-from sglang_probe.studies.evict.summary import by_head, gaps, means
+from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.verify.check import Check
 
 OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "excluded.parquet"
@@ -30,6 +30,8 @@ _LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial")
 """Metrics that the summary has; the tables have all."""
 
 PREDICTORS_LOW = ("output_error", "head_error", "gini", "lost_everywhere")
+PROTECTED_METRICS = ("output_error", "mass")
+"""In which protection is judged offline. Non-trivial mass would not do: it leaves out what is protected."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class EvictionResult:
     """What a policy is not made for in this model."""
     outcome: str = "accuracy"
     """What predictors are held against."""
+    protection: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Methods under the study's always-kept set beside the one that they are published with (`summary.protection`)."""
 
     @property
     def ok(self) -> bool:
@@ -94,8 +98,8 @@ class EvictionResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the report."""
-        names = ("offline", "mass_gaps", "outcome_gaps", "predictors", "heads", "points", "policies", "excluded")
-        frames = {name: getattr(self, name) for name in (*names, "lengths", "served")}
+        measured = ("offline", "protection", "mass_gaps", "outcome_gaps", "predictors", "heads", "points")
+        frames = {name: getattr(self, name) for name in (*measured, "policies", "excluded", "lengths", "served")}
         return frames | {f"outcomes_{d}": frame for d, frame in self.outcomes.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +120,7 @@ class EvictionResult:
             "offline": records(self.offline[self.offline["metric"].isin(_LEADING)]),
             "outcome_gaps": records(self.outcome_gaps),
             "predictors": records(self.predictors),
+            "protection": records(self.protection),
             "policies": records(self.policies),
         }
 
@@ -148,8 +153,10 @@ def study_eviction(
         names = [n for n in names if n not in OF_ANSWERS]
     outcomes = {d: means(rows, names) for d, rows in by_request.items()}
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
-    mass_gaps = gaps(offline, "prompt_mass", oracle) if oracle else pd.DataFrame()
+    # The bound keeps what all others keep: beside another always-kept set it is none.
+    mass_gaps = gaps(offline[offline["kind"] != "published"], "prompt_mass", oracle) if oracle else pd.DataFrame()
     predicted, points, outcome_gaps = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+    protected = [protection(offline, PROTECTED_METRICS)]
     first = next((d for d, forced in decodes if not forced), None)
     if first is not None:
         rows = by_request[first]
@@ -158,6 +165,7 @@ def study_eviction(
         predicted = predictors(offline, rows, known, outcome)
         points = _points(offline, rows, known, outcome)
         outcome_gaps = _outcome_gaps(rows, outcome)
+        protected.insert(0, protection(rows, [outcome]))
     if len(points):
         points.to_parquet(folder / POINTS_FILE)
     manifest = next(iter(full.values())).manifest
@@ -181,6 +189,7 @@ def study_eviction(
         seconds=seconds,
         caveats=caveats(entries, int(manifest["model"]["layers"])),
         outcome=outcome,
+        protection=pd.concat([p for p in protected if len(p)] or protected[:1], ignore_index=True),
     )
 
 
@@ -227,7 +236,7 @@ def _exact(judged: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame) -
 def _outcome_gaps(rows: pd.DataFrame, outcome: str) -> pd.DataFrame:
     """The share of what eviction at random costs that a policy wins back: the bound is the full cache."""
     full = rows[rows["policy"] == FULL_CACHE].set_index(["task", "protocol", "rid"])[outcome].rename("full_cache")
-    joined = rows[rows["kind"] != "full"].join(full, on=["task", "protocol", "rid"])
+    joined = rows[~rows["kind"].isin(["full", "published"])].join(full, on=["task", "protocol", "rid"])
     return gaps(joined, outcome, None, upper="full_cache")
 
 

@@ -11,7 +11,7 @@ from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, asked_of, che
 from sglang_probe.studies.evict.grid import BASELINE, Trivial, caveats, entries_of
 from sglang_probe.studies.evict.outcome import OUTCOMES, compare, judge_outputs
 from sglang_probe.studies.evict.predict import ALL, predictors
-from sglang_probe.studies.evict.summary import gaps, means
+from sglang_probe.studies.evict.summary import gaps, means, protection
 
 RIDS = [f"r{i}" for i in range(8)]
 
@@ -47,6 +47,19 @@ def test_oracles_and_controls_are_shown_and_not_tested() -> None:
     found = means(frame, ["nontrivial"]).set_index("policy")
     assert found["p"].isna().all()
     assert found.loc["o", "difference"] == pytest.approx(0.8)
+
+
+def test_methods_as_published_are_not_tested_and_stand_beside_themselves_on_equal_terms() -> None:
+    equal, own = [0.5 + 0.01 * i for i in range(8)], [0.3 + 0.02 * i for i in range(8)]
+    cells = {("method", "m", "1/8"): equal, ("published", "m", "1/8"): own, ("published", "random", "1/8"): own}
+    frame = rows({**RANDOM, **cells, ("method", "n", "1/2"): own})
+    found = means(frame, ["nontrivial"])
+    assert found[found["p"].notna()]["kind"].unique().tolist() == ["method"]
+    (r,) = protection(frame, ["nontrivial"]).to_dict("records")
+    assert (r["policy"], r["budget"], r["n"]) == ("m", "1/8", 8)
+    assert [r["equal"], r["published"], r["difference"]] == pytest.approx([0.535, 0.37, 0.165])
+    assert 0.1 < r["difference_low"] < 0.165 < r["difference_high"] < 0.23
+    assert protection(rows(RANDOM), ["nontrivial"]).empty
 
 
 def test_chance_levels_and_prompts_without_a_value() -> None:
