@@ -161,7 +161,16 @@ def drift(layers: int = 2, heads: int = 2, prompts: int = 6, steps: int = 9) -> 
             *("captured", "first", "last", "earlier", "split_half", "random"),
         ),
         "recall": random(every(**base, step=list(range(1, steps + 1))), "window", "recency", "random"),
-        "changes": random(every(**base, head=all_heads).assign(steps=steps, step=2), "p", "p_shuffled"),
+        "placebo": random(
+            every(**base, border=[0, 1, 2], kind=["raw", "centred"], distance=[1, 8]).assign(
+                at=70, where="text", pairs=3
+            ),
+            *("prompt", "decode"),
+        ),
+        "placebo_recall": random(
+            every(**base, border=[0, 1], step=list(range(1, steps + 1))), "window", "recency", "random", seed=1
+        ),
+        "changes": random(every(**base, head=all_heads).assign(steps=steps, step=2, block=2), "p", "p_text"),
         "controls": random(
             every(**base, control=["as recorded", "shuffled keys"]),
             *("pre_centred", "pre_centred_nearest", "js", "mass", "mass_chance"),
