@@ -130,7 +130,7 @@ def test_a_planted_change_at_the_border_is_found_with_its_size() -> None:
         turned, plain = excess_of(seed, turn=True), excess_of(seed, turn=False)
         assert (turned["p"] <= 0.01).all()
         assert (turned["q"] <= 0.01).all()
-        assert (turned["beyond_low"] > 0).all()
+        assert (turned["beyond_low"].loc[[1, 4]] > 0.1).all()
         pd.testing.assert_series_equal(turned["placebo"], plain["placebo"])
         assert (turned["borders"] == 7 * 5).all()
 
