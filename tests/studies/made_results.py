@@ -14,7 +14,7 @@ from sglang_probe.studies.ab.study import AbResult
 from sglang_probe.studies.evict import study as evict_study
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.outcome import OUTCOMES
-from sglang_probe.studies.evict.predict import predictors
+from sglang_probe.studies.evict.predict import predictor_pairs, predictors
 from sglang_probe.studies.evict.study import EvictionResult, Sanity
 from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.studies.factorial import cells
@@ -254,6 +254,7 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
         mass_gaps=gaps(offline, "prompt_mass", "static_mean"),
         outcome_gaps=evict_study._outcome_gaps(answered, "accuracy") if engine else pd.DataFrame(),
         predictors=predictors(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
+        predictor_pairs=predictor_pairs(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         heads=by_head(random(by_cell, "held").assign(mass=1.0)),
         points=evict_study._points(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         excluded=pd.DataFrame(),

@@ -17,7 +17,7 @@ from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
-from sglang_probe.studies.evict.predict import predictors
+from sglang_probe.studies.evict.predict import predictor_pairs, predictors
 from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.verify.check import Check
 
@@ -77,6 +77,8 @@ class EvictionResult:
     """What a policy is not made for in this model."""
     outcome: str = "accuracy"
     """What predictors are held against."""
+    predictor_pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Which of two metrics predicts better (`predict.predictor_pairs`)."""
     protection: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Methods under the study's always-kept set beside the one that they are published with (`summary.protection`)."""
 
@@ -98,8 +100,10 @@ class EvictionResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the report."""
-        measured = ("offline", "protection", "mass_gaps", "outcome_gaps", "predictors", "heads", "points")
-        frames = {name: getattr(self, name) for name in (*measured, "policies", "excluded", "lengths", "served")}
+        measured = ("offline", "protection", "mass_gaps", "outcome_gaps", "predictors", "predictor_pairs", "heads")
+        frames = {
+            name: getattr(self, name) for name in (*measured, "points", "policies", "excluded", "lengths", "served")
+        }
         return frames | {f"outcomes_{d}": frame for d, frame in self.outcomes.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class EvictionResult:
             "offline": records(self.offline[self.offline["metric"].isin(_LEADING)]),
             "outcome_gaps": records(self.outcome_gaps),
             "predictors": records(self.predictors),
+            "predictor_pairs": records(self.predictor_pairs),
             "protection": records(self.protection),
             "policies": records(self.policies),
         }
@@ -155,7 +160,7 @@ def study_eviction(
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
     # The bound keeps what all others keep: beside another always-kept set it is none.
     mass_gaps = gaps(offline[offline["kind"] != "published"], "prompt_mass", oracle) if oracle else pd.DataFrame()
-    predicted, points, outcome_gaps = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+    predicted, pairs, points, outcome_gaps = (pd.DataFrame() for _ in range(4))
     protected = [protection(offline, PROTECTED_METRICS)]
     first = next((d for d, forced in decodes if not forced), None)
     if first is not None:
@@ -163,6 +168,7 @@ def study_eviction(
         measures = (*PREDICTORS, *PREDICTORS_LOW)
         known = [m for m in measures if m in offline and offline[m].notna().any()]
         predicted = predictors(offline, rows, known, outcome)
+        pairs = predictor_pairs(offline, rows, known, outcome)
         points = _points(offline, rows, known, outcome)
         outcome_gaps = _outcome_gaps(rows, outcome)
         protected.insert(0, protection(rows, [outcome]))
@@ -180,6 +186,7 @@ def study_eviction(
         mass_gaps=mass_gaps,
         outcome_gaps=outcome_gaps,
         predictors=predicted,
+        predictor_pairs=pairs,
         heads=heads,
         points=points,
         excluded=pd.read_parquet(folder / EXCLUDED_FILE),

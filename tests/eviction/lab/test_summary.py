@@ -10,7 +10,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, asked_of, check_served, over_repeats, with_full
 from sglang_probe.studies.evict.grid import BASELINE, Trivial, caveats, entries_of
 from sglang_probe.studies.evict.outcome import OUTCOMES, compare, judge_outputs
-from sglang_probe.studies.evict.predict import ALL, predictors
+from sglang_probe.studies.evict.predict import ALL, predictor_pairs, predictors
 from sglang_probe.studies.evict.summary import gaps, means, protection
 
 RIDS = [f"r{i}" for i in range(8)]
@@ -118,6 +118,27 @@ def test_metrics_are_told_apart_over_policies() -> None:
     assert (every["low"] < every["spearman"]).all()
     assert (every["spearman"] < every["high"]).all()
     assert every.loc["ndcg", "below_best_low"] > 0.1
+    pairs = predictor_pairs(offline, outcomes, list(sizes), "accuracy").set_index(["metric", "other"])
+    best, second = close.index
+    assert pairs.index.tolist() == [(best, second), (best, "ndcg"), (second, "ndcg")]
+    assert pairs["told"].tolist() == [False, True, True]
+    assert pairs["difference"].iloc[0] == close["below_best"].iloc[1]
+
+
+def test_prompts_that_rank_policies_otherwise_widen_the_interval() -> None:
+    """The same means of 12 policies, from prompts that agree and from prompts that do not."""
+    rng = np.random.default_rng(1)
+    good = dict(zip([*"abcdefghijk", BASELINE], rng.normal(size=12), strict=True))
+    cell = {p: ("baseline" if p == BASELINE else "method", p, "1/8") for p in good}
+    spread = rng.normal(size=(12, 8)) * 2
+    spread -= spread.mean(1, keepdims=True)
+    seen = {p: g + 0.3 * rng.normal() for p, g in good.items()}
+    outcomes = rows({cell[p]: [g] * 8 for p, g in good.items()}, "accuracy")
+    calm = rows({cell[p]: [seen[p]] * 8 for p in good}, "mass")
+    wild = rows({cell[p]: list(seen[p] + spread[i]) for i, p in enumerate(good)}, "mass")
+    found = [predictors(x, outcomes, ["mass"], "accuracy").iloc[0] for x in (calm, wild)]
+    assert found[0]["spearman"] == pytest.approx(found[1]["spearman"])
+    assert found[1]["high"] - found[1]["low"] > found[0]["high"] - found[0]["low"] + 0.02
 
 
 def test_a_method_that_is_not_made_for_so_few_layers_is_said_to_be_so() -> None:
