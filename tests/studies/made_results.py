@@ -19,6 +19,7 @@ from sglang_probe.studies.evict.study import EvictionResult, Sanity
 from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.studies.factorial import cells
 from sglang_probe.studies.factorial import study as factorial_study
+from sglang_probe.studies.factorial.distances import curves
 from sglang_probe.studies.factorial.study import FactorialOptions, FactorialResult
 from sglang_probe.studies.floor import EFFECT, FLOOR, floor_table
 from sglang_probe.studies.phase.study import CONTRASTS, HUMAN, REFORWARD, PhaseResult
@@ -211,6 +212,7 @@ def factorial(layers: int = 1, prompts: int = 3) -> FactorialResult:
         cells=found,
         effects=pd.concat([effects, *more], ignore_index=True),
         table=factorial_study.dapq_table(found),
+        curves=curves(found),
         prompts=prompts,
         reused=0.5,
         checks=CHECKS,
