@@ -174,3 +174,20 @@ def test_a_draw_of_borders_by_hand() -> None:
     assert placebo_p(some) < 0.02
     assert within_sd(np.array([[1.0, 3.0], [5.0, 7.0], [2.0, np.nan]])) == pytest.approx(math.sqrt(2))
     assert np.isnan(within_sd(np.array([[1.0, np.nan]])))
+
+
+def test_prompts_too_short_for_another_border_have_no_placebo_and_say_so() -> None:
+    tables = Tables()
+    short = OPTIONS.model_copy(update={"window": 56})
+    cover = WindowCoverage(56, 0, 0, np.ones(56, dtype=bool))
+    for i in range(6):
+        c, other = (replace(request(10 * i + 100 * n), window=56) for n in (0, 1))
+        measure(tables, f"r{i}", 0, c, other, cover, short)
+    found = summarise(tables.frames(), {f"r{i}": f"r{i}" for i in range(6)}, short)
+    assert len(found.excess)
+    assert found.excess["excess"].notna().all()
+    assert (found.excess["borders"] == 0).all()
+    for frame, columns in ((found.excess, ["placebo", "placebo_sd", "p", "q"]), (found.horizon, ["placebo_mean", "p"])):
+        assert frame[columns].isna().all().all()
+    assert found.changes["found"].notna().all()
+    assert found.changes["text"].isna().all()
