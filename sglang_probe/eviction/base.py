@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -70,6 +70,13 @@ class Policy(Config, ABC):
     def protected(self, layer: Layer, budget: int) -> Tensor:
         """Always-kept positions, bool, broadcast to `[..., G, L]`."""
         return protected_mask(layer.length, sinks=self.sinks, recent=self.recent)
+
+    def protecting(self, sinks: int, recent: int) -> Self:
+        """The same policy with another always-kept set, so that several can be compared under one.
+
+        What a policy keeps by its rule, such as the recent half of H2O, is its own and stays.
+        """
+        return self.model_copy(update={"sinks": sinks, "recent": recent})
 
     def budgets(self, layer: Layer, budget: int) -> Tensor:
         """Positions to keep per kv head, `[..., G]`; `budget` everywhere unless the method allocates."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import SerializeAsAny, field_validator, model_validator
 from torch import Tensor
@@ -46,6 +46,10 @@ class Wrapper(Method):
     def protected(self, layer: Layer, budget: int) -> Tensor:
         """The base's always-kept set."""
         return self.base.protected(layer, budget)
+
+    def protecting(self, sinks: int, recent: int) -> Self:
+        """The same around the base with another always-kept set."""
+        return self.model_copy(update={"base": self.base.protecting(sinks, recent)})
 
     def budgets(self, layer: Layer, budget: int) -> Tensor:
         """The base's budgets."""

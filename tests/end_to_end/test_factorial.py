@@ -64,6 +64,10 @@ def test_every_cell_runs_behind_a_cached_prompt_and_the_identity_is_the_floor(cl
     assert after["nll", "baseline", "full"] == 0
     assert after["nll", "baseline", "oracle"] < after["nll", "baseline", "random"]
     assert after["agreement"].index.get_level_values("position").nunique() == 2 + 4
+    curves = pd.read_parquet(folder / "tables" / "curves.parquet")
+    mine = curves[(curves["layer"] == "all") & (curves["outcome"] == "mass@0.25")].set_index(["curve", "level"])
+    assert mine.loc[("content", "real"), "distance"] < 1e-5
+    assert mine.loc[("position", "+1"), "distance"] < mine.loc[("position", "zero"), "distance"]
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ok"]

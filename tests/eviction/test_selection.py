@@ -65,6 +65,20 @@ def test_every_layer_keeps_its_budget_and_the_protected_positions(name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_under_one_protection_every_policy_keeps_the_same_ends_and_its_exact_budget(name: str) -> None:
+    layer = stack(all_layers())
+    method = small(name).protecting(2, 2)
+    keep = method.select(layer, 6).keep_TGL
+    assert keep[..., :2].all()
+    assert keep[..., -2:].all()
+    assert keep.sum() == 6 * keep[..., 0].numel()
+    if name not in ("h2o", "quest"):  # half of H2O's budget is the most recent, and Quest's pages are of two
+        assert method.protected(layer, 6).expand(layer.shape_GL).sum(-1).unique().tolist() == [4]
+    shown = method.parameters().get("base", method.parameters())
+    assert (shown["sinks"], shown["recent"]) == (2, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stack_of_layers_gives_what_each_layer_gives_alone(name: str) -> None:
     together = small(name).select(stack([stack(all_layers()[:2]), stack(all_layers()[2:])]), 6)
     for i, layer in enumerate(all_layers()):

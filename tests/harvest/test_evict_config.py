@@ -50,6 +50,21 @@ def test_bad_lines_of_every_task_that_reads_a_file_are_passed_over() -> None:
         with_skip_bad(config(), True)
 
 
+def test_all_policies_protect_what_is_trivial_unless_the_study_says_otherwise() -> None:
+    plain = config(trivial={"sinks": 2, "window": 6})
+    assert (plain.protection.sinks, plain.protection.recent) == (2, 6)
+    other = config(trivial={"sinks": 2, "window": 6}, protect={"sinks": 1, "recent": 3})
+    assert {(e.policy.sinks, e.policy.recent) for e in other.entries if e.kind != "published"} == {(1, 3)}
+    assert [(e.label, e.kind) for e in other.entries if e.label == "snapkv"] == [
+        ("snapkv", "method"),
+        ("snapkv", "published"),
+    ]
+    alone = config(methods=["quest", {"method": "snapkv", "window": 8}], as_published=False)
+    assert "published" not in {e.kind for e in alone.entries}
+    with pytest.raises(ConfigError, match="is its baseline"):
+        config(as_published=False)
+
+
 def test_budgets_are_shares_or_positions() -> None:
     assert config().budgets == [Fraction(1, 8), 64]
     assert config().model_dump(mode="json")["budgets"] == ["1/8", "64"]
@@ -77,6 +92,7 @@ def test_everything_and_one_position_are_two_budgets() -> None:
         ({"decode": [{}, {}]}, "the same temperature"),
         ({"cut": {"prompt_tokens": 16, "question_tokens": 16}}, "leaves no context"),
         ({"budget": ["1/8"]}, "did you mean `budgets`"),
+        ({"protect": {"sinks": 4}}, "recent"),
         ({"rows": {"window": 8}}, "`rows` has no meaning in an eviction study: methods choose among all"),
         ({"telemetry": {}}, "`telemetry` has no meaning .* some of them"),
         ({"workload": {"source": "retrieval"}}, "`workload` has no meaning .* give `workloads`"),
@@ -91,18 +107,18 @@ def test_what_cannot_be_run_is_refused_with_its_reason(changes: dict[str, Any], 
 
 def test_the_plan_counts_what_will_be_served() -> None:
     found = counts(config(decode=[{}, {"temperature": 1, "repeats": 3}]), {"recall": 10})
-    # Baseline, random and snapkv evict; two budgets and two protocols; one sanity set per protocol.
-    assert found.kept == 10 * (3 * 4 + 2)
+    # Baseline, random as published, and snapkv in both ways evict; two budgets and two protocols; one sanity set each.
+    assert found.kept == 10 * (4 * 4 + 2)
     (row,) = found.rows
     assert row == {
         "task": "recall",
         "full cache": 20,
-        "kept sets": 140,
-        "greedy": 10 * (1 + 12 + 2),
-        "t1": 10 * 3 * (1 + 12),
-        "forced": 10 * (1 + 12 + 2),
+        "kept sets": 180,
+        "greedy": 10 * (1 + 16 + 2),
+        "t1": 10 * 3 * (1 + 16),
+        "forced": 10 * (1 + 16 + 2),
     }
-    assert (found.requests, found.starts) == (20 + 150 + 390 + 150, 3)
+    assert (found.requests, found.starts) == (20 + 190 + 510 + 190, 3)
     offline = counts(config(in_engine=False), {"recall": 10})
     assert (offline.requests, offline.starts) == (20, 1)
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from sglang_probe.stats.agreement import mean_spearman, spearman, without_each
-from sglang_probe.stats.intervals import jackknife_interval
+from sglang_probe.stats.intervals import crossed_interval, jackknife_interval
 
 
 def test_rank_correlations_are_those_of_scipy_ties_included() -> None:
@@ -56,3 +56,38 @@ def test_the_interval_over_policies_covers_the_correlation_of_endless_policies()
         found = jackknife_interval(np.asarray(whole), without, bounds=(-1.0, 1.0))
         covered += bool(found.low <= truth <= found.high)
     assert covered / 400 >= 0.915  # 0.95 less three standard errors
+
+
+def test_the_interval_over_policies_and_prompts_holds_both() -> None:
+    policies, prompts = np.linspace(0.4, 0.6, 9), np.linspace(0.45, 0.55, 12)
+    one, other = (jackknife_interval(np.float64(0.5), w) for w in (policies, prompts))
+    low, high = crossed_interval(0.5, policies, prompts)
+    assert high - 0.5 == pytest.approx(np.hypot(one.high - 0.5, other.high - 0.5))
+    assert 0.5 - low == pytest.approx(np.hypot(0.5 - one.low, 0.5 - other.low))
+    # Prompts that change no rank add nothing; too few of them are no sample.
+    assert crossed_interval(0.5, policies, np.full(12, 0.5)) == pytest.approx((float(one.low), float(one.high)))
+    assert np.isnan(crossed_interval(0.5, policies, np.full(5, 0.5))).all()
+    assert np.isnan(crossed_interval(0.5, np.full(9, 0.5), np.full(9, 0.5))).all()
+    assert crossed_interval(0.9, np.linspace(0.5, 1, 9), prompts, bounds=(-1, 1))[1] == 1.0
+
+
+@pytest.mark.parametrize("prompts", [8, 12])
+def test_that_interval_covers_the_correlation_of_endless_policies_on_endless_prompts(prompts: int) -> None:
+    """21 policies whose metric and outcome are means over prompts, which favour some policies."""
+    rng = np.random.default_rng(prompts)
+
+    def sides(policies: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        good, own = rng.normal(size=(2, 1, policies))
+        noise = rng.normal(size=(2, n, policies))
+        return good + 0.7 * own + noise[0], good + 1.5 * noise[1]
+
+    good, own = rng.normal(size=(2, 200_000))
+    truth = float(spearman(good + 0.7 * own, good))
+    covered = 0
+    for _ in range(300):
+        x, y = sides(21, prompts)
+        whole, policies = mean_spearman([without_each(x.mean(0), y.mean(0))])
+        less = spearman(*((side.sum(0) - side) / (prompts - 1) for side in (x, y)))
+        low, high = crossed_interval(whole, policies, less, bounds=(-1.0, 1.0))
+        covered += low <= truth <= high
+    assert covered / 300 >= 0.91  # 0.95 less three standard errors

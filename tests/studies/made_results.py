@@ -14,11 +14,12 @@ from sglang_probe.studies.ab.study import AbResult
 from sglang_probe.studies.evict import study as evict_study
 from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.outcome import OUTCOMES
-from sglang_probe.studies.evict.predict import predictors
+from sglang_probe.studies.evict.predict import predictor_pairs, predictors
 from sglang_probe.studies.evict.study import EvictionResult, Sanity
-from sglang_probe.studies.evict.summary import by_head, gaps, means
+from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.studies.factorial import cells
 from sglang_probe.studies.factorial import study as factorial_study
+from sglang_probe.studies.factorial.distances import curves
 from sglang_probe.studies.factorial.study import FactorialOptions, FactorialResult
 from sglang_probe.studies.floor import EFFECT, FLOOR, floor_table
 from sglang_probe.studies.phase.study import CONTRASTS, HUMAN, REFORWARD, PhaseResult
@@ -183,7 +184,16 @@ def drift(layers: int = 2, heads: int = 2, prompts: int = 6, steps: int = 9) -> 
             *("captured", "first", "last", "earlier", "split_half", "random"),
         ),
         "recall": random(every(**base, step=list(range(1, steps + 1))), "window", "recency", "random"),
-        "changes": random(every(**base, head=all_heads).assign(steps=steps, step=2), "p", "p_shuffled"),
+        "placebo": random(
+            every(**base, border=[0, 1, 2], kind=["raw", "centred"], distance=[1, 8]).assign(
+                at=70, where="text", pairs=3
+            ),
+            *("prompt", "decode"),
+        ),
+        "placebo_recall": random(
+            every(**base, border=[0, 1], step=list(range(1, steps + 1))), "window", "recency", "random", seed=1
+        ),
+        "changes": random(every(**base, head=all_heads).assign(steps=steps, step=2, block=2), "p", "p_text"),
         "controls": random(
             every(**base, control=["as recorded", "shuffled keys"]),
             *("pre_centred", "pre_centred_nearest", "js", "mass", "mass_chance"),
@@ -224,6 +234,7 @@ def factorial(layers: int = 1, prompts: int = 3) -> FactorialResult:
         cells=found,
         effects=pd.concat([effects, *more], ignore_index=True),
         table=factorial_study.dapq_table(found),
+        curves=curves(found),
         prompts=prompts,
         reused=0.5,
         checks=CHECKS,
@@ -234,6 +245,7 @@ def factorial(layers: int = 1, prompts: int = 3) -> FactorialResult:
 def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, engine: bool = True) -> EvictionResult:
     """Random selections, judged; with `engine`, answers too."""
     policies = [("baseline", "protected random"), *(("method", f"method_{i}") for i in range(methods))]
+    policies += [("published", f"method_{i}") for i in range(methods)]
     policies += [("oracle", "static_mean"), ("control", "method_0: shuffled keys")]
     budgets = ["1/8", "1/2"]
     listed = pd.DataFrame(policies, columns=["kind", "policy"])
@@ -266,6 +278,7 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
         mass_gaps=gaps(offline, "prompt_mass", "static_mean"),
         outcome_gaps=evict_study._outcome_gaps(answered, "accuracy") if engine else pd.DataFrame(),
         predictors=predictors(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
+        predictor_pairs=predictor_pairs(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         heads=by_head(random(by_cell, "held").assign(mass=1.0)),
         points=evict_study._points(offline, answered, known, "accuracy") if engine else pd.DataFrame(),
         excluded=pd.DataFrame(),
@@ -282,6 +295,9 @@ def evict(methods: int = 4, prompts: int = 6, layers: int = 2, heads: int = 2, e
             control_breaks=0.0,
             drop=4.0,
             control_drop=0.1,
+        ),
+        protection=pd.concat(
+            [protection(answered, ["accuracy"]), protection(offline, evict_study.PROTECTED_METRICS)], ignore_index=True
         ),
     )
 

@@ -12,7 +12,14 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.harvest.config import Recording
 from sglang_probe.run.hook_points import EMBED
-from sglang_probe.studies.evict.grid import Entry, Trivial, budget_name, entries_of, parse_budget
+from sglang_probe.studies.evict.grid import (
+    Entry,
+    Protection,
+    Trivial,
+    budget_name,
+    entries_of,
+    parse_budget,
+)
 from sglang_probe.studies.evict.layers import SITES
 from sglang_probe.workload.build import WorkloadConfig
 
@@ -68,7 +75,7 @@ SETTLED = {
 _SHARED = Recording.model_fields.keys() - SETTLED.keys()
 _OF_THE_GRID = {
     *("workloads", "cut", "methods", "oracles", "budgets", "protocols"),
-    *("trivial", "controls_of", "layers", "in_engine", "needed", "seed"),
+    *("trivial", "protect", "as_published", "controls_of", "layers", "in_engine", "needed", "seed"),
 }
 
 
@@ -82,7 +89,8 @@ class EvictionConfig(Recording):
     cut: Cut | None = None
     """For texts without right answers: how long a prompt and its continuation are."""
     methods: list[str | dict[str, Any]] = Field(min_length=1)
-    """Names, or `{method: snapkv, window: 8}`."""
+    """Names, or `{method: snapkv, window: 8}`. With `per_query_head: true` every query head keeps a set of its own, as
+    the authors of SnapKV and LAQ do; judged offline, because the engine has one set for each kv head."""
     oracles: list[str | dict[str, Any]] = Field(default_factory=list)
     """Policies that know the future, as upper bounds; written like `methods`."""
     budgets: list[Budget] = Field(min_length=1)
@@ -90,7 +98,12 @@ class EvictionConfig(Recording):
     protocols: list[Protocol] = Field(default_factory=lambda: list(Protocol), min_length=1)
     """Whether the question belongs to the prompt that is compressed."""
     trivial: Trivial = Trivial()
-    """What protected random always keeps, and what metrics of candidates leave out."""
+    """Sinks and last positions that metrics of candidates leave out."""
+    protect: Protection | None = None
+    """First and last positions that every policy always keeps; by default those of `trivial`."""
+    as_published: bool = True
+    """Also run every method with the always-kept set that it is given here or in its paper; false: on equal terms
+    alone, for half of the work."""
     controls_of: list[str] | None = None
     """Labels of the methods that the negative controls spoil; by default the first `snapkv`, if there is one."""
     layers: list[int] | None = None
@@ -151,9 +164,21 @@ class EvictionConfig(Recording):
         return self
 
     @property
+    def protection(self) -> Protection:
+        """What every policy always keeps."""
+        return self.protect or Protection(sinks=self.trivial.sinks, recent=self.trivial.window)
+
+    @property
     def entries(self) -> list[Entry]:
-        """Baseline, methods and oracles."""
-        return entries_of(self.methods, self.oracles, self.trivial, self.seed)
+        """Baseline, methods and oracles under one protection, and methods as they are given."""
+        return entries_of(
+            self.methods,
+            self.oracles,
+            self.trivial,
+            self.seed,
+            protect=self.protection,
+            as_published=self.as_published,
+        )
 
     @property
     def controls(self) -> list[Entry]:

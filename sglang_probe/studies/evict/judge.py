@@ -98,13 +98,20 @@ class Judge:
         layer: leading axes are requests and layers, under the protocol of the selections.
         trivial: the same for all policies.
         itemsize: bytes per element of keys and values in the cache.
+        copies: query heads that each store what one kv head does (`Layer.per_query_head`).
     """
 
-    def __init__(self, layer: Layer, trivial: Trivial, itemsize: int) -> None:
+    def __init__(self, layer: Layer, trivial: Trivial, itemsize: int, copies: int = 1) -> None:
         self.layer = layer
+        self._trivial, self._copies = trivial, copies
         self.trivial_L = metrics.trivial_mask(layer.length, sinks=trivial.sinks, window=trivial.window)
         self._itemsize = itemsize
         self._gold_sets: dict[tuple[str, int], Tensor] = {}
+
+    @cached_property
+    def wide(self) -> Judge:
+        """The judge of kept sets by query head."""
+        return Judge(self.layer.per_query_head(), self._trivial, self._itemsize, self.layer.group)
 
     @cached_property
     def _gold(self) -> dict[str, Tensor]:
@@ -218,7 +225,11 @@ class Judge:
         size = len(selection.keep_TGL)
         extra = policy.steps if isinstance(policy, LookaheadScorer) else 0
         cost = metrics.cost(
-            selection, head_dim=self.layer.k_LGD.shape[-1], itemsize=self._itemsize, extra_tokens=extra
+            selection,
+            head_dim=self.layer.k_LGD.shape[-1],
+            itemsize=self._itemsize,
+            group=self._copies,
+            extra_tokens=extra,
         ).as_dict()
         totals = {k: cost[k] / size for k in ("bytes", "bytes_full", "bytes_peak")}
         each = {k: cost[k] for k in ("tokens_per_head", "share", "bytes_share")}

@@ -30,7 +30,7 @@ from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.kept_set import Kept
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.run.run import Run
-from sglang_probe.studies.evict.grid import Entry, Trivial, budget_name, tokens_of
+from sglang_probe.studies.evict.grid import Entry, Protection, budget_name, tokens_of
 from sglang_probe.studies.evict.layers import Batch, RowsOf, requests_of, row_indices
 
 LAQ, SPECKV, DAPQ = "laq", "speckv", "dapq"
@@ -100,10 +100,14 @@ def first_pass(
     needed: Mapping[str, int],
     budgets: Sequence[int | Fraction],
     protocols: Sequence[Protocol],
-    trivial: Trivial,
+    protect: Protection,
     prompts: Mapping[str, Sequence[int]],
 ) -> Iterator[Asked]:
-    """Requests under a compressed cache (LAQ, drafts of SpecKV), and those with pseudo tokens (DapQ)."""
+    """Requests under a compressed cache (LAQ, drafts of SpecKV), and those with pseudo tokens (DapQ).
+
+    Args:
+        protect: what the compressed cache always keeps; a method that is also run as published has the same tokens.
+    """
     number = 0
     for batch in found:
         for protocol in protocols:
@@ -119,7 +123,7 @@ def first_pass(
                     continue
                 for budget in budgets:
                     try:
-                        selection = _compressor(name, trivial).select(layer, tokens_of(budget, layer.length))
+                        selection = _compressor(name, protect).select(layer, tokens_of(budget, layer.length))
                     except ProbeError:
                         continue
                     at = (protocol.value, name, budget_name(budget))
@@ -152,11 +156,10 @@ def collect(asked: Sequence[Asked], run: Run, layers: Sequence[int], *, into: Ah
         into.found.setdefault(a.at, {})[a.source] = (q, k)
 
 
-def _compressor(name: str, trivial: Trivial) -> Method:
+def _compressor(name: str, protect: Protection) -> Method:
     """What compresses the cache under which lookahead tokens are generated."""
-    if COMPRESSED_BY[name] == "snapkv":
-        return SnapKV(window=max(1, trivial.window), recent=trivial.window)
-    return StreamingLLM(sinks=trivial.sinks)
+    method = SnapKV(window=max(1, protect.recent)) if COMPRESSED_BY[name] == "snapkv" else StreamingLLM()
+    return method.protecting(protect.sinks, protect.recent)
 
 
 def _scorer(policy: object) -> LookaheadScorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -105,7 +105,7 @@ def run_offline(
             judge = Judge(layer, trivial, batch.itemsize)
             for entry, spoil in [*((e, None) for e in entries), *spoiled(controls_of)]:
                 chosen = (
-                    _selections(entry.policy, layer if spoil is None else spoil(layer, 0), budgets)
+                    _selections(entry.policy, _seen(entry, spoil, layer), budgets)
                     if entry.lookahead is None
                     else _ahead_selections(entry, layer, spoil, budgets, protocol, batch, ahead or Ahead())
                 )
@@ -115,13 +115,13 @@ def run_offline(
                     try:
                         if isinstance(selection, ProbeError):
                             raise selection
-                        judged = judge(entry.policy, selection, tokens)
+                        judged = (judge.wide if entry.per_query_head else judge)(entry.policy, selection, tokens)
                     except ProbeError as e:
                         out.exclude(cell, e.message, len(batch.rids))
                         continue
                     out.asserted += check_counts(entry.policy, selection, tokens)
                     out.add(cell, batch, layer, judged, tokens)
-                    if keep is not None and selection.evicts and entry.kind != "control":
+                    if keep is not None and entry.evicts and entry.kind != "control":
                         keep(task, protocol, entry, budget_name(budget), batch, selection.keep_GL)
                 advance()
 
@@ -132,7 +132,7 @@ def spoiled(controls_of: Sequence[Entry]) -> list[tuple[Entry, Spoil]]:
     A window at the wrong position says nothing of a method that scores by lookahead queries.
     """
     return [
-        (Entry(f"{e.label}: {label}", "control", e.policy), spoil)
+        (replace(e, label=f"{e.label}: {label}", kind="control"), spoil)
         for e in controls_of
         for label, spoil in CONTROLS.items()
         if e.lookahead is None or label != WRONG_WINDOW
@@ -156,7 +156,13 @@ def _ahead_selections(
         except ProbeError as e:
             yield budget, e
             continue
-        yield from _selections(entry.policy, mine if spoil is None else spoil(mine, 0), [budget])
+        yield from _selections(entry.policy, _seen(entry, spoil, mine), [budget])
+
+
+def _seen(entry: Entry, spoil: Spoil | None, layer: Layer) -> Layer:
+    """What a policy selects on."""
+    layer = layer if spoil is None else spoil(layer, 0)
+    return layer.per_query_head() if entry.per_query_head else layer
 
 
 def _selections(

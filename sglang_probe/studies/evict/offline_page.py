@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from sglang_probe.report.figures import heatmap
+from sglang_probe.report.numbers import Kind, format_interval, format_number
 from sglang_probe.report.page import Section
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.evict.judge import METRICS
@@ -10,7 +13,9 @@ from sglang_probe.studies.evict.study import EvictionResult
 from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
     budget_tables,
+    budgets_of,
     gap_table,
+    kind_of,
     mass_table,
     metrics_tables,
     middle_budget,
@@ -35,8 +40,10 @@ def mass(result: EvictionResult) -> Section:
     kinds = ("baseline", "method", "oracle")
     tables = [mass_table(result)]
     said = ": non-trivial mass recall by budget"
-    tables += budget_tables(result.offline, "nontrivial", said, kinds=kinds, file="offline")
     budget = middle_budget(result)
+    tables += budget_tables(
+        result.offline, "nontrivial", said, kinds=("baseline", "method", "published", "oracle"), file="offline"
+    )
     part = only(result.offline, budget=budget, metric=list(METRICS), kind=kinds)
     tables += metrics_tables(part, f"all metrics, budget {budget}", file="offline")
     if "chance" in part and part["chance"].notna().any():
@@ -81,6 +88,45 @@ def needed(result: EvictionResult) -> Section | None:
     )
 
 
+def equal_terms(result: EvictionResult) -> Section | None:
+    """Every method under the study's always-kept set beside the same method as published."""
+    frame = result.protection
+    if frame.empty:
+        return None
+    tables = []
+    for metric in dict.fromkeys(frame["metric"]):
+        part = worded(only(frame, metric=metric))
+        size = {b: i for i, b in enumerate(budgets_of(part))}
+        part = part.sort_values("budget", key=lambda b, size=size: b.map(size), kind="stable")  # type: ignore[misc]
+        share = kind_of(metric) == "percent"
+        part = part.assign(change=[_change(r, 100 if share else 1) for _, r in part.iterrows()])
+        columns = [
+            Column("policy"),
+            Column("budget"),
+            Column("equal", "on equal terms", kind_of(metric)),
+            Column("published", "as published", kind_of(metric)),
+            Column("change", "difference, 95 %"),
+            Column("task"),
+            Column("protocol"),
+        ]
+        named = title_of(metric) + (", percentage points" if share else "")
+        tables.append(Table(part, named, columns=columns, long=len(part) > 12, file="protection"))
+    return Section(
+        heading="Equal terms: what protection alone does",
+        text="Everywhere else on this page **methods keep the same first and last positions** as the baseline and the "
+        "oracles, so that they differ in their scores. Here each stands beside itself *as published*: with the "
+        "always-kept set that its paper or this study's file gives it. Differences are paired within prompts. A method "
+        "whose own set is the study's is not listed. Rows of kind `published` in the other tables are these.",
+        tables=tables,
+    )
+
+
+def _change(row: pd.Series, scale: int) -> str:
+    kind: Kind = "points" if scale == 100 else "signed"
+    value, low, high = (scale * row.get(c, float("nan")) for c in ("difference", "difference_low", "difference_high"))
+    return f"{format_number(value, kind)} {format_interval(low, high, kind)}".strip()
+
+
 def heads(result: EvictionResult) -> Section:
     """Which layers and heads lose mass."""
     budget = middle_budget(result)
@@ -119,7 +165,7 @@ def heads(result: EvictionResult) -> Section:
 
 def controls(result: EvictionResult) -> Section | None:
     """Methods fed with what must not help."""
-    part = only(result.offline, metric="nontrivial")
+    part = only(result.offline, metric="nontrivial", kind=["method", "control"])
     names = set(only(part, kind="control")["policy"]) if len(part) else set()
     if not names:
         return None

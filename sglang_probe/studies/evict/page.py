@@ -5,16 +5,17 @@ from __future__ import annotations
 import pandas as pd
 
 from sglang_probe.paths import BUILT_IN_MODELS
-from sglang_probe.report.figures import Figure, dots, panel_lines, panel_scatter
+from sglang_probe.report.figures import Figure, dots, panel_lines
 from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.evict.grid import BASELINE
-from sglang_probe.studies.evict.judge import METRICS
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES
-from sglang_probe.studies.evict.offline_page import TESTED, controls, heads, mass, needed
+from sglang_probe.studies.evict.offline_page import TESTED, controls, equal_terms, heads, mass, needed
 from sglang_probe.studies.evict.outcome import OUTCOMES
+from sglang_probe.studies.evict.prediction_page import prediction
 from sglang_probe.studies.evict.study import EvictionResult
+from sglang_probe.studies.evict.summary import KINDS
 from sglang_probe.studies.evict.tables import (
     PROTOCOLS,
     accuracy_table,
@@ -26,8 +27,6 @@ from sglang_probe.studies.evict.tables import (
     metrics_tables,
     middle_budget,
     parameters_tables,
-    predictor_table,
-    predictors_by_task,
     stages_table,
     title_of,
 )
@@ -36,8 +35,9 @@ from sglang_probe.studies.pages import facts, footer, only, row_of_largest
 
 def eviction_page(result: EvictionResult) -> Page:
     """The page of one study: what each method keeps, what is generated from it, and which metric foretells it."""
-    sections = [_curves(result), _accuracy(result), _prediction(result)] if result.outcomes else []
+    sections = [_curves(result), _accuracy(result), prediction(result)] if result.outcomes else []
     sections += [
+        equal_terms(result),
         mass(result),
         needed(result),
         heads(result),
@@ -56,7 +56,7 @@ def eviction_page(result: EvictionResult) -> Page:
             result.manifest,
             ("tasks", ", ".join(f"{t} ({n} prompts)" for t, n in _prompts(result).items()) or "none"),
             ("budgets", ", ".join(budgets_of(result.offline)) + " of the positions that are compressed, per kv head"),
-            ("always kept by protected random", _trivial(result)),
+            ("always kept by every policy", _protected(result)),
         ),
         sections=[s for s in sections if s is not None],
         footer=footer(result.manifest, "Every number was measured in the runs of this study's folder."),
@@ -103,19 +103,6 @@ def limits(result: EvictionResult) -> str:
         "are all listed below. Nothing is freed in the engine, so no number here is about speed."
     )
     return " ".join(told)
-
-
-def _not_told_apart(result: EvictionResult) -> str:
-    """Which metrics predict as well as the best, as far as these policies can say."""
-    p = best_predictors(result)
-    if "below_best_low" not in p or not p["below_best_low"].iloc[1:].notna().any():
-        return "With so few policies nothing tells the metrics apart."
-    close = p.iloc[1:][~(p["below_best_low"].iloc[1:] > 0)]
-    if close.empty:
-        return "The intervals tell all others from the best."
-    return (
-        f"Not told apart from the best, {title_of(p['metric'].iloc[0])}: {', '.join(map(title_of, close['metric']))}."
-    )
 
 
 def _built_in(result: EvictionResult) -> bool:
@@ -278,7 +265,8 @@ def _accuracy(result: EvictionResult) -> Section:
         tables.append(gap_table(result.outcome_gaps, budget, title, "outcome_gaps"))
     others = [m for m in OUTCOMES if m != result.outcome]
     decode = next(iter(result.outcomes))
-    part = only(_first(result), metric=others, budget=[budget, "1"])
+    kinds = [k for k in KINDS if k != "published"]
+    part = only(_first(result), metric=others, budget=[budget, "1"], kind=kinds)
     tables += metrics_tables(part, f"other outcomes at budget {budget}", file=f"outcomes_{decode}")
     return Section(
         heading="What was generated",
@@ -293,54 +281,6 @@ def _by_budget(frame: pd.DataFrame, metric: str, decode: str) -> list[Table]:
     """A table a task and protocol, budgets across."""
     said = f", {decode}: {title_of(metric)} by budget"
     return budget_tables(only(frame, metric=metric), metric, said, file=f"outcomes_{decode}")
-
-
-def _prediction(result: EvictionResult) -> Section | None:
-    if not len(result.predictors):
-        return None
-    outcome = title_of(result.outcome)
-    points = only(result.points, kind=["method", "baseline"])
-    if len(points):
-        order = pd.CategoricalDtype(budgets_of(points), ordered=True)
-        points = points.assign(
-            panel=points["task"] + ", " + points["protocol"].map(PROTOCOLS), budget=points["budget"].astype(order)
-        ).sort_values("budget", kind="stable")
-    figures = [
-        panel_scatter(
-            points,
-            "panel",
-            metric,
-            result.outcome,
-            "budget",
-            "policy",
-            title=f"{title_of(metric).capitalize()} against {outcome}",
-            caption=f"A point is a method at a budget. {METRICS[metric][0].upper()}{METRICS[metric][1:]}.",
-            x_label=title_of(metric),
-            y_label=outcome,
-            kind=kind_of(result.outcome),
-            x_kind=kind_of(metric),
-        )
-        for metric in ("nontrivial", "output_error")
-        if metric in points
-    ]
-    by_task = predictors_by_task(result)
-    by_cell = [Column("metric"), *(Column(c, c, "correlation") for c in map(str, by_task.columns[1:]))]
-    return Section(
-        heading=f"Which metric predicts {outcome}?",
-        text=f"Within each task, protocol and budget, methods and {BASELINE} are ranked by the metric and by what was "
-        "generated; Spearman's correlations are averaged over these cells. Metrics that are better when low are turned "
-        "around. Oracles are left out, and so are per-step selections, which were not generated from. Intervals are "
-        "over policies, the same ones for all metrics: the question is how the next method would be ranked. **Below "
-        "best** is how much lower a metric's correlation is than the highest; where its interval holds 0 the two are "
-        "not told apart. Every metric is of what is kept: rankings, too, are of the kept positions. "
-        f"{_not_told_apart(result)}",
-        figures=figures,
-        tables=[
-            predictor_table(result),
-            Table(by_task, "mean Spearman by task and protocol", columns=by_cell, long=True, file="predictors"),
-        ],
-        notes=[f"**{title_of(k)}**: {METRICS[k]}." for k in best_predictors(result)["metric"] if k in METRICS],
-    )
 
 
 def _likelihood(result: EvictionResult) -> Section | None:
@@ -391,9 +331,12 @@ def _prompts(result: EvictionResult) -> dict[str, int]:
     return {str(t): int(n) for t, n in result.lengths.groupby("task", sort=False)["prompts"].max().items()}
 
 
-def _trivial(result: EvictionResult) -> str:
-    t = result.config["trivial"]
-    return f"the first {t['sinks']} and the last {t['window']} positions"
+def _protected(result: EvictionResult) -> str:
+    trivial = result.config["trivial"]
+    sinks, recent = trivial["sinks"], trivial["window"]
+    if (protect := result.config.get("protect")) is not None:
+        sinks, recent = protect["sinks"], protect["recent"]
+    return f"the first {sinks} and the last {recent} positions"
 
 
 def _said(outcome: str) -> str:

@@ -168,7 +168,7 @@ def _look_ahead(ours: Prepared, config: EvictionConfig, task: str, full: Run, fo
         requests = requests_of([lookahead_request(a, sources[a.source]) for a in asked], ours.config.sampling)
         return record([RunSpec(name, requests, kept=path if kept else None)], ours, folder, asks=ASKS, **how)[name]
 
-    asked = list(first_pass(found, needed, config.budgets, config.protocols, config.trivial, prompts))
+    asked = list(first_pass(found, needed, config.budgets, config.protocols, config.protection, prompts))
     first = recorded(asked, f"{task}.lookahead")
     collect([a for a in asked if a.at[1] != SPECKV], first, layers, into=out)
     if drafts := second_pass(asked, first):

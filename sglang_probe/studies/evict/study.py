@@ -18,8 +18,8 @@ from sglang_probe.studies.evict.layers import requests_of
 from sglang_probe.studies.evict.likelihoods import FORCED_OUTCOMES, forced_outcomes
 from sglang_probe.studies.evict.needed import NEEDED_FILE, needed_summary
 from sglang_probe.studies.evict.outcome import OF_ANSWERS, OUTCOMES, judge_outputs
-from sglang_probe.studies.evict.predict import predictors
-from sglang_probe.studies.evict.summary import by_head, gaps, means
+from sglang_probe.studies.evict.predict import predictor_pairs, predictors
+from sglang_probe.studies.evict.summary import by_head, gaps, means, protection
 from sglang_probe.verify.check import Check
 
 OFFLINE_FILE, HEADS_FILE, EXCLUDED_FILE = "offline.parquet", "heads.parquet", "excluded.parquet"
@@ -31,6 +31,8 @@ _LEADING = ("accuracy", "success", "agreement", "nll", "nontrivial", "needed_kep
 """Metrics that the summary has; the tables have all."""
 
 PREDICTORS_LOW = ("output_error", "head_error", "gini", "lost_everywhere")
+PROTECTED_METRICS = ("output_error", "mass")
+"""In which protection is judged offline. Non-trivial mass would not do: it leaves out what is protected."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class EvictionResult:
     """What predictors are held against."""
     needed: pd.DataFrame = field(default_factory=pd.DataFrame)
     """What the answers need, by task and protocol (`needed.needed_summary`); empty if it was not looked for."""
+    predictor_pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Which of two metrics predicts better (`predict.predictor_pairs`)."""
+    protection: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Methods under the study's always-kept set beside the one that they are published with (`summary.protection`)."""
 
     @property
     def ok(self) -> bool:
@@ -97,18 +103,9 @@ class EvictionResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the report."""
-        names = (
-            "offline",
-            "mass_gaps",
-            "outcome_gaps",
-            "predictors",
-            "heads",
-            "points",
-            "policies",
-            "excluded",
-            "needed",
-        )
-        frames = {name: getattr(self, name) for name in (*names, "lengths", "served")}
+        measured = ("offline", "protection", "mass_gaps", "outcome_gaps", "predictors", "predictor_pairs", "heads")
+        names = (*measured, "points", "policies", "excluded", "needed", "lengths", "served")
+        frames = {name: getattr(self, name) for name in names}
         return frames | {f"outcomes_{d}": frame for d, frame in self.outcomes.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -130,6 +127,8 @@ class EvictionResult:
             "outcome_gaps": records(self.outcome_gaps),
             "needed": records(self.needed),
             "predictors": records(self.predictors),
+            "predictor_pairs": records(self.predictor_pairs),
+            "protection": records(self.protection),
             "policies": records(self.policies),
         }
 
@@ -162,16 +161,20 @@ def study_eviction(
         names = [n for n in names if n not in OF_ANSWERS]
     outcomes = {d: means(rows, names) for d, rows in by_request.items()}
     oracle = next((e.label for e in entries if e.kind == "oracle" and e.policy.name == "static_mean"), None)
-    mass_gaps = gaps(offline, "prompt_mass", oracle) if oracle else pd.DataFrame()
-    predicted, points, outcome_gaps = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+    # The bound keeps what all others keep: beside another always-kept set it is none.
+    mass_gaps = gaps(offline[offline["kind"] != "published"], "prompt_mass", oracle) if oracle else pd.DataFrame()
+    predicted, pairs, points, outcome_gaps = (pd.DataFrame() for _ in range(4))
+    protected = [protection(offline, PROTECTED_METRICS)]
     first = next((d for d, forced in decodes if not forced), None)
     if first is not None:
         rows = by_request[first]
         measures = (*PREDICTORS, *PREDICTORS_LOW)
         known = [m for m in measures if m in offline and offline[m].notna().any()]
         predicted = predictors(offline, rows, known, outcome)
+        pairs = predictor_pairs(offline, rows, known, outcome)
         points = _points(offline, rows, known, outcome)
         outcome_gaps = _outcome_gaps(rows, outcome)
+        protected.insert(0, protection(rows, [outcome]))
     if len(points):
         points.to_parquet(folder / POINTS_FILE)
     manifest = next(iter(full.values())).manifest
@@ -186,6 +189,7 @@ def study_eviction(
         mass_gaps=mass_gaps,
         outcome_gaps=outcome_gaps,
         predictors=predicted,
+        predictor_pairs=pairs,
         heads=heads,
         points=points,
         excluded=pd.read_parquet(folder / EXCLUDED_FILE),
@@ -196,6 +200,7 @@ def study_eviction(
         caveats=caveats(entries, int(manifest["model"]["layers"])),
         outcome=outcome,
         needed=needed_summary(pd.read_parquet(found)) if (found := folder / NEEDED_FILE).exists() else pd.DataFrame(),
+        protection=pd.concat([p for p in protected if len(p)] or protected[:1], ignore_index=True),
     )
 
 
@@ -242,7 +247,7 @@ def _exact(judged: pd.DataFrame, outputs: pd.DataFrame, sources: pd.DataFrame) -
 def _outcome_gaps(rows: pd.DataFrame, outcome: str) -> pd.DataFrame:
     """The share of what eviction at random costs that a policy wins back: the bound is the full cache."""
     full = rows[rows["policy"] == FULL_CACHE].set_index(["task", "protocol", "rid"])[outcome].rename("full_cache")
-    joined = rows[rows["kind"] != "full"].join(full, on=["task", "protocol", "rid"])
+    joined = rows[~rows["kind"].isin(["full", "published"])].join(full, on=["task", "protocol", "rid"])
     return gaps(joined, outcome, None, upper="full_cache")
 
 

@@ -1,8 +1,8 @@
 """From numbers per request to tables: means with intervals, paired differences to protected random, gaps closed.
 
 The unit is the prompt. Differences are paired within prompts, and their p-values ("the mean difference is zero", by the
-test that belongs to the intervals) are adjusted after Holm over all methods and budgets of a task and protocol; oracles
-and controls are shown and not tested.
+test that belongs to the intervals) are adjusted after Holm over all methods and budgets of a task and protocol.
+Oracles, controls, and methods as published, which do not protect what the baseline does, are shown and not tested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_probe.studies.evict.grid import BASELINE
 
 Array = np.ndarray[Any, Any]
 
-KINDS = ("full", "baseline", "method", "oracle", "control")
+KINDS = ("full", "baseline", "method", "published", "oracle", "control")
 """Order of listings."""
 
 
@@ -98,6 +98,39 @@ def gaps(rows: pd.DataFrame, metric: str, best: str | None, *, upper: str | None
         )
         out.append(frame[~frame["policy"].isin([BASELINE, best])])
     return pd.concat(out, ignore_index=True)
+
+
+def protection(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """What the study's always-kept set changes in a method, beside the one that it is published with.
+
+    Args:
+        rows: as for `means`.
+
+    Returns:
+        task, protocol, policy, budget, metric, n; `equal` and `published`, means over the same prompts; `difference`,
+        the former minus the latter, with its interval `difference_low` and `_high`.
+    """
+    out = []
+    for (task, protocol), part in rows[rows["kind"].isin(["method", "published"])].groupby(
+        ["task", "protocol"], sort=False
+    ):
+        for metric in metrics:
+            values, cells = _pivot(part, metric)
+            at = {tuple(key): i for i, key in enumerate(cells.itertuples(index=False, name=None))}
+            pairs = [
+                (k, at["method", *k[1:]], i) for k, i in at.items() if k[0] == "published" and ("method", *k[1:]) in at
+            ]
+            for (_, policy, budget), i, j in pairs:
+                both = values[~np.isnan(values[:, [i, j]]).any(1)][:, [i, j]]
+                if not len(both):
+                    continue
+                paired = mean_intervals(both[:, :1] - both[:, 1:])
+                named = {"task": task, "protocol": protocol, "policy": policy, "budget": budget, "metric": metric}
+                shown = {"n": len(both), "equal": both[:, 0].mean(), "published": both[:, 1].mean()}
+                ends = {"difference_low": paired.low[0], "difference_high": paired.high[0]}
+                out.append({**named, **shown, "difference": paired.estimate[0], **ends})
+    columns = ["task", "protocol", "policy", "budget", "metric", "n", "equal", "published", "difference"]
+    return pd.DataFrame(out, columns=[*columns, "difference_low", "difference_high"])
 
 
 def by_head(heads: pd.DataFrame) -> pd.DataFrame:

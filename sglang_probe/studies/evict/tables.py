@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from sglang_probe.report.numbers import MISSING, Kind, format_interval, format_number
@@ -131,13 +132,29 @@ def predictor_table(result: EvictionResult) -> Table:
     """`best_predictors` as it is printed."""
     columns = [
         Column("metric"),
-        Column("spearman", "mean Spearman, 95 % over policies", "correlation", bounds=("low", "high")),
+        Column("spearman", "mean Spearman, 95 %", "correlation", bounds=("low", "high")),
         Column("below_best", "below best, 95 %", "correlation", bounds=("below_best_low", "below_best_high")),
         Column("cells"),
         Column("policies"),
     ]
     title = f"which offline metric ranks policies as {result.outcome} does"
     return Table(_titled(best_predictors(result)), title, columns=columns)
+
+
+def pairs_table(result: EvictionResult) -> Table:
+    """Which of two metrics predicts better."""
+    columns = [
+        Column("metric"),
+        Column("other", "beside"),
+        Column("difference", "difference, 95 %", "correlation", bounds=("low", "high")),
+        Column("apart", "told apart"),
+    ]
+    frame = result.predictor_pairs
+    if len(frame):
+        words = {"other": frame["other"].map(title_of), "apart": np.where(frame["told"], "yes", "no")}
+        frame = _titled(frame).assign(**words)
+    title = "differences of two metrics' correlations, over the same policies and prompts"
+    return Table(frame, title, columns=columns, long=True, file="predictor_pairs")
 
 
 def predictors_by_task(result: EvictionResult) -> pd.DataFrame:

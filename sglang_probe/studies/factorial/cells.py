@@ -6,13 +6,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-REAL, RESAMPLED, PROMPT, FILLER, RANDOM = "real", "resampled", "prompt", "filler", "random"
-CONTENTS = (REAL, RESAMPLED, PROMPT, FILLER, RANDOM)
-"""The true continuation; another continuation that the model sampled; the first and last prompt tokens, as DapQ's
-pseudo tokens are; a sentence that has nothing to do with the prompt; random tokens of the vocabulary."""
+REAL, SHIFTED, RESAMPLED, OTHER = "real", "shifted", "resampled", "other"
+PROMPT, FILLER, RANDOM = "prompt", "filler", "random"
+CONTENTS = (REAL, SHIFTED, RESAMPLED, OTHER, PROMPT, FILLER, RANDOM)
+"""The true continuation; the same some tokens later; another continuation that the model sampled; the true continuation
+of another prompt; the first and last prompt tokens, as DapQ's pseudo tokens are; a sentence that has nothing to do with
+the prompt; random tokens of the vocabulary. How far apart they are is measured, not taken from this order."""
+LATER = 8
+"""Tokens by which `shifted` is later, where so many were decoded."""
 
 TRUE, ZERO = "true", "zero"
-SHIFTS = {TRUE: 0, "+8": 8, "+32": 32}
+SHIFTS = {TRUE: 0, "+1": 1, "+8": 8, "+32": 32, "+128": 128}
 POSITIONS = (*SHIFTS, ZERO)
 """Where the true continuation stands (L, L + 1, ...), the same shifted, and 0, 1, ..."""
 
@@ -36,6 +40,12 @@ class Cell:
 def all_cells() -> list[Cell]:
     """Every content at every position."""
     return [Cell(c, p) for c in CONTENTS for p in POSITIONS]
+
+
+def later(continuation: Sequence[int], count: int) -> list[int]:
+    """`count` tokens of a continuation, `LATER` tokens in, or as far in as it reaches."""
+    start = max(0, min(LATER, len(continuation) - count))
+    return list(continuation[start : start + count])
 
 
 def prompt_ends(prompt: Sequence[int], count: int, first: int) -> list[int]:

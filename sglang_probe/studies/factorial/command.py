@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Factorial(RecordedStudy):
     """Do pseudo queries resemble the real decode queries because of their content, or because of their position?
 
-    Decodes every prompt, samples another continuation, and runs pseudo tokens of five contents at four RoPE positions
+    Decodes every prompt, samples another continuation, and runs pseudo tokens of seven contents at six RoPE positions
     after the prompt, in one engine. With `evict_positions` the true continuation is then decoded from the cache that
     each cell would keep, in a second engine.
 

@@ -42,7 +42,7 @@ class FactorialConfig(WorkloadRecording):
     """First prompt positions, likewise."""
     budgets: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.125, 0.25], min_length=1)
     """Kept shares of the prompt. The first is that of the evictions."""
-    evict_positions: list[Literal["true", "+8", "+32", "zero"]] = Field(default_factory=list)
+    evict_positions: list[Literal["true", "+1", "+8", "+32", "+128", "zero"]] = Field(default_factory=list)
     """Decode once more after evicting by the cells of these positions; empty: no eviction. Needs all `layers`."""
     evict_steps: int = Field(default=32, ge=2)
     """Tokens of the real decoding that are forced there."""

@@ -44,7 +44,7 @@ def kept_sets(
             scores = {
                 evicted_rid(asked, c.content, c.position): outcomes.pseudo_scores(reference, pseudo[c.rid(asked)])
                 for c in cells.all_cells()
-                if c.position in positions
+                if c.position in positions and c.rid(asked) in pseudo
             }
             scores |= {
                 evicted_rid(asked, BASELINE, "window"): outcomes.window_scores(reference, o.pseudo_tokens),

@@ -6,11 +6,12 @@ import math
 
 import pandas as pd
 
-from sglang_probe.report.figures import Figure, dots, heatmap
-from sglang_probe.report.numbers import MISSING, format_interval, format_number
-from sglang_probe.report.page import Page, Section, Tile
+from sglang_probe.report.figures import Figure, heatmap, panel_lines
+from sglang_probe.report.numbers import MISSING, format_number
+from sglang_probe.report.page import Page, Section
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.factorial import cells
+from sglang_probe.studies.factorial.distances import CONTENT, POSITION
 from sglang_probe.studies.factorial.evicted import OUTCOMES
 from sglang_probe.studies.factorial.outcomes import COSINES
 from sglang_probe.studies.factorial.study import (
@@ -37,15 +38,20 @@ _TITLES = {
 }
 CONTENTS = {
     cells.REAL: "the true continuation",
+    cells.SHIFTED: f"the same, up to {cells.LATER} tokens later",
     cells.RESAMPLED: "a second sample",
+    cells.OTHER: "another prompt's continuation",
     cells.PROMPT: "ends of the prompt",
     cells.FILLER: "filler",
     cells.RANDOM: "random tokens",
 }
-POSITIONS = {cells.TRUE: "true positions", "+8": "8 further", "+32": "32 further", cells.ZERO: "0, 1, ..."}
+POSITIONS = {cells.TRUE: "true positions", **{p: f"{n} further" for p, n in cells.SHIFTS.items() if n}}
+POSITIONS[cells.ZERO] = "0, 1, ..."
 _DESIGN = (cells.RESAMPLED, cells.FILLER, cells.ZERO)
 """Same content, different content and different position of the effects that are shown first."""
 
+
+_CURVES = {CONTENT: "content, at true positions", POSITION: "position, of the true tokens"}
 
 _MOST_ROWS = 30
 """A longer table by layer is folded away."""
@@ -54,23 +60,12 @@ _MOST_ROWS = 30
 def factorial_page(result: FactorialResult) -> Page:
     """The page of one study: does it matter what pseudo tokens say, or where they are said to stand?"""
     o = result.options
-    shown = _main_effects(result)
     mass = f"mass@{o.budgets[0]:g}"
-    tiles = [
-        Tile(
-            _title(outcome),
-            _pair(shown, outcome),
-            "effect of content / of position, a second sample against filler, true positions against 0, 1, ...; not "
-            "comparable in size",
-        )
-        for outcome in ("post", "pre_centred", mass)
-        if (outcome, "content") in shown.index
-    ]
     return Page(
         title=f"Content by position: {result.name}",
-        answer=_answer(shown, mass),
+        answer=_answer(result, mass),
         picture=_picture(result),
-        tiles=tiles,
+        tiles=[],
         lead=f"{format_number(result.prompts)} prompts, each decoded for real and followed by {o.pseudo_tokens} pseudo "
         f"tokens of {len(cells.CONTENTS)} contents at {len(cells.POSITIONS)} RoPE positions. The pseudo tokens ran "
         f"through the same engine after the prompt, {format_number(result.reused, 'percent')} of whose positions came "
@@ -80,6 +75,7 @@ def factorial_page(result: FactorialResult) -> Page:
             ("always kept, never counted", f"{o.sinks} first and {o.window} last prompt positions"),
         ),
         sections=[
+            _grid(result),
             _effects(result),
             _dapq(result),
             _importance(result),
@@ -93,31 +89,29 @@ def factorial_page(result: FactorialResult) -> Page:
     )
 
 
-def _main_effects(result: FactorialResult) -> pd.DataFrame:
-    """Effects of the design that is shown first, by outcome and effect."""
-    found = effects_of(result, *_DESIGN, layer=ALL)
+def _curve(result: FactorialResult, outcome: str, curve: str) -> pd.DataFrame:
+    return only(result.curves, layer=ALL, outcome=outcome, curve=curve)
+
+
+def _answer(result: FactorialResult, mass: str) -> str:
+    """What the share falls to along each curve, and how far that is."""
+    ends = []
+    for curve, names, what in ((CONTENT, CONTENTS, "what they say"), (POSITION, POSITIONS, "where they stand")):
+        part = _curve(result, mass, curve)
+        part = part[part["value"].notna()] if len(part) else part
+        if not len(part):
+            return "Neither content nor position can be judged: no cell was measured."
+        last = part.iloc[-1]
+        ends.append(
+            f"{format_number(last['value'], 'percent')} along {what} ({names.get(last['level'], last['level'])}, "
+            f"distance {format_number(last['distance'], 'decimal')})"
+        )
+        first = part.iloc[0]
     return (
-        found.set_index(["outcome", "effect"])
-        if len(found)
-        else pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []]))
+        f"{_title(mass).capitalize()}: {format_number(first['value'], 'percent')} by the true tokens at their true "
+        f"positions, and at the farthest level {ends[0]} and {ends[1]}. Distance is one minus the cosine of their "
+        "queries to the true ones, after RoPE; the two are not to be ranked, because the levels were chosen."
     )
-
-
-def _answer(shown: pd.DataFrame, mass: str) -> str:
-    if (mass, "content") not in shown.index:
-        return "Neither content nor position can be judged: no cell was measured."
-    content, position = (shown.loc[(mass, effect)] for effect in ("content", "position"))
-    return (
-        f"For the {_title(mass)}, what pseudo tokens say moves the share by {_estimate(content)}, and where they are "
-        f"said to stand by {_estimate(position)}: a second sample against filler, and true positions against 0, 1, ..."
-    )
-
-
-def _estimate(row: pd.Series) -> str:
-    """A difference of shares with its interval, in percentage points."""
-    value, low, high = (100 * row.get(c, math.nan) for c in ("value", "value_low", "value_high"))
-    interval = format_interval(low, high, "points")
-    return f"{format_number(value, 'points')} points" + ("" if interval == MISSING else f" {interval}")
 
 
 def cosines_table(result: FactorialResult) -> Table:
@@ -152,24 +146,68 @@ def _dapq(result: FactorialResult) -> Section:
 
 
 def _picture(result: FactorialResult) -> Figure:
-    """Both main effects of every outcome but the loss, whose unit is another."""
-    first = effects_of(result, *_DESIGN, layer=ALL)
-    if len(first):
-        order = [c for c in (*COSINES, *_ordered(result)) if c in set(first["outcome"]) and c != "nll"]
-        first = _in_order(only(first, effect=["content", "position"], outcome=order), order)
-    return dots(
-        first,
-        "outcome",
-        "effect",
+    """Outcomes over the measured distance, a curve for contents and one for positions."""
+    part = only(result.curves, layer=ALL)
+    if len(part):
+        order = [x for x in _ordered(result) if x in set(part["outcome"]) and x != "nll"]
+        part = only(part, outcome=order)
+        panels = pd.CategoricalDtype([_title(x) for x in order], ordered=True)
+        part = part.assign(panel=part["outcome"].map(_title).astype(panels), series=part["curve"].map(_CURVES))
+        part = part.sort_values(["panel", "series", "distance"], kind="stable")
+        part = part.drop_duplicates(["panel", "series", "distance"])
+    return panel_lines(
+        part,
+        "panel",
+        "distance",
         "value",
+        "series",
         low="value_low",
         high="value_high",
-        kind="signed",
-        references=pd.DataFrame({"name": ["no effect"], "value": [0.0]}),
-        title="Effect of content and of position on each outcome",
-        caption="From a second sample to filler, and from the true positions to 0, 1, ... Lines are 95 % intervals "
-        "over prompts. For the output error, a negative effect is better.",
-        x_label="effect",
+        kind="decimal",
+        title="What pseudo queries find, over how far they are from the true ones",
+        caption="A point is a content at the true positions, or a position of the true tokens. Distance: one minus the "
+        "cosine after RoPE. Bands are 95 % intervals over prompts. Of the output error less is better.",
+        x_label="distance of the queries",
+    )
+
+
+def _grid(result: FactorialResult) -> Section:
+    """The levels of each curve with their distances."""
+    mass = f"mass@{result.options.budgets[0]:g}"
+    rows = []
+    for curve, names in ((CONTENT, CONTENTS), (POSITION, POSITIONS)):
+        part = _curve(result, mass, curve)
+        rows.append(part.assign(level=part["level"].map(names), curve=_CURVES[curve]) if len(part) else part)
+    columns = [
+        Column("curve", "what moves"),
+        Column("level"),
+        Column("distance", "distance of the queries", "decimal"),
+        Column("tokens", "positions further", "integer"),
+        Column("value", f"{_title(mass)}, 95 %", "percent", bounds=("value_low", "value_high")),
+    ]
+    layers = only(result.curves, outcome=mass)
+    layers = layers[layers["layer"] != ALL] if len(layers) else layers
+    if len(layers):
+        named = {**CONTENTS, **POSITIONS}
+        layers = layers.assign(level=layers["level"].map(named), curve=layers["curve"].map(_CURVES))
+    return Section(
+        heading="A grid of distances",
+        text="Contents have no scale, and a position of 8 further cannot be held against another sentence. So both are "
+        "put on one that is measured: how far the queries are from the true ones, after RoPE. Along one curve the "
+        "content changes and positions are true; along the other the position changes and the tokens are true. Where "
+        "the curves run together, an outcome asks how far the queries are and not what moved them. Every cell of the "
+        "grid, both moved at once, is in the heat maps below.",
+        tables=[
+            Table(pd.concat(rows), "Levels of the grid", columns=columns),
+            Table(
+                layers,
+                "Levels of the grid, by layer",
+                columns=[Column("layer", kind="text"), *columns],
+                long=True,
+                file="curves",
+            ),
+        ],
+        nothing="no cell was measured",
     )
 
 
@@ -188,7 +226,7 @@ def _effects(result: FactorialResult) -> Section:
         for position in DIFFERENT_POSITIONS
     ]
     return Section(
-        heading="What matters, by outcome",
+        heading="Two by two: effects by outcome",
         text="Content effect: half of (same - different at the true positions) + (same - different at the other ones); "
         "position effect likewise. **The two are not to be ranked.** How large an effect is depends on how far apart "
         "its two levels are, and nothing makes random tokens as far from a second sample as positions 0, 1, ... are "
@@ -306,12 +344,6 @@ def _ordered(result: FactorialResult) -> list[str]:
 def _title(outcome: str) -> str:
     name, _, budget = outcome.partition("@")
     return _TITLES[name] + (f", {format_number(float(budget), 'percent')} kept" if budget else "")
-
-
-def _in_order(frame: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    names = [_title(x) for x in order]
-    titled = frame.assign(outcome=pd.Categorical(frame["outcome"].map(_title), names, ordered=True))
-    return titled.sort_values(["outcome", "effect"])
 
 
 def _baselines(at: pd.DataFrame, outcome: str) -> str:

@@ -150,12 +150,14 @@ def _requests(
     contents = [
         {
             cells.REAL: outputs[DECODED][r.index][:n],
+            cells.SHIFTED: cells.later(outputs[DECODED][r.index], n),
             cells.RESAMPLED: outputs[RESAMPLED][r.index][:n],
+            cells.OTHER: outputs[DECODED][prompts[(i + 1) % len(prompts)].index][:n],
             cells.PROMPT: cells.prompt_ends(r.prompt_ids, n, config.first_tokens),
             cells.FILLER: cells.repeated(filler, n),
             cells.RANDOM: cells.random_tokens(vocabulary, n, r.rid),
         }
-        for r in prompts
+        for i, r in enumerate(prompts)
     ]
     return _cells(prompts, config, contents)
 

@@ -19,6 +19,7 @@ from sglang_probe.run.hook_points import QUERY, ROTATED_KEY, ROTATED_QUERY
 from sglang_probe.run.run import Run
 from sglang_probe.studies.base import records
 from sglang_probe.studies.factorial import cells, outcomes
+from sglang_probe.studies.factorial.distances import curves
 from sglang_probe.studies.factorial.effects import factorial_effects
 from sglang_probe.studies.factorial.evicted import NO_LAYER, predictions
 from sglang_probe.studies.factorial.outcomes import Pseudo, Reference
@@ -71,6 +72,8 @@ class FactorialResult:
     """layer, outcome, same, different, position, effect (`content`, `position`, `interaction`)."""
     table: pd.DataFrame
     """DapQ's layout: source, outcome, the four cells, and the effects."""
+    curves: pd.DataFrame
+    """Outcomes over measured distances (`distances.curves`)."""
     prompts: int
     reused: float
     """Share of the cells' prompt positions that came from the prefix cache."""
@@ -88,6 +91,7 @@ class FactorialResult:
         first = (e["same"] == SAME_CONTENTS[0]) & (e["different"] == DIFFERENT_CONTENTS[0])
         first &= e["position"] == DIFFERENT_POSITIONS[0]
         shown = {"cells": self.cells, "effects": e[first | (e["layer"] == ALL)], "table": self.table}
+        shown["curves"] = self.curves
         frames = {k: records(f, digits=5) for k, f in shown.items()}
         return {
             "name": self.name,
@@ -101,7 +105,9 @@ class FactorialResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`cells` by prompt and layer, their means, the effects, and DapQ's layout."""
-        return {"cells": self.rows, "means": self.cells, "effects": self.effects, "published": self.table}
+        return {"cells": self.rows, "means": self.cells, "effects": self.effects, "published": self.table} | {
+            "curves": self.curves
+        }
 
 
 def study_factorial(
@@ -131,7 +137,8 @@ def study_factorial(
         for r in requests.itertuples():
             tell(f"measuring layer {layer} of {r.rid}")
             asked = asked_rid(r.rid)
-            ours = {cell: pseudo[cell.rid(asked)] for cell in cells.all_cells()}
+            # Runs of an earlier release have fewer cells.
+            ours = {cell: pseudo[cell.rid(asked)] for cell in cells.all_cells() if cell.rid(asked) in pseudo}
             measured = _measure(decoded, r.rid, layer, ours, options, model)
             rows += [{"rid": asked, "layer": layer, **row} for row in measured]
     frame = pd.DataFrame(rows).melt(
@@ -152,7 +159,8 @@ def study_factorial(
     spans = treated.last_attempt()
     asked = spans["rid"].str.contains(".", regex=False)
     reused = spans[asked & (spans["status"] == "reused")]
-    prompts = requests["prompt_len"].sum() * len(cells.all_cells())
+    lengths = requests.set_index(rids)["prompt_len"]
+    prompts = sum(int(lengths[rid.split(".")[0]]) for rid in where)
     return FactorialResult(
         name=name,
         options=options,
@@ -160,6 +168,7 @@ def study_factorial(
         cells=found,
         effects=effects,
         table=dapq_table(found),
+        curves=curves(found),
         prompts=len(requests),
         reused=float((reused["end"] - reused["start"]).sum() / prompts),
         checks=checks,

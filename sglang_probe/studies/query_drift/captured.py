@@ -29,6 +29,8 @@ class Captured:
     mean_HD: Tensor
     """Mean pre-RoPE query of prompts after the sinks: of this one, or of other requests (`centred_by_others`)."""
     window: int
+    turns: tuple[tuple[int, int], ...] = ()
+    """Where earlier answers of the assistant begin and end in the prompt of a chat."""
 
     @property
     def rotary(self) -> Rotary:
@@ -83,7 +85,15 @@ def captured(run: Run, rid: str, layer: int, *, window: int, sinks: int) -> Capt
         decode = run.activations(rid, name)[found.length :].view(len(at), *run.heads(name)).float()
     else:
         decode = found.require("rotary").unrotate(found.future.q_THD, at)
-    return Captured(found, prompt, decode, prompt_mean(prompt, sinks=sinks), window)
+    mean = prompt_mean(prompt, sinks=sinks)
+    return Captured(found, prompt, decode, mean, window, _turns(run, rid, found.length))
+
+
+def _turns(run: Run, rid: str, length: int) -> tuple[tuple[int, int], ...]:
+    requests = run.requests()
+    segments = requests["segments"].to_numpy()[int(np.flatnonzero(requests["rid"].to_numpy() == rid)[0])]
+    found = ((int(s["start"]), min(int(s["end"]), length)) for s in segments if s["name"] == "assistant")
+    return tuple((start, end) for start, end in found if start < end)
 
 
 def centred_by_others(bundles: Sequence[Captured]) -> list[Captured]:

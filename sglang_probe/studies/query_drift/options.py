@@ -24,8 +24,10 @@ class DriftOptions(Config):
     """Advantage over the baseline below which the window no longer predicts."""
     run: int = Field(default=3, ge=1)
     """Consecutive steps below it that end the horizon."""
-    permutations: int = Field(default=19, ge=1)
-    """Orders of the steps that a change point is compared with."""
+    permutations: int = Field(default=39, ge=1)
+    """Orders of blocks of steps that a change point is compared with."""
+    placebos: int = Field(default=8, ge=1)
+    """Borders inside the prompt at which a request is measured as at its end, where it is long enough."""
 
     @property
     def shortest_prompt(self) -> int:

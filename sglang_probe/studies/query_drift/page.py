@@ -11,6 +11,7 @@ from sglang_probe.report.numbers import Kind, format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.pages import facts, footer, only, proof
+from sglang_probe.studies.query_drift.placebo import TEXT, TURN
 from sglang_probe.studies.query_drift.reading import changes, horizon, importance, kept_mass
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
@@ -175,12 +176,22 @@ def _by_head(result: DriftResult) -> pd.DataFrame:
 def _excess(result: DriftResult) -> Section:
     part = only(result.found.excess, layer=ALL)
     part = part.sort_values(["kind", "distance"]) if len(part) else part
+    layers = result.found.excess
+    layers = layers[layers["layer"] != ALL] if len(layers) else layers
+    centred = only(layers, kind="centred")
+    if len(centred):
+        centred = centred.assign(
+            layer=centred["layer"].astype(int), distance="from " + centred["distance"].astype(str)
+        ).sort_values("layer", kind="stable")
     return Section(
         heading="Is it decoding, or is it distance?",
         text="Excess drift: the mean pre-RoPE cosine of prompt queries a distance apart, minus that of window and "
         "decode queries equally far apart in the same request. 0 means that decode queries are no further from the "
-        "window than prompt queries would be. It has no null of its own: the interval says how well the mean is known, "
-        "not how far from 0 a border inside human text would be.",
+        "window than prompt queries would be. **Placebo** is the same number at borders inside the prompt "
+        f"({_borders(result)}), where nothing changes but the text: its mean, and the standard deviation of a single "
+        "border within a document. **Beyond** is the excess beyond the document's own placebo mean, with its interval "
+        "over documents; **p** asks how often a border that is drawn at random in every document would be as far from "
+        "the mean of all borders, and **q** is p after Benjamini and Hochberg.",
         figures=[
             lines(
                 part,
@@ -195,6 +206,18 @@ def _excess(result: DriftResult) -> Section:
                 y_label="prompt cosine minus decode cosine",
                 caption="Bands over prompts.",
             ),
+            lines(
+                centred,
+                "layer",
+                "beyond",
+                "distance",
+                low="beyond_low",
+                high="beyond_high",
+                title="Excess drift beyond placebo borders, centred, by layer",
+                caption="A line a bin of distances. Bands over prompts.",
+                x_label="layer",
+                y_label="beyond placebo",
+            ),
             heatmap(
                 _by_head(result),
                 "layer",
@@ -207,7 +230,16 @@ def _excess(result: DriftResult) -> Section:
                 "apart.",
             ),
         ],
-        tables=[Table(part, "Excess drift", columns=_EXCESS)],
+        tables=[
+            Table(part, "Excess drift", columns=_EXCESS),
+            Table(
+                layers,
+                "Excess drift, by layer",
+                columns=[Column("layer", kind="text"), *_EXCESS],
+                long=True,
+                file="means_excess",
+            ),
+        ],
         nothing="no two queries are so far apart",
     )
 
@@ -285,6 +317,10 @@ _EXCESS = [
     Column("kind", "queries"),
     Column("distance", "distance from"),
     Column("excess", "excess, 95 % interval", "signed", bounds=("excess_low", "excess_high")),
+    Column("placebo", "placebo (sd of one border)", "signed", beside="placebo_sd"),
+    Column("beyond", "beyond placebo, 95 %", "signed", bounds=("beyond_low", "beyond_high")),
+    Column("p", kind="decimal"),
+    Column("q", kind="decimal"),
     Column("prompt", "prompt cosine", "decimal"),
     Column("decode", "decode cosine", "decimal"),
     Column("prompts"),
@@ -296,6 +332,16 @@ _MEASURES: dict[str, tuple[str, Kind]] = {
     "mass": ("kept non-trivial mass", "percent"),
     "mass_chance": ("chance", "percent"),
 }
+
+
+def _borders(result: DriftResult) -> str:
+    """How many placebo borders there are, and where they lie."""
+    rows = result.rows.get("placebo", pd.DataFrame())
+    if not len(rows):
+        return "none here: the prompts are too short"
+    found = rows.drop_duplicates(["rid", "border"])["where"].value_counts()
+    words = {TEXT: "at random places", TURN: "where earlier answers of the assistant begin"}
+    return " and ".join(f"{format_number(int(n))} {words[str(where)]}" for where, n in found.items())
 
 
 def _between(ends: tuple[int, int]) -> str:
@@ -310,6 +356,12 @@ def _reach(excess: pd.DataFrame) -> str:
     if len(excess) < 2:
         return nothing
     nearest, farthest = excess.iloc[0], excess.iloc[-1]
+    if pd.notna(nearest.get("placebo_sd")):
+        nothing = (
+            f"a border inside the prompt has {format_number(nearest['placebo'], 'signed')} on average, with a standard "
+            f"deviation of {format_number(nearest['placebo_sd'], 'decimal')} of a single one; "
+            f"p {format_number(nearest['p'], 'decimal')} against these"
+        )
     near, far = (
         format_interval(row.get("excess_low"), row.get("excess_high"), "signed") for row in (nearest, farthest)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
+
 from sglang_probe.report.figures import Figure, lines
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Section
@@ -131,8 +133,10 @@ def horizon(result: DriftResult) -> Section:
         tables=[horizon_table(result), horizon_table(result, None)],
         notes=[
             "The interval is over prompt families: the steps at which the interval of the survival holds one half "
-            "(Brookmeyer and Crowley 1982). A horizon has no null: a window without any information would last for "
-            "some steps, too."
+            "(Brookmeyer and Crowley 1982). A window without any information would last for some steps, too. So the "
+            "last columns have a null: the steps until the window fails among the first ones that all responses have, "
+            "on average, after the prompt and after borders inside the prompt (placebo), and p as for excess drift. "
+            "Fewer steps than at a placebo border mean that decoding leaves the window sooner than text does."
         ],
     )
 
@@ -158,30 +162,42 @@ def horizon_table(result: DriftResult, layer: str | None = ALL) -> Table:
         Column("failed_at_once", "at once"),
         Column("requests"),
         Column("half_life", "half-life, steps"),
+        Column("upto_mean", f"of the first {_upto(found)} (placebo)", "average", beside="placebo_mean"),
+        Column("beyond", "beyond placebo, 95 %", "signed", bounds=("beyond_low", "beyond_high")),
+        Column("p", kind="decimal"),
     ]
     return Table(frame, title, columns=columns, long=layer is None, file="" if layer else "means_horizon")
 
 
 def changes(result: DriftResult) -> Section:
     """Change points of the attention over the prompt."""
-    shares = ("found", "shuffled", "agreement")
+    shares = {"found": "found", "text": "in text", "agreement": "agreement"}
     columns = [
         Column("layer", kind="text"),
-        *(Column(c, f"{c}, 95 %", "percent", bounds=(f"{c}_low", f"{c}_high")) for c in shares),
+        *(Column(c, f"{h}, 95 %", "percent", bounds=(f"{c}_low", f"{c}_high")) for c, h in shares.items()),
+        Column("beyond", "found beyond text, 95 %", "signed", bounds=("beyond_low", "beyond_high")),
         Column("level", kind="percent"),
+        Column("block", "steps a block", "average"),
         Column("prompts"),
     ]
     return Section(
         heading="Change points",
         text="A CUSUM over the steps of each response finds the split at which attention over the prompt changes "
-        "most. Its null is that the steps are exchangeable: the same steps in random order. **Found** is the share of "
-        "heads that exceed it, **shuffled** the same for responses whose steps were shuffled before (false alarms; the "
-        "**level** is expected), **agreement** the largest share of heads that change within one step of each other. "
-        "Neighbouring steps resemble each other in any text, and that alone breaks the null, as slow drift does: a "
-        "share above the level says that the order of the steps matters, not that there is a jump.",
+        "most. Its null is the same steps in random order of blocks, each twice as long as the autocorrelation time of "
+        "that head's attention (at most a quarter of the steps): neighbouring steps resemble each other in any text. "
+        "**Found** is the share of heads that exceed it (the **level** is expected without a change; simulations with "
+        "strongly alike neighbours gave up to twice that), **in text** the same for as many positions after a border "
+        "inside the prompt: what human text does, read by the same heads. **Beyond** is the difference. "
+        "**Agreement** is the largest share of heads that change within one step of each other. Slow drift exceeds the "
+        "null as a jump does.",
         tables=[Table(result.found.changes, "Change points", columns=columns, long=len(result.found.changes) > 12)],
         nothing="no response has steps enough",
     )
+
+
+def _upto(found: pd.DataFrame) -> str:
+    known = found["upto"].dropna() if "upto" in found else found.iloc[:0]
+    return f"{int(known.iloc[0])} steps" if len(known) else "steps"
 
 
 def _ends(low: float, high: float) -> str:

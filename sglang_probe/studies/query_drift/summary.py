@@ -14,6 +14,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.stats.intervals import cluster_interval
 from sglang_probe.studies.query_drift.horizon import first_failure, fit_decay, kaplan_meier, median_interval
 from sglang_probe.studies.query_drift.options import DriftOptions
+from sglang_probe.studies.query_drift.placebos import beside_excess, beside_horizon
 from sglang_probe.studies.query_drift.steps import METRICS
 
 BASELINES = ("random", "recency")
@@ -29,17 +30,20 @@ class Summary:
     maps: pd.DataFrame
     """layer, head, pre_centred_late, excess_raw, excess_centred: late is the last bin that every prompt reaches."""
     excess: pd.DataFrame
-    """layer, kind, distance: excess with the prompt and decode cosines it is made of."""
+    """layer, kind, distance: excess with the prompt and decode cosines it is made of, beside its placebo
+    (`placebos.beside_excess`)."""
     subspace: pd.DataFrame
     """layer, measure, value."""
     horizon: pd.DataFrame
-    """layer, baseline: median horizon in steps, share of requests that end first, mean recall and half-life."""
+    """layer, baseline: median horizon in steps, share of requests that end first, mean recall and half-life; and the
+    horizon at placebo borders (`placebos.beside_horizon`)."""
     survival: pd.DataFrame
     """layer, baseline, step, survival."""
     recall: pd.DataFrame
     """layer, step, policy, value, over requests that reach the last step that at least half of them reach."""
     changes: pd.DataFrame
-    """layer: share of heads with a change point, the same among shuffled steps, and agreement of heads."""
+    """layer: share of heads with a change point, the same after a border inside the prompt (`text`) and the difference
+    (`beyond`), agreement of heads, and steps per block of the null."""
     controls: pd.DataFrame
     """layer, control, measure, value."""
     windows: pd.DataFrame
@@ -63,16 +67,17 @@ def summarise(tables: Mapping[str, pd.DataFrame], clusters: Mapping[str, str], o
     """
     t = {name: frame.assign(cluster=frame["rid"].map(clusters)) for name, frame in tables.items()}
     survival, horizon = _horizon(t["recall"], clusters, o)
+    horizon = beside_horizon(horizon, t["recall"], t["placebo_recall"], o, ALL)
     measures = ("captured", "first", "last", "earlier", "split_half", "random")
     return Summary(
         steps=_steps(t["steps"]),
         maps=_maps(t),
-        excess=_excess(t["excess"]),
+        excess=_excess(t["excess"], t["placebo"]),
         subspace=means(_melt(t["subspace"], ["layer"], measures), ["layer", "measure"], "value"),
         horizon=horizon,
         survival=survival,
         recall=_recall(t["recall"]),
-        changes=_changes(t["changes"], o),
+        changes=_changes(t["changes"]),
         controls=means(
             _melt(
                 t["controls"], ["layer", "control"], ("pre_centred", "pre_centred_nearest", "js", "mass", "mass_chance")
@@ -133,14 +138,19 @@ def _maps(t: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return found.reset_index().assign(late_step=late)
 
 
-def _excess(excess: pd.DataFrame) -> pd.DataFrame:
+def _excess(excess: pd.DataFrame, placebo: pd.DataFrame) -> pd.DataFrame:
     by = ["layer", "kind", "distance"]
-    excess = excess.assign(layer=excess["layer"].astype(str), excess=excess["prompt"] - excess["decode"])
-    both = pd.concat([excess, excess.assign(layer=ALL)])
+    both = each_and_all(excess)
     out = means(both, by, "excess", "pairs")
     for side in ("prompt", "decode"):
         out = out.merge(means(both, by, side, "pairs")[[*by, side]], on=by)
-    return out
+    return beside_excess(out, both, each_and_all(placebo), ALL)
+
+
+def each_and_all(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `excess`, once under their layer and once under all."""
+    frame = frame.assign(layer=frame["layer"].astype(str), excess=frame["prompt"] - frame["decode"])
+    return pd.concat([frame, frame.assign(layer=ALL)])
 
 
 def _horizon(recall: pd.DataFrame, clusters: Mapping[str, str], o: DriftOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -209,18 +219,20 @@ def _recall(recall: pd.DataFrame) -> pd.DataFrame:
     return means(both, ["layer", "policy", "step"], "value")
 
 
-def _changes(changes: pd.DataFrame, o: DriftOptions) -> pd.DataFrame:
-    level = 1 / (o.permutations + 1) + 1e-9
-    frame = changes.assign(found=(changes["p"] <= level) * 1.0, shuffled=(changes["p_shuffled"] <= level) * 1.0)
+def _changes(changes: pd.DataFrame) -> pd.DataFrame:
+    level = 0.05
+    text = (changes["p_text"] <= level).where(changes["p_text"].notna()).astype(float)
+    frame = changes.assign(found=(changes["p"] <= level) * 1.0, text=text)
+    frame = frame.assign(beyond=frame["found"] - frame["text"])
     agreement = []
     for (_rid, layer), g in frame.groupby(["rid", "layer"], sort=False):
         at = g["step"].to_numpy()
         near = (np.abs(at[:, None] - at[None]) <= 1) & (g["found"].to_numpy() > 0)[:, None]
         agreement.append({"layer": layer, "cluster": g["cluster"].iloc[0], "agreement": near.mean(0).max()})
     out = means(frame, ["layer"], "found")
-    for column, source in (("shuffled", frame), ("agreement", pd.DataFrame(agreement))):
-        out = out.merge(means(source, ["layer"], column).drop(columns="prompts"), on="layer")
-    return out.assign(level=round(level, 6))
+    for column, source in (("text", frame), ("beyond", frame), ("agreement", pd.DataFrame(agreement))):
+        out = out.merge(means(source, ["layer"], column).drop(columns="prompts"), on="layer", how="left")
+    return out.assign(level=level, block=out["layer"].map(frame.groupby("layer")["block"].median()))
 
 
 def _coverage(coverage: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from sglang_probe.studies.query_drift.change_point import change_point
 from sglang_probe.studies.query_drift.cosine import window_cosine
 from sglang_probe.studies.query_drift.excess import excess_drift
 from sglang_probe.studies.query_drift.options import DriftOptions
+from sglang_probe.studies.query_drift.placebo import Border, at_border, placebo_borders, placebo_excess
 from sglang_probe.studies.query_drift.steps import importance_cosines, step_drift
 from sglang_probe.studies.query_drift.subspace import split_half_energy, subspace_drift
 from sglang_probe.studies.query_drift.window_choice import control_rows, recall_by_step
@@ -20,7 +22,10 @@ from sglang_probe.studies.query_drift.window_choice import control_rows, recall_
 WINDOWS = (128, 64, 32, 16, 8, 4, 2, 1)
 """Window lengths of DapQ's Table 8."""
 
-NAMES = ("steps", "excess", "subspace", "recall", "changes", "controls", "windows", "coverage")
+NAMES = (
+    *("steps", "excess", "placebo", "subspace", "recall", "placebo_recall", "changes"),
+    *("controls", "windows", "coverage"),
+)
 
 
 @dataclass
@@ -51,11 +56,13 @@ def measure(
     seed = layer + 1000 * len(tables.parts["coverage"])
     tables.add("steps", rid, layer, step_drift(c, sinks=o.sinks))
     tables.add("excess", rid, layer, _excess(c, o))
+    borders = placebo_borders(c, o, seed=zlib.crc32(rid.encode()))
+    tables.add("placebo", rid, layer, placebo_excess(c, borders, o))
     tables.add("subspace", rid, layer, _subspace(c, o))
-    recall = recall_by_step(c, o)
-    by_step = {name: getattr(recall, name).numpy() for name in ("window", "recency", "random")}
-    tables.add("recall", rid, layer, pd.DataFrame({"step": np.arange(1, c.steps + 1), **by_step}))
-    tables.add("changes", rid, layer, _changes(c, o, seed))
+    tables.add("recall", rid, layer, _recall(c, o))
+    elsewhere = [_recall(at_border(c, b), o).assign(border=i) for i, b in enumerate(borders)]
+    tables.add("placebo_recall", rid, layer, pd.concat(elsewhere) if elsewhere else _recall(c, o).assign(border=0)[:0])
+    tables.add("changes", rid, layer, _changes(c, borders, o, seed))
     tables.add("controls", rid, layer, control_rows(c, other, o, seed=seed))
     fitting = tuple(w for w in WINDOWS if w + o.sinks < c.length)
     tables.add("windows", rid, layer, importance_cosines(c, fitting, o.sinks))
@@ -102,21 +109,31 @@ def _subspace(c: Captured, o: DriftOptions) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _changes(c: Captured, o: DriftOptions, seed: int) -> pd.DataFrame:
-    """Change points of every head, and of the same steps in random order: the share of false alarms."""
-    a = c.attention_HTJ()
-    order = torch.randperm(c.steps, generator=torch.Generator().manual_seed(seed))
-    true = change_point(a, c.length, permutations=o.permutations, seed=seed)
-    null = change_point(a[:, order], c.length, permutations=o.permutations, seed=seed + 1)
-    return pd.DataFrame(
+def _recall(c: Captured, o: DriftOptions) -> pd.DataFrame:
+    found = recall_by_step(c, o)
+    by_step = {name: getattr(found, name).numpy() for name in ("window", "recency", "random")}
+    return pd.DataFrame({"step": np.arange(1, c.steps + 1), **by_step})
+
+
+def _changes(c: Captured, borders: list[Border], o: DriftOptions, seed: int) -> pd.DataFrame:
+    """Change points of every head, and of as many steps after a border inside the prompt."""
+    found = change_point(c.attention_HTJ(), c.length, permutations=o.permutations, seed=seed)
+    frame = pd.DataFrame(
         {
-            "head": np.arange(len(a)),
+            "head": np.arange(len(found.step)),
             "steps": c.steps,
-            "step": true.step.numpy() + 1,
-            "p": true.p_value.numpy(),
-            "p_shuffled": null.p_value.numpy(),
+            "step": found.step.numpy() + 1,
+            "block": found.block.numpy(),
+            "p": found.p_value.numpy(),
+            "p_text": np.nan,
         }
     )
+    whole = [b for b in borders if b.steps == c.steps]  # a shorter response has fewer changes to find
+    if whole:
+        text = at_border(c, whole[0])
+        null = change_point(text.attention_HTJ(), text.length, permutations=o.permutations, seed=seed + 1)
+        frame["p_text"] = null.p_value.numpy()
+    return frame
 
 
 def _coverage(c: Captured, cover: WindowCoverage) -> dict[str, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.studies.evict.grid import BASELINE, Trivial, entries_of, parse_budget, tokens_of
+from sglang_probe.eviction import Policy
+from sglang_probe.studies.evict.grid import BASELINE, Protection, Trivial, caveats, entries_of, parse_budget, tokens_of
 
 TRIVIAL = Trivial(sinks=1, window=2)
 
@@ -39,6 +40,51 @@ def test_what_a_policy_needs_and_whether_it_evicts() -> None:
     assert found["criticalkv(laq)"] == ("laq", True)
     assert found["knorm"] == (None, True)
     assert found["per_step"] == (None, False)
+
+
+EQUAL = Protection(sinks=3, recent=5)
+
+
+def test_on_equal_terms_all_keep_the_studys_ends_and_methods_as_published_their_own() -> None:
+    given = ["random", "keydiff", {"method": "snapkv", "window": 8}, {"method": "knorm", "sinks": 3, "recent": 5}]
+    given.append({"method": "adakv", "base": {"method": "snapkv", "window": 8}})
+    found = entries_of(given, ["static_max"], TRIVIAL, seed=0, protect=EQUAL, as_published=True)
+
+    def kept(policy: Policy) -> tuple[int, int]:
+        inner = getattr(policy, "base", policy)
+        return inner.sinks, inner.recent
+
+    ends = {(e.label, e.kind): kept(e.policy) for e in found}
+    assert ends == {
+        (BASELINE, "baseline"): (3, 5),
+        ("random", "published"): (0, 0),  # with protection it would be the baseline
+        ("keydiff", "method"): (3, 5),
+        ("keydiff", "published"): (0, 0),
+        ("snapkv", "method"): (3, 5),
+        ("snapkv", "published"): (0, 8),
+        ("knorm", "method"): (3, 5),  # its own set is the study's
+        ("adakv(snapkv)", "method"): (3, 5),
+        ("adakv(snapkv)", "published"): (0, 8),
+        ("static_max", "oracle"): (3, 5),
+    }
+    alone = entries_of(given[1:], ["static_max"], TRIVIAL, seed=0, protect=EQUAL)
+    assert [e.label for e in alone] == [e.label for e in found if e.kind not in ("published",)]
+    with pytest.raises(ConfigError, match="is its baseline, protected random"):
+        entries_of(given, [], TRIVIAL, seed=0, protect=EQUAL)
+
+
+def test_sets_by_query_head_are_named_so_and_never_reach_the_engine() -> None:
+    given = [{"method": "snapkv", "window": 8}, {"method": "snapkv", "window": 8, "per_query_head": True}]
+    found = entries_of(given, [], TRIVIAL, seed=0)
+    assert [(e.label, e.evicts) for e in found[1:]] == [
+        ("snapkv window 8", True),
+        ("snapkv window 8, per query head", False),
+    ]
+    assert found[1].policy == found[2].policy
+    (said,) = caveats(found, 32)
+    assert "`snapkv window 8, per query head`: a kept set for every query head" in said
+    with pytest.raises(ConfigError, match="`per_query_head` is true or false"):
+        entries_of([{"method": "snapkv", "per_query_head": 2}], [], TRIVIAL, seed=0)
 
 
 @pytest.mark.parametrize(

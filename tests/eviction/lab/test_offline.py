@@ -74,6 +74,30 @@ def _at(value: object, b: int) -> object:
     return value
 
 
+def test_a_set_by_query_head_is_judged_by_query_head_at_as_many_times_the_bytes() -> None:
+    snapkv = {"method": "snapkv", "window": 2, "kernel": 1}
+    kept: list[str] = []
+    out = grid(
+        [snapkv, {**snapkv, "per_query_head": True}],
+        [],
+        budgets=[5],
+        keep=lambda task, protocol, entry, budget, batch, keep: kept.append(entry.label),
+    )
+    rows, heads, _ = out.frames()
+    wide = rows[rows["policy"] == "snapkv window 2, kernel 1, per query head"].set_index("rid")
+    narrow = rows[rows["policy"] == "snapkv window 2, kernel 1"].set_index("rid")
+    layer = batch().layer.per_query_head()
+    keep = parse_method(snapkv).select(layer, 5).keep_TGL
+    assert keep.shape[-2] == HEADS
+    held = metrics.total_mass_recall(layer.future_attention, keep)
+    expected = held.numerator.flatten(1).sum(1) / held.denominator.flatten(1).sum(1)
+    assert wide["mass"].to_numpy() == pytest.approx(expected.numpy())
+    assert (wide["bytes"] == 2 * narrow["bytes"]).all()
+    assert (wide["bytes_full"] == narrow["bytes_full"]).all()
+    assert len(heads[heads["policy"] == "snapkv window 2, kernel 1, per query head"]) == 2 * HEADS
+    assert kept == [BASELINE, "snapkv window 2, kernel 1"]
+
+
 def test_rows_of_heads_add_up_to_the_pooled_recall() -> None:
     rows, heads, _ = grid(["keydiff"], []).frames()
     mine = heads[heads["policy"] == "keydiff"]

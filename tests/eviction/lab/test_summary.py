@@ -10,8 +10,8 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.studies.evict.asked import ALL_KEPT, FULL_CACHE, asked_of, check_served, over_repeats, with_full
 from sglang_probe.studies.evict.grid import BASELINE, Trivial, caveats, entries_of
 from sglang_probe.studies.evict.outcome import OUTCOMES, compare, judge_outputs
-from sglang_probe.studies.evict.predict import ALL, predictors
-from sglang_probe.studies.evict.summary import gaps, means
+from sglang_probe.studies.evict.predict import ALL, predictor_pairs, predictors
+from sglang_probe.studies.evict.summary import gaps, means, protection
 
 RIDS = [f"r{i}" for i in range(8)]
 
@@ -47,6 +47,19 @@ def test_oracles_and_controls_are_shown_and_not_tested() -> None:
     found = means(frame, ["nontrivial"]).set_index("policy")
     assert found["p"].isna().all()
     assert found.loc["o", "difference"] == pytest.approx(0.8)
+
+
+def test_methods_as_published_are_not_tested_and_stand_beside_themselves_on_equal_terms() -> None:
+    equal, own = [0.5 + 0.01 * i for i in range(8)], [0.3 + 0.02 * i for i in range(8)]
+    cells = {("method", "m", "1/8"): equal, ("published", "m", "1/8"): own, ("published", "random", "1/8"): own}
+    frame = rows({**RANDOM, **cells, ("method", "n", "1/2"): own})
+    found = means(frame, ["nontrivial"])
+    assert found[found["p"].notna()]["kind"].unique().tolist() == ["method"]
+    (r,) = protection(frame, ["nontrivial"]).to_dict("records")
+    assert (r["policy"], r["budget"], r["n"]) == ("m", "1/8", 8)
+    assert [r["equal"], r["published"], r["difference"]] == pytest.approx([0.535, 0.37, 0.165])
+    assert 0.1 < r["difference_low"] < 0.165 < r["difference_high"] < 0.23
+    assert protection(rows(RANDOM), ["nontrivial"]).empty
 
 
 def test_chance_levels_and_prompts_without_a_value() -> None:
@@ -105,6 +118,27 @@ def test_metrics_are_told_apart_over_policies() -> None:
     assert (every["low"] < every["spearman"]).all()
     assert (every["spearman"] < every["high"]).all()
     assert every.loc["ndcg", "below_best_low"] > 0.1
+    pairs = predictor_pairs(offline, outcomes, list(sizes), "accuracy").set_index(["metric", "other"])
+    best, second = close.index
+    assert pairs.index.tolist() == [(best, second), (best, "ndcg"), (second, "ndcg")]
+    assert pairs["told"].tolist() == [False, True, True]
+    assert pairs["difference"].iloc[0] == close["below_best"].iloc[1]
+
+
+def test_prompts_that_rank_policies_otherwise_widen_the_interval() -> None:
+    """The same means of 12 policies, from prompts that agree and from prompts that do not."""
+    rng = np.random.default_rng(1)
+    good = dict(zip([*"abcdefghijk", BASELINE], rng.normal(size=12), strict=True))
+    cell = {p: ("baseline" if p == BASELINE else "method", p, "1/8") for p in good}
+    spread = rng.normal(size=(12, 8)) * 2
+    spread -= spread.mean(1, keepdims=True)
+    seen = {p: g + 0.3 * rng.normal() for p, g in good.items()}
+    outcomes = rows({cell[p]: [g] * 8 for p, g in good.items()}, "accuracy")
+    calm = rows({cell[p]: [seen[p]] * 8 for p in good}, "mass")
+    wild = rows({cell[p]: list(seen[p] + spread[i]) for i, p in enumerate(good)}, "mass")
+    found = [predictors(x, outcomes, ["mass"], "accuracy").iloc[0] for x in (calm, wild)]
+    assert found[0]["spearman"] == pytest.approx(found[1]["spearman"])
+    assert found[1]["high"] - found[1]["low"] > found[0]["high"] - found[0]["low"] + 0.02
 
 
 def test_a_method_that_is_not_made_for_so_few_layers_is_said_to_be_so() -> None:

@@ -10,18 +10,25 @@ from torch import Tensor
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.stats.distance import jensen_shannon
-from sglang_probe.studies.query_drift.change_point import change_point, cusum
+from sglang_probe.studies.query_drift.change_point import block_order, change_point, cusum
 
 LENGTH, STEPS = 30, 40
 
 
-def responses(heads: int, *, at: int | None, seed: int, noise: float = 0.5) -> Tensor:
-    """Attention `[heads, T, L + T]`: noise around one distribution, around another one from step `at` on."""
+def responses(
+    heads: int, *, at: int | None, seed: int, noise: float = 0.5, like: float = 0.0, steps: int = STEPS
+) -> Tensor:
+    """Attention `[heads, T, L + T]`: noise around one distribution, around another one from step `at` on; the noise of
+    neighbouring steps correlates by `like`."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.rand(heads, 2, LENGTH, generator=g) ** 3
-    which = (torch.arange(STEPS) >= at).long() if at is not None else torch.zeros(STEPS, dtype=torch.long)
-    prompt = centres[:, which] * torch.exp(noise * torch.randn(heads, STEPS, LENGTH, generator=g))
-    return torch.cat([prompt / prompt.sum(-1, keepdim=True), torch.zeros(heads, STEPS, STEPS)], -1)
+    which = (torch.arange(steps) >= at).long() if at is not None else torch.zeros(steps, dtype=torch.long)
+    fresh = torch.randn(heads, steps, LENGTH, generator=g)
+    noises = [fresh[:, 0]]
+    for t in range(1, steps):
+        noises.append(like * noises[-1] + math.sqrt(1 - like**2) * fresh[:, t])
+    prompt = centres[:, which] * torch.exp(noise * torch.stack(noises, 1))
+    return torch.cat([prompt / prompt.sum(-1, keepdim=True), torch.zeros(heads, steps, steps)], -1)
 
 
 def test_the_statistic_of_a_hand_computed_split() -> None:
@@ -38,12 +45,34 @@ def test_the_statistic_of_a_hand_computed_split() -> None:
 def test_an_injected_jump_is_found_where_it_is(at: int) -> None:
     found = change_point(responses(24, at=at, seed=at), LENGTH)
     assert (found.step == at).float().mean() > 0.9
-    assert (found.p_value == 0.05).all()  # the smallest that 19 permutations allow
+    assert (found.p_value == 0.025).all()  # the smallest that 39 permutations allow
+    assert found.block.float().mean() < 1.2  # a jump is no autocorrelation
 
 
 def test_without_a_jump_the_false_alarms_are_as_many_as_the_level_says() -> None:
     found = change_point(responses(400, at=None, seed=1), LENGTH, permutations=19)
     assert 0.02 < (found.p_value <= 0.05).float().mean() < 0.09
+
+
+@pytest.mark.parametrize(("like", "steps"), [(0.3, 40), (0.6, 40), (0.6, 120)])
+def test_likeness_of_neighbouring_steps_alone_is_no_change(like: float, steps: int) -> None:
+    """Steps in random order, the null that this replaces, take 40 to 100 % of these for changes."""
+    quiet = responses(200, at=None, seed=1, like=like, steps=steps)
+    found = change_point(quiet, LENGTH)
+    assert (found.p_value <= 0.05).float().mean() <= 0.13  # up to 10 % by simulation, and binomial error of 200
+    assert found.block.float().mean() > 3
+    jump = responses(50, at=steps // 2, seed=2, like=like, steps=steps)
+    if steps > 40 or like < 0.5:
+        assert (change_point(jump, LENGTH).p_value <= 0.05).float().mean() > 0.9
+
+
+def test_an_order_of_blocks_holds_every_step_once_and_keeps_neighbours_together() -> None:
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        order = block_order(41, 7, g)
+        assert sorted(order.tolist()) == list(range(41))
+        assert (order.diff() == 1).sum() >= 41 - 1 - 7  # at most seven blocks meet
+    assert block_order(5, 1, g).tolist() != block_order(5, 1, g).tolist()
 
 
 def test_a_jump_in_shuffled_steps_is_no_jump() -> None:
