@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -65,8 +65,12 @@ class Partials:
             shutil.rmtree(path, ignore_errors=True)  # damaged: it is computed again
             return None
 
-    def write(self, piece: str, tables: Mapping[str, pd.DataFrame]) -> None:
-        """Keep a finished piece. A kill leaves all of it or nothing."""
+    def write(self, piece: str, tables: Mapping[str, pd.DataFrame], more: Callable[[Path], None] | None = None) -> None:
+        """Keep a finished piece. A kill leaves all of it or nothing.
+
+        Args:
+            more: writes further files of the piece into the folder that it is given.
+        """
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +79,19 @@ class Partials:
         half.mkdir()
         for name, frame in tables.items():
             frame.to_parquet(half / f"{name}.parquet", compression="zstd")
-            with open(half / f"{name}.parquet", "rb") as f:
+        if more is not None:
+            more(half)
+        for file in half.iterdir():
+            with open(file, "rb") as f:
                 os.fsync(f.fileno())
         shutil.rmtree(self._folder / piece, ignore_errors=True)
         half.rename(self._folder / piece)
         sync_folder(self._folder)
+
+    def discard(self) -> None:
+        """The study has everything in its own tables now."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
 
 
 def identity(run: Run) -> dict[str, str]:
