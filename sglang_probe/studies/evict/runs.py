@@ -32,7 +32,7 @@ from sglang_probe.studies.evict.lookahead_runs import (
     steps_needed,
 )
 from sglang_probe.studies.evict.requests import forced, kept_request, lookahead_request, with_truth
-from sglang_probe.studies.evict.stages import FULL, Clock, open_folder, select_and_judge
+from sglang_probe.studies.evict.stages import FULL, Clock, counts, open_folder, select_and_judge
 from sglang_probe.studies.evict.study import OFFLINE_FILE
 from sglang_probe.workload.build import check_fits
 from sglang_probe.workload.request import Request
@@ -56,7 +56,16 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
         requests = tuple(with_truth(task, prepared.workload.requests, config.cut))
         _check_task(task, requests, prepared, config)
         out[task] = replace(prepared, workload=replace(prepared.workload, requests=requests))
-    return out
+    # Tasks share engines, and every recording of a task has as many requests as the largest.
+    pool = replace(prepared.pool, least=max(_pool(ours, config) for ours in out.values()))
+    return {task: replace(ours, pool=pool) for task, ours in out.items()}
+
+
+def _pool(ours: Prepared, config: EvictionConfig) -> int:
+    """Tokens of the KV pool of a task: of the recording with most requests, each with lookahead or pseudo tokens."""
+    copies = max((n for n in counts(config, {"": 1}).rows[0].values() if isinstance(n, int)), default=1)
+    more = max(steps_needed(config.entries).values(), default=0) + 1 if config.in_engine else 0
+    return ours.pool.tokens(ours.workload.requests, copies=copies, more=more)
 
 
 def _check_task(task: str, requests: Sequence[Request], prepared: Prepared, config: EvictionConfig) -> None:
