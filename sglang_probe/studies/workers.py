@@ -1,7 +1,7 @@
 """Pieces of a study computed side by side, one a process.
 
-Processes and not threads: most of a piece is hundreds of small products and data frames, for which threads wait for
-each other (docs/evidence/benchmarks.md). Each process has one piece in memory at a time and computes on one thread.
+Processes and not threads: a piece is hundreds of small products and data frames, between which a thread needs Python's
+lock. Each process has one piece in memory at a time and computes on one thread.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 Work = Callable[[P, Callable[[], None]], R]
-"""Computes a piece; calls its second argument after each document. Pickled, so a function of a module or a frozen
-dataclass with `__call__`."""
+"""Computes a piece; calls its second argument after each document. Pickled, so a function of a module or an
+object with `__call__`."""
 
 _LOOK_SECONDS = 0.5
 _FEWEST = 2

@@ -12,8 +12,6 @@ from sglang_probe.studies.pages import MANY_LAYERS, only
 from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL
 
-_MOST_BINS = 4
-
 
 def folded_if_many(result: DriftResult, figure: Figure) -> Figure:
     """A map of layers and heads, folded where it has many rows."""
@@ -21,17 +19,17 @@ def folded_if_many(result: DriftResult, figure: Figure) -> Figure:
 
 
 def cosine_by_layer(by_layer: pd.DataFrame) -> Figure:
-    """The centred cosine of some bins of steps.
+    """The centred cosine of the first and the last bin of steps.
 
     Args:
         by_layer: `Summary.steps` of that metric, without the mean over layers.
     """
     frame = by_layer
     if len(frame):
-        bins = sorted(set(frame["step"]))
-        step = max(1, -(-len(bins) // _MOST_BINS))
-        shown = bins[::-1][::step][::-1]  # the last one is always among them
-        frame = _numbered(frame[frame["step"].isin(shown)]).sort_values(["step", "layer"], kind="stable")
+        # The first and the last bin: the bands of more of them hide each other.
+        frame = _numbered(frame[frame["step"].isin([frame["step"].min(), frame["step"].max()])]).sort_values(
+            ["step", "layer"], kind="stable"
+        )
         frame = frame.assign(steps="from step " + frame["step"].astype(str))
     return lines(
         frame,
@@ -41,19 +39,20 @@ def cosine_by_layer(by_layer: pd.DataFrame) -> Figure:
         low="value_low",
         high="value_high",
         title="Centred pre-RoPE cosine to the mean window query, by layer",
-        caption="Means over heads and the steps of a bin; bands over prompts. Not every bin is drawn.",
+        caption="Means over heads and the steps of a bin; bands over prompts. The first and the last bin.",
         x_label="layer",
         y_label="cosine",
     )
 
 
 def excess_by_layer(result: DriftResult) -> list[Figure]:
-    """Centred excess by layer, a curve a bin of distances."""
+    """Centred excess by layer, of the nearest and the farthest bin of distances."""
     if len(result.layers) <= MANY_LAYERS:
         return []
     part = only(result.found.excess, kind="centred")
     part = _numbered(part[part["layer"] != ALL]) if len(part) else part
     if len(part):
+        part = part[part["distance"].isin([part["distance"].min(), part["distance"].max()])]
         part = part.sort_values(["distance", "layer"], kind="stable")
         part = part.assign(apart="from " + part["distance"].astype(str) + " apart")
     return [
@@ -65,7 +64,7 @@ def excess_by_layer(result: DriftResult) -> list[Figure]:
             low="excess_low",
             high="excess_high",
             title="Excess drift by layer, centred",
-            caption="Bands over prompts.",
+            caption="Bands over prompts. The nearest and the farthest bin of distances.",
             x_label="layer",
             y_label="prompt cosine minus decode cosine",
         )
