@@ -209,9 +209,13 @@ def test_the_drift_study_sees_the_same_with_and_without_the_cache(
     kept = study_drift(recorded["cache_on"], output=tmp_path / "study", resume=True)
     written = pd.read_parquet(tmp_path / "study" / "tables" / "steps.parquet")
     pd.testing.assert_frame_equal(kept.tables()["steps"], written)
-    for run, other in ((recorded["cache_off"], DriftOptions()), (recorded["cache_on"], options)):
+    for name, run, other in (
+        ("run", recorded["cache_off"], DriftOptions()),
+        ("options", recorded["cache_on"], DriftOptions(permutations=1)),
+    ):
+        copy = shutil.copytree(tmp_path / "study", tmp_path / f"other {name}")
         with pytest.raises(pytest.fail.Exception, match="a layer is measured"):
-            study_drift(run, other, output=tmp_path / "study", resume=True)
+            study_drift(run, other, output=copy, resume=True)
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:
