@@ -40,10 +40,15 @@ class End:
     fix: str
 
 
-def end_of(exit_code: int | None) -> End:
-    """How a process with this exit code ended; negative: by that signal. None: it is alive, and said that it failed."""
+def end_of(exit_code: int | None, watchdog: float | None = None) -> End:
+    """How a process with this exit code ended; negative: by that signal. None: it is alive, and said that it failed.
+
+    Args:
+        watchdog: `watchdog_timeout` of the engine in seconds, if it was given.
+    """
     if exit_code is None:
-        return End("a process of the engine does not answer any more", _WATCHDOG)
+        here = "" if watchdog is None else f"; SGLang's watchdog waits {watchdog:g} s for a forward pass here"
+        return End(f"a process of the engine does not answer any more{here}", _WATCHDOG)
     if exit_code < 0:
         name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
         return End(f"a process of the engine was killed by {name}", _MEMORY if name == "SIGKILL" else _RESUME)
@@ -53,8 +58,9 @@ def end_of(exit_code: int | None) -> End:
 class Children:
     """The processes that SGLang started for an engine."""
 
-    def __init__(self, processes: Iterable[BaseProcess | Any] = ()) -> None:
+    def __init__(self, processes: Iterable[BaseProcess | Any] = (), watchdog: float | None = None) -> None:
         self._processes = list(processes)
+        self._watchdog = watchdog
 
     def ended(self) -> End | None:
         """How the first one that is not alive ended; None while all are."""
@@ -66,7 +72,7 @@ class Children:
         deadline = time.monotonic() + seconds
         while (end := self.ended()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return end or end_of(None)
+        return end or end_of(None, self._watchdog)
 
     def kill(self) -> None:
         """End those that are left."""

@@ -186,7 +186,8 @@ class ProbedEngine:
                 f"SGLang did not start: {fault_of(self._probe.run) or e}", fix="its log above says more"
             ) from e
         self._signals.restore(self._engine.loop)
-        self._children = Children(p for p in multiprocessing.active_children() if p not in before)
+        started = (p for p in multiprocessing.active_children() if p not in before)
+        self._children = Children(started, self._server.get("watchdog_timeout"))
 
     async def _listen(self) -> None:
         """What SGLang does at the first request: now, because it installs signal handlers. It makes another event loop

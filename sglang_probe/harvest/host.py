@@ -17,6 +17,7 @@ class EngineHost:
         self._engine: ProbedEngine | None = None
         self._started: tuple[str, dict[str, Any], EngineProbeConfig] | None = None
         """What the engine was started with: model path, server arguments, and what its first recording asked."""
+        self._pool: int | None = None
         self.starts = 0
         """Engines started so far."""
 
@@ -26,27 +27,36 @@ class EngineHost:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
-    def serves(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> bool:
-        """Whether the running engine can make this recording too: SGLang was started with the same arguments, and its
-        instruments can do what is asked."""
-        if self._engine is None or self._started is None:
+    def serves(
+        self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig, pool: int | None = None
+    ) -> bool:
+        """Whether the running engine can make this recording too: SGLang was started with the same arguments, its KV
+        pool holds as many tokens, and its instruments can do what is asked."""
+        if self._engine is None or self._started is None or (self._pool is None) != (pool is None):
+            return False
+        if pool is not None and self._pool is not None and pool > self._pool:
             return False
         *same, first = self._started
         return same == [model_path, server] and instruments.serves(first, probe)
 
-    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> ProbedEngine:
+    def open(
+        self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig, pool: int | None = None
+    ) -> ProbedEngine:
         """An engine that was started with these server arguments and records as `probe` says.
+
+        Args:
+            pool: tokens that its KV pool has at least, where nobody chose its size; None: somebody did, or SGLang does.
 
         Raises:
             ProbeError: SGLang or the probe refuses.
         """
-        if self._engine is not None and self.serves(model_path, server, probe):
+        if self._engine is not None and self.serves(model_path, server, probe, pool):
             self._engine.begin(probe)
             return self._engine
         self.stop()
-        engine = ProbedEngine(model_path, probe, server)
+        engine = ProbedEngine(model_path, probe, server if pool is None else {**server, "max_total_tokens": pool})
         engine.start()
-        self._engine, self._started = engine, (model_path, server, probe)
+        self._engine, self._started, self._pool = engine, (model_path, server, probe), pool
         self.starts += 1
         return engine
 

@@ -12,9 +12,10 @@ from typing import Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import ONE_RANK
-from sglang_probe.engine.platform.environment import platform_facts
+from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
+from sglang_probe.harvest.pool import left_open
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
 from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.kept_set import KeptFile
@@ -52,6 +53,14 @@ class Job:
         """The server arguments of its engine."""
         config = self.prepared.config
         return {"dtype": self.arm.dtype or config.dtype, **self.arm.start_args(config.server)}
+
+    @property
+    def pool(self) -> int | None:
+        """Tokens of the KV pool of its engine, where nobody chose another number; None: somebody did, or an accelerator
+        is used. It is no part of `server`, which says what the user asked: what is in force is in the manifest."""
+        if accelerator_present() or not left_open(self.server):
+            return None
+        return self.prepared.pool.tokens(self.requests)
 
     def asked(self, request: Request) -> dict[str, Any]:
         """The sampling parameters that a request is served with."""

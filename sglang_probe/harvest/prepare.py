@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ from sglang_probe.harvest.engine import (
 )
 from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
+from sglang_probe.harvest.pool import Pool
 from sglang_probe.harvest.sampling import SamplingCheck, check_names
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
@@ -59,6 +60,8 @@ class Prepared:
     """Positions that the model is served with. `room` may be less: the KV pool bounds it too."""
     sampling: SamplingCheck
     """Has passed the sampling values of the workload."""
+    pool: Pool
+    """How large the KV pool is, where the user left it open."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def prepare(
         _check_choices(server, server_argument_choices())
     for dtype in {config.dtype, *(arm.dtype for arm in arms.values() if arm.dtype)}:
         _check_choices({"dtype": dtype}, server_argument_choices())
-    prepared = Prepared(config, reviewed, model, given, room, context, sampling)
+    together = max([config.concurrency, *(arm.partners.count + 1 for arm in arms.values() if arm.partners)])
+    pool = Pool(together, max(int(server.get("page_size") or 1) for server in servers))
+    pool = replace(pool, least=pool.tokens(given.requests))
+    prepared = Prepared(config, reviewed, model, given, room, context, sampling, pool)
     if given is workload:  # its requests were made elsewhere
         check_requests(given.requests, prepared)
     return prepared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,8 @@ class Figure:
     formats: Mapping[str, Kind] = field(default_factory=dict)
     drawn: bool = True
     """False where there is nothing to draw."""
+    folded: bool = False
+    """Whether a page shows its title alone until it is opened."""
 
     def standalone(self, *, margin: int = 16) -> str:
         """The wide drawing as an SVG file of its own, with the colours of the pages, light or dark as the reader's."""
@@ -39,6 +41,11 @@ class Figure:
         # After title and description, which belong at the head.
         svg = self.svg.replace(found[0], head, 1)
         return svg.replace("</desc>", f"</desc><style>{css}</style>{paper}", 1) + "\n"
+
+
+def fold(figure: Figure) -> Figure:
+    """The figure, folded away: a map of hundreds of cells beside the curve that says what is in it."""
+    return replace(figure, folded=True)
 
 
 def make_figure(

@@ -13,7 +13,7 @@ the result (_figure.py), the reading of frames (_frame.py), axes (_axes.py), and
 
 from sglang_probe.report._bars import grouped_bars
 from sglang_probe.report._dots import dots
-from sglang_probe.report._figure import Figure
+from sglang_probe.report._figure import Figure, fold
 from sglang_probe.report._heatmap import heatmap
 from sglang_probe.report._lines import lines
 from sglang_probe.report._panels import panel_lines, panel_scatter
@@ -27,6 +27,7 @@ __all__ = [
     "Figure",
     "Span",
     "dots",
+    "fold",
     "grouped_bars",
     "heatmap",
     "lines",

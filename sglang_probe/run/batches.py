@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 
 def activations(
-    run: RunFiles, rid: str, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
+    run: RunFiles, tokens: pd.DataFrame, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
 ) -> torch.Tensor:
     """See `Run.activations`: `[positions, width]`.
 
+    Args:
+        tokens: `run.tokens_of` the request.
+
     Raises:
-        RunDirectoryError: no such request, or with `missing="raise"` a position has no row.
+        RunDirectoryError: with `missing="raise"`, a position has no row.
     """
     import torch
 
-    tokens = positions.tokens_of(run, rid)
+    rid = tokens["rid"].iloc[0]
     tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (tokens["position"] >= first)].sort_values("position")
     rows = tokens["source_row"].to_numpy()
     have = run.holds(hook_point, rows)

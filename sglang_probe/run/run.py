@@ -74,7 +74,7 @@ class Run(RunFiles):
                 computed before the recording began, or because the hook point does not hold it. With `missing="nan"`
                 such rows are NaN instead.
         """
-        return batches.activations(self, rid, hook_point, missing=missing, first=first)
+        return batches.activations(self, self.tokens_of(rid), hook_point, missing=missing, first=first)
 
     def iter_batches(
         self,

@@ -32,8 +32,11 @@ def row_distance(a_ND: Tensor, b_ND: Tensor) -> tuple[np.ndarray[Any, Any], np.n
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats, `[...]`, between 0 and ln 2. Its square root is the distance."""
     p, q = normalised(a), normalised(b)
-    m = (p + q) / 2
-    return ((_kl(p, m) + _kl(q, m)) / 2).clamp(min=0)
+    log_m = _log((p + q) / 2)
+    # By `log` and not `xlogy`, which is not vectorised, and in place: drift studies spend most of their time here.
+    part_p = (_log(p) - log_m).mul_(p)
+    part_q = (_log(q) - log_m).mul_(q)
+    return (part_p.add_(part_q).sum(-1) / 2).clamp(min=0)
 
 
 def total_variation(a: Tensor, b: Tensor) -> Tensor:
@@ -54,3 +57,8 @@ def normalised(x: Tensor) -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (torch.xlogy(p, p) - torch.xlogy(p, torch.where(p > 0, q, 1.0))).sum(-1)
+
+
+def _log(p: Tensor) -> Tensor:
+    """A new tensor of logarithms, finite where `p` is 0."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log_()

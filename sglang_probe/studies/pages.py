@@ -46,6 +46,24 @@ def deepest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["hook_point"] == frame["hook_point"].iloc[-1]] if len(frame) else frame
 
 
+MANY_LAYERS = 8
+"""With more of them, figures have layers on an axis in place of a curve or a row for each, and maps are folded."""
+
+
+def with_layer(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the residual stream (or of whatever site most layers have), with the number of the layer as `layer`;
+    none where there are no more than `MANY_LAYERS`, whose hook points are shown by name."""
+    if frame.empty:
+        return frame
+    found = frame["hook_point"].str.extract(r"^blocks\.(?P<layer>\d+)\.(?P<site>.+)$")
+    known = frame.assign(**found)[found["site"].notna().to_numpy()]
+    if known.empty:
+        return known
+    site = known.groupby("site", sort=False)["layer"].nunique().idxmax()
+    known = known[known["site"] == site].astype({"layer": int})
+    return known.sort_values("layer", kind="stable") if known["layer"].nunique() > MANY_LAYERS else known.iloc[:0]
+
+
 def row_of_largest(frame: pd.DataFrame, column: str, *, least: bool = False) -> pd.Series | None:
     """The row with the largest (or least) value; None if there is no value."""
     known = frame[frame[column].notna()] if len(frame) else frame

@@ -19,6 +19,7 @@ from sglang_probe.run import journal, schema
 from sglang_probe.run.damage import reading
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.run import Run
+from sglang_probe.run.tokens import tokens_of
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +58,9 @@ class ReadOnce(Run):
 
     def requests(self, *, interrupted: bool = False) -> pd.DataFrame:
         return self._once(f"requests {interrupted}", lambda: self._run.requests(interrupted=interrupted))
+
+    def tokens_of(self, rid: str) -> pd.DataFrame:
+        return self._once(f"tokens {rid}", lambda: tokens_of(self, rid))
 
 
 def is_step(spans: pd.DataFrame) -> Array:

@@ -25,6 +25,7 @@ from sglang_probe.report.page import render
 from sglang_probe.run.hook_points import ATTENTION
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.stats.distance import row_distance
+from sglang_probe.studies.query_drift import by_layer
 from sglang_probe.studies.query_drift.options import DriftOptions
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.query_drift.study import study_drift
@@ -186,7 +187,9 @@ def test_telemetry_while_serving_is_that_of_captured_rows(recorded: dict[str, Ru
     assert differences["max"].drop(SHARE).max() < 2e-5
 
 
-def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict[str, Run], tmp_path: Path) -> None:
+def test_the_drift_study_sees_the_same_with_and_without_the_cache(
+    recorded: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queries of a cached window come through lineage; the study says how many, and finds what the full run shows."""
     options = DriftOptions(window=32, permutations=1)
     cached, full = (study_drift(recorded[n], options, layers=[3]) for n in ("cache_on", "cache_off"))
@@ -202,6 +205,17 @@ def test_the_drift_study_sees_the_same_with_and_without_the_cache(recorded: dict
     json.dumps(cached.to_json(), allow_nan=False)
     read = ["query-drift", str(recorded["cache_on"].path), "--output", str(tmp_path / "study")]
     assert list(run_commands([read]).values()) == [0]
+    monkeypatch.setattr(by_layer, "measure", lambda *_: pytest.fail("a layer is measured"))
+    kept = study_drift(recorded["cache_on"], output=tmp_path / "study", resume=True)
+    written = pd.read_parquet(tmp_path / "study" / "tables" / "steps.parquet")
+    pd.testing.assert_frame_equal(kept.tables()["steps"], written)
+    for name, run, other in (
+        ("run", recorded["cache_off"], DriftOptions()),
+        ("options", recorded["cache_on"], DriftOptions(permutations=1)),
+    ):
+        copy = shutil.copytree(tmp_path / "study", tmp_path / f"other {name}")
+        with pytest.raises(pytest.fail.Exception, match="a layer is measured"):
+            study_drift(run, other, output=copy, resume=True)
 
 
 def _question_rows(run: Run, index: int) -> torch.Tensor:

@@ -112,15 +112,15 @@ def test_the_plan_counts_what_will_be_served() -> None:
     (row,) = found.rows
     assert row == {
         "task": "recall",
-        "full cache": 20,
+        "full cache": 10,
         "kept sets": 180,
         "greedy": 10 * (1 + 16 + 2),
         "t1": 10 * 3 * (1 + 16),
         "forced": 10 * (1 + 16 + 2),
     }
-    assert (found.requests, found.starts) == (20 + 190 + 510 + 190, 3)
+    assert (found.requests, found.starts) == (10 + 190 + 510 + 190, 3)
     offline = counts(config(in_engine=False), {"recall": 10})
-    assert (offline.requests, offline.starts) == (20, 1)
+    assert (offline.requests, offline.starts) == (10, 1)
 
 
 def test_a_folder_is_resumed_by_the_same_study_only(tmp_path: Path) -> None:

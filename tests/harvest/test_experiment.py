@@ -68,6 +68,22 @@ def test_what_was_checked_does_not_change(prepared: Prepared) -> None:
     assert isinstance(prepared.workload.requests, tuple)
 
 
+def test_arms_share_a_pool_and_resume_what_was_recorded_with_another(prepared: Prepared, tmp_path: Path) -> None:
+    """Its size is no part of what must agree for a run to be resumed, and an arm that sets one keeps it."""
+    longer = [replace(r, prompt_ids=r.prompt_ids * 200) for r in prepared.workload.requests]
+    few, many = job(prepared), job(prepared, requests=longer[:1])
+    assert few.pool is not None
+    assert (
+        few.pool
+        == job(prepared, arm=Arm(cache="off")).pool
+        == job(prepared, requests=prepared.workload.requests[:1]).pool
+    )
+    assert many.pool is not None
+    assert many.pool > few.pool
+    assert job(prepared, arm=Arm(server={"max_total_tokens": 2048})).pool is None
+    assert "max_total_tokens" not in manifest_of(few, tmp_path)["server_given"]
+
+
 def test_a_run_that_captures_nothing_claims_no_heads(prepared: Prepared, tmp_path: Path) -> None:
     assert manifest_of(job(prepared), tmp_path)["heads"] == {"blocks.0.attn.hook_rot_q": [8, 32]}
     bare = manifest_of(job(prepared, hook_points=[]), tmp_path)
@@ -115,7 +131,7 @@ def test_the_first_engine_honours_what_later_runs_are_given(
 ) -> None:
     told = []
 
-    def opened(_host: EngineHost, _model: str, _server: dict[str, Any], probe: EngineProbeConfig) -> None:
+    def opened(_host: EngineHost, _model: str, _server: dict[str, Any], probe: EngineProbeConfig, _pool: int) -> None:
         told.append(probe.asks)
         raise KeyboardInterrupt
 

@@ -107,7 +107,7 @@ class MadeHost(EngineHost):
         self.ends: dict[int, str] = {}
         self.served: list[list[str]] = []
 
-    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig) -> Any:
+    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig, pool: int | None = None) -> Any:
         self._engine = MadeEngine(probe, self.ends, self.served)  # type: ignore[assignment]
         return self._engine
 

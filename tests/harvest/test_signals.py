@@ -121,3 +121,4 @@ def test_the_first_process_that_ended_is_the_one_that_is_told() -> None:
     assert Children([Process(None)]).ended() is None
     found = Children([Process(None), Process(-9)]).wait_for_end()
     assert "SIGKILL" in found.words
+    assert "waits 300 s for a forward pass here" in Children([Process(None)], 300).wait_for_end(0).words

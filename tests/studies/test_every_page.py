@@ -97,7 +97,22 @@ def test_what_was_measured_once_and_what_fills_no_screen_have_pages(study: str) 
         assert html.index('class="answer"') < html.index("<section")
 
 
+@pytest.mark.parametrize(
+    ("name", "title", "folded"),
+    [("drift", "Excess drift by layer", 2), ("phase", "by layer of", 0), ("evict", "recall by layer, budget", 2)],
+)
+def test_many_layers_are_an_axis_and_their_maps_are_folded(name: str, title: str, folded: int) -> None:
+    make, page = PAGES[name]
+    for layers, there in ((2, False), (30, True)):
+        found = page(make(layers=layers, **({"heads": 9} if folded else {})))
+        figures = [f for s in found.sections for f in s.figures] + ([found.picture] if found.picture else [])
+        assert any(title in f.title for f in figures) is there
+        assert sum(f.folded for f in figures) == (folded if there else 0)
+        assert render(found).count("folded, not printed") == (folded if there else 0)
+
+
 def test_many_layers_of_two_arms_have_a_page() -> None:
+    assert "floor, by layer of" in render(ab_page(made.ab(layers=30)))
     assert not _broken(render(ab_page(made.ab(layers=30))))
 
 

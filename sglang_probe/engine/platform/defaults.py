@@ -20,6 +20,10 @@ GFLOP/s, and four times that where other work has three quarters of the machine.
 collective operations to wait for; a slow forward is not."""
 
 
+MAX_TOTAL_TOKENS = 65536
+"""Of the KV pool. A harvest that needs less takes less (`harvest/pool.py`)."""
+
+
 def cpu_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Server arguments for the CPU reference platform, beyond those that are given (and not None)."""
     has = {name for name, value in (given or {}).items() if value is not None}
@@ -30,7 +34,7 @@ def cpu_defaults(given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     # SGLang would derive a negative fraction from large prefills.
     if "mem_fraction_static" not in has:
         defaults["mem_fraction_static"] = 0.5
-        defaults["max_total_tokens"] = 65536
+        defaults["max_total_tokens"] = MAX_TOTAL_TOKENS
     return {name: value for name, value in defaults.items() if name not in has}
 
 

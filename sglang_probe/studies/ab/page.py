@@ -23,7 +23,7 @@ from sglang_probe.studies.ab.tables import (
     tokens_table,
 )
 from sglang_probe.studies.floor import ALARM
-from sglang_probe.studies.pages import ALARMED, FLOOR, deepest, facts, footer, only, proof, row_of_largest
+from sglang_probe.studies.pages import ALARMED, FLOOR, deepest, facts, footer, only, proof, row_of_largest, with_layer
 
 _NO_ROWS = "no rows were captured, or no position was computed by both runs of a pair"
 
@@ -210,7 +210,7 @@ def _drift(result: AbResult, effects: bool) -> Section:
         f"batches it is what the policy alone does. The baseline is `{result.baseline}`. Intervals are 95 % over "
         "prefix families (Student's t on a cluster jackknife, corrected for skewness); there is none where the "
         "families are too few. The test exchanges the labels of runs of one order.",
-        figures=[*([_effects(result)] if effects else []), *_by_bin(result)],
+        figures=[*([_effects(result)] if effects else []), *_by_layer(result), *_by_bin(result)],
         tables=[
             effects_table(result),
             *([flips_table(result)] if len(result.flips) else []),
@@ -250,6 +250,28 @@ def _effects(result: AbResult) -> Figure:
         x_label=f"mean relative L2 against `{result.baseline}`; floor: of runs of the same arm".replace("`", ""),
         caption="Lines are 95 % intervals, where there are enough prefix families for one.",
     )
+
+
+def _by_layer(result: AbResult) -> list[Figure]:
+    """Effect and floor of every arm on an axis of layers, where there are many; a figure a phase."""
+    frame = with_layer(result.floors)
+    figures = []
+    for phase, mine in frame.groupby("phase", sort=False) if len(frame) else ():
+        parts = [mine[["layer"]].assign(arm=mine["arm"], l2=mine["effect"])]
+        parts.append(mine[["layer"]].assign(arm="floor of " + mine["arm"], l2=mine["floor"]))
+        figures.append(
+            lines(
+                pd.concat(parts, ignore_index=True),
+                "layer",
+                "l2",
+                "arm",
+                kind="scientific",
+                title=f"{phase}: effect of each arm and its floor, by layer of `{mine['site'].iloc[0]}`",
+                x_label="layer",
+                y_label=f"mean relative L2 against {result.baseline}",
+            )
+        )
+    return figures
 
 
 def _by_bin(result: AbResult) -> list[Figure]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.eviction.protocol import Protocol
-from sglang_probe.kept_set import Kept, write_kept
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
 from sglang_probe.studies.evict.grid import Entry
 from sglang_probe.studies.evict.layers import Batch
 
@@ -56,10 +56,22 @@ class KeptSets:
                 }
             )
 
-    def write(self, sets: Path, cells: Path) -> None:
-        """Write the sets (`kept_set.py`) and the cell of each as Parquet."""
+    def extend(self, sets: Path, cells: pd.DataFrame) -> None:
+        """Take in what another collector wrote, under new keys."""
+        theirs = KeptFile(sets)
+        for cell in cells.to_dict("records"):
+            key = f"s{len(self._kept):06d}"
+            self._kept[key] = theirs[cell["key"]]
+            self._cells.append({**cell, "key": key})
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The cell of each set."""
+        return pd.DataFrame(self._cells)
+
+    def write(self, sets: Path) -> None:
+        """Write the sets (`kept_set.py`)."""
         write_kept(sets, self._kept)
-        pd.DataFrame(self._cells).to_parquet(cells)
 
 
 def asked_of(
@@ -68,7 +80,7 @@ def asked_of(
     """The requests of one way of decoding: the full cache first, so that its entries are there for all others.
 
     Args:
-        cells: as `KeptSets.write` wrote them.
+        cells: as `KeptSets.cells`.
         sources: the workload's requests.
 
     Returns:

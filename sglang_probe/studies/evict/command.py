@@ -67,12 +67,12 @@ trivial: {sinks: 4, window: 8}    # always kept by the baseline, protected rando
         notes = [note, *caveats(config.entries, layers)]
         return Plan(Table(pd.DataFrame(found.rows), "plan: requests by task"), found.starts, notes)
 
-    def recorded(self, found: Mapping[str, Mapping[str, Run]]) -> list[Run]:
+    def recorded(self, found: Mapping[str, Run]) -> list[Run]:
         """None: full-cache runs are read by this study alone."""
         return []
 
     def study(
-        self, found: Mapping[str, Mapping[str, Run]], config: EvictionConfig, folder: Path, name: str, tell: Tell
+        self, found: Mapping[str, Run], config: EvictionConfig, folder: Path, name: str, tell: Tell
     ) -> EvictionResult:
         """Read the files of the grid and of what was generated."""
         from sglang_probe.studies.evict.stages import study_files

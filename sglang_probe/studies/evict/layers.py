@@ -1,13 +1,13 @@
 """Requests of a run as stacked `Layer`s: all layers of all requests of one shape in one object.
 
-Rows of a hook point are read once for the whole run; going through `layer_from_run` request by request reads the ledger
-for each of them.
+Only the rows of one group of requests are in memory, whatever the run holds; the ledger is read once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from sglang_probe.attention.from_run import model_config
 from sglang_probe.attention.rope import Rotary
 from sglang_probe.attention.weights import AttentionSpec
-from sglang_probe.errors import ProbeError, RunDirectoryError
+from sglang_probe.errors import RunDirectoryError
 from sglang_probe.eviction.from_run import output_projection
 from sglang_probe.eviction.layer import Layer, Queries
 from sglang_probe.eviction.protocol import Protocol, under
@@ -26,7 +26,11 @@ from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY, VALUE
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.studies.evict.needed import Positions, mask
+from sglang_probe.verify.frames import ReadOnce
 from sglang_probe.workload.request import asked_rid
+
+MOST_BYTES = 512 << 20
+"""What the rows and weights of a group may take: a few times as much is in use while it is judged."""
 
 
 @dataclass(frozen=True)
@@ -53,77 +57,114 @@ class Batch:
         return replace(layer, needed_L=self.hidden_needed_L[..., : self.context])
 
 
-def batches(
-    run: Run,
-    layers: list[int],
-    *,
-    model: str | Path,
-    most: int = 64,
-    needed: Positions | None = None,
-) -> Iterator[Batch]:
-    """All requests that decoded, grouped by shape.
+@dataclass(frozen=True)
+class Group:
+    """Requests of one shape that are held in memory together."""
+
+    rids: tuple[str, ...]
+    length: int
+    context: int
+    steps: int
+
+
+class Reader:
+    """Reads groups of requests of a run, all of `layers` of each. What the groups share is read once.
 
     Args:
         layers: captured layers, in order.
         model: model folder, for the output projections.
         needed: positions that answers need; by default those that the workload knows, if it does.
-        most: requests per batch at most.
 
     Raises:
-        RunDirectoryError: a position has no row, or a hook point was not captured.
+        RunDirectoryError: a position has no row.
     """
-    requests = requests_of(run).set_index("rid")
-    requests = requests[requests["output_len"] > 1]
-    rows = {site: {y: RowsOf(run, f"blocks.{y}.{site}") for y in layers} for site in SITES}
-    where = row_indices(run)
-    config = model_config(run, model)
-    rotary = Rotary.from_model_config(config)
-    projections = torch.stack([output_projection(Path(model), y, config) for y in layers]).float()
-    for (length, context, steps), rids in _groups(requests).items():
-        for start in range(0, len(rids), most):
-            chosen = rids[start : start + most]
-            at = np.stack([where[rid][: length + steps] for rid in chosen])
-            stored = [torch.stack([rows[site][y].at(at) for y in layers], 1) for site in SITES]
-            q, k, v = (x.float() for x in stored)
-            size = (len(chosen), len(layers))
-            index = torch.tensor(layers).expand(size)
-            number = torch.tensor([int(requests.at[rid, "index"]) for rid in chosen])[:, None].expand(size)
-            layer = Layer(
-                q_NHD=q[:, :, :length],
-                k_LGD=k[:, :, :length],
-                v_LGD=v[:, :, :length],
-                spec=AttentionSpec(scaling=q.shape[-1] ** -0.5),
-                rotary=rotary,
-                w_o_HDM=projections.expand(size[0], *projections.shape),
-                index=index,
-                num_layers=int(config["num_hidden_layers"]),
-                request=number,
-                future=Queries(q[:, :, length:], k[:, :, length:], v[:, :, length:]),
-            )
-            visible, hidden = _needed(requests, chosen, length, needed)
-            if visible is not None and hidden is not None:
-                shape = (len(chosen), len(layers), length)
-                layer = replace(layer, needed_L=visible[:, None].expand(shape))
-                hidden = hidden[:, None].expand(shape)
-            yield Batch(tuple(chosen), context, layer, stored[0].element_size(), hidden)
+
+    def __init__(self, run: Run, layers: Sequence[int], *, model: str | Path, needed: Positions | None = None) -> None:
+        self._run, self._layers, self._needed = ReadOnce(run), list(layers), needed
+        requests = requests_of(self._run).set_index("rid")
+        self._requests = requests[requests["output_len"] > 1]
+        self._where = row_indices(self._run)
+        self._config = model_config(run, model)
+        self._model = Path(model)
+
+    @cached_property
+    def _projections(self) -> Tensor:
+        return torch.stack([output_projection(self._model, y, self._config) for y in self._layers]).float()
+
+    def groups(self, most_bytes: int = MOST_BYTES) -> list[Group]:
+        """All requests that decoded, in groups of one shape whose queries, keys, values and weights take `most_bytes`
+        or less in float32.
+
+        A group has two requests at least wherever there are two of its shape: one of the controls takes the queries of
+        another request.
+        """
+        out = []
+        for (length, context, steps), rids in _shapes(self._requests).items():
+            parts = split(rids, max(2, most_bytes // self._bytes(length, steps)))
+            out += [Group(tuple(part), length, context, steps) for part in parts]
+        return out
+
+    def _bytes(self, length: int, steps: int) -> int:
+        """Of one request: what was captured, and the weights of its decode steps, of which metrics hold several."""
+        heads, dim = self._run.heads(f"blocks.{self._layers[0]}.{ROTATED_QUERY}")
+        kv_heads, _ = self._run.heads(f"blocks.{self._layers[0]}.{ROTATED_KEY}")
+        captured = (heads + 2 * kv_heads) * dim
+        weights = 4 * heads * steps
+        return 4 * len(self._layers) * (length + steps) * (captured + weights)
+
+    def read(self, group: Group) -> Batch:
+        """The rows of a group.
+
+        Raises:
+            RunDirectoryError: a row or a hook point was not captured.
+        """
+        chosen, length, layers = list(group.rids), group.length, self._layers
+        at = np.stack([self._where[rid][: length + group.steps] for rid in chosen])
+        stored = [rows_at(self._run, layers, site, at) for site in SITES]
+        q, k, v = (x.float() for x in stored)
+        size = (len(chosen), len(layers))
+        requests = self._requests
+        number = torch.tensor([int(requests.at[rid, "index"]) for rid in chosen])[:, None].expand(size)
+        layer = Layer(
+            q_NHD=q[:, :, :length],
+            k_LGD=k[:, :, :length],
+            v_LGD=v[:, :, :length],
+            spec=AttentionSpec(scaling=q.shape[-1] ** -0.5),
+            rotary=Rotary.from_model_config(self._config),
+            w_o_HDM=self._projections.expand(size[0], *self._projections.shape),
+            index=torch.tensor(layers).expand(size),
+            num_layers=int(self._config["num_hidden_layers"]),
+            request=number,
+            future=Queries(q[:, :, length:], k[:, :, length:], v[:, :, length:]),
+        )
+        visible, hidden = _needed(requests, chosen, length, self._needed)
+        if visible is not None and hidden is not None:
+            shape = (*size, length)
+            layer = replace(layer, needed_L=visible[:, None].expand(shape))
+            hidden = hidden[:, None].expand(shape)
+        return Batch(group.rids, group.context, layer, stored[0].element_size(), hidden)
 
 
 SITES = (ROTATED_QUERY, ROTATED_KEY, VALUE)
 
 
-class RowsOf:
-    """All rows of a hook point, `[rows, heads, head_dim]`, in the model's dtype."""
+def split(rids: Sequence[str], most: int) -> list[Sequence[str]]:
+    """Parts of about equal size: at most `most`, or three where that is less, and at least two where there are two."""
+    parts = max(1, min(-(-len(rids) // most), len(rids) // 2))
+    return [rids[len(rids) * i // parts : len(rids) * (i + 1) // parts] for i in range(parts)]
 
-    def __init__(self, run: Run, name: str) -> None:
-        shards = list(run.iter_shards(name))
-        numbers = np.concatenate([n for n, _ in shards])
-        if not np.array_equal(numbers, np.arange(len(numbers))):
-            raise ProbeError(f"{run.path} does not hold every row of `{name}`", fix="record it without `rows`")
-        values = torch.cat([x for _, x in shards])
-        self._values = values.view(len(values), *run.heads(name))
 
-    def at(self, indices: np.ndarray) -> Tensor:
-        return self._values[torch.from_numpy(indices)]
+def rows_at(run: Run, layers: Sequence[int], site: str, at: np.ndarray) -> Tensor:
+    """Rows of a site of some layers, `[*at.shape[:-1], layers, at.shape[-1], heads, head_dim]`, in the model's dtype.
+
+    Raises:
+        RunDirectoryError: one does not exist.
+    """
+    out = []
+    for y in layers:
+        values = run.rows(f"blocks.{y}.{site}", at.ravel(), split_heads=True)
+        out.append(values.view(*at.shape, *values.shape[1:]))
+    return torch.stack(out, at.ndim - 1)
 
 
 def requests_of(run: Run) -> pd.DataFrame:
@@ -143,7 +184,7 @@ def row_indices(run: Run) -> dict[str, np.ndarray]:
     return {str(rid): mine.to_numpy() for rid, mine in tokens.groupby("rid", sort=False)["source_row"]}
 
 
-def _groups(requests: pd.DataFrame) -> dict[tuple[int, int, int], list[str]]:
+def _shapes(requests: pd.DataFrame) -> dict[tuple[int, int, int], list[str]]:
     """Requests by prompt length, context length and decode steps."""
     out: dict[tuple[int, int, int], list[str]] = {}
     for r in requests.itertuples():

@@ -12,11 +12,11 @@ Where the question is hidden, all of it happens after the context alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,9 +29,10 @@ from sglang_probe.eviction.methods.streaming_llm import StreamingLLM
 from sglang_probe.eviction.protocol import Protocol
 from sglang_probe.kept_set import Kept
 from sglang_probe.run.hook_points import ROTATED_KEY, ROTATED_QUERY
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.evict.grid import Entry, Protection, budget_name, tokens_of
-from sglang_probe.studies.evict.layers import Batch, RowsOf, requests_of, row_indices
+from sglang_probe.studies.evict.layers import Batch, requests_of, row_indices, rows_at
+from sglang_probe.verify.frames import ReadOnce
 
 LAQ, SPECKV, DAPQ = "laq", "speckv", "dapq"
 COMPRESSED_BY = {LAQ: "snapkv", SPECKV: "streaming_llm"}
@@ -55,6 +56,20 @@ class Asked:
     kept: Kept | None = None
     pseudo: tuple[int, ...] = ()
     """Tokens after the compressed positions, run as a prompt (DapQ) or as forced output (SpecKV)."""
+
+
+@dataclass(frozen=True)
+class AheadRuns:
+    """Where the lookahead queries of a task are: each run with what was asked of it, without the kept sets."""
+
+    recorded: tuple[tuple[Path, tuple[Asked, ...]], ...] = ()
+
+    def read(self, rids: Sequence[str], layers: Sequence[int]) -> Ahead:
+        """Those of some sources."""
+        out = Ahead()
+        for path, asked in self.recorded:
+            collect([a for a in asked if a.source in rids], load_run(path), layers, into=out)
+        return out
 
 
 @dataclass
@@ -96,7 +111,7 @@ def steps_needed(entries: Sequence[Entry]) -> dict[str, int]:
 
 
 def first_pass(
-    found: Sequence[Batch],
+    found: Iterable[Batch],
     needed: Mapping[str, int],
     budgets: Sequence[int | Fraction],
     protocols: Sequence[Protocol],
@@ -145,14 +160,13 @@ def second_pass(asked: Sequence[Asked], first: Run) -> list[Asked]:
 
 def collect(asked: Sequence[Asked], run: Run, layers: Sequence[int], *, into: Ahead) -> None:
     """Read the captured queries and keys of the lookahead positions."""
+    run = ReadOnce(run)
     where = row_indices(run)
-    rows = {site: [RowsOf(run, f"blocks.{y}.{site}") for y in layers] for site in (ROTATED_QUERY, ROTATED_KEY)}
-    served = pd.Index(where)
     for a in asked:
-        if a.rid not in served:
+        if a.rid not in where:
             continue
         at = where[a.rid][a.context : a.context + a.steps]
-        q, k = (torch.stack([r.at(at) for r in rows[site]]) for site in (ROTATED_QUERY, ROTATED_KEY))
+        q, k = (rows_at(run, layers, site, at) for site in (ROTATED_QUERY, ROTATED_KEY))
         into.found.setdefault(a.at, {})[a.source] = (q, k)
 
 

@@ -58,7 +58,8 @@ class Offline:
             )
         names = [*CELL, "reason", "requests"]
         excluded = pd.DataFrame([(*k, n) for k, n in self._excluded.items()], columns=names)
-        return pd.concat(self._rows, ignore_index=True), pd.concat(heads, ignore_index=True), excluded
+        rows, by_head = (pd.concat(x, ignore_index=True) if x else pd.DataFrame() for x in (self._rows, heads))
+        return rows, by_head, excluded
 
     def add(self, cell: tuple[str, ...], batch: Batch, layer: Layer, judged: Any, budget: int) -> None:
         """Take in the judgement of one cell on one batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sglang_probe.report.figures import heatmap
+from sglang_probe.report.figures import fold, heatmap, lines
 from sglang_probe.report.numbers import Kind, format_interval, format_number
 from sglang_probe.report.page import Section
 from sglang_probe.report.tables import Column, Table
@@ -22,7 +22,7 @@ from sglang_probe.studies.evict.tables import (
     title_of,
     worded,
 )
-from sglang_probe.studies.pages import only
+from sglang_probe.studies.pages import MANY_LAYERS, only
 
 TESTED = (
     "Δ is the paired difference to protected random (of shares, in percentage points) with its 95 % interval over "
@@ -142,18 +142,25 @@ def heads(result: EvictionResult) -> Section:
             recall=part["held"] / part["mass"].where(part["mass"] > 0), where="L" + part["layer"].astype(str)
         )
     of = "layer and query head" if few else "layer"
-    figures = [
-        heatmap(
-            mine,
-            "policy",
-            "where",
+    figures = []
+    for (task, protocol), mine in part.groupby(["task", "protocol"], sort=False) if len(part) else ():
+        title = f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by {of}, budget {budget}"
+        chart = heatmap(mine, "policy", "where", "recall", title=title, column_label=of, missing="no mass")
+        if few or mine["layer"].nunique() <= MANY_LAYERS:
+            figures.append(chart)
+            continue
+        curves = lines(
+            mine.sort_values(["policy", "layer"], kind="stable"),
+            "layer",
             "recall",
-            title=f"{task}, {PROTOCOLS[str(protocol)]}: non-trivial mass recall by {of}, budget {budget}",
-            column_label=of,
-            missing="no mass",
+            "policy",
+            kind="percent",
+            title=title,
+            x_label="layer",
+            y_label="recall",
+            caption="Sums over the heads of a layer.",
         )
-        for (task, protocol), mine in (part.groupby(["task", "protocol"], sort=False) if len(part) else ())
-    ]
+        figures += [curves, fold(chart)]
     return Section(
         heading="Where it is lost: layers and heads",
         text="Sums over prompts and steps. A head that looks only at the last positions has little mass outside the "

@@ -22,19 +22,18 @@ from sglang_probe.run.hook_points import EMBED, RESID_POST
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.evict.asked import asked_of
 from sglang_probe.studies.evict.config import Decode, EvictionConfig
-from sglang_probe.studies.evict.layers import batches
+from sglang_probe.studies.evict.layers import Reader
 from sglang_probe.studies.evict.lookahead_runs import (
     SPECKV,
-    Ahead,
+    AheadRuns,
     Asked,
-    collect,
     first_pass,
     second_pass,
     steps_needed,
 )
 from sglang_probe.studies.evict.needed import NEEDED_FILE, record_needed
 from sglang_probe.studies.evict.requests import forced, kept_request, lookahead_request, with_truth
-from sglang_probe.studies.evict.stages import FULL, REFERENCE, Clock, open_folder, select_and_judge
+from sglang_probe.studies.evict.stages import FULL, Clock, counts, open_folder, select_and_judge
 from sglang_probe.studies.evict.study import OFFLINE_FILE
 from sglang_probe.workload.build import check_fits
 from sglang_probe.workload.request import Request
@@ -58,7 +57,16 @@ def prepare(config: EvictionConfig) -> dict[str, Prepared]:
         requests = tuple(with_truth(task, prepared.workload.requests, config.cut))
         _check_task(task, requests, prepared, config)
         out[task] = replace(prepared, workload=replace(prepared.workload, requests=requests))
-    return out
+    # Tasks share engines, and every recording of a task has as many requests as the largest.
+    pool = replace(prepared.pool, least=max(_pool(ours, config) for ours in out.values()))
+    return {task: replace(ours, pool=pool) for task, ours in out.items()}
+
+
+def _pool(ours: Prepared, config: EvictionConfig) -> int:
+    """Tokens of the KV pool of a task: of the recording with most requests, each with lookahead or pseudo tokens."""
+    copies = max((n for n in counts(config, {"": 1}).rows[0].values() if isinstance(n, int)), default=1)
+    more = max(steps_needed(config.entries).values(), default=0) + 1 if config.in_engine else 0
+    return ours.pool.tokens(ours.workload.requests, copies=copies, more=more)
 
 
 def _check_task(task: str, requests: Sequence[Request], prepared: Prepared, config: EvictionConfig) -> None:
@@ -86,7 +94,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
-) -> dict[str, dict[str, Run]]:
+) -> dict[str, Run]:
     """Record and select: the full cache, lookahead queries, the offline grid, and what is generated from kept sets.
 
     Returns what `read` returns. With `resume`, runs are kept or finished as `sglang_probe.harvest.experiment.record`
@@ -110,7 +118,7 @@ def run(
         if not selected:
             with clock.stage("lookahead"):
                 ahead = {
-                    task: _look_ahead(ours, config, task, runs[task][FULL], folder, host=host, **again)
+                    task: _look_ahead(ours, config, task, runs[task], folder, host=host, **again)
                     for task, ours in prepared.items()
                 }
     if not selected:
@@ -126,39 +134,30 @@ def run(
     return runs
 
 
-def read(config: EvictionConfig, folder: Path) -> dict[str, dict[str, Run]]:
-    """Per task the full-cache run (`full`), and the one that decodes the reference (`reference`).
+def read(config: EvictionConfig, folder: Path) -> dict[str, Run]:
+    """The full-cache run of each task.
 
     Raises:
         RunDirectoryError: one is missing.
     """
-    return {
-        task: {kind: load_run(folder / f"{task}.{kind}") for kind in (FULL, REFERENCE)} for task in config.workloads
-    }
+    return {task: load_run(folder / f"{task}.{FULL}") for task in config.workloads}
 
 
-def _full(ours: Prepared, config: EvictionConfig, task: str, folder: Path, **how: Any) -> dict[str, Run]:
-    """The runs that `read` reads."""
-    requests = ours.workload.requests
-    specs = [
-        RunSpec(f"{task}.{FULL}", requests),
-        RunSpec(f"{task}.{REFERENCE}", [forced(r) for r in requests]),
-    ]
-    asks = ASKS if config.in_engine else {"force"}
-    found = record(specs, ours, folder, asks=asks, **how)
-    return {kind: found[f"{task}.{kind}"] for kind in (FULL, REFERENCE)}
+def _full(ours: Prepared, config: EvictionConfig, task: str, folder: Path, **how: Any) -> Run:
+    """The run that `read` reads."""
+    name = f"{task}.{FULL}"
+    asks = ASKS if config.in_engine else ()
+    return record([RunSpec(name, ours.workload.requests)], ours, folder, asks=asks, **how)[name]
 
 
-def _look_ahead(ours: Prepared, config: EvictionConfig, task: str, full: Run, folder: Path, **how: Any) -> Ahead:
+def _look_ahead(ours: Prepared, config: EvictionConfig, task: str, full: Run, folder: Path, **how: Any) -> AheadRuns:
     """Lookahead queries of a task, on the engine of the full-cache runs."""
-    out = Ahead()
     needed = steps_needed(config.entries)
     if not needed or not config.in_engine:
-        return out
-    layers = list(range(ours.model.layers))
+        return AheadRuns()
     sources = {r.rid: r for r in ours.workload.requests}
     prompts = {rid: r.prompt_ids for rid, r in sources.items()}
-    found = list(batches(full, layers, model=ours.model.path))
+    reader = Reader(full, range(ours.model.layers), model=ours.model.path)
 
     def recorded(asked: list[Asked], name: str) -> Run:
         path = folder / f"{name}.kept.safetensors"
@@ -168,12 +167,13 @@ def _look_ahead(ours: Prepared, config: EvictionConfig, task: str, full: Run, fo
         requests = requests_of([lookahead_request(a, sources[a.source]) for a in asked], ours.config.sampling)
         return record([RunSpec(name, requests, kept=path if kept else None)], ours, folder, asks=ASKS, **how)[name]
 
-    asked = list(first_pass(found, needed, config.budgets, config.protocols, config.protection, prompts))
+    batches = map(reader.read, reader.groups())
+    asked = list(first_pass(batches, needed, config.budgets, config.protocols, config.protection, prompts))
     first = recorded(asked, f"{task}.lookahead")
-    collect([a for a in asked if a.at[1] != SPECKV], first, layers, into=out)
+    found = [(first, [a for a in asked if a.at[1] != SPECKV])]
     if drafts := second_pass(asked, first):
-        collect(drafts, recorded(drafts, f"{task}.drafts"), layers, into=out)
-    return out
+        found.append((recorded(drafts, f"{task}.drafts"), drafts))
+    return AheadRuns(tuple((run.path, tuple(replace(a, kept=None) for a in mine)) for run, mine in found))
 
 
 def _decode(ours: Prepared, task: str, arm: str, decode: Decode, is_forced: bool, folder: Path, **how: Any) -> None:

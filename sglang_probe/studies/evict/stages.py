@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.journal import sha256
 from sglang_probe.run.manifest import MANIFEST
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.evict.asked import KeptSets
 from sglang_probe.studies.evict.config import SETTLED, EvictionConfig
-from sglang_probe.studies.evict.layers import batches
-from sglang_probe.studies.evict.lookahead_runs import Ahead
+from sglang_probe.studies.evict.lookahead_runs import AheadRuns
 from sglang_probe.studies.evict.needed import NEEDED_FILE, read_needed
-from sglang_probe.studies.evict.offline import Offline, run_offline, spoiled
+from sglang_probe.studies.evict.pieces import KEPT, Grid, Piece, merge
 from sglang_probe.studies.evict.study import (
     EXCLUDED_FILE,
     HEADS_FILE,
@@ -28,12 +28,14 @@ from sglang_probe.studies.evict.study import (
     EvictionResult,
     study_eviction,
 )
+from sglang_probe.studies.partials import Partials, identity
+from sglang_probe.studies.workers import compute, side_by_side
 
 if TYPE_CHECKING:
     from sglang_probe.harvest.prepare import Prepared
-    from sglang_probe.harvest.progress import Reporter
+    from sglang_probe.harvest.progress import Counter, Reporter
 
-FULL, REFERENCE = "full", "reference"
+FULL = "full"
 EXPERIMENT_FILE = "experiment.json"
 STAGES_FILE = "stages.json"
 
@@ -58,7 +60,7 @@ def counts(config: EvictionConfig, requests: dict[str, int]) -> Counts:
     starts = 1 + (1 + config.teacher_forced if config.in_engine else 0)
     for task, n in requests.items():
         sets = n * (evicting * cells + len(config.protocols))
-        row: dict[str, Any] = {"task": task, "full cache": 2 * n, "kept sets": sets}
+        row: dict[str, Any] = {"task": task, "full cache": n, "kept sets": sets}
         if config.in_engine:
             for name, decode, _ in config.decodes:
                 sane = len(config.protocols) if not decode.temperature else 0
@@ -126,52 +128,77 @@ def _discard(folder: Path, tasks: Iterable[str]) -> None:
 def select_and_judge(
     prepared: Mapping[str, Prepared],
     config: EvictionConfig,
-    runs: Mapping[str, Mapping[str, Run]],
-    ahead: Mapping[str, Ahead],
+    runs: Mapping[str, Run],
+    ahead: Mapping[str, AheadRuns],
     folder: Path,
     reporter: Reporter,
 ) -> int:
-    """The offline grid: writes its tables and the kept sets of every task.
+    """The offline grid: writes its tables and the kept sets of every task. Pieces that an interrupted call of the same
+    study finished are kept.
+
+    Args:
+        runs: the full-cache run of each task.
 
     Returns:
         Requests whose kept counts were asserted.
     """
-    out, entries = Offline(), config.entries
-    for task, ours in prepared.items():
-        layers = list(range(ours.model.layers)) if config.layers is None else config.layers
-        needed = read_needed(folder, task)
-        found = list(batches(runs[task][FULL], layers, model=ours.model.path, needed=needed))
-        kept = KeptSets()
-        steps = len(found) * len(config.protocols) * (len(entries) + len(spoiled(config.controls)))
+    model = next(iter(prepared.values())).model
+    layers = list(range(model.layers)) if config.layers is None else config.layers
+    read = [*runs.values(), *(load_run(path) for task in ahead.values() for path, _ in task.recorded)]
+    searched = folder / NEEDED_FILE
+    depends_on = {
+        "grid": config.grid,
+        "runs": [identity(run) for run in read],
+        "needed": sha256(searched) if searched.exists() else None,
+    }
+    partials = Partials(folder, depends_on, resume=True)
+    full = {task: run.path for task, run in runs.items()}
+    needed = {task: read_needed(folder, task) for task in prepared}
+    grid = Grid(config, layers, full, model.path, dict(ahead), needed, partials)
+    parts = []
+    for task in prepared:
+        pieces = [Piece(task, i, group) for i, group in enumerate(grid.reader(task).groups())]
+        todo = [p for p in pieces if partials.read(p.name) is None]
+        steps, told = grid.steps(len(pieces)), 0
         with reporter.requests(f"{task}: selecting and judging", steps) as counter:
-            run_offline(
-                task,
-                found,
-                entries,
-                config.budgets,
-                config.protocols,
-                config.trivial,
-                controls_of=config.controls,
-                ahead=ahead[task],
-                out=out,
-                keep=kept.add if config.in_engine else None,
-                advance=lambda counter=counter: counter.advance(0),  # type: ignore[misc]
+
+            def advance(done: int, counter: Counter = counter) -> None:
+                nonlocal told
+                for _ in range(done - told):
+                    counter.advance(0)
+                told = max(told, done)
+
+            kept_steps = grid.steps(len(pieces) - len(todo))
+            advance(kept_steps)
+            computed = compute(
+                todo,
+                grid,
+                processes=side_by_side(len(todo)),
+                advance=lambda done, kept_steps=kept_steps: advance(kept_steps + done),  # type: ignore[misc]
             )
+            for _ in computed:
+                pass
+            advance(steps)
+        kept = KeptSets()
+        for piece in pieces:
+            found, path = partials.read(piece.name), partials.path(piece.name)
+            assert found is not None
+            assert path is not None
+            parts.append(found)
+            if config.in_engine:
+                kept.extend(path / KEPT, found["cells"])
         if config.in_engine:
-            for batch in found:
-                for protocol in config.protocols:
-                    kept.add_everything(task, protocol, batch)
-            kept.write(folder / f"{task}.kept.safetensors", folder / f"{task}.cells.parquet")
-    rows, heads, excluded = out.frames()
-    heads.to_parquet(folder / HEADS_FILE)
-    excluded.to_parquet(folder / EXCLUDED_FILE)
-    rows.to_parquet(folder / OFFLINE_FILE)  # last: that it is there means that the stage is complete
-    return out.asserted
+            kept.write(folder / f"{task}.kept.safetensors")
+            kept.cells.to_parquet(folder / f"{task}.cells.parquet")
+    tables = merge(parts)
+    tables["heads"].to_parquet(folder / HEADS_FILE)
+    tables["excluded"].to_parquet(folder / EXCLUDED_FILE)
+    tables["offline"].to_parquet(folder / OFFLINE_FILE)  # last: that it is there means that the stage is complete
+    partials.discard()
+    return int(tables["counts"]["asserted"].sum())
 
 
-def study_files(
-    config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Mapping[str, Run]]
-) -> EvictionResult:
+def study_files(config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Run]) -> EvictionResult:
     """Study the files of a study.
 
     Args:
@@ -184,9 +211,7 @@ def study_files(
         return _studied(config, folder, name, runs, clock)
 
 
-def _studied(
-    config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Mapping[str, Run]], clock: Clock
-) -> EvictionResult:
+def _studied(config: EvictionConfig, folder: Path, name: str, runs: Mapping[str, Run], clock: Clock) -> EvictionResult:
     outcome = "accuracy" if config.cut is None else "agreement"
     decodes = [(arm, forced) for arm, _, forced in config.decodes] if config.in_engine else []
     return study_eviction(
@@ -194,7 +219,7 @@ def _studied(
         name,
         config.model_dump(mode="json", exclude={"output", *SETTLED}),
         config.entries,
-        {task: r[FULL] for task, r in runs.items()},
+        runs,
         decodes,
         seconds=clock.seconds,
         asserted=clock.asserted,

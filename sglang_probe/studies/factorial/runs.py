@@ -51,8 +51,10 @@ def prepare(config: FactorialConfig) -> Prepared:
     except ProbeError as e:
         raise e.at("`resampling`") from e
     prompts = _prompts(prepared, config)
-    check_requests(_requests(DECODED, prompts, prepared, config, {}), prepared)
-    check_requests(_cells(prompts, config, _placeholders(prompts, config)), prepared)
+    decoded = _requests(DECODED, prompts, prepared, config, {})
+    cells = _cells(prompts, config, _placeholders(prompts, config))
+    check_requests(decoded, prepared)
+    check_requests(cells, prepared)
     if not prepared.model.tokenizer.encode(config.filler, add_special_tokens=False):
         raise ConfigError("`filler` has no tokens", fix="give a sentence")
     if config.evict_positions and sorted(config.layers) != list(range(prepared.model.layers)):
@@ -60,7 +62,9 @@ def prepare(config: FactorialConfig) -> Prepared:
             f"an eviction keeps positions in all {prepared.model.layers} layers; `layers` names {config.layers}",
             fix="capture all layers, or leave `evict_positions` out",
         )
-    return prepared
+    # All runs share an engine, and the cells are the largest of them.
+    pool = replace(prepared.pool, least=prepared.pool.tokens([*decoded, *cells]))
+    return replace(prepared, pool=pool)
 
 
 def run(

@@ -8,7 +8,7 @@ from sglang_probe.report.figures import Figure, dots, lines
 from sglang_probe.report.numbers import Kind, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
-from sglang_probe.studies.pages import FLOOR, HOOK_POINT, deepest, facts, footer, only, proof, verdicts
+from sglang_probe.studies.pages import FLOOR, HOOK_POINT, deepest, facts, footer, only, proof, verdicts, with_layer
 from sglang_probe.studies.phase.study import BIN, CONTRASTS, DECODED, HUMAN, REFORWARD, PhaseResult
 
 KINDS = {HUMAN: "human text", DECODED: "decoded", REFORWARD: "prefilled again"}
@@ -46,6 +46,21 @@ def _auc(at: pd.DataFrame, contrast: str) -> str:
 
 
 def _picture(result: PhaseResult) -> Figure:
+    title = "Area under the curve (AUC) of a linear probe on unseen texts"
+    if len(layers := with_layer(result.probes)):
+        return lines(
+            layers,
+            "layer",
+            "auc",
+            "contrast",
+            low="low",
+            high="high",
+            kind="decimal",
+            title=f"{title}, by layer of `{layers['site'].iloc[0]}`",
+            caption="0.5 is chance. Bands are 95 % intervals over texts. Other hook points are in the table.",
+            x_label="layer",
+            y_label="AUC",
+        )
     chance = pd.DataFrame({"name": ["chance"], "value": [0.5]})
     return dots(
         result.probes,
@@ -57,7 +72,7 @@ def _picture(result: PhaseResult) -> Figure:
         kind="decimal",
         references=chance,
         zero=False,
-        title="Area under the curve (AUC) of a linear probe on unseen texts",
+        title=title,
         caption="Lines are 95 % intervals over texts.",
         x_label="AUC",
     )
@@ -118,9 +133,30 @@ def _numerics(result: PhaseResult) -> Section:
     return Section(
         heading="Numerics: the same tokens, decoded and prefilled",
         text=f"Relative L2 of each row. {FLOOR}",
+        figures=_numerics_by_layer(result),
         tables=[numerics_table(result)],
         nothing=_NOTHING,
     )
+
+
+def _numerics_by_layer(result: PhaseResult) -> list[Figure]:
+    """Effect and floor on an axis of layers, where there are many."""
+    frame = with_layer(result.numerics)
+    if frame.empty:
+        return []
+    both = [frame[["layer"]].assign(what=what, l2=frame[what]) for what in ("effect", "floor")]
+    return [
+        lines(
+            pd.concat(both, ignore_index=True),
+            "layer",
+            "l2",
+            "what",
+            kind="scientific",
+            title=f"Decoded against prefilled again, by layer of `{frame['site'].iloc[0]}`",
+            x_label="layer",
+            y_label="mean relative L2",
+        )
+    ]
 
 
 def _moments(result: PhaseResult) -> Section:

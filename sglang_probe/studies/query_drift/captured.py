@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Captured:
     prompt_pre_LHD: Tensor
     decode_pre_THD: Tensor
     mean_HD: Tensor
-    """Mean pre-RoPE query of prompts after the sinks: of this one, or of other requests (`centred_by_others`)."""
+    """Mean pre-RoPE query of prompts after the sinks: of this one, or of other requests (`mean_of_others`)."""
     window: int
     turns: tuple[tuple[int, int], ...] = ()
     """Where earlier answers of the assistant begin and end in the prompt of a chat."""
@@ -96,14 +96,17 @@ def _turns(run: Run, rid: str, length: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, end) for start, end in found if start < end)
 
 
-def centred_by_others(bundles: Sequence[Captured]) -> list[Captured]:
-    """The same with the mean query of the other requests' prompts, equally weighted.
+def mean_of_others(means_HD: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean query of the other requests' prompts, equally weighted, for each request.
 
     A prompt's own mean would be taken from its window but from none of its decode queries: pairs within the prompt
     would look further apart than they are, and decoding nearer.
+
+    Args:
+        means_HD: of each prompt, by request; two or more.
     """
-    total = torch.stack([c.mean_HD for c in bundles]).sum(0)
-    return [replace(c, mean_HD=(total - c.mean_HD) / (len(bundles) - 1)) for c in bundles]
+    total = torch.stack(list(means_HD.values())).sum(0)
+    return {rid: (total - mine) / (len(means_HD) - 1) for rid, mine in means_HD.items()}
 
 
 @dataclass(frozen=True)

@@ -41,21 +41,29 @@ class QueryDrift(Study):
             option("window", int, 32, "Last prompt positions that count as the observation window."),
             option("layer", list[int] | None, None, layer),
             option("budget", float, 0.25, "Kept share of the prompt where kept sets are judged."),
+            option("processes", int | None, None, "Layers computed side by side. Default: one a CPU."),
+            option("resume", bool, False, "Keep the layers that an earlier call of the same study finished."),
             output_option("Folder; default: `query-drift` in the run directory."),
         ]
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[DriftResult, Path]:
         """Measure the run."""
+        from sglang_probe.attention.run_telemetry import captured_layers
         from sglang_probe.config import parse_config
         from sglang_probe.run.run import load_run
         from sglang_probe.studies.query_drift.options import DriftOptions
         from sglang_probe.studies.query_drift.study import study_drift
+        from sglang_probe.studies.workers import side_by_side
 
         opened = load_run(given["run"])
         options = parse_config({k: given[k] for k in ("window", "budget")}, DriftOptions, where="options")
+        folder = given["output"] or given["run"] / "query-drift"
+        layers = given["layer"] or captured_layers(opened)
+        how = {"output": folder, "resume": given["resume"]}
+        how["processes"] = side_by_side(len(layers), given["processes"])
         with console.status("studying") as status:
-            result = study_drift(opened, options, layers=given["layer"], tell=status.update)
-        return result, given["output"] or given["run"] / "query-drift"
+            result = study_drift(opened, options, layers=given["layer"], **how, tell=status.update)
+        return result, folder
 
     def page(self, result: DriftResult) -> Page:
         """The report."""

@@ -10,7 +10,14 @@ from sglang_probe.report.figures import Figure, heatmap, lines
 from sglang_probe.report.numbers import Kind, format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
-from sglang_probe.studies.pages import facts, footer, only, proof
+from sglang_probe.studies.pages import MANY_LAYERS, facts, footer, only, proof
+from sglang_probe.studies.query_drift.layer_figures import (
+    cosine_by_layer,
+    excess_by_layer,
+    folded_if_many,
+    mass_by_layer,
+    subspace_by_layer,
+)
 from sglang_probe.studies.query_drift.placebo import TEXT, TURN
 from sglang_probe.studies.query_drift.reading import changes, horizon, importance, kept_mass
 from sglang_probe.studies.query_drift.study import DriftResult
@@ -62,6 +69,7 @@ def drift_page(result: DriftResult) -> Page:
             _excess(result),
             _subspace(result),
             importance(result),
+            *mass_by_layer(result),
             horizon(result),
             changes(result),
             _controls(result),
@@ -118,30 +126,42 @@ def _cosines(result: DriftResult) -> Section:
                 "Cosine to the nearest window query",
                 "A nearest neighbour among many is near even where nothing is shared: compare with the controls below.",
             ),
-            lines(
-                _layers_named(by_layer),
-                "step",
-                "value",
-                "layer",
-                low="value_low",
-                high="value_high",
-                log_x=True,
-                title="Centred pre-RoPE cosine, by layer",
-                x_label="decode step (first of its bin)",
-                y_label="cosine",
-            ),
-            heatmap(
-                heads,
-                "layer",
-                "head",
-                "pre_centred_late",
-                kind="decimal",
-                title=f"Centred pre-RoPE cosine from step {late} on, by head",
-                column_label="query head",
-                caption="Means over prompts. No single cell is tested.",
+            *_by_layer(result, by_layer),
+            folded_if_many(
+                result,
+                heatmap(
+                    heads,
+                    "layer",
+                    "head",
+                    "pre_centred_late",
+                    kind="decimal",
+                    title=f"Centred pre-RoPE cosine from step {late} on, by head",
+                    column_label="query head",
+                    caption="Means over prompts. No single cell is tested.",
+                ),
             ),
         ],
     )
+
+
+def _by_layer(result: DriftResult, by_layer: pd.DataFrame) -> list[Figure]:
+    """A curve a layer; of many layers a curve a bin of steps, with the layers on the axis."""
+    if len(result.layers) > MANY_LAYERS:
+        return [cosine_by_layer(by_layer)]
+    return [
+        lines(
+            _layers_named(by_layer),
+            "step",
+            "value",
+            "layer",
+            low="value_low",
+            high="value_high",
+            log_x=True,
+            title="Centred pre-RoPE cosine, by layer",
+            x_label="decode step (first of its bin)",
+            y_label="cosine",
+        )
+    ]
 
 
 def _curves(steps: pd.DataFrame, names: dict[str, str], title: str, caption: str) -> Figure:
@@ -218,17 +238,21 @@ def _excess(result: DriftResult) -> Section:
                 x_label="layer",
                 y_label="beyond placebo",
             ),
-            heatmap(
-                _by_head(result),
-                "layer",
-                "head",
-                "excess_centred",
-                kind="decimal",
-                title="Excess drift by head, centred, all distances",
-                column_label="query head",
-                caption="Weighted by pairs. Negative cells: decode queries are nearer than prompt queries as far "
-                "apart.",
+            folded_if_many(
+                result,
+                heatmap(
+                    _by_head(result),
+                    "layer",
+                    "head",
+                    "excess_centred",
+                    kind="decimal",
+                    title="Excess drift by head, centred, all distances",
+                    column_label="query head",
+                    caption="Weighted by pairs. Negative cells: decode queries are nearer than prompt queries as far "
+                    "apart.",
+                ),
             ),
+            *excess_by_layer(result),
         ],
         tables=[
             Table(part, "Excess drift", columns=_EXCESS),
@@ -264,7 +288,8 @@ def _subspace(result: DriftResult) -> Section:
         text=f"The directions that hold {result.options.energy:.0%} of the window's energy (at most half as many as "
         "the window has queries), and how much of the energy of decode queries lies within them, centred and pre-RoPE. "
         "Half a window finds fewer directions than the whole, so that the split-half null is too low.",
-        tables=[Table(wide, "Captured energy", kinds)],
+        figures=subspace_by_layer(result, names),
+        tables=[Table(wide, "Captured energy", kinds, long=len(wide) > MANY_LAYERS)],
         nothing="no subspace was found",
     )
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from sglang_probe.attention.from_run import departs
 from sglang_probe.attention.run_telemetry import captured_layers
-from sglang_probe.errors import ProbeError, RunDirectoryError
+from sglang_probe.errors import ProbeError
 from sglang_probe.run.run import Run
+from sglang_probe.studies.partials import Partials, identity
 from sglang_probe.studies.query_drift import summary
-from sglang_probe.studies.query_drift.captured import Captured, captured, centred_by_others, window_coverage
+from sglang_probe.studies.query_drift.by_layer import ByLayer
 from sglang_probe.studies.query_drift.options import DriftOptions
-from sglang_probe.studies.query_drift.tables import Tables, measure
+from sglang_probe.studies.workers import compute
 from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
 
@@ -84,9 +86,19 @@ def study_drift(
     options: DriftOptions | None = None,
     *,
     layers: Sequence[int] | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda _: None,
 ) -> DriftResult:
     """Measure a run.
+
+    Args:
+        layers: None: all captured ones.
+        output: folder of the study, where each layer is kept as soon as it is finished; None: nothing is kept.
+        resume: take up the layers that are kept there, of the same run, options and code.
+        processes: layers that are computed side by side. With more than 1 a script needs `if __name__ == "__main__":`,
+            as everywhere in Python where processes are started.
 
     Raises:
         ProbeError: no layer has captured queries and keys, a layer that was asked for has none, or fewer than two
@@ -96,6 +108,9 @@ def study_drift(
     chosen = _layers(run, layers)
     tell("verifying the ledger")
     checks = verify(run)
+    depends_on = {"run": identity(run), "options": o.model_dump(mode="json")}
+    # What the manifest says of files that are others now cannot say whether a kept layer is theirs.
+    partials = Partials(output, depends_on, resume=resume and all_hold({"": checks}))
     requests = run.requests()
     fitting, left_out = _fitting(requests, o)
     if len(fitting) < 2:
@@ -103,36 +118,16 @@ def study_drift(
             f"{len(fitting)} of {len(requests)} requests can be measured ({dict(left_out)})",
             fix=f"prompts of {o.shortest_prompt} tokens and {o.fewest_steps} decode steps, or a shorter `--window`",
         )
-    tables = Tables()
-    heads = 0
-    for layer in chosen:
-        rids: list[str] = []
-        bundles: list[Captured] = []
-        for r in fitting.itertuples():
-            try:
-                bundles.append(captured(run, r.rid, layer, window=o.window, sinks=o.sinks))
-                rids.append(r.rid)
-            except RunDirectoryError:
-                left_out[MISSING_ROWS] += layer == chosen[0]
-        if len(bundles) < 2:
-            raise ProbeError(
-                f"no two requests of {run.path} have the rows of all their positions",
-                fix="record without `rows`, from the start of the server",
-            )
-        bundles = centred_by_others(bundles)
-        for i, (rid, c) in enumerate(zip(rids, bundles, strict=True)):
-            tell(f"layer {layer}: {rid}")
-            cover = window_coverage(run, rid, c.length, o.window)
-            measure(tables, rid, layer, c, bundles[i - 1], cover, o)
-            heads = c.decode_pre_THD.shape[1]
-    frames = tables.frames()
+    found = _layers_found(run, tuple(map(str, fitting["rid"])), chosen, o, partials, processes, tell)
+    frames = {name: pd.concat([tables[name] for tables in found], ignore_index=True) for name in found[0]}
+    left_out[MISSING_ROWS] = len(fitting) - found[0]["coverage"]["rid"].nunique()
     measured = requests[requests["rid"].isin(set(frames["coverage"]["rid"]))]
     clusters = dict(zip(measured["rid"], measured["family"].fillna(measured["rid"]), strict=True))
     return DriftResult(
         name=str(run.manifest.get("name", run.path.name)),
         options=o,
         layers=chosen,
-        heads=heads,
+        heads=int(frames["steps"]["head"].max()) + 1,
         requests=len(measured),
         left_out={k: v for k, v in left_out.items() if v},
         lengths=(int(measured["prompt_len"].min()), int(measured["prompt_len"].max())),
@@ -142,6 +137,38 @@ def study_drift(
         checks={run.path.name: checks},
         manifest=run.manifest,
     )
+
+
+def _layers_found(
+    run: Run,
+    rids: tuple[str, ...],
+    layers: Sequence[int],
+    o: DriftOptions,
+    partials: Partials,
+    processes: int,
+    tell: Callable[[str], None],
+) -> list[dict[str, pd.DataFrame]]:
+    """The tables of each layer, in order: kept ones, and those that are computed now."""
+    found = {layer: kept for layer in layers if (kept := partials.read(_piece(layer))) is not None}
+    todo = [layer for layer in layers if layer not in found]
+    started = len(found)
+
+    def told(documents: int) -> None:
+        kept = f" ({started} kept)" if started else ""
+        tell(
+            f"{len(found)} of {len(layers)} layers{kept}, {documents:,} of {len(todo) * len(rids):,} documents of the "
+            "others"
+        )
+
+    told(0)
+    for layer, tables in compute(todo, ByLayer(run.path, rids, o), processes=processes, advance=told):
+        partials.write(_piece(layer), tables)
+        found[layer] = tables
+    return [found[layer] for layer in layers]
+
+
+def _piece(layer: int) -> str:
+    return f"layer-{layer:03d}"
 
 
 def _layers(run: Run, layers: Sequence[int] | None) -> list[int]:

@@ -53,6 +53,7 @@ def measure(
     Args:
         other: the same layer of another request, for the controls.
     """
+    # Of the layer and the document alone: whatever else is measured, they have the same draws.
     seed = layer + 1000 * len(tables.parts["coverage"])
     tables.add("steps", rid, layer, step_drift(c, sinks=o.sinks))
     tables.add("excess", rid, layer, _excess(c, o))
