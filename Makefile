@@ -8,7 +8,7 @@ OLDER := .venv-0.5.17
 NEWEST_NEEDS := '.[engine,dev]'
 OLDER_NEEDS := '.[dev]' sglang==0.5.17
 # Tests that start engines stay in one worker (tests/conftest.py); the rest runs beside them.
-WORKERS := -n 2 --dist loadscope
+WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
 # Compiled bytecode of SGLang's seven thousand modules, kept out of the source trees: starts are twice as fast with it.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/pycache
 unexport PYTHONDONTWRITEBYTECODE

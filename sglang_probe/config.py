@@ -100,13 +100,13 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 """A name that a folder gets."""
 
 
-def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+def nearest(key: str, known: Iterable[str], hints: Mapping[str, str] | None = None, *, what: str = "known keys") -> str:
     """What to say of an unknown key, to follow its name: a hint, the nearest known key, or all of them."""
     if hints and key in hints:
         return f": {hints[key]}"
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known) or 'none'}"
+    return f"; did you mean `{near[0]}`?" if near else f"; {what}: {', '.join(known) or 'none'}"
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
@@ -120,6 +120,11 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             lines.append(f"{where}: unknown key `{key}`{nearest(str(e['loc'][-1]), known, hints)}")
         elif e["type"] == "missing":
             lines.append(f"{where}: `{key}` is required")
+        elif e["type"] == "union_tag_invalid":
+            told = e["ctx"]
+            name, tag = (str(told[k]).strip("'") for k in ("discriminator", "tag"))
+            known = {kind.strip(" '") for kind in told["expected_tags"].split(",")}
+            lines.append(f"{where}: `{key}`: unknown {name} `{tag}`{nearest(tag, known, what='known')}")
         else:
             # What a check of several keys got is the whole mapping: the reader has that before them.
             got = "" if isinstance(e["input"], dict) and e["type"] == "value_error" else f" (got {e['input']!r})"

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sglang_probe.config import Config, InputPath, load_config, parse_config
 from sglang_probe.errors import ConfigError
+from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.policy.arm import Arm
 from sglang_probe.yaml_text import read_yaml
 
@@ -171,3 +172,10 @@ def test_a_relative_path_is_relative_to_the_yaml_and_else_to_the_working_directo
     assert not caplog.text
     (there / "a.yaml").write_text(f"file: {here}/data/x\n")
     assert file() == here / "data/x"
+
+
+def test_an_unknown_kind_is_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"`workload`: unknown source `json`; did you mean `jsonl`\?$"):
+        parse_config({"workload": {"source": "json", "path": "x"}}, HarvestConfig, where="a.yaml")
+    with pytest.raises(ConfigError, match=r"unknown source `csv`; known: .*sharegpt"):
+        parse_config({"workload": {"source": "csv"}}, HarvestConfig, where="a.yaml")

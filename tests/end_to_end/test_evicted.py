@@ -46,7 +46,7 @@ def _prepared(concurrency: int) -> Prepared:
         "dtype": "float32",
         "sampling": {"max_new_tokens": NEW, "temperature": 0.0, "ignore_eos": True},
         "hook_points": ["hook_embed", "blocks.1.hook_resid_post", LAST, *QUERIES],
-        "server": {"chunked_prefill_size": 128, "enable_mixed_chunk": True},
+        "server": {"chunked_prefill_size": 128, "enable_mixed_chunk": True, "max_total_tokens": 65536},
         "concurrency": concurrency,
     }
     return prepare(HarvestConfig.model_validate(config), {"only": Arm()})

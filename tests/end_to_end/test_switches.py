@@ -39,8 +39,9 @@ def prepared(**fields: Any) -> Prepared:
     workload = {"source": "shared_prefix", "families": 2, "requests_per_family": 4, "exemplars": 2}
     sampling = {"max_new_tokens": 12, "temperature": 0.0}
     config = {"workload": workload, "sampling": sampling, "hook_points": ["hook_embed", LAYER], **fields}
-    # One request at a time, so that equal policies give equal bits.
-    return prepare(HarvestConfig.model_validate({"concurrency": 1, **config}), ARMS)
+    # One request at a time, so that equal policies give equal bits; one pool, so that they share an engine.
+    own = {"concurrency": 1, "server": {"max_total_tokens": 65536}}
+    return prepare(HarvestConfig.model_validate({**own, **config}), ARMS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -74,10 +74,19 @@ def test_a_readable_sentence_comes_without_json_too(run: Path) -> None:
 
 
 def test_what_is_no_run_directory_is_refused_with_2_and_in_json(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
+    (tmp_path / "file").touch()
+    (tmp_path / "study" / "first").mkdir(parents=True)
+    (tmp_path / "study" / "first" / MANIFEST).touch()
+    for path, said in (
+        (tmp_path, "is not a run directory"),
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "file", "is a file, not a run directory"),
+        (tmp_path / "study", "name one of the runs in it: first"),
+    ):
         done = ask("verify", path, "--json")
         assert done.exit_code == 2
-        assert "not a run directory" in json.loads(done.stdout)["error"]
+        assert said in done.stdout
+        assert json.loads(done.stdout)["ok"] is False
 
 
 @pytest.mark.parametrize("file", [*FILES[:2], FILES[3], FILES[6], FILES[10], FILES[11]])
