@@ -124,7 +124,7 @@ def test_the_source_key_chooses_the_source(tmp_path: Path) -> None:
         ({"source": "jsonl"}, "`workload.jsonl.path` is required"),
         ({"source": "shared_prefix", "families": 0}, "greater than or equal to 1"),
         ({"source": "shared_prefix", "turns": 3}, "must be a multiple of `turns`"),
-        ({"source": "csv"}, "'shared_prefix', 'documents', 'answers', 'retrieval', 'jsonl', 'sharegpt'"),
+        ({"source": "csv"}, "known: answers, documents, jsonl, retrieval, shared_prefix, sharegpt"),
     ],
 )
 def test_a_wrong_workload_is_explained(workload: dict[str, Any], message: str) -> None:
