@@ -51,6 +51,7 @@ UNDECIDED = {
     "rows rows hook_resid_post: negate": _MODEL,
     "rows rows hook_v: negate": _MODEL,
     "files rows/blocks.*: another run's": _MODEL,
+    "files README.md: another run's": "words for people, which no study reads; the numbers in them are in the manifest",
     "files ledger/forwards-*: another run's": "two runs of the same batches differ in their times alone",
     "cells forwards.mode*: another (mixed)*": "a mixed forward pass may have nothing to decode",
     "cells embedding.hash*": "of a token that has no captured row; of any other it is noticed",
