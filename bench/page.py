@@ -8,6 +8,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sglang_probe.studies.row_counts.products import cpu_name
+
 _HEAD = "# Benchmarks\n\nWritten by `make bench`; do not edit.\n"
 
 
@@ -24,10 +26,3 @@ def machine() -> str:
     """Date, processor and Python."""
     cores = f"{os.cpu_count()} cores of {cpu_name()}"
     return f"{datetime.now(UTC):%Y-%m-%d}, {cores}, no GPU, Python {platform.python_version()}"
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -133,9 +133,10 @@ class _Recording:
             if job.kept is not None:
                 self.manifest["kept"] = keep_with_run(self.path, job.kept, job.requests)
             todo = _remaining(job, self.path, self.start)
-            shared = engines.serves(model.path, job.server, self.probe, job.pool)
+            wanted = (model.path, job.server, self.probe, job.pool)
+            shared = engines.serves(*wanted)
             with self.reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
-                engine = engines.open(model.path, job.server, self.probe, job.pool)
+                engine = engines.open(*wanted)
             self.manifest.update(engine.in_force())
         except BaseException as e:
             with closing(str(self.path)):

@@ -155,11 +155,6 @@ def _hook_points(run: Run, recorded: dict[str, str]) -> Iterator[str]:
 
 def _counted(run: Run) -> Iterator[str]:
     m = run.manifest
-    if (updates := m.get("weights")) is not None:
-        known = {entry["number"] for entry in updates}
-        had = set(run.forwards()["weights"].dropna().astype(int))
-        if unknown := (had or {0}) - known:
-            yield f"forward passes had weights number {min(unknown)}, and `weights` does not say which these are"
     spans = run.spans()
     lengths = spans["end"] - spans["start"]
     for key, column in (("positions_by_status", "status"), ("positions_by_phase", "phase")):

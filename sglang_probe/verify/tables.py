@@ -72,8 +72,10 @@ def _span_faults(run: Run, s: pd.DataFrame) -> dict[str, pd.Series]:
 def _forward_faults(run: Run, f: pd.DataFrame) -> dict[str, pd.Series]:
     added = f[list(schema.ADDED["forwards"])]
     older = run.manifest["schema_version"] < seal.SINCE_SCHEMA
-    told = [w["number"] for w in run.manifest.get("weights") or [{"number": 0}]]
-    most = max(told) if run.complete else np.inf  # an engine that died may not have told of its last update
+    told = [w["number"] for w in run.manifest.get("weights", [{"number": 0}])]
+    of_weights = f["weights"].fillna(0)
+    # An engine that died may not have told of its last update.
+    named = of_weights.isin(told) if run.complete else of_weights >= 0
     counts = ("requests", "prefill_tokens", "decode_tokens", "slots", "waiting", "forward_id")
     prefill, decode = f["prefill_tokens"], f["decode_tokens"]
     return {
@@ -90,7 +92,7 @@ def _forward_faults(run: Run, f: pd.DataFrame) -> dict[str, pd.Series]:
         "it took less than no time": f["seconds"] < 0,
         "`unaccounted` or `weights` has no value": added.isna().any(axis=1) & (not older),
         "fewer slots than positions that could not be accounted for": f["unaccounted"] > f["slots"],
-        "it ran with weights that the manifest does not name": ~f["weights"].fillna(0).between(0, most),
+        "it ran with weights that the manifest does not name": ~named,
         "it ran with earlier weights than the one before it": f.groupby("dp_rank")["weights"].diff() < 0,
     }
 

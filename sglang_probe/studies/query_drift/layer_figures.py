@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -31,16 +32,12 @@ def cosine_by_layer(by_layer: pd.DataFrame) -> Figure:
             ["step", "layer"], kind="stable"
         )
         frame = frame.assign(steps="from step " + frame["step"].astype(str))
-    return lines(
+    return _curves(
         frame,
-        "layer",
         "value",
         "steps",
-        low="value_low",
-        high="value_high",
         title="Centred pre-RoPE cosine to the mean window query, by layer",
         caption="Means over heads and the steps of a bin; bands over prompts. The first and the last bin.",
-        x_label="layer",
         y_label="cosine",
     )
 
@@ -56,16 +53,12 @@ def excess_by_layer(result: DriftResult) -> list[Figure]:
         part = part.sort_values(["distance", "layer"], kind="stable")
         part = part.assign(apart="from " + part["distance"].astype(str) + " apart")
     return [
-        lines(
+        _curves(
             part,
-            "layer",
             "excess",
             "apart",
-            low="excess_low",
-            high="excess_high",
             title="Excess drift by layer, centred",
             caption="Bands over prompts. The nearest and the farthest bin of distances.",
-            x_label="layer",
             y_label="prompt cosine minus decode cosine",
         )
     ]
@@ -82,16 +75,12 @@ def subspace_by_layer(result: DriftResult, names: Mapping[str, str]) -> list[Fig
     part = only(result.found.subspace, measure=list(names))
     part = part.assign(queries=part["measure"].map(dict(names))) if len(part) else part
     return [
-        lines(
+        _curves(
             part,
-            "layer",
             "value",
             "queries",
-            low="value_low",
-            high="value_high",
             kind="percent",
             title="Captured energy by layer",
-            x_label="layer",
             y_label="share of the energy",
         )
     ]
@@ -103,20 +92,21 @@ def mass_by_layer(result: DriftResult) -> list[Section]:
         return []
     part = result.found.recall
     part = _numbered(part[(part["layer"] != ALL) & (part["step"] == part["step"].max())]) if len(part) else part
-    chart = lines(
+    chart = _curves(
         part,
-        "layer",
         "value",
         "policy",
-        low="value_low",
-        high="value_high",
         kind="percent",
         title="Non-trivial attention mass on the positions that are kept, last bin of steps, by layer",
         caption="Bands over prompts.",
-        x_label="layer",
         y_label="share",
     )
     return [Section(heading="Which layers the window predicts", figures=[chart])]
+
+
+def _curves(frame: pd.DataFrame, value: str, series: str, **words: Any) -> Figure:
+    """A curve over the layers for each of `series`, with its band; `words` as of `lines`."""
+    return lines(frame, "layer", value, series, low=f"{value}_low", high=f"{value}_high", x_label="layer", **words)
 
 
 def _numbered(frame: pd.DataFrame) -> pd.DataFrame:

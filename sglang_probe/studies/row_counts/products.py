@@ -4,6 +4,7 @@ a row other bits."""
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,18 @@ def _classes(rows: Iterable[torch.Tensor]) -> list[int]:
     return [seen.setdefault(r.contiguous().view(torch.uint8).numpy().tobytes(), len(seen)) for r in rows]
 
 
-def machine() -> dict[str, str]:
-    """CPU, the instructions that PyTorch uses, its version and its threads."""
+def cpu_name() -> str:
+    """The processor as Linux names it; elsewhere as Python does."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def machine() -> dict[str, str]:
+    """CPU, the instructions that PyTorch uses, its version and its threads."""
     return {
-        "cpu": names[0] if names else "unknown",
+        "cpu": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),

@@ -97,19 +97,20 @@ def study_row_counts(
     sizes = whole["rows"].unique()
     if len(sizes) != 1:
         raise ProbeError(f"the whole texts were computed in forwards of {sorted(sizes)} rows, not in one each")
-    hook_points = [p for p in runs[WHOLE].hook_points if p in runs[TAILS].hook_points]
+    # Of every row that is compared, which row of the whole texts it should be.
+    number = pd.Series(np.arange(len(whole)), index=pd.MultiIndex.from_frame(whole[["text", "position"]]))
+    same_as = {k: number.loc[pd.MultiIndex.from_frame(w[["text", "position"]])].to_numpy() for k, w in places.items()}
     distances, classes = [], []
-    for hook_point in hook_points:
+    for hook_point in runs[WHOLE].hook_points:
         tell(f"comparing {hook_point}")
         reference = _rows(runs[WHOLE], hook_point, whole)
-        at = pd.Series(np.arange(len(whole)), index=pd.MultiIndex.from_frame(whole[["text", "position"]]))
         first: dict[tuple[str, int], dict[int, set[bytes]]] = {}
         for run_name, where in places.items():
             rows = reference if run_name == WHOLE else _rows(runs[run_name], hook_point, where)
             _note_bits(first, where, rows, prefix)
             if run_name != WHOLE:
-                same = reference[at.loc[pd.MultiIndex.from_frame(where[["text", "position"]])].to_numpy()]
-                distances.append(_distances(where, rows, same).assign(hook_point=hook_point))
+                found = _distances(where, rows, reference[same_as[run_name]])
+                distances.append(found.assign(hook_point=hook_point))
         classes.append(classes_of(first, int(sizes[0])).assign(hook_point=hook_point))
     machine, products = read_products(folder)
     columns = ["hook_point", "phase", "rows", "texts", "positions", "identical", "l2", "low", "high", "l2_max"]
