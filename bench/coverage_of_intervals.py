@@ -18,7 +18,15 @@ from scipy.stats import t as student
 
 from sglang_probe.stats.agreement import mean_spearman, spearman, without_each
 from sglang_probe.stats.auc import auc, auc_without
-from sglang_probe.stats.intervals import cluster_interval, jackknife_interval, mean_intervals, mean_p, ratio_intervals
+from sglang_probe.stats.intervals import (
+    cluster_interval,
+    crossed_interval,
+    jackknife_interval,
+    mean_intervals,
+    mean_p,
+    ratio_intervals,
+)
+from sglang_probe.stats.placebo import placebo_p
 from sglang_probe.stats.relabelling import relabelling_p
 from sglang_probe.studies.coverage.bias import log2_ratios
 from sglang_probe.studies.floor import cell_sums, comparisons, floor_table
@@ -56,6 +64,13 @@ def main() -> None:
     print("\n## The statistics of the studies\n")
     print("Coverage of the product's interval, nominal 95 %, of 1,000 to 4,000 studies each.\n")
     table(statistics())
+    print("\n## A border beside placebo borders\n")
+    print(
+        "Share of 1,000 studies with a p-value of at most 5 %. Each family has its own level, one true border and "
+        "eight placebo borders, whose spread is lognormal (sigma 1) times a scale of the family's own (mean 1). "
+        "*Planted*: what the true border has more.\n"
+    )
+    table(placebos())
     print("\n## Effect beside floor\n")
     print(
         "The product's `floor_table` on 12 families of 40 positions, 300 studies a row. *Order* is what another order "
@@ -107,6 +122,7 @@ def statistics() -> Iterator[dict[str, Any]]:
         "log2 of a class's share in the harvest over its share in traffic": _share,
         "AUC of a probe, texts of 16 positions": _auc,
         "mean Spearman over 6 cells, policies as the sample": _spearman,
+        "Spearman, 21 policies and as many prompts as there are clusters, both samples": _crossed,
         "median horizon, censored, 8 responses a family": _median,
     }.items():
         yield {"statistic": name} | {f"{n} clusters": f"{covered(n):.3f}" for n in COUNTS}
@@ -163,6 +179,42 @@ def _spearman(n: int, studies: int = 1000) -> float:
         found = jackknife_interval(np.asarray(whole), without, bounds=(-1.0, 1.0))
         covered += bool(found.low <= truth <= found.high)
     return covered / studies
+
+
+def _crossed(n: int, studies: int = 1000) -> float:
+    """21 policies and n prompts are both drawn; the truth is that of endless policies on endless prompts."""
+
+    def sides(g: np.random.Generator, policies: int, noise: float) -> tuple[Array, Array]:
+        good, own = g.normal(size=(2, 1, policies))
+        more = noise * g.normal(size=(2, n if noise else 1, policies))
+        return good + 0.7 * own + more[0], good + 1.5 * more[1]
+
+    x, y = sides(np.random.default_rng(0), 400_000, 0)
+    truth = float(spearman(x[0], y[0]))
+    covered = 0
+    for seed in range(studies):
+        x, y = sides(np.random.default_rng([n, seed]), 21, 1)
+        whole, policies = mean_spearman([without_each(x.mean(0), y.mean(0))])
+        prompts = spearman(*((side.sum(0) - side) / (n - 1) for side in (x, y)))
+        low, high = crossed_interval(whole, policies, prompts, bounds=(-1.0, 1.0))
+        covered += bool(low <= truth <= high)
+    return covered / studies
+
+
+def placebos(studies: int = 1000) -> Iterator[dict[str, Any]]:
+    """How often the test of placebo borders rejects, without and with something at the true border."""
+    for planted in (0.0, 1.0, 2.0):
+        row: dict[str, Any] = {"planted": planted}
+        for n in (6, 8, 12, 24):
+            g = np.random.default_rng(n)
+            hits = 0
+            for seed in range(studies):
+                spread = g.gamma(2, 0.5, (n, 1)) * g.lognormal(0, 1, (n, 9))
+                values = g.normal(0, 2, (n, 1)) + spread
+                values[:, 0] += planted
+                hits += placebo_p(values, draws=999, seed=seed) <= 0.05
+            row[f"{n} families"] = f"{hits / studies:.3f}"
+        yield row
 
 
 def _median(n: int, studies: int = 1000) -> float:

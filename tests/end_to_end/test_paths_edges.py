@@ -96,7 +96,7 @@ def test_a_pause_that_retracts_in_decode_starts_a_new_attempt(chunked_server: Li
         "0-30 prefill",
         f"30-{end} decode",
         "again: 0-30 reused from paused",
-        f"again: 30-{end + 1} recompute",
+        *chunks(end + 1, "recompute", start=30, prefix="again: "),  # a long one is cut like a prompt
         f"again: {end + 1}-229 decode",
     ]
 
