@@ -46,7 +46,7 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
         add(tmp_path, "gate", {"vector": torch.ones(D), "threshold": torch.tensor(0.1)}, kind="probe"),
     ]
     library = Library.open(tmp_path)
-    assert library.names == ["f12", "formal", "gate"]
+    assert list(library) == ["f12", "formal", "gate"]
     for vector in written:
         found = library[vector.name]
         assert found.card == vector.card
