@@ -28,16 +28,16 @@ MAY_IMPORT = {
     "workload": {"axes", *GROUND},
     "run": GROUND,
     "steering": {"run", "stats", *GROUND},
-    "verify": {"run", "stats", "steering", *GROUND},
+    "verify": {"steering", "run", "stats", *GROUND},
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
     "model": GROUND,
-    "engine": {"run", "policy", "steering", *GROUND},
+    "engine": {"steering", "run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
-    "harvest": {"engine", "model", "verify", "steering", "run", "workload", "axes", "policy", *GROUND},
-    "studies": {"harvest", "eviction", "attention", "steering", "verify", "run", "workload", "axes", "policy", "stats"}
-    | {"report", *GROUND},
-    "cli": {"studies", "harvest", "model", "steering", "verify", "engine", "run", "report", *GROUND},
+    "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
+    "studies": {"harvest", "eviction", "attention", "verify", "run", "workload", "axes", "policy", "stats", "report"}
+    | GROUND,
+    "cli": {"studies", "harvest", "steering", "workload", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }

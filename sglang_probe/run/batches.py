@@ -47,8 +47,8 @@ def activations(
     if len(absent) and missing == "raise":
         raise RunDirectoryError(
             f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {_why(absent)}",
-            fix='pass missing="nan" (`intervened=True` takes rows under interventions too); a server begins a segment that reuses nothing older with '
-            "`POST /probe/flush?cache=true`",
+            fix='pass missing="nan", or `intervened=True` for rows under interventions; a server begins a segment '
+            "that reuses nothing older with `POST /probe/flush?cache=true`",
         )
     values = run.rows(hook_point, rows[have])
     if have.all():

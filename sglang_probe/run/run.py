@@ -49,8 +49,8 @@ class Run(RunFiles):
         reused position; null: computed before the recording), source_row (its own row, or the row of its origin;
         -1: none), covered (whether this run has the forward pass that computed the position: not if it was reused from
         an entry of unknown origin or of another segment), and intervention (under which the entry was written, a name
-        of `interventions()`; null: none, so that entry and row are those of the plain model). Token ids of discarded overshoot positions are those of
-        the last output; -1 where a live recording has no ids.
+        of `interventions()`; null: none, so that entry and row are those of the plain model). Token ids of discarded
+        overshoot positions are those of the last output; -1 where a live recording has no ids.
         """
         return positions.read_tokens(self, interrupted=interrupted)
 

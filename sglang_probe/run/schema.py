@@ -70,7 +70,10 @@ INTERVENTIONS = pa.schema(
         ("rid", pa.string()),
         ("intervention", pa.string()),  # hash of the specification (`sglang_probe.steering.spec.Spec.id`)
         ("prompt_len", pa.int32()),
-        ("onset", pa.int32()),  # first position that is changed; later ones may be left alone, and attend to changed ones
+        (
+            "onset",
+            pa.int32(),
+        ),  # first position that is changed; later ones may be left alone, and attend to changed ones
         ("spec", pa.string()),  # JSON: `Spec.from_json` reads it, and says which positions are changed
     ]
 )

@@ -21,7 +21,7 @@ Shapes: N rows of a forward, R of them changed, D width of the model, M vectors 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,16 @@ class Parts:
     threshold: float = 0.0
     decoder_bias: Tensor | None = None
     """`[D]`: taken from the residual before it is encoded; None: nothing is."""
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> Parts:
+    """The tensors of a library's entry (`steering/library.py`)."""
+    return Parts(
+        tensors["vector"],
+        tensors.get("encoder"),
+        *(float(tensors[name]) if name in tensors else 0.0 for name in ("encoder_bias", "threshold")),
+        tensors.get("decoder_bias"),
+    )
 
 
 @dataclass(frozen=True)

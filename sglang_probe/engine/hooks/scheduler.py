@@ -93,8 +93,6 @@ def process_batch_result(
     finished_before = {id(r) for r in batch.reqs if r.finished()}
     retracted = [r for r in batch.reqs if r.is_retracted]
     value = original(scheduler, batch, result, *args, **kwargs)
-    if (steering := _steering()) is not None:
-        steering.finished(batch.reqs)
     _commit(batch, result, finished_before, retracted)
     return value
 

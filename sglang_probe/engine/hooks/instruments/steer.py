@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,15 +92,15 @@ class Steering(Instrument):
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
         self._salt = ""
-        self._running: dict[int, Any] = {}
-        """Requests under interventions that were made and have not been seen to finish, by identity."""
+        self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        """Requests under interventions, by identity, for as long as SGLang holds them."""
         self.passes: dict[int, list[Rows]] = {}
         """By layer, what the forward that is being launched changes."""
         self.changed = 0
         """Rows that were changed, once per layer: for tests and metrics."""
 
     def attach(self, runner: Any) -> None:
-        from sglang_probe.steering.apply import Bank
+        from sglang_probe.steering.apply import Bank, parts_of
 
         if runner.device != "cpu":
             raise UnsupportedError(
@@ -125,7 +126,7 @@ class Steering(Instrument):
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
         spec_of(self._given.deployment, library, where="steer.deployment")  # refuses what it cannot do
         self._numbers = {v.hash: i + 1 for i, v in enumerate(usable)}
-        self._bank = Bank.of([v.parts for v in usable], device=runner.device)
+        self._bank = Bank.of([parts_of(v.tensors) for v in usable], device=runner.device)
         for layer in sorted({layer_of(v.card.hook_point) for v in usable}):
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
@@ -170,7 +171,9 @@ class Steering(Instrument):
         self.passes = {}
         if any(s is not None for s in steered):
             lengths = [0 if s is None else s.under.prompt_len for s in steered]
-            self.passes = rows_of(starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers)
+            self.passes = rows_of(
+                starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
+            )
 
     def launched(self) -> None:
         self.over()
@@ -181,12 +184,6 @@ class Steering(Instrument):
     def over(self) -> None:
         """Whatever runs next is of no request."""
         self.passes = {}
-
-    def finished(self, reqs: Sequence[Any]) -> None:
-        """Forget those of these requests that are over."""
-        for req in reqs:
-            if req.finished():
-                self._running.pop(id(req), None)
 
     def change(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make the changes of a layer. Inside the model.
@@ -215,7 +212,7 @@ class Steering(Instrument):
         self.over()
         for req in self._running.values():
             req.skip_radix_cache_insert = True
-            if req.to_finish is None:
+            if req.to_finish is None and not req.finished():
                 req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {error}")
         self._running.clear()
 
