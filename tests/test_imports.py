@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "sglang_probe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT_SGLANG = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/", "harvest/engine.py")
 
-GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "kept_set", "lazy", "yaml_text"}
+GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "steer_ask", "kept_set", "lazy", "yaml_text"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),

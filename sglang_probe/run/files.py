@@ -99,6 +99,10 @@ class RunFiles:
         (`schema.REBINDS`)."""
         return self._table("rebinds", schema.REBINDS)
 
+    def interventions(self) -> pd.DataFrame:
+        """Requests that ran under interventions, and which (`schema.INTERVENTIONS`); one row per request."""
+        return self._table("interventions", schema.INTERVENTIONS).drop_duplicates("rid", ignore_index=True)
+
     def telemetry_table(self) -> pd.DataFrame:
         """One row per measured decode step and layer, as it is stored (`schema.TELEMETRY`)."""
         return self._table("telemetry/part-", schema.TELEMETRY)

@@ -51,6 +51,9 @@ class Instrument:
     in_model: ClassVar[bool] = False
     """Whether it is attached to the model and told of each of its forward passes."""
 
+    of_all: bool = False
+    """Whether it is asked of every request, not of those alone that ask something (`admit`)."""
+
     # Of a configuration, before there is an engine
 
     @classmethod
@@ -62,6 +65,11 @@ class Instrument:
     def needs(cls, config: EngineProbeConfig) -> Sequence[str]:
         """Features of the inventory that it needs under this configuration."""
         return cls.features
+
+    @classmethod
+    def honours(cls, config: EngineProbeConfig) -> str | None:
+        """Field of `Ask` that requests may use under this configuration, which wants it."""
+        return cls.field
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
