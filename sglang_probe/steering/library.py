@@ -45,6 +45,7 @@ TENSORS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """By kind: the tensors that an entry has, and those that it may have."""
 
+SUFFIXES = (".safetensors", ".json")
 _SCALARS = {ENCODER_BIAS, THRESHOLD}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -158,8 +159,8 @@ class Vector:
         return float(self.tensors[name])
 
 
-class Library:
-    """The vectors of one folder, by name, all in memory."""
+class Library(Mapping[str, Vector]):
+    """The vectors of one folder by name, all in memory, in the order of their names."""
 
     def __init__(self, folder: Path, vectors: Mapping[str, Vector]) -> None:
         self.folder = folder
@@ -197,21 +198,16 @@ class Library:
     def __contains__(self, name: object) -> bool:
         return name in self._vectors
 
-    def __iter__(self) -> Iterator[Vector]:
-        return iter(self._vectors.values())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
 
     def __len__(self) -> int:
         return len(self._vectors)
 
-    @property
-    def names(self) -> list[str]:
-        """Names, sorted."""
-        return list(self._vectors)
-
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the hashes of all vectors."""
-        told = "".join(f"{v.name} {v.hash}\n" for v in self)
+        told = "".join(f"{v.name} {v.hash}\n" for v in self.values())
         return hashlib.sha256(told.encode()).hexdigest()
 
     def check(self, *, width: int, layers: int, weight_hash: str | None) -> None:
@@ -223,7 +219,7 @@ class Library:
         Raises:
             ConfigError: as `check_vector`, of the first such vector.
         """
-        for vector in self:
+        for vector in self.values():
             check_vector(vector, width=width, layers=layers, weight_hash=weight_hash)
 
 
@@ -311,7 +307,7 @@ def write(folder: str | Path, tensors: Mapping[str, torch.Tensor], *, overwrite:
     told = {**fields, "width": tensors[VECTOR].shape[0], "norm": norm, "sha256": hashlib.sha256(data).hexdigest()}
     card = parse_config(told, Card, where="card")
     _check(card, tensors, where=f"vector `{card.name}`")
-    files = [folder / f"{card.name}{suffix}" for suffix in (".safetensors", ".json")]
+    files = [folder / f"{card.name}{suffix}" for suffix in SUFFIXES]
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"library of vectors {folder} is a file, not a folder", fix="give a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -321,14 +317,37 @@ def write(folder: str | Path, tensors: Mapping[str, torch.Tensor], *, overwrite:
 
     with hold(folder / ".lock", f"another process writes into {folder}", fix="try again once it is done", wait=10):
         if not overwrite and any(f.exists() for f in files):
-            raise ConfigError(
-                f"{folder} has a vector `{card.name}` already", fix="choose another name, or give `--overwrite`"
-            )
+            raise _taken(folder, card.name)
         files[1].unlink(missing_ok=True)
         journal.sync_folder(folder)
         journal.write_durably(files[0], write_tensors)
         journal.write_text_durably(files[1], json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
     return Vector(card, tensors)
+
+
+def refuse_soon(folder: str | Path, name: str, hook_point: str | None, *, overwrite: bool) -> None:
+    """Refuse what `write` would refuse whatever the tensors are, before they are made.
+
+    Raises:
+        ConfigError: the name is none, it is taken, or the hook point is not in the residual stream.
+    """
+    try:
+        _vector_name(name)
+        if hook_point is not None:
+            _residual(hook_point)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    if not overwrite and any((Path(folder) / f"{name}{suffix}").exists() for suffix in SUFFIXES):
+        raise _taken(Path(folder), name)
+
+
+def listed(library: Library) -> list[dict[str, Any]]:
+    """Every card with the hash of its entry, as plain data: what clients may know of a library."""
+    return [{**v.card.model_dump(mode="json"), "hash": v.hash} for v in library.values()]
+
+
+def _taken(folder: Path, name: str) -> ConfigError:
+    return ConfigError(f"{folder} has a vector `{name}` already", fix="choose another name, or give `--overwrite`")
 
 
 def _names(folder: Path) -> list[str]:
