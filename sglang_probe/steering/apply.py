@@ -49,12 +49,8 @@ class Parts:
 
 def parts_of(tensors: Mapping[str, Tensor]) -> Parts:
     """The tensors of a library's entry (`steering/library.py`)."""
-    return Parts(
-        tensors["vector"],
-        tensors.get("encoder"),
-        *(float(tensors[name]) if name in tensors else 0.0 for name in ("encoder_bias", "threshold")),
-        tensors.get("decoder_bias"),
-    )
+    bias, threshold = (float(tensors[name]) if name in tensors else 0.0 for name in ("encoder_bias", "threshold"))
+    return Parts(tensors["vector"], tensors.get("encoder"), bias, threshold, tensors.get("decoder_bias"))
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,13 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
     return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
 
 
+def joined(first: Spec | None, then: Spec | None) -> Spec | None:
+    """Both, the first one's steps before the other's within a layer."""
+    if first is None or then is None:
+        return then if first is None else first
+    return Spec(tuple(sorted((*first.steps, *then.steps), key=lambda s: s.layer)))
+
+
 def layer_of(hook_point: str) -> int:
     """Number of the layer in `blocks.N.hook_resid_post`.
 

@@ -50,6 +50,9 @@ class ReadOnce(Run):
     def rebinds(self) -> pd.DataFrame:
         return self._once("rebinds", self._run.rebinds)
 
+    def interventions(self) -> pd.DataFrame:
+        return self._once("interventions", self._run.interventions)
+
     def engine_requests(self) -> pd.DataFrame:
         return self._once("engine", self._run.engine_requests)
 

@@ -32,7 +32,7 @@ from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import check_architecture
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
-from sglang_probe.steering.spec import Isolation, Spec, layer_of, spec_of
+from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, spec_of
 
 if TYPE_CHECKING:
     import torch
@@ -218,13 +218,6 @@ class Steering(Instrument):
 
     def facts(self) -> dict[str, Any]:
         return {}
-
-
-def joined(first: Spec | None, then: Spec | None) -> Spec | None:
-    """Both, the first one's steps before the other's within a layer."""
-    if first is None or then is None:
-        return then if first is None else first
-    return Spec(tuple(sorted((*first.steps, *then.steps), key=lambda s: s.layer)))
 
 
 def steered_of(req: Any) -> Steered | None:
