@@ -23,8 +23,10 @@ from sglang_probe.run.hook_points import (
     VALUE,
     HookPoint,
     parse_hook_point,
+    score_points,
 )
 from sglang_probe.run.run import Run
+from sglang_probe.run.scores import columns_of, read_weights
 from sglang_probe.stats.distance import row_distance
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.reference import Close, Vectors, intervened
@@ -81,8 +83,9 @@ def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vecto
         ) from e
 
     disable_progress_bar()
-    hook_points = run.hook_points
-    dtype = run.rows_dtype()
+    weights = {h: w for h in score_points(run.hook_points) if (w := _score_weights(run, h)) is not None}
+    hook_points = [h for h in run.hook_points if h in weights or h not in score_points(run.hook_points)]
+    dtype = run.rows_dtype() or _served_dtype(run)
     _register_attention()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
     bf16.widen(model)
@@ -114,8 +117,12 @@ def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vecto
             mine = mine[mine["position"] < close.first]
         for name in hook_points:
             held = mine[run.holds(name, mine["row"].to_numpy())]
-            expected = _heads(run, name, outputs[name])[torch.tensor(held["position"].tolist(), dtype=torch.int64)]
-            errors[name].append(row_distance(run.rows(name, held["row"].to_numpy()), expected)[0])
+            x_ND = outputs[name][torch.tensor(held["position"].tolist(), dtype=torch.int64)]
+            given = run.rows(name, held["row"].to_numpy())
+            if name in weights:
+                errors[name].append(_score_errors(given, x_ND, weights[name]))
+            else:
+                errors[name].append(row_distance(given, _heads(run, name, x_ND))[0])
     found.by_hook_point = {h: np.concatenate(e) if e else np.empty(0) for h, e in errors.items()}
     return found
 
@@ -142,7 +149,7 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int, vect
     """The comparison as a check: every row stays within the `tolerance` of its hook point."""
     found = compare(run, model_path, requests=requests, vectors=vectors)
     errors = found.by_hook_point
-    dtype = run.rows_dtype() or torch.float32
+    dtype = run.rows_dtype() or _served_dtype(run) or torch.float32
     notes = _notes(run, found)
     if not any(len(e) for e in errors.values()):
         return Check("reference", "rows agree with transformers", 0, "rows", None, "; ".join(notes) or None)
@@ -197,6 +204,26 @@ def tolerance(hook_point: str, dtype: torch.dtype) -> float:
 def _span(limits: Iterable[float]) -> str:
     low, high = min(numbers := list(limits)), max(numbers)
     return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}, by depth"
+
+
+def _score_weights(run: Run, hook_point: str) -> torch.Tensor | None:
+    """Vectors of a hook point's scores, `[d, k]`; None: they are not with the run."""
+    weights = read_weights(run)
+    return None if weights is None else torch.stack([weights[n] for n in columns_of(run, hook_point)], dim=1)
+
+
+def _score_errors(given_NK: torch.Tensor, x_ND: torch.Tensor, w_DK: torch.Tensor) -> np.ndarray:
+    """Largest error of a row's scores, in units of the lengths of row and vector: a score near 0 is a difference of
+    large numbers, whose relative error says nothing."""
+    x, w = x_ND.double(), w_DK.double()
+    error_NK = (given_NK.double() - x @ w).abs() / (x.norm(dim=1)[:, None] * w.norm(dim=0))
+    return np.asarray(error_NK.amax(dim=1).numpy())
+
+
+def _served_dtype(run: Run) -> torch.dtype | None:
+    """The model's dtype by the manifest, of a run without rows."""
+    told = str((run.manifest.get("server_resolved") or {}).get("dtype", "")).removeprefix("torch.")
+    return {str(d).removeprefix("torch."): d for d in TOLERANCE}.get(told)
 
 
 def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:
