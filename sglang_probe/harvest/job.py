@@ -25,7 +25,9 @@ from sglang_probe.run.hook_points import engine_module
 from sglang_probe.run.manifest import new_manifest, without_secrets
 from sglang_probe.run.run import Run
 from sglang_probe.run.workload_digest import digest_of_columns
-from sglang_probe.steering.config import SteerConfig
+from sglang_probe.steering.config import ScoresConfig, SteerConfig
+from sglang_probe.steering.library import Library
+from sglang_probe.steering.scores import told as told_of_scores
 from sglang_probe.workload.build import digest_of
 from sglang_probe.workload.request import Request
 
@@ -169,6 +171,7 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
         hook_points=list(job.hook_points),
         accelerator=config.accelerator,
         rows=config.rows,
+        scores=None if not job.capture.scores else _scores(config.scores),
         telemetry=config.telemetry,
         asks=sorted(asks | ({"steer"} if job.prepared.config.steer is not None else set())),
         kept=None if job.kept is None else path.resolve() / KEPT_FILE,
@@ -177,6 +180,13 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
         checkpoint_seconds=config.checkpoint_seconds,
         ignore_interrupt=True,
     )
+
+
+def _scores(config: ScoresConfig | None) -> ScoresConfig | None:
+    if config is None:
+        return None
+    library = Library.open(config.library)
+    return config.model_copy(update={"library": config.library.resolve(), "hash": library.hash})
 
 
 def _steer(job: Job) -> SteerConfig | None:
@@ -204,6 +214,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         telemetry_layers=job.capture.telemetry_layers,
         heads=job.capture.heads,
         head_numbers=job.capture.head_numbers,
+        scores=told_of_scores(job.capture.scores),
         workload=dict(prepared.workload.source),
         workload_digest=digest_of(job.requests),
         columns_digest=digest_of_columns(workload_columns(r) for r in sorted(job.requests, key=lambda r: r.index)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,10 +35,12 @@ from sglang_probe.run.hook_points import (
     check_sliding_window,
     check_tensor_parallel,
     head_counts,
+    score_points,
 )
 from sglang_probe.run.selection import check_selection, expanded, selected_heads
 from sglang_probe.run.telemetry_options import layers_of
-from sglang_probe.steering.library import Library
+from sglang_probe.steering.library import Library, Vector, weight_hash
+from sglang_probe.steering.scores import vectors_of
 from sglang_probe.workload.build import Workload, WorkloadConfig, build_requests, check_fits, new_tokens
 from sglang_probe.workload.request import Request
 from sglang_probe.workload.sources import because
@@ -77,6 +79,8 @@ class Capture:
     head_numbers: dict[str, list[int]]
     """Which heads these are, where it is not all of them."""
     telemetry_layers: list[int]
+    scores: dict[str, list[Vector]] = field(default_factory=dict)
+    """Vectors of hook points whose rows are scores."""
 
 
 def prepare(
@@ -99,6 +103,7 @@ def prepare(
     asked = EngineProbeConfig(
         run=config.output,
         hook_points=config.hook_points,
+        scores=config.scores,
         accelerator=config.accelerator,
         telemetry=config.telemetry,
         asks=["force"] if config.steer is None else ["force", "steer"],
@@ -209,7 +214,12 @@ def capture_of(
             fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )
-    return Capture(*selected_heads(config.rows, counts), layers)
+    scores = {}
+    if score_points(hook_points):
+        digest = weight_hash(model.identity["weights_sha256"])
+        width = int(model.config["hidden_size"])
+        scores = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
+    return Capture(*selected_heads(config.rows, counts), layers, scores)
 
 
 def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int, library: Library | None) -> None:

@@ -29,6 +29,8 @@ from sglang_probe.run import journal, seal
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.run.manifest import write_manifest
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.scores import WEIGHTS_FILE
+from sglang_probe.steering.scores import write_weights
 from sglang_probe.verify.ownership import load_embedding, write_oracle
 from sglang_probe.workload.request import asked_rid
 
@@ -132,6 +134,8 @@ class _Recording:
         try:
             if job.kept is not None:
                 self.manifest["kept"] = keep_with_run(self.path, job.kept, job.requests)
+            if job.capture.scores:
+                write_weights(self.path / WEIGHTS_FILE, job.capture.scores)
             todo = _remaining(job, self.path, self.start)
             wanted = (model.path, job.server, self.probe, job.pool)
             shared = engines.serves(*wanted)

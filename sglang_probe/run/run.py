@@ -11,6 +11,7 @@ import pandas as pd
 from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.files import RunFiles
+from sglang_probe.run.scores import read_scores
 from sglang_probe.run.telemetry import read_telemetry
 
 if TYPE_CHECKING:
@@ -40,6 +41,19 @@ class Run(RunFiles):
             RunDirectoryError: none was recorded.
         """
         return read_telemetry(self)
+
+    def scores(self) -> pd.DataFrame:
+        """Scores of probes that were written in the step (`scores` of the configuration): one row per position that has
+        any, in the order of `tokens()`.
+
+        Columns: rid, position, token_id, segment, status, phase, forward_id and intervention as in `tokens()`, and one
+        of each probe by its name, float32: `x @ w` of the residual stream after its layer; NaN where its hook point
+        does not hold the position. A reused position has the score of its origin.
+
+        Raises:
+            RunDirectoryError: none were recorded.
+        """
+        return read_scores(self)
 
     def tokens(self, *, interrupted: bool = False) -> pd.DataFrame:
         """One row per position of each served request's last attempt (`interrupted` as in `requests`).

@@ -8,6 +8,17 @@ from sglang_probe.config import Config, InputPath
 from sglang_probe.steer_ask import MOST, Steer
 
 
+class ScoresConfig(Config):
+    """Which vectors the hook points `hook_scores` write `x @ w` of, instead of rows."""
+
+    library: InputPath
+    """Folder of vectors (`sglang-probe vector`)."""
+    names: list[str] | None = Field(default=None, min_length=1)
+    """Probes and directions of it, a column each; by default all probes of the layers that are captured."""
+    hash: str | None = None
+    """Hash of the library, if it must be this one; set by `sglang-probe harvest`."""
+
+
 class SteerConfig(Config):
     """Which vectors requests may name, and what is done to all of them."""
 

@@ -12,10 +12,11 @@ from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run.hook_points import parse_pattern
+from sglang_probe.run.hook_points import has_patterns, parse_pattern
 from sglang_probe.run.selection import RowsConfig, check_selection, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
-from sglang_probe.steering.config import SteerConfig
+from sglang_probe.steering.config import ScoresConfig, SteerConfig
+from sglang_probe.steering.scores import check_given
 
 CONFIG_VARIABLE = "SGLANG_PROBE"
 """Environment variable with the path of the probe's YAML; unset means inert."""
@@ -43,6 +44,9 @@ class EngineProbeConfig(Config):
     On a CPU the same path is taken, without graphs, for tests."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads of them; by default all."""
+    scores: ScoresConfig | None = None
+    """What `blocks.<layer>.hook_scores` among the `hook_points` are of: `{library: FOLDER}`, whose probes have a column
+    each. A score is written instead of a row."""
     telemetry: TelemetryConfig | None = None
     """Attention statistics of decode steps; absent: none."""
     live: LiveConfig | None = None
@@ -100,6 +104,8 @@ class EngineProbeConfig(Config):
             raise ValueError("`steer` has no effect without `asks: [steer]` or a `deployment`")
         try:
             check_selection(self.rows, self.hook_points)
+            if not has_patterns(self.hook_points):
+                check_given(self.scores, self.hook_points)
         except ConfigError as e:
             raise ValueError(str(e)) from None
         if self.live is not None and self.hook_points:

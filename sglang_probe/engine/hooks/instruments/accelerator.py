@@ -130,20 +130,30 @@ def check_server(server_args: Any) -> None:
 
 
 def graph_taps(
-    runner: Any, hook_points: list[str], heads: dict[str, list[int]], parts: dict[str, torch.Tensor]
+    runner: Any,
+    hook_points: list[str],
+    heads: dict[str, list[int]],
+    parts: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
 ) -> GraphTaps:
     """Taps for the rows of a loaded model.
 
     Args:
         heads: kept heads and their width at hook points whose rows are per head.
         parts: their columns, where some heads only are kept.
+        weights: of hook points whose rows are scores, the vectors of these, float32 `[d, k]`.
     """
-    columns = {h: (_width(h, runner.model_config.hidden_size, heads), runner.dtype) for h in hook_points}
-    return make_taps(runner, columns, parts)
+    hidden = runner.model_config.hidden_size
+    columns = {h: (_width(h, hidden, heads), runner.dtype) for h in hook_points if h not in weights}
+    columns |= {h: (w.shape[1], torch.float32) for h, w in weights.items()}
+    return make_taps(runner, {h: columns[h] for h in hook_points}, parts, weights)
 
 
 def make_taps(
-    runner: Any, columns: dict[str, tuple[int, torch.dtype]], parts: dict[str, torch.Tensor] | None = None
+    runner: Any,
+    columns: dict[str, tuple[int, torch.dtype]],
+    parts: dict[str, torch.Tensor] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> GraphTaps:
     """Taps with room for the largest shape that will be captured.
 
@@ -158,6 +168,7 @@ def make_taps(
         capacity=-(-max(sizes, default=1) // _ROUND) * _ROUND,
         device=runner.device,
         parts=parts,
+        weights=weights,
         recording=_recording if runner.device == "cuda" else lambda: False,
     )
     logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
