@@ -214,11 +214,11 @@ def capture_of(
             fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )
-    scores = {}
+    scores: dict[str, list[Vector]] = {}
     if score_points(hook_points):
         digest = weight_hash(model.identity["weights_sha256"])
         width = int(model.config["hidden_size"])
-        scores = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
+        scores, _ = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
     return Capture(*selected_heads(config.rows, counts), layers, scores)
 
 

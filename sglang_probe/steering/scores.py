@@ -36,8 +36,8 @@ def check_given(scores: ScoresConfig | None, hook_points: Iterable[str]) -> None
 
 def vectors_of(
     scores: ScoresConfig | None, hook_points: Iterable[str], *, width: int, layers: int, weight_hash: str | None
-) -> dict[str, list[Vector]]:
-    """The vectors of each hook point `hook_scores`, in the order of their names.
+) -> tuple[dict[str, list[Vector]], str]:
+    """The vectors of each hook point `hook_scores`, in the order of their names; and the hash of their library.
 
     Args:
         width, layers, weight_hash: of the model (`library.check_vector`).
@@ -49,7 +49,7 @@ def vectors_of(
     hook_points = list(hook_points)
     check_given(scores, hook_points)
     if scores is None:
-        return {}
+        return {}, ""
     library = Library.open(scores.library)
     if scores.hash not in (None, library.hash):
         raise ConfigError(
@@ -74,7 +74,7 @@ def vectors_of(
             )
     if empty := [p for p, vectors in found.items() if not vectors]:
         raise ConfigError(f"`{empty[0]}`: the library {scores.library} has no probe of that layer")
-    return found
+    return found, library.hash
 
 
 def weights_DK(vectors: Sequence[Vector]) -> torch.Tensor:

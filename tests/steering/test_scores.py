@@ -36,7 +36,7 @@ def library(tmp_path: Path) -> Path:
 
 def names(library: Path, points: list[str], asked: list[str] | None = None, **fits: Any) -> dict[str, list[str]]:
     config = ScoresConfig(library=library, names=asked)
-    return {p: [v.name for v in of] for p, of in vectors_of(config, points, **{**FITS, **fits}).items()}
+    return {p: [v.name for v in of] for p, of in vectors_of(config, points, **{**FITS, **fits})[0].items()}
 
 
 def test_a_hook_point_has_the_probes_of_its_layer_in_the_order_of_their_names(library: Path) -> None:
@@ -44,7 +44,9 @@ def test_a_hook_point_has_the_probes_of_its_layer_in_the_order_of_their_names(li
     both = ["blocks.3.hook_scores", "blocks.1.hook_scores"]
     assert names(library, both) == {"blocks.3.hook_scores": ["c"], "blocks.1.hook_scores": ["a", "b"]}
     assert names(library, both[1:], ["direction", "b"]) == {"blocks.1.hook_scores": ["b", "direction"]}
-    vectors = vectors_of(ScoresConfig(library=library), both[1:], **FITS)["blocks.1.hook_scores"]
+    found, digest = vectors_of(ScoresConfig(library=library), both[1:], **FITS)
+    assert digest == Library.open(library).hash
+    vectors = found["blocks.1.hook_scores"]
     assert weights_DK(vectors).tolist() == [[i, 2 * i] for i in range(1, D + 1)]
     assert told({"p": vectors}) == {"p": {v.name: Library.open(library)[v.name].hash for v in vectors}}
 

@@ -140,6 +140,10 @@ class Instrument:
     def drop(self) -> None:
         """Forget the forward at hand: the recording has stopped, or what runs next is of no request."""
 
+    def library(self) -> tuple[str, str] | None:
+        """What for it has loaded a library of vectors, and the library's hash; None: it has none."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it, once the model is loaded."""
         return {}

@@ -75,6 +75,7 @@ class Rows(Instrument):
         self._heads: dict[str, list[int]] = {}
         self._head_numbers: dict[str, list[int]] = {}
         self._scores: dict[str, list[Vector]] = {}
+        self._library = ""
 
     def attach(self, runner: Any) -> None:
         hook_points = self.config.hook_points
@@ -83,7 +84,7 @@ class Rows(Instrument):
         install_taps(runner.model, hook_points, self)
         self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))
         if self.config.scores is not None or score_points(hook_points):
-            self._scores = vectors_of(
+            self._scores, self._library = vectors_of(
                 self.config.scores,
                 hook_points,
                 width=runner.model_config.hidden_size,
@@ -118,6 +119,9 @@ class Rows(Instrument):
             plan.travelling["rows"] = taps.snapshot(plan.tokens, replayed=forward.replayed, selected=plan.selected)
         else:
             plan.rows = taps.take(plan.tokens, replayed=forward.replayed, selected=plan.selected)
+
+    def library(self) -> tuple[str, str] | None:
+        return ("scores", self._library) if self._scores else None
 
     def facts(self) -> dict[str, Any]:
         return {"heads": self._heads, "head_numbers": self._head_numbers, "scores": told(self._scores)}

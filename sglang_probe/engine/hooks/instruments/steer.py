@@ -216,6 +216,9 @@ class Steering(Instrument):
                 req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {error}")
         self._running.clear()
 
+    def library(self) -> tuple[str, str] | None:
+        return None if self._library is None else ("steer", self._library.hash)
+
     def facts(self) -> dict[str, Any]:
         return {}
 
