@@ -68,7 +68,9 @@ class Outcome:
 
 def traffic(rng: random.Random, count: int) -> list[Request]:
     """Prompts that are prefixes of each other's, or branch off, with and without interventions."""
-    pool = [steer(rng, 60) for _ in range(4)]
+    # Of all positions, so that requests share what they left; and others, which share with few.
+    everywhere = [[{"vector": "up", "strength": 30}], [{"vector": "late", "op": "project_out"}]]
+    pool = [*everywhere, *everywhere, *(steer(rng, 60) for _ in range(2))]
     roots = [[rng.randrange(10, 3000) for _ in range(rng.randrange(30, 110))] for _ in range(3)]
     requests = []
     for i in range(count):
@@ -76,7 +78,7 @@ def traffic(rng: random.Random, count: int) -> list[Request]:
         ids = root[: rng.randrange(len(root) // 2, len(root) + 1)]
         if rng.random() < 0.5:
             ids = ids + [rng.randrange(10, 3000) for _ in range(rng.randrange(1, 12))]
-        entries = rng.choice([[], [], *pool, steer(rng, len(ids))])
+        entries = rng.choice([*[[]] * 5, *pool, steer(rng, len(ids))])
         requests.append(request(i, f"a{i}", ids, entries))
     return requests
 

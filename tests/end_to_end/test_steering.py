@@ -223,7 +223,7 @@ def test_unknown_names_are_refused_at_preparation_and_by_the_engine_with_the_key
 
 
 def test_random_traffic_computes_together_what_it_computes_alone(folder: Path, host: EngineHost) -> None:
-    outcome = attack(folder, host, seed=1, requests=24)
+    outcome = attack(folder, host, seed=1, requests=36)
     assert_isolated(outcome)
 
 
