@@ -62,6 +62,7 @@ class Steer(Config):
     exclude: tuple[Annotated[StrictInt, Field(ge=0)], ...] = Field(default=(), max_length=_MOST_EXCLUDED)
     """Positions of the sequence that are left alone, e.g. `[0]`."""
     gate: Gate | None = None
+    """When a row is changed at all, besides its place; by default always."""
 
     @model_validator(mode="after")
     def _fits(self) -> Steer:
