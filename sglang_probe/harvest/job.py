@@ -18,14 +18,14 @@ from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, dige
 from sglang_probe.harvest.pool import left_open
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
 from sglang_probe.harvest.requests_table import workload_columns
-from sglang_probe.harvest.steer import check_arms, told
+from sglang_probe.harvest.steer import check_arms
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import engine_module
 from sglang_probe.run.manifest import new_manifest, without_secrets
 from sglang_probe.run.run import Run
 from sglang_probe.run.workload_digest import digest_of_columns
-from sglang_probe.steering.config import ScoresConfig, SteerConfig
+from sglang_probe.steering.config import ScoresConfig, SteerConfig, told
 from sglang_probe.steering.library import Library
 from sglang_probe.steering.scores import told as told_of_scores
 from sglang_probe.workload.build import digest_of

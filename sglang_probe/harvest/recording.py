@@ -235,6 +235,7 @@ def close_run(
         requests_by_finish=counts,
         positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
         positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
+        positions_intervened=int(lengths[spans["intervention"].notna()].sum()),
         rows=rows,
         rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
         rows_dropped=0,

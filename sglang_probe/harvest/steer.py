@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from sglang_probe.ask import WHERE
 from sglang_probe.engine.platform.environment import accelerator_present
@@ -61,19 +60,3 @@ def check_arms(arms: Mapping[str, Arm], library: Library | None) -> None:
     """
     for name, arm in arms.items():
         check_steer(arm.steer, library, where=f"arm `{name}`: steer")
-
-
-def told(config: SteerConfig, library: Library) -> dict[str, Any]:
-    """What the manifest says: every vector by what `steering.spec` reads of it, and what is done to all requests."""
-    vectors = {
-        v.card.name: {
-            "hash": v.hash,
-            "kind": v.card.kind,
-            "hook_point": v.card.hook_point,
-            "layer_mean_norm": v.card.layer_mean_norm,
-            "percentile99": v.card.percentile99,
-        }
-        for v in library.values()
-    }
-    deployment = [s.model_dump(mode="json", exclude_defaults=True) for s in config.deployment]
-    return {"library": library.hash, "vectors": vectors, "deployment": deployment}

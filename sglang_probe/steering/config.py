@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, field_validator
 
 from sglang_probe.config import Config, InputPath
 from sglang_probe.steer_ask import MOST, Steer
+from sglang_probe.steering.library import Library
 
 
 class ScoresConfig(Config):
@@ -37,3 +40,19 @@ class SteerConfig(Config):
                 if getattr(entry, name) != type(entry).model_fields[name].default:
                     raise ValueError(f"`{name}` has no place here: a deployment acts on all positions of all requests")
         return entries
+
+
+def told(config: SteerConfig, library: Library) -> dict[str, Any]:
+    """What the manifest says: every vector by what `steering.spec` reads of it, and what is done to all requests."""
+    vectors = {
+        v.card.name: {
+            "hash": v.hash,
+            "kind": v.card.kind,
+            "hook_point": v.card.hook_point,
+            "layer_mean_norm": v.card.layer_mean_norm,
+            "percentile99": v.card.percentile99,
+        }
+        for v in library.values()
+    }
+    deployment = [s.model_dump(mode="json", exclude_defaults=True) for s in config.deployment]
+    return {"library": library.hash, "vectors": vectors, "deployment": deployment}

@@ -51,6 +51,9 @@ def marked_as_planned(run: Run) -> Check:
     violation = _read(run, under)
     violation = violation or _computed(spans, under) or _shared(spans, under, "reused")
     violation = violation or _shared(run.rebinds().assign(intervention=None), under, "rebound")
+    counted = run.manifest.get("positions_intervened", covered)
+    if violation is None and counted != covered:
+        violation = f"{covered} positions are marked, and the manifest counted {counted}"
     note = None
     if violation is None:
         violation, note = _as_asked(run, under)

@@ -30,6 +30,7 @@ from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import check_architecture
+from sglang_probe.steering.config import told
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
 from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, spec_of
@@ -220,7 +221,7 @@ class Steering(Instrument):
         return None if self._library is None else ("steer", self._library.hash)
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"steer": None if self._library is None else told(self._given, self._library)}
 
 
 def steered_of(req: Any) -> Steered | None:
