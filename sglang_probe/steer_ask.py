@@ -62,7 +62,7 @@ class Steer(Config):
     exclude: tuple[Annotated[StrictInt, Field(ge=0)], ...] = Field(default=(), max_length=_MOST_EXCLUDED)
     """Positions of the sequence that are left alone, e.g. `[0]`."""
     gate: Gate | None = None
-    """Where it acts at all, of its positions: `{by: feature}`, where the feature is active. For `add` and `clamp`."""
+    """When a row is changed at all, besides its place; by default always."""
 
     @model_validator(mode="after")
     def _fits(self) -> Steer:

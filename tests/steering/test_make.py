@@ -132,6 +132,7 @@ def test_families_are_never_on_both_sides() -> None:
         assert train
         assert held
         assert not train & held
+        assert len(held) == 10  # half of the twenty families of both
         for s, parts in zip((a, b), found, strict=True):
             assert len({s.family[i] for i in parts.held_out}) == len(parts.held_out)  # one of a family
 

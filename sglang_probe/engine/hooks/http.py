@@ -11,19 +11,19 @@ import asyncio
 import functools
 import importlib.metadata
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang_probe.engine.hooks import guard
+from sglang_probe.config import load_config
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE
 from sglang_probe.engine.hooks.instruments.live import STATE_KEY
 from sglang_probe.engine.live.merge import merge_states
 from sglang_probe.steering.library import Library, listed
-
-if TYPE_CHECKING:
-    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 logger = logging.getLogger("sglang_probe")
 
@@ -60,7 +60,7 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
             tokenizer_manager.get_internal_state,
             _closer(tokenizer_manager),
             _emptier(tokenizer_manager),
-            {} if guard.session is None else libraries_of(guard.session.config),
+            libraries_of(load_config(Path(os.environ[CONFIG_VARIABLE]), EngineProbeConfig)),
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
@@ -171,7 +171,8 @@ class Endpoints:
 
 
 def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:
-    """The libraries of a configuration, by what they are for.
+    """The libraries of a configuration, by what they are for. The process that serves HTTP has no session: it reads
+    what the scheduler processes read.
 
     Raises:
         ConfigError: one cannot be read.
