@@ -41,6 +41,7 @@ TABLES = {
     "spans": schema.SPANS,
     "forwards": schema.FORWARDS,
     "rebinds": schema.REBINDS,
+    "interventions": schema.INTERVENTIONS,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

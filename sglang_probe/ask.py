@@ -14,6 +14,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from sglang_probe.config import Config, parse_config
 from sglang_probe.errors import ConfigError
+from sglang_probe.steer_ask import MOST, Steer
 
 WHERE = "custom_params.probe"
 _MOST_RANGES = 64
@@ -54,6 +55,9 @@ class Ask(Config):
     evict: StrictStr | None = None
     """Name of a kept set (`sglang_probe.kept_set`): of the positions that the set is about, only those that it keeps
     are attended to after them."""
+    steer: tuple[Steer, ...] | None = Field(default=None, max_length=MOST)
+    """Interventions on the residual stream, in the order in which they act, by vectors of the engine's library
+    (`sglang_probe.steer_ask`)."""
     system: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, max_length=_MOST_RANGES)
     """Ranges `[start, end]` of prompt positions that telemetry counts as the system prompt."""
     provenance: StrictBool | None = None
@@ -107,6 +111,8 @@ class Ask(Config):
     def to_json(self) -> dict[str, Any]:
         """The mapping that `of` reads."""
         told: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        if self.steer is not None:
+            told["steer"] = [s.model_dump(mode="json", exclude_defaults=True) for s in self.steer]
         return {k: v for k, v in told.items() if v is not None}
 
     @property
@@ -181,12 +187,17 @@ _NOTHING = Ask()
 
 def recorded(sampling_params: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters as `requests.parquet` has them. Of `custom_params` only what changes the rows that a token
-    gives: its RoPE positions."""
+    gives: its RoPE positions, and interventions."""
     told = {k: v for k, v in sampling_params.items() if k != "custom_params"}
-    positions = Ask.of(sampling_params).positions
-    return told if positions is None else Ask(positions=positions).into(told)
+    ask = Ask.of(sampling_params)
+    return Ask(positions=ask.positions, steer=ask.steer).into(told)
 
 
 def recorded_override(sampling_params: str) -> PositionOverride | None:
     """The RoPE positions in column `sampling_params` of `run.requests()`."""
     return Ask.of(json.loads(sampling_params)).positions
+
+
+def recorded_steer(sampling_params: str) -> tuple[Steer, ...]:
+    """The interventions in column `sampling_params` of `run.requests()`."""
+    return Ask.of(json.loads(sampling_params)).steer or ()

@@ -178,9 +178,10 @@ def test_options_in_the_pages_exist(page: Path, server_arguments: str) -> None:
                 continue
             assert name in root.commands, f"{page.name}: {line}"
             command = root.commands[name]
-            if hasattr(command, "commands") and len(words) > 2:
-                assert words[2] in command.commands, f"{page.name}: {line}"
-                command = command.commands[words[2]]
+            groups = iter(words[2:])
+            while hasattr(command, "commands") and (word := next(groups, None)) is not None:
+                assert word in command.commands, f"{page.name}: {line}"
+                command = command.commands[word]
             unknown = {w.split("=")[0] for w in words[2:] if w.startswith("--")} - options_of(command)
             assert unknown == set(), f"{page.name}: {line}"
         elif words[:3] == ["python", "-m", "sglang.launch_server"]:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "sglang_probe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT_SGLANG = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/", "harvest/engine.py")
 
-GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "kept_set", "lazy", "yaml_text"}
+GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "steer_ask", "kept_set", "lazy", "yaml_text"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),
@@ -27,16 +27,17 @@ MAY_IMPORT = {
     "axes": GROUND,
     "workload": {"axes", *GROUND},
     "run": GROUND,
-    "verify": {"run", "stats", *GROUND},
+    "steering": {"run", "stats", *GROUND},
+    "verify": {"steering", "run", "stats", *GROUND},
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
     "model": GROUND,
-    "engine": {"run", "policy", *GROUND},
+    "engine": {"steering", "run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
-    "harvest": {"engine", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
+    "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "verify", "run", "workload", "axes", "policy", "stats", "report"}
     | GROUND,
-    "cli": {"studies", "harvest", "model", "verify", "engine", "run", "report", *GROUND},
+    "cli": {"studies", "harvest", "steering", "workload", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, harvest, live, model, verify
+from sglang_probe.cli import doctor, harvest, live, model, vector, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for study in STUDIES:
 app.command("live")(live.command)
 app.command("verify")(verify.command)
 app.add_typer(model.app, name="model")
+app.add_typer(vector.app, name="vector")
 app.command("doctor")(doctor.command)
 
 

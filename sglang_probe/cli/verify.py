@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_probe.run.run import Run
+    from sglang_probe.steering.library import Vector
     from sglang_probe.verify.check import Check
 
 
@@ -27,6 +28,13 @@ def command(
     transformers: Annotated[
         int, typer.Option(help="Also recompute this many requests with `transformers`, and compare every captured row.")
     ] = 0,
+    library: Annotated[
+        Path | None,
+        typer.Option(
+            help="Library of the vectors that requests were steered by, so that `--transformers` computes them again "
+            "under their interventions. Without it they are left out."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check that a run directory holds what it claims. Exit code 0 if all checks hold, 1 if not.
@@ -44,7 +52,7 @@ def command(
     console, errors = Console(), Console(stderr=True)
     try:
         with errors.status("reading") as status:
-            checks, complete, why = _checked(run, model, transformers, _shown(status.update))
+            checks, complete, why = _checked(run, model, transformers, library, _shown(status.update))
     except ProbeError as e:
         if as_json:
             _print_json(run, None, False, [], error=e.message, fix=e.fix)
@@ -68,19 +76,29 @@ def command(
 
 
 def _checked(
-    path: Path, model: Path | None, transformers: int, progress: Callable[[str, int, int], None]
+    path: Path,
+    model: Path | None,
+    transformers: int,
+    library: Path | None,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[list[Check], bool, str | None]:
     """Checks; whether the run is complete, and if not why. A run that cannot be opened is one violated check.
 
     Raises:
-        ProbeError: the folder is no run directory, or `model` has no embedding.
+        ProbeError: the folder is no run directory, `model` has no embedding, or `library` cannot be read.
     """
-    from sglang_probe.errors import RunDirectoryError
+    from sglang_probe.errors import ConfigError, RunDirectoryError
     from sglang_probe.run.run import load_run
+    from sglang_probe.steering.library import Library
     from sglang_probe.verify.check import Check
     from sglang_probe.verify.files import readable
     from sglang_probe.verify.verify import verify
 
+    vectors: list[Vector] = []
+    if library is not None:
+        if not transformers:
+            raise ConfigError("`--library` has no effect alone", fix="give `--transformers 8` too")
+        vectors = list(Library.open(library).values())
     missing = readable(path)
     claim = "the run directory can be opened"
     if missing is not None:
@@ -96,7 +114,7 @@ def _checked(
         from sglang_probe.verify.reference import check_against_transformers
 
         told = model or opened.manifest["model_path"]
-        checks.append(check_against_transformers(opened, str(told), requests=transformers))
+        checks.append(check_against_transformers(opened, str(told), requests=transformers, vectors=vectors))
     why = opened.manifest.get("fault") or "the run was interrupted; finish it with --resume"
     return checks, opened.complete, str(why)
 

@@ -15,6 +15,7 @@ from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import EMBED, parse_pattern
 from sglang_probe.run.selection import RowsConfig, Selected, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
+from sglang_probe.steering.config import ScoresConfig, SteerConfig
 from sglang_probe.workload.build import WorkloadConfig
 
 
@@ -35,8 +36,14 @@ class Recording(Config):
     """Whether rows may be captured on a GPU, where that has not been proved (docs/explanation/gpu.md)."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads rows are kept for, e.g. `{window: 32, decode: {every: 4}}`; by default all."""
+    scores: ScoresConfig | None = None
+    """What `blocks.<layer>.hook_scores` among the `hook_points` are of: `{library: FOLDER}`, whose probes have a column
+    each. A score is written instead of a row; `run.scores()` reads them."""
     telemetry: TelemetryConfig | None = None
     """Attention statistics of decode steps, e.g. `{every: 4, top_k: 8}`; `{}` for the defaults, absent for none."""
+    steer: SteerConfig | None = None
+    """Interventions on the residual stream: `{library: FOLDER}` of the vectors that requests and arms name in `steer`,
+    and `deployment: [...]` for what is done to every request."""
     server: dict[str, Any] = Field(default_factory=dict)
     """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
     concurrency: int = Field(default=16, ge=1)

@@ -61,6 +61,8 @@ CONFIGURATION = (
     "forced_from",
     "forced_digest",
     "kept_digest",
+    "steer",
+    "scores",
     "submission_order",
     "policy",
     "versions",
@@ -71,7 +73,7 @@ CONFIGURATION = (
 _SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
 """Keys that older manifests do not have: of those runs this much is unknown, and taken on trust."""
 
-_NOT_IN_ALL = frozenset({"platform"})
+_NOT_IN_ALL = frozenset({"platform", "steer", "scores"})
 """Keys that manifests of this schema may lack; taken on trust as well."""
 
 

@@ -18,12 +18,16 @@ from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, dige
 from sglang_probe.harvest.pool import left_open
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
 from sglang_probe.harvest.requests_table import workload_columns
+from sglang_probe.harvest.steer import check_arms
 from sglang_probe.kept_set import KeptFile
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import engine_module
 from sglang_probe.run.manifest import new_manifest, without_secrets
 from sglang_probe.run.run import Run
 from sglang_probe.run.workload_digest import digest_of_columns
+from sglang_probe.steering.config import ScoresConfig, SteerConfig, told
+from sglang_probe.steering.library import Library
+from sglang_probe.steering.scores import told as told_of_scores
 from sglang_probe.workload.build import digest_of
 from sglang_probe.workload.request import Request
 
@@ -68,7 +72,8 @@ class Job:
         if self.prepared.config.telemetry is not None:
             system = tuple((s.start, s.end) for s in request.spans if s.name == "system")
         force = None if self.forced is None else self.forced[request.index]
-        return Ask(cache=self.arm.bypass, force=force, system=system).into(request.sampling_params)
+        steer = None if self.arm.steer is None else (*(request.ask.steer or ()), *self.arm.steer)
+        return Ask(cache=self.arm.bypass, force=force, system=system, steer=steer).into(request.sampling_params)
 
 
 def job_of(
@@ -105,6 +110,7 @@ def job_of(
     points = tuple(config.hook_points if hook_points is None else hook_points)
     server = {**config.server, **arm.server}
     capture = capture_of(config, prepared.model, points, [server])
+    check_arms({name: arm}, prepared.library)
     check_kept(requests, kept, prepared.model)
     if kept is not None:
         check_backend(server)
@@ -140,7 +146,7 @@ def job_of(
 
 def asks_given(arm: Arm, outputs_of: object | None, kept: object | None) -> set[str]:
     """Fields of `Ask` that the requests of a run are given, whatever they ask themselves."""
-    given = {"force": outputs_of, "cache": arm.bypass, "evict": kept}
+    given = {"force": outputs_of, "cache": arm.bypass, "evict": kept, "steer": arm.steer}
     return {field for field, value in given.items() if value is not None}
 
 
@@ -165,13 +171,29 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
         hook_points=list(job.hook_points),
         accelerator=config.accelerator,
         rows=config.rows,
+        scores=None if not job.capture.scores else _scores(config.scores),
         telemetry=config.telemetry,
-        asks=sorted(asks),
+        asks=sorted(asks | ({"steer"} if job.prepared.config.steer is not None else set())),
         kept=None if job.kept is None else path.resolve() / KEPT_FILE,
+        steer=_steer(job),
         switches=job.arm.switches(config.server),
         checkpoint_seconds=config.checkpoint_seconds,
         ignore_interrupt=True,
     )
+
+
+def _scores(config: ScoresConfig | None) -> ScoresConfig | None:
+    if config is None:
+        return None
+    library = Library.open(config.library)
+    return config.model_copy(update={"library": config.library.resolve(), "hash": library.hash})
+
+
+def _steer(job: Job) -> SteerConfig | None:
+    config, library = job.prepared.config.steer, job.prepared.library
+    if config is None or library is None:
+        return None
+    return config.model_copy(update={"library": config.library.resolve(), "hash": library.hash})
 
 
 def manifest_of(job: Job, path: Path) -> dict[str, Any]:
@@ -181,7 +203,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
     return new_manifest(
         name=path.name,
         arm=job.name,
-        policy=arm.model_dump(mode="json"),
+        policy=arm.model_dump(mode="json", exclude=None if arm.steer else {"steer"}),
         model=model.identity,
         model_path=model.path,
         model_config=model.config,
@@ -192,6 +214,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         telemetry_layers=job.capture.telemetry_layers,
         heads=job.capture.heads,
         head_numbers=job.capture.head_numbers,
+        scores=told_of_scores(job.capture.scores),
         workload=dict(prepared.workload.source),
         workload_digest=digest_of(job.requests),
         columns_digest=digest_of_columns(workload_columns(r) for r in sorted(job.requests, key=lambda r: r.index)),
@@ -204,6 +227,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         partners=None if arm.partners is None else arm.partners.model_dump(mode="json"),
         forced_from=job.forced_from,
         forced_digest=None if job.forced is None else _digest(sorted(job.forced.items())),
+        steer=None if config.steer is None or prepared.library is None else told(config.steer, prepared.library),
         kept_digest=None if job.kept is None else digest_of_kept(job.kept, job.requests),
         platform=platform_facts(),
         inventory={"sglang": prepared.inventory.sglang, "version": prepared.inventory.version},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,7 @@ from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
 from sglang_probe.harvest.pool import Pool
 from sglang_probe.harvest.sampling import SamplingCheck, check_names
+from sglang_probe.harvest.steer import check_arms, check_steer, open_library
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import (
     check_architecture,
@@ -34,9 +35,12 @@ from sglang_probe.run.hook_points import (
     check_sliding_window,
     check_tensor_parallel,
     head_counts,
+    score_points,
 )
 from sglang_probe.run.selection import check_selection, expanded, selected_heads
 from sglang_probe.run.telemetry_options import layers_of
+from sglang_probe.steering.library import Library, Vector, weight_hash
+from sglang_probe.steering.scores import vectors_of
 from sglang_probe.workload.build import Workload, WorkloadConfig, build_requests, check_fits, new_tokens
 from sglang_probe.workload.request import Request
 from sglang_probe.workload.sources import because
@@ -62,6 +66,8 @@ class Prepared:
     """Has passed the sampling values of the workload."""
     pool: Pool
     """How large the KV pool is, where the user left it open."""
+    library: Library | None = None
+    """The vectors that requests and arms may name."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Capture:
     head_numbers: dict[str, list[int]]
     """Which heads these are, where it is not all of them."""
     telemetry_layers: list[int]
+    scores: dict[str, list[Vector]] = field(default_factory=dict)
+    """Vectors of hook points whose rows are scores."""
 
 
 def prepare(
@@ -95,9 +103,11 @@ def prepare(
     asked = EngineProbeConfig(
         run=config.output,
         hook_points=config.hook_points,
+        scores=config.scores,
         accelerator=config.accelerator,
         telemetry=config.telemetry,
-        asks=["force"],
+        asks=["force"] if config.steer is None else ["force", "steer"],
+        steer=config.steer,
     )
     reviewed = inventory.require([*features(asked), "platform"])
     servers = [dict(config.server), *({**config.server, **arm.server} for arm in arms.values())]
@@ -110,6 +120,8 @@ def prepare(
     rows, points = expanded(config.rows, config.hook_points, model.layers)
     config = config.model_copy(update={"rows": rows, "hook_points": points})
     capture_of(config, model, config.hook_points, servers)
+    library = open_library(config.steer, model, config.accelerator)
+    check_arms(arms, library)
     merged = [{**default_server_args(), **server} for server in servers]
     context = min([model.context_length, *(int(m["context_length"]) for m in merged if m.get("context_length"))])
     # A request must fit into the KV pool as well as into the context.
@@ -121,13 +133,13 @@ def prepare(
             raise ConfigError("there is no workload", fix="give `workload`, or requests")
 
         def check(request: Request) -> None:
-            check_request(request, config, sampling, context=context)
+            check_request(request, config, sampling, context=context, library=library)
             if not kept_later:
                 with because("kept set"):
                     check_key(request, None, model)
 
         # Once for all requests, so that what the YAML says is not taken for a fault of the first one.
-        check_sampling(config.sampling, sampling)
+        check_sampling(config.sampling, sampling, library)
         given = build_requests(
             given,
             model.tokenizer,
@@ -144,7 +156,7 @@ def prepare(
     together = max([config.concurrency, *(arm.partners.count + 1 for arm in arms.values() if arm.partners)])
     pool = Pool(together, max(int(server.get("page_size") or 1) for server in servers))
     pool = replace(pool, least=pool.tokens(given.requests))
-    prepared = Prepared(config, reviewed, model, given, room, context, sampling, pool)
+    prepared = Prepared(config, reviewed, model, given, room, context, sampling, pool, library)
     if given is workload:  # its requests were made elsewhere
         check_requests(given.requests, prepared)
     return prepared
@@ -202,10 +214,15 @@ def capture_of(
             fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )
-    return Capture(*selected_heads(config.rows, counts), layers)
+    scores: dict[str, list[Vector]] = {}
+    if score_points(hook_points):
+        digest = weight_hash(model.identity["weights_sha256"])
+        width = int(model.config["hidden_size"])
+        scores, _ = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
+    return Capture(*selected_heads(config.rows, counts), layers, scores)
 
 
-def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int) -> None:
+def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int, library: Library | None) -> None:
     """Refuse what a request cannot ask of the probe.
 
     Raises:
@@ -216,6 +233,7 @@ def check_ask(request: Request, config: Recording, *, context: int, vocabulary: 
         raise ConfigError(f"`{WHERE}.provenance`: a live server answers it; a run has the origin of every position")
     if ask.system is not None and config.telemetry is None:
         raise ConfigError(f"`{WHERE}.system`: nothing reads it without `telemetry`")
+    check_steer(ask.steer, library)
     ask.check(
         prompt_len=len(request.prompt_ids),
         new_tokens=new_tokens(request.sampling_params),
@@ -224,7 +242,9 @@ def check_ask(request: Request, config: Recording, *, context: int, vocabulary: 
     )
 
 
-def check_request(request: Request, config: Recording, sampling: SamplingCheck, *, context: int) -> None:
+def check_request(
+    request: Request, config: Recording, sampling: SamplingCheck, *, context: int, library: Library | None = None
+) -> None:
     """Refuse a request whose tokens, sampling values or asks cannot be served.
 
     Raises:
@@ -236,10 +256,10 @@ def check_request(request: Request, config: Recording, sampling: SamplingCheck, 
     with because("sampling value"):
         sampling(request.sampling_params)
     with because("ask", whatever=True):
-        check_ask(request, config, context=context, vocabulary=vocabulary)
+        check_ask(request, config, context=context, vocabulary=vocabulary, library=library)
 
 
-def check_sampling(given: Mapping[str, Any], check: SamplingCheck) -> None:
+def check_sampling(given: Mapping[str, Any], check: SamplingCheck, library: Library | None = None) -> None:
     """Refuse default sampling parameters that SGLang refuses.
 
     Raises:
@@ -247,7 +267,7 @@ def check_sampling(given: Mapping[str, Any], check: SamplingCheck) -> None:
     """
     try:
         check(given)
-        Ask.of(given)
+        check_steer(Ask.of(given).steer, library)
     except ProbeError as e:
         raise e.at("`sampling`") from e
 
@@ -261,7 +281,7 @@ def check_requests(requests: Sequence[Request], prepared: Prepared) -> None:
     for r in requests:
         try:
             check_fits(len(r.prompt_ids), r.sampling_params, prepared.room)
-            check_request(r, prepared.config, prepared.sampling, context=prepared.context)
+            check_request(r, prepared.config, prepared.sampling, context=prepared.context, library=prepared.library)
         except ProbeError as e:
             raise e.at(r.where) from e
 

@@ -29,6 +29,8 @@ from sglang_probe.run import journal, seal
 from sglang_probe.run.hook_points import EMBED
 from sglang_probe.run.manifest import write_manifest
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.scores import WEIGHTS_FILE
+from sglang_probe.steering.scores import write_weights
 from sglang_probe.verify.ownership import load_embedding, write_oracle
 from sglang_probe.workload.request import asked_rid
 
@@ -132,6 +134,8 @@ class _Recording:
         try:
             if job.kept is not None:
                 self.manifest["kept"] = keep_with_run(self.path, job.kept, job.requests)
+            if job.capture.scores:
+                write_weights(self.path / WEIGHTS_FILE, job.capture.scores)
             todo = _remaining(job, self.path, self.start)
             wanted = (model.path, job.server, self.probe, job.pool)
             shared = engines.serves(*wanted)
@@ -231,6 +235,7 @@ def close_run(
         requests_by_finish=counts,
         positions_by_status={k: int(v) for k, v in lengths.groupby(spans["status"]).sum().items()},
         positions_by_phase={k: int(v) for k, v in lengths.groupby(spans["phase"]).sum().items()},
+        positions_intervened=int(lengths[spans["intervention"].notna()].sum()),
         rows=rows,
         rows_dtype=str(dtype).removeprefix("torch.") if (dtype := run.rows_dtype()) else None,
         rows_dropped=0,

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from sglang_probe.config import Config
 from sglang_probe.policy.partners import Partners
 from sglang_probe.policy.switches import SWITCHABLE, CacheUse, Switches
+from sglang_probe.steer_ask import MOST, Steer
 
 
 class Arm(Config):
@@ -31,6 +32,9 @@ class Arm(Config):
     """Serve in groups of fixed or random composition, instead of keeping `concurrency` requests in flight."""
     dtype: str | None = None
     """`bfloat16`, `float16`, `float32`; by default that of the experiment."""
+    steer: tuple[Steer, ...] | None = Field(default=None, max_length=MOST)
+    """Interventions on every request of this arm, after its own ones, by vectors of the experiment's `steer: library`.
+    """
     server: dict[str, Any] = Field(default_factory=dict)
     """SGLang server arguments, over those of the experiment. Those that SGLang can change while it runs are changed
     while it runs (`sglang_probe.policy.switches`); others need an engine of their own."""

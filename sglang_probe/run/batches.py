@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def activations(
-    run: RunFiles, tokens: pd.DataFrame, hook_point: str, *, missing: Literal["raise", "nan"], first: int = 0
+    run: RunFiles,
+    tokens: pd.DataFrame,
+    hook_point: str,
+    *,
+    missing: Literal["raise", "nan"],
+    first: int = 0,
+    intervened: bool = False,
 ) -> torch.Tensor:
     """See `Run.activations`: `[positions, width]`.
 
@@ -35,12 +41,14 @@ def activations(
     tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (tokens["position"] >= first)].sort_values("position")
     rows = tokens["source_row"].to_numpy()
     have = run.holds(hook_point, rows)
+    if not intervened:
+        have &= tokens["intervention"].isna().to_numpy()
     absent = tokens[~have]
     if len(absent) and missing == "raise":
         raise RunDirectoryError(
             f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {_why(absent)}",
-            fix='pass missing="nan"; a server begins a segment that reuses nothing older with '
-            "`POST /probe/flush?cache=true`",
+            fix='pass missing="nan", or `intervened=True` for rows under interventions; a server begins a segment '
+            "that reuses nothing older with `POST /probe/flush?cache=true`",
         )
     values = run.rows(hook_point, rows[have])
     if have.all():
@@ -55,6 +63,7 @@ def _why(absent: pd.DataFrame) -> str:
     elsewhere = (absent["status"] == schema.REUSED) & ~absent["covered"]
     kinds = np.where(elsewhere, "reused from entries whose forward pass is not in this run", absent["status"])
     kinds = np.where(absent["source_row"] >= 0, "not selected (`rows` of the configuration)", kinds)
+    kinds = np.where(absent["intervention"].notna(), "computed under an intervention", kinds)
     first = absent.groupby(kinds, sort=False)["position"].agg(["size", "min"])
     return "; ".join(f"{n} {kind} (from position {start})" for kind, n, start in first.itertuples(name=None))
 
@@ -68,6 +77,7 @@ def iter_batches(
     weight: str | Path | pd.DataFrame,
     shuffle: bool,
     seed: int,
+    intervened: bool = False,
 ) -> Iterator[torch.Tensor]:
     """See `Run.iter_batches`: up to `batch_size` rows each, `[n, width]`.
 
@@ -77,7 +87,7 @@ def iter_batches(
     if batch_size < 1:
         raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
     tokens = positions.read_tokens(run, interrupted=False)
-    tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
+    tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (intervened | tokens["intervention"].isna())]
     if isinstance(where, str):
         try:
             tokens = tokens.query(where)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import journal, schema, shards
 from sglang_probe.run.damage import FIX, read_table, reading, require_columns
+from sglang_probe.run.hook_points import score_points
 from sglang_probe.run.manifest import MANIFEST, read_manifest
 from sglang_probe.run.selection import Selected
 
@@ -99,6 +100,10 @@ class RunFiles:
         (`schema.REBINDS`)."""
         return self._table("rebinds", schema.REBINDS)
 
+    def interventions(self) -> pd.DataFrame:
+        """Requests that ran under interventions, and which (`schema.INTERVENTIONS`); one row per request."""
+        return self._table("interventions", schema.INTERVENTIONS).drop_duplicates("rid", ignore_index=True)
+
     def telemetry_table(self) -> pd.DataFrame:
         """One row per measured decode step and layer, as it is stored (`schema.TELEMETRY`)."""
         return self._table("telemetry/part-", schema.TELEMETRY)
@@ -151,7 +156,8 @@ class RunFiles:
 
     def rows_dtype(self) -> torch.dtype | None:
         """Dtype of the captured rows; None without any."""
-        held = (self._shards(h) for h in self.hook_points if self._holds_any(h))
+        scores = score_points(self.hook_points)  # fp32 in any case
+        held = (self._shards(h) for h in self.hook_points if h not in scores and self._holds_any(h))
         return next((shards.rows_of(found[0][2]).dtype for found in held), None)
 
     def rows(self, hook_point: str, indices: Sequence[int] | Array, *, split_heads: bool = False) -> torch.Tensor:

@@ -5,6 +5,9 @@
 heads; here a row is flat, `[heads * head_dim]`, and `run.rows(..., split_heads=True)` restores the axis. Keys and
 values have kv heads, not repeated for the query heads that share them.
 
+`hook_scores`, which is ours, is what probes say of `hook_resid_post`: `x @ w` in fp32, a column a probe, instead of the
+row (`scores` of the configuration).
+
 Wherever hook points are given, a name may be a pattern of layers (`parse_pattern`); a run holds the names it means.
 """
 
@@ -24,7 +27,8 @@ QUERY, ROTATED_QUERY = "attn.hook_q", "attn.hook_rot_q"
 KEY, ROTATED_KEY = "attn.hook_k", "attn.hook_rot_k"
 VALUE = "attn.hook_v"
 ATTENTION = (QUERY, ROTATED_QUERY, KEY, ROTATED_KEY, VALUE)
-SITES_IN_LAYER = (RESID_POST, *ATTENTION)
+SCORES = "hook_scores"
+SITES_IN_LAYER = (RESID_POST, SCORES, *ATTENTION)
 _IN_LAYER = re.compile(r"blocks\.(0|[1-9][0-9]*)\.(.+)")
 _PATTERN = re.compile(r"blocks\.(\*|\{[^{}]*\}|[0-9]+)\.(.+)")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)(?:\.\.([0-9]+))?")
@@ -194,6 +198,11 @@ def _of_resid_pre(name: str, which: str) -> str:
     return "use " + ", ".join(f"`blocks.{i - 1}.{RESID_POST}`" if i else f"`{EMBED}`" for i in wanted[:8])
 
 
+def score_points(names: Iterable[str]) -> list[str]:
+    """Those of `names` whose rows are scores of probes."""
+    return [name for name in names if parse_hook_point(name).site == SCORES]
+
+
 def attention_points(names: Iterable[str]) -> list[HookPoint]:
     """Those of `names` whose rows are per head."""
     return [h for h in map(parse_hook_point, names) if h.in_attention]
@@ -316,6 +325,7 @@ def engine_module(name: str) -> str:
     attention = f"model.layers.{point.layer}.self_attn"
     return {
         RESID_POST: f"model.layers.{point.layer} (residual + hidden)",
+        SCORES: f"model.layers.{point.layer} ((residual + hidden) @ w)",
         QUERY: f"{attention}.rotary_emb (argument query)",
         KEY: f"{attention}.rotary_emb (argument key)",
         ROTATED_QUERY: f"{attention}.attn (argument q)",

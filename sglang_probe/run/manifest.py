@@ -71,7 +71,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("files", "heads", "head_numbers", "model", "versions", "segment", "workload"), (dict,)),
     **dict.fromkeys(("positions_by_status", "positions_by_phase", "requests_by_finish"), (dict,)),
     **dict.fromkeys(("telemetry_layers", "starts", "sessions"), (list,)),
-    **dict.fromkeys(("rows_kept", "telemetry", "kept", "policy", "model_config", "switches"), (dict, _NOTHING)),
+    **dict.fromkeys(
+        ("rows_kept", "telemetry", "kept", "steer", "policy", "model_config", "switches"), (dict, _NOTHING)
+    ),
     "cached_tokens_disagreements": (list, _NOTHING),
 }
 """What a value may be, of keys that are read without a further look."""

@@ -11,6 +11,7 @@ import pandas as pd
 from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.files import RunFiles
+from sglang_probe.run.scores import read_scores
 from sglang_probe.run.telemetry import read_telemetry
 
 if TYPE_CHECKING:
@@ -41,15 +42,29 @@ class Run(RunFiles):
         """
         return read_telemetry(self)
 
+    def scores(self) -> pd.DataFrame:
+        """Scores of probes that were written in the step (`scores` of the configuration): one row per position that has
+        any, in the order of `tokens()`.
+
+        Columns: rid, position, token_id, segment, status, phase, forward_id and intervention as in `tokens()`, and one
+        of each probe by its name, float32: `x @ w` of the residual stream after its layer; NaN where its hook point
+        does not hold the position. A reused position has the score of its origin.
+
+        Raises:
+            RunDirectoryError: none were recorded.
+        """
+        return read_scores(self)
+
     def tokens(self, *, interrupted: bool = False) -> pd.DataFrame:
         """One row per position of each served request's last attempt (`interrupted` as in `requests`).
 
         Columns: rid, position, token_id, segment (class of a prompt token; `generated` after the prompt), status,
         phase, forward_id, row (captured by this position's own forward; -1: none), origin_rid and origin_attempt (of a
         reused position; null: computed before the recording), source_row (its own row, or the row of its origin;
-        -1: none), and covered (whether this run has the forward pass that computed the position: not if it was reused
-        from an entry of unknown origin or of another segment). Token ids of discarded overshoot positions are those of
-        the last output; -1 where a live recording has no ids.
+        -1: none), covered (whether this run has the forward pass that computed the position: not if it was reused from
+        an entry of unknown origin or of another segment), and intervention (under which the entry was written, a name
+        of `interventions()`; null: none, so that entry and row are those of the plain model). Token ids of discarded
+        overshoot positions are those of the last output; -1 where a live recording has no ids.
         """
         return positions.read_tokens(self, interrupted=interrupted)
 
@@ -62,19 +77,27 @@ class Run(RunFiles):
         return positions.tokens_of(self, rid)
 
     def activations(
-        self, rid: str, hook_point: str, *, missing: Literal["raise", "nan"] = "raise", first: int = 0
+        self,
+        rid: str,
+        hook_point: str,
+        *,
+        missing: Literal["raise", "nan"] = "raise",
+        first: int = 0,
+        intervened: bool = False,
     ) -> torch.Tensor:
         """All activations of one request, `[positions, width]`, reused positions gathered from their origins' rows.
 
         Covers every position from `first` on that has a KV entry: prompt and output but the last sampled token (and
-        without a discarded overshoot step).
+        without a discarded overshoot step). Positions from the first one on that an intervention changed have no row
+        of the plain model; `intervened` takes the rows that they have.
 
         Raises:
             RunDirectoryError: no such request; or a position has no row anywhere in the run, e.g. because its entry was
                 computed before the recording began, or because the hook point does not hold it. With `missing="nan"`
                 such rows are NaN instead.
         """
-        return batches.activations(self, self.tokens_of(rid), hook_point, missing=missing, first=first)
+        tokens = self.tokens_of(rid)
+        return batches.activations(self, tokens, hook_point, missing=missing, first=first, intervened=intervened)
 
     def iter_batches(
         self,
@@ -85,6 +108,7 @@ class Run(RunFiles):
         weight: str | Path | pd.DataFrame = "unique",
         shuffle: bool = True,
         seed: int = 0,
+        intervened: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Batches `[batch_size, width]` of captured rows, one epoch; feeds SAE trainers directly. Rows that the hook
         point does not hold are left out.
@@ -95,7 +119,16 @@ class Run(RunFiles):
                 traffic, reused occurrences included. A weights file of `sglang-probe coverage`, or a frame with
                 columns rid, start, end and weight, gives a row as often as its weight says, on average, and leaves
                 out what it does not name.
+            intervened: take rows of positions under an intervention too (column `intervention` of `tokens()`). By
+                default they are left out: they are not rows of the plain model.
         """
         return batches.iter_batches(
-            self, hook_point, batch_size=batch_size, where=where, weight=weight, shuffle=shuffle, seed=seed
+            self,
+            hook_point,
+            batch_size=batch_size,
+            where=where,
+            weight=weight,
+            shuffle=shuffle,
+            seed=seed,
+            intervened=intervened,
         )

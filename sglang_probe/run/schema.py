@@ -57,6 +57,24 @@ SPANS = pa.schema(
         # reused: the request and attempt that computed the entry, at the same positions; null: before the recording.
         ("origin_rid", pa.string()),
         ("origin_attempt", pa.int32()),
+        # Under which interventions the entry was written: `intervention` of the table `interventions`. Computed: those
+        # of the request, from its first changed position on; reused: those of the origin. Null: under none. The entry,
+        # and the row, are then those of the plain model.
+        ("intervention", pa.string()),
+    ]
+)
+
+INTERVENTIONS = pa.schema(
+    [
+        # Requests that ran under interventions, in every part with a span of theirs.
+        ("rid", pa.string()),
+        ("intervention", pa.string()),  # hash of the specification (`sglang_probe.steering.spec.Spec.id`)
+        ("prompt_len", pa.int32()),
+        (
+            "onset",
+            pa.int32(),
+        ),  # first position that is changed; later ones may be left alone, and attend to changed ones
+        ("spec", pa.string()),  # JSON: `Spec.from_json` reads it, and says which positions are changed
     ]
 )
 
@@ -181,7 +199,7 @@ REQUESTS = pa.schema(
 LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
 """`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
 
-ADDED = {"forwards": ("unaccounted", "weights")}
+ADDED = {"forwards": ("unaccounted", "weights"), "spans": ("intervention",)}
 """Columns of the ledger's tables that runs of earlier releases do not have, by table; they are read as null."""
 
 NEVER_NULL = {
@@ -190,6 +208,7 @@ NEVER_NULL = {
     "rebinds": ("rid", "attempt", "start", "end", "at_forward"),
     "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
     "prompts": ("rid",),
+    "interventions": tuple(INTERVENTIONS.names),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
 """Columns of the ledger's tables that have a value in every row."""

@@ -30,7 +30,7 @@ FOLDERS = ("ledger", "rows", "telemetry")
 
 _OURS = re.compile(
     r"journal(-dp\d+)?\.jsonl|requests\.parquet|embedding\.parquet|README\.md|probe\.yaml|kept.*\.safetensors"
-    r"|interventions\.json|fault\.txt"
+    r"|interventions\.json|fault\.txt|scores\.safetensors"
 )
 
 

@@ -21,6 +21,7 @@ from sglang_probe.run.hook_points import (
     QUERY,
     RESID_POST,
     ROTATED_QUERY,
+    SCORES,
     expand,
     has_patterns,
     named_layers,
@@ -29,7 +30,7 @@ from sglang_probe.run.hook_points import (
 )
 
 Array = np.ndarray[Any, Any]
-SITES = (EMBED, RESID_POST, *ATTENTION)
+SITES = (EMBED, RESID_POST, SCORES, *ATTENTION)
 _QUERIES = (QUERY, ROTATED_QUERY)
 _PLACES = {"prefill", "window", "decode"}
 

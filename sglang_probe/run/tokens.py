@@ -41,7 +41,7 @@ def tokens_of(run: RunFiles, rid: str) -> pd.DataFrame:
 
 def expand(spans: pd.DataFrame) -> pd.DataFrame:
     """One row per position of the given spans: rid, attempt, position, status, phase, forward_id, row, origin_rid,
-    origin_attempt; ordered by rid and position."""
+    origin_attempt, intervention; ordered by rid and position."""
     spans = spans.sort_values(["rid", "start"], kind="stable")
     lengths = (spans["end"] - spans["start"]).to_numpy()
     inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -62,6 +62,7 @@ def expand(spans: pd.DataFrame) -> pd.DataFrame:
             "row": np.where(row_start >= 0, row_start + each("row_step") * inside, -1),
             "origin_rid": each("origin_rid"),
             "origin_attempt": each("origin_attempt"),
+            "intervention": each("intervention") if "intervention" in spans else None,
         }
     )
 

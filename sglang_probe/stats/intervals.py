@@ -68,7 +68,12 @@ def jackknife_interval(
 
 
 def crossed_interval(
-    estimate: float, without_rows: Array, without_columns: Array, *, bounds: tuple[float, float] | None = None
+    estimate: float,
+    without_rows: Array,
+    without_columns: Array,
+    *,
+    confidence: float = 0.95,
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
     """The interval of a statistic of a table whose rows and columns are both drawn, e.g. policies and prompts.
 
@@ -88,7 +93,7 @@ def crossed_interval(
         known = without[~np.isnan(without)]
         if len(known) >= LEAST_CLUSTERS and np.all(np.abs(known - estimate) <= 1e-12):
             continue
-        found = jackknife_interval(np.asarray(estimate), without)
+        found = jackknife_interval(np.asarray(estimate), without, confidence=confidence)
         reach.append((estimate - float(found.low), float(found.high) - estimate))
     low, high = (float(np.sqrt(sum(r[side] ** 2 for r in reach))) for side in (0, 1))
     if not reach:

@@ -14,7 +14,7 @@ from sglang_probe.run.damage import read_table
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
-from sglang_probe.verify.frames import is_step, last_forward
+from sglang_probe.verify.frames import is_step, joined_at_marks, last_forward
 
 Array = np.ndarray[Any, Any]
 
@@ -131,6 +131,7 @@ def per_forward(spans: pd.DataFrame, first: int, count: int) -> tuple[Array, Arr
 def _sums(forwards: pd.DataFrame, spans: pd.DataFrame) -> str | None:
     ids = forwards["forward_id"].to_numpy(np.int64)
     first = int(ids.min())
+    spans = joined_at_marks(spans)
     prefill, decode, requests = (x[ids - first] for x in per_forward(spans, first, int(ids.max()) - first + 1))
     lost = forwards["unaccounted"].fillna(0).to_numpy(np.int64)
     for what, found, column, said in (

@@ -24,6 +24,25 @@ from sglang_probe.run.tokens import tokens_of
 Array = np.ndarray[Any, Any]
 
 
+def joined_at_marks(spans: pd.DataFrame) -> pd.DataFrame:
+    """Spans sorted by request, attempt and start, without the cut where an intervention begins within one prefill
+    chunk: the two pieces are one again, with the mark of the first."""
+    spans = spans.sort_values(["rid", "attempt", "start"], kind="stable", ignore_index=True)
+    computed = ((spans["status"] == schema.COMPUTED) & (spans["chunk"] >= 0)).to_numpy()
+    same = np.logical_and.reduce(
+        [spans[c].to_numpy()[1:] == spans[c].to_numpy()[:-1] for c in ("rid", "attempt", "forward_id", "chunk")]
+    )
+    marked = spans["intervention"].notna().to_numpy()
+    touches = spans["start"].to_numpy()[1:] == spans["end"].to_numpy()[:-1]
+    second = np.append(False, same & touches & computed[1:] & computed[:-1] & marked[1:] & ~marked[:-1])
+    if not second.any():
+        return spans
+    ends = spans["end"].to_numpy().copy()
+    at = np.flatnonzero(second)
+    ends[at - 1] = ends[at]
+    return spans.assign(end=ends)[~second].reset_index(drop=True)
+
+
 class ReadOnce(Run):
     """A run that reads each of its tables once. What it returns must not be changed in place."""
 
@@ -49,6 +68,9 @@ class ReadOnce(Run):
 
     def rebinds(self) -> pd.DataFrame:
         return self._once("rebinds", self._run.rebinds)
+
+    def interventions(self) -> pd.DataFrame:
+        return self._once("interventions", self._run.interventions)
 
     def engine_requests(self) -> pd.DataFrame:
         return self._once("engine", self._run.engine_requests)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import schema, seal
-from sglang_probe.run.hook_points import EMBED, parse_hook_point
+from sglang_probe.run.hook_points import EMBED, parse_hook_point, score_points
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
@@ -143,8 +143,11 @@ def _hook_points(run: Run, recorded: dict[str, str]) -> Iterator[str]:
     if EMBED in folders and EMBED not in run.hook_points:
         yield f"`hook_points` does not name {EMBED}, by which rows are proved to be their tokens'"
     dtype = m.get("rows_dtype")
-    if (dtype is None) != (not folders) and "rows_dtype" in m:
-        yield f"`rows_dtype` is {dtype}, and there are {'no ' if not folders else ''}rows"
+    rows = folders - set(score_points(run.hook_points))  # scores are fp32 in any case
+    if (dtype is None) != (not rows) and "rows_dtype" in m:
+        yield f"`rows_dtype` is {dtype}, and there are {'no ' if not rows else ''}rows"
+    if set(m.get("scores") or {}) != set(score_points(run.hook_points)):
+        yield f"`scores` names {sorted(m.get('scores') or {})}, and `hook_points` {score_points(run.hook_points)}"
     asked = (m.get("server_given") or {}).get("dtype", m.get("dtype"))
     of_weights = config.get("dtype") or config.get("torch_dtype")
     if asked == "auto" and of_weights in ("bfloat16", "float16"):  # of float32 weights SGLang makes another dtype

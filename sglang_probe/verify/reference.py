@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sglang_probe import bf16
@@ -20,9 +23,14 @@ from sglang_probe.run.hook_points import (
     VALUE,
     HookPoint,
     parse_hook_point,
+    score_points,
 )
 from sglang_probe.run.run import Run
+from sglang_probe.run.scores import columns_of, read_weights
 from sglang_probe.stats.distance import row_distance
+from sglang_probe.steering.library import Vector
+from sglang_probe.steering.reference import Close, Vectors, intervened
+from sglang_probe.steering.spec import Spec
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.segment import known_weights
 
@@ -33,10 +41,35 @@ _ATTENTION = "sglang_probe"
 _ROTATED = (ROTATED_QUERY, ROTATED_KEY)
 
 
-def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, np.ndarray]:
-    """Relative L2 error of each captured row of the first `requests` requests, per hook point.
+@dataclass
+class Errors:
+    """Relative L2 error of each captured row, per hook point, and what was left out."""
 
-    Each request's prompt and output are run through the `transformers` model at once, without a cache.
+    by_hook_point: dict[str, np.ndarray]
+    intervened: int = 0
+    """Requests that were computed again under their interventions."""
+    unknown: list[str] = field(default_factory=list)
+    """Requests that were left out because a vector of their interventions is not known."""
+    undecided: int = 0
+    """Positions that were left out because rounding decides whether a feature is active, there or before them."""
+
+
+def reference_errors(
+    run: Run, model_path: str, *, requests: int, vectors: Sequence[Vector] = ()
+) -> dict[str, np.ndarray]:
+    """Relative L2 error of each captured row per hook point: of `compare`."""
+    return compare(run, model_path, requests=requests, vectors=vectors).by_hook_point
+
+
+def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vector] = ()) -> Errors:
+    """Compare captured rows with `transformers`: those of the first `requests` requests, half of which are ones under
+    interventions if there are such.
+
+    Each request's prompt and output are run through the `transformers` model at once, without a cache, under the
+    request's interventions.
+
+    Args:
+        vectors: those that interventions may need. Requests that need others are left out.
 
     Raises:
         UnsupportedError: `transformers` is not installed.
@@ -50,8 +83,9 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
         ) from e
 
     disable_progress_bar()
-    hook_points = run.hook_points
-    dtype = run.rows_dtype()
+    weights = {h: w for h in score_points(run.hook_points) if (w := _score_weights(run, h)) is not None}
+    hook_points = [h for h in run.hook_points if h in weights or h not in score_points(run.hook_points)]
+    dtype = run.rows_dtype() or _served_dtype(run)
     _register_attention()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=_ATTENTION).eval()
     bf16.widen(model)
@@ -62,17 +96,42 @@ def reference_errors(run: Run, model_path: str, *, requests: int) -> dict[str, n
     if (known := known_weights(run)) is not None:
         later = tokens.loc[~np.isin(tokens["forward_id"].to_numpy(np.int64), known), "rid"]
         asked = asked[~asked["rid"].isin(set(later))]
-    with _recorded(model, hook_points) as outputs:
-        for r in asked.head(requests).itertuples():
-            mine = tokens[tokens["rid"] == r.rid]
-            ids = [*r.prompt_ids, *r.output_ids]
-            with torch.no_grad():
-                model(torch.tensor([ids]), **_moved(r.sampling_params, len(ids)))
-            for name in hook_points:
-                held = mine[run.holds(name, mine["row"].to_numpy())]
-                expected = _heads(run, name, outputs[name])[torch.tensor(held["position"].tolist(), dtype=torch.int64)]
-                errors[name].append(row_distance(run.rows(name, held["row"].to_numpy()), expected)[0])
-    return {h: np.concatenate(e) if e else np.empty(0) for h, e in errors.items()}
+    specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in run.interventions().itertuples()}
+    usable = Vectors.of(vectors)
+    found = Errors({})
+    found.unknown = [r for r, s in specs.items() if usable is None or usable.lacks(s) is not None]
+    asked = _first(asked[~asked["rid"].isin(found.unknown)], set(specs), requests)
+    for r in asked.itertuples():
+        mine = tokens[tokens["rid"] == r.rid]
+        ids = [*r.prompt_ids, *r.output_ids]
+        spec = specs.get(r.rid)
+        close = Close(lambda layer: tolerance(f"blocks.{layer}.hook_resid_post", dtype or torch.float32))
+        under: Any = nullcontext()
+        if spec is not None and usable is not None:
+            under = intervened(model, spec, len(r.prompt_ids), usable, close=close)
+            found.intervened += 1
+        with under, _recorded(model, hook_points) as outputs, torch.no_grad():
+            model(torch.tensor([ids]), **_moved(r.sampling_params, len(ids)))
+        if close.first is not None:
+            found.undecided += int((mine["position"] >= close.first).sum())
+            mine = mine[mine["position"] < close.first]
+        for name in hook_points:
+            held = mine[run.holds(name, mine["row"].to_numpy())]
+            x_ND = outputs[name][torch.tensor(held["position"].tolist(), dtype=torch.int64)]
+            given = run.rows(name, held["row"].to_numpy())
+            if name in weights:
+                errors[name].append(_score_errors(given, x_ND, weights[name]))
+            else:
+                errors[name].append(row_distance(given, _heads(run, name, x_ND))[0])
+    found.by_hook_point = {h: np.concatenate(e) if e else np.empty(0) for h, e in errors.items()}
+    return found
+
+
+def _first(asked: pd.DataFrame, intervened: set[str], requests: int) -> pd.DataFrame:
+    """The first `requests` requests; every other one is under interventions while there are such, in their order."""
+    under = asked["rid"].isin(intervened).to_numpy()
+    turn = np.where(under, 2 * np.cumsum(under) - 2, 2 * np.cumsum(~under) - 1)
+    return asked.iloc[np.argsort(turn, kind="stable")[:requests]]
 
 
 def _moved(sampling_params: str, length: int) -> dict[str, torch.Tensor]:
@@ -86,13 +145,14 @@ def _moved(sampling_params: str, length: int) -> dict[str, torch.Tensor]:
     return {"position_ids": positions[None], "attention_mask": torch.ones(1, length, dtype=torch.int64)}
 
 
-def check_against_transformers(run: Run, model_path: str, *, requests: int) -> Check:
+def check_against_transformers(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vector] = ()) -> Check:
     """The comparison as a check: every row stays within the `tolerance` of its hook point."""
-    errors = reference_errors(run, model_path, requests=requests)
-    dtype = run.rows_dtype() or torch.float32
-    later = None if known_weights(run) is None else "requests after an update of the weights were not compared"
+    found = compare(run, model_path, requests=requests, vectors=vectors)
+    errors = found.by_hook_point
+    dtype = run.rows_dtype() or _served_dtype(run) or torch.float32
+    notes = _notes(run, found)
     if not any(len(e) for e in errors.values()):
-        return Check("reference", "rows agree with transformers", 0, "rows", None, later)
+        return Check("reference", "rows agree with transformers", 0, "rows", None, "; ".join(notes) or None)
     limits = {h: tolerance(h, dtype) for h in errors}
     worst_hook = max(errors, key=lambda h: float(errors[h].max()) / limits[h])
     worst, limit = float(errors[worst_hook].max()), limits[worst_hook]
@@ -105,8 +165,28 @@ def check_against_transformers(run: Run, model_path: str, *, requests: int) -> C
         covered,
         "rows",
         None if worst < limit else f"{worst_hook}: relative error {worst:.2e}, not below {limit:.2g}",
-        note=summary if later is None else f"{summary}; {later}",
+        note="; ".join([summary, *notes]),
     )
+
+
+def _notes(run: Run, found: Errors) -> list[str]:
+    """What was compared and what was not."""
+    notes = []
+    if known_weights(run) is not None:
+        notes.append("requests after an update of the weights were not compared")
+    if found.intervened:
+        notes.append(f"{found.intervened} requests were computed again under their interventions")
+    if found.unknown:
+        notes.append(
+            f"{len(found.unknown)} requests under interventions were not compared ({found.unknown[0]} first): give the "
+            "library of their vectors as it was (`--library`)"
+        )
+    if found.undecided:
+        notes.append(
+            f"{found.undecided} positions were left out, because a feature was so near its threshold that rounding "
+            "decides"
+        )
+    return notes
 
 
 def tolerance(hook_point: str, dtype: torch.dtype) -> float:
@@ -124,6 +204,26 @@ def tolerance(hook_point: str, dtype: torch.dtype) -> float:
 def _span(limits: Iterable[float]) -> str:
     low, high = min(numbers := list(limits)), max(numbers)
     return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}, by depth"
+
+
+def _score_weights(run: Run, hook_point: str) -> torch.Tensor | None:
+    """Vectors of a hook point's scores, `[d, k]`; None: they are not with the run."""
+    weights = read_weights(run)
+    return None if weights is None else torch.stack([weights[n] for n in columns_of(run, hook_point)], dim=1)
+
+
+def _score_errors(given_NK: torch.Tensor, x_ND: torch.Tensor, w_DK: torch.Tensor) -> np.ndarray:
+    """Largest error of a row's scores, in units of the lengths of row and vector: a score near 0 is a difference of
+    large numbers, whose relative error says nothing."""
+    x, w = x_ND.double(), w_DK.double()
+    error_NK = (given_NK.double() - x @ w).abs() / (x.norm(dim=1)[:, None] * w.norm(dim=0))
+    return np.asarray(error_NK.amax(dim=1).numpy())
+
+
+def _served_dtype(run: Run) -> torch.dtype | None:
+    """The model's dtype by the manifest, of a run without rows."""
+    told = str((run.manifest.get("server_resolved") or {}).get("dtype", "")).removeprefix("torch.")
+    return {str(d).removeprefix("torch."): d for d in TOLERANCE}.get(told)
 
 
 def _heads(run: Run, hook_point: str, x_NW: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 from sglang_probe.run import journal
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.damage import reading
-from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point, score_points
 from sglang_probe.run.run import Run
 from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY, index_of
 from sglang_probe.verify.check import Check
@@ -53,7 +53,7 @@ def rows_owned_once(run: Run) -> Check:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """One file of rows, as it is on disk."""
 
     file: str
@@ -77,12 +77,15 @@ def rows_are_possible(run: Run, *, proved: bool = True, progress: Progress = not
     sums: dict[str, str] = {}
     points = sorted(run.hook_points, key=lambda h: h != EMBED)
     widths: dict[str, int] = {}
+    scores = score_points(run.hook_points)
     for done, h in enumerate(points):
         hashes = []
-        for shard in _shards(run, h):
+        if h in scores:
+            continue  # asked by themselves: verify/scores.py
+        for shard in shards_of(run, h):
             progress(f"rows of {h}", done, len(points))
             dtype = dtype or str(shard.rows.dtype).removeprefix("torch.")
-            violation = _shape(run, h, shard, dtype, widths) or _values(h, shard)
+            violation = shape_of(run, h, shard, dtype, widths) or _values(h, shard)
             if violation:
                 return Check(name, claim, covered, "rows", f"{shard.file}: {violation}")
             covered += len(shard.rows)
@@ -91,7 +94,7 @@ def rows_are_possible(run: Run, *, proved: bool = True, progress: Progress = not
             if len(shard.rows) > 1 and twin != h and not _may_be_equal(h, twin):
                 return Check(name, claim, covered, "rows", f"{shard.file}: {twin} has the same rows")
         numbers = _numbers(run, h)
-        if (violation := _missing(run, h)) is not None:
+        if (violation := missing_rows(run, h)) is not None:
             return Check(name, claim, covered, "rows", violation)
         flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
         if h == EMBED and proved and h not in run.selected.partial:
@@ -106,7 +109,12 @@ def rows_are_possible(run: Run, *, proved: bool = True, progress: Progress = not
     return Check(name, claim, covered, "rows", None, note)
 
 
-def _shards(run: Run, hook_point: str) -> Iterator[_Shard]:
+def shards_of(run: Run, hook_point: str) -> Iterator[Shard]:
+    """Every shard of a hook point.
+
+    Raises:
+        RunDirectoryError: one cannot be read, or holds something else.
+    """
     from safetensors import safe_open
 
     for part in run.parts():
@@ -119,11 +127,16 @@ def _shards(run: Run, hook_point: str) -> Iterator[_Shard]:
                 raise KeyError(f"it holds {', '.join(sorted(names))}, not `{ROWS_KEY}`")
             index = f.get_tensor(INDEX_KEY).numpy() if INDEX_KEY in names else None
             told = (f.metadata() or {}).get("row_start")
-            shard = _Shard(file, part, f.get_tensor(ROWS_KEY), index, told)
+            shard = Shard(file, part, f.get_tensor(ROWS_KEY), index, told)
         yield shard
 
 
-def _shape(run: Run, hook_point: str, shard: _Shard, dtype: str, widths: dict[str, int]) -> str | None:
+def shape_of(run: Run, hook_point: str, shard: Shard, dtype: str, widths: dict[str, int]) -> str | None:
+    """What is wrong with the shape, the dtype or the numbers of a shard's rows.
+
+    Args:
+        widths: of what was seen before, by kind of hook point; added to.
+    """
     rows, part, index = shard.rows, shard.part, shard.index
     if rows.ndim != 2 or not len(rows):
         return f"rows have the shape {list(rows.shape)}"
@@ -170,7 +183,7 @@ def _width(run: Run, hook_point: str) -> int | None:
     return None if width is None else int(width)
 
 
-def _values(hook_point: str, shard: _Shard) -> str | None:
+def _values(hook_point: str, shard: Shard) -> str | None:
     for begin in range(0, len(shard.rows), _CHUNK):
         rows = shard.rows[begin : begin + _CHUNK]
         bad = ~rows.isfinite().all(1)
@@ -199,7 +212,8 @@ def _numbers(run: Run, hook_point: str) -> Array:
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
-def _missing(run: Run, hook_point: str) -> str | None:
+def missing_rows(run: Run, hook_point: str) -> str | None:
+    """Which part lacks its shard of a hook point that holds every row."""
     if hook_point in run.selected.partial:
         return None  # asked row by row: verify/selected.py
     for part in run.parts():

@@ -9,7 +9,7 @@ from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.verify import segment
 from sglang_probe.verify.check import Check
-from sglang_probe.verify.frames import is_step, last_forward
+from sglang_probe.verify.frames import is_step, joined_at_marks, last_forward
 
 
 def spans_tile(run: Run) -> Check:
@@ -62,7 +62,8 @@ def attempts_follow(run: Run) -> Check:
     claim = "attempts count retractions, and the spans of each follow each other in position, time and prefill chunk"
     spans = run.spans()
     spans = spans.sort_values(["rid", "attempt", "start"], kind="stable", ignore_index=True)
-    violation = _broken(run, spans) or _attempts(run, spans) or _order(spans) or _chunks(run, spans)
+    chunks = joined_at_marks(spans)
+    violation = _broken(run, spans) or _attempts(run, spans) or _order(chunks) or _chunks(run, chunks)
     return Check(name, claim, len(spans), "spans", violation)
 
 

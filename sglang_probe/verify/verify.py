@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.run.files import REQUESTS_FILE
-from sglang_probe.run.hook_points import EMBED
+from sglang_probe.run.hook_points import EMBED, score_points
 from sglang_probe.run.run import Run
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.files import Progress, files_intact, nothing
 from sglang_probe.verify.forwards import forwards_add_up
 from sglang_probe.verify.frames import ReadOnce
+from sglang_probe.verify.interventions import has_interventions, marked_as_planned
 from sglang_probe.verify.kept import has_kept_sets, kept_sets_stay_private
 from sglang_probe.verify.manifest import manifest_fits
 from sglang_probe.verify.origins import origins_hold, rebinds_hold
 from sglang_probe.verify.phases import phases_fit
 from sglang_probe.verify.requests import requests_are_the_engines, reuse_reconciles
 from sglang_probe.verify.rows import rows_are_possible, rows_owned_once
+from sglang_probe.verify.scores import scores_are_of_their_rows
 from sglang_probe.verify.selected import held_as_selected
 from sglang_probe.verify.spans import attempts_follow, spans_tile
 from sglang_probe.verify.tables import cells_are_possible
@@ -77,6 +79,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
     checks = dict(LEDGER)
     if _true(has_kept_sets, run):
         checks["kept sets"] = kept_sets_stay_private
+    if _true(has_interventions, run):
+        checks["interventions"] = marked_as_planned
     if run.manifest.get("telemetry"):
         checks["telemetry"] = telemetry_holds
     owned = checks.pop("row ownership")
@@ -89,6 +93,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         holds("selection", held_as_selected)
     owners = EMBED in run.hook_points and holds("content", partial(rows_match_tokens, embedding=embedding))
     holds("rows", partial(rows_are_possible, proved=owners, progress=progress))
+    if score_points(run.hook_points):
+        holds("scores", scores_are_of_their_rows)
     return results
 
 

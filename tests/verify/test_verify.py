@@ -197,7 +197,7 @@ def test_the_hash_of_a_row_depends_on_every_bit_and_not_on_its_neighbours() -> N
 def _attempts(rid: str, *computed: tuple[int, int, str]) -> pd.DataFrame:
     """Computed spans of attempt 1."""
     rows = [
-        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, c, None, 0, 1, None, None), strict=True))
+        dict(zip(schema.SPANS.names, (rid, 1, a, b, "computed", p, 9, c, None, 0, 1, *[None] * 3), strict=True))
         for a, b, p in computed
         for c in [-1 if p == "decode" else 0]
     ]

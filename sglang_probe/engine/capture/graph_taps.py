@@ -22,7 +22,8 @@ _ALIGNMENT = 16
 _UNWRITTEN = 0xFF
 """Every byte of the first row before a forward. A bf16, fp16 or fp32 row of it is NaN throughout."""
 _MARK = 8
-"""Bytes of a column that tell whether it was written. No column is narrower."""
+"""Bytes from the start of a column that tell whether it was written. A score of one probe is narrower; what follows it
+up to the alignment is never written, and stays as it was."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class GraphTaps:
         device: where the model is.
         recording: whether the running operations are being recorded into a graph.
         parts: of hook points that hold some columns of a row only, which, ascending int64.
+        weights: of hook points that hold scores, the vectors that rows are multiplied with in fp32, `[d, k]`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class GraphTaps:
         device: torch.device | str,
         recording: Callable[[], bool] = lambda: False,
         parts: Mapping[str, torch.Tensor] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.columns: dict[str, Column] = {}
         size = 0
@@ -73,6 +76,7 @@ class GraphTaps:
         self._marks = (starts[:, None] + torch.arange(_MARK)).flatten().to(device)
         self.recording = recording
         self._parts = {name: part.to(device) for name, part in (parts or {}).items()}
+        self._weights = {name: w.to(device) for name, w in (weights or {}).items()}
         self._large: torch.Tensor | None = None
         self._armed = False
         self._written = dict.fromkeys(self.columns, -1)
@@ -96,6 +100,8 @@ class GraphTaps:
         column = self.columns[hook_point]
         if hook_point in self._parts:
             x_ND = x_ND.index_select(1, self._parts[hook_point])
+        if hook_point in self._weights:
+            x_ND = x_ND.float() @ self._weights[hook_point]
         n, width = x_ND.shape
         if width != column.width or x_ND.dtype != column.dtype:
             raise LedgerError(

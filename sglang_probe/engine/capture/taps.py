@@ -19,11 +19,15 @@ class Tap:
 
     Args:
         columns: what is taken of a row, ascending; None: all.
+        weights_DK: write `x @ w` in fp32 instead of the row; None: the row.
     """
 
-    def __init__(self, hook_point: str, columns: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, hook_point: str, columns: torch.Tensor | None = None, weights_DK: torch.Tensor | None = None
+    ) -> None:
         self.hook_point = hook_point
         self._columns = columns
+        self._weights_DK = weights_DK
         self.buffer: torch.Tensor | None = None
         self.written = -1
 
@@ -32,6 +36,9 @@ class Tap:
         if self._columns is not None:
             self._columns = self._columns.to(x_ND.device)
             x_ND = x_ND.index_select(1, self._columns)
+        if self._weights_DK is not None:
+            self._weights_DK = self._weights_DK.to(x_ND.device)
+            x_ND = x_ND.float() @ self._weights_DK
         n, width = x_ND.shape
         if self.buffer is None or self.buffer.shape[0] < n:
             self.buffer = torch.empty((max(n, capacity), width), dtype=x_ND.dtype, device=x_ND.device)
@@ -51,12 +58,17 @@ class Taps:
         hook_points: names in capture order.
         capacity: rows to reserve at first use; a larger eager forward grows the buffer.
         columns: of hook points that hold some heads only, the columns of these.
+        weights: of hook points that hold scores, the vectors that rows are multiplied with, float32 `[d, k]`.
     """
 
     def __init__(
-        self, hook_points: list[str], capacity: int, columns: Mapping[str, torch.Tensor] | None = None
+        self,
+        hook_points: list[str],
+        capacity: int,
+        columns: Mapping[str, torch.Tensor] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self._taps = {h: Tap(h, (columns or {}).get(h)) for h in hook_points}
+        self._taps = {h: Tap(h, (columns or {}).get(h), (weights or {}).get(h)) for h in hook_points}
         self._capacity = capacity
 
     def __getitem__(self, hook_point: str) -> Tap:

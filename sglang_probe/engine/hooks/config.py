@@ -12,9 +12,11 @@ from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
 from sglang_probe.policy.switches import Switches
-from sglang_probe.run.hook_points import parse_pattern
+from sglang_probe.run.hook_points import has_patterns, parse_pattern
 from sglang_probe.run.selection import RowsConfig, check_selection, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
+from sglang_probe.steering.config import ScoresConfig, SteerConfig
+from sglang_probe.steering.scores import check_given
 
 CONFIG_VARIABLE = "SGLANG_PROBE"
 """Environment variable with the path of the probe's YAML; unset means inert."""
@@ -42,6 +44,9 @@ class EngineProbeConfig(Config):
     On a CPU the same path is taken, without graphs, for tests."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads of them; by default all."""
+    scores: ScoresConfig | None = None
+    """What `blocks.<layer>.hook_scores` among the `hook_points` are of: `{library: FOLDER}`, whose probes have a column
+    each. A score is written instead of a row."""
     telemetry: TelemetryConfig | None = None
     """Attention statistics of decode steps; absent: none."""
     live: LiveConfig | None = None
@@ -55,6 +60,9 @@ class EngineProbeConfig(Config):
     answers, and `system`, which telemetry reads. A request that asks for more is refused."""
     kept: InputPath | None = None
     """The kept sets that requests of this recording may name (`sglang_probe.kept_set`)."""
+    steer: SteerConfig | None = None
+    """Interventions on the residual stream: `{library: FOLDER}`, with `asks: [steer]` for those that requests name, and
+    `deployment: [...]` for those on every request. Absent: none."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
@@ -90,8 +98,14 @@ class EngineProbeConfig(Config):
             raise ValueError("`kept` has no effect without `asks: [evict]`")
         if self.kept is not None and self.telemetry is not None:
             raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
+        if self.steer is None and "steer" in self.asks:
+            raise ValueError("`asks: [steer]` needs a library: `steer: {library: FOLDER}`")
+        if self.steer is not None and not self.steer.deployment and "steer" not in self.asks:
+            raise ValueError("`steer` has no effect without `asks: [steer]` or a `deployment`")
         try:
             check_selection(self.rows, self.hook_points)
+            if not has_patterns(self.hook_points):
+                check_given(self.scores, self.hook_points)
         except ConfigError as e:
             raise ValueError(str(e)) from None
         if self.live is not None and self.hook_points:

@@ -11,19 +11,26 @@ import asyncio
 import functools
 import importlib.metadata
 import logging
+import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from sglang_probe.config import load_config
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE
 from sglang_probe.engine.hooks.instruments.live import STATE_KEY
 from sglang_probe.engine.live.merge import merge_states
+from sglang_probe.steering.library import Library, listed
 
 logger = logging.getLogger("sglang_probe")
 
 TARGET = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 _FLUSH_SECONDS = 30.0
+_CHANGED = "the library was changed while the server started: start it again"
 _RECORDING = ("recording", "reason", "tries_again_in")
 """What every endpoint says first: counts stand still while nothing is recorded."""
 _COVERAGE = (
@@ -50,10 +57,14 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
         from sglang.srt.utils.auth import AuthLevel, auth_level
 
         endpoints = Endpoints(
-            tokenizer_manager.get_internal_state, _closer(tokenizer_manager), _emptier(tokenizer_manager)
+            tokenizer_manager.get_internal_state,
+            _closer(tokenizer_manager),
+            _emptier(tokenizer_manager),
+            libraries_of(load_config(Path(os.environ[CONFIG_VARIABLE]), EngineProbeConfig)),
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
+        app.add_api_route("/probe/vectors", endpoints.vectors, methods=["GET"])
         flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
         app.add_api_route("/probe/flush", flush, methods=["POST"])
     except Exception:
@@ -61,12 +72,13 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
 
 
 class Endpoints:
-    """The three routes.
+    """The routes.
 
     Args:
         states: asks every scheduler process for its internal state.
         close: has every scheduler process close its segment; true for each that agreed.
         empty: flushes the radix cache once nothing is in flight, if that is so within so many seconds; whether it did.
+        libraries: of vectors, by what they are for.
     """
 
     def __init__(
@@ -74,10 +86,12 @@ class Endpoints:
         states: Callable[[], Awaitable[list[dict[str, Any]]]],
         close: Callable[[], Awaitable[list[bool]]],
         empty: Callable[[float], Awaitable[bool]],
+        libraries: Mapping[str, Library] = MappingProxyType({}),
     ) -> None:
         self._states = states
         self._close = close
         self._empty = empty
+        self._libraries = libraries
 
     async def status(self) -> dict[str, Any]:
         """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
@@ -94,6 +108,19 @@ class Endpoints:
         prompt = p.get("computed", 0) + p.get("reused", 0)
         out["prompt_reused_fraction"] = round(p["reused"] / prompt, 6) if prompt else None
         return out
+
+    async def vectors(self) -> Any:
+        """`GET /probe/vectors`: what a request may name (`steer`) and what is scored (`scores`): the hash of each
+        library, and the card of every vector with its hash. Never a tensor. 503 if a scheduler process has another
+        library than this one, because the folder was changed while the server started."""
+        from fastapi.responses import JSONResponse
+
+        for state in await self._each():
+            loaded = state.get("libraries", {})
+            if other := [what for what, library in self._libraries.items() if loaded.get(what) != library.hash]:
+                reason = state["reason"] if not state["recording"] and not loaded else _CHANGED
+                return JSONResponse({"reason": f"`{other[0]}`: {reason}"}, status_code=503)
+        return {what: {"library": lib.hash, "vectors": listed(lib)} for what, lib in self._libraries.items()}
 
     async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
         """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 while
@@ -141,6 +168,17 @@ class Endpoints:
         silent = {"recording": False, "reason": "the scheduler process has no probe"}
         states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
         return sorted(states, key=lambda state: state.get("dp_rank", 0))
+
+
+def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:
+    """The libraries of a configuration, by what they are for. The process that serves HTTP has no session: it reads
+    what the scheduler processes read.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    given = {"steer": config.steer, "scores": config.scores}
+    return {what: Library.open(c.library) for what, c in given.items() if c is not None}
 
 
 def _not_flushed(state: dict[str, Any], status: int) -> Any:

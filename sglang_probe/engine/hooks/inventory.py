@@ -40,6 +40,7 @@ class Target(Config):
         "bypass",
         "positions",
         "eviction",
+        "steering",
         "control",
         "live",
         "platform",

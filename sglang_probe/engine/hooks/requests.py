@@ -57,7 +57,8 @@ def _admitted(session: Any, req: Any, model: Any) -> Ask:
             context=model.context_len,
             vocabulary=model.vocab_size,
         )
-        for instrument in session.instruments:
+    for instrument in session.instruments:
+        if ask.fields or instrument.of_all:
             instrument.admit(ask, req)
     return ask
 
@@ -90,7 +91,7 @@ def read_limit(req: Any) -> int | None:
     if session is None:
         return None
     ask = ask_of(req)
-    if not ask.fields:
+    if not ask.fields and not any(instrument.of_all for instrument in session.instruments):
         return None
     limits = (instrument.read_limit(ask, req) for instrument in session.instruments)
     return min((n for n in limits if n is not None), default=None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
+from sglang_probe.engine.hooks.instruments.steer import Steering, steered_of
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
@@ -76,7 +77,10 @@ def _ended(error: BaseException | None) -> None:
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND `Scheduler.run_batch`: note the plan before the forward runs."""
     _launch(scheduler, batch)
-    result = original(scheduler, batch, *args, **kwargs)
+    try:
+        result = original(scheduler, batch, *args, **kwargs)
+    finally:
+        _over()
     _launched(result)
     return result
 
@@ -122,6 +126,27 @@ def _launch(scheduler: Any, batch: Any) -> None:
         except Exception as e:
             session.fail("follow", e)
     _launch_recorded(scheduler, batch)
+    if session.recorder is None and (steering := _steering()) is not None:
+        _go_on(steering, batch)
+
+
+def _steering() -> Steering | None:
+    return None if guard.session is None else guard.session.of(Steering)
+
+
+def _go_on(steering: Steering, batch: Any) -> None:
+    """Nothing is recorded any more, and what requests were promised is done all the same."""
+    try:
+        starts, ends, _ = _positions(batch)
+        steering.prepare([steered_of(r) for r in batch.reqs], starts, ends)
+    except Exception as e:
+        steering.broken(e)
+        logger.exception("sglang-probe could not intervene")
+
+
+def _over() -> None:
+    if (steering := _steering()) is not None:
+        steering.over()
 
 
 @guard.guarded
@@ -186,15 +211,7 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
     """
     reqs = batch.reqs
     rids, began_before = live_server.names_of(reqs)
-    if batch.forward_mode.is_decode():
-        starts = [release().committed_len(r) - 1 for r in reqs]
-        ends = [s + 1 for s in starts]
-        decoding = [True] * len(reqs)
-    else:
-        starts = list(batch.prefix_lens)
-        ends = [s + n for s, n in zip(starts, batch.extend_lens, strict=True)]
-        prefills = len(reqs) - (len(batch.decoding_reqs) if batch.forward_mode.is_mixed() else 0)
-        decoding = [False] * prefills + [True] * (len(reqs) - prefills)
+    starts, ends, decoding = _positions(batch)
     return ForwardPlan(
         tag=tag,
         mode="decode" if batch.forward_mode.is_decode() else "mixed" if batch.forward_mode.is_mixed() else "extend",
@@ -209,6 +226,18 @@ def plan_of(batch: Any, *, tag: int, waiting: int) -> ForwardPlan:
         waiting=waiting,
         began_before=began_before,
     )
+
+
+def _positions(batch: Any) -> tuple[list[int], list[int], list[bool]]:
+    """Of each request, the positions `[start, end)` of the coming forward, and whether it is decoding."""
+    reqs = batch.reqs
+    if batch.forward_mode.is_decode():
+        starts = [release().committed_len(r) - 1 for r in reqs]
+        return starts, [s + 1 for s in starts], [True] * len(reqs)
+    starts = list(batch.prefix_lens)
+    ends = [s + n for s, n in zip(starts, batch.extend_lens, strict=True)]
+    prefills = len(reqs) - (len(batch.decoding_reqs) if batch.forward_mode.is_mixed() else 0)
+    return starts, ends, [False] * prefills + [True] * (len(reqs) - prefills)
 
 
 def context_of(req: Any) -> Context:

@@ -29,7 +29,10 @@ def coalesce(spans: pa.Table) -> pa.Table:
     if len(steps) < 2:
         return spans
     starts = _run_starts(
-        same=_unchanged(steps["rid"]) & _unchanged(steps["attempt"]) & _unchanged(steps["phase"]),
+        same=_unchanged(steps["rid"])
+        & _unchanged(steps["attempt"])
+        & _unchanged(steps["phase"])
+        & _unchanged(steps["intervention"].fillna("")),
         position=steps["start"].to_numpy(np.int64),
         forward=steps["forward_id"].to_numpy(np.int64),
         row=steps["row_start"].to_numpy(np.int64),

@@ -19,6 +19,21 @@ class Context:
     namespace: object
 
 
+@dataclass(frozen=True, slots=True)
+class Under:
+    """Under which interventions a request runs (`steering/spec.py`), from its first changed position on."""
+
+    id: str
+    onset: int
+    prompt_len: int
+    spec: str  # JSON
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int, str | None]]:
+        """Positions `[start, end)` in what lies before the onset and what does not, with the mark of each."""
+        at = min(max(start, self.onset), end)
+        return [(a, b, mark) for a, b, mark in ((start, at, None), (at, end, self.id)) if a < b]
+
+
 @dataclass(slots=True)
 class ForwardPlan:
     """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
@@ -49,6 +64,7 @@ class ForwardPlan:
     # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
     travelling: dict[str, Any] = field(default_factory=dict)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
+    under: dict[int, Under] = field(default_factory=dict)  # interventions of each row's request, by batch index
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
@@ -82,6 +98,7 @@ class Commit:
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
+    interventions: dict[str, Under] = field(default_factory=dict)  # of its requests that run under any
     prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
     lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.coalesce import coalesce
-from sglang_probe.engine.ledger.facts import Commit
+from sglang_probe.engine.ledger.facts import Commit, Under
 from sglang_probe.run import journal, schema
 from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 
@@ -35,6 +35,7 @@ class OpenPart:
         self._rebinds: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
         self._prompts: list[tuple[Any, ...]] = []
+        self._interventions: dict[str, Under] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._index: dict[str, list[np.ndarray]] = {}
@@ -65,6 +66,7 @@ class OpenPart:
         self._rebinds += commit.rebinds
         self._requests += commit.requests
         self._prompts += commit.prompts
+        self._interventions |= commit.interventions
         for hook_point, rows in (commit.rows or {}).items():
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
@@ -97,6 +99,7 @@ class OpenPart:
                 ("rebinds", schema.REBINDS, self._rebinds),
                 ("requests", schema.ENGINE_REQUESTS, self._requests),
                 ("prompts", schema.PROMPTS, self._prompts),
+                ("interventions", schema.INTERVENTIONS, _interventions(self._interventions)),
             ):
                 if facts:
                     name = f"ledger/{table}-{stem}.parquet"
@@ -131,6 +134,10 @@ def _save_rows(path: Path, rows: torch.Tensor, index: list[np.ndarray] | None, r
         if found := re.search(r"\(os error (\d+)\)", str(e)):
             raise OSError(int(found[1]), str(e), str(path)) from e
         raise
+
+
+def _interventions(under: dict[str, Under]) -> list[tuple[Any, ...]]:
+    return [(rid, u.id, u.prompt_len, u.onset, u.spec) for rid, u in under.items()]
 
 
 def _save_table(path: Path, table: pa.Table) -> str:

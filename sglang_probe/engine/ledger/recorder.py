@@ -19,11 +19,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, cut
+from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
@@ -72,6 +72,9 @@ class Recorder:
         self._rebinds: list[tuple[Any, ...]] = []
         self._ended: list[RequestEnd] = []
         self._gone: list[str] = []
+        self._under: dict[str, Under] = {}
+        """Interventions of every request whose entries may still be reused."""
+        self._under_limit = _UNDER
         self._tolerant = tolerant
         self._lost: set[str] = set()
         self._newly_lost: list[tuple[str, str]] = []
@@ -205,7 +208,7 @@ class Recorder:
             n = plan.ends[i] - plan.starts[i]
             if plan.rids[i] not in self._lost:
                 try:
-                    self._account(plan, i, offset, commit.spans)
+                    self._account(plan, i, offset, commit)
                     offset += n
                     continue
                 except LedgerError as e:
@@ -258,7 +261,7 @@ class Recorder:
         self._close_ended(commit)
         self._sink.put(commit)
 
-    def _account(self, plan: ForwardPlan, i: int, offset: int, spans: list[tuple[Any, ...]]) -> None:
+    def _account(self, plan: ForwardPlan, i: int, offset: int, commit: Commit) -> None:
         rid, attempt, start, end = plan.rids[i], plan.attempts[i], plan.starts[i], plan.ends[i]
         row = plan.row_start + offset if plan.row_start >= 0 else -1
         p = self._progress[rid]
@@ -266,16 +269,19 @@ class Recorder:
             p = _Progress(attempt, covered=start)
         if start < p.covered:
             raise LedgerError(f"{rid}: position {start} launched again in attempt {attempt}; {p.covered} accounted")
+        under, spans = plan.under.get(i), commit.spans
+        if under is not None:
+            self._under[rid] = commit.interventions[rid] = under
         if plan.decoding[i]:
             if start != p.covered:
                 raise LedgerError(f"{rid}: decode of position {start}, but {p.covered} positions are accounted for")
             phase = schema.OVERSHOOT if rid in plan.discarded else schema.DECODE
-            spans.append(_computed(rid, attempt, start, end, phase, plan.forward_id, -1, row))
+            spans.extend(_computed(rid, attempt, start, end, phase, plan.forward_id, -1, row, under))
         else:
             if start > p.covered:
-                spans.extend(_reused(plan, i, p))
+                spans.extend(_reused(plan, i, p, self._under))
             phase = schema.RECOMPUTE if attempt else schema.PREFILL
-            spans.append(_computed(rid, attempt, start, end, phase, plan.forward_id, p.chunks, row))
+            spans.extend(_computed(rid, attempt, start, end, phase, plan.forward_id, p.chunks, row, under))
             p.chunks += 1
         p.covered = end
 
@@ -290,11 +296,12 @@ class Recorder:
                 end = replace(end, finish_reason=schema.UNACCOUNTED)
                 attempt, covered = (p.attempt, p.covered) if p else (0, 0)
                 if covered < due:
-                    fate = (schema.DROPPED, None, *_NOWHERE, None, None)
+                    fate = (schema.DROPPED, None, *_NOWHERE, None, None, None)
                     commit.spans.append((end.rid, attempt, covered, due, *fate))
             elif launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
                 attempt = p.attempt if p else 0
-                commit.spans.append((end.rid, attempt, launched, due, schema.UNREQUESTED, None, *_NOWHERE, None, None))
+                fate = (schema.UNREQUESTED, None, *_NOWHERE, None, None, None)
+                commit.spans.append((end.rid, attempt, launched, due, *fate))
             commit.requests.append(
                 (
                     end.rid,
@@ -316,27 +323,52 @@ class Recorder:
                 self._progress.pop(rid, None)
                 self._lost.discard(rid)
         self._gone = [rid for rid in self._gone if rid in in_flight]
+        if len(self._under) > self._under_limit:
+            self._forget_interventions()
+
+    def _forget_interventions(self) -> None:
+        """Of requests none of whose entries can be reused any more."""
+        remembers = self.lineage.remembers if self.lineage is not None else lambda _rid: False
+        self._under = {rid: u for rid, u in self._under.items() if rid in self._progress or remembers(rid)}
+        self._under_limit = max(_UNDER, 2 * len(self._under))
 
 
 _NOWHERE = (-1, -1, None, -1, 0)
 """forward_id, chunk, tier, row_start and row_step of a span that was never computed."""
 
 
+_UNDER = 4096
+"""Requests whose interventions are kept before those of forgotten ones are looked for."""
+
+
 def _computed(
-    rid: str, attempt: int, start: int, end: int, phase: str, forward: int, chunk: int, row: int
-) -> tuple[Any, ...]:
+    rid: str, attempt: int, start: int, end: int, phase: str, forward: int, chunk: int, row: int, under: Under | None
+) -> list[tuple[Any, ...]]:
     step = 1 if row >= 0 else 0
-    return (rid, attempt, start, end, schema.COMPUTED, phase, forward, chunk, None, row, step, None, None)
+    pieces = [(start, end, None)] if under is None else under.cut(start, end)
+    return [
+        (
+            *(rid, attempt, a, b, schema.COMPUTED, phase, forward, chunk, None),
+            *(row + a - start if row >= 0 else -1, step, None, None, mark),
+        )
+        for a, b, mark in pieces
+    ]
 
 
-def _reused(plan: ForwardPlan, i: int, p: _Progress) -> list[tuple[Any, ...]]:
-    """Spans `[p.covered, start)` of a prefill row, cut where the origin changes."""
+def _reused(plan: ForwardPlan, i: int, p: _Progress, written_under: Mapping[str, Under]) -> list[tuple[Any, ...]]:
+    """Spans `[p.covered, start)` of a prefill row, cut where the origin changes, and where the interventions began
+    under which it wrote the entries."""
     rid, start = plan.rids[i], plan.starts[i]
     origins = plan.origins.get(i)
     if not origins or origins[0].start != p.covered or origins[-1].end != start:
         raise LedgerError(f"{rid}: origins {origins} do not fill the reused positions {p.covered} to {start}")
     fate = (schema.REUSED, None, plan.forward_id, p.chunks, "device", -1, 0)
-    return [(rid, p.attempt, o.start, o.end, *fate, o.rid, _or_none(o)) for o in origins]
+    spans = []
+    for o in origins:
+        under = None if o.rid is None else written_under.get(o.rid)
+        for a, b, mark in [(o.start, o.end, None)] if under is None else under.cut(o.start, o.end):
+            spans.append((rid, p.attempt, a, b, *fate, o.rid, _or_none(o), mark))
+    return spans
 
 
 def _or_none(origin: Origin) -> int | None:

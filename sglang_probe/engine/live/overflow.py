@@ -34,8 +34,8 @@ class Overflow:
         for fact in commit.spans:
             span = list(fact)
             span[_AT["status"]] = schema.DROPPED
-            for name, value in (("tier", None), ("origin_rid", None), ("origin_attempt", None)):
-                span[_AT[name]] = value
+            for name in ("tier", "origin_rid", "origin_attempt", "intervention"):
+                span[_AT[name]] = None
             if span[_AT["phase"]] == schema.DECODE:
                 span[_AT["phase"]] = None  # no longer one forward pass a position
             key = (span[_AT["rid"]], span[_AT["attempt"]])

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from sglang_probe.errors import UnsupportedError
+
 Hook = tuple[str, Callable[..., Any], str]
 """Target, function, and `AROUND`, `AFTER` or `BEFORE`."""
 
@@ -97,6 +99,15 @@ class Release(ABC):
     @abstractmethod
     def residual(self, forward_batch: Any, output: Any) -> Any:
         """The residual stream `[tokens, d_model]` after a decoder layer that gave `output`."""
+
+    def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
+        """The tensor `[tokens, d_model]` to which a change of the residual stream after a decoder layer is added, in
+        place. It is a summand of `residual`, and complete on every rank.
+
+        Raises:
+            UnsupportedError: it was not reviewed on this release, or the layer left nothing to add to.
+        """
+        raise UnsupportedError(f"interventions were not reviewed on SGLang {self.version}")
 
     @abstractmethod
     def row_hooks(self) -> list[Hook]:

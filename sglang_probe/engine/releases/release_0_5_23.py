@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_probe.engine.releases.base import Hook, Release
+from sglang_probe.errors import UnsupportedError
 
 logger = logging.getLogger("sglang_probe")
 
@@ -75,6 +76,13 @@ class Adapter(Release):
 
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
+
+    def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
+        stream = forward_batch.residual_stream
+        stream.check(output)
+        if stream.residual is None:
+            raise UnsupportedError("the layer keeps its residual stream in no tensor of its own")
+        return stream.residual
 
     def row_hooks(self) -> list[Hook]:
         from sglang_probe.engine.hooks.instruments import accelerator

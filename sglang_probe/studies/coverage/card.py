@@ -56,7 +56,7 @@ directory like the text it came from.
 import sglang_probe
 run = sglang_probe.load_run("{path}")
 tokens = run.tokens()                       # one row per position: status, phase, segment, forward pass, row
-held = tokens[run.holds("{first_hook}", tokens["row"])]
+held = tokens[run.holds("{first_hook}", tokens["row"]) & tokens["intervention"].isna()]
 rows = run.rows("{first_hook}", held["row"])
 ```
 """
@@ -134,6 +134,12 @@ def _gaps(manifest: dict[str, Any], t: dict[str, float]) -> str:
         gaps.append(
             "rows of requests with a kept set (`evict` in `requests.parquet`) come from a compressed cache from "
             "position `cache_len` on"
+        )
+    if intervened := manifest.get("positions_intervened"):
+        gaps.append(
+            f"{intervened} positions were computed or reused under an intervention on the residual stream (column "
+            "`intervention`): their rows are not those of the plain model, and `iter_batches` and `activations` leave "
+            "them out unless told `intervened=True`"
         )
     if manifest["lines_skipped"]:
         reasons = (manifest.get("skipped_by_reason") or {}).items()

@@ -269,6 +269,40 @@ def read_the_single_buffer() -> None:
     GraphTaps._gather = unprotected  # type: ignore[method-assign]
 
 
+def steered_without_a_namespace() -> None:
+    _admit(lambda req, given: setattr(req, "extra_key", given))
+
+
+def steered_publish_what_is_private() -> None:
+    _admit(lambda req, _given: setattr(req, "skip_radix_cache_insert", False))
+
+
+def _admit(undo: Any) -> None:
+    from sglang_probe.engine.hooks.instruments.steer import Steering
+
+    admit = Steering.admit
+
+    def without(self: Any, ask: Any, req: Any) -> None:
+        given = req.extra_key
+        admit(self, ask, req)
+        undo(req, given)
+
+    Steering.admit = without  # type: ignore[method-assign]
+
+
+def steered_read_past_their_onset() -> None:
+    from sglang_probe.engine.hooks.instruments.steer import Steering
+
+    Steering.read_limit = lambda self, ask, req: None  # type: ignore[method-assign]
+
+
+def one_history_for_all_lengths() -> None:
+    """A namespace by the specification alone: `prefill` ends elsewhere in a longer prompt."""
+    from sglang_probe.steering.spec import Spec
+
+    Spec.history = lambda self, prompt_len, end=0: self.id  # type: ignore[method-assign]
+
+
 SABOTAGES = {
     f.__name__.replace("_", " "): f
     for f in (
@@ -296,5 +330,9 @@ SABOTAGES = {
         write_the_first_origin_for_all,
         shift_the_rows,
         read_the_single_buffer,
+        steered_without_a_namespace,
+        steered_publish_what_is_private,
+        steered_read_past_their_onset,
+        one_history_for_all_lengths,
     )
 }

@@ -239,6 +239,30 @@ def test_parts_of_a_row_are_chosen_inside_the_graph() -> None:
     assert torch.equal(arrived(taps.snapshot(3, replayed=True))["h"], batch(3, 0.0)[:, [1, 4]])
 
 
+@pytest.mark.parametrize("probes", [1, 3])
+def test_scores_are_computed_inside_the_graph(probes: int) -> None:
+    """In fp32 from a bf16 row; a column of one probe is narrower than the marks, and is noticed all the same."""
+    w = torch.randn(WIDTH, probes, generator=torch.Generator().manual_seed(0))
+    columns = {"h": (WIDTH, torch.bfloat16), "scores": (probes, torch.float32)}
+    taps = GraphTaps(columns, capacity=4, device="cpu", weights={"scores": w})
+
+    def run(x: torch.Tensor, skip: str = "") -> None:
+        for name in columns.keys() - {skip}:
+            taps.write(name, x.to(torch.bfloat16))
+
+    graph, without = Graph(run, 4), Graph(lambda x: run(x, skip="scores"), 4)
+    for first in (0.0, 10.3):
+        taps.arm()
+        graph.replay(batch(3, first))
+        rows = arrived(taps.snapshot(3, replayed=True))
+        assert rows["scores"].dtype == torch.float32
+        torch.testing.assert_close(rows["scores"], rows["h"].float() @ w, rtol=1e-6, atol=1e-5)
+    taps.arm()
+    without.replay(batch(3, 0.0))
+    with pytest.raises(LedgerError, match="scores was not written"):
+        arrived(taps.snapshot(3, replayed=True))
+
+
 def test_rows_that_have_not_arrived_are_not_given_out() -> None:
     taps = make()
     taps.arm()

@@ -52,3 +52,14 @@ def test_a_larger_forward_grows_the_buffer() -> None:
     taps.write("h", torch.ones(1, 3))
     taps.write("h", torch.ones(9, 3))
     assert taps.take(9, replayed=False)["h"].shape == (9, 3)
+
+
+def test_a_tap_of_scores_writes_them_in_place_of_rows() -> None:
+    w = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    taps = Taps(["row", "scores"], capacity=2, weights={"scores": w})
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)  # more than its capacity
+    for name in ("row", "scores"):
+        taps.write(name, x)
+    rows = taps.take(3, replayed=False)
+    assert torch.equal(rows["row"], x)
+    torch.testing.assert_close(rows["scores"], x.float() @ w, rtol=1e-6, atol=1e-6)

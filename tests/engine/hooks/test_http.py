@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks import http
-from sglang_probe.engine.hooks.http import Endpoints
+from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.http import Endpoints, libraries_of
 from sglang_probe.engine.hooks.install import _serves_http
+from sglang_probe.steering.config import SteerConfig
+from tests.steering.test_library import add
 
 STATE = {
     "recording": True,
@@ -34,6 +38,27 @@ def _endpoints(states: list[Any], agrees: bool = True, idle: bool = True) -> End
         return idle
 
     return Endpoints(get, close, empty)
+
+
+def test_vectors_are_listed_without_their_tensors(tmp_path: Path) -> None:
+    vector = add(tmp_path, "formal", evidence={"held_out_auc": {"estimate": 0.9}})
+    config = EngineProbeConfig(run=tmp_path, asks=["steer"], steer=SteerConfig(library=tmp_path))
+    libraries = libraries_of(config)
+    loaded = {**STATE, "libraries": {"steer": libraries["steer"].hash}}
+
+    def ask(*states: dict[str, Any]) -> Any:
+        endpoints = _endpoints([*states])
+        endpoints._libraries = libraries
+        return asyncio.run(endpoints.vectors())
+
+    out = json.loads(json.dumps(ask(loaded)))
+    assert out["steer"]["library"] == loaded["libraries"]["steer"]
+    (card,) = out["steer"]["vectors"]
+    assert (card["name"], card["hash"], card["evidence"]) == ("formal", vector.hash, vector.card.evidence)
+    assert not any(isinstance(value, list) for value in card.values())
+    other = ask({**STATE, "libraries": {"steer": "0" * 64}})
+    assert (other.status_code, b"was changed while the server started" in other.body) == (503, True)
+    assert asyncio.run(_endpoints([STATE]).vectors()) == {}
 
 
 def test_coverage_lists_as_many_requests_as_asked() -> None:

@@ -10,7 +10,9 @@ from sglang_probe.engine.ledger.coalesce import coalesce
 from sglang_probe.run import schema
 
 
-def step(rid: str, position: int, forward: int, row: int, phase: str = schema.DECODE) -> tuple:
+def step(
+    rid: str, position: int, forward: int, row: int, phase: str = schema.DECODE, under: str | None = None
+) -> tuple:
     return (
         rid,
         0,
@@ -25,6 +27,7 @@ def step(rid: str, position: int, forward: int, row: int, phase: str = schema.DE
         1 if row >= 0 else 0,
         None,
         None,
+        under,
     )
 
 
@@ -62,8 +65,15 @@ def test_an_overshoot_is_not_joined_to_the_decode_before_it() -> None:
     assert spans["phase"].to_pylist() == [schema.DECODE, schema.OVERSHOOT]
 
 
+def test_steps_are_not_joined_across_the_onset_of_an_intervention() -> None:
+    facts = [step("a", p, p, -1, under=None if p < 3 else "one" if p < 5 else "two") for p in range(7)]
+    joined = coalesce(table(facts)).to_pandas()
+    assert list(zip(joined["start"], joined["end"], strict=True)) == [(0, 3), (3, 5), (5, 7)]
+    assert joined["intervention"].fillna("").tolist() == ["", "one", "two"]
+
+
 def test_prefill_spans_pass_through() -> None:
-    prefill = ("a", 0, 0, 10, schema.COMPUTED, schema.PREFILL, 0, 0, None, 0, 1, None, None)
+    prefill = ("a", 0, 0, 10, schema.COMPUTED, schema.PREFILL, 0, 0, None, 0, 1, None, None, None)
     spans = coalesce(table([prefill, step("a", 10, 1, 10), step("a", 11, 2, 11)]))
     assert expand(spans) == expand(table([prefill, step("a", 10, 1, 10), step("a", 11, 2, 11)]))
     assert spans.num_rows == 2

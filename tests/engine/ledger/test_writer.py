@@ -23,7 +23,7 @@ from sglang_probe.run import journal
 
 
 def commit(forward: int, rows: int = 4) -> Commit:
-    span = ("a", 0, forward, forward + 1, "computed", "decode", forward, -1, None, forward * rows, 1, None, None)
+    span = ("a", 0, forward, forward + 1, "computed", "decode", forward, -1, None, forward * rows, 1, *[None] * 3)
     facts = (forward, "decode", 1, 0, rows, rows, False, 0.0, 0.0, 0, forward * rows, 0, 0)
     values = {"hook_embed": torch.full((rows, 8), float(forward))}
     return Commit(forward=facts, rows=values, numbered=rows, spans=[span])

@@ -13,6 +13,7 @@ from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
 from sglang_probe.engine.hooks.instruments.live import LiveServer
 from sglang_probe.engine.hooks.instruments.positions import Positions
 from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.releases.base import Hook, Release
 
@@ -24,6 +25,7 @@ __all__ = ["INSTRUMENTS", "ONE_RANK", "Forward", "Instrument", "features", "hono
 INSTRUMENTS: tuple[type[Instrument], ...] = (
     LiveServer,
     Accelerator,
+    Steering,  # before the taps: captured rows are those after an intervention
     Rows,
     AttentionTelemetry,
     ForcedOutputs,
@@ -54,7 +56,7 @@ def features(config: EngineProbeConfig) -> list[str]:
 
 def honoured(config: EngineProbeConfig) -> frozenset[str]:
     """Fields of `Ask` that requests may use under a configuration."""
-    return frozenset(kind.field for kind in wanted(config) if kind.field is not None)
+    return frozenset(field for kind in wanted(config) if (field := kind.honours(config)) is not None)
 
 
 def hooks(config: EngineProbeConfig, release: Release) -> list[Hook]:

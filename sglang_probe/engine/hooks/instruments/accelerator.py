@@ -130,38 +130,59 @@ def check_server(server_args: Any) -> None:
 
 
 def graph_taps(
-    runner: Any, hook_points: list[str], heads: dict[str, list[int]], parts: dict[str, torch.Tensor]
+    runner: Any,
+    hook_points: list[str],
+    heads: dict[str, list[int]],
+    parts: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
 ) -> GraphTaps:
     """Taps for the rows of a loaded model.
 
     Args:
         heads: kept heads and their width at hook points whose rows are per head.
         parts: their columns, where some heads only are kept.
+        weights: of hook points whose rows are scores, the vectors of these, float32 `[d, k]`.
     """
-    columns = {h: (_width(h, runner.model_config.hidden_size, heads), runner.dtype) for h in hook_points}
-    return make_taps(runner, columns, parts)
+    hidden = runner.model_config.hidden_size
+    columns = {h: (_width(h, hidden, heads), runner.dtype) for h in hook_points if h not in weights}
+    columns |= {h: (w.shape[1], torch.float32) for h, w in weights.items()}
+    return make_taps(runner, {h: columns[h] for h in hook_points}, parts, weights)
 
 
 def make_taps(
-    runner: Any, columns: dict[str, tuple[int, torch.dtype]], parts: dict[str, torch.Tensor] | None = None
+    runner: Any,
+    columns: dict[str, tuple[int, torch.dtype]],
+    parts: dict[str, torch.Tensor] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> GraphTaps:
     """Taps with room for the largest shape that will be captured.
 
     A larger forward is not replayed; the taps give it memory of its own.
     """
+    taps = GraphTaps(
+        columns,
+        capacity=graph_rows(),
+        device=runner.device,
+        parts=parts,
+        weights=weights,
+        recording=recording_on(runner),
+    )
+    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
+    return taps
+
+
+def graph_rows() -> int:
+    """Rows of the largest shape that will be captured, rounded up."""
     from sglang.srt.runtime_context import get_exec
 
     config = get_exec().graph.cuda_graph_config
     sizes = [bs for phase in (config.decode, config.prefill) if phase.backend != "disabled" for bs in phase.bs or ()]
-    taps = GraphTaps(
-        columns,
-        capacity=-(-max(sizes, default=1) // _ROUND) * _ROUND,
-        device=runner.device,
-        parts=parts,
-        recording=_recording if runner.device == "cuda" else lambda: False,
-    )
-    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
-    return taps
+    return -(-max(sizes, default=1) // _ROUND) * _ROUND
+
+
+def recording_on(runner: Any) -> Callable[[], bool]:
+    """Whether the running operations are being recorded into a graph."""
+    return _recording if runner.device == "cuda" else lambda: False
 
 
 def _width(hook_point: str, hidden: int, heads: dict[str, list[int]]) -> int:

@@ -51,6 +51,9 @@ class Instrument:
     in_model: ClassVar[bool] = False
     """Whether it is attached to the model and told of each of its forward passes."""
 
+    of_all: bool = False
+    """Whether it is asked of every request, not of those alone that ask something (`admit`)."""
+
     # Of a configuration, before there is an engine
 
     @classmethod
@@ -62,6 +65,11 @@ class Instrument:
     def needs(cls, config: EngineProbeConfig) -> Sequence[str]:
         """Features of the inventory that it needs under this configuration."""
         return cls.features
+
+    @classmethod
+    def honours(cls, config: EngineProbeConfig) -> str | None:
+        """Field of `Ask` that requests may use under this configuration, which wants it."""
+        return cls.field
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
@@ -131,6 +139,10 @@ class Instrument:
 
     def drop(self) -> None:
         """Forget the forward at hand: the recording has stopped, or what runs next is of no request."""
+
+    def library(self) -> tuple[str, str] | None:
+        """What for it has loaded a library of vectors, and the library's hash; None: it has none."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it, once the model is loaded."""

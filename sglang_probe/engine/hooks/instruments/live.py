@@ -187,7 +187,8 @@ def state() -> dict[str, Any]:
     session = guard.session
     if session is None or session.live is None:
         return {"recording": False, "reason": "the recording was not started"}
-    return session.live.status()
+    libraries = [found for i in session.instruments if (found := i.library()) is not None]
+    return {**session.live.status(), **({"libraries": dict(libraries)} if libraries else {})}
 
 
 def anybody_asks() -> bool:

@@ -4,6 +4,8 @@ SGLang keeps the residual apart from the layer's output: `forward_batch.residual
 `hook_resid_post`, without consuming it. Some models return pairs of other meanings instead (Cohere's second tensor is
 not a residual to be added), so only architectures that were compared with `transformers` are tapped
 (`run/hook_points.py`).
+
+A hook point `hook_scores` is written as `x @ w` in the same place (`steering/scores.py`).
 """
 
 from __future__ import annotations
@@ -24,17 +26,22 @@ from sglang_probe.run.hook_points import (
     ATTENTION,
     EMBED,
     RESID_POST,
+    SCORES,
     attention_points,
     check_architecture,
     check_hook_points,
     head_counts,
     parse_hook_point,
     parse_pattern,
+    score_points,
 )
 from sglang_probe.run.selection import Selected, expanded, selected_heads
+from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.steering.scores import told, vectors_of, weights_DK
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.steering.library import Vector
 
 _CAPACITY = 1024
 """Rows that a buffer is made for at its first use."""
@@ -58,7 +65,7 @@ class Rows(Instrument):
 
     @classmethod
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
-        return started.hook_points == asked.hook_points and started.rows == asked.rows
+        return (started.hook_points, started.rows, started.scores) == (asked.hook_points, asked.rows, asked.scores)
 
     def __init__(self, config: EngineProbeConfig) -> None:
         super().__init__(config)
@@ -67,6 +74,8 @@ class Rows(Instrument):
         """Set once the model is loaded."""
         self._heads: dict[str, list[int]] = {}
         self._head_numbers: dict[str, list[int]] = {}
+        self._scores: dict[str, list[Vector]] = {}
+        self._library = ""
 
     def attach(self, runner: Any) -> None:
         hook_points = self.config.hook_points
@@ -74,16 +83,24 @@ class Rows(Instrument):
         check_model(runner, self.config)
         install_taps(runner.model, hook_points, self)
         self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))
+        if self.config.scores is not None or score_points(hook_points):
+            self._scores, self._library = vectors_of(
+                self.config.scores,
+                hook_points,
+                width=runner.model_config.hidden_size,
+                layers=len(runner.model.model.layers),
+                weight_hash=weight_hash_of_folder(runner.server_args.model_path),
+            )
         if self.config.accelerator == "unproved":
-            self.taps = graph_taps(runner, hook_points, self._heads, self._columns())
+            self.taps = graph_taps(runner, hook_points, self._heads, self._columns(), self._weights())
         else:
-            self.taps = Taps(hook_points, capacity=_CAPACITY, columns=self._columns())
+            self.taps = self._eager_taps(hook_points)
 
     def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
         super().open(config, scheduler)
         # Taps that are part of recorded graphs stay for as long as the engine does.
         if not isinstance(self.taps, GraphTaps):
-            self.taps = Taps(config.hook_points, capacity=_CAPACITY, columns=self._columns())
+            self.taps = self._eager_taps(config.hook_points)
 
     def check_captured(self, num_tokens: int) -> None:
         if isinstance(self.taps, GraphTaps):
@@ -103,13 +120,23 @@ class Rows(Instrument):
         else:
             plan.rows = taps.take(plan.tokens, replayed=forward.replayed, selected=plan.selected)
 
+    def library(self) -> tuple[str, str] | None:
+        return ("scores", self._library) if self._scores else None
+
     def facts(self) -> dict[str, Any]:
-        return {"heads": self._heads, "head_numbers": self._head_numbers}
+        return {"heads": self._heads, "head_numbers": self._head_numbers, "scores": told(self._scores)}
 
     def write(self, hook_point: str, x_ND: torch.Tensor) -> None:
         """Copy what a hook point sees. Inside the model, guarded by the caller."""
         if self.taps is not None:
             self.taps.write(hook_point, x_ND)
+
+    def _eager_taps(self, hook_points: list[str]) -> Taps:
+        return Taps(hook_points, capacity=_CAPACITY, columns=self._columns(), weights=self._weights())
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Of hook points whose rows are scores, the vectors of these, float32 `[d, k]`."""
+        return {point: weights_DK(vectors) for point, vectors in self._scores.items()}
 
     def _columns(self) -> dict[str, torch.Tensor]:
         """Of hook points that keep some heads only, the columns of these."""
@@ -126,11 +153,14 @@ def install_taps(model: Any, hook_points: list[str], rows: Rows) -> None:
     check_architecture(type(model).__name__)
     layers = model.model.layers
     check_hook_points(hook_points, len(layers))
+    of_layer: dict[int, list[str]] = {}
     for point in map(parse_hook_point, hook_points):
         if point.site == EMBED:
             model.model.embed_tokens.register_forward_hook(_embed_hook(rows, point.name))
-        elif point.site == RESID_POST:
-            layers[point.layer].register_forward_hook(_layer_hook(rows, point.name), with_kwargs=True)
+        elif point.site in (RESID_POST, SCORES) and point.layer is not None:
+            of_layer.setdefault(point.layer, []).append(point.name)
+    for layer, names in of_layer.items():  # one sum of the residual stream for both
+        layers[layer].register_forward_hook(_layer_hook(rows, names), with_kwargs=True)
     install_attention_taps(layers, attention_points(hook_points), rows.write)
 
 
@@ -150,7 +180,7 @@ def _embed_hook(rows: Rows, name: str) -> Callable[..., None]:
     return write_embedding
 
 
-def _layer_hook(rows: Rows, name: str) -> Callable[..., None]:
+def _layer_hook(rows: Rows, names: list[str]) -> Callable[..., None]:
     def write_residual(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         residual_ND = _residual(args, kwargs, output)
         if residual_ND is not None:
@@ -158,7 +188,8 @@ def _layer_hook(rows: Rows, name: str) -> Callable[..., None]:
 
     @guard.tapping
     def write(residual_ND: torch.Tensor) -> None:
-        rows.write(name, residual_ND)
+        for name in names:
+            rows.write(name, residual_ND)
 
     return write_residual
 

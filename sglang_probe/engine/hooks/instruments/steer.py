@@ -1,0 +1,298 @@
+"""Interventions on the residual stream (`Ask.steer`, and a deployment's on every request), and their isolation.
+
+A hook on each layer that the library has a vector for adds the changes that the forward's plan names, before the taps
+of that layer: captured rows of `hook_resid_post` are those after the intervention, which later layers see. Rows of no
+intervention are not touched, and a layer that nobody asks for in this forward does nothing.
+
+Entries past the first changed position are those of another model. They are kept apart in the prefix cache, both ways
+(`Spec.isolation`): in a namespace, which only requests of the same history share, or by reading what lies before and
+publishing nothing. The namespace has a random part that no client knows, so that nobody can name it.
+
+If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
+made, the requests that it was for are aborted: half of an intervention is none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_probe.ask import WHERE, Ask
+from sglang_probe.engine.capture.graph_steering import GraphSteering
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
+from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.ledger.facts import Under
+from sglang_probe.engine.releases import release
+from sglang_probe.engine.releases.base import Hook, Release
+from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
+from sglang_probe.run.hook_points import check_architecture
+from sglang_probe.steering.config import told
+from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.steering.plan import Rows, rows_of
+from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, spec_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.ledger.facts import ForwardPlan
+    from sglang_probe.steering.apply import Bank
+
+logger = logging.getLogger("sglang_probe")
+
+_STEERED = "_sglang_probe_steered"
+"""Attribute of a `Req`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """What was settled when a request was made."""
+
+    spec: Spec
+    under: Under
+    isolation: Isolation
+
+
+class Steering(Instrument):
+    """See the module."""
+
+    name = "steering"
+    field = "steer"
+    one_rank = True
+    features = ("rows", "bypass", "steering")
+    in_model = True
+
+    @classmethod
+    def wanted(cls, config: EngineProbeConfig) -> bool:
+        return config.steer is not None
+
+    @classmethod
+    def honours(cls, config: EngineProbeConfig) -> str | None:
+        return cls.field if cls.field in config.asks else None
+
+    @classmethod
+    def hooks(cls, release: Release) -> list[Hook]:
+        return release.bypass_hooks()
+
+    @classmethod
+    def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
+        if started.steer is None or asked.steer is None:
+            return asked.steer is None and (started.steer is None or not started.steer.deployment)
+        return started.steer == asked.steer
+
+    def __init__(self, config: EngineProbeConfig) -> None:
+        super().__init__(config)
+        assert config.steer is not None
+        self._given = config.steer
+        self.of_all = bool(config.steer.deployment)
+        self._library: Library | None = None
+        self._bank: Bank | None = None
+        self._numbers: dict[str, int] = {}
+        self._graph: GraphSteering | None = None
+        """Set where interventions are part of recorded graphs."""
+        self._salt = ""
+        self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        """Requests under interventions, by identity, for as long as SGLang holds them."""
+        self.passes: dict[int, list[Rows]] = {}
+        """By layer, what the forward that is being launched changes."""
+        self.changed = 0
+        """Rows that were changed, once per layer: for tests and metrics."""
+
+    def attach(self, runner: Any) -> None:
+        from sglang_probe.steering.apply import Bank, parts_of
+
+        check_device(runner.device, self.config.accelerator)
+        if self._given.deployment and guard.active().tp_size > 1:
+            raise UnsupportedError("a `deployment` under tensor parallelism would be carried out by one rank alone")
+        check_architecture(type(runner.model).__name__)
+        layers = runner.model.model.layers
+        self._library = library = Library.open(self._given.library)
+        if self._given.hash not in (None, library.hash):
+            raise UnsupportedError(
+                f"the library {self._given.library} was changed after the recording was prepared", fix="start it again"
+            )
+        library.check(
+            width=runner.model_config.hidden_size,
+            layers=len(layers),
+            weight_hash=weight_hash_of_folder(runner.server_args.model_path),
+        )
+        usable = [v for v in library.values() if v.card.kind in ("direction", "feature")]
+        if not usable:
+            raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
+        spec_of(self._given.deployment, library, where="steer.deployment")  # refuses what it cannot do
+        self._numbers = {v.hash: i + 1 for i, v in enumerate(usable)}
+        self._bank = Bank.of([parts_of(v.tensors) for v in usable], device=runner.device)
+        changed = sorted({layer_of(v.card.hook_point) for v in usable})
+        if self.config.accelerator == "unproved":
+            self._graph = graph_steering(runner, self._bank, changed, self._given.passes)
+        for layer in changed:
+            layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
+
+    def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
+        super().open(config, scheduler)
+        self._salt = secrets.token_hex(8)
+
+    def admit(self, ask: Ask, req: Any) -> None:
+        assert self._library is not None
+        weights = guard.active().weights[-1]["number"]
+        if ask.steer and weights:
+            raise ConfigError(f"{WHERE}.steer: the weights were updated, and the library is of those before")
+        own = spec_of(ask.steer or (), self._library, where=f"{WHERE}.steer")
+        of_all = spec_of(self._given.deployment, self._library, where="deployment")
+        spec = joined(of_all, own)
+        prompt_len = len(req.origin_input_ids)
+        onset = None if spec is None else spec.onset(prompt_len)
+        if spec is None or onset is None:
+            return
+        if self._graph is not None:
+            _refuse_more(spec, self._graph.passes)
+        isolation = spec.isolation(prompt_len)
+        if of_all is not None:  # what everybody runs under is shared
+            isolation = Isolation(spec.history(prompt_len), None)
+        under = Under(spec.id, onset, prompt_len, json.dumps(spec.to_json()))
+        setattr(req, _STEERED, Steered(spec, under, isolation))
+        if isolation.namespace is not None:
+            req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
+        else:
+            req.skip_radix_cache_insert = True
+        self._running[id(req)] = req
+
+    def read_limit(self, ask: Ask, req: Any) -> int | None:
+        steered = steered_of(req)
+        return None if steered is None else steered.isolation.read_limit
+
+    def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
+        steered = [steered_of(req) for req in reqs]
+        self.prepare(steered, plan.starts, plan.ends)
+        plan.under = {i: s.under for i, s in enumerate(steered) if s is not None}
+
+    def prepare(self, steered: Sequence[Steered | None], starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Which rows the coming forward changes; also of a forward that nobody records."""
+        self.passes = {}
+        if any(s is not None for s in steered):
+            lengths = [0 if s is None else s.under.prompt_len for s in steered]
+            self.passes = rows_of(
+                starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
+            )
+
+    def load(self, tokens: int) -> None:
+        """The coming forward has so many rows: fill what graphs read, on the forward's stream."""
+        if self._graph is None:
+            return
+        try:
+            self._graph.load(self.passes, tokens)
+        except Exception as e:
+            self._stop(e)
+
+    def launched(self) -> None:
+        self.over()
+
+    def drop(self) -> None:
+        self.over()
+
+    def over(self) -> None:
+        """Whatever runs next is of no request."""
+        self.passes = {}
+
+    def change(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Make the changes of a layer. Inside the model.
+
+        Raises:
+            LedgerError: the layer has fewer rows than the plan. UnsupportedError: it has no residual to add to.
+        """
+        from sglang_probe.steering.apply import add_rows, changes
+
+        assert self._bank is not None
+        forward_batch = _forward_batch(args, kwargs)
+        x_ND: torch.Tensor = release().residual(forward_batch, output)
+        to_ND: torch.Tensor = release().changeable_residual(forward_batch, output)
+        if self._graph is not None:
+            self._graph.apply(layer, x_ND, to_ND)
+            return
+        passes = self.passes[layer]
+        last = max(int(p.row.max()) for p in passes)
+        if last >= len(x_ND):
+            raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
+        rows, change_RD = changes(x_ND, passes, self._bank)
+        add_rows(to_ND, rows, change_RD)
+        self.changed += len(rows)
+
+    def broken(self, error: Exception) -> None:
+        """A change could not be made: the requests under interventions end, and say why."""
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+        self.over()
+        for req in self._running.values():
+            req.skip_radix_cache_insert = True
+            if req.to_finish is None and not req.finished():
+                req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {error}")
+        self._running.clear()
+
+    def library(self) -> tuple[str, str] | None:
+        return None if self._library is None else ("steer", self._library.hash)
+
+    def acts(self, layer: int) -> bool:
+        """Whether a layer has anything to do in this forward. What is recorded into graphs always does the same."""
+        return self._graph is not None or layer in self.passes
+
+    def _stop(self, error: Exception) -> None:
+        self.broken(error)
+        if guard.session is not None and guard.session.recorder is not None:
+            guard.session.fail("steering", error)
+        else:
+            logger.exception("sglang-probe could not intervene", exc_info=error)
+
+    def facts(self) -> dict[str, Any]:
+        return {"steer": None if self._library is None else told(self._given, self._library)}
+
+
+def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int) -> GraphSteering:
+    """Buffers with room for the largest shape that will be captured."""
+    return GraphSteering(
+        bank, layers, passes=passes, capacity=graph_rows(), device=runner.device, recording=recording_on(runner)
+    )
+
+
+def _refuse_more(spec: Spec, passes: int) -> None:
+    """Refuse a specification that a layer has more steps of than were recorded.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    layers = [s.layer for s in spec.steps]
+    more = next((layer for layer in layers if layers.count(layer) > passes), None)
+    if more is not None:
+        raise ConfigError(
+            f"{WHERE}.steer: {layers.count(more)} interventions after layer {more}, and the engine's graphs have "
+            f"{passes} (`steer: {{passes: ...}}` of the server)"
+        )
+
+
+def steered_of(req: Any) -> Steered | None:
+    """The interventions under which a request was admitted."""
+    found: Steered | None = getattr(req, _STEERED, None)
+    return found
+
+
+def _layer_hook(steering: Steering, layer: int) -> Callable[..., None]:
+    def intervene(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not steering.acts(layer):
+            return
+        try:
+            steering.change(layer, args, kwargs, output)
+        except Exception as e:
+            steering._stop(e)
+
+    return intervene
+
+
+def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if "forward_batch" in kwargs:
+        return kwargs["forward_batch"]
+    return next(a for a in args if hasattr(a, "forward_mode"))

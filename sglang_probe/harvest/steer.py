@@ -1,0 +1,64 @@
+"""Interventions of a recording: its library and what its requests ask of it, checked before an engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sglang_probe.ask import WHERE
+from sglang_probe.engine.platform.environment import accelerator_present
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.harvest.model import Model
+from sglang_probe.policy.arm import Arm
+from sglang_probe.steer_ask import Steer
+from sglang_probe.steering.config import SteerConfig
+from sglang_probe.steering.library import Library, weight_hash
+from sglang_probe.steering.spec import spec_of
+
+
+def open_library(config: SteerConfig | None, model: Model, accelerator: str = "refused") -> Library | None:
+    """The library of a recording; None: it has none.
+
+    Raises:
+        ConfigError: it cannot be read, a vector is of another model, or the deployment asks what one cannot do.
+        UnsupportedError: interventions cannot be made on this machine.
+    """
+    if config is None:
+        return None
+    if accelerator_present() and accelerator != "unproved":
+        raise UnsupportedError(
+            "interventions on an accelerator have been shown on none: they are recorded into its graphs, and a replay "
+            "was simulated on a CPU",
+            fix="set `server: {device: cpu}`; or `accelerator: unproved`, and compare with `sglang-probe verify "
+            "--transformers 8 --library FOLDER`",
+        )
+    library = Library.open(config.library)
+    library.check(
+        width=int(model.config["hidden_size"]),
+        layers=model.layers,
+        weight_hash=weight_hash(model.identity["weights_sha256"]),
+    )
+    spec_of(config.deployment, library, where="steer.deployment")
+    return library
+
+
+def check_steer(steer: Iterable[Steer] | None, library: Library | None, *, where: str = f"{WHERE}.steer") -> None:
+    """Refuse interventions that cannot be made.
+
+    Raises:
+        ConfigError: names the entry.
+    """
+    if steer is None:
+        return
+    if library is None:
+        raise ConfigError(f"{where}: the recording has no library", fix="give `steer: {library: FOLDER}`")
+    spec_of(tuple(steer), library, where=where)
+
+
+def check_arms(arms: Mapping[str, Arm], library: Library | None) -> None:
+    """Refuse interventions of arms that cannot be made.
+
+    Raises:
+        ConfigError: names arm and entry.
+    """
+    for name, arm in arms.items():
+        check_steer(arm.steer, library, where=f"arm `{name}`: steer")

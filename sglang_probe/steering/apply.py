@@ -1,0 +1,186 @@
+"""The operations on a residual stream `x_ND`, the same for the engine and for the reference by `transformers`.
+
+With v the unit vector of a direction, or of a feature's decoder row w; and z the activation of a feature,
+`z = relu(x @ encoder + offset)` where that is past its threshold and else 0, or of a direction the projection `x @ v`:
+
+    add             x + a v                 a: a length
+    project_out     x - a (x @ v) v         a: a fraction
+    ablate_feature  x - a z w               a: a fraction; the reconstruction's error stays
+    clamp           x + (a - z) w           a: the activation (for a direction w is v)
+    cap             x + min(a - z, 0) w
+
+Of several passes over a layer each sees what the one before left. Sums and products are fp32, row by row, so that a row
+has the same bits whatever else is in the batch; the sum of all changes is rounded once to the residual's dtype, and
+added. A row whose change is 0 keeps its bits.
+
+In SGLang the residual stream after a layer is the sum of two tensors, `pending` and `residual`: the change is read from
+the sum and added to the second, so that in bf16 the last bit of the sum may differ from `x + change`.
+
+Shapes: N rows of a forward, R of them changed, D width of the model, M vectors of the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.steering.plan import OPS, Rows
+
+ADD, PROJECT_OUT, ABLATE, CLAMP, CAP = range(len(OPS))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one vector, as a library has them (float32)."""
+
+    vector: Tensor
+    """`[D]`: a direction, or a feature's decoder row."""
+    encoder: Tensor | None = None
+    """`[D]`: of a feature; None: a direction."""
+    encoder_bias: float = 0.0
+    threshold: float = 0.0
+    decoder_bias: Tensor | None = None
+    """`[D]`: taken from the residual before it is encoded; None: nothing is."""
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> Parts:
+    """The tensors of a library's entry (`steering/library.py`)."""
+    bias, threshold = (float(tensors[name]) if name in tensors else 0.0 for name in ("encoder_bias", "threshold"))
+    return Parts(tensors["vector"], tensors.get("encoder"), bias, threshold, tensors.get("decoder_bias"))
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Vectors side by side, so that a row of a forward names its own by a number. Row 0 changes nothing."""
+
+    write_MD: Tensor
+    """Unit vectors."""
+    read_MD: Tensor
+    """What the activation is read by: the encoder, or the unit vector."""
+    offset_M: Tensor
+    """Added to what is read."""
+    threshold_M: Tensor
+    """Past which a feature is active."""
+    scale_M: Tensor
+    """Length of what an activation of 1 writes."""
+    linear_M: Tensor
+    """bool: whether the activation is the projection on a direction, of either sign."""
+
+    @classmethod
+    def of(cls, vectors: Sequence[Parts], *, device: torch.device | str = "cpu") -> Bank:
+        """The bank of these vectors; number i is row i + 1.
+
+        Raises:
+            ConfigError: a vector is zero or not finite, or their widths differ.
+        """
+        if not vectors:
+            raise ConfigError("a bank needs a vector")
+        width = vectors[0].vector.shape
+        write, read, offset, threshold, scale, linear = (
+            [torch.zeros(width)],
+            [torch.zeros(width)],
+            [0.0],
+            [0.0],
+            [0.0],
+            [True],
+        )
+        for parts in vectors:
+            w = parts.vector.float()
+            length = float(w.norm())
+            if w.ndim != 1 or w.shape != width:
+                raise ConfigError(f"a vector has the shape {list(w.shape)}, and others {list(width)}")
+            if not (0 < length < float("inf")):
+                raise ConfigError(f"a vector has the length {length}")
+            write.append(w / length)
+            linear.append(parts.encoder is None)
+            if parts.encoder is None:
+                read.append(w / length)
+                offset.append(0.0)
+                scale.append(1.0)
+            else:
+                e = parts.encoder.float()
+                read.append(e)
+                bias = 0.0 if parts.decoder_bias is None else float((parts.decoder_bias.double() * e.double()).sum())
+                offset.append(parts.encoder_bias - bias)
+                scale.append(length)
+            threshold.append(max(parts.threshold, 0.0))
+        return cls(
+            torch.stack(write).to(device),
+            torch.stack(read).to(device),
+            *(torch.tensor(x).to(device) for x in (offset, threshold, scale, linear)),
+        )
+
+    def activation(self, x_ND: Tensor, vector_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations z `[N]` fp32, and where they are active, bool `[N]`."""
+        pre = (x_ND.float() * self.read_MD[vector_N]).sum(-1) + self.offset_M[vector_N]
+        active = self.linear_M[vector_N] | (pre > self.threshold_M[vector_N])
+        return torch.where(active, pre, torch.zeros_like(pre)), active
+
+
+def change(x_ND: Tensor, vector_N: Tensor, op_N: Tensor, amount_N: Tensor, gated_N: Tensor, bank: Bank) -> Tensor:
+    """What one pass adds to rows `x_ND`, fp32 `[N, D]`.
+
+    Args:
+        vector_N: row of the bank. op_N: number in `plan.OPS`. amount_N: float32. gated_N: bool; only where the feature
+            is active.
+    """
+    write_ND = bank.write_MD[vector_N]
+    z, active = bank.activation(x_ND, vector_N)
+    projection = (x_ND.float() * write_ND).sum(-1)
+    scale = bank.scale_M[vector_N]
+    along = torch.where(op_N == ADD, amount_N, -amount_N * projection)
+    along = torch.where(op_N == ABLATE, -amount_N * z * scale, along)
+    along = torch.where(op_N == CLAMP, (amount_N - z) * scale, along)
+    along = torch.where(op_N == CAP, (amount_N - z).clamp(max=0) * scale, along)
+    along = torch.where(active | ~gated_N, along, torch.zeros_like(along))
+    return along[:, None] * write_ND
+
+
+def changes(x_ND: Tensor, passes: Sequence[Rows], bank: Bank) -> tuple[Tensor, Tensor]:
+    """What all passes over a layer add: rows int64 `[R]`, ascending, and their changes fp32 `[R, D]`.
+
+    Args:
+        x_ND: the residual stream after the layer, in the model's dtype. It is not changed.
+    """
+    tensors = [
+        tuple(torch.from_numpy(t).to(x_ND.device) for t in (p.row, p.vector, p.op, p.amount, p.gated)) for p in passes
+    ]
+    if len(tensors) == 1:
+        row, vector, op, amount, gated = tensors[0]
+        return row, change(x_ND[row], vector, op, amount, gated, bank)
+    rows = torch.unique(torch.cat([t[0] for t in tensors]))
+    given = x_ND[rows].float()
+    total = torch.zeros_like(given)
+    for row, vector, op, amount, gated in tensors:
+        at = torch.searchsorted(rows, row)
+        total[at] += change(given[at] + total[at], vector, op, amount, gated, bank)
+    return rows, total
+
+
+def add_rows(x_ND: Tensor, rows_R: Tensor, change_RD: Tensor) -> None:
+    """Add changes to rows of a tensor, in place and in its dtype; what is changed by 0 keeps its bits."""
+    given = x_ND[rows_R]
+    rounded = change_RD.to(x_ND.dtype)
+    x_ND[rows_R] = torch.where(rounded != 0, given + rounded, given)
+
+
+def intervene(x_ND: Tensor, passes: Sequence[Rows], bank: Bank) -> Tensor:
+    """The residual stream after all passes, a new tensor in its dtype: for a model that holds it as one sum."""
+    out = x_ND.clone()
+    if passes:
+        add_rows(out, *changes(x_ND, passes, bank))
+    return out
+
+
+def splice(x_ND: Tensor, reconstruct: Callable[[Tensor], Tensor], fraction: float = 1.0) -> Tensor:
+    """What replacing rows by a reconstruction adds, fp32 `[N, D]`: `fraction * (reconstruct(x) - x)`.
+
+    Args:
+        reconstruct: `[N, D]` fp32 to the same, e.g. an SAE's decode of its encode.
+    """
+    x = x_ND.float()
+    return fraction * (reconstruct(x) - x)

@@ -1,0 +1,267 @@
+"""Making vectors: from two sets of prompts, from an SAE, and at random as a control. Each is written with its evidence.
+
+* Mean difference: the mean row of one set of prompts minus that of another ("difference in means": Marks and Tegmark
+  2023; Rimsky et al. 2024, CAA; AxBench, Wu et al. 2025, found it the best detector among cheap ones).
+* SAE feature: the decoder row, with what is needed to read the feature's activation.
+* Random: a direction drawn from the residual's own covariance. An isotropic one is too weak a control, because the
+  residual stream has few directions with much variance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.run import journal
+from sglang_probe.run.run import Run
+from sglang_probe.steering import contrast, library
+from sglang_probe.steering.contrast import Phase, Place
+from sglang_probe.steering.library import Vector
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an entry is written, and under which name."""
+
+    folder: Path
+    name: str
+    overwrite: bool = False
+
+
+def mean_difference(
+    target: Target, positive: Run, negative: Run, hook_point: str, *, phase: Phase, place: Place, seed: int = 0
+) -> Vector:
+    """Write the mean difference of two runs: towards what `positive` is about.
+
+    Its evidence is the area under the ROC curve by which a vector made from half of the prompts tells the other half
+    apart, with an interval, and the cosine of the vectors of both halves.
+
+    Raises:
+        ConfigError: the runs are of different models or hold no such rows, or as `library.write`.
+    """
+    import torch
+
+    model, digest = contrast.model_of([positive, negative])
+    a, b = (contrast.rows_of(run, hook_point, phase=phase, place=place) for run in (positive, negative))
+    found = contrast.separation(a, b, seed=seed)
+    v = contrast.mean_difference(a.x_ND, b.x_ND)
+    return library.write(
+        target.folder,
+        {library.VECTOR: torch.from_numpy(v)},
+        overwrite=target.overwrite,
+        name=target.name,
+        kind="direction",
+        hook_point=hook_point,
+        model=model,
+        model_weight_hash=digest,
+        layer_mean_norm=contrast.mean_norm([a, b]),
+        made_by={
+            "command": "vector make mean-difference",
+            "inputs": {
+                "positive": {**contrast.origin(positive), **a.told()},
+                "negative": {**contrast.origin(negative), **b.told()},
+                "position": place,
+            },
+            "seeds": {"split": seed},
+            "phase": phase,
+        },
+        evidence=found.told(),
+    )
+
+
+def random_control(
+    target: Target,
+    run: Run,
+    hook_point: str,
+    *,
+    seed: int,
+    norm: float | None = None,
+    like: Vector | None = None,
+    rows: int = 20_000,
+) -> Vector:
+    """Write a random direction with the covariance of a run's rows.
+
+    Args:
+        norm: of the vector; None: that of `like`, or the mean norm of the rows.
+        like: the vector that it is a control for.
+        rows: of the run at most, drawn at random.
+
+    Raises:
+        ConfigError: the run holds no such rows, or as `library.write`.
+    """
+    model, digest = contrast.model_of([run])
+    x, told = contrast.sample_rows(run, hook_point, rows=rows, seed=seed)
+    v = random_direction(x, seed=seed)
+    length = norm or (like.card.norm if like is not None else float(told["mean_norm"]))
+    return library.write(
+        target.folder,
+        {library.VECTOR: v / v.norm() * length},
+        overwrite=target.overwrite,
+        name=target.name,
+        kind="direction",
+        hook_point=hook_point,
+        model=model,
+        model_weight_hash=digest,
+        layer_mean_norm=told["mean_norm"],
+        made_by={
+            "command": "vector make random",
+            "inputs": {
+                "rows_of": {**contrast.origin(run), **told},
+                "like": None if like is None else {"name": like.name, "hash": like.hash},
+            },
+            "seeds": {"rows": seed, "direction": seed},
+        },
+        evidence={"control": "a direction drawn from the covariance of the rows; no effect was asked of it"},
+    )
+
+
+def random_direction(x_ND: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """A normal vector with the covariance of the rows, float64 `[d]`: `(x - mean)^T g / sqrt(n - 1)`, g standard
+    normal. The matrix itself is never made."""
+    import torch
+
+    x = x_ND.double()
+    g = torch.randn(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x - x.mean(0)).T @ g / (len(x) - 1) ** 0.5
+
+
+@dataclass(frozen=True)
+class SaeFeature:
+    """One feature of an SAE: its tensors as a library has them, and where it comes from."""
+
+    tensors: Mapping[str, torch.Tensor]
+    hook_point: str
+    model: str
+    origin: Mapping[str, Any]
+
+
+def read_sae_feature(folder: Path, index: int, *, direction: bool = False) -> SaeFeature:
+    """One feature of an SAE in SAELens' format (`cfg.json`, `sae_weights.safetensors`), without reading the others'
+    weights into memory.
+
+    Args:
+        direction: the decoder row alone, whatever the architecture.
+
+    Raises:
+        ConfigError: there is no such feature; or its activation does not follow from its own weights, as with TopK,
+            where all features compete.
+    """
+    import torch
+    from safetensors import safe_open
+
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        architecture, width, size = str(cfg["architecture"]), int(cfg["d_in"]), int(cfg["d_sae"])
+        metadata = cfg.get("metadata") or {}
+        hook_point = str(metadata.get("hook_name") or cfg["hook_name"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"{folder} is no SAE: its cfg.json cannot be used ({type(e).__name__}: {e})",
+            fix="give a folder as SAELens saves it, with cfg.json and sae_weights.safetensors",
+        ) from e
+    if not 0 <= index < size:
+        raise ConfigError(f"{folder} has features 0 to {size - 1}, and no feature {index}")
+    alone = "give `--direction` to take its decoder row alone, which can be added and projected out"
+    if not direction:
+        if architecture not in ("standard", "jumprelu"):
+            raise ConfigError(
+                f"the activation of one feature of a `{architecture}` SAE does not follow from its own weights",
+                fix=f"use a BatchTopK (saved as jumprelu) or standard SAE, or {alone}",
+            )
+        if (normalise := str(cfg.get("normalize_activations", "none"))) != "none":
+            raise ConfigError(
+                f"the SAE divides rows by what it takes from each (`normalize_activations: {normalise}`)",
+                fix=f"fold it into the weights before saving, or {alone}",
+            )
+    path = folder / "sae_weights.safetensors"
+    try:
+        with safe_open(path, framework="pt") as f:
+            if f.get_slice("W_dec").get_shape() != [size, width]:
+                raise ValueError(f"W_dec is {f.get_slice('W_dec').get_shape()}, and cfg.json says {[size, width]}")
+            tensors = {library.VECTOR: f.get_slice("W_dec")[index : index + 1][0]}
+            if not direction:
+                tensors[library.ENCODER] = f.get_slice("W_enc")[:, index : index + 1][:, 0]
+                tensors[library.ENCODER_BIAS] = f.get_slice("b_enc")[index : index + 1][0]
+                threshold = architecture == "jumprelu"
+                tensors[library.THRESHOLD] = (
+                    f.get_slice("threshold")[index : index + 1][0] if threshold else torch.tensor(0.0)
+                )
+                if cfg.get("apply_b_dec_to_input", True):
+                    tensors[library.DECODER_BIAS] = f.get_tensor("b_dec")
+    except Exception as e:  # safetensors' own error has no public base
+        raise ConfigError(f"{path} cannot be used: {e}", fix="save the SAE again") from e
+    origin = {
+        "sae": folder.name,
+        "weights_sha256": journal.sha256(path),
+        "feature": index,
+        "architecture": architecture,
+    }
+    return SaeFeature(tensors, hook_point, str(metadata.get("model_name") or "unknown"), origin)
+
+
+def sae_feature(
+    target: Target, folder: Path, index: int, run: Run, *, direction: bool = False, trust: bool = False
+) -> Vector:
+    """Write a feature of an SAE. `run` has rows of its hook point, of the model that it was trained on: the weights'
+    hash, the layer's mean norm, and the feature's rate and 99th percentile come from there.
+
+    Args:
+        direction: its decoder row alone.
+        trust: take an SAE that does not say which model it is of, or names it otherwise than the run.
+
+    Raises:
+        ConfigError: as `read_sae_feature`; the SAE is of another model; or as `library.write`.
+    """
+    found = read_sae_feature(folder, index, direction=direction)
+    model, digest = contrast.model_of([run])
+    if not trust and found.model != model:
+        raise ConfigError(
+            f"the SAE is of model `{found.model}`, and {run.path} of `{model}`",
+            fix="give a run of the SAE's model; if these are two names of one, `--same-model` says so",
+        )
+    x, told = contrast.sample_rows(run, found.hook_point, rows=200_000, seed=0)
+    evidence: dict[str, Any] = {"rows": told["rows"]}
+    percentile = None
+    if not direction:
+        z = activations(x, found.tensors)
+        active = z[z > 0]
+        evidence |= {"rate": len(active) / len(z)}
+        percentile = float(np.quantile(active, 0.99)) if len(active) else None
+    return library.write(
+        target.folder,
+        found.tensors,
+        overwrite=target.overwrite,
+        name=target.name,
+        kind="direction" if direction else "feature",
+        hook_point=found.hook_point,
+        model=model,
+        model_weight_hash=digest,
+        layer_mean_norm=told["mean_norm"],
+        percentile99=percentile,
+        made_by={
+            "command": "vector make sae-feature",
+            "inputs": {"sae": dict(found.origin), "rows_of": {**contrast.origin(run), **told}},
+            "seeds": {"rows": 0},
+        },
+        evidence=evidence,
+    )
+
+
+def activations(x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+    """Activations `[n]` of a feature: `relu(pre)` where `pre > threshold`, `pre = (x - decoder_bias) @ encoder +
+    encoder_bias` (SAELens 6, `saes/*.py`)."""
+    x = x_ND.double()
+    encoder = tensors[library.ENCODER].double()
+    pre = x @ encoder + tensors[library.ENCODER_BIAS].double()
+    if library.DECODER_BIAS in tensors:
+        pre = pre - tensors[library.DECODER_BIAS].double() @ encoder
+    return np.asarray((pre.clamp(min=0) * (pre > tensors[library.THRESHOLD].double())).numpy())

@@ -1,0 +1,296 @@
+"""The effective interventions of one request: what its `steer` means with the vectors of a library.
+
+`Spec` holds no tensor. It says, for a prompt of a given length, which positions are changed by which vector and by how
+much, and it has two hashes. `id` names the specification, whatever the length of the prompt: the ledger has it.
+`history(prompt_len)` names what was done to the positions of one sequence: entries of the KV cache may be shared by
+requests of one history only. What changes nothing (strength 0) is in neither; order counts within a layer, where each
+operation sees what the one before left.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.steer_ask import Steer
+
+END = (1 << 31) - 1
+"""Past every position: where an interval without an end stops."""
+
+_RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+class Card(Protocol):
+    """What is read of a vector's card (`steering/library.py`)."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def hook_point(self) -> str: ...
+    @property
+    def layer_mean_norm(self) -> float | None: ...
+    @property
+    def percentile99(self) -> float | None: ...
+
+
+class Source(Protocol):
+    """A vector of a library."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def hash(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One intervention, in absolute units."""
+
+    vector: str
+    """Name in the library; the hash counts, the name is for people."""
+    hash: str
+    hook_point: str
+    op: str
+    amount: float
+    """`add`: length in the residual stream; `clamp`, `cap`: activation, or projection on a direction; else a fraction.
+    """
+    gated: bool
+    """Whether it acts only where the feature is active."""
+    prompt: tuple[int, int | None] | None
+    """Window of prompt positions, negative ones from its end; None: none of them."""
+    generation: tuple[int, int | None] | None
+    """Window of steps, from 1; None: none of them."""
+    exclude: tuple[int, ...]
+
+    @property
+    def layer(self) -> int:
+        """Number of the decoder layer after which it acts."""
+        return layer_of(self.hook_point)
+
+    def intervals(self, prompt_len: int) -> list[tuple[int, int]]:
+        """Positions of the sequence that it acts on: ascending half-open intervals that do not touch."""
+        found: list[tuple[int, int]] = []
+        if self.prompt is not None:
+            first, end = (None if p is None else p + prompt_len if p < 0 else p for p in self.prompt)
+            found.append((max(first or 0, 0), prompt_len if end is None else min(max(end, 0), prompt_len)))
+        if self.generation is not None:
+            first, end = self.generation
+            found.append((prompt_len + first - 1, END if end is None else min(prompt_len + end - 1, END)))
+        for p in self.exclude:
+            found = [piece for a, b in found for piece in (((a, p), (p + 1, b)) if a <= p < b else ((a, b),))]
+        joined: list[tuple[int, int]] = []
+        for a, b in found:
+            if a >= b:
+                continue
+            if joined and joined[-1][1] == a:
+                joined[-1] = (joined[-1][0], b)
+            else:
+                joined.append((a, b))
+        return joined
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How the entries of an intervened request are kept apart in the prefix cache."""
+
+    namespace: str | None
+    """Of its own, shared by requests of the same history; None: the ordinary one, and nothing is published."""
+    read_limit: int | None
+    """Positions that it may reuse at most; None: as SGLang decides."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The interventions of one request, layer by layer, in the order in which they act."""
+
+    steps: tuple[Step, ...]
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Name of the specification: 16 hex digits, whatever the vectors are called."""
+        return _hash([_canonical(s) for s in self.steps])[:16]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What `from_json` reads."""
+        return [{"vector": s.vector, **_canonical(s)} for s in self.steps]
+
+    @classmethod
+    def from_json(cls, steps: Sequence[Mapping[str, Any]]) -> Spec:
+        """Read what `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(
+            tuple(
+                Step(
+                    vector=str(s["vector"]),
+                    hash=str(s["hash"]),
+                    hook_point=str(s["hook_point"]),
+                    op=str(s["op"]),
+                    amount=float.fromhex(s["amount"]),
+                    gated=bool(s["gated"]),
+                    prompt=_window(s["prompt"]),
+                    generation=_window(s["generation"]),
+                    exclude=tuple(int(p) for p in s["exclude"]),
+                )
+                for s in steps
+            )
+        )
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (specs are few and live as long as the engine)
+    def schedule(self, prompt_len: int) -> tuple[tuple[Step, tuple[tuple[int, int], ...]], ...]:
+        """Each step with the positions that it acts on; a step that acts on none is left out."""
+        return tuple((s, tuple(where)) for s in self.steps if (where := s.intervals(prompt_len)))
+
+    def onset(self, prompt_len: int) -> int | None:
+        """First position that is changed; None: none. From here on the entries are those of another model."""
+        return min((where[0][0] for _, where in self.schedule(prompt_len)), default=None)
+
+    def history(self, prompt_len: int, end: int = END) -> str:
+        """Hash of what is done to the positions `[0, end)`: equal for sequences that are changed alike."""
+        told = []
+        for step, where in self.schedule(prompt_len):
+            if cut := [[a, min(b, end)] for a, b in where if a < end]:
+                told.append([step.hash, step.hook_point, step.op, step.amount.hex(), step.gated, cut])
+        return _hash(told)
+
+    def isolation(self, prompt_len: int) -> Isolation:
+        """How such a request uses the prefix cache.
+
+        What lies before the onset is anybody's. A late onset, above all that of an intervention on generated tokens
+        alone, reads so much from the ordinary cache and publishes nothing. An early one (in the first half of the
+        prompt) has a namespace, which requests of equal history share from position 0.
+        """
+        onset = self.onset(prompt_len)
+        if onset is None:
+            return Isolation(None, None)
+        if 2 * onset < prompt_len:
+            return Isolation(self.history(prompt_len), None)
+        return Isolation(None, onset)
+
+
+def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str) -> Spec | None:
+    """What a request's interventions are; None where they change nothing.
+
+    Args:
+        where: the key that holds them, for messages.
+
+    Raises:
+        ConfigError: names the entry: a vector that the library does not have, or one that cannot do what is asked.
+    """
+    steps = []
+    for i, entry in enumerate(asked):
+        at = f"{where}[{i}]"
+        if entry.vector not in library:
+            raise ConfigError(f"{at}.vector: `{entry.vector:.100}` is not in the library, which has {_named(library)}")
+        step = _step(entry, library[entry.vector], at)
+        if step.amount or step.op in ("clamp", "cap"):
+            steps.append(step)
+    return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
+
+
+def joined(first: Spec | None, then: Spec | None) -> Spec | None:
+    """Both, the first one's steps before the other's within a layer."""
+    if first is None or then is None:
+        return then if first is None else first
+    return Spec(tuple(sorted((*first.steps, *then.steps), key=lambda s: s.layer)))
+
+
+def layer_of(hook_point: str) -> int:
+    """Number of the layer in `blocks.N.hook_resid_post`.
+
+    Raises:
+        ConfigError: it is another hook point.
+    """
+    found = _RESID_POST.fullmatch(hook_point)
+    if found is None:
+        raise ConfigError(f"`{hook_point}` cannot be intervened on; only `blocks.N.hook_resid_post` can")
+    return int(found[1])
+
+
+_KINDS = {
+    "add": ("direction", "feature"),
+    "project_out": ("direction", "feature"),
+    "ablate_feature": ("feature",),
+    "clamp": ("direction", "feature"),
+    "cap": ("direction", "feature"),
+}
+"""Kinds of vector that an operation is defined for."""
+
+
+def _step(entry: Steer, vector: Source, at: str) -> Step:
+    card = vector.card
+    if entry.op == "splice":
+        raise ConfigError(f"{at}.op: `splice` is not served by an engine; `steering.apply.splice` does it offline")
+    if card.kind not in _KINDS[entry.op]:
+        raise ConfigError(
+            f"{at}.op: `{entry.op}` needs a {' or a '.join(_KINDS[entry.op])}; `{entry.vector}` is a {card.kind}"
+        )
+    if entry.gate is not None and card.kind != "feature":
+        raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
+    amount = entry.fraction if entry.strength is None else float(entry.strength)
+    if entry.op in ("clamp", "cap") and card.kind == "feature" and amount < 0:
+        raise ConfigError(f"{at}.strength: an activation is never below 0 (got {amount:g})")
+    amount *= _unit(entry, card, at)
+    return Step(
+        vector=entry.vector,
+        hash=vector.hash,
+        hook_point=f"blocks.{layer_of(card.hook_point)}.hook_resid_post",
+        op=entry.op,
+        amount=amount + 0.0,  # -0.0 and 0.0 are one
+        gated=entry.gate is not None,
+        prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
+        generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
+        exclude=tuple(sorted(set(entry.exclude))),
+    )
+
+
+def _unit(entry: Steer, card: Card, at: str) -> float:
+    """What a strength of 1 is worth."""
+    if entry.unit == "absolute":
+        return 1.0
+    told = {"mean_norm": card.layer_mean_norm, "p99": card.percentile99}[entry.unit]
+    activation = entry.op in ("clamp", "cap") and card.kind == "feature"
+    if entry.unit == "mean_norm" and activation:
+        raise ConfigError(f"{at}.unit: an activation is not measured in `mean_norm`; use `p99` or `absolute`")
+    if entry.unit == "p99" and card.kind != "feature":
+        raise ConfigError(f"{at}.unit: `p99` is of a feature, and `{entry.vector}` is a {card.kind}")
+    if told is None:
+        raise ConfigError(f"{at}.unit: the card of `{entry.vector}` does not say its `{entry.unit}`")
+    return float(told)
+
+
+def _named(library: Mapping[str, Source]) -> str:
+    names = sorted(library)
+    return ", ".join(f"`{n}`" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
+
+
+def _canonical(step: Step) -> dict[str, Any]:
+    return {
+        "hash": step.hash,
+        "hook_point": step.hook_point,
+        "op": step.op,
+        "amount": step.amount.hex(),
+        "gated": step.gated,
+        "prompt": None if step.prompt is None else list(step.prompt),
+        "generation": None if step.generation is None else list(step.generation),
+        "exclude": list(step.exclude),
+    }
+
+
+def _window(told: Sequence[int | None] | None) -> tuple[int, int | None] | None:
+    if told is None:
+        return None
+    first, end = told
+    return int(first or 0), None if end is None else int(end)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
