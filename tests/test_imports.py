@@ -30,12 +30,13 @@ MAY_IMPORT = {
     "verify": {"run", "stats", *GROUND},
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
+    "sae": {"run", "stats", *GROUND},
     "model": GROUND,
     "engine": {"run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
     "harvest": {"engine", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
-    "studies": {"harvest", "eviction", "attention", "verify", "run", "workload", "axes", "policy", "stats", "report"}
-    | GROUND,
+    "studies": {"harvest", "eviction", "attention", "sae", "verify", "run", "workload", "axes", "policy"}
+    | {"stats", "report", *GROUND},
     "cli": {"studies", "harvest", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
@@ -202,7 +203,7 @@ def test_a_process_of_sglang_without_a_scheduler_is_spared_what_only_recording_n
     assert not {"pandas", "pyarrow", "safetensors", "transformers"} & loaded
 
 
-@pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction"])
+@pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction", "sae"])
 def test_what_a_door_names_is_there(door: str) -> None:
     module = importlib.import_module(door if door == "sglang_probe" else f"sglang_probe.{door}")
     assert module.__all__
@@ -212,7 +213,7 @@ def test_what_a_door_names_is_there(door: str) -> None:
         module.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("door", ["harvest", "run", "attention"])
+@pytest.mark.parametrize("door", ["harvest", "run", "attention", "sae"])
 def test_these_doors_load_nothing(door: str) -> None:
     assert not {"torch", "sglang", "transformers", "pandas", "pyarrow"} & _loads(f"import sglang_probe.{door}")
 
