@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.run import journal
 from sglang_probe.run.run import Run
+from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.steering import contrast, library
 from sglang_probe.steering.contrast import Phase, Place
 from sglang_probe.steering.library import Vector
@@ -144,72 +143,56 @@ class SaeFeature:
     origin: Mapping[str, Any]
 
 
-def read_sae_feature(folder: Path, index: int, *, direction: bool = False) -> SaeFeature:
-    """One feature of an SAE in SAELens' format (`cfg.json`, `sae_weights.safetensors`), without reading the others'
-    weights into memory.
+def read_sae_feature(folder: Path, index: int, *, direction: bool = False, hook_point: str | None = None) -> SaeFeature:
+    """One feature of an SAE.
 
     Args:
         direction: the decoder row alone, whatever the architecture.
+        hook_point: for folders that do not say where the SAE belongs.
 
     Raises:
-        ConfigError: there is no such feature; or its activation does not follow from its own weights, as with TopK,
-            where all features compete.
+        ConfigError: the SAE cannot be read (`sae.folder.read_sae`); there is no such feature; its activation does not
+            follow from its own weights, as with TopK, where all features compete; or no hook point is known.
     """
     import torch
-    from safetensors import safe_open
 
-    try:
-        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-        architecture, width, size = str(cfg["architecture"]), int(cfg["d_in"]), int(cfg["d_sae"])
-        metadata = cfg.get("metadata") or {}
-        hook_point = str(metadata.get("hook_name") or cfg["hook_name"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    sae = read_sae(folder, hook_point=hook_point)
+    if not 0 <= index < sae.latents:
+        raise ConfigError(f"{folder} has features 0 to {sae.latents - 1}, and no feature {index}")
+    if sae.hook_point is None:
+        raise ConfigError(f"{folder} does not say where its rows come from", fix="give `--hook-point`")
+    if not direction and not sae.elementwise:
         raise ConfigError(
-            f"{folder} is no SAE: its cfg.json cannot be used ({type(e).__name__}: {e})",
-            fix="give a folder as SAELens saves it, with cfg.json and sae_weights.safetensors",
-        ) from e
-    if not 0 <= index < size:
-        raise ConfigError(f"{folder} has features 0 to {size - 1}, and no feature {index}")
-    alone = "give `--direction` to take its decoder row alone, which can be added and projected out"
+            f"the activation of one feature of this SAE ({sae.architecture}, rows normalised: {sae.normalize}) does not "
+            "follow from its own weights",
+            fix="use a BatchTopK (saved as jumprelu) or standard SAE, or `--direction` to take the decoder row alone, "
+            "which can be added and projected out",
+        )
+    tensors = {library.VECTOR: sae.W_dec[index]}
     if not direction:
-        if architecture not in ("standard", "jumprelu"):
-            raise ConfigError(
-                f"the activation of one feature of a `{architecture}` SAE does not follow from its own weights",
-                fix=f"use a BatchTopK (saved as jumprelu) or standard SAE, or {alone}",
-            )
-        if (normalise := str(cfg.get("normalize_activations", "none"))) != "none":
-            raise ConfigError(
-                f"the SAE divides rows by what it takes from each (`normalize_activations: {normalise}`)",
-                fix=f"fold it into the weights before saving, or {alone}",
-            )
-    path = folder / "sae_weights.safetensors"
-    try:
-        with safe_open(path, framework="pt") as f:
-            if f.get_slice("W_dec").get_shape() != [size, width]:
-                raise ValueError(f"W_dec is {f.get_slice('W_dec').get_shape()}, and cfg.json says {[size, width]}")
-            tensors = {library.VECTOR: f.get_slice("W_dec")[index : index + 1][0]}
-            if not direction:
-                tensors[library.ENCODER] = f.get_slice("W_enc")[:, index : index + 1][:, 0]
-                tensors[library.ENCODER_BIAS] = f.get_slice("b_enc")[index : index + 1][0]
-                threshold = architecture == "jumprelu"
-                tensors[library.THRESHOLD] = (
-                    f.get_slice("threshold")[index : index + 1][0] if threshold else torch.tensor(0.0)
-                )
-                if cfg.get("apply_b_dec_to_input", True):
-                    tensors[library.DECODER_BIAS] = f.get_tensor("b_dec")
-    except Exception as e:  # safetensors' own error has no public base
-        raise ConfigError(f"{path} cannot be used: {e}", fix="save the SAE again") from e
+        tensors[library.ENCODER] = sae.W_enc[:, index]
+        tensors[library.ENCODER_BIAS] = sae.b_enc[index]
+        tensors[library.THRESHOLD] = torch.tensor(0.0) if sae.threshold is None else sae.threshold[index]
+        if sae.apply_b_dec_to_input:
+            tensors[library.DECODER_BIAS] = sae.b_dec
     origin = {
         "sae": folder.name,
-        "weights_sha256": journal.sha256(path),
+        "weights_sha256": weights_sha256(folder),
         "feature": index,
-        "architecture": architecture,
+        "architecture": sae.architecture,
     }
-    return SaeFeature(tensors, hook_point, str(metadata.get("model_name") or "unknown"), origin)
+    return SaeFeature(tensors, sae.hook_point, str(sae.metadata.get("model_name") or "unknown"), origin)
 
 
 def sae_feature(
-    target: Target, folder: Path, index: int, run: Run, *, direction: bool = False, trust: bool = False
+    target: Target,
+    folder: Path,
+    index: int,
+    run: Run,
+    *,
+    direction: bool = False,
+    trust: bool = False,
+    hook_point: str | None = None,
 ) -> Vector:
     """Write a feature of an SAE. `run` has rows of its hook point, of the model that it was trained on: the weights'
     hash, the layer's mean norm, and the feature's rate and 99th percentile come from there.
@@ -217,11 +200,12 @@ def sae_feature(
     Args:
         direction: its decoder row alone.
         trust: take an SAE that does not say which model it is of, or names it otherwise than the run.
+        hook_point: for folders that do not say where the SAE belongs.
 
     Raises:
         ConfigError: as `read_sae_feature`; the SAE is of another model; or as `library.write`.
     """
-    found = read_sae_feature(folder, index, direction=direction)
+    found = read_sae_feature(folder, index, direction=direction, hook_point=hook_point)
     model, digest = contrast.model_of([run])
     if not trust and found.model != model:
         raise ConfigError(

@@ -243,12 +243,12 @@ def test_a_feature_is_written_with_its_rate_and_percentile(rows_run: MakeRun, tm
 @pytest.mark.parametrize(
     ("cfg", "index", "says"),
     [
-        ({"architecture": "topk"}, 0, "does not follow from its own weights"),
-        ({"normalize_activations": "layer_norm"}, 0, "divides rows"),
+        ({"architecture": "topk", "k": 2}, 0, "does not follow from its own weights"),
+        ({"normalize_activations": "layer_norm"}, 0, "does not follow from its own weights"),
         ({}, 3, "features 0 to 2, and no feature 3"),
         ({}, -1, "no feature -1"),
-        ({"d_sae": 4}, 0, "cannot be used: W_dec is"),
-        ({"metadata": {}}, 0, "cfg.json cannot be used"),
+        ({"metadata": {}}, 0, "does not say where its rows come from"),
+        ({"architecture": "gated"}, 0, "architecture `gated` cannot be read"),
     ],
 )
 def test_a_feature_that_cannot_be_had_is_refused(cfg: dict, index: int, says: str, tmp_path: Path) -> None:
