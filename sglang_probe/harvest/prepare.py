@@ -120,7 +120,7 @@ def prepare(
     rows, points = expanded(config.rows, config.hook_points, model.layers)
     config = config.model_copy(update={"rows": rows, "hook_points": points})
     capture_of(config, model, config.hook_points, servers)
-    library = open_library(config.steer, model)
+    library = open_library(config.steer, model, config.accelerator)
     check_arms(arms, library)
     merged = [{**default_server_args(), **server} for server in servers]
     context = min([model.context_length, *(int(m["context_length"]) for m in merged if m.get("context_length"))])

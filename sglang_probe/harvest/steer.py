@@ -15,7 +15,7 @@ from sglang_probe.steering.library import Library, weight_hash
 from sglang_probe.steering.spec import spec_of
 
 
-def open_library(config: SteerConfig | None, model: Model) -> Library | None:
+def open_library(config: SteerConfig | None, model: Model, accelerator: str = "refused") -> Library | None:
     """The library of a recording; None: it has none.
 
     Raises:
@@ -24,10 +24,12 @@ def open_library(config: SteerConfig | None, model: Model) -> Library | None:
     """
     if config is None:
         return None
-    if accelerator_present():
+    if accelerator_present() and accelerator != "unproved":
         raise UnsupportedError(
-            "interventions on an accelerator are not proved: they are not recorded into graphs yet",
-            fix="set `server: {device: cpu}`, or leave `steer` out",
+            "interventions on an accelerator have been shown on none: they are recorded into its graphs, and a replay "
+            "was simulated on a CPU",
+            fix="set `server: {device: cpu}`; or `accelerator: unproved`, and compare with `sglang-probe verify "
+            "--transformers 8 --library FOLDER`",
         )
     library = Library.open(config.library)
     library.check(

@@ -29,6 +29,9 @@ class SteerConfig(Config):
     """Folder of vectors (`sglang-probe vector`). The layers of their hook points are those that can be changed."""
     deployment: tuple[Steer, ...] = Field(default=(), max_length=MOST)
     """Interventions on every request, before its own ones. Of all positions: they have no `phases` and no windows."""
+    passes: int = Field(default=2, ge=1, le=MOST)
+    """Where interventions are recorded into graphs (`accelerator`): how many a layer makes of one request at most. Each
+    costs a gather and a few products a row, used or not."""
     hash: str | None = None
     """Hash of the library, if it must be this one; set by `sglang-probe harvest`."""
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,12 @@ from tests.end_to_end.steering import POINTS, make_library
 SAME = 1e-4
 """Largest relative error of a row that is the same but for rounding."""
 _NEW = 10
-_SERVER = {"chunked_prefill_size": 32, "enable_mixed_chunk": True, "max_running_requests": 6, "max_total_tokens": 2048}
+_SERVER = {
+    "chunked_prefill_size": 32,
+    "enable_mixed_chunk": True,
+    "max_running_requests": 6,
+    "max_total_tokens": 1024,  # entries are evicted
+}
 
 
 @dataclass
@@ -62,6 +68,9 @@ class Outcome:
 
 def traffic(rng: random.Random, count: int) -> list[Request]:
     """Prompts that are prefixes of each other's, or branch off, with and without interventions."""
+    # Of all positions, so that requests share what they left; and others, which share with few.
+    everywhere = [[{"vector": "up", "strength": 30}], [{"vector": "late", "op": "project_out"}]]
+    pool = [*everywhere, *everywhere, *(steer(rng, 60) for _ in range(2))]
     roots = [[rng.randrange(10, 3000) for _ in range(rng.randrange(30, 110))] for _ in range(3)]
     requests = []
     for i in range(count):
@@ -69,7 +78,8 @@ def traffic(rng: random.Random, count: int) -> list[Request]:
         ids = root[: rng.randrange(len(root) // 2, len(root) + 1)]
         if rng.random() < 0.5:
             ids = ids + [rng.randrange(10, 3000) for _ in range(rng.randrange(1, 12))]
-        requests.append(request(i, f"a{i}", ids, steer(rng, len(ids)) if rng.random() < 0.6 else []))
+        entries = rng.choice([*[[]] * 5, *pool, steer(rng, len(ids))])
+        requests.append(request(i, f"a{i}", ids, entries))
     return requests
 
 
@@ -80,7 +90,7 @@ def turns(rng: random.Random, first: Sequence[Request], outputs: Mapping[str, Se
     for i, r in enumerate(chosen):
         ids = [*r.prompt_ids, *map(int, outputs[r.rid]), *(rng.randrange(10, 3000) for _ in range(rng.randrange(4)))]
         same = r.sampling_params.get("custom_params", {}).get("probe", {}).get("steer", [])
-        entries = rng.choice([[], [], same, steer(rng, len(ids))])
+        entries = rng.choice([[], same, same, steer(rng, len(ids))])
         requests.append(request(len(first) + i, f"b{i}", ids, entries))
     return requests
 
@@ -146,7 +156,7 @@ def attack(folder: Path, host: EngineHost, *, seed: int, requests: int) -> Outco
     second = turns(rng, first, alone.requests().set_index("rid")["output_ids"])
     second = [r for r in second if len(r.prompt_ids) + _NEW < 250]
     again = record([RunSpec("alone second", second, off)], one, runs, host=host)["alone second"]
-    # First turns come first, so that there is something to take wrongly.
+    # First turns come first, so that there is something to take, rightly and wrongly.
     everybody = [*first, *second]
     together = record([RunSpec("together", everybody, Arm())], many, runs, host=host)["together"]
     return compare(together, [alone, again])
@@ -197,11 +207,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.sabotage:
         plugin = Path(__file__).parent / "plugin"
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")])
+        sys.path.insert(0, str(plugin))  # processes that are started have it too
         os.environ["SLOT_ORACLE_SABOTAGE"] = options.sabotage
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["SLOT_ORACLE"] = str(folder / "oracle")
+        if options.seed % 2:
+            os.environ["SGLANG_TEST_RETRACT"] = "1"  # now and then everything is retracted
         make_library(folder / "library")
         with EngineHost() as host:
             outcome = attack(folder, host, seed=options.seed, requests=options.requests)

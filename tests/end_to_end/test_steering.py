@@ -158,7 +158,9 @@ def test_step_k_changes_the_row_of_the_k_th_generated_token_and_no_earlier_one(r
         plain, other = (
             run.activations(rid, POINTS[1], intervened=True)[len(PROMPT) :][: NEW - 1] for rid in ("plain again", name)
         )
-        assert (plain[: step - 1] == other[: step - 1]).all()
+        # Not to the bit: the plain one attends to the tree's entry of position 99, the private one to its own.
+        if step > 1:
+            assert _error(plain[: step - 1], other[: step - 1]) < 1e-5
         assert _error(plain[step - 1 : step], other[step - 1 : step]) > 0.1
 
 
@@ -221,7 +223,7 @@ def test_unknown_names_are_refused_at_preparation_and_by_the_engine_with_the_key
 
 
 def test_random_traffic_computes_together_what_it_computes_alone(folder: Path, host: EngineHost) -> None:
-    outcome = attack(folder, host, seed=1, requests=24)
+    outcome = attack(folder, host, seed=1, requests=36)
     assert_isolated(outcome)
 
 

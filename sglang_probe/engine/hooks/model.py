@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Forward
+from sglang_probe.engine.hooks.instruments.steer import Steering
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -26,10 +27,18 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     """AROUND `ModelRunner.forward`."""
     if runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
+    _load(forward_batch)
     at_hand = _before(runner, forward_batch)
     output = original(runner, forward_batch, *args, **kwargs)
     _after(at_hand, output)
     return output
+
+
+def _load(forward_batch: Any) -> None:
+    """Interventions that are part of graphs; also of a forward that nobody records."""
+    steering = None if guard.session is None else guard.session.of(Steering)
+    if steering is not None:
+        steering.load(len(forward_batch.input_ids))
 
 
 @guard.guarded

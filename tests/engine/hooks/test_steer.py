@@ -70,11 +70,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def attached(monkeypatch: pytest.MonkeyPatch, library: Path, **steer: Any) -> tuple[Steering, list[Layer]]:
+def attached(
+    monkeypatch: pytest.MonkeyPatch, library: Path, accelerator: str = "refused", **steer: Any
+) -> tuple[Steering, list[Layer]]:
     """The instrument on a model of four layers."""
     config = EngineProbeConfig.model_validate(
-        {"run": "run", "asks": ["steer"], "steer": {"library": str(library), **steer}}
+        {
+            "run": "run",
+            "asks": ["steer"],
+            "accelerator": accelerator,
+            "steer": {"library": str(library), **steer},
+        }
     )
+    monkeypatch.setattr(module, "graph_rows", lambda: 4)
     session = make_session(monkeypatch, config)
     steering = session.of(Steering)
     assert steering is not None
@@ -256,3 +264,28 @@ def test_if_the_recording_stops_requests_go_on_as_they_were_asked(
     assert torch.allclose(changed.residual.norm(dim=1), torch.full((PROMPT,), 6.0), rtol=1e-4)
     assert steering.passes == {}
     assert "the recording has stopped" in str(admitted(steer=[UP]).refused)
+
+
+def test_what_is_recorded_into_graphs_changes_the_same_bits(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    found = []
+    for accelerator in ("refused", "unproved"):
+        steering, layers = attached(monkeypatch, library, accelerator=accelerator)
+        torch.manual_seed(0)
+        residual, output = torch.randn(3, WIDTH).bfloat16(), torch.randn(3, WIDTH).bfloat16()
+        reqs = [admitted(), admitted(steer=[UP, {"vector": "up", "op": "cap", "strength": 1}]), admitted(steer=[UP])]
+        steering.launch(reqs, [Ask()] * 3, plan([PROMPT] * 3, [PROMPT + 1] * 3))
+        steering.load(3)
+        layers[1](output, forward_batch=SimpleNamespace(residual=residual, forward_mode=None))
+        found.append(residual)
+        steering.launched()
+        steering.load(3)  # a forward of no request: the same operations, and nothing changes
+        before = residual.clone()
+        layers[1](output, forward_batch=SimpleNamespace(residual=residual, forward_mode=None))
+        assert torch.equal(residual, before)
+    assert torch.equal(*found)
+
+
+def test_more_interventions_than_graphs_have_passes_are_refused(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    attached(monkeypatch, library, accelerator="unproved", passes=1)
+    assert "2 interventions after layer 1, and the engine's graphs have 1" in str(admitted(steer=[UP, UP]).refused)
+    assert admitted(steer=[UP, {"vector": "late", "strength": 1}]).refused is None

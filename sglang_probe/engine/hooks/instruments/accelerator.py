@@ -159,20 +159,30 @@ def make_taps(
 
     A larger forward is not replayed; the taps give it memory of its own.
     """
+    taps = GraphTaps(
+        columns,
+        capacity=graph_rows(),
+        device=runner.device,
+        parts=parts,
+        weights=weights,
+        recording=recording_on(runner),
+    )
+    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
+    return taps
+
+
+def graph_rows() -> int:
+    """Rows of the largest shape that will be captured, rounded up."""
     from sglang.srt.runtime_context import get_exec
 
     config = get_exec().graph.cuda_graph_config
     sizes = [bs for phase in (config.decode, config.prefill) if phase.backend != "disabled" for bs in phase.bs or ()]
-    taps = GraphTaps(
-        columns,
-        capacity=-(-max(sizes, default=1) // _ROUND) * _ROUND,
-        device=runner.device,
-        parts=parts,
-        weights=weights,
-        recording=_recording if runner.device == "cuda" else lambda: False,
-    )
-    logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
-    return taps
+    return -(-max(sizes, default=1) // _ROUND) * _ROUND
+
+
+def recording_on(runner: Any) -> Callable[[], bool]:
+    """Whether the running operations are being recorded into a graph."""
+    return _recording if runner.device == "cuda" else lambda: False
 
 
 def _width(hook_point: str, hidden: int, heads: dict[str, list[int]]) -> int:

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
+from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
@@ -92,6 +94,8 @@ class Steering(Instrument):
         self._library: Library | None = None
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
+        self._graph: GraphSteering | None = None
+        """Set where interventions are part of recorded graphs."""
         self._salt = ""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
@@ -103,11 +107,7 @@ class Steering(Instrument):
     def attach(self, runner: Any) -> None:
         from sglang_probe.steering.apply import Bank, parts_of
 
-        if runner.device != "cpu":
-            raise UnsupportedError(
-                f"interventions on `{runner.device}` are not proved: they are not recorded into graphs yet",
-                fix="remove `steer`, or serve on the CPU reference platform",
-            )
+        check_device(runner.device, self.config.accelerator)
         if self._given.deployment and guard.active().tp_size > 1:
             raise UnsupportedError("a `deployment` under tensor parallelism would be carried out by one rank alone")
         check_architecture(type(runner.model).__name__)
@@ -128,7 +128,10 @@ class Steering(Instrument):
         spec_of(self._given.deployment, library, where="steer.deployment")  # refuses what it cannot do
         self._numbers = {v.hash: i + 1 for i, v in enumerate(usable)}
         self._bank = Bank.of([parts_of(v.tensors) for v in usable], device=runner.device)
-        for layer in sorted({layer_of(v.card.hook_point) for v in usable}):
+        changed = sorted({layer_of(v.card.hook_point) for v in usable})
+        if self.config.accelerator == "unproved":
+            self._graph = graph_steering(runner, self._bank, changed, self._given.passes)
+        for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
     def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
@@ -147,6 +150,8 @@ class Steering(Instrument):
         onset = None if spec is None else spec.onset(prompt_len)
         if spec is None or onset is None:
             return
+        if self._graph is not None:
+            _refuse_more(spec, self._graph.passes)
         isolation = spec.isolation(prompt_len)
         if of_all is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
@@ -176,6 +181,15 @@ class Steering(Instrument):
                 starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
             )
 
+    def load(self, tokens: int) -> None:
+        """The coming forward has so many rows: fill what graphs read, on the forward's stream."""
+        if self._graph is None:
+            return
+        try:
+            self._graph.load(self.passes, tokens)
+        except Exception as e:
+            self._stop(e)
+
     def launched(self) -> None:
         self.over()
 
@@ -195,10 +209,13 @@ class Steering(Instrument):
         from sglang_probe.steering.apply import add_rows, changes
 
         assert self._bank is not None
-        passes = self.passes[layer]
         forward_batch = _forward_batch(args, kwargs)
         x_ND: torch.Tensor = release().residual(forward_batch, output)
         to_ND: torch.Tensor = release().changeable_residual(forward_batch, output)
+        if self._graph is not None:
+            self._graph.apply(layer, x_ND, to_ND)
+            return
+        passes = self.passes[layer]
         last = max(int(p.row.max()) for p in passes)
         if last >= len(x_ND):
             raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
@@ -220,8 +237,41 @@ class Steering(Instrument):
     def library(self) -> tuple[str, str] | None:
         return None if self._library is None else ("steer", self._library.hash)
 
+    def acts(self, layer: int) -> bool:
+        """Whether a layer has anything to do in this forward. What is recorded into graphs always does the same."""
+        return self._graph is not None or layer in self.passes
+
+    def _stop(self, error: Exception) -> None:
+        self.broken(error)
+        if guard.session is not None and guard.session.recorder is not None:
+            guard.session.fail("steering", error)
+        else:
+            logger.exception("sglang-probe could not intervene", exc_info=error)
+
     def facts(self) -> dict[str, Any]:
         return {"steer": None if self._library is None else told(self._given, self._library)}
+
+
+def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int) -> GraphSteering:
+    """Buffers with room for the largest shape that will be captured."""
+    return GraphSteering(
+        bank, layers, passes=passes, capacity=graph_rows(), device=runner.device, recording=recording_on(runner)
+    )
+
+
+def _refuse_more(spec: Spec, passes: int) -> None:
+    """Refuse a specification that a layer has more steps of than were recorded.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    layers = [s.layer for s in spec.steps]
+    more = next((layer for layer in layers if layers.count(layer) > passes), None)
+    if more is not None:
+        raise ConfigError(
+            f"{WHERE}.steer: {layers.count(more)} interventions after layer {more}, and the engine's graphs have "
+            f"{passes} (`steer: {{passes: ...}}` of the server)"
+        )
 
 
 def steered_of(req: Any) -> Steered | None:
@@ -232,16 +282,12 @@ def steered_of(req: Any) -> Steered | None:
 
 def _layer_hook(steering: Steering, layer: int) -> Callable[..., None]:
     def intervene(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if layer not in steering.passes:
+        if not steering.acts(layer):
             return
         try:
             steering.change(layer, args, kwargs, output)
         except Exception as e:
-            steering.broken(e)
-            if guard.session is not None and guard.session.recorder is not None:
-                guard.session.fail("steering", e)
-            else:
-                logger.exception("sglang-probe could not intervene")
+            steering._stop(e)
 
     return intervene
 
