@@ -91,7 +91,7 @@ def random_control(
 
     Args:
         norm: of the vector; None: that of `like`, or the mean norm of the rows.
-        like: the vector that it is a control for.
+        like: the vector that it is a control for, whose norm and whose unit `mean_norm` it gets.
         rows: of the run at most, drawn at random.
 
     Raises:
@@ -100,7 +100,10 @@ def random_control(
     model, digest = contrast.model_of([run])
     x, told = contrast.sample_rows(run, hook_point, rows=rows, seed=seed)
     v = random_direction(x, seed=seed)
-    length = norm or (like.card.norm if like is not None else float(told["mean_norm"]))
+    unit = float(told["mean_norm"])
+    length = norm or unit
+    if like is not None:  # in the same units, so that equal strengths are equal doses
+        length, unit = like.card.norm, like.card.layer_mean_norm or unit
     return library.write(
         target.folder,
         {library.VECTOR: v / v.norm() * length},
@@ -110,7 +113,7 @@ def random_control(
         hook_point=hook_point,
         model=model,
         model_weight_hash=digest,
-        layer_mean_norm=told["mean_norm"],
+        layer_mean_norm=unit,
         made_by={
             "command": "vector make random",
             "inputs": {
@@ -163,8 +166,8 @@ def read_sae_feature(folder: Path, index: int, *, direction: bool = False, hook_
         raise ConfigError(f"{folder} does not say where its rows come from", fix="give `--hook-point`")
     if not direction and not sae.elementwise:
         raise ConfigError(
-            f"the activation of one feature of this SAE ({sae.architecture}, rows normalised: {sae.normalize}) does not "
-            "follow from its own weights",
+            f"the activation of one feature of this SAE ({sae.architecture}, rows normalised: {sae.normalize}) does "
+            "not follow from its own weights",
             fix="use a BatchTopK (saved as jumprelu) or standard SAE, or `--direction` to take the decoder row alone, "
             "which can be added and projected out",
         )
@@ -207,7 +210,7 @@ def sae_feature(
     """
     found = read_sae_feature(folder, index, direction=direction, hook_point=hook_point)
     model, digest = contrast.model_of([run])
-    if not trust and found.model != model:
+    if not trust and contrast.without_path(found.model) != model:
         raise ConfigError(
             f"the SAE is of model `{found.model}`, and {run.path} of `{model}`",
             fix="give a run of the SAE's model; if these are two names of one, `--same-model` says so",
