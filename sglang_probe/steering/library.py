@@ -9,8 +9,8 @@ Each vector is two files. `NAME.safetensors` holds its tensors, all float32:
     decoder_bias  [d]   feature: what the SAE takes from a row before it encodes it; absent: nothing
 
 `NAME.json` is its card (`card.Card`): where it belongs, how it was made, what is known of its effect, and the SHA-256
-of the tensors. A folder is read as a whole, when a server starts: a request can only name what is in memory then. Clients
-never send tensors, paths or code.
+of the tensors. A folder is read as a whole, when a server starts: a request can only name what is in memory then.
+Clients never send tensors, paths or code.
 """
 
 from __future__ import annotations
