@@ -68,9 +68,10 @@ class Outcome:
 
 def traffic(rng: random.Random, count: int) -> list[Request]:
     """Prompts that are prefixes of each other's, or branch off, with and without interventions."""
-    # Of all positions, so that requests share what they left; and others, which share with few.
-    everywhere = [[{"vector": "up", "strength": 30}], [{"vector": "late", "op": "project_out"}]]
-    pool = [*everywhere, *everywhere, *(steer(rng, 60) for _ in range(2))]
+    # Of all positions, so that requests share what they left; with a late onset; and others, which share with few.
+    up = {"vector": "up", "strength": 30}
+    pool = [[up], [{"vector": "late", "op": "project_out"}], [{**up, "phases": ["decode"]}]]
+    pool += [[{**up, "prompt_window": [-20, None]}], *(steer(rng, 60) for _ in range(2))]
     roots = [[rng.randrange(10, 3000) for _ in range(rng.randrange(30, 110))] for _ in range(3)]
     requests = []
     for i in range(count):
