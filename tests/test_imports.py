@@ -27,17 +27,18 @@ MAY_IMPORT = {
     "axes": GROUND,
     "workload": {"axes", *GROUND},
     "run": GROUND,
-    "steering": {"run", "stats", *GROUND},
+    "steering": {"sae", "run", "stats", *GROUND},
     "verify": {"steering", "run", "stats", *GROUND},
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
+    "sae": {"run", "stats", *GROUND},
     "model": GROUND,
     "engine": {"steering", "run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
     "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
-    "studies": {"harvest", "eviction", "attention", "verify", "run", "workload", "axes", "policy", "stats", "report"}
-    | GROUND,
-    "cli": {"studies", "harvest", "steering", "workload", "model", "verify", "engine", "run", "report", *GROUND},
+    "studies": {"harvest", "eviction", "attention", "sae", "verify", "run", "workload", "axes", "policy"}
+    | {"stats", "report", *GROUND},
+    "cli": {"studies", "harvest", "steering", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }
@@ -203,7 +204,7 @@ def test_a_process_of_sglang_without_a_scheduler_is_spared_what_only_recording_n
     assert not {"pandas", "pyarrow", "safetensors", "transformers"} & loaded
 
 
-@pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction"])
+@pytest.mark.parametrize("door", ["sglang_probe", "harvest", "run", "attention", "eviction", "sae"])
 def test_what_a_door_names_is_there(door: str) -> None:
     module = importlib.import_module(door if door == "sglang_probe" else f"sglang_probe.{door}")
     assert module.__all__
@@ -213,7 +214,7 @@ def test_what_a_door_names_is_there(door: str) -> None:
         module.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("door", ["harvest", "run", "attention"])
+@pytest.mark.parametrize("door", ["harvest", "run", "attention", "sae"])
 def test_these_doors_load_nothing(door: str) -> None:
     assert not {"torch", "sglang", "transformers", "pandas", "pyarrow"} & _loads(f"import sglang_probe.{door}")
 

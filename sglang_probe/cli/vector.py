@@ -144,7 +144,7 @@ def probe(
 def sae_feature(
     name: Name,
     library: InLibrary,
-    sae: Annotated[Path, typer.Option(help="Folder of an SAE: `cfg.json` and `sae_weights.safetensors`.")],
+    sae: Annotated[Path, typer.Option(help="Folder of an SAE, as SAELens or Gemma Scope have it.")],
     feature: Annotated[int, typer.Option(help="Its number, from 0.")],
     run: Annotated[Path, typer.Option(help="A run with rows of the SAE's hook point, of the SAE's model.")],
     direction: Annotated[
@@ -156,6 +156,9 @@ def sae_feature(
     same_model: Annotated[
         bool, typer.Option("--same-model", help="The run is of the SAE's model, although the names differ.")
     ] = False,
+    hook_point: Annotated[
+        str | None, typer.Option(help="`blocks.<layer>.hook_resid_post`, for folders that do not say (Gemma Scope).")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -171,8 +174,13 @@ def sae_feature(
     from sglang_probe.run.run import load_run
     from sglang_probe.steering import make as making
 
-    target = _target(library, name, None, overwrite)
-    _show(making.sae_feature(target, sae, feature, load_run(run), direction=direction, trust=same_model), as_json)
+    target = _target(library, name, hook_point, overwrite)
+    _show(
+        making.sae_feature(
+            target, sae, feature, load_run(run), direction=direction, trust=same_model, hook_point=hook_point
+        ),
+        as_json,
+    )
 
 
 @make.command("random")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -278,6 +279,12 @@ def origin(run: Run) -> dict[str, Any]:
     return {"run": run.manifest.get("name", run.path.name), "manifest_sha256": journal.sha256(run.path / MANIFEST)}
 
 
+def without_path(model: str) -> str:
+    """Name of a model; of one that was named by its folder, the folder's own: clients read cards, and where the model
+    lies is none of their business."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model
+
+
 def model_of(runs: Sequence[Run]) -> tuple[str, str]:
     """Name and weight hash of the model that all these runs are of.
 
@@ -297,7 +304,7 @@ def model_of(runs: Sequence[Run]) -> tuple[str, str]:
         weights = run.forwards()["weights"].dropna()
         if len(weights) and weights.max() > 0:
             raise ConfigError(f"the weights were updated while {run.path} was recorded", fix="record it again")
-        found[digest] = str(model.get("name"))
+        found[digest] = without_path(str(model.get("name")))
     if len(found) != 1:
         raise ConfigError(f"the runs are of {len(found)} models: {', '.join(found.values())}", fix="give runs of one")
     return next((name, digest) for digest, name in found.items())

@@ -8,9 +8,9 @@ Each vector is two files. `NAME.safetensors` holds its tensors, all float32:
     threshold     []    feature: pre-activations up to it count as zero; probe: a row fires above it
     decoder_bias  [d]   feature: what the SAE takes from a row before it encodes it; absent: nothing
 
-`NAME.json` is its card (`Card`): where it belongs, how it was made, what is known of its effect, and the SHA-256 of the
-tensors. A folder is read as a whole, when a server starts or is told to: a request can only name what is in memory
-then. Clients never send tensors, paths or code.
+`NAME.json` is its card (`card.Card`): where it belongs, how it was made, what is known of its effect, and the SHA-256
+of the tensors. A folder is read as a whole, when a server starts: a request can only name what is in memory then.
+Clients never send tensors, paths or code.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, Field, PositiveInt
-
-from sglang_probe.config import Config, nearest, parse_config
+from sglang_probe.config import nearest, parse_config
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
-from sglang_probe.run.hook_points import RESID_POST, parse_hook_point
 from sglang_probe.run.lock import hold
+from sglang_probe.steering.card import NAME, Card, residual_point, vector_name
+from sglang_probe.steering.card import MadeBy as MadeBy  # whoever writes needs it
 
 if TYPE_CHECKING:
     import torch
@@ -47,89 +45,9 @@ TENSORS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 
 SUFFIXES = (".safetensors", ".json")
 _SCALARS = {ENCODER_BIAS, THRESHOLD}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_DIGEST = re.compile("[0-9a-f]{64}")
 _MOST_CARD_BYTES = 1 << 20
 _NORM_TOLERANCE = 1e-5
 """Relative: norms in cards are of float32 tensors, summed in float64."""
-
-
-def _vector_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or name.endswith((".json", ".safetensors")):
-        raise ValueError(
-            f"{name!r} is no name of a vector: letters, digits, `.`, `_`, `-`, at most 100, the first a letter or digit"
-        )
-    return name
-
-
-def _digest(text: str) -> str:
-    if not _DIGEST.fullmatch(text):
-        raise ValueError(f"{text!r} is no SHA-256 in hexadecimal")
-    return text
-
-
-def _residual(name: str) -> str:
-    try:
-        point = parse_hook_point(name)
-    except ConfigError as e:
-        raise ValueError(str(e)) from None
-    if point.site != RESID_POST:
-        raise ValueError(f"`{name}` is not in the residual stream after a layer: give `blocks.<layer>.{RESID_POST}`")
-    return name
-
-
-VectorName = Annotated[str, AfterValidator(_vector_name)]
-Digest = Annotated[str, AfterValidator(_digest)]
-
-
-class MadeBy(Config):
-    """How an entry was made, so that it can be made again."""
-
-    command: str
-    """The command, e.g. `vector make mean-difference`."""
-    inputs: dict[str, Any] = Field(default_factory=dict)
-    """What it read: run directories with the hash of their manifests, SAE folders with the hash of their weights."""
-    seeds: dict[str, int] = Field(default_factory=dict)
-    """Seeds by what was drawn."""
-    phase: Literal["prefill", "decode"] | None = None
-    """Rows of which phase it was made from."""
-
-
-class Card(Config):
-    """What is known of one entry of a library."""
-
-    name: VectorName
-    """Its name, which is that of its files."""
-    kind: Literal["direction", "feature", "probe"]
-    """`direction`: to add or project out. `feature`: of an SAE, to clamp, cap or ablate as well. `probe`: to score rows
-    and open gates."""
-    hook_point: Annotated[str, AfterValidator(_residual)]
-    """Where its rows are: `blocks.<layer>.hook_resid_post`."""
-    width: PositiveInt
-    """d, the width of the residual stream."""
-    model: str
-    """Name of the model, for people."""
-    model_weight_hash: Digest | None
-    """`weight_hash` of the model whose rows made it; None: unknown, and then no engine takes it."""
-    norm: float = Field(gt=0, allow_inf_nan=False)
-    """Euclidean norm of `vector`."""
-    layer_mean_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Mean norm of the rows at the hook point, sinks left out: the unit `mean_norm` of strengths."""
-    percentile99: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Of a feature: 99th percentile of its activation on the rows on which it is active: the unit `p99`."""
-    made_by: MadeBy
-    """How it was made."""
-    evidence: dict[str, Any] = Field(default_factory=dict)
-    """What was measured of it, with intervals."""
-    sha256: Digest
-    """Of the file of tensors."""
-
-    @property
-    def layer(self) -> int:
-        """The layer after which the hook point is."""
-        layer = parse_hook_point(self.hook_point).layer
-        assert layer is not None  # `_residual`
-        return layer
 
 
 @dataclass(frozen=True)
@@ -332,9 +250,9 @@ def refuse_soon(folder: str | Path, name: str, hook_point: str | None, *, overwr
         ConfigError: the name is none, it is taken, or the hook point is not in the residual stream.
     """
     try:
-        _vector_name(name)
+        vector_name(name)
         if hook_point is not None:
-            _residual(hook_point)
+            residual_point(hook_point)
     except ValueError as e:
         raise ConfigError(str(e)) from None
     if not overwrite and any((Path(folder) / f"{name}{suffix}").exists() for suffix in SUFFIXES):
@@ -364,7 +282,7 @@ def _names(folder: Path) -> list[str]:
             fix="delete it, or make the vector again",
         )
     for name in sorted(cards):
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ConfigError(f"{folder / (name + '.json')}: `{name}` is no name of a vector", fix="rename both files")
     return sorted(cards)
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.run import journal
 from sglang_probe.run.run import Run
+from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.steering import contrast, library
 from sglang_probe.steering.contrast import Phase, Place
 from sglang_probe.steering.library import Vector
@@ -92,7 +91,7 @@ def random_control(
 
     Args:
         norm: of the vector; None: that of `like`, or the mean norm of the rows.
-        like: the vector that it is a control for.
+        like: the vector that it is a control for, whose norm and whose unit `mean_norm` it gets.
         rows: of the run at most, drawn at random.
 
     Raises:
@@ -101,7 +100,10 @@ def random_control(
     model, digest = contrast.model_of([run])
     x, told = contrast.sample_rows(run, hook_point, rows=rows, seed=seed)
     v = random_direction(x, seed=seed)
-    length = norm or (like.card.norm if like is not None else float(told["mean_norm"]))
+    unit = float(told["mean_norm"])
+    length = norm or unit
+    if like is not None:  # in the same units, so that equal strengths are equal doses
+        length, unit = like.card.norm, like.card.layer_mean_norm or unit
     return library.write(
         target.folder,
         {library.VECTOR: v / v.norm() * length},
@@ -111,7 +113,7 @@ def random_control(
         hook_point=hook_point,
         model=model,
         model_weight_hash=digest,
-        layer_mean_norm=told["mean_norm"],
+        layer_mean_norm=unit,
         made_by={
             "command": "vector make random",
             "inputs": {
@@ -144,72 +146,56 @@ class SaeFeature:
     origin: Mapping[str, Any]
 
 
-def read_sae_feature(folder: Path, index: int, *, direction: bool = False) -> SaeFeature:
-    """One feature of an SAE in SAELens' format (`cfg.json`, `sae_weights.safetensors`), without reading the others'
-    weights into memory.
+def read_sae_feature(folder: Path, index: int, *, direction: bool = False, hook_point: str | None = None) -> SaeFeature:
+    """One feature of an SAE.
 
     Args:
         direction: the decoder row alone, whatever the architecture.
+        hook_point: for folders that do not say where the SAE belongs.
 
     Raises:
-        ConfigError: there is no such feature; or its activation does not follow from its own weights, as with TopK,
-            where all features compete.
+        ConfigError: the SAE cannot be read (`sae.folder.read_sae`); there is no such feature; its activation does not
+            follow from its own weights, as with TopK, where all features compete; or no hook point is known.
     """
     import torch
-    from safetensors import safe_open
 
-    try:
-        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-        architecture, width, size = str(cfg["architecture"]), int(cfg["d_in"]), int(cfg["d_sae"])
-        metadata = cfg.get("metadata") or {}
-        hook_point = str(metadata.get("hook_name") or cfg["hook_name"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    sae = read_sae(folder, hook_point=hook_point)
+    if not 0 <= index < sae.latents:
+        raise ConfigError(f"{folder} has features 0 to {sae.latents - 1}, and no feature {index}")
+    if sae.hook_point is None:
+        raise ConfigError(f"{folder} does not say where its rows come from", fix="give `--hook-point`")
+    if not direction and not sae.elementwise:
         raise ConfigError(
-            f"{folder} is no SAE: its cfg.json cannot be used ({type(e).__name__}: {e})",
-            fix="give a folder as SAELens saves it, with cfg.json and sae_weights.safetensors",
-        ) from e
-    if not 0 <= index < size:
-        raise ConfigError(f"{folder} has features 0 to {size - 1}, and no feature {index}")
-    alone = "give `--direction` to take its decoder row alone, which can be added and projected out"
+            f"the activation of one feature of this SAE ({sae.architecture}, rows normalised: {sae.normalize}) does "
+            "not follow from its own weights",
+            fix="use a BatchTopK (saved as jumprelu) or standard SAE, or `--direction` to take the decoder row alone, "
+            "which can be added and projected out",
+        )
+    tensors = {library.VECTOR: sae.W_dec[index]}
     if not direction:
-        if architecture not in ("standard", "jumprelu"):
-            raise ConfigError(
-                f"the activation of one feature of a `{architecture}` SAE does not follow from its own weights",
-                fix=f"use a BatchTopK (saved as jumprelu) or standard SAE, or {alone}",
-            )
-        if (normalise := str(cfg.get("normalize_activations", "none"))) != "none":
-            raise ConfigError(
-                f"the SAE divides rows by what it takes from each (`normalize_activations: {normalise}`)",
-                fix=f"fold it into the weights before saving, or {alone}",
-            )
-    path = folder / "sae_weights.safetensors"
-    try:
-        with safe_open(path, framework="pt") as f:
-            if f.get_slice("W_dec").get_shape() != [size, width]:
-                raise ValueError(f"W_dec is {f.get_slice('W_dec').get_shape()}, and cfg.json says {[size, width]}")
-            tensors = {library.VECTOR: f.get_slice("W_dec")[index : index + 1][0]}
-            if not direction:
-                tensors[library.ENCODER] = f.get_slice("W_enc")[:, index : index + 1][:, 0]
-                tensors[library.ENCODER_BIAS] = f.get_slice("b_enc")[index : index + 1][0]
-                threshold = architecture == "jumprelu"
-                tensors[library.THRESHOLD] = (
-                    f.get_slice("threshold")[index : index + 1][0] if threshold else torch.tensor(0.0)
-                )
-                if cfg.get("apply_b_dec_to_input", True):
-                    tensors[library.DECODER_BIAS] = f.get_tensor("b_dec")
-    except Exception as e:  # safetensors' own error has no public base
-        raise ConfigError(f"{path} cannot be used: {e}", fix="save the SAE again") from e
+        tensors[library.ENCODER] = sae.W_enc[:, index]
+        tensors[library.ENCODER_BIAS] = sae.b_enc[index]
+        tensors[library.THRESHOLD] = torch.tensor(0.0) if sae.threshold is None else sae.threshold[index]
+        if sae.apply_b_dec_to_input:
+            tensors[library.DECODER_BIAS] = sae.b_dec
     origin = {
         "sae": folder.name,
-        "weights_sha256": journal.sha256(path),
+        "weights_sha256": weights_sha256(folder),
         "feature": index,
-        "architecture": architecture,
+        "architecture": sae.architecture,
     }
-    return SaeFeature(tensors, hook_point, str(metadata.get("model_name") or "unknown"), origin)
+    return SaeFeature(tensors, sae.hook_point, str(sae.metadata.get("model_name") or "unknown"), origin)
 
 
 def sae_feature(
-    target: Target, folder: Path, index: int, run: Run, *, direction: bool = False, trust: bool = False
+    target: Target,
+    folder: Path,
+    index: int,
+    run: Run,
+    *,
+    direction: bool = False,
+    trust: bool = False,
+    hook_point: str | None = None,
 ) -> Vector:
     """Write a feature of an SAE. `run` has rows of its hook point, of the model that it was trained on: the weights'
     hash, the layer's mean norm, and the feature's rate and 99th percentile come from there.
@@ -217,13 +203,14 @@ def sae_feature(
     Args:
         direction: its decoder row alone.
         trust: take an SAE that does not say which model it is of, or names it otherwise than the run.
+        hook_point: for folders that do not say where the SAE belongs.
 
     Raises:
         ConfigError: as `read_sae_feature`; the SAE is of another model; or as `library.write`.
     """
-    found = read_sae_feature(folder, index, direction=direction)
+    found = read_sae_feature(folder, index, direction=direction, hook_point=hook_point)
     model, digest = contrast.model_of([run])
-    if not trust and found.model != model:
+    if not trust and contrast.without_path(found.model) != model:
         raise ConfigError(
             f"the SAE is of model `{found.model}`, and {run.path} of `{model}`",
             fix="give a run of the SAE's model; if these are two names of one, `--same-model` says so",

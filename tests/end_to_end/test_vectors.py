@@ -146,7 +146,7 @@ def test_scores_are_read_with_their_names(run: Run, library: Library) -> None:
     for name, point in (("code", POINTS[1]), ("digits", POINTS[1]), ("deep", POINTS[3])):
         x = run.rows(point, tokens["source_row"].to_numpy()).double()
         w = library[name].vector.double()
-        error = (x @ w - torch.from_numpy(scores[name].to_numpy()).double()).abs() / (x.norm(dim=1) * w.norm())
+        error = (x @ w - torch.tensor(scores[name].to_numpy(), dtype=torch.float64)).abs() / (x.norm(dim=1) * w.norm())
         assert float(error.max()) < 1e-6
     assert scores["intervention"].notna().any()
 

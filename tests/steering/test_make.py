@@ -100,6 +100,13 @@ def test_a_mean_difference_is_written_with_what_it_was_made_from(rows_run: MakeR
     assert card.layer_mean_norm == pytest.approx(np.mean(norms))
 
 
+@pytest.mark.parametrize(
+    ("named", "told"), [("tiny", "tiny"), ("org/tiny", "org/tiny"), ("/srv/models/tiny", "tiny"), ("./tiny", "tiny")]
+)
+def test_a_card_does_not_say_where_the_model_lies(named: str, told: str) -> None:
+    assert contrast.without_path(named) == told
+
+
 def test_runs_of_two_models_are_refused(rows_run: MakeRun) -> None:
     lengths = {"r1": (3, 1)}
     a = rows_run("a", lengths, simple)
@@ -183,6 +190,7 @@ def test_a_random_control_has_the_norm_of_what_it_is_a_control_for(rows_run: Mak
     v = make.mean_difference(Target(target, "v"), run, other, POINT, phase="prefill", place="mean")
     r = make.random_control(Target(target, "r"), run, POINT, seed=3, like=v)
     assert r.card.norm == pytest.approx(v.card.norm, rel=1e-6)
+    assert r.card.layer_mean_norm == v.card.layer_mean_norm  # equal strengths in `mean_norm` are equal doses
     assert r.vector[3:].abs().max() == 0  # rows have no variance there, and sinks are left out
     assert r.card.made_by.inputs["like"] == {"name": "v", "hash": v.hash}
 
@@ -243,12 +251,12 @@ def test_a_feature_is_written_with_its_rate_and_percentile(rows_run: MakeRun, tm
 @pytest.mark.parametrize(
     ("cfg", "index", "says"),
     [
-        ({"architecture": "topk"}, 0, "does not follow from its own weights"),
-        ({"normalize_activations": "layer_norm"}, 0, "divides rows"),
+        ({"architecture": "topk", "k": 2}, 0, "does not follow from its own weights"),
+        ({"normalize_activations": "layer_norm"}, 0, "does not follow from its own weights"),
         ({}, 3, "features 0 to 2, and no feature 3"),
         ({}, -1, "no feature -1"),
-        ({"d_sae": 4}, 0, "cannot be used: W_dec is"),
-        ({"metadata": {}}, 0, "cfg.json cannot be used"),
+        ({"metadata": {}}, 0, "does not say where its rows come from"),
+        ({"architecture": "gated"}, 0, "architecture `gated` cannot be read"),
     ],
 )
 def test_a_feature_that_cannot_be_had_is_refused(cfg: dict, index: int, says: str, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.apply import Bank, Parts
-from sglang_probe.steering.library import Card, MadeBy, Vector
+from sglang_probe.steering.card import Card, MadeBy
+from sglang_probe.steering.library import Vector
 from sglang_probe.steering.plan import OPS, Rows, rows_of
 from sglang_probe.steering.reference import Close, Vectors, changed, intervened
 from sglang_probe.steering.spec import Spec, spec_of
