@@ -25,7 +25,7 @@ def facts_of_run(run: Run) -> dict[str, Any]:
         "dtype": m.get("dtype"),
         "positions_by_status": m.get("positions_by_status"),
         "positions_by_phase": m.get("positions_by_phase"),
-        "workload": (m.get("workload") or {}).get("digest"),
+        "workload_digest": m.get("workload_digest"),
     }
 
 
@@ -46,7 +46,7 @@ def manifest(
     model = model_of(runs)
     return {
         "manifest_version": VERSION,
-        "versions": new_manifest()["versions"],
+        "made_by": f"sglang-probe {new_manifest()['versions']['sglang-probe']}",
         "model": {n: model[n] for n in ("name", "weights_sha256", "tokenizer_sha256") if n in model},
         "runs": [facts_of_run(run) for run in runs],
         "left_out": rows.left_out.to_dict("records"),
