@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint"
 _CURVE, _TELL_EVERY = "curve.json", 5
 NEEDS = "training needs SAELens"
-FIX = "pip install 'sglang-probe[sae]', which constraints/sae.txt pins beside SGLang"
+FIX = "pip install 'sglang-probe[sae]'; constraints/0.5.23.txt has versions that leave SGLang's alone"
 
 
 @dataclass(frozen=True)

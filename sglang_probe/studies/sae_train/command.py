@@ -46,7 +46,7 @@ deduplicate: 32                           # leave out a position whose last 32 t
 
 
 class SaeTrain(Study):
-    """Train sparse autoencoders (SAEs) on the rows of recorded runs, and judge them on rows that were held out.
+    """Which features do recorded rows hold? Train sparse autoencoders (SAEs), and judge them on rows held out.
 
     Attention sinks are left out, by position and by norm, and counted. Requests of some families are held out.
     BatchTopK dictionaries get a threshold that is measured there: the one that training leaves is wrong after few
