@@ -43,14 +43,12 @@ def rank_correlation(first_M: Array, second_M: Array) -> float:
     return float(spearmanr(first_M[alive], second_M[alive])[0]) if alive.sum() >= 3 else float("nan")
 
 
-def overlap(
-    first: Array, second: Array, rows: tuple[Array, Array], *, n: int = 100, draws: int = 200, seed: int = 0
-) -> dict[str, float]:
+def overlap(first: Array, second: Array, *, n: int = 100, draws: int = 200, seed: int = 0) -> dict[str, float]:
     """Overlap and rank correlation of two regimes of the same texts, with both nulls.
 
     Args:
-        first, second: rows in which each latent fires, by text, `[T, M]`.
-        rows: rows by text, `[T]` each.
+        first, second: rows in which each latent fires, by text, `[T, M]`. A text should have as many rows in one
+            regime as in the other, else exchanging the two exchanges its weight too.
 
     Returns:
         `jaccard` and `rank` of all texts; `*_swapped` (mean) and `*_swapped_low` (5 % quantile) with the two regimes
@@ -62,27 +60,26 @@ def overlap(
         ConfigError: the shapes differ, or there are fewer than six texts.
     """
     texts = len(first)
-    if first.shape != second.shape or texts < LEAST_CLUSTERS or any(len(r) != texts for r in rows):
+    if first.shape != second.shape or texts < LEAST_CLUSTERS:
         raise ConfigError(
             f"regimes of {first.shape} and {second.shape} cannot be compared", fix="at least six texts, in both"
         )
     rng = np.random.default_rng(seed)
 
-    def both(a: Array, b: Array, na: Array, nb: Array) -> Array:
-        x, y = a.sum(0) / na.sum(), b.sum(0) / nb.sum()
+    def both(a: Array, b: Array) -> Array:
+        x, y = a.sum(0), b.sum(0)
         return np.array([commonest_overlap(x, y, n), rank_correlation(x, y)])
 
-    observed = both(first, second, *rows)
+    observed = both(first, second)
     swapped, halves, across = (np.empty((draws, 2)) for _ in range(3))
     for i in range(draws):
         exchange = rng.random(texts) < 0.5
         a, b = (np.where(exchange[:, None], x, y) for x, y in ((second, first), (first, second)))
-        na, nb = (np.where(exchange, x, y) for x, y in ((rows[1], rows[0]), (rows[0], rows[1])))
-        swapped[i] = both(a, b, na, nb)
+        swapped[i] = both(a, b)
         half = np.zeros(texts, dtype=bool)
         half[rng.permutation(texts)[: texts // 2]] = True
-        halves[i] = both(first[half], first[~half], rows[0][half], rows[0][~half])
-        across[i] = both(first[half], second[~half], rows[0][half], rows[1][~half])
+        halves[i] = both(first[half], first[~half])
+        across[i] = both(first[half], second[~half])
     out: dict[str, float] = {}
     for at, name in enumerate(("jaccard", "rank")):
         out |= {
@@ -104,7 +101,8 @@ def rate_drift(
     exchanging the regimes within texts (sign flips), with control of the false discovery rate.
 
     Args:
-        first, second, rows: as `overlap`.
+        first, second: as `overlap`.
+        rows: rows by text of each regime, `[T]` each.
 
     Returns:
         Of latents with a rate of 0.2 % in either regime: `latent`, `rate_first`, `rate_second`, `log2` (of the ratio,

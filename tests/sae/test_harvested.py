@@ -117,6 +117,19 @@ def test_every_epoch_has_each_row_once_in_another_order() -> None:
     assert len({tuple(e) for e in epochs}) == 3
 
 
+def test_every_batch_is_full_across_the_end_of_an_epoch() -> None:
+    order = Schedule([np.arange(10)], [1.0], seed=3)
+    assert [len(order.batch(s, 7)) for s in range(5)] == [7] * 5
+    assert len(order.batch(1, 25)) == 25
+
+
+def test_phases_of_one_length_have_orders_of_their_own() -> None:
+    batch = Schedule([np.arange(50), np.arange(50, 100)], [0.5, 0.5], seed=3).batch(0, 100)
+    first, second = batch[batch < 50], batch[batch >= 50] - 50
+    assert sorted(first) == sorted(second)
+    assert first.tolist() != second.tolist()
+
+
 def test_a_batch_does_not_depend_on_the_batches_before_it() -> None:
     one, other = (Schedule([np.arange(10)], [1.0], seed=3) for _ in range(2))
     in_turn = [one.batch(s, 7) for s in range(6)]

@@ -48,8 +48,8 @@ def test_rare_latents_are_not_tested() -> None:
 
 
 def test_overlap_stands_beside_what_no_difference_gives() -> None:
-    same = overlap(regime(1), regime(2), ROWS, n=50, draws=100)
-    other = overlap(regime(1), regime(2, CHANGED), ROWS, n=50, draws=100)
+    same = overlap(regime(1), regime(2), n=50, draws=100)
+    other = overlap(regime(1), regime(2, CHANGED), n=50, draws=100)
     assert other["jaccard_p"] < 0.02
     assert other["jaccard"] < other["jaccard_swapped_low"]
     assert other["jaccard_across"] < other["jaccard_halves"] - 0.02
@@ -60,7 +60,7 @@ def test_overlap_stands_beside_what_no_difference_gives() -> None:
 
 
 def test_the_level_of_the_exchange_within_texts() -> None:
-    p = [overlap(regime(2 * i), regime(2 * i + 1), ROWS, n=50, draws=39)["rank_p"] for i in range(40)]
+    p = [overlap(regime(2 * i), regime(2 * i + 1), n=50, draws=39)["rank_p"] for i in range(40)]
     assert (np.array(p) <= 0.05).sum() <= 6  # 5 % of 40, and three standard deviations
 
 
@@ -79,6 +79,6 @@ def test_overlap_and_rank_by_hand() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ConfigError, match="six texts"):
-        overlap(regime(1)[:5], regime(2)[:5], (ROWS[0][:5], ROWS[1][:5]))
+        overlap(regime(1)[:5], regime(2)[:5])
     with pytest.raises(ConfigError, match="six texts"):
         rate_drift(regime(1)[:5], regime(2)[:5], (ROWS[0][:5], ROWS[1][:5]))
