@@ -77,7 +77,7 @@ def iter_batches(
     if batch_size < 1:
         raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
     rng = np.random.default_rng(seed)
-    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng)["row"].to_numpy()
+    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng)["row"].to_numpy(copy=True)
     if shuffle:
         rows = rng.permutation(rows)
     for i in range(0, len(rows), batch_size):
