@@ -33,7 +33,7 @@ test: setup ## tests, a few minutes on two cores
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-test-all: setup $(OLDER)/.ready ## slow tests too, and everything on the older release of SGLang
+test-all: setup $(VENV)/.sae $(OLDER)/.ready ## slow tests too, training of SAEs, and everything on the older release of SGLang
 	$(BIN)/python -m pytest $(WORKERS)
 	$(OLDER)/bin/python -m pytest $(WORKERS)
 
@@ -69,6 +69,10 @@ endef
 
 $(VENV)/.ready: pyproject.toml constraints/0.5.23.txt
 	$(call install,$(VENV),constraints/0.5.23.txt,$(NEWEST_NEEDS))
+
+# SAELens and what it brings: 42 packages, 190 MB, that tests of training need and nothing else does.
+$(VENV)/.sae: $(VENV)/.ready
+	$(call install,$(VENV),constraints/0.5.23.txt,'.[sae]')
 
 $(OLDER)/.ready: pyproject.toml constraints/0.5.17.txt
 	$(call install,$(OLDER),constraints/0.5.17.txt,$(OLDER_NEEDS))

@@ -30,6 +30,7 @@ from sglang_probe.report import markdown
 from sglang_probe.run import schema
 from sglang_probe.studies.base import RecordedStudy
 from sglang_probe.studies.catalogue import STUDIES
+from sglang_probe.studies.sae_train.config import SaeTrainConfig
 
 FOLDER = Path(__file__).parent
 DO_NOT_EDIT = "Written by `make docs`; do not edit."
@@ -59,7 +60,8 @@ def pages() -> dict[str, str]:
 
 def configuration() -> str:
     """Every key of every YAML."""
-    studies = {s.name: s.config() for s in STUDIES if isinstance(s, RecordedStudy)}
+    studies: dict[str, type[BaseModel]] = {s.name: s.config() for s in STUDIES if isinstance(s, RecordedStudy)}
+    studies["sae train"] = SaeTrainConfig
     sections: dict[str, type[BaseModel]] = {}
     parts = [_lead(["harvest", *studies]), "## What every recording may say", _table(Recording, sections)]
     parts += ["## `sglang-probe harvest`", _about(HarvestConfig), _table(HarvestConfig, sections, without=Recording)]

@@ -53,6 +53,7 @@ LAZY = {
     "eviction/removal.py": {"transformers"},
     "model/from_gguf.py": {"gguf"},
     "model/tokenizer.py": {"tokenizers"},
+    "sae/train.py": {"sae_lens"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

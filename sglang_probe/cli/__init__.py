@@ -20,8 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("harvest")(harvest.command)
+sae = typer.Typer(help="Sparse autoencoders of recorded rows.", no_args_is_help=True, rich_markup_mode="markdown")
 for study in STUDIES:
-    app.command(study.name)(study.command())
+    group, _, name = study.name.rpartition(" ")
+    (sae if group == "sae" else app).command(name)(study.command())
+app.add_typer(sae, name="sae")
 app.command("live")(live.command)
 app.command("verify")(verify.command)
 app.add_typer(model.app, name="model")

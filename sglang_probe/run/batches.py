@@ -86,6 +86,28 @@ def iter_batches(
     """
     if batch_size < 1:
         raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
+    rng = np.random.default_rng(seed)
+    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng)["row"].to_numpy(copy=True)
+    if shuffle:
+        rows = rng.permutation(rows)
+    for i in range(0, len(rows), batch_size):
+        yield run.rows(hook_point, rows[i : i + batch_size])
+
+
+def chosen(
+    run: RunFiles,
+    hook_point: str,
+    *,
+    where: str | Callable[[pd.DataFrame], Any] | None,
+    weight: str | Path | pd.DataFrame,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """The positions whose rows an epoch of `iter_batches` gives, in the run's order and as often as it gives them: the
+    columns of `Run.tokens()`, `row` being the number of the row that is read.
+
+    Raises:
+        RunDirectoryError: `where` or the weights cannot be used.
+    """
     tokens = positions.read_tokens(run, interrupted=False)
     tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (intervened | tokens["intervention"].isna())]
     if isinstance(where, str):
@@ -96,14 +118,9 @@ def iter_batches(
             raise RunDirectoryError(f"`where` cannot be used: {e}", fix=f"the columns are {columns}") from e
     elif where is not None:
         tokens = tokens[where(tokens)]
-    rng = np.random.default_rng(seed)
     if isinstance(weight, str) and weight in ("unique", "traffic"):
-        rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]].to_numpy()
-        rows = rows[run.holds(hook_point, rows)]
-    else:
-        tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
-        rows = np.repeat(tokens["row"].to_numpy(), weighting.copies(weighting.weights_of(tokens, weight), rng))
-    if shuffle:
-        rows = rng.permutation(rows)
-    for i in range(0, len(rows), batch_size):
-        yield run.rows(hook_point, rows[i : i + batch_size])
+        rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]]
+        return tokens.assign(row=rows)[run.holds(hook_point, rows.to_numpy())]
+    tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
+    times = weighting.copies(weighting.weights_of(tokens, weight), rng)
+    return tokens.iloc[np.repeat(np.arange(len(tokens)), times)]

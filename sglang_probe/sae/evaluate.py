@@ -4,7 +4,7 @@ The variance that everything is a share of is `E|x|^2 - |E x|^2`, summed in floa
 `evals.ExplainedVarianceCalculator`: the difference of two large numbers). For comparisons it must be **one** number,
 of one reference set of rows, else a gap may be a change of the variance alone: `reference_variance`.
 
-Attention sinks are left out, by position and by norm, and counted: behind most layers of most models the first token
+Attention sinks are left out, by position and by norm, and counted: after most layers of most models the first token
 carries 70 to 99.6 % of the variance, and an SAE that learnt nothing else explains that much.
 """
 

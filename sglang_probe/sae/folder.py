@@ -62,6 +62,7 @@ def write_sae(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None)
         dtype: of the matrices on disk, e.g. `torch.bfloat16`: half the size. Biases and thresholds keep theirs: they
             are small, and a rounded threshold changes which latents fire. Readers compute in float32 either way.
     """
+    import torch
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -69,7 +70,8 @@ def write_sae(sae: SAE, folder: str | Path, *, dtype: torch.dtype | None = None)
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
     stored = {n: t.to(dtype) if dtype is not None and t.ndim == 2 else t for n, t in tensors.items()}
-    stored = {n: t.detach().cpu().contiguous() for n, t in stored.items()}
+    # Copies, because encoder and decoder may share memory (tied weights), which safetensors refuses.
+    stored = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in stored.items()}
     config: dict[str, Any] = {
         "architecture": sae.architecture,
         "d_in": sae.width,

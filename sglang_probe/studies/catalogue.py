@@ -11,6 +11,8 @@ from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
+from sglang_probe.studies.sae_eval.command import SaeEval
+from sglang_probe.studies.sae_train.command import SaeTrain
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -21,4 +23,6 @@ STUDIES: tuple[Study, ...] = (
     QueryDrift(),
     Factorial(),
     Evict(),
+    SaeTrain(),
+    SaeEval(),
 )

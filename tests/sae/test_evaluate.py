@@ -89,7 +89,7 @@ def test_a_sink_makes_an_sae_that_learnt_one_vector_look_perfect() -> None:
 
 
 def test_sinks_are_told_by_position_and_by_norm() -> None:
-    norms = np.array([900.0, 1.0, 1.0, 1.2, 11.5, 1.0])
+    norms = np.array([900.0, 1.0, 1.0, 1.2, 11.5, 700.0])
     sinks, limit = Sinks().of([0, 1, 2, 3, 4, 0], norms)
     assert sinks.tolist() == [True, False, False, False, True, True]
     assert limit == pytest.approx(10 * 1.1)  # the median of positions 1 to 4

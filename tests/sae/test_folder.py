@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae.folder import CONFIG, WEIGHTS, read_sae, weights_sha256, write_sae
+from tests.sae.lens import needs_sae_lens
 from tests.sae.small import hand_made, random_sae, rows
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -124,11 +124,6 @@ def test_a_hook_point_that_contradicts_the_folder_is_refused(tmp_path: Path) -> 
         read_sae(tmp_path, hook_point="blocks.2.hook_resid_post")
 
 
-needs_sae_lens = pytest.mark.skipif(
-    importlib.util.find_spec("sae_lens") is None, reason="SAELens, the extra [sae], is not installed"
-)
-
-
 @needs_sae_lens
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
@@ -136,9 +131,8 @@ needs_sae_lens = pytest.mark.skipif(
 def test_our_reader_and_that_of_sae_lens_compute_the_same(tmp_path: Path, architecture: str, normalize: Any) -> None:
     from sae_lens import SAE as Theirs
 
-    write_sae(
-        random_sae(architecture, normalize=normalize, metadata={"hook_name": "blocks.1.hook_resid_post"}), tmp_path
-    )
+    metadata = {"hook_name": "blocks.1.hook_resid_post", "ours": {"rows": 3}}
+    write_sae(random_sae(architecture, normalize=normalize, metadata=metadata), tmp_path)
     ours, theirs = read_sae(tmp_path), Theirs.load_from_disk(tmp_path)
     x = rows()
     with torch.no_grad():

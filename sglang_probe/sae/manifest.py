@@ -1,0 +1,61 @@
+"""What an SAE was made of: our manifest in its metadata, under one key, so that SAELens carries it along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sglang_probe.run import journal
+from sglang_probe.run.manifest import MANIFEST, new_manifest
+from sglang_probe.run.run import Run
+from sglang_probe.sae.harvested import Harvested
+from sglang_probe.sae.sae import SAE
+
+KEY = "sglang_probe"
+VERSION = 1
+
+
+def facts_of_run(run: Run) -> dict[str, Any]:
+    """Which rows these are, without a path of this machine: `manifest_sha256` names the run."""
+    m = run.manifest
+    return {
+        "name": m.get("name") or run.path.name,
+        "manifest_sha256": journal.sha256(run.path / MANIFEST),
+        "policy": m.get("policy"),
+        "dtype": m.get("dtype"),
+        "positions_by_status": m.get("positions_by_status"),
+        "positions_by_phase": m.get("positions_by_phase"),
+        "workload_digest": m.get("workload_digest"),
+    }
+
+
+def model_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Name and hashes of the model that the rows come from; empty where no run says."""
+    return next((dict(r.manifest["model"]) for r in runs if r.manifest.get("model")), {})
+
+
+def manifest(
+    runs: Sequence[Run], rows: Harvested, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of one SAE.
+
+    Args:
+        training: recipe, mixture, seeds, versions.
+        evaluation: numbers, and what they were measured on.
+    """
+    model = model_of(runs)
+    return {
+        "manifest_version": VERSION,
+        "made_by": f"sglang-probe {new_manifest()['versions']['sglang-probe']}",
+        "model": {n: model[n] for n in ("name", "weights_sha256", "tokenizer_sha256") if n in model},
+        "runs": [facts_of_run(run) for run in runs],
+        "left_out": rows.left_out.to_dict("records"),
+        "norm_limit": rows.norm_limit,
+        "training": dict(training),
+        "evaluation": dict(evaluation),
+    }
+
+
+def of(sae: SAE) -> dict[str, Any] | None:
+    """The manifest of an SAE that was made here; None of others."""
+    return dict(sae.metadata[KEY]) if KEY in sae.metadata else None

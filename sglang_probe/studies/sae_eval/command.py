@@ -1,0 +1,76 @@
+"""`sglang-probe sae eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sglang_probe.studies.base import Parameter, Study, option, output_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_probe.report.page import Page
+    from sglang_probe.report.tables import Table
+    from sglang_probe.studies.sae_eval.study import EvalResult
+
+
+class SaeEval(Study):
+    """How well does a sparse autoencoder reconstruct the rows of recorded runs, and which rows not?
+
+    Explained variance, active latents and dead latents, in all and by segment, phase, band of positions and run.
+    Attention sinks are left out, by position and by norm, and counted. An SAE whose folder says that it is of other
+    weights than the runs is refused. Needs neither SGLang nor SAELens.
+
+    Example: `sglang-probe sae eval models/sae-probe-text/seed-0 runs/mine`
+    """
+
+    name = "sae eval"
+
+    def parameters(self) -> list[Parameter]:
+        """The SAE, the runs, and which rows."""
+        folder = typer.Argument(help="Folder of an SAE: of `sglang-probe sae train`, SAELens, or Gemma Scope.")
+        runs = typer.Argument(help="Run directories with rows of its hook point.")
+        return [
+            Parameter("sae", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, folder]),
+            Parameter("runs", Parameter.KEYWORD_ONLY, annotation=Annotated[list[Path], runs]),
+            option("hook_point", str | None, None, "Where its rows come from, for folders that do not say."),
+            option("where", str | None, None, "Which positions: a pandas query over the columns of `run.tokens()`."),
+            option("first_positions", int, 1, "Positions at the start of requests that are left out as sinks."),
+            option("norm_multiple", float, 10.0, "Leave out rows of more than so many times the median norm; 0: none."),
+            option("most", int, 40_000, "Rows to judge by, drawn at random."),
+            output_option("Folder of the results; default: `sae-eval` in the first run directory."),
+        ]
+
+    def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[EvalResult, Path]:
+        """Judge it."""
+        from sglang_probe.errors import ConfigError
+        from sglang_probe.sae.evaluate import Sinks
+        from sglang_probe.studies.sae_eval.study import judge
+
+        if given["first_positions"] < 0 or given["norm_multiple"] < 0 or given["most"] < 1:
+            raise ConfigError("`--first-positions` and `--norm-multiple` are at least 0, and `--most` at least 1")
+        sinks = Sinks(given["first_positions"], given["norm_multiple"] or None)
+        how = {"hook_point": given["hook_point"], "where": given["where"], "most": given["most"]}
+        with console.status("judging"):
+            result = judge(given["sae"], given["runs"], sinks=sinks, **how)
+        return result, given["output"] or given["runs"][0] / "sae-eval"
+
+    def page(self, result: EvalResult) -> Page:
+        """The report."""
+        from sglang_probe.studies.sae_eval.page import eval_page
+
+        return eval_page(result)
+
+    def shown(self, result: EvalResult) -> Iterator[Table | str]:
+        """The numbers, by group."""
+        from rich.markup import escape
+
+        from sglang_probe.studies.sae_eval.page import answer, group_table
+
+        yield escape(answer(result).replace("`", ""))
+        yield group_table(result)
+        yield from (f"[yellow]note[/]: {escape(note)}" for note in result.notes)

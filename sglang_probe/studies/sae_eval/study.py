@@ -1,0 +1,121 @@
+"""How well an SAE reconstructs the rows of runs, in all, by segment, phase and position, and run by run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.run.run import load_run
+from sglang_probe.sae.evaluate import Evaluation, Sinks, evaluate
+from sglang_probe.sae.folder import read_sae, weights_sha256
+from sglang_probe.sae.harvested import harvested
+from sglang_probe.sae.manifest import facts_of_run, model_of, of
+from sglang_probe.studies.sae_train.study import labels
+from sglang_probe.verify.check import Check
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An SAE on the rows of runs."""
+
+    sae: str
+    hook_point: str
+    weights: str
+    """SHA-256 of its weights."""
+    found: Evaluation
+    left_out: pd.DataFrame
+    notes: Sequence[str]
+    training_variance: float | None
+    """Of the rows that it was trained on; None where its folder does not say."""
+
+    @property
+    def ok(self) -> bool:
+        """It was measured."""
+        return True
+
+    @property
+    def checks(self) -> Mapping[str, Sequence[Check]]:
+        """Nothing is verified here."""
+        return {}
+
+    @property
+    def groups(self) -> pd.DataFrame:
+        """By axis and group."""
+        return self.found.groups
+
+    @property
+    def latents(self) -> pd.DataFrame:
+        """By `latent`: `rate` (share of rows in which it fires) and `mean` (activation where it does)."""
+        fired = self.found.fired
+        mean = np.where(fired > 0, self.found.activation_sum / np.maximum(fired, 1), np.nan)
+        return pd.DataFrame({"latent": np.arange(len(fired)), "rate": self.found.rate, "mean": mean})
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers."""
+        return {
+            "sae": self.sae,
+            "hook_point": self.hook_point,
+            "weights_sha256": self.weights,
+            "training_variance": self.training_variance,
+            **self.found.to_json(),
+            "groups": self.groups.to_dict("records"),
+            "left_out": self.left_out.to_dict("records"),
+            "notes": list(self.notes),
+        }
+
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """Groups, latents, and rows that were left out."""
+        return {"groups": self.groups, "latents": self.latents, "left_out": self.left_out}
+
+
+def judge(
+    folder: Path,
+    paths: Sequence[Path],
+    *,
+    hook_point: str | None = None,
+    where: str | None = None,
+    sinks: Sinks | None = None,
+    most: int = 40_000,
+) -> EvalResult:
+    """Judge an SAE.
+
+    Args:
+        hook_point: for folders that do not say.
+        most: rows, drawn at random from those of the runs.
+
+    Raises:
+        ConfigError: the SAE cannot be read, or is of another model than the runs.
+        RunDirectoryError: a run cannot be read, or lacks the hook point.
+    """
+    sae = read_sae(folder, hook_point=hook_point)
+    if sae.hook_point is None:
+        raise ConfigError(f"{folder} does not say where its rows come from", fix="give --hook-point")
+    runs = [load_run(p) for p in paths]
+    told = of(sae) or {}
+    theirs, ours = (m.get("weights_sha256") for m in (told.get("model") or {}, model_of(runs)))
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"{folder} was trained on rows of `{told['model'].get('name')}` with other weights than those of the runs",
+            fix="judge it on runs of the model that it was trained on",
+        )
+    rows = harvested(runs, sae.hook_point, where=where, sinks=sinks)
+    notes = []
+    trained = {r["manifest_sha256"] for r in told.get("runs", [])}
+    if same := [r.path.name for r in runs if facts_of_run(r)["manifest_sha256"] in trained]:
+        notes.append(f"it was trained on rows of {', '.join(same)}: what is printed of these is not of rows held out")
+    if not (theirs and ours):
+        notes.append("whether the SAE and the rows are of the same weights is not known")
+    if len(rows) > most:
+        rows = rows.only(np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)))
+    by = labels(rows)
+    if len(runs) > 1:
+        by["run"] = [runs[i].path.name for i in rows.tokens["run"]]
+    found = evaluate(sae, rows.batches(), groups=by)
+    variance = (told.get("training") or {}).get("training_variance")
+    return EvalResult(folder.name, sae.hook_point, weights_sha256(folder), found, rows.left_out, notes, variance)

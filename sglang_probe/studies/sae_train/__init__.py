@@ -1,0 +1,1 @@
+"""Training of sparse autoencoders on recorded rows: from runs to dictionaries that are judged on rows held out."""
