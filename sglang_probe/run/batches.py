@@ -87,7 +87,8 @@ def iter_batches(
     if batch_size < 1:
         raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
     rng = np.random.default_rng(seed)
-    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng)["row"].to_numpy(copy=True)
+    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng, intervened=intervened)["row"]
+    rows = rows.to_numpy(copy=True)
     if shuffle:
         rows = rng.permutation(rows)
     for i in range(0, len(rows), batch_size):
@@ -101,9 +102,11 @@ def chosen(
     where: str | Callable[[pd.DataFrame], Any] | None,
     weight: str | Path | pd.DataFrame,
     rng: np.random.Generator,
+    intervened: bool = False,
 ) -> pd.DataFrame:
     """The positions whose rows an epoch of `iter_batches` gives, in the run's order and as often as it gives them: the
-    columns of `Run.tokens()`, `row` being the number of the row that is read.
+    columns of `Run.tokens()`, `row` being the number of the row that is read. Positions under an intervention are left
+    out unless `intervened`.
 
     Raises:
         RunDirectoryError: `where` or the weights cannot be used.
