@@ -23,6 +23,10 @@ from sglang_probe.steer_ask import Steer
 END = (1 << 31) - 1
 """Past every position: where an interval without an end stops."""
 
+MOST_AMOUNT = 30_000.0
+"""Largest sum of the amounts of one request, in absolute units: far past any residual stream that means something, and
+below what overflows in half precision. Rows that are not finite would be read by sampling, and by whoever trains."""
+
 _RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
@@ -193,6 +197,11 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
         step = _step(entry, library[entry.vector], at)
         if step.amount or step.op in ("clamp", "cap"):
             steps.append(step)
+    total = sum(abs(s.amount) for s in steps)
+    if total > MOST_AMOUNT:
+        raise ConfigError(
+            f"{where}: strengths of {total:.3g} in all, in absolute units; a request may ask for {MOST_AMOUNT:,.0f}"
+        )
     return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
 
 

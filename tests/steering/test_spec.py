@@ -54,6 +54,21 @@ def test_strengths_are_absolute_or_of_the_layers_norm_or_of_the_features_own_per
     assert amount(op="project_out", strength=None) == 1
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"strength": 1e38}],
+        [{"strength": -40_000.0}],
+        [{"strength": 3001.0, "unit": "mean_norm"}],
+        [{"vector": "f7", "op": "clamp", "strength": 20_000.0, "unit": "p99"}],
+        [{"strength": 16_000.0}, {"strength": -16_000.0}],
+    ],
+)
+def test_strengths_that_would_overflow_are_refused(entries: list[dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="30,000"):
+        spec(*entries)
+
+
 def test_the_id_is_of_what_happens_and_not_of_names_and_writing() -> None:
     one = spec({})
     assert one.id == spec({"vector": "up again", "strength": 2.0, "phases": ["decode", "prefill"]}).id
