@@ -26,7 +26,11 @@ _FRACTIONS = ("project_out", "ablate_feature", "splice")
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("give a number")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        finite = False
+    if not finite:
         raise ValueError("give a finite number")
     return value
 

@@ -1,4 +1,4 @@
-"""`sglang-probe vector`: a library of vectors that a server steers, clamps and gates by."""
+"""`sglang-probe vector`: a library of vectors that a server steers, clamps and scores by."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def probe(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """A linear probe on the last row of a prompt: what a gate opens by.
+    """A linear probe on the last row of a prompt: what scores every token (`hook_scores`).
 
     Logistic regression on half of the prompts. The other half gives the ROC curve, the AUC with its interval, and the
     threshold: with m negative ones it is such that a new negative prompt fires with probability `--fpr` at most,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sglang_probe.lazy import lazily
 
 if TYPE_CHECKING:
-    from sglang_probe.sae.evaluate import Evaluation, Sinks, evaluate
+    from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
     from sglang_probe.sae.folder import read_sae, write_sae
     from sglang_probe.sae.sae import SAE
     from sglang_probe.sae.threshold import recalibrated
@@ -25,9 +25,9 @@ __getattr__ = lazily(
     __name__,
     {
         "SAE": "sae",
-        "Evaluation": "evaluate",
-        "Sinks": "evaluate",
-        "evaluate": "evaluate",
+        "Evaluation": "evaluation",
+        "Sinks": "evaluation",
+        "evaluate": "evaluation",
         "read_sae": "folder",
         "recalibrated": "threshold",
         "write_sae": "folder",

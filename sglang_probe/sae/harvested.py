@@ -20,7 +20,7 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.hashing import GOLDEN, mix64
 from sglang_probe.run import batches
 from sglang_probe.run.run import Run
-from sglang_probe.sae.evaluate import Sinks
+from sglang_probe.sae.evaluation import Sinks
 
 if TYPE_CHECKING:
     import torch

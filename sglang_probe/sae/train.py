@@ -25,7 +25,7 @@ import pandas as pd
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
-from sglang_probe.sae.evaluate import evaluate
+from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.recipe import Recipe
 from sglang_probe.sae.sae import SAE
 from sglang_probe.sae.threshold import recalibrated

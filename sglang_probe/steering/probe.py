@@ -1,4 +1,4 @@
-"""A linear probe on the last row of a prompt: the gate that decides, before a token is generated, whether to intervene.
+"""A linear probe on the last row of a prompt: a score, and the threshold above which it is said to fire.
 
 Logistic regression with an L2 penalty on standardised rows, both kinds weighing the same, by scipy's L-BFGS: convex, so
 that there is one answer. Mean and deviation are folded into the weights and the intercept into the threshold: a row's

@@ -25,7 +25,11 @@ END = (1 << 31) - 1
 
 MOST_AMOUNT = 30_000.0
 """Largest sum of the amounts of one request, in absolute units: far past any residual stream that means something, and
-below what overflows in half precision. Rows that are not finite would be read by sampling, and by whoever trains."""
+below what overflows in half precision where the residual itself does not come near that. Rows that are not finite would
+be read by sampling, and by whoever trains."""
+
+MOST_EXCLUDED = 256
+"""Excluded positions of one request: each cuts an interval that every forward of it looks at."""
 
 _RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
@@ -37,6 +41,8 @@ class Card(Protocol):
     def kind(self) -> str: ...
     @property
     def hook_point(self) -> str: ...
+    @property
+    def norm(self) -> float: ...
     @property
     def layer_mean_norm(self) -> float | None: ...
     @property
@@ -148,7 +154,7 @@ class Spec:
             )
         )
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 (specs are few and live as long as the engine)
+    @functools.lru_cache(maxsize=512)  # noqa: B019 (specs are few and live as long as the engine)
     def schedule(self, prompt_len: int) -> tuple[tuple[Step, tuple[tuple[int, int], ...]], ...]:
         """Each step with the positions that it acts on; a step that acts on none is left out."""
         return tuple((s, tuple(where)) for s in self.steps if (where := s.intervals(prompt_len)))
@@ -197,10 +203,13 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
         step = _step(entry, library[entry.vector], at)
         if step.amount or step.op in ("clamp", "cap"):
             steps.append(step)
-    total = sum(abs(s.amount) for s in steps)
+    if (excluded := sum(len(s.exclude) for s in steps)) > MOST_EXCLUDED:
+        raise ConfigError(f"{where}: {excluded} excluded positions in all; a request may name {MOST_EXCLUDED}")
+    # An activation is worth as much of the residual stream as its feature's decoder row is long.
+    total = sum(abs(s.amount) * (library[s.vector].card.norm if s.op in ("clamp", "cap") else 1) for s in steps)
     if total > MOST_AMOUNT:
         raise ConfigError(
-            f"{where}: strengths of {total:.3g} in all, in absolute units; a request may ask for {MOST_AMOUNT:,.0f}"
+            f"{where}: changes of {total:.3g} in all, in absolute units; a request may ask for {MOST_AMOUNT:,.0f}"
         )
     return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
 

@@ -11,7 +11,7 @@ import torch
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
-from sglang_probe.sae.evaluate import Sinks
+from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule, seen_before
 from tests.verify.good_run import RESID, make_good_run
 

@@ -13,7 +13,7 @@ import torch
 
 from sglang_probe.paths import shipped
 from sglang_probe.run import journal
-from sglang_probe.sae.evaluate import evaluate
+from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.manifest import of
 from sglang_probe.sae.match import compare

@@ -14,7 +14,7 @@ import torch
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae import train as training
-from sglang_probe.sae.evaluate import evaluate
+from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.match import chance, match
 from sglang_probe.sae.recipe import TRAINED, Recipe
 from sglang_probe.sae.threshold import recalibrated

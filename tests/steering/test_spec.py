@@ -60,13 +60,25 @@ def test_strengths_are_absolute_or_of_the_layers_norm_or_of_the_features_own_per
         [{"strength": 1e38}],
         [{"strength": -40_000.0}],
         [{"strength": 3001.0, "unit": "mean_norm"}],
-        [{"vector": "f7", "op": "clamp", "strength": 20_000.0, "unit": "p99"}],
+        [{"vector": "f7", "op": "clamp", "strength": 6_000.0, "unit": "p99"}],  # 18,000 by a row of length 2
         [{"strength": 16_000.0}, {"strength": -16_000.0}],
     ],
 )
 def test_strengths_that_would_overflow_are_refused(entries: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="30,000"):
         spec(*entries)
+
+
+def test_a_request_may_not_cut_its_windows_into_thousands_of_pieces() -> None:
+    entry = {"exclude": list(range(0, 200, 2))}
+    assert spec(entry, entry).onset(PROMPT) == 1
+    with pytest.raises(ConfigError, match="300 excluded positions"):
+        spec(entry, entry, entry)
+
+
+def test_a_number_too_large_for_a_float_is_refused_like_any_other() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Steer.model_validate({"vector": "up", "strength": 10**400})
 
 
 def test_the_id_is_of_what_happens_and_not_of_names_and_writing() -> None:

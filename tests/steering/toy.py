@@ -15,6 +15,7 @@ class Card:
     hook_point: str = "blocks.1.hook_resid_post"
     layer_mean_norm: float | None = None
     percentile99: float | None = None
+    norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ LIBRARY = {
     "up": Vector(Card(layer_mean_norm=10.0), "a" * 64),
     "up again": Vector(Card(layer_mean_norm=10.0), "a" * 64),
     "late": Vector(Card(hook_point="blocks.2.hook_resid_post"), "b" * 64),
-    "f7": Vector(Card(kind="feature", percentile99=3.0), "c" * 64),
+    "f7": Vector(Card(kind="feature", percentile99=3.0, norm=2.0), "c" * 64),
     "embed": Vector(Card(hook_point="hook_embed"), "d" * 64),
 }
 NUMBERS = {v.hash: i + 1 for i, v in enumerate([LIBRARY["up"], LIBRARY["late"], LIBRARY["f7"]])}

@@ -60,7 +60,7 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
             tokenizer_manager.get_internal_state,
             _closer(tokenizer_manager),
             _emptier(tokenizer_manager),
-            libraries_of(load_config(Path(os.environ[CONFIG_VARIABLE]), EngineProbeConfig)),
+            _libraries(),
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
@@ -168,6 +168,15 @@ class Endpoints:
         silent = {"recording": False, "reason": "the scheduler process has no probe"}
         states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
         return sorted(states, key=lambda state: state.get("dp_rank", 0))
+
+
+def _libraries() -> dict[str, Library]:
+    """None where they cannot be read here: the other endpoints are worth having, and the schedulers have theirs."""
+    try:
+        return libraries_of(load_config(Path(os.environ[CONFIG_VARIABLE]), EngineProbeConfig))
+    except Exception:
+        logger.exception("sglang-probe cannot list vectors: this process could not read the library")
+        return {}
 
 
 def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:

@@ -38,7 +38,7 @@ def _load(forward_batch: Any) -> None:
     """Interventions that are part of graphs; also of a forward that nobody records."""
     steering = None if guard.session is None else guard.session.of(Steering)
     if steering is not None:
-        steering.load(len(forward_batch.input_ids))
+        steering.load(forward_batch)
 
 
 @guard.guarded

@@ -34,7 +34,8 @@ def made(req: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
             req.set_finish_with_abort(f"sglang-probe: {e.message}")
         except Exception:  # a matter of this request alone
             logger.exception("sglang-probe could not check what request %.200s asks", req.rid)
-            if req.sampling_params.custom_params:  # one that asks nothing is none the worse for a fault of ours
+            # One that asks nothing is none the worse for a fault of ours, unless everybody is to run under something.
+            if req.sampling_params.custom_params or any(i.of_all for i in session.instruments):
                 req.set_finish_with_abort("sglang-probe: what the request asks of the probe could not be checked")
     setattr(req, _ASK, ask)
     if not ask.publishes:

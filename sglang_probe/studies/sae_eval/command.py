@@ -48,7 +48,7 @@ class SaeEval(Study):
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[EvalResult, Path]:
         """Judge it."""
         from sglang_probe.errors import ConfigError
-        from sglang_probe.sae.evaluate import Sinks
+        from sglang_probe.sae.evaluation import Sinks
         from sglang_probe.studies.sae_eval.study import judge
 
         if given["first_positions"] < 0 or given["norm_multiple"] < 0 or given["most"] < 1:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import load_run
-from sglang_probe.sae.evaluate import Evaluation, Sinks, evaluate
+from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.harvested import harvested
 from sglang_probe.sae.manifest import facts_of_run, model_of, of

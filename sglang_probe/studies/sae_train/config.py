@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from sglang_probe.config import Config, FolderName, InputPath
 from sglang_probe.run.hook_points import parse_hook_point
-from sglang_probe.sae.evaluate import Sinks
+from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.recipe import Recipe
 
 

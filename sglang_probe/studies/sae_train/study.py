@@ -21,7 +21,7 @@ from sglang_probe.axes.position import bins_of
 from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.sae.evaluate import evaluate, variance_of
+from sglang_probe.sae.evaluation import evaluate, variance_of
 from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
 from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule
 from sglang_probe.sae.manifest import KEY, facts_of_run, manifest, model_of

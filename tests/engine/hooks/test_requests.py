@@ -81,6 +81,16 @@ def test_a_fault_in_the_check_is_no_matter_of_a_request_that_asks_nothing(
     assert running.fault is None
 
 
+def test_nobody_escapes_what_all_are_to_run_under_by_a_fault_in_the_check(
+    running: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests.Ask, "of", lambda _: 1 / 0)
+    monkeypatch.setattr(running.instruments[0], "of_all", True)
+    req = made_request()
+    requests.made(req, SCHEDULER)
+    assert "could not be checked" in req.refused
+
+
 def test_what_a_recording_that_has_stopped_would_do_is_refused_with_the_reason(running: Session) -> None:
     running.fail("somewhere", ValueError("the disk is full"))
     asking, plain = made_request(force=[7]), made_request()

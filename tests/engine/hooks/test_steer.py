@@ -107,6 +107,10 @@ def admitted(**probe: Any) -> Req:
     return req
 
 
+def batch_of(rows: int) -> Any:
+    return SimpleNamespace(input_ids=[0] * rows)
+
+
 def plan(starts: list[int], ends: list[int]) -> Any:
     return SimpleNamespace(starts=starts, ends=ends, under={})
 
@@ -266,6 +270,19 @@ def test_if_the_recording_stops_requests_go_on_as_they_were_asked(
     assert "the recording has stopped" in str(admitted(steer=[UP]).refused)
 
 
+def test_if_the_recording_stops_within_a_forward_the_layers_to_come_go_on(
+    monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    steering, layers = attached(monkeypatch, library)
+    session = module.guard.active()
+    monkeypatch.setattr(session, "_tell_fault", lambda _fault: None)
+    steering.launch([admitted(steer=[UP])], [Ask()], plan([0], [PROMPT]))
+    session.fail("a tap of an earlier layer", OSError("disk full"))
+    changed = SimpleNamespace(residual=torch.zeros(PROMPT, WIDTH), forward_mode=None)
+    layers[1](torch.zeros(PROMPT, WIDTH), forward_batch=changed)
+    assert torch.allclose(changed.residual.norm(dim=1), torch.full((PROMPT,), 6.0), rtol=1e-4)
+
+
 def test_what_is_recorded_into_graphs_changes_the_same_bits(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     found = []
     for accelerator in ("refused", "unproved"):
@@ -274,11 +291,11 @@ def test_what_is_recorded_into_graphs_changes_the_same_bits(monkeypatch: pytest.
         residual, output = torch.randn(3, WIDTH).bfloat16(), torch.randn(3, WIDTH).bfloat16()
         reqs = [admitted(), admitted(steer=[UP, {"vector": "up", "op": "cap", "strength": 1}]), admitted(steer=[UP])]
         steering.launch(reqs, [Ask()] * 3, plan([PROMPT] * 3, [PROMPT + 1] * 3))
-        steering.load(3)
+        steering.load(batch_of(3))
         layers[1](output, forward_batch=SimpleNamespace(residual=residual, forward_mode=None))
         found.append(residual)
         steering.launched()
-        steering.load(3)  # a forward of no request: the same operations, and nothing changes
+        steering.load(batch_of(3))  # a forward of no request: the same operations, and nothing changes
         before = residual.clone()
         layers[1](output, forward_batch=SimpleNamespace(residual=residual, forward_mode=None))
         assert torch.equal(residual, before)

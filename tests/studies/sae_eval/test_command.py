@@ -11,7 +11,7 @@ import torch
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
-from sglang_probe.sae.evaluate import evaluate
+from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.sae.harvested import harvested
 from sglang_probe.sae.manifest import KEY, manifest

@@ -16,7 +16,7 @@ from sglang_probe.config import load_config
 from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.report.page import render
 from sglang_probe.sae import train as training
-from sglang_probe.sae.evaluate import evaluate
+from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import of
 from sglang_probe.sae.threshold import shared_threshold

@@ -181,19 +181,16 @@ class Steering(Instrument):
                 starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
             )
 
-    def load(self, tokens: int) -> None:
-        """The coming forward has so many rows: fill what graphs read, on the forward's stream."""
+    def load(self, forward_batch: Any) -> None:
+        """The coming forward is of this batch: fill what graphs read, on the forward's stream."""
         if self._graph is None:
             return
         try:
-            self._graph.load(self.passes, tokens)
+            self._graph.load(self.passes, len(forward_batch.input_ids))
         except Exception as e:
             self._stop(e)
 
     def launched(self) -> None:
-        self.over()
-
-    def drop(self) -> None:
         self.over()
 
     def over(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.evaluate import Sinks, evaluate, variance_of
+from sglang_probe.sae.evaluation import Sinks, evaluate, variance_of
 from sglang_probe.sae.sae import SAE
 from tests.sae.small import hand_made, random_sae, rows
 
@@ -107,3 +107,13 @@ def test_nothing_to_measure_is_refused() -> None:
         evaluate(hand_made(), X[:0])
     with pytest.raises(ConfigError, match="no variance"):
         evaluate(hand_made(), X[[0, 0]])
+
+
+def test_the_names_that_the_package_offers_are_not_its_modules() -> None:
+    import importlib
+
+    import sglang_probe.sae as package
+
+    for name in ("evaluation", "folder", "threshold"):
+        importlib.import_module(f"sglang_probe.sae.{name}")
+    assert [n for n in package.__all__ if not callable(getattr(package, n))] == []
