@@ -52,6 +52,7 @@ def told(config: SteerConfig, library: Library) -> dict[str, Any]:
             "hash": v.hash,
             "kind": v.card.kind,
             "hook_point": v.card.hook_point,
+            "norm": v.card.norm,
             "layer_mean_norm": v.card.layer_mean_norm,
             "percentile99": v.card.percentile99,
         }

@@ -178,6 +178,7 @@ class _Vector:
 class _Card:
     kind: str
     hook_point: str
+    norm: float
     layer_mean_norm: float | None
     percentile99: float | None
 
