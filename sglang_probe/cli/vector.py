@@ -131,7 +131,7 @@ def probe(
     provided it is drawn like those. A rate of 0.05 needs 19 held-out negatives, 38 in all.
 
     Example: `sglang-probe vector make probe code --library vectors --positive code.jsonl --negative prose.jsonl --model
-    smollm2-135m --hook-point blocks.10.hook_resid_post --fpr 0.02`
+    smollm2-135m --hook-point blocks.10.hook_resid_post --fpr 0.05`
     """
     from sglang_probe.steering import probe as probing
 

@@ -26,7 +26,6 @@ from sglang_probe.run.manifest import new_manifest, without_secrets
 from sglang_probe.run.run import Run
 from sglang_probe.run.workload_digest import digest_of_columns
 from sglang_probe.steering.config import ScoresConfig, SteerConfig, told
-from sglang_probe.steering.library import Library
 from sglang_probe.steering.scores import told as told_of_scores
 from sglang_probe.workload.build import digest_of
 from sglang_probe.workload.request import Request
@@ -171,7 +170,7 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
         hook_points=list(job.hook_points),
         accelerator=config.accelerator,
         rows=config.rows,
-        scores=None if not job.capture.scores else _scores(config.scores),
+        scores=_scores(job),
         telemetry=config.telemetry,
         asks=sorted(asks | ({"steer"} if job.prepared.config.steer is not None else set())),
         kept=None if job.kept is None else path.resolve() / KEPT_FILE,
@@ -182,11 +181,11 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
     )
 
 
-def _scores(config: ScoresConfig | None) -> ScoresConfig | None:
-    if config is None:
+def _scores(job: Job) -> ScoresConfig | None:
+    config, capture = job.prepared.config.scores, job.capture
+    if config is None or not capture.scores:
         return None
-    library = Library.open(config.library)
-    return config.model_copy(update={"library": config.library.resolve(), "hash": library.hash})
+    return config.model_copy(update={"library": config.library.resolve(), "hash": capture.scores_library})
 
 
 def _steer(job: Job) -> SteerConfig | None:

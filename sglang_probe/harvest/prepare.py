@@ -81,6 +81,8 @@ class Capture:
     telemetry_layers: list[int]
     scores: dict[str, list[Vector]] = field(default_factory=dict)
     """Vectors of hook points whose rows are scores."""
+    scores_library: str = ""
+    """Hash of their library."""
 
 
 def prepare(
@@ -215,11 +217,12 @@ def capture_of(
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )
     scores: dict[str, list[Vector]] = {}
+    library = ""
     if score_points(hook_points):
         digest = weight_hash(model.identity["weights_sha256"])
         width = int(model.config["hidden_size"])
-        scores, _ = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
-    return Capture(*selected_heads(config.rows, counts), layers, scores)
+        scores, library = vectors_of(config.scores, hook_points, width=width, layers=model.layers, weight_hash=digest)
+    return Capture(*selected_heads(config.rows, counts), layers, scores, library)
 
 
 def check_ask(request: Request, config: Recording, *, context: int, vocabulary: int, library: Library | None) -> None:

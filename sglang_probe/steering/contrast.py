@@ -279,6 +279,11 @@ def origin(run: Run) -> dict[str, Any]:
     return {"run": run.manifest.get("name", run.path.name), "manifest_sha256": journal.sha256(run.path / MANIFEST)}
 
 
+def inputs(positive: Run, negative: Run, a: Rows, b: Rows) -> dict[str, Any]:
+    """Both runs and what was taken of them, for the card of what is made from the two."""
+    return {"positive": {**origin(positive), **a.told()}, "negative": {**origin(negative), **b.told()}}
+
+
 def without_path(model: str) -> str:
     """Name of a model; of one that was named by its folder, the folder's own: clients read cards, and where the model
     lies is none of their business."""

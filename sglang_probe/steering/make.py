@@ -66,8 +66,7 @@ def mean_difference(
         made_by={
             "command": "vector make mean-difference",
             "inputs": {
-                "positive": {**contrast.origin(positive), **a.told()},
-                "negative": {**contrast.origin(negative), **b.told()},
+                **contrast.inputs(positive, negative, a, b),
                 "position": place,
             },
             "seeds": {"split": seed},

@@ -170,8 +170,7 @@ def write(
         made_by={
             "command": "vector make probe",
             "inputs": {
-                "positive": {**contrast.origin(positive), **a.told()},
-                "negative": {**contrast.origin(negative), **b.told()},
+                **contrast.inputs(positive, negative, a, b),
                 "position": "last",
                 "penalty": penalty,
                 "asked_fpr": fpr,

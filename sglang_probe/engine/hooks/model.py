@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Forward
-from sglang_probe.engine.hooks.instruments.steer import Steering
+from sglang_probe.engine.hooks.instruments.steer import steering_of_session
 
 
 def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -36,8 +36,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
 
 def _load(forward_batch: Any) -> None:
     """Interventions that are part of graphs; also of a forward that nobody records."""
-    steering = None if guard.session is None else guard.session.of(Steering)
-    if steering is not None:
+    if (steering := steering_of_session()) is not None:
         steering.load(forward_batch)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.hooks.instruments.steer import Steering, steered_of
+from sglang_probe.engine.hooks.instruments.steer import Steering, steered_of, steering_of_session
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
@@ -126,12 +126,8 @@ def _launch(scheduler: Any, batch: Any) -> None:
         except Exception as e:
             session.fail("follow", e)
     _launch_recorded(scheduler, batch)
-    if session.recorder is None and (steering := _steering()) is not None:
+    if session.recorder is None and (steering := steering_of_session()) is not None:
         _go_on(steering, batch)
-
-
-def _steering() -> Steering | None:
-    return None if guard.session is None else guard.session.of(Steering)
 
 
 def _go_on(steering: Steering, batch: Any) -> None:
@@ -145,7 +141,7 @@ def _go_on(steering: Steering, batch: Any) -> None:
 
 
 def _over() -> None:
-    if (steering := _steering()) is not None:
+    if (steering := steering_of_session()) is not None:
         steering.over()
 
 

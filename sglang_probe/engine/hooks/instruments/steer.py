@@ -92,6 +92,8 @@ class Steering(Instrument):
         self._given = config.steer
         self.of_all = bool(config.steer.deployment)
         self._library: Library | None = None
+        self._deployed: Spec | None = None
+        """What is done to every request."""
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
         self._graph: GraphSteering | None = None
@@ -125,7 +127,7 @@ class Steering(Instrument):
         usable = [v for v in library.values() if v.card.kind in ("direction", "feature")]
         if not usable:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
-        spec_of(self._given.deployment, library, where="steer.deployment")  # refuses what it cannot do
+        self._deployed = spec_of(self._given.deployment, library, where="steer.deployment")
         self._numbers = {v.hash: i + 1 for i, v in enumerate(usable)}
         self._bank = Bank.of([parts_of(v.tensors) for v in usable], device=runner.device)
         changed = sorted({layer_of(v.card.hook_point) for v in usable})
@@ -144,8 +146,7 @@ class Steering(Instrument):
         if ask.steer and weights:
             raise ConfigError(f"{WHERE}.steer: the weights were updated, and the library is of those before")
         own = spec_of(ask.steer or (), self._library, where=f"{WHERE}.steer")
-        of_all = spec_of(self._given.deployment, self._library, where="deployment")
-        spec = joined(of_all, own)
+        spec = joined(self._deployed, own)
         prompt_len = len(req.origin_input_ids)
         onset = None if spec is None else spec.onset(prompt_len)
         if spec is None or onset is None:
@@ -153,7 +154,7 @@ class Steering(Instrument):
         if self._graph is not None:
             _refuse_more(spec, self._graph.passes)
         isolation = spec.isolation(prompt_len)
-        if of_all is not None:  # what everybody runs under is shared
+        if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
         under = Under(spec.id, onset, prompt_len, json.dumps(spec.to_json()))
         setattr(req, _STEERED, Steered(spec, under, isolation))
@@ -269,6 +270,11 @@ def _refuse_more(spec: Spec, passes: int) -> None:
             f"{WHERE}.steer: {layers.count(more)} interventions after layer {more}, and the engine's graphs have "
             f"{passes} (`steer: {{passes: ...}}` of the server)"
         )
+
+
+def steering_of_session() -> Steering | None:
+    """The instrument of this process, also while nothing is recorded; None: it has none."""
+    return None if guard.session is None else guard.session.of(Steering)
 
 
 def steered_of(req: Any) -> Steered | None:
