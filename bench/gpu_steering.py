@@ -1,6 +1,6 @@
 """Interventions on a GPU: are they right in replayed graphs, and what do they cost a decode step?
 
-    python bench/gpu_steering.py OUT.json --model DIR [--server JSON] [--rounds 3]
+    python bench/gpu_steering.py OUT.json --model DIR [--server JSON] [--rounds 3] [--fused]
 
 Parity: requests with and without interventions, everybody at once, recorded with graphs and with
 `disable_cuda_graph`. `verify --transformers` recomputes some of each with the same interventions, and rows of both
@@ -82,7 +82,7 @@ def prepared(args: argparse.Namespace, library: Path | None, hook_points: list[s
         "accelerator": "unproved",
         "hook_points": hook_points,
         "concurrency": _ROWS,
-        **({} if library is None else {"steer": {"library": str(library)}}),
+        **({} if library is None else {"steer": {"library": str(library), "fused": args.fused}}),
         "server": {**args.server, "max_running_requests": _ROWS, **more},
     }
     return prepare(Recording.model_validate(config), workload=Workload((request(0, "none", [1, 2], []),)))
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--server", type=json.loads, default={})
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fused", action="store_true", help="one kernel a layer, instead of PyTorch's operations")
     parser.add_argument("--steps", nargs="+", default=["parity", "cost"])
     args = parser.parse_args()
     args.model = args.model.resolve()
