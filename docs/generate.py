@@ -43,6 +43,7 @@ TABLES = {
     "forwards": schema.FORWARDS,
     "rebinds": schema.REBINDS,
     "interventions": schema.INTERVENTIONS,
+    "gates": schema.GATES,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

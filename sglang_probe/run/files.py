@@ -104,6 +104,10 @@ class RunFiles:
         """Requests that ran under interventions, and which (`schema.INTERVENTIONS`); one row per request."""
         return self._table("interventions", schema.INTERVENTIONS).drop_duplicates("rid", ignore_index=True)
 
+    def gates(self) -> pd.DataFrame:
+        """Decisions of gates by a probe, open and closed ones (`schema.GATES`); one row per request."""
+        return self._table("gates", schema.GATES).drop_duplicates("rid", ignore_index=True)
+
     def telemetry_table(self) -> pd.DataFrame:
         """One row per measured decode step and layer, as it is stored (`schema.TELEMETRY`)."""
         return self._table("telemetry/part-", schema.TELEMETRY)

@@ -78,6 +78,23 @@ INTERVENTIONS = pa.schema(
     ]
 )
 
+GATES = pa.schema(
+    [
+        # Requests whose interventions wait for a probe, in every part with a span of theirs after the decision.
+        ("rid", pa.string()),
+        ("intervention", pa.string()),  # hash of the specification that was asked, with its gate
+        ("probe", pa.string()),
+        ("hook_point", pa.string()),
+        ("position", pa.int32()),  # of the row that was scored: the prompt's last
+        ("attempt", pa.int32()),
+        ("forward_id", pa.int64()),  # that computed the row; -1: nothing was recorded then
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("opened", pa.bool_()),  # score > threshold: the gated steps act
+        ("spec", pa.string()),  # JSON, as in `interventions`
+    ]
+)
+
 REBINDS = pa.schema(
     [
         # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
@@ -209,6 +226,7 @@ NEVER_NULL = {
     "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
     "prompts": ("rid",),
     "interventions": tuple(INTERVENTIONS.names),
+    "gates": tuple(GATES.names),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
 """Columns of the ledger's tables that have a value in every row."""

@@ -55,6 +55,7 @@ def told(config: SteerConfig, library: Library) -> dict[str, Any]:
             "norm": v.card.norm,
             "layer_mean_norm": v.card.layer_mean_norm,
             "percentile99": v.card.percentile99,
+            **({"threshold": v.threshold} if v.card.kind == "probe" else {}),
         }
         for v in library.values()
     }

@@ -19,6 +19,7 @@ from sglang_probe.verify.check import Check
 from sglang_probe.verify.files import Progress, files_intact, nothing
 from sglang_probe.verify.forwards import forwards_add_up
 from sglang_probe.verify.frames import ReadOnce
+from sglang_probe.verify.gates import gates_decided, has_gates
 from sglang_probe.verify.interventions import has_interventions, marked_as_planned
 from sglang_probe.verify.kept import has_kept_sets, kept_sets_stay_private
 from sglang_probe.verify.manifest import manifest_fits
@@ -81,6 +82,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         checks["kept sets"] = kept_sets_stay_private
     if _true(has_interventions, run):
         checks["interventions"] = marked_as_planned
+    if _true(has_gates, run):
+        checks["gates"] = gates_decided
     if run.manifest.get("telemetry"):
         checks["telemetry"] = telemetry_holds
     owned = checks.pop("row ownership")

@@ -59,6 +59,8 @@ class Outcome:
     reused: int = 0
     reused_steered: int = 0
     retracted: int = 0
+    gates: str = ""
+    """Open and closed ones."""
     worst: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -72,6 +74,8 @@ def traffic(rng: random.Random, count: int) -> list[Request]:
     up = {"vector": "up", "strength": 30}
     pool = [[up], [{"vector": "late", "op": "project_out"}], [{**up, "phases": ["decode"]}]]
     pool += [[{**up, "prompt_window": [-20, None]}], *(steer(rng, 60) for _ in range(2))]
+    gate = {"phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
+    pool += [[{**up, **gate}], [{"vector": "late", "strength": 20, **gate}, {**up, "prompt_window": [-9, None]}]]
     roots = [[rng.randrange(10, 3000) for _ in range(rng.randrange(30, 110))] for _ in range(3)]
     requests = []
     for i in range(count):
@@ -174,6 +178,7 @@ def compare(together: Run, alone: Sequence[Run]) -> Outcome:
         steered=len(together.interventions()),
         reused=int((reused["end"] - reused["start"]).sum()),
         reused_steered=int(lengths.sum()),
+        gates="{} open, {} closed".format(*((together.gates()["opened"] == b).sum() for b in (True, False))),
         retracted=int(together.requests()["retractions"].sum()),
     )
     found.wrong += [f"{c.name}: {c.violation}" for run in (together, *alone) for c in verify(run) if not c.holds]

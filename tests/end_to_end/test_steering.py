@@ -204,7 +204,7 @@ def test_an_arm_steers_every_request_and_the_manifest_says_by_what(folder: Path,
     assert [s["vector"] for s in json.loads(under.at["b", "spec"])] == ["up", "late"]
     assert [s["vector"] for s in json.loads(under.at["a", "spec"])] == ["late"]
     assert found.manifest["policy"]["steer"][0]["op"] == "project_out"
-    assert set(found.manifest["steer"]["vectors"]) == {"up", "late", "feature"}
+    assert set(found.manifest["steer"]["vectors"]) == {"up", "late", "feature", "fires"}
 
 
 def test_unknown_names_are_refused_at_preparation_and_by_the_engine_with_the_key(

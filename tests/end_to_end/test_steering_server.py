@@ -46,7 +46,7 @@ def test_a_client_is_steered_who_asks_and_nobody_else(server: LiveServer) -> Non
     assert server.generate(PROMPT, sampling_params=_params([UP]))["output_ids"] == steered
     run = recorded(server)  # every invariant holds
     assert len(run.interventions()) == 2
-    assert run.manifest["steer"]["vectors"].keys() == {"up", "late", "feature"}
+    assert run.manifest["steer"]["vectors"].keys() == {"up", "late", "feature", "fires"}
     assert run.tokens()["intervention"].notna().sum() == 2 * (60 + 7)
 
 

@@ -272,6 +272,8 @@ class Recorder:
         under, spans = plan.under.get(i), commit.spans
         if under is not None:
             self._under[rid] = commit.interventions[rid] = under
+        if (decision := plan.gates.get(i)) is not None:
+            commit.gates[rid] = decision
         if plan.decoding[i]:
             if start != p.covered:
                 raise LedgerError(f"{rid}: decode of position {start}, but {p.covered} positions are accounted for")

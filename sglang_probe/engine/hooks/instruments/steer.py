@@ -8,6 +8,9 @@ Entries past the first changed position are those of another model. They are kep
 (`Spec.isolation`): in a namespace, which only requests of the same history share, or by reading what lies before and
 publishing nothing. The namespace has a random part that no client knows, so that nobody can name it.
 
+A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
+then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
+
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
 """
@@ -27,6 +30,7 @@ from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks.instruments.gates import Gate, Gates
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
@@ -50,13 +54,17 @@ _STEERED = "_sglang_probe_steered"
 """Attribute of a `Req`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Steered:
-    """What was settled when a request was made."""
+    """What was settled when a request was made; of a gated one, `spec` and `under` once more when it is decided."""
 
-    spec: Spec
-    under: Under
+    spec: Spec | None
+    """What is done in the coming forwards; None: nothing, as far as is known."""
+    under: Under | None
+    """How its entries are marked; None: not at all."""
     isolation: Isolation
+    prompt_len: int
+    gate: Gate | None = None
 
 
 class Steering(Instrument):
@@ -99,6 +107,8 @@ class Steering(Instrument):
         self._graph: GraphSteering | None = None
         """Set where interventions are part of recorded graphs."""
         self._salt = ""
+        self._gates: Gates | None = None
+        """None: the library has no probe, or gates cannot be had here."""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
         self.passes: dict[int, list[Rows]] = {}
@@ -133,6 +143,10 @@ class Steering(Instrument):
         changed = sorted({layer_of(v.card.hook_point) for v in usable})
         if self.config.accelerator == "unproved":
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes)
+        probes = [v for v in library.values() if v.card.kind == "probe"]
+        if probes and self._graph is None:
+            self._gates = Gates(probes, device=runner.device)
+            changed = sorted({*changed, *(v.card.layer for v in probes)})
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
@@ -156,8 +170,17 @@ class Steering(Instrument):
         isolation = spec.isolation(prompt_len)
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
-        under = Under(spec.id, onset, prompt_len, json.dumps(spec.to_json()))
-        setattr(req, _STEERED, Steered(spec, under, isolation))
+        told = json.dumps(spec.to_json())
+        if spec.probe is None:
+            steered = Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len)
+        else:
+            if self._gates is None:
+                raise ConfigError(
+                    f"{WHERE}.steer: a gate by a probe is decided on the host, between two forwards, and this engine "
+                    "runs on an accelerator"
+                )
+            steered = gated(spec, prompt_len, told, isolation)
+        setattr(req, _STEERED, steered)
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
         else:
@@ -169,18 +192,27 @@ class Steering(Instrument):
         return None if steered is None else steered.isolation.read_limit
 
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
-        steered = [steered_of(req) for req in reqs]
-        self.prepare(steered, plan.starts, plan.ends)
-        plan.under = {i: s.under for i, s in enumerate(steered) if s is not None}
+        self.prepare(reqs, plan.starts, plan.ends, plan)
+        for i, req in enumerate(reqs):
+            if (s := steered_of(req)) is not None:
+                if s.under is not None:
+                    plan.under[i] = s.under
+                if s.gate is not None and s.gate.decision is not None:
+                    plan.gates[i] = s.gate.decision
 
-    def prepare(self, steered: Sequence[Steered | None], starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Which rows the coming forward changes; also of a forward that nobody records."""
-        self.passes = {}
-        if any(s is not None for s in steered):
-            lengths = [0 if s is None else s.under.prompt_len for s in steered]
-            self.passes = rows_of(
-                starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
-            )
+    def prepare(
+        self, reqs: Sequence[Any], starts: Sequence[int], ends: Sequence[int], plan: ForwardPlan | None = None
+    ) -> None:
+        """Which rows the coming forward changes, and which it scores; also of a forward that nobody records."""
+        self.over()
+        steered = [steered_of(req) for req in reqs]
+        if not any(s is not None for s in steered):
+            return
+        if self._gates is not None:
+            for req in self._gates.expect(reqs, steered, starts, ends, plan):
+                self._end(req, "its gate was not decided before the tokens that wait for it")
+        lengths = [0 if s is None else s.prompt_len for s in steered]
+        self.passes = rows_of(starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers)
 
     def load(self, forward_batch: Any) -> None:
         """The coming forward is of this batch: fill what graphs read, on the forward's stream."""
@@ -197,9 +229,11 @@ class Steering(Instrument):
     def over(self) -> None:
         """Whatever runs next is of no request."""
         self.passes = {}
+        if self._gates is not None:
+            self._gates.forget()
 
     def change(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Make the changes of a layer. Inside the model.
+        """Make the changes of a layer, then decide the gates that read there. Inside the model.
 
         Raises:
             LedgerError: the layer has fewer rows than the plan. UnsupportedError: it has no residual to add to.
@@ -213,31 +247,36 @@ class Steering(Instrument):
         if self._graph is not None:
             self._graph.apply(layer, x_ND, to_ND)
             return
-        passes = self.passes[layer]
-        last = max(int(p.row.max()) for p in passes)
-        if last >= len(x_ND):
-            raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
-        rows, change_RD = changes(x_ND, passes, self._bank)
-        add_rows(to_ND, rows, change_RD)
-        self.changed += len(rows)
+        if passes := self.passes.get(layer):
+            last = max(int(p.row.max()) for p in passes)
+            if last >= len(x_ND):
+                raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
+            rows, change_RD = changes(x_ND, passes, self._bank)
+            add_rows(to_ND, rows, change_RD)
+            self.changed += len(rows)
+        if self._gates is not None and self._gates.reads(layer):
+            self._gates.decide(layer, release().residual(forward_batch, output) if passes else x_ND)
 
     def broken(self, error: Exception) -> None:
         """A change could not be made: the requests under interventions end, and say why."""
-        from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
         self.over()
         for req in self._running.values():
-            req.skip_radix_cache_insert = True
-            if req.to_finish is None and not req.finished():
-                req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {error}")
+            self._end(req, str(error))
         self._running.clear()
+
+    def _end(self, req: Any, why: str) -> None:
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+        req.skip_radix_cache_insert = True
+        if req.to_finish is None and not req.finished():
+            req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {why}")
 
     def library(self) -> tuple[str, str] | None:
         return None if self._library is None else ("steer", self._library.hash)
 
     def acts(self, layer: int) -> bool:
         """Whether a layer has anything to do in this forward. What is recorded into graphs always does the same."""
-        return self._graph is not None or layer in self.passes
+        return self._graph is not None or layer in self.passes or (self._gates is not None and self._gates.reads(layer))
 
     def _stop(self, error: Exception) -> None:
         self.broken(error)
@@ -270,6 +309,32 @@ def _refuse_more(spec: Spec, passes: int) -> None:
             f"{WHERE}.steer: {layers.count(more)} interventions after layer {more}, and the engine's graphs have "
             f"{passes} (`steer: {{passes: ...}}` of the server)"
         )
+
+
+def gated(spec: Spec, prompt_len: int, told: str, isolation: Isolation) -> Steered:
+    """A request that waits for its gate. Meanwhile what has no gate is done to its prompt, and marked.
+
+    Args:
+        told: the specification as JSON.
+    """
+    assert spec.probe is not None
+    now = spec.decided(False)
+    steered = Steered(now, None, isolation, prompt_len)
+
+    def under(spec: Spec | None) -> Under | None:
+        onset = None if spec is None else spec.onset(prompt_len)
+        return None if onset is None else Under(name, onset, prompt_len, told)
+
+    def settle(opened: bool) -> None:
+        steered.spec = asked.decided(opened)
+        steered.under = under(steered.spec)
+
+    asked, name = spec, spec.id
+    steered.gate = Gate(name, spec.probe, prompt_len, told, settle)
+    # Steps of the generation may be left out or not: where the marks of these begin is not known yet.
+    if now is not None and (early := under(now)) is not None and early.onset < prompt_len:
+        steered.under = early
+    return steered
 
 
 def steering_of_session() -> Steering | None:
