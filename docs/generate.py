@@ -44,6 +44,7 @@ TABLES = {
     "rebinds": schema.REBINDS,
     "interventions": schema.INTERVENTIONS,
     "gates": schema.GATES,
+    "budget": schema.BUDGET,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

@@ -95,6 +95,19 @@ GATES = pa.schema(
     ]
 )
 
+BUDGET = pa.schema(
+    [
+        # What became of the budget of interventions (`steer: {budget_ms: ...}`), in the order of time.
+        ("forward_id", pa.int64()),  # exceeded: measured in this forward; else the first one launched after the event
+        ("at", pa.float64()),  # unix seconds
+        ("event", pa.string()),  # exceeded | within | unsteered
+        ("milliseconds", pa.float32()),  # median of the forwards that counted
+        ("budget_ms", pa.float32()),
+        ("rid", pa.string()),  # unsteered: the request, and what it asked; else null
+        ("intervention", pa.string()),
+    ]
+)
+
 REBINDS = pa.schema(
     [
         # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
@@ -227,6 +240,7 @@ NEVER_NULL = {
     "prompts": ("rid",),
     "interventions": tuple(INTERVENTIONS.names),
     "gates": tuple(GATES.names),
+    "budget": ("forward_id", "at", "event", "milliseconds", "budget_ms"),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
 """Columns of the ledger's tables that have a value in every row."""

@@ -72,11 +72,6 @@ class Probe:
     threshold: float
     """The steps act if the score is above it."""
 
-    @property
-    def layer(self) -> int:
-        """Number of the decoder layer after which the row is read."""
-        return layer_of(self.hook_point)
-
     def opens(self, score: float) -> bool:
         """The decision; not a number opens nothing."""
         return score > self.threshold

@@ -128,6 +128,8 @@ def _undecided(run: Run, gates: pd.DataFrame, computed: _Computed) -> str | None
         except ProbeError as e:
             return e.message
     decided = set(gates["rid"])
+    for rid in run.budget()["rid"].dropna():
+        of_prompt.pop(rid, None)
     wrong = dict(zip(gates["rid"], gates["position"], strict=True))
     for rid, n in of_prompt.items():
         if rid in decided:

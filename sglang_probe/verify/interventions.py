@@ -146,9 +146,13 @@ def _as_asked(run: Run, under: Mapping[str, _Under]) -> tuple[str | None, str | 
     # Closed, it ran as if it had not asked; and it may have ended before what waited for its gate.
     gates = run.gates()
     ran |= {rid.partition("~")[0]: name for rid, name in zip(gates["rid"], gates["intervention"], strict=True)}
+    budget = run.budget()
+    unsteered = {str(rid).partition("~")[0]: i for rid, i in zip(budget["rid"], budget["intervention"], strict=True)}
     for name, (spec, prompt_len) in specs.items():
         rid = name.partition("~")[0]
         asked = spec.id if spec is not None and spec.onset(prompt_len) is not None else None
+        if asked is not None and asked == unsteered.get(rid):
+            continue  # whether that could be is asked of `budget`
         if spec is not None and spec.probe is not None and rid not in ran:
             continue  # whether it should have been decided is asked of `gates`
         if ran.get(rid) != asked:

@@ -44,7 +44,7 @@ def test_a_specification_is_read_back_with_its_gate() -> None:
     assert again == one
     assert again.id == one.id
     assert again.probe is not None
-    assert (again.probe.name, again.probe.layer, again.probe.threshold) == ("fires", 2, 0.25)
+    assert (again.probe.name, again.probe.hook_point[:9], again.probe.threshold) == ("fires", "blocks.2.", 0.25)
 
 
 def test_a_gated_request_never_shares_what_it_computes_however_early_it_begins() -> None:

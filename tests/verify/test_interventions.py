@@ -77,6 +77,9 @@ class FakeRun:
     def gates(self) -> pd.DataFrame:
         return pd.DataFrame(columns=schema.GATES.names)
 
+    def budget(self) -> pd.DataFrame:
+        return pd.DataFrame(columns=schema.BUDGET.names)
+
     def engine_requests(self) -> pd.DataFrame:
         return pd.DataFrame([[rid, n] for rid, (_, n) in self.asked.items()], columns=["rid", "prompt_len"])
 

@@ -38,6 +38,7 @@ class OpenPart:
         self._prompts: list[tuple[Any, ...]] = []
         self._interventions: dict[str, Under] = {}
         self._gates: dict[str, Decision] = {}
+        self._budget: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._index: dict[str, list[np.ndarray]] = {}
@@ -70,6 +71,7 @@ class OpenPart:
         self._prompts += commit.prompts
         self._interventions |= commit.interventions
         self._gates |= commit.gates
+        self._budget += commit.budget
         for hook_point, rows in (commit.rows or {}).items():
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
@@ -103,6 +105,7 @@ class OpenPart:
                 ("requests", schema.ENGINE_REQUESTS, self._requests),
                 ("prompts", schema.PROMPTS, self._prompts),
                 ("interventions", schema.INTERVENTIONS, _interventions(self._interventions)),
+                ("budget", schema.BUDGET, self._budget),
                 ("gates", schema.GATES, [(rid, *astuple(d)) for rid, d in self._gates.items()]),
             ):
                 if facts:

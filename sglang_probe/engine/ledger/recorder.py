@@ -20,7 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
@@ -242,6 +242,7 @@ class Recorder:
             plan.weights,
         )
         commit.rebinds, self._rebinds = self._rebinds, []
+        commit.budget = [(plan.forward_id, *astuple(event)) for event in plan.budget]
         self._sink.put(commit)
 
     @property

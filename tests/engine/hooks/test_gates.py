@@ -12,6 +12,7 @@ import torch
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.instruments.steer import Steering
+from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import read_limit
 from sglang_probe.engine.ledger.facts import Decision
 from sglang_probe.steering.library import Library
@@ -78,8 +79,6 @@ def engine(monkeypatch: pytest.MonkeyPatch, library: Path) -> Engine:
 
 
 def decision(req: Req) -> Decision | None:
-    from sglang_probe.engine.hooks.instruments.steer import steered_of
-
     steered = steered_of(req)
     assert steered is not None
     assert steered.gate is not None

@@ -17,9 +17,10 @@ import torch
 from sglang_probe.engine.ledger.facts import Decision
 from sglang_probe.errors import LedgerError
 from sglang_probe.steering.scores import weights_DK
+from sglang_probe.steering.spec import layer_of
 
 if TYPE_CHECKING:
-    from sglang_probe.engine.hooks.instruments.steer import Steered
+    from sglang_probe.engine.hooks.instruments.steered import Steered
     from sglang_probe.engine.ledger.facts import ForwardPlan
     from sglang_probe.steering.library import Vector
     from sglang_probe.steering.spec import Probe
@@ -85,7 +86,7 @@ class Gates:
                 last = gate.prompt_len - 1
                 if start <= last < end:
                     due = _Due(offset + last - start, i, gate)
-                    self._due.setdefault(gate.probe.layer, []).append(due)
+                    self._due.setdefault(layer_of(gate.probe.hook_point), []).append(due)
                 if end > gate.prompt_len:
                     late.append(req)
             offset += end - start

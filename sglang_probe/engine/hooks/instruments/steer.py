@@ -11,6 +11,9 @@ publishing nothing. The namespace has a random part that no client knows, so tha
 A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
 then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
 
+Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole; what
+could part them (a decision or a time that each would find for itself) is refused.
+
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
 """
@@ -22,7 +25,6 @@ import logging
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
@@ -30,7 +32,9 @@ from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.hooks.instruments.gates import Gate, Gates
+from sglang_probe.engine.hooks.instruments.budget import Budget
+from sglang_probe.engine.hooks.instruments.gates import Gates
+from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, steered_of
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
@@ -50,21 +54,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang_probe")
 
-_STEERED = "_sglang_probe_steered"
-"""Attribute of a `Req`."""
-
-
-@dataclass(slots=True)
-class Steered:
-    """What was settled when a request was made; of a gated one, `spec` and `under` once more when it is decided."""
-
-    spec: Spec | None
-    """What is done in the coming forwards; None: nothing, as far as is known."""
-    under: Under | None
-    """How its entries are marked; None: not at all."""
-    isolation: Isolation
-    prompt_len: int
-    gate: Gate | None = None
+_UNSTEERED = "_sglang_probe_unsteered"
+"""Attribute of a `Req` that is served without the interventions of this hash, until its first launch."""
 
 
 class Steering(Instrument):
@@ -72,7 +63,6 @@ class Steering(Instrument):
 
     name = "steering"
     field = "steer"
-    one_rank = True
     features = ("rows", "bypass", "steering")
     in_model = True
 
@@ -92,7 +82,7 @@ class Steering(Instrument):
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
         if started.steer is None or asked.steer is None:
             return asked.steer is None and (started.steer is None or not started.steer.deployment)
-        return started.steer == asked.steer
+        return started.steer.without_budget == asked.steer.without_budget
 
     def __init__(self, config: EngineProbeConfig) -> None:
         super().__init__(config)
@@ -107,10 +97,14 @@ class Steering(Instrument):
         self._graph: GraphSteering | None = None
         """Set where interventions are part of recorded graphs."""
         self._salt = ""
+        self.budget: Budget | None = None
+        """None: interventions may cost what they do."""
         self._gates: Gates | None = None
         """None: the library has no probe, or gates cannot be had here."""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
+        self._plan: ForwardPlan | None = None
+        """The recorded forward at hand, which takes what becomes of the budget."""
         self.passes: dict[int, list[Rows]] = {}
         """By layer, what the forward that is being launched changes."""
         self.changed = 0
@@ -120,8 +114,6 @@ class Steering(Instrument):
         from sglang_probe.steering.apply import Bank, parts_of
 
         check_device(runner.device, self.config.accelerator)
-        if self._given.deployment and guard.active().tp_size > 1:
-            raise UnsupportedError("a `deployment` under tensor parallelism would be carried out by one rank alone")
         check_architecture(type(runner.model).__name__)
         layers = runner.model.model.layers
         self._library = library = Library.open(self._given.library)
@@ -144,7 +136,7 @@ class Steering(Instrument):
         if self.config.accelerator == "unproved":
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes)
         probes = [v for v in library.values() if v.card.kind == "probe"]
-        if probes and self._graph is None:
+        if probes and self._graph is None and guard.active().tp_size == 1:
             self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
         for layer in changed:
@@ -153,6 +145,13 @@ class Steering(Instrument):
     def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
         super().open(config, scheduler)
         self._salt = secrets.token_hex(8)
+        steer = config.steer
+        if steer is not None and steer.budget_ms is not None and guard.active().tp_size > 1:
+            raise UnsupportedError(
+                "`budget_ms` under tensor parallelism: each rank measures for itself, and they would part",
+                fix="leave it out",
+            )
+        self.budget = None if steer is None or steer.budget_ms is None else Budget(steer)
 
     def admit(self, ask: Ask, req: Any) -> None:
         assert self._library is not None
@@ -167,20 +166,25 @@ class Steering(Instrument):
             return
         if self._graph is not None:
             _refuse_more(spec, self._graph.passes)
+        if self.budget is not None and not self.budget.admits():
+            if self.budget.refuses:
+                raise ConfigError(f"{WHERE}.steer: {self.budget.refusal()}")
+            setattr(req, _UNSTEERED, spec.id)
+            return
         isolation = spec.isolation(prompt_len)
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
         told = json.dumps(spec.to_json())
         if spec.probe is None:
-            steered = Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len)
+            mark(req, Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len))
+        elif self._gates is not None:
+            mark(req, gated(spec, prompt_len, told, isolation))
         else:
-            if self._gates is None:
-                raise ConfigError(
-                    f"{WHERE}.steer: a gate by a probe is decided on the host, between two forwards, and this engine "
-                    "runs on an accelerator"
-                )
-            steered = gated(spec, prompt_len, told, isolation)
-        setattr(req, _STEERED, steered)
+            where = "under tensor parallelism" if guard.active().tp_size > 1 else "on an accelerator"
+            raise ConfigError(
+                f"{WHERE}.steer: a gate by a probe is decided on the host of one rank, between two forwards, and this "
+                f"engine runs {where}"
+            )
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
         else:
@@ -193,6 +197,8 @@ class Steering(Instrument):
 
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
         self.prepare(reqs, plan.starts, plan.ends, plan)
+        if self.budget is not None:
+            self._tell_of_budget(reqs, plan)
         for i, req in enumerate(reqs):
             if (s := steered_of(req)) is not None:
                 if s.under is not None:
@@ -208,20 +214,47 @@ class Steering(Instrument):
         steered = [steered_of(req) for req in reqs]
         if not any(s is not None for s in steered):
             return
+        began = self._began()
+        for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
+            if s is not None and len(req.origin_input_ids) != s.prompt_len:
+                # `--allow-auto-truncate`, or SGLang refused it: positions would be those of another prompt.
+                self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {len(req.origin_input_ids)}")
+                mark(req, None)
+                steered[i] = None
         if self._gates is not None:
             for req in self._gates.expect(reqs, steered, starts, ends, plan):
                 self._end(req, "its gate was not decided before the tokens that wait for it")
         lengths = [0 if s is None else s.prompt_len for s in steered]
         self.passes = rows_of(starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers)
+        self._spent(began)
+
+    def _tell_of_budget(self, reqs: Sequence[Any], plan: ForwardPlan) -> None:
+        assert self.budget is not None
+        for req, rid in zip(reqs, plan.rids, strict=True):
+            if (asked := getattr(req, _UNSTEERED, None)) is not None:
+                delattr(req, _UNSTEERED)
+                self.budget.unsteered(rid, asked)
+        plan.budget += self.budget.take()
+        self._plan = plan
+
+    def _began(self) -> float:
+        return 0.0 if self.budget is None else self.budget.clock()
+
+    def _spent(self, began: float) -> None:
+        if self.budget is not None:
+            self.budget.spend(began)
 
     def load(self, forward_batch: Any) -> None:
         """The coming forward is of this batch: fill what graphs read, on the forward's stream."""
         if self._graph is None:
             return
+        began = self._began()
         try:
             self._graph.load(self.passes, len(forward_batch.input_ids))
         except Exception as e:
             self._stop(e)
+        if self.passes:
+            self._spent(began)
 
     def launched(self) -> None:
         self.over()
@@ -231,6 +264,11 @@ class Steering(Instrument):
         self.passes = {}
         if self._gates is not None:
             self._gates.forget()
+        if self.budget is not None:
+            self.budget.forward()
+            if self._plan is not None:  # one that is in flight is written later
+                self._plan.budget += self.budget.take()
+                self._plan = None
 
     def change(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make the changes of a layer, then decide the gates that read there. Inside the model.
@@ -285,6 +323,9 @@ class Steering(Instrument):
         else:
             logger.exception("sglang-probe could not intervene", exc_info=error)
 
+    def status(self) -> dict[str, Any]:
+        return {} if self.budget is None else {"steering": self.budget.status()}
+
     def facts(self) -> dict[str, Any]:
         return {"steer": None if self._library is None else told(self._given, self._library)}
 
@@ -311,51 +352,22 @@ def _refuse_more(spec: Spec, passes: int) -> None:
         )
 
 
-def gated(spec: Spec, prompt_len: int, told: str, isolation: Isolation) -> Steered:
-    """A request that waits for its gate. Meanwhile what has no gate is done to its prompt, and marked.
-
-    Args:
-        told: the specification as JSON.
-    """
-    assert spec.probe is not None
-    now = spec.decided(False)
-    steered = Steered(now, None, isolation, prompt_len)
-
-    def under(spec: Spec | None) -> Under | None:
-        onset = None if spec is None else spec.onset(prompt_len)
-        return None if onset is None else Under(name, onset, prompt_len, told)
-
-    def settle(opened: bool) -> None:
-        steered.spec = asked.decided(opened)
-        steered.under = under(steered.spec)
-
-    asked, name = spec, spec.id
-    steered.gate = Gate(name, spec.probe, prompt_len, told, settle)
-    # Steps of the generation may be left out or not: where the marks of these begin is not known yet.
-    if now is not None and (early := under(now)) is not None and early.onset < prompt_len:
-        steered.under = early
-    return steered
-
-
 def steering_of_session() -> Steering | None:
     """The instrument of this process, also while nothing is recorded; None: it has none."""
     return None if guard.session is None else guard.session.of(Steering)
-
-
-def steered_of(req: Any) -> Steered | None:
-    """The interventions under which a request was admitted."""
-    found: Steered | None = getattr(req, _STEERED, None)
-    return found
 
 
 def _layer_hook(steering: Steering, layer: int) -> Callable[..., None]:
     def intervene(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not steering.acts(layer):
             return
+        began = steering._began()
         try:
             steering.change(layer, args, kwargs, output)
         except Exception as e:
             steering._stop(e)
+        if steering.passes or steering._graph is None:  # graphs do the same in forwards of nobody
+            steering._spent(began)
 
     return intervene
 
