@@ -155,15 +155,17 @@ def test_a_prompt_that_sglang_cut_after_it_was_admitted_is_not_steered_by_the_po
     schedule_batch.FINISH_ABORT = lambda message: ("abort", message)
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_batch", schedule_batch)
     steering, _ = attached(monkeypatch, library)
-    req, other = admitted(steer=[UP]), admitted(steer=[UP])
-    req.origin_input_ids = req.origin_input_ids[:10]
-    forward = plan([0, 0], [10, PROMPT])
-    steering.launch([req, other], [Ask()] * 2, forward)
+    windows: list[dict[str, Any]] = [{"prompt_window": [-4, None]}, {}, {}]  # `{}`: all, however many there are
+    req, every, other = (admitted(steer=[{**UP, **w}]) for w in windows)
+    for cut in (req, every):
+        cut.origin_input_ids = cut.origin_input_ids[:10]
+    forward = plan([0, 0, 0], [10, 10, PROMPT])
+    steering.launch([req, every, other], [Ask()] * 3, forward)
     assert "SGLang cut its prompt of 16 tokens to 10" in req.to_finish[1]
     assert req.skip_radix_cache_insert
-    assert set(forward.under) == {1}
+    assert {i: u.prompt_len for i, u in forward.under.items()} == {1: 10, 2: PROMPT}
     assert [p.row.min() for p in steering.passes[1]] == [10]
-    assert other.to_finish is None
+    assert every.to_finish is other.to_finish is None
 
 
 def test_equal_histories_share_a_namespace_and_others_do_not(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:

@@ -34,7 +34,7 @@ from sglang_probe.engine.hooks.instruments.accelerator import check_device, grap
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.instruments.budget import Budget
 from sglang_probe.engine.hooks.instruments.gates import Gates
-from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, steered_of
+from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
@@ -216,11 +216,12 @@ class Steering(Instrument):
             return
         began = self._began()
         for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
-            if s is not None and len(req.origin_input_ids) != s.prompt_len:
-                # `--allow-auto-truncate`, or SGLang refused it: positions would be those of another prompt.
-                self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {len(req.origin_input_ids)}")
-                mark(req, None)
-                steered[i] = None
+            if s is not None and (length := len(req.origin_input_ids)) != s.prompt_len:
+                # `--allow-auto-truncate`, or SGLang refused it: positions may be those of another prompt.
+                steered[i] = of_length(s, length)
+                if steered[i] is None:
+                    self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {length}")
+                mark(req, steered[i])
         if self._gates is not None:
             for req in self._gates.expect(reqs, steered, starts, ends, plan):
                 self._end(req, "its gate was not decided before the tokens that wait for it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_probe.engine.hooks.instruments.gates import Gate
@@ -35,6 +35,17 @@ def steered_of(req: Any) -> Steered | None:
 def mark(req: Any, steered: Steered | None) -> None:
     """Admit a request under these interventions; None: it is under none after all."""
     setattr(req, _STEERED, steered)
+
+
+def of_length(steered: Steered, length: int) -> Steered | None:
+    """The same for a prompt of another length, which SGLang cut after the request was admitted; None: other positions
+    would be changed than was settled, when its place in the prefix cache was."""
+    spec, under = steered.spec, steered.under
+    if spec is None or under is None or steered.gate is not None:
+        return None
+    if spec.history(length) != spec.history(steered.prompt_len):
+        return None
+    return Steered(spec, replace(under, prompt_len=length), steered.isolation, length)
 
 
 def gated(spec: Spec, prompt_len: int, told: str, isolation: Isolation) -> Steered:
