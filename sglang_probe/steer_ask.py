@@ -67,6 +67,9 @@ class Steer(Config):
     """Positions of the sequence that are left alone, e.g. `[0]`."""
     gate: Gate | None = None
     """When a row is changed at all, besides its place; by default always."""
+    random_error: Annotated[StrictInt, Field(ge=0, lt=1 << 31)] | None = None
+    """Of `splice`, the control: the error of the reconstruction is turned into a random direction, with its length
+    kept. The direction follows from this number and the position."""
 
     @model_validator(mode="after")
     def _fits(self) -> Steer:
@@ -77,6 +80,8 @@ class Steer(Config):
                 raise ValueError(f"the strength of `{self.op}` is a fraction: leave `unit` out")
             if not 0 <= self.fraction <= 2:
                 raise ValueError(f"the strength of `{self.op}` is a fraction from 0 to 2")
+        if self.random_error is not None and self.op != "splice":
+            raise ValueError(f"`random_error` has no meaning for `{self.op}`")
         if self.gate is not None and self.op not in ("add", "clamp"):
             raise ValueError(f"`gate` has no meaning for `{self.op}`")
         for phase, name in (("prefill", "prompt_window"), ("decode", "generation_window")):

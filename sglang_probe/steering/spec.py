@@ -31,6 +31,9 @@ be read by sampling, and by whoever trains."""
 MOST_EXCLUDED = 256
 """Excluded positions of one request: each cuts an interval that every forward of it looks at."""
 
+MOST_SPLICES = 4
+"""Of one request: each encodes and decodes every row of it with all latents of an SAE."""
+
 _RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
@@ -42,7 +45,7 @@ class Card(Protocol):
     @property
     def hook_point(self) -> str: ...
     @property
-    def norm(self) -> float: ...
+    def norm(self) -> float | None: ...
     @property
     def layer_mean_norm(self) -> float | None: ...
     @property
@@ -77,6 +80,8 @@ class Step:
     generation: tuple[int, int | None] | None
     """Window of steps, from 1; None: none of them."""
     exclude: tuple[int, ...]
+    random_error: int | None = None
+    """Of `splice`: seed of the direction into which the error is turned; None: it is left as it is."""
 
     @property
     def layer(self) -> int:
@@ -149,6 +154,7 @@ class Spec:
                     prompt=_window(s["prompt"]),
                     generation=_window(s["generation"]),
                     exclude=tuple(int(p) for p in s["exclude"]),
+                    random_error=None if s.get("random_error") is None else int(s["random_error"]),
                 )
                 for s in steps
             )
@@ -168,7 +174,7 @@ class Spec:
         told = []
         for step, where in self.schedule(prompt_len):
             if cut := [[a, min(b, end)] for a, b in where if a < end]:
-                told.append([step.hash, step.hook_point, step.op, step.amount.hex(), step.gated, cut])
+                told.append([step.hash, step.hook_point, step.op, step.amount.hex(), step.gated, cut, *_seed(step)])
         return _hash(told)
 
     def isolation(self, prompt_len: int) -> Isolation:
@@ -206,11 +212,13 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
     if (excluded := sum(len(s.exclude) for s in steps)) > MOST_EXCLUDED:
         raise ConfigError(f"{where}: {excluded} excluded positions in all; a request may name {MOST_EXCLUDED}")
     # An activation is worth as much of the residual stream as its feature's decoder row is long.
-    total = sum(abs(s.amount) * (library[s.vector].card.norm if s.op in ("clamp", "cap") else 1) for s in steps)
+    total = sum(abs(s.amount) * (library[s.vector].card.norm or 1 if s.op in ("clamp", "cap") else 1) for s in steps)
     if total > MOST_AMOUNT:
         raise ConfigError(
             f"{where}: changes of {total:.3g} in all, in absolute units; a request may ask for {MOST_AMOUNT:,.0f}"
         )
+    if (spliced := sum(s.op == "splice" for s in steps)) > MOST_SPLICES:
+        raise ConfigError(f"{where}: {spliced} entries `splice`; a request may have {MOST_SPLICES}")
     return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
 
 
@@ -239,17 +247,16 @@ _KINDS = {
     "ablate_feature": ("feature",),
     "clamp": ("direction", "feature"),
     "cap": ("direction", "feature"),
+    "splice": ("sae",),
 }
 """Kinds of vector that an operation is defined for."""
 
 
 def _step(entry: Steer, vector: Source, at: str) -> Step:
     card = vector.card
-    if entry.op == "splice":
-        raise ConfigError(f"{at}.op: `splice` is not served by an engine; `steering.apply.splice` does it offline")
     if card.kind not in _KINDS[entry.op]:
         raise ConfigError(
-            f"{at}.op: `{entry.op}` needs a {' or a '.join(_KINDS[entry.op])}; `{entry.vector}` is a {card.kind}"
+            f"{at}.op: `{entry.op}` needs {' or '.join(map(_a, _KINDS[entry.op]))}; `{entry.vector}` is {_a(card.kind)}"
         )
     if entry.gate is not None and card.kind != "feature":
         raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
@@ -267,7 +274,12 @@ def _step(entry: Steer, vector: Source, at: str) -> Step:
         prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),
+        random_error=entry.random_error,
     )
+
+
+def _a(kind: str) -> str:
+    return "an SAE" if kind == "sae" else f"a {kind}"
 
 
 def _unit(entry: Steer, card: Card, at: str) -> float:
@@ -300,7 +312,13 @@ def _canonical(step: Step) -> dict[str, Any]:
         "prompt": None if step.prompt is None else list(step.prompt),
         "generation": None if step.generation is None else list(step.generation),
         "exclude": list(step.exclude),
+        # Left out without one, so that specifications of before there was one keep their names.
+        **({} if step.random_error is None else {"random_error": step.random_error}),
     }
+
+
+def _seed(step: Step) -> list[int]:
+    return [] if step.random_error is None else [step.random_error]
 
 
 def _window(told: Sequence[int | None] | None) -> tuple[int, int | None] | None:

@@ -203,6 +203,7 @@ def test_rows_at_the_edge_of_a_feature_are_named() -> None:
 
     def near(op: str, *, gated: bool = False) -> list[int]:
         full = {"vector": 0 * n + 1, "op": 0 * n + OPS.index(op), "amount": (0 * n).astype("float32")}
+        full |= {"position": n, "random": 0 * n - 1}
         close = Close(lambda _layer: 1e-4)
         close.note(x, 0, [Rows(row=n, gated=(0 * n + gated).astype(bool), **full)], bank)
         return [close.rows, -1 if close.first is None else close.first]
