@@ -12,7 +12,8 @@ With v the unit vector of a direction, or of a feature's decoder row w; and z th
 
 Of several passes over a layer each sees what the one before left. Sums and products are fp32, row by row, so that a row
 has the same bits whatever else is in the batch; the sum of all changes is rounded once to the residual's dtype, and
-added. A row whose change is 0 keeps its bits.
+added. A row whose change is 0 keeps its bits. `splice` multiplies many rows at once: there the last bits may depend on
+how many.
 
 In SGLang the residual stream after a layer is the sum of two tensors, `pending` and `residual`: the change is read from
 the sum and added to the second, so that in bf16 the last bit of the sum may differ from `x + change`.

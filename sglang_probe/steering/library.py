@@ -272,7 +272,7 @@ def write_sae_entry(folder: str | Path, sae: Path, *, overwrite: bool = False, *
             raise _taken(folder, name)
         digests = sae_entry.files(sae)
         weights = next(d for n, d in digests.items() if n != CONFIG)
-        place = {"folder": sae_entry.place(folder, sae, name), "files": digests}
+        place = {"folder": sae_entry.place(folder, sae, name, overwrite=overwrite), "files": digests}
         told = {**fields, "kind": "sae", "width": width, "sae": place, "sha256": weights}
         card = parse_config(told, Card, where="card")
         card_file.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_probe.steering.apply import SPLICE, Bank, add_rows, bank_of, changes
+from sglang_probe.steering.apply import SPLICE, Bank, add_rows, bank_of, changes, intervene
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.plan import OPS, Rows, rows_of
 from sglang_probe.steering.spec import Spec
@@ -65,7 +65,7 @@ class Close:
     rows: int = 0
 
     def note(self, x_ND: Tensor, layer: int, passes: Sequence[Rows], bank: Bank) -> None:
-        """Look at the rows that a layer is about to change."""
+        """Look at the rows that a layer is about to change. Each pass sees what the one before left."""
         for p in passes:
             self._note_spliced(x_ND, layer, p, bank)
             some = p.op != SPLICE
@@ -78,6 +78,8 @@ class Close:
             # An error of random direction has so much of its length along the encoder; four deviations of it.
             reach = 4 * self.tolerance(layer) * x.norm(dim=1) * read.norm(dim=1) / x.shape[1] ** 0.5
             self._add(row[sharp & ((pre - bank.threshold_M[vector]).abs() <= reach)], len(x_ND))
+            if p is not passes[-1]:
+                x_ND = intervene(x_ND, [p], bank)
 
     def _note_spliced(self, x_ND: Tensor, layer: int, p: Rows, bank: Bank) -> None:
         for number in np.unique(p.vector[p.op == SPLICE]):

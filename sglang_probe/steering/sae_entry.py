@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 _FIX = "restore the folder from a copy, or make the entry again (`sglang-probe vector make sae`)"
 
 
-def place(library: Path, sae: Path, name: str) -> str:
+def place(library: Path, sae: Path, name: str, *, overwrite: bool = False) -> str:
     """Name of an SAE's folder as the card of entry `name` has it, relative to the library.
 
     A folder inside the library or beside it stays where it is; another is copied into the library.
 
+    Args:
+        overwrite: whether the copy may take the place of another SAE.
+
     Raises:
-        ConfigError: the copy would take the place of something.
+        ConfigError: the copy would take the place of something else.
     """
     root, at = library.resolve(), sae.resolve()
     if at != root and at != root.parent and at.is_relative_to(root.parent):
         # The parent is there for siblings, not for whatever lies under it elsewhere.
         return str(PurePosixPath(*([".."] if not at.is_relative_to(root) else []), *_below(root, at)))
     target = library / name
+    if target.is_dir() and overwrite and {f.name for f in target.iterdir()} <= {CONFIG, WEIGHTS, *GEMMA_SCOPE}:
+        shutil.rmtree(target)
     if target.exists():
         raise ConfigError(f"{target} is there already, where the SAE would be copied to", fix="choose another name")
     target.mkdir(parents=True)

@@ -174,6 +174,20 @@ def test_an_sae_stays_where_it_is_if_the_library_can_be_moved_with_it(where: str
     assert torch.equal(moved.sae.W_dec, random_sae("standard").W_dec)
 
 
+def test_an_entry_is_replaced_if_asked_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = tmp_path / "all" / "library"
+    told = {"hook_point": POINT, "model": "tiny", "model_weight_hash": DIGEST, "made_by": {"command": "test"}}
+    for seed in (1, 2):
+        write_sae(random_sae("standard", seed=seed).with_metadata(hook_name=POINT), tmp_path / "far")
+        found = write_sae_entry(folder, tmp_path / "far", name="whole", overwrite=seed == 2, **told)
+        assert found.sae is not None
+        assert torch.equal(found.sae.W_dec, random_sae("standard", seed=seed).W_dec)
+    (folder / "whole" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        write_sae_entry(folder, tmp_path / "far", name="whole", overwrite=True, **told)
+    assert (folder / "whole" / "notes.txt").exists()
+
+
 def _changed(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         card = json.loads((folder / "sae-0.json").read_text())

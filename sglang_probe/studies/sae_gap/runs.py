@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sglang_probe.ask import Ask
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
 from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.prepare import prepare as check
@@ -147,8 +147,18 @@ def _texts(prepared: Prepared, config: SaeGapConfig) -> Workload:
 
 
 def _library(config: SaeGapConfig, human: Run, folder: Path) -> Path:
-    """The three SAEs that rows are replaced by."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """The three SAEs that rows are replaced by.
+
+    Raises:
+        RunDirectoryError: the folder is another library.
+    """
+    if folder.exists():
+        ours = {f"{n}.json" for n in (SPLICED, MEAN, ZERO)}
+        if other := sorted(p.name for p in folder.glob("*.*") if p.name not in {*ours, ".lock"}):
+            raise RunDirectoryError(
+                f"{folder} is in the way: it has {other[0]}, and is no library of this study", fix="give another output"
+            )
+        shutil.rmtree(folder)
     sae = sae_of(config)
     assert sae.hook_point is not None
     _, where = row_indices(human, config.prompt_tokens, config.prompt_tokens + config.continuation_tokens)

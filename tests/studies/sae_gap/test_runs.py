@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.errors import ConfigError, RunDirectoryError, WorkloadError
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.studies.phase.study import DECODED, HUMAN
 from sglang_probe.studies.sae_gap import runs
@@ -78,6 +78,13 @@ def test_the_mean_row_takes_the_place_of_any_row() -> None:
     row = torch.tensor([1.0, -2.0, 3.0])
     sae = runs._constant(row, "blocks.0.hook_resid_post")
     assert torch.equal(sae.reconstruct(torch.randn(5, 3)), row.expand(5, 3))
+
+
+def test_another_library_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "formal.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"it has formal.json"):
+        runs._library(config(), None, tmp_path)  # type: ignore[arg-type]
+    assert (tmp_path / "formal.json").exists()
 
 
 @pytest.mark.parametrize(
