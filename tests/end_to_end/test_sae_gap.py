@@ -47,6 +47,8 @@ def test_rows_are_replaced_in_the_phase_at_hand_and_the_study_says_what_it_costs
         assert (outputs[f"decoded.{variant}"] == outputs["decoded"]).all()
         tokens = run.tokens()
         assert (tokens["intervention"].notna() == (tokens["position"] >= P)).all()
+        if variant == "zero":  # nothing has a relative error to a row of zeros
+            continue
         found = compare(run, str(MODEL), requests=6, vectors=library)
         assert found.intervened == 6
         assert found.undecided < len(tokens) / 3
