@@ -18,7 +18,7 @@ from sglang_probe.sae.sae import SAE
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering import make, splice
 from sglang_probe.steering.apply import bank_of, intervene
-from sglang_probe.steering.library import Library, write_sae_entry
+from sglang_probe.steering.library import Library, listed, write_sae_entry
 from sglang_probe.steering.plan import Rows, rows_of
 from sglang_probe.steering.reference import Close
 from sglang_probe.steering.spec import MOST_SPLICES, Spec, spec_of
@@ -217,6 +217,12 @@ def test_an_sae_that_is_not_what_its_card_says_is_refused(says: str, tmp_path: P
     DAMAGE[says](tmp_path / "a" / "library")
     with pytest.raises(ConfigError, match=says):
         Library.open(tmp_path / "a" / "library")
+
+
+def test_what_clients_may_know_of_an_sae_is_its_card(tmp_path: Path) -> None:
+    (told,) = json.loads(json.dumps(listed(library_of(tmp_path, random_sae("standard")))))
+    assert (told["kind"], told["norm"], told["sae"]["folder"]) == ("sae", None, "kept-0")
+    assert str(tmp_path) not in json.dumps(told)
 
 
 def test_a_card_without_tensors_is_half_a_vector_unless_it_is_of_an_sae(tmp_path: Path) -> None:
