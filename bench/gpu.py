@@ -1,10 +1,11 @@
 """What has to be shown on a GPU: run it there, and send the JSON.
 
-    python bench/gpu.py [--out runs/gpu] [--steps replay overhead] [--again] [--model DIR]
+    python bench/gpu.py [--out runs/gpu] [--steps replay overhead] [--again] [--model DIR | --shape 8b]
 
 Steps, each with a JSON of its own in the output folder; a step whose JSON is there is not run again:
 
-* model: a Llama shape of 1.2 B parameters with random weights, made here (`--model` takes another checkpoint).
+* model: a Llama shape of 1.2 B parameters with random weights, made here (`--model` takes another checkpoint; with
+  `--shape 8b` SGLang makes the weights of an 8 B shape itself, which is enough for `overhead`).
 * replay: 96 requests of mixed lengths, 64 at a time, with CUDA graphs and without, twice each, with the same tokens.
   Every invariant of `verify` with the ownership oracle, the share of forwards that were replayed, rows with graphs
   against rows without beside the difference of each arm to itself, and rows against `transformers`.
@@ -45,7 +46,10 @@ NO_GPU = (
     "bench-gpu needs an NVIDIA GPU that PyTorch can use, and this machine has none; nothing was run. "
     "(`python bench/gpu.py --rehearse` tests the script itself on a CPU.)"
 )
-SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 TOKENIZER = "models/probe-text/checkpoint"
 
@@ -61,9 +65,11 @@ class Bench:
         server: dict[str, Any] | None = None,
         rounds: int = 3,
         requests: int = 96,
+        shape: str = "1b",
+        modes: list[str] | None = None,
     ) -> None:
-        self.out, self.rehearse = out, rehearse
-        self.server, self.rounds = server or {}, rounds
+        self.out, self.rehearse, self.shape, self.modes = out, rehearse, shape, modes
+        self.server, self.rounds = {**(server or {}), **({} if shape == "1b" else {"load_format": "dummy"})}, rounds
         self.model = model or out / "model"
         self.requests, self.concurrent = (8, 4) if rehearse else (requests, min(requests, 64))
 
@@ -89,7 +95,7 @@ def make_model(bench: Bench) -> dict[str, Any]:
     if not (bench.model / "config.json").exists():
         source = shipped(TOKENIZER)
         vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
-        shape = TINY if bench.rehearse else SHAPE
+        shape = TINY if bench.rehearse else SHAPES[bench.shape]
         torch.manual_seed(0)
         config = LlamaConfig(
             **shape,
@@ -99,12 +105,16 @@ def make_model(bench: Bench) -> dict[str, Any]:
             tie_word_embeddings=False,
             dtype="bfloat16",
         )
-        with torch.device("cpu"):
-            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(bench.model)
+        if bench.shape == "1b":
+            with torch.device("cpu"):
+                LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(bench.model)
+        else:
+            config.architectures = ["LlamaForCausalLM"]
+            config.save_pretrained(bench.model)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(source / name, bench.model / name)
     config = json.loads((bench.model / "config.json").read_text())
-    return {k: config.get(k) for k in (*SHAPE, "num_key_value_heads", "architectures")}
+    return {k: config.get(k) for k in (*TINY, "num_key_value_heads", "architectures")}
 
 
 def replay(bench: Bench) -> dict[str, Any]:
@@ -183,6 +193,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
         "residuals of 4 layers": bench.residuals,
         "queries of 4 layers": bench.queries,
     }
+    modes = {m: modes[m] for m in bench.modes or modes}
     rng = random.Random(1)
     rounds: list[dict[str, dict[str, Any]]] = []
     for _ in range(1 if bench.rehearse else bench.rounds):
@@ -347,21 +358,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--shape", choices=list(SHAPES), default="1b", help="of the model that is made")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--again", action="store_true", help="run steps whose result is there")
     parser.add_argument("--rehearse", action="store_true", help="test this script on a CPU")
     parser.add_argument("--server", type=json.loads, default={}, help="SGLang server arguments of every engine, JSON")
     parser.add_argument("--requests", type=int, default=96, help="of the steps replay and deterministic")
     parser.add_argument("--rounds", type=int, default=3, help="of the step overhead")
+    parser.add_argument("--modes", nargs="+", help="of the step overhead: stock and some others; default all")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.shape != "1b" and set(args.steps) - {"model", "overhead"}:
+        parser.error(f"--shape {args.shape} has no weights of its own: ask for `--steps overhead`")
     if args.measure:
         print("RESULT " + json.dumps(measure(json.loads(args.measure))))
         return
     if not args.rehearse and not (torch.cuda.is_available() and torch.version.hip is None):
         raise SystemExit(NO_GPU)
     model = args.model and args.model.resolve()
-    bench = Bench(args.out.resolve(), model, args.rehearse, args.server, args.rounds, args.requests)
+    bench = Bench(
+        args.out.resolve(), model, args.rehearse, args.server, args.rounds, args.requests, args.shape, args.modes
+    )
     bench.out.mkdir(parents=True, exist_ok=True)
     for name in STEPS:
         result = bench.out / f"{name}.json"

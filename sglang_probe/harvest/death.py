@@ -18,7 +18,7 @@ _MEMORY = (
 )
 _WATCHDOG = (
     "SGLang's watchdog ends an engine whose forward pass takes longer than `server: {watchdog_timeout: ...}` "
-    f"({SGLANG_WATCHDOG_SECONDS} s on an accelerator, {WATCHDOG_SECONDS:,} s on the CPU reference platform): "
+    f"({SGLANG_WATCHDOG_SECONDS} s on an accelerator, at least {WATCHDOG_SECONDS:,} s on the CPU reference platform): "
     "raise it, or lower `server: {chunked_prefill_size: ...}`"
 )
 _RESUME = "its log above says more; --resume finishes the run, with the requests in flight last and one at a time"

@@ -17,7 +17,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
-from sglang_probe.engine.platform.defaults import cpu_defaults
+from sglang_probe.engine.platform.defaults import cpu_defaults, watchdog_seconds
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
@@ -139,6 +139,8 @@ class ProbedEngine:
             **default_server_args(),
             **server,
         }
+        if "watchdog_timeout" not in server and not accelerator_present():
+            self._server["watchdog_timeout"] = watchdog_seconds(Path(model_path), self._server)
         self._engine: Any = None
         self._signals = EngineSignals()
         self._children = Children()

@@ -212,7 +212,7 @@ def capture_of(
         check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
     if accelerator_present() and config.accelerator != "unproved":
         raise UnsupportedError(
-            "capturing rows on an accelerator has been shown on one model of GPU only (docs/evidence/gpu-results.md)",
+            "capturing rows on an accelerator has been shown on two models of GPU only (docs/evidence/gpu-results.md)",
             fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
             "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
         )

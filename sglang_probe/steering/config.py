@@ -32,6 +32,9 @@ class SteerConfig(Config):
     passes: int = Field(default=2, ge=1, le=MOST)
     """Where interventions are recorded into graphs (`accelerator`): how many a layer makes of one request at most. Each
     costs a gather and a few products a row, used or not."""
+    fused: bool = False
+    """Where interventions are recorded into graphs: one kernel for those of a layer, instead of PyTorch's operations.
+    It was run in Triton's interpreter only, not on a GPU."""
     hash: str | None = None
     """Hash of the library, if it must be this one; set by `sglang-probe harvest`."""
 

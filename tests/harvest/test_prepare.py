@@ -21,7 +21,7 @@ def _prepare(**fields: Any) -> prepare.Prepared:
 @pytest.mark.reviewed("accelerator rows")
 def test_rows_need_an_explicit_opt_in_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "accelerator_present", lambda: True)
-    with pytest.raises(UnsupportedError, match=r"has been shown on one model of GPU only(.|\n)*accelerator: unproved"):
+    with pytest.raises(UnsupportedError, match=r"has been shown on two models of GPU only(.|\n)*accelerator: unproved"):
         _prepare(hook_points=["hook_embed"])
     _prepare(hook_points=[])
     _prepare(hook_points=["hook_embed"], accelerator="unproved")

@@ -32,6 +32,7 @@ class GraphSteering:
         capacity: rows; at least the largest shape that a graph is captured for. A larger eager forward gets memory of
             its own.
         recording: whether the running operations are being recorded into a graph.
+        fused: one kernel a layer (`steering_kernel`) in place of PyTorch's operations.
     """
 
     def __init__(
@@ -43,8 +44,14 @@ class GraphSteering:
         capacity: int,
         device: torch.device | str,
         recording: Callable[[], bool] = lambda: False,
+        fused: bool = False,
     ) -> None:
         self._bank = bank
+        self._fused: Callable[[Tensor, Tensor, Tensor, Bank], None] | None = None
+        if fused:
+            from sglang_probe.engine.capture.steering_kernel import apply_rows
+
+            self._fused = apply_rows
         self._place = {layer: i for i, layer in enumerate(layers)}
         self.passes = passes
         self.buffer_YP4N = torch.zeros((len(layers), passes, 4, capacity), dtype=torch.int32, device=device)
@@ -94,6 +101,9 @@ class GraphSteering:
             if self._recording() or self._large is not None:
                 raise LedgerError(f"a forward of {n} rows; interventions have room for {buffer.shape[-1]}")
             return  # of no request: nothing was loaded for it
+        if self._fused is not None:
+            self._fused(x_ND, to_ND, buffer[self._place[layer], :, :, :n], self._bank)
+            return
         total_ND = torch.zeros_like(x_ND, dtype=torch.float32)
         for told_4N in buffer[self._place[layer], :, :, :n]:
             vector, op, amount, gated = told_4N

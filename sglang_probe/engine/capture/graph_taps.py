@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_probe.engine.capture.host_ring import HostRing
 from sglang_probe.engine.capture.transfer import Transfer, upload
 from sglang_probe.errors import LedgerError
 
@@ -54,6 +55,8 @@ class GraphTaps:
         recording: whether the running operations are being recorded into a graph.
         parts: of hook points that hold some columns of a row only, which, ascending int64.
         weights: of hook points that hold scores, the vectors that rows are multiplied with in fp32, `[d, k]`.
+        ring: host memory for the rows of forwards; without it, or where it has no room, they go to memory of the
+            channel's.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class GraphTaps:
         recording: Callable[[], bool] = lambda: False,
         parts: Mapping[str, torch.Tensor] | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
+        ring: HostRing | None = None,
     ) -> None:
         self.columns: dict[str, Column] = {}
         size = 0
@@ -72,6 +76,7 @@ class GraphTaps:
             column = self.columns[name] = Column(size, width, dtype)
             size = -(-column.end // _ALIGNMENT) * _ALIGNMENT
         self.buffer = torch.zeros((capacity, size), dtype=torch.uint8, device=device)
+        self._ring = ring
         starts = torch.tensor([c.start for c in self.columns.values()], dtype=torch.int64)
         self._marks = (starts[:, None] + torch.arange(_MARK)).flatten().to(device)
         self.recording = recording
@@ -196,9 +201,10 @@ class GraphTaps:
             index = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *selected.values()]))
             if len(index) < tokens:
                 rows = source.index_select(0, upload(index, source.device))
-                return Snapshot(rows, self.columns, replayed=replayed, index=index, selected=selected)
+                return Snapshot(rows, self.columns, self._ring, replayed=replayed, index=index, selected=selected)
         rows = source if source is not self.buffer else source[:tokens].clone()
-        return Snapshot(rows, self.columns, replayed=replayed, index=np.arange(tokens), selected=selected)
+        index = np.arange(tokens)
+        return Snapshot(rows, self.columns, self._ring, replayed=replayed, index=index, selected=selected)
 
 
 class Snapshot(Transfer):
@@ -208,15 +214,20 @@ class Snapshot(Transfer):
         self,
         device_rows: torch.Tensor,
         columns: Mapping[str, Column],
+        ring: HostRing | None = None,
         *,
         replayed: bool,
         index: np.ndarray[Any, Any],
         selected: Mapping[str, np.ndarray[Any, Any]],
     ) -> None:
         super().__init__(device_rows)
-        self._columns = columns
+        self._columns, self._ring = columns, ring
         self._replayed = replayed
         self._index, self._selected = index, selected
+
+    def send(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        ring = self._ring
+        super().send(copy if ring is None else lambda x: copy(x) if (host := ring.copy(x)) is None else host)
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The rows by hook point, `[selected tokens, width]`, in host memory that nothing else writes; a hook point

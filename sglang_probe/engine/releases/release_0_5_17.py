@@ -78,6 +78,11 @@ class Adapter(Release):
             raise UnsupportedError("the layer's output is one rank's share of a sum that the next layer completes")
         return hidden + residual
 
+    def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
+        if output[1] is None:
+            raise UnsupportedError("the layer keeps its residual stream in no tensor of its own")
+        return output[1]  # which the next norm adds to the output of the layer
+
     def row_hooks(self) -> list[Hook]:
         worker = "sglang.srt.managers.tp_worker.TpModelWorker"
         processor = f"{_COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +100,22 @@ def test_a_server_without_arguments_of_ours_gets_them() -> None:
             "watchdog_timeout": WATCHDOG_SECONDS,
         }
     )
+
+
+def test_the_watchdog_waits_longer_for_a_model_that_is_slow_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_probe.engine.platform import defaults
+
+    assert 1e6 < defaults._operations_per_second() < 1e16
+    monkeypatch.setattr(defaults, "_operations_per_second", lambda: 1e12)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    assert defaults.watchdog_seconds(tmp_path, {}) == defaults.WATCHDOG_SECONDS
+    os.truncate(weights, 10**12)  # sparse: half a trillion parameters
+    assert defaults.watchdog_seconds(tmp_path, {}) == 20 * 8192
+    assert defaults.watchdog_seconds(tmp_path, {"chunked_prefill_size": 1000}) == 20 * 1000
+    assert defaults.watchdog_seconds(tmp_path, {"chunked_prefill_size": 100}) == defaults.WATCHDOG_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_probe.engine.capture.graph_taps import GraphTaps
+from sglang_probe.engine.capture.host_ring import HostRing
 from sglang_probe.engine.capture.transfer import Transfer
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Instrument
@@ -41,6 +42,10 @@ logger = logging.getLogger("sglang_probe")
 
 _ROUND = 64
 """SGLang rounds captured sizes up to what ranks share evenly (`get_cuda_graph_max_batch_size`)."""
+
+
+_RING_BYTES = 1 << 30
+"""Pinned host memory for rows, which stay there until the writer thread has put them on disk: as many as may wait."""
 
 
 class Accelerator(Instrument):
@@ -96,7 +101,7 @@ def check_device(device: str, accelerator: str) -> None:
         )
     if accelerator != "unproved":
         raise UnsupportedError(
-            f"capturing rows on `{device}` has been shown on one model of GPU only (docs/evidence/gpu-results.md)",
+            f"capturing rows on `{device}` has been shown on two models of GPU only (docs/evidence/gpu-results.md)",
             fix="set `accelerator: unproved` to try it, and check what you get with "
             "`sglang-probe verify --transformers` (docs/explanation/gpu.md); "
             "or remove `hook_points` and `telemetry` to record the ledger alone",
@@ -166,6 +171,7 @@ def make_taps(
         parts=parts,
         weights=weights,
         recording=recording_on(runner),
+        ring=HostRing(_RING_BYTES) if runner.device == "cuda" else None,
     )
     logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
     return taps

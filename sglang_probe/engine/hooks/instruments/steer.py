@@ -134,7 +134,7 @@ class Steering(Instrument):
         kinds = ("direction", "feature") if graphs else ("direction", "feature", "sae")
         changed = sorted({layer_of(v.card.hook_point) for v in library.values() if v.card.kind in kinds})
         if graphs:
-            self._graph = graph_steering(runner, self._bank, changed, self._given.passes)
+            self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
@@ -253,10 +253,16 @@ class Steering(Instrument):
         return {"steer": None if self._library is None else told(self._given, self._library)}
 
 
-def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int) -> GraphSteering:
+def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
     """Buffers with room for the largest shape that will be captured."""
     return GraphSteering(
-        bank, layers, passes=passes, capacity=graph_rows(), device=runner.device, recording=recording_on(runner)
+        bank,
+        layers,
+        passes=passes,
+        capacity=graph_rows(),
+        device=runner.device,
+        recording=recording_on(runner),
+        fused=fused and runner.device == "cuda",
     )
 
 
