@@ -100,14 +100,14 @@ def random_control(
     Raises:
         ConfigError: the run holds no such rows, or as `library.write`.
     """
+    if like is not None and like.card.norm is None:
+        raise ConfigError(f"`{like.name}` is an SAE, and a random direction is no control for one", fix=_CONTROL)
     model, digest = contrast.model_of([run])
     x, told = contrast.sample_rows(run, hook_point, rows=rows, seed=seed)
     v = random_direction(x, seed=seed)
     unit = float(told["mean_norm"])
     length = norm or unit
-    if like is not None:  # in the same units, so that equal strengths are equal doses
-        if like.card.norm is None:
-            raise ConfigError(f"`{like.name}` is an SAE, and a random direction is no control for one", fix=_CONTROL)
+    if like is not None and like.card.norm is not None:  # in the same units, so that equal strengths are equal doses
         length, unit = like.card.norm, like.card.layer_mean_norm or unit
     return library.write(
         target.folder,
