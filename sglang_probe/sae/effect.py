@@ -30,12 +30,13 @@ def recovered(clean_T: Array, spliced_T: Array, nothing_T: Array, rows_T: Array)
 
 
 def ratio(above_T: Array, below_T: Array) -> Interval:
-    """Ratio of two sums over texts, e.g. of the KL of an SAE's errors to that of random ones."""
-    return cluster_interval(np.stack([above_T, below_T], axis=1), lambda s: s[..., :1] / s[..., 1:])
+    """Ratio of two sums over texts, none of them negative, e.g. of the KL of an SAE's errors to that of random ones."""
+    sums = np.stack([above_T, below_T], axis=1)
+    return cluster_interval(sums, lambda s: s[..., :1] / s[..., 1:], bounds=(0.0, np.inf))
 
 
 def mean(sums_T: Array, rows_T: Array) -> Interval:
-    """Mean over rows, with an interval over texts; texts without rows take no part."""
+    """Mean over rows of what is never negative, with an interval over texts; texts without rows take no part."""
     some = rows_T > 0
     return ratio(sums_T[some], rows_T[some])
 

@@ -21,6 +21,11 @@ def test_numbers_worked_out_by_hand() -> None:
     assert difference(clean * np.arange(6), rows, nothing * (less > 0), less).estimate == pytest.approx(8 - 3 * 14 / 5)
 
 
+def test_an_interval_ends_where_the_numbers_do() -> None:
+    found = ratio(np.array([30.0, 0, 0, 0, 0, 0, 1]), np.ones(7))
+    assert found.low == 0 < found.estimate
+
+
 def test_nothing_lost_is_1_and_everything_lost_is_0() -> None:
     rows = np.full(8, 10.0)
     rng = np.random.default_rng(0)
