@@ -76,6 +76,9 @@ class Steer(Config):
     """Positions of the sequence that are left alone, e.g. `[0]`."""
     gate: Gate | None = None
     """When a row is changed at all, besides its place; by default always."""
+    random_error: Annotated[StrictInt, Field(ge=0, lt=1 << 31)] | None = None
+    """Of `splice`, the control: the error of the reconstruction is turned into a random direction, with its length
+    kept. The direction follows from this number and the position."""
 
     @model_validator(mode="after")
     def _fits(self) -> Steer:
@@ -93,6 +96,8 @@ class Steer(Config):
                 "a gate by a probe is decided on the prompt's last row, which earlier ones cannot wait for: say "
                 "`phases: [decode]`"
             )
+        if self.random_error is not None and self.op != "splice":
+            raise ValueError(f"`random_error` has no meaning for `{self.op}`")
         for phase, name in (("prefill", "prompt_window"), ("decode", "generation_window")):
             if getattr(self, name) is not None and phase not in self.phases:
                 raise ValueError(f"`{name}` has no effect without `{phase}` among the `phases`")

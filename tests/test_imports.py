@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "engine": {"steering", "run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
     "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
-    "studies": {"harvest", "eviction", "attention", "sae", "verify", "run", "workload", "axes", "policy"}
+    "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
     | {"stats", "report", *GROUND},
     "cli": {"studies", "harvest", "steering", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},

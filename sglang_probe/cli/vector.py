@@ -184,6 +184,39 @@ def sae_feature(
     )
 
 
+@make.command("sae")
+def sae_command(
+    name: Name,
+    sae: Annotated[Path, typer.Argument(help="Folder of an SAE, as SAELens or Gemma Scope have it.")],
+    library: InLibrary,
+    run: Annotated[
+        Path | None, typer.Option(help="A run of its model, for SAEs that do not say from whose weights they are.")
+    ] = None,
+    same_model: Annotated[
+        bool, typer.Option("--same-model", help="The run is of the SAE's model, although the names differ.")
+    ] = False,
+    hook_point: Annotated[
+        str | None, typer.Option(help="`blocks.<layer>.hook_resid_post`, for folders that do not say (Gemma Scope).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """A whole SAE, so that requests can `splice` its reconstruction in place of the residual stream.
+
+    The card names the folder and has the hashes of its files, which are checked whenever the library is read. An SAE
+    inside the library or beside it stays where it is; another is copied into the library. Every spliced row is
+    encoded and decoded with all latents: this is for measuring, not for serving.
+
+    Example: `sglang-probe vector make sae block10 saes/mine/2304-0 --library vectors`
+    """
+    from sglang_probe.run.run import load_run
+    from sglang_probe.steering import make as making
+
+    target = _target(library, name, hook_point, overwrite)
+    made_from = None if run is None else load_run(run)
+    _show(making.whole_sae(target, sae, made_from, trust=same_model, hook_point=hook_point), as_json)
+
+
 @make.command("random")
 def random(
     name: Name,
@@ -246,7 +279,8 @@ def list_command(
         table.add_column(column, overflow="fold")
     for v in found.values():
         c = v.card
-        table.add_row(c.name, c.kind, c.hook_point, c.model, f"{c.norm:.4g}", _number(c.layer_mean_norm), v.hash[:12])
+        norm = _number(c.norm) if c.norm else "-"
+        table.add_row(c.name, c.kind, c.hook_point, c.model, norm, _number(c.layer_mean_norm), v.hash[:12])
     Console().print(table)
 
 
@@ -311,8 +345,8 @@ def _show(vector: Vector, as_json: bool) -> None:
         ("kind", c.kind),
         ("hook point", c.hook_point),
         ("model", f"{c.model}, weights {(c.model_weight_hash or 'unknown')[:12]}"),
-        ("norm", f"{c.norm:.5g}" + (f" = {c.norm / c.layer_mean_norm:.3g} mean norms" if c.layer_mean_norm else "")),
-        ("mean norm of rows", _number(c.layer_mean_norm)),
+        *([] if c.norm is None else [("norm", _norm(c.norm, c.layer_mean_norm))]),
+        *([("folder", c.sae.folder)] if c.sae else [("mean norm of rows", _number(c.layer_mean_norm))]),
         *([("99th percentile", _number(c.percentile99))] if c.kind == "feature" else []),
         ("made by", c.made_by.command + (f", {c.made_by.phase} rows" if c.made_by.phase else "")),
         *((k.replace("_", " "), _words(v)) for k, v in c.evidence.items() if k != "roc"),
@@ -321,6 +355,10 @@ def _show(vector: Vector, as_json: bool) -> None:
     console.print(f"[bold]{c.name}[/]", highlight=False)
     for key, value in lines:
         console.print(f"  {key}: {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _norm(norm: float, unit: float | None) -> str:
+    return f"{norm:.5g}" + (f" = {norm / unit:.3g} mean norms" if unit else "")
 
 
 def _words(value: Any) -> str:

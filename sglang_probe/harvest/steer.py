@@ -41,6 +41,19 @@ def open_library(config: SteerConfig | None, model: Model, accelerator: str = "r
     return library
 
 
+def check_splice() -> None:
+    """Refuse to replace rows by an SAE's where interventions are recorded into graphs.
+
+    Raises:
+        UnsupportedError: there is an accelerator.
+    """
+    if accelerator_present():
+        raise UnsupportedError(
+            "rows cannot be replaced on an accelerator: `splice` is not made in graphs",
+            fix="set `server: {device: cpu}`, or leave it out (`spliced: []`)",
+        )
+
+
 def check_steer(steer: Iterable[Steer] | None, library: Library | None, *, where: str = f"{WHERE}.steer") -> None:
     """Refuse interventions that cannot be made.
 

@@ -8,10 +8,12 @@ With v the unit vector of a direction, or of a feature's decoder row w; and z th
     ablate_feature  x - a z w               a: a fraction; the reconstruction's error stays
     clamp           x + (a - z) w           a: the activation (for a direction w is v)
     cap             x + min(a - z, 0) w
+    splice          x + a (x^ - x)          a: a fraction; x^: an SAE's reconstruction (`splice.py`)
 
 Of several passes over a layer each sees what the one before left. Sums and products are fp32, row by row, so that a row
 has the same bits whatever else is in the batch; the sum of all changes is rounded once to the residual's dtype, and
-added. A row whose change is 0 keeps its bits.
+added. A row whose change is 0 keeps its bits. `splice` multiplies many rows at once: there the last bits may depend on
+how many.
 
 In SGLang the residual stream after a layer is the sum of two tensors, `pending` and `residual`: the change is read from
 the sum and added to the second, so that in bf16 the last bit of the sum may differ from `x + change`.
@@ -21,16 +23,23 @@ Shapes: N rows of a forward, R of them changed, D width of the model, M vectors 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.steering.plan import OPS, Rows
+from sglang_probe.steering.splice import on_device, splice_changes
 
-ADD, PROJECT_OUT, ABLATE, CLAMP, CAP = range(len(OPS))
+if TYPE_CHECKING:
+    from sglang_probe.sae.sae import SAE
+    from sglang_probe.steering.library import Vector
+
+ADD, PROJECT_OUT, ABLATE, CLAMP, CAP, SPLICE = range(len(OPS))
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,21 @@ class Bank:
     """Length of what an activation of 1 writes."""
     linear_M: Tensor
     """bool: whether the activation is the projection on a direction, of either sign."""
+    saes: tuple[SAE, ...] = ()
+    """What `splice` reconstructs by; counted from 0."""
 
     @classmethod
-    def of(cls, vectors: Sequence[Parts], *, device: torch.device | str = "cpu") -> Bank:
+    def of(cls, vectors: Sequence[Parts], *, saes: Sequence[SAE] = (), device: torch.device | str = "cpu") -> Bank:
         """The bank of these vectors; number i is row i + 1.
 
         Raises:
             ConfigError: a vector is zero or not finite, or their widths differ.
         """
-        if not vectors:
+        if not vectors and not saes:
             raise ConfigError("a bank needs a vector")
-        width = vectors[0].vector.shape
+        width = vectors[0].vector.shape if vectors else torch.Size([saes[0].width])
+        if wrong := [s.width for s in saes if (s.width,) != tuple(width)]:
+            raise ConfigError(f"an SAE reads rows of width {wrong[0]}, and others have {list(width)}")
         write, read, offset, threshold, scale, linear = (
             [torch.zeros(width)],
             [torch.zeros(width)],
@@ -111,7 +124,11 @@ class Bank:
         return cls(
             torch.stack(write).to(device),
             torch.stack(read).to(device),
-            *(torch.tensor(x).to(device) for x in (offset, threshold, scale, linear)),
+            torch.tensor(offset).to(device),
+            torch.tensor(threshold).to(device),
+            torch.tensor(scale).to(device),
+            torch.tensor(linear).to(device),
+            tuple(on_device(s, device) for s in saes),
         )
 
     def activation(self, x_ND: Tensor, vector_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +136,20 @@ class Bank:
         pre = (x_ND.float() * self.read_MD[vector_N]).sum(-1) + self.offset_M[vector_N]
         active = self.linear_M[vector_N] | (pre > self.threshold_M[vector_N])
         return torch.where(active, pre, torch.zeros_like(pre)), active
+
+
+def bank_of(vectors: Iterable[Vector], *, device: torch.device | str = "cpu") -> tuple[Bank | None, dict[str, int]]:
+    """The bank of what can change rows among the entries of a library, and the number of each there by its hash.
+
+    Probes only read, and are left out. Without anything else there is no bank.
+    """
+    entries = list(vectors)
+    usable = [v for v in entries if v.card.kind in ("direction", "feature")]
+    saes = [(v.hash, v.sae) for v in entries if v.sae is not None]
+    if not usable and not saes:
+        return None, {}
+    numbers = {v.hash: i + 1 for i, v in enumerate(usable)} | {h: i for i, (h, _) in enumerate(saes)}
+    return Bank.of([parts_of(v.tensors) for v in usable], saes=[s for _, s in saes], device=device), numbers
 
 
 def change(x_ND: Tensor, vector_N: Tensor, op_N: Tensor, amount_N: Tensor, gated_N: Tensor, bank: Bank) -> Tensor:
@@ -146,19 +177,34 @@ def changes(x_ND: Tensor, passes: Sequence[Rows], bank: Bank) -> tuple[Tensor, T
     Args:
         x_ND: the residual stream after the layer, in the model's dtype. It is not changed.
     """
-    tensors = [
-        tuple(torch.from_numpy(t).to(x_ND.device) for t in (p.row, p.vector, p.op, p.amount, p.gated)) for p in passes
-    ]
-    if len(tensors) == 1:
-        row, vector, op, amount, gated = tensors[0]
-        return row, change(x_ND[row], vector, op, amount, gated, bank)
-    rows = torch.unique(torch.cat([t[0] for t in tensors]))
+    numbers = [torch.from_numpy(p.row).to(x_ND.device) for p in passes]
+    if len(passes) == 1:
+        return numbers[0], _pass(x_ND[numbers[0]], passes[0], bank)
+    rows = torch.unique(torch.cat(numbers))
     given = x_ND[rows].float()
     total = torch.zeros_like(given)
-    for row, vector, op, amount, gated in tensors:
+    for row, p in zip(numbers, passes, strict=True):
         at = torch.searchsorted(rows, row)
-        total[at] += change(given[at] + total[at], vector, op, amount, gated, bank)
+        total[at] += _pass(given[at] + total[at], p, bank)
     return rows, total
+
+
+def _pass(x_RD: Tensor, p: Rows, bank: Bank) -> Tensor:
+    """What one pass adds to its rows, fp32 `[R, D]`."""
+    spliced = p.op == SPLICE
+    if not spliced.any():
+        return _changed(x_RD, p, bank)
+    out = torch.zeros_like(x_RD, dtype=torch.float32)
+    for which, made in ((spliced, splice_changes), (~spliced, _changed)):
+        if which.any():
+            at = torch.from_numpy(np.flatnonzero(which)).to(x_RD.device)
+            out[at] = made(x_RD[at], p.only(which), bank)
+    return out
+
+
+def _changed(x_RD: Tensor, p: Rows, bank: Bank) -> Tensor:
+    vector, op, amount, gated = (torch.from_numpy(t).to(x_RD.device) for t in (p.vector, p.op, p.amount, p.gated))
+    return change(x_RD, vector, op, amount, gated, bank)
 
 
 def add_rows(x_ND: Tensor, rows_R: Tensor, change_RD: Tensor) -> None:
@@ -174,13 +220,3 @@ def intervene(x_ND: Tensor, passes: Sequence[Rows], bank: Bank) -> Tensor:
     if passes:
         add_rows(out, *changes(x_ND, passes, bank))
     return out
-
-
-def splice(x_ND: Tensor, reconstruct: Callable[[Tensor], Tensor], fraction: float = 1.0) -> Tensor:
-    """What replacing rows by a reconstruction adds, fp32 `[N, D]`: `fraction * (reconstruct(x) - x)`.
-
-    Args:
-        reconstruct: `[N, D]` fp32 to the same, e.g. an SAE's decode of its encode.
-    """
-    x = x_ND.float()
-    return fraction * (reconstruct(x) - x)

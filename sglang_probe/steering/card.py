@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
@@ -31,6 +31,17 @@ def vector_name(name: str) -> str:
 def _digest(text: str) -> str:
     if not _DIGEST.fullmatch(text):
         raise ValueError(f"{text!r} is no SHA-256 in hexadecimal")
+    return text
+
+
+def file_name(text: str) -> str:
+    """The name of a file in a folder.
+
+    Raises:
+        ValueError: it is a path.
+    """
+    if text in ("", ".", "..") or "/" in text or "\\" in text:
+        raise ValueError(f"{text!r} is no name of a file")
     return text
 
 
@@ -66,14 +77,29 @@ class MadeBy(Config):
     """Rows of which phase it was made from."""
 
 
+def _relative(text: str) -> str:
+    if not text or text.startswith(("/", "~")) or "\\" in text:
+        raise ValueError(f"{text!r} is no folder relative to the library")
+    return text
+
+
+class SaeFolder(Config):
+    """Where the SAE of an entry lies (`sae_entry.py`)."""
+
+    folder: Annotated[str, AfterValidator(_relative)]
+    """Relative to the library: inside it, or beside it (`../NAME`)."""
+    files: dict[Annotated[str, AfterValidator(file_name)], Digest] = Field(min_length=1)
+    """SHA-256 of each of its files."""
+
+
 class Card(Config):
     """What is known of one entry of a library."""
 
     name: VectorName
     """Its name, which is that of its files."""
-    kind: Literal["direction", "feature", "probe"]
+    kind: Literal["direction", "feature", "probe", "sae"]
     """`direction`: to add or project out. `feature`: of an SAE, to clamp, cap or ablate as well. `probe`: to score rows
-    and open gates."""
+    and open gates. `sae`: a whole SAE, to `splice`."""
     hook_point: Annotated[str, AfterValidator(residual_point)]
     """Where its rows are: `blocks.<layer>.hook_resid_post`."""
     width: PositiveInt
@@ -82,8 +108,10 @@ class Card(Config):
     """Name of the model, for people."""
     model_weight_hash: Digest | None
     """`weight_hash` of the model whose rows made it; None: unknown, and then no engine takes it."""
-    norm: float = Field(gt=0, allow_inf_nan=False)
-    """Euclidean norm of `vector`."""
+    norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Euclidean norm of `vector`; of an `sae` none."""
+    sae: SaeFolder | None = None
+    """Of an `sae`: its folder."""
     layer_mean_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Mean norm of the rows at the hook point, sinks left out: the unit `mean_norm` of strengths."""
     percentile99: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -93,7 +121,15 @@ class Card(Config):
     evidence: dict[str, Any] = Field(default_factory=dict)
     """What was measured of it, with intervals."""
     sha256: Digest
-    """Of the file of tensors."""
+    """Of the file of tensors; of an `sae` that of its weights."""
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Card:
+        if (self.kind == "sae") != (self.sae is not None):
+            raise ValueError("`sae` is the folder of an entry of kind `sae`, and of no other")
+        if (self.kind == "sae") != (self.norm is None):
+            raise ValueError("`norm` is that of the vector of an entry; an SAE has none")
+        return self
 
     @property
     def layer(self) -> int:

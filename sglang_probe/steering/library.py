@@ -8,6 +8,8 @@ Each vector is two files. `NAME.safetensors` holds its tensors, all float32:
     threshold     []    feature: pre-activations up to it count as zero; probe: a row fires above it
     decoder_bias  [d]   feature: what the SAE takes from a row before it encodes it; absent: nothing
 
+An entry of kind `sae` has no file of tensors: its card names the folder of an SAE (`sae_entry.py`).
+
 `NAME.json` is its card (`card.Card`): where it belongs, how it was made, what is known of its effect, and the SHA-256
 of the tensors. A folder is read as a whole, when a server starts: a request can only name what is in memory then.
 Clients never send tensors, paths or code.
@@ -28,11 +30,15 @@ from sglang_probe.config import nearest, parse_config
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
 from sglang_probe.run.lock import hold
+from sglang_probe.sae.folder import CONFIG, read_sae
+from sglang_probe.steering import sae_entry
 from sglang_probe.steering.card import NAME, Card, residual_point, vector_name
 from sglang_probe.steering.card import MadeBy as MadeBy  # whoever writes needs it
 
 if TYPE_CHECKING:
     import torch
+
+    from sglang_probe.sae.sae import SAE
 
 VECTOR, ENCODER, ENCODER_BIAS = "vector", "encoder", "encoder_bias"
 THRESHOLD, DECODER_BIAS = "threshold", "decoder_bias"
@@ -56,6 +62,8 @@ class Vector:
 
     card: Card
     tensors: Mapping[str, torch.Tensor]
+    sae: SAE | None = None
+    """Of an entry of kind `sae`, which has no tensors of its own."""
 
     @property
     def name(self) -> str:
@@ -248,6 +256,36 @@ def write(folder: str | Path, tensors: Mapping[str, torch.Tensor], *, overwrite:
     return Vector(card, tensors)
 
 
+def write_sae_entry(folder: str | Path, sae: Path, *, overwrite: bool = False, **fields: Any) -> Vector:
+    """Add an entry of kind `sae` to a library, which is made if need be. The SAE stays where it is if that is inside
+    the library or beside it, and is copied into the library else.
+
+    Args:
+        fields: of `Card`, without `kind`, `width`, `sae` and `sha256`, which are those of the SAE.
+
+    Raises:
+        ConfigError: the entry is there already, a field is wrong, or the folder holds no SAE that can be read.
+    """
+    folder, name = Path(folder), str(fields["name"])
+    width = read_sae(sae, hook_point=fields["hook_point"]).width
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"library of vectors {folder} is a file, not a folder", fix="give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, card_file = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    with hold(folder / ".lock", f"another process writes into {folder}", fix="try again once it is done", wait=10):
+        if not overwrite and any(f.exists() for f in (tensors, card_file)):
+            raise _taken(folder, name)
+        digests = sae_entry.files(sae)
+        weights = next(d for n, d in digests.items() if n != CONFIG)
+        place = {"folder": sae_entry.place(folder, sae, name, overwrite=overwrite), "files": digests}
+        told = {**fields, "kind": "sae", "width": width, "sae": place, "sha256": weights}
+        card = parse_config(told, Card, where="card")
+        card_file.unlink(missing_ok=True)
+        tensors.unlink(missing_ok=True)
+        journal.write_text_durably(card_file, json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+        return _read(folder, name)
+
+
 def refuse_soon(folder: str | Path, name: str, hook_point: str | None, *, overwrite: bool) -> None:
     """Refuse what `write` would refuse whatever the tensors are, before they are made.
 
@@ -279,7 +317,8 @@ def _names(folder: Path) -> list[str]:
         {p.name.removesuffix(s) for p in folder.glob(f"*{s}") if not p.name.startswith(".")}
         for s in (".json", ".safetensors")
     )
-    if lone := sorted(cards ^ tensors):
+    lone = sorted(tensors - cards) or sorted(n for n in cards - tensors if not _is_sae(folder / f"{n}.json"))
+    if lone:
         name = lone[0]
         has, lacks = (".json", ".safetensors") if name in cards else (".safetensors", ".json")
         raise ConfigError(
@@ -307,6 +346,8 @@ def _read(folder: Path, name: str) -> Vector:
     card = parse_config(told, Card, where=str(file))
     if card.name != name:
         raise ConfigError(f"{file} is the card of `{card.name}`", fix="give both files the name that the card has")
+    if card.kind == "sae":
+        return Vector(card, {}, sae_entry.read(folder, card))
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -319,6 +360,15 @@ def _read(folder: Path, name: str) -> Vector:
         raise ConfigError(f"{path} holds no tensors: {e}", fix=_RESTORE) from e
     _check(card, tensors, where=str(path))
     return Vector(card, tensors)
+
+
+def _is_sae(card: Path) -> bool:
+    """Whether a card is of an entry that needs no file of tensors; what cannot be read is not."""
+    try:
+        told = json.loads(card.read_text(encoding="utf-8")) if card.stat().st_size <= _MOST_CARD_BYTES else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("kind") == "sae"
 
 
 _RESTORE = "restore both files from a copy, or make the vector again"
@@ -340,6 +390,7 @@ def _check(card: Card, tensors: Mapping[str, torch.Tensor], *, where: str) -> No
         if not bool(t.isfinite().all()):
             raise ConfigError(f"{where}: `{name}` is not finite", fix=_RESTORE)
     norm = _norm(tensors[VECTOR])
+    assert card.norm is not None  # `Card`
     if abs(norm - card.norm) > _NORM_TOLERANCE * card.norm:
         raise ConfigError(f"{where}: the norm is {norm:.6g}, and the card says {card.norm:.6g}", fix=_RESTORE)
 

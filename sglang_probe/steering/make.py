@@ -18,6 +18,7 @@ import numpy as np
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
+from sglang_probe.sae import manifest
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.steering import contrast, library
 from sglang_probe.steering.contrast import Phase, Place
@@ -25,6 +26,9 @@ from sglang_probe.steering.library import Vector
 
 if TYPE_CHECKING:
     import torch
+
+
+_CONTROL = "`splice` with `random_error` is: it keeps the length of each row's error"
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,14 @@ def random_control(
     Raises:
         ConfigError: the run holds no such rows, or as `library.write`.
     """
+    if like is not None and like.card.norm is None:
+        raise ConfigError(f"`{like.name}` is an SAE, and a random direction is no control for one", fix=_CONTROL)
     model, digest = contrast.model_of([run])
     x, told = contrast.sample_rows(run, hook_point, rows=rows, seed=seed)
     v = random_direction(x, seed=seed)
     unit = float(told["mean_norm"])
     length = norm or unit
-    if like is not None:  # in the same units, so that equal strengths are equal doses
+    if like is not None and like.card.norm is not None:  # in the same units, so that equal strengths are equal doses
         length, unit = like.card.norm, like.card.layer_mean_norm or unit
     return library.write(
         target.folder,
@@ -240,6 +246,62 @@ def sae_feature(
         },
         evidence=evidence,
     )
+
+
+def whole_sae(
+    target: Target, folder: Path, run: Run | None = None, *, trust: bool = False, hook_point: str | None = None
+) -> Vector:
+    """Write an entry for a whole SAE, whose reconstruction can take the place of rows (`splice`).
+
+    Args:
+        run: of its model, for SAEs that do not say from whose weights their rows came.
+        trust, hook_point: as `sae_feature`.
+
+    Raises:
+        ConfigError: the SAE cannot be read; whose weights it belongs to is not known, or not those of the run; or as
+            `library.write_sae_entry`.
+    """
+    sae = read_sae(folder, hook_point=hook_point)
+    if sae.hook_point is None:
+        raise ConfigError(f"{folder} does not say where its rows come from", fix="give `--hook-point`")
+    told = manifest.of(sae) or {}
+    theirs = library.weight_hash((told.get("model") or {}).get("weights_sha256"))
+    model = contrast.without_path(str(sae.metadata.get("model_name") or "unknown"))
+    digest = theirs
+    if run is not None:
+        named, digest = contrast.model_of([run])
+        if theirs is None and not trust and model != named:
+            raise ConfigError(
+                f"the SAE is of model `{model}`, and {run.path} of `{named}`",
+                fix="give a run of the SAE's model; if these are two names of one, `--same-model` says so",
+            )
+        if theirs is not None and digest is not None and theirs != digest:
+            raise ConfigError(f"{folder} was trained on rows of other weights than those of {run.path}")
+        model, digest = named, digest or theirs
+    if digest is None:
+        raise ConfigError(
+            f"{folder} does not say from whose weights its rows came", fix="give `--run`, a run of its model"
+        )
+    return library.write_sae_entry(
+        target.folder,
+        folder,
+        overwrite=target.overwrite,
+        name=target.name,
+        hook_point=sae.hook_point,
+        model=model,
+        model_weight_hash=digest,
+        made_by={
+            "command": "vector make sae",
+            "inputs": {"sae": folder.name, "weights_sha256": weights_sha256(folder)},
+        },
+        evidence=_evaluated(told),
+    )
+
+
+def _evaluated(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What its training found of an SAE."""
+    found = told.get("evaluation") or {}
+    return {n: found[n] for n in ("explained_variance", "l0", "dead_share", "rows") if n in found}
 
 
 def activations(x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, Any]:

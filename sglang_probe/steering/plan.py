@@ -7,7 +7,7 @@ need no case of their own. Host integers and numpy only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from sglang_probe.steering.spec import Spec, Step
 
 Array = np.ndarray[Any, Any]
 
-OPS = ("add", "project_out", "ablate_feature", "clamp", "cap")
+OPS = ("add", "project_out", "ablate_feature", "clamp", "cap", "splice")
 """Operations by the number that `Rows.op` has."""
 _NUMBER = {op: i for i, op in enumerate(OPS)}
 
@@ -28,16 +28,24 @@ class Rows:
     row: Array
     """int64 `[n]`, ascending within a request."""
     vector: Array
-    """int64 `[n]`: row of the bank (`apply.Bank`)."""
+    """int64 `[n]`: row of the bank (`apply.Bank`), or of `splice` the number of the SAE."""
     op: Array
     """int64 `[n]`: number in `OPS`."""
     amount: Array
     """float32 `[n]`."""
     gated: Array
     """bool `[n]`."""
+    position: Array
+    """int64 `[n]`: of the row in its sequence."""
+    random: Array
+    """int64 `[n]`: seed of the direction of a spliced row's error; -1: as it is."""
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def only(self, which: Array) -> Rows:
+        """Those that a mask names."""
+        return Rows(*(getattr(self, f.name)[which] for f in fields(self)))
 
 
 def rows_of(
@@ -52,7 +60,7 @@ def rows_of(
     Args:
         starts, ends: positions `[starts[i], ends[i])` that the forward computes of request i, in batch order.
         specs: the interventions of each request; None: none.
-        numbers: row of the bank of each vector, by its hash.
+        numbers: row of the bank of each vector, and number of each SAE, by its hash.
     """
     passes: dict[int, list[_Pass]] = {}
     offset = 0
@@ -69,7 +77,7 @@ def rows_of(
                 if k == len(of_layer):
                     of_layer.append(_Pass())
                 for a, b in pieces:
-                    of_layer[k].add(offset + a - start, offset + b - start, step, numbers[step.hash])
+                    of_layer[k].add(offset + a - start, offset + b - start, a, step, numbers[step.hash])
         offset += end - start
     return {layer: [p.rows() for p in of_layer] for layer, of_layer in passes.items()}
 
@@ -78,19 +86,24 @@ class _Pass:
     """Ranges of rows, until they are arrays."""
 
     def __init__(self) -> None:
-        self._ranges: list[tuple[int, int, int, int, float, bool]] = []
+        self._ranges: list[tuple[int, int, int, int, int, float, bool, int]] = []
 
-    def add(self, first: int, end: int, step: Step, number: int) -> None:
-        self._ranges.append((first, end, number, _NUMBER[step.op], step.amount, step.gated))
+    def add(self, first: int, end: int, position: int, step: Step, number: int) -> None:
+        random = -1 if step.random_error is None else step.random_error
+        self._ranges.append((first, end, position, number, _NUMBER[step.op], step.amount, step.gated, random))
 
     def rows(self) -> Rows:
-        first, end, number, op, amount, gated = (np.array(x) for x in zip(*self._ranges, strict=True))
+        columns = (np.array(x) for x in zip(*self._ranges, strict=True))
+        first, end, position, number, op, amount, gated, random = columns
         lengths = end - first
         before = np.cumsum(lengths) - lengths
+        counted = np.arange(int(lengths.sum()), dtype=np.int64)
         return Rows(
-            row=np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(first - before, lengths),
+            row=counted + np.repeat(first - before, lengths),
             vector=np.repeat(number.astype(np.int64), lengths),
             op=np.repeat(op.astype(np.int64), lengths),
             amount=np.repeat(amount.astype(np.float32), lengths),
             gated=np.repeat(gated.astype(bool), lengths),
+            position=counted + np.repeat(position - before, lengths),
+            random=np.repeat(random.astype(np.int64), lengths),
         )

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_probe.steering.apply import Bank, add_rows, changes, parts_of
+from sglang_probe.steering.apply import SPLICE, Bank, add_rows, bank_of, changes, intervene
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.plan import OPS, Rows, rows_of
 from sglang_probe.steering.spec import Spec
+from sglang_probe.steering.splice import undecided
 
 _LINEAR = torch.tensor([OPS.index("add"), OPS.index("project_out")])
 """Operations that do not ask whether a feature is active."""
@@ -39,11 +41,8 @@ class Vectors:
     @classmethod
     def of(cls, vectors: Sequence[Vector]) -> Vectors | None:
         """Of those that can change rows; None without any."""
-        usable = [v for v in vectors if v.card.kind != "probe"]
-        if not usable:
-            return None
-        bank = Bank.of([parts_of(v.tensors) for v in usable])
-        return cls(bank, {v.hash: i + 1 for i, v in enumerate(usable)})
+        bank, numbers = bank_of(vectors)
+        return None if bank is None else cls(bank, numbers)
 
     def lacks(self, spec: Spec) -> str | None:
         """Name of a vector that a specification needs and that is not here, or of an operation that is not one on
@@ -66,10 +65,11 @@ class Close:
     rows: int = 0
 
     def note(self, x_ND: Tensor, layer: int, passes: Sequence[Rows], bank: Bank) -> None:
-        """Look at the rows that a layer is about to change."""
+        """Look at the rows that a layer is about to change. Each pass sees what the one before left."""
         for p in passes:
-            row, vector, op = (torch.from_numpy(t) for t in (p.row, p.vector, p.op))
-            gated = torch.from_numpy(p.gated)
+            self._note_spliced(x_ND, layer, p, bank)
+            some = p.op != SPLICE
+            row, vector, op, gated = (torch.from_numpy(t[some]) for t in (p.row, p.vector, p.op, p.gated))
             # Without a gate, an activation that begins at 0 changes a row without a jump.
             jumps = ~torch.isin(op, _LINEAR) & (bank.threshold_M[vector] > 0)
             sharp = ~bank.linear_M[vector] & (jumps | gated)
@@ -77,10 +77,19 @@ class Close:
             pre = (x * read).sum(-1) + bank.offset_M[vector]
             # An error of random direction has so much of its length along the encoder; four deviations of it.
             reach = 4 * self.tolerance(layer) * x.norm(dim=1) * read.norm(dim=1) / x.shape[1] ** 0.5
-            near = row[sharp & ((pre - bank.threshold_M[vector]).abs() <= reach)]
-            if len(near):
-                self.rows += len(near)
-                self.first = min(int(near.min()), len(x_ND) if self.first is None else self.first)
+            self._add(row[sharp & ((pre - bank.threshold_M[vector]).abs() <= reach)], len(x_ND))
+            if p is not passes[-1]:
+                x_ND = intervene(x_ND, [p], bank)
+
+    def _note_spliced(self, x_ND: Tensor, layer: int, p: Rows, bank: Bank) -> None:
+        for number in np.unique(p.vector[p.op == SPLICE]):
+            row = torch.from_numpy(p.row[(p.op == SPLICE) & (p.vector == number)])
+            self._add(row[undecided(x_ND[row], bank.saes[int(number)], self.tolerance(layer))], len(x_ND))
+
+    def _add(self, near: Tensor, length: int) -> None:
+        if len(near):
+            self.rows += len(near)
+            self.first = min(int(near.min()), length if self.first is None else self.first)
 
 
 @contextmanager

@@ -31,6 +31,9 @@ be read by sampling, and by whoever trains."""
 MOST_EXCLUDED = 256
 """Excluded positions of one request: each cuts an interval that every forward of it looks at."""
 
+MOST_SPLICES = 4
+"""Of one request: each encodes and decodes every row of it with all latents of an SAE."""
+
 _RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
@@ -42,7 +45,7 @@ class Card(Protocol):
     @property
     def hook_point(self) -> str: ...
     @property
-    def norm(self) -> float: ...
+    def norm(self) -> float | None: ...
     @property
     def layer_mean_norm(self) -> float | None: ...
     @property
@@ -98,6 +101,8 @@ class Step:
     exclude: tuple[int, ...]
     probe: Probe | None = None
     """What decides whether it acts at all; None: it does."""
+    random_error: int | None = None
+    """Of `splice`: seed of the direction into which the error is turned; None: it is left as it is."""
 
     @property
     def layer(self) -> int:
@@ -175,6 +180,7 @@ class Spec:
                     generation=_window(s["generation"]),
                     exclude=tuple(int(p) for p in s["exclude"]),
                     probe=_read_probe(s.get("probe")),
+                    random_error=None if s.get("random_error") is None else int(s["random_error"]),
                 )
                 for s in steps
             )
@@ -206,7 +212,7 @@ class Spec:
         told = []
         for step, where in self.schedule(prompt_len):
             if cut := [[a, min(b, end)] for a, b in where if a < end]:
-                told.append([step.hash, step.hook_point, step.op, step.amount.hex(), step.gated, cut])
+                told.append([step.hash, step.hook_point, step.op, step.amount.hex(), step.gated, cut, *_seed(step)])
         return _hash(told)
 
     def isolation(self, prompt_len: int) -> Isolation:
@@ -247,11 +253,13 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
     if (excluded := sum(len(s.exclude) for s in steps)) > MOST_EXCLUDED:
         raise ConfigError(f"{where}: {excluded} excluded positions in all; a request may name {MOST_EXCLUDED}")
     # An activation is worth as much of the residual stream as its feature's decoder row is long.
-    total = sum(abs(s.amount) * (library[s.vector].card.norm if s.op in ("clamp", "cap") else 1) for s in steps)
+    total = sum(abs(s.amount) * (library[s.vector].card.norm or 1 if s.op in ("clamp", "cap") else 1) for s in steps)
     if total > MOST_AMOUNT:
         raise ConfigError(
             f"{where}: changes of {total:.3g} in all, in absolute units; a request may ask for {MOST_AMOUNT:,.0f}"
         )
+    if (spliced := sum(s.op == "splice" for s in steps)) > MOST_SPLICES:
+        raise ConfigError(f"{where}: {spliced} entries `splice`; a request may have {MOST_SPLICES}")
     return Spec(tuple(sorted(steps, key=lambda s: s.layer))) if steps else None
 
 
@@ -289,6 +297,7 @@ _KINDS = {
     "ablate_feature": ("feature",),
     "clamp": ("direction", "feature"),
     "cap": ("direction", "feature"),
+    "splice": ("sae",),
 }
 """Kinds of vector that an operation is defined for."""
 
@@ -296,11 +305,9 @@ _KINDS = {
 def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
     vector = library[entry.vector]
     card = vector.card
-    if entry.op == "splice":
-        raise ConfigError(f"{at}.op: `splice` is not served by an engine; `steering.apply.splice` does it offline")
     if card.kind not in _KINDS[entry.op]:
         raise ConfigError(
-            f"{at}.op: `{entry.op}` needs a {' or a '.join(_KINDS[entry.op])}; `{entry.vector}` is a {card.kind}"
+            f"{at}.op: `{entry.op}` needs {' or '.join(map(_a, _KINDS[entry.op]))}; `{entry.vector}` is {_a(card.kind)}"
         )
     if entry.gate is not None and entry.gate.by == "feature" and card.kind != "feature":
         raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
@@ -319,6 +326,7 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),
         probe=None if entry.gate is None else _probe(entry.gate, library, at),
+        random_error=entry.random_error,
     )
 
 
@@ -340,6 +348,10 @@ def _probe(gate: Gate, library: Mapping[str, Source], at: str) -> Probe | None:
         raise ConfigError(f"{at}: `{name}` has no threshold; `sglang-probe vector make probe` chooses one")
     point = f"blocks.{layer_of(found.card.hook_point)}.hook_resid_post"
     return Probe(name, found.hash, point, found.threshold)
+
+
+def _a(kind: str) -> str:
+    return "an SAE" if kind == "sae" else f"a {kind}"
 
 
 def _unit(entry: Steer, card: Card, at: str) -> float:
@@ -366,7 +378,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _canonical(step: Step) -> dict[str, Any]:
-    told = {
+    told: dict[str, Any] = {
         "hash": step.hash,
         "hook_point": step.hook_point,
         "op": step.op,
@@ -375,6 +387,8 @@ def _canonical(step: Step) -> dict[str, Any]:
         "prompt": None if step.prompt is None else list(step.prompt),
         "generation": None if step.generation is None else list(step.generation),
         "exclude": list(step.exclude),
+        # Left out without one, so that specifications of before there was one keep their names.
+        **({} if step.random_error is None else {"random_error": step.random_error}),
     }
     if (p := step.probe) is not None:  # what has none keeps the hash that it had before there were gates
         told["probe"] = {"hash": p.hash, "hook_point": p.hook_point, "threshold": p.threshold.hex()}
@@ -385,6 +399,10 @@ def _read_probe(told: Mapping[str, Any] | None) -> Probe | None:
     if told is None:
         return None
     return Probe(str(told["name"]), str(told["hash"]), str(told["hook_point"]), float.fromhex(told["threshold"]))
+
+
+def _seed(step: Step) -> list[int]:
+    return [] if step.random_error is None else [step.random_error]
 
 
 def _window(told: Sequence[int | None] | None) -> tuple[int, int | None] | None:

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from sglang_probe.cli import app
 from sglang_probe.errors import ConfigError
+from sglang_probe.paths import shipped
 from sglang_probe.steering.library import Library
+from sglang_probe.steering.make import Target, random_control
 from tests.steering.conftest import POINT, MakeRun, rows_run  # noqa: F401
 
 
@@ -62,6 +64,17 @@ def refused(*words: str | Path) -> str:
     with pytest.raises(ConfigError) as e:
         CliRunner().invoke(app, ["vector", "make", *map(str, words)], catch_exceptions=False)
     return str(e.value)
+
+
+def test_a_whole_sae_is_an_entry_without_a_norm_and_no_random_direction_is_a_control_for_it(tmp_path: Path) -> None:
+    sae, folder = shipped("models/sae-probe-text/seed-0"), tmp_path / "vectors"
+    card = json.loads(invoke("make", "sae", "whole", sae, "--library", folder, "--json"))
+    assert (card["kind"], card["norm"], card["sae"]["folder"]) == ("sae", None, "whole")
+    assert card["evidence"]["explained_variance"] == pytest.approx(0.818, abs=1e-3)
+    assert "whole" in invoke("list", folder)
+    assert "folder: whole" in invoke("show", folder, "whole")
+    with pytest.raises(ConfigError, match="`whole` is an SAE, and a random direction is no control"):
+        random_control(Target(folder, "r"), None, "", seed=0, like=Library.open(folder)["whole"])  # type: ignore
 
 
 def test_what_cannot_be_written_is_refused_before_prompts_are_read(both: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_probe import Experiment, load_run
+from sglang_probe.paths import shipped
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run
 from sglang_probe.run.scores import WEIGHTS_FILE
+from sglang_probe.steering import make
 from sglang_probe.steering.library import Library, MadeBy, weight_hash_of_folder, write
 from sglang_probe.verify.reference import check_against_transformers, compare
 from sglang_probe.verify.verify import verify
@@ -55,6 +58,11 @@ STEERS: list[list[dict[str, Any]]] = [
         _gated("deep", vector="late"),
         {"vector": "late", "strength": 2, "phases": ["decode"], "generation_window": [4, 6]},
     ],
+    [{"vector": "whole", "op": "splice", "prompt_window": [5, None]}],
+    [{"vector": "whole", "op": "splice", "phases": ["decode"]}],
+    [{"vector": "whole", "op": "splice", "strength": 0.5, "phases": ["prefill"], "exclude": [0]}],
+    [{"vector": "whole", "op": "splice", "random_error": 3, "prompt_window": [40, None]}],
+    [{"vector": "up", "strength": 2.0}, {"vector": "whole", "op": "splice", "random_error": 4, "phases": ["decode"]}],
 ]
 GATED = [f"r{i}" for i, steer in enumerate(STEERS) if any("probe" in s.get("gate", {}) for s in steer)]
 SCORES = ["blocks.1.hook_scores", "blocks.3.hook_scores"]
@@ -62,7 +70,7 @@ SCORES = ["blocks.1.hook_scores", "blocks.3.hook_scores"]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Two directions and a feature to intervene with, and probes of layers 1 and 3."""
+    """Two directions, a feature and an SAE to intervene with, and probes of layers 1 and 3."""
     folder = tmp_path_factory.mktemp("vectors") / "library"
     make_library(folder)
     generator = torch.Generator().manual_seed(7)
@@ -77,6 +85,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
             model_weight_hash=weight_hash_of_folder(MODEL),
             made_by=MadeBy(command="test"),
         )
+    make.whole_sae(make.Target(folder, "whole"), shipped("models/sae-probe-text/seed-0"))
     return Library.open(folder)
 
 
@@ -213,17 +222,19 @@ def test_a_damaged_decision_is_noticed(damage: str, said: str, run: Run, tmp_pat
 
 def test_another_vector_is_noticed(run: Run, library: Library, tmp_path: Path) -> None:
     """Each vector in its turn is 1 % longer or turned by a little, under the same hash."""
-    assert check_against_transformers(run, str(MODEL), requests=10, vectors=list(library.values())).holds
-    for name in ("up", "late", "feature"):
+    assert check_against_transformers(run, str(MODEL), requests=len(STEERS), vectors=list(library.values())).holds
+    for name in ("up", "late", "feature", "whole"):
         vectors = []
         for v in library.values():
             if v.name == name:
-                tensors = {**v.tensors, "vector": v.vector * torch.where(torch.arange(WIDTH) % 2 == 0, 1.02, 1.0)}
-                changed = type(v)(v.card, tensors)
+                longer = torch.where(torch.arange(WIDTH) % 2 == 0, 1.02, 1.0)
+                tensors = {n: t * longer if n == "vector" else t for n, t in v.tensors.items()}
+                sae = None if v.sae is None else replace(v.sae, W_dec=v.sae.W_dec * longer)
+                changed = type(v)(v.card, tensors, sae)
                 changed.__dict__["hash"] = v.hash
                 v = changed
             vectors.append(v)
-        check = check_against_transformers(run, str(MODEL), requests=10, vectors=vectors)
+        check = check_against_transformers(run, str(MODEL), requests=len(STEERS), vectors=vectors)
         assert check.violation is not None, name
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.steering.apply import Bank, Parts, add_rows, changes, intervene, splice
+from sglang_probe.steering.apply import Bank, Parts, add_rows, changes, intervene
 from sglang_probe.steering.plan import rows_of
 from tests.steering.toy import NUMBERS, spec
 
@@ -115,12 +115,6 @@ def test_rows_are_given_with_their_changes_for_a_stream_in_two_tensors() -> None
     rows, change = changes(torch.zeros(3, 3), passes, BANK)
     assert rows.tolist() == [1, 2]
     assert change.tolist() == [[2, 0, 0]] * 2
-
-
-def test_splice_replaces_a_row_by_its_reconstruction() -> None:
-    x_ND = torch.tensor([[1.0, 2.0, 3.0]])
-    assert (x_ND + splice(x_ND, lambda x: x * 0.5)).tolist() == [[0.5, 1.0, 1.5]]
-    assert (x_ND + splice(x_ND, lambda x: x * 0.5, fraction=0.5)).tolist() == [[0.75, 1.5, 2.25]]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,21 @@ def test_what_is_lacking_is_named() -> None:
     assert Vectors.of([]) is None
 
 
+def test_a_later_pass_is_at_the_edge_of_what_the_one_before_left() -> None:
+    """`add` moves the row from 0 onto the threshold 1 of the feature, which the second pass reads."""
+    bank = Bank.of([Parts(torch.eye(4)[0]), Parts(torch.eye(4)[1], encoder=torch.eye(4)[0], threshold=1.0)])
+    n = torch.zeros(1, dtype=torch.int64).numpy()
+    rest = {"row": n, "gated": n > 0, "position": n, "random": n - 1}
+    add = Rows(vector=n + 1, op=n + OPS.index("add"), amount=(n + 1).astype("float32"), **rest)
+    ablate = Rows(vector=n + 2, op=n + OPS.index("ablate_feature"), amount=(n + 1).astype("float32"), **rest)
+    for passes, rows in (([add, ablate], 1), ([ablate], 0)):
+        close = Close(lambda _layer: 1e-4)
+        close.note(torch.zeros(1, 4) + 1e-3, 0, passes, bank)
+        assert close.rows == 0
+        close.note(torch.tensor([[1e-5, 0.0, 0.0, 1.0]]), 0, passes, bank)
+        assert close.rows == rows
+
+
 def test_rows_at_the_edge_of_a_feature_are_named() -> None:
     """Threshold 1 along the first axis: rows at 0.5, 1 - 1e-6, 1 + 1e-6 and 2, at a tolerance of 1e-4."""
     bank = Bank.of([Parts(torch.eye(4)[1], encoder=torch.eye(4)[0], threshold=1.0)])
@@ -203,6 +218,7 @@ def test_rows_at_the_edge_of_a_feature_are_named() -> None:
 
     def near(op: str, *, gated: bool = False) -> list[int]:
         full = {"vector": 0 * n + 1, "op": 0 * n + OPS.index(op), "amount": (0 * n).astype("float32")}
+        full |= {"position": n, "random": 0 * n - 1}
         close = Close(lambda _layer: 1e-4)
         close.note(x, 0, [Rows(row=n, gated=(0 * n + gated).astype(bool), **full)], bank)
         return [close.rows, -1 if close.first is None else close.first]

@@ -150,10 +150,11 @@ def test_a_spec_is_read_back_from_json() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"vector": "upp"}, r"steer\[0\].vector: `upp` is not in the library, which has `bare`, `embed`, `f7`"),
+        ({"vector": "upp"}, r"steer\[0\].vector: `upp` is not in the library, which has `bare`, `dictionary`, `embed`"),
         ({"vector": "embed"}, "`hook_embed` cannot be intervened on"),
         ({"op": "ablate_feature", "strength": None}, "needs a feature; `up` is a direction"),
-        ({"op": "splice", "strength": None}, "`splice` is not served"),
+        ({"op": "splice", "strength": None}, "`splice` needs an SAE; `up` is a direction"),
+        ({"vector": "dictionary", "strength": 1}, "`add` needs a direction or a feature; `dictionary` is an SAE"),
         ({"gate": {"by": "feature"}}, "only a feature has a threshold"),
         ({"unit": "p99"}, "`p99` is of a feature"),
         ({"vector": "late", "unit": "mean_norm"}, "does not say its `mean_norm`"),
@@ -191,6 +192,9 @@ def test_what_a_vector_cannot_do_is_refused_by_name(entry: dict[str, Any], messa
         {"op": "project_out", "unit": "mean_norm"},
         {"op": "cap", "gate": {"by": "feature"}},
         {"gate": {"by": "probe"}},
+        {"random_error": 3},
+        {"op": "splice", "random_error": -1},
+        {"op": "splice", "random_error": True},
         {"strenght": 6},
     ],
 )

@@ -30,7 +30,11 @@ from sglang_probe.studies.query_drift.study import DriftResult
 from sglang_probe.studies.query_drift.summary import ALL, summarise
 from sglang_probe.studies.query_drift.summary import means as drift_means
 from sglang_probe.studies.row_counts.study import RowCountsResult
+from sglang_probe.studies.sae_gap import tables as gap_tables
+from sglang_probe.studies.sae_gap.study import GapResult
 from sglang_probe.verify.check import Check
+from tests.studies.sae_gap.planted import VARIANCE
+from tests.studies.sae_gap.planted import points as planted_points
 
 MANIFEST: dict[str, Any] = {
     "model": {"name": "m", "architecture": "A", "layers": 4},
@@ -142,6 +146,30 @@ def phase(layers: int = 1) -> PhaseResult:
         numerics=floor_table(sums, REFORWARD),
         texts=8,
         positions=80,
+        checks=CHECKS,
+        manifest=MANIFEST,
+    )
+
+
+def sae_gap(texts: int = 8, steps: int = 24, spliced: Sequence[str] = (HUMAN, PHASE_DECODED)) -> GapResult:
+    """Every table, from planted numbers."""
+    found = planted_points(texts, steps)
+    floors = dict.fromkeys((HUMAN, REFORWARD, PHASE_DECODED), 0.0)
+    of = every(kind=list(floors), text=range(texts)).assign(repeated=0.0, distinct=1.0)
+    return GapResult(
+        name="made",
+        sae={"folder": "seed-0", "hook_point": points(1)[1], "latents": 8, "weights_sha256": "0" * 64},
+        variance=VARIANCE,
+        sinks=0,
+        temperature=1.0,
+        arms=gap_tables.arms(found, VARIANCE, dict.fromkeys(floors, VARIANCE), of),
+        gaps=gap_tables.gaps(found, VARIANCE, set(), floors),
+        by_depth=gap_tables.by_depth(found, VARIANCE),
+        by_position=gap_tables.by_position(found, VARIANCE),
+        by_band=gap_tables.by_band(found, VARIANCE),
+        effects=gap_tables.effects(found, spliced),
+        effects_by=gap_tables.effects_by(found, spliced),
+        points=found,
         checks=CHECKS,
         manifest=MANIFEST,
     )

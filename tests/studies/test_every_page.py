@@ -19,6 +19,7 @@ from sglang_probe.studies.factorial.page import factorial_page
 from sglang_probe.studies.phase.page import phase_page
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.row_counts.page import row_counts_page
+from sglang_probe.studies.sae_gap.page import gap_page
 from tests.studies import made_results as made
 
 PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
@@ -29,6 +30,7 @@ PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
     "drift": (made.drift, drift_page),
     "factorial": (made.factorial, factorial_page),
     "evict": (made.evict, eviction_page),
+    "sae-gap": (made.sae_gap, gap_page),
 }
 ONE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 2, "families": 1, "replicates": False},
@@ -38,6 +40,7 @@ ONE: dict[str, dict[str, Any]] = {
     "drift": {"layers": 1, "heads": 1, "prompts": 2, "steps": 1},
     "factorial": {"prompts": 1},
     "evict": {"methods": 1, "prompts": 1, "layers": 1, "heads": 1},
+    "sae-gap": {"texts": 2, "steps": 8, "spliced": []},
 }
 HUGE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 19, "families": 200},
@@ -47,6 +50,7 @@ HUGE: dict[str, dict[str, Any]] = {
     "drift": {"layers": 30, "heads": 9},
     "factorial": {"layers": 30},
     "evict": {"methods": 19, "layers": 30, "heads": 9},
+    "sae-gap": {"texts": 40, "steps": 500},
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sglang_probe.engine.capture.transfer import upload
 from sglang_probe.errors import LedgerError
-from sglang_probe.steering.apply import Bank, change
+from sglang_probe.steering.apply import SPLICE, Bank, change
 from sglang_probe.steering.plan import Rows
 
 
@@ -71,6 +71,8 @@ class GraphSteering:
             return
         numbers_YP4N = np.zeros((*self.buffer_YP4N.shape[:3], max(tokens, capacity)), dtype=np.int32)
         for layer, passes in plan.items():
+            if any((p.op == SPLICE).any() for p in passes):
+                raise LedgerError(f"layer {layer} is to be spliced, and that is not recorded into graphs")
             if len(passes) > self.passes:
                 raise LedgerError(f"layer {layer} has {len(passes)} passes, and {self.passes} are recorded")
             for k, p in enumerate(passes):

@@ -30,10 +30,19 @@ def prepare(config: PhaseConfig) -> Prepared:
         ProbeError: as `sglang_probe.harvest.prepare.prepare`.
     """
     prepared = check(config, {"arm": config.arm})
-    texts = _texts(prepared, config)
-    for kind in (HUMAN, DECODED):  # a forward pass of what was decoded is as long as human text
-        check_requests(_requests(kind, texts, config, {}), prepared)
+    prepare_texts(prepared, config)
     return prepared
+
+
+def prepare_texts(prepared: Prepared, config: PhaseConfig) -> None:
+    """Refuse texts that cannot be recorded.
+
+    Raises:
+        WorkloadError: as `prepare`.
+    """
+    texts = texts_of(prepared, config)
+    for kind in (HUMAN, DECODED):  # a forward pass of what was decoded is as long as human text
+        check_requests(requests_of(kind, texts, config, {}), prepared)
 
 
 def run(
@@ -52,11 +61,11 @@ def run(
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked; or it is of something else.
         ProbeError: a recording failed.
     """
-    texts = _texts(prepared, config)
+    texts = texts_of(prepared, config)
     specs = [
         RunSpec(
             name,
-            partial(_requests, kind, texts, config),
+            partial(requests_of, kind, texts, config),
             config.arm,
             outputs_of=DECODED if kind == DECODED and name != DECODED else None,
             order_seed=replicate or None,
@@ -82,7 +91,7 @@ def names_of(kind: str, config: PhaseConfig) -> list[str]:
     return [kind, kind + REPEAT][: config.replicates]
 
 
-def _texts(prepared: Prepared, config: PhaseConfig) -> list[Request]:
+def texts_of(prepared: Prepared, config: PhaseConfig) -> list[Request]:
     """Requests whose prompt is long enough, cut to prompt and continuation."""
     length = config.prompt_tokens + config.continuation_tokens
     texts = [r for r in prepared.workload.requests if len(r.prompt_ids) >= length]
@@ -94,7 +103,7 @@ def _texts(prepared: Prepared, config: PhaseConfig) -> list[Request]:
     return texts
 
 
-def _requests(kind: str, texts: Sequence[Request], config: PhaseConfig, runs: Runs) -> list[Request]:
+def requests_of(kind: str, texts: Sequence[Request], config: PhaseConfig, runs: Runs) -> list[Request]:
     """The requests of one kind of run.
 
     One token more is decoded than is compared: the last sampled token never runs through the model.

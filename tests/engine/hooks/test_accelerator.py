@@ -23,7 +23,7 @@ from tests.engine.made_session import make_session, set_taps
 
 def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(UnsupportedError, match=r"`cuda` has been shown on one model(.|\n)*accelerator: unproved"):
+    with pytest.raises(UnsupportedError, match=r"`cuda` has been shown on two models(.|\n)*accelerator: unproved"):
         accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
     accelerator.check_device("cuda", "unproved")  # with telemetry or without
     accelerator.check_device("cpu", "refused")

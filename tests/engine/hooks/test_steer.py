@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,8 +21,11 @@ from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import made, read_limit
 from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.sae.folder import write_sae
+from sglang_probe.steering.library import weight_hash_of_folder, write_sae_entry
 from tests.end_to_end.steering import MODEL, WIDTH, make_library
 from tests.engine.made_session import SCHEDULER, make_session
+from tests.sae.small import random_sae
 
 UP = {"vector": "up", "strength": 6.0}
 PROMPT = 16
@@ -349,6 +353,50 @@ def test_what_is_recorded_into_graphs_changes_the_same_bits(monkeypatch: pytest.
         layers[1](output, forward_batch=SimpleNamespace(residual=residual, forward_mode=None))
         assert torch.equal(residual, before)
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def with_sae(library: Path, tmp_path: Path) -> Path:
+    """The library, and an SAE after layer 3."""
+    folder = tmp_path / "vectors" / "library"
+    shutil.copytree(library, folder)
+    write_sae(random_sae("jumprelu", width=WIDTH), folder.parent / "sae")
+    write_sae_entry(
+        folder,
+        folder.parent / "sae",
+        name="whole",
+        hook_point="blocks.3.hook_resid_post",
+        model="probe-text",
+        model_weight_hash=weight_hash_of_folder(MODEL),
+        made_by={"command": "test"},
+    )
+    return folder
+
+
+def test_rows_are_spliced_and_others_of_the_forward_keep_their_bits(
+    monkeypatch: pytest.MonkeyPatch, with_sae: Path
+) -> None:
+    steering, layers = attached(monkeypatch, with_sae)
+    assert [len(layer._forward_hooks) for layer in layers] == [0, 1, 1, 1]
+    req = admitted(steer=[{"vector": "whole", "op": "splice"}])
+    assert req.refused is None
+    steering.launch([Req(), req], [Ask(), Ask()], plan([0, 0], [2, 2]))
+    x = torch.randn(4, WIDTH)
+    batch = SimpleNamespace(residual=x.clone())
+    layers[3](torch.zeros(4, WIDTH), forward_batch=batch)
+    assert torch.equal(batch.residual[:2], x[:2])
+    assert torch.allclose(batch.residual[2:], random_sae("jumprelu", width=WIDTH).reconstruct(x[2:]), rtol=1e-4)
+
+
+def test_graphs_have_no_splice(monkeypatch: pytest.MonkeyPatch, with_sae: Path) -> None:
+    """Nor a hook at the layer of an SAE, whose every forward would pay for it."""
+    _, layers = attached(monkeypatch, with_sae, "unproved")
+    assert [len(layer._forward_hooks) for layer in layers] == [0, 1, 1, 0]
+    req = admitted(steer=[{"vector": "whole", "op": "splice"}])
+    assert req.refused is not None
+    assert "`splice` by `whole` is not made in graphs" in req.refused
+    with pytest.raises(ConfigError, match="`splice` by `whole` is not made in graphs"):
+        attached(monkeypatch, with_sae, "unproved", deployment=[{"vector": "whole", "op": "splice"}])
 
 
 def test_more_interventions_than_graphs_have_passes_are_refused(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:

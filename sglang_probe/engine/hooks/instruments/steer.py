@@ -111,7 +111,7 @@ class Steering(Instrument):
         """Rows that were changed, once per layer: for tests and metrics."""
 
     def attach(self, runner: Any) -> None:
-        from sglang_probe.steering.apply import Bank, parts_of
+        from sglang_probe.steering.apply import bank_of
 
         check_device(runner.device, self.config.accelerator)
         check_architecture(type(runner.model).__name__)
@@ -126,14 +126,16 @@ class Steering(Instrument):
             layers=len(layers),
             weight_hash=weight_hash_of_folder(runner.server_args.model_path),
         )
-        usable = [v for v in library.values() if v.card.kind in ("direction", "feature")]
-        if not usable:
+        self._bank, self._numbers = bank_of(library.values(), device=runner.device)
+        if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
         self._deployed = spec_of(self._given.deployment, library, where="steer.deployment")
-        self._numbers = {v.hash: i + 1 for i, v in enumerate(usable)}
-        self._bank = Bank.of([parts_of(v.tensors) for v in usable], device=runner.device)
-        changed = sorted({layer_of(v.card.hook_point) for v in usable})
-        if self.config.accelerator == "unproved":
+        graphs = self.config.accelerator == "unproved"
+        if graphs and self._deployed is not None:
+            refuse_spliced(self._deployed, "steer.deployment")
+        kinds = ("direction", "feature") if graphs else ("direction", "feature", "sae")
+        changed = sorted({layer_of(v.card.hook_point) for v in library.values() if v.card.kind in kinds})
+        if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
         if probes and self._graph is None and guard.active().tp_size == 1:
@@ -165,6 +167,7 @@ class Steering(Instrument):
         if spec is None or onset is None:
             return
         if self._graph is not None:
+            refuse_spliced(spec, f"{WHERE}.steer")
             _refuse_more(spec, self._graph.passes)
         if self.budget is not None and not self.budget.admits():
             if self.budget.refuses:
@@ -342,6 +345,19 @@ def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, 
         recording=recording_on(runner),
         fused=fused and runner.device == "cuda",
     )
+
+
+def refuse_spliced(spec: Spec, where: str) -> None:
+    """Refuse `splice` where interventions are recorded into graphs.
+
+    Raises:
+        ConfigError: names the entry.
+    """
+    if (step := next((s for s in spec.steps if s.op == "splice"), None)) is not None:
+        raise ConfigError(
+            f"{where}: `splice` by `{step.vector}` is not made in graphs, where every forward would pay for it",
+            fix="serve without `accelerator: unproved`, on the CPU",
+        )
 
 
 def _refuse_more(spec: Spec, passes: int) -> None:
