@@ -37,7 +37,8 @@ test-all: setup $(VENV)/.sae $(OLDER)/.ready ## slow tests too, training of SAEs
 	$(BIN)/python -m pytest $(WORKERS)
 	$(OLDER)/bin/python -m pytest $(WORKERS)
 
-attack: setup ## random traffic in 60 random configurations against the true owner of every KV slot; half an hour; resumable
+attack: setup ## random traffic, steered and plain, against itself alone; then in 60 random configurations against the true owner of every KV slot; half an hour; the second part is resumable
+	$(BIN)/python -m tests.attack.steering
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
 
 bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md

@@ -43,6 +43,8 @@ TABLES = {
     "forwards": schema.FORWARDS,
     "rebinds": schema.REBINDS,
     "interventions": schema.INTERVENTIONS,
+    "gates": schema.GATES,
+    "budget": schema.BUDGET,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

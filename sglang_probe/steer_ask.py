@@ -38,8 +38,17 @@ def _number(value: Any) -> Any:
 class Gate(Config):
     """When a row is changed at all, besides its place."""
 
-    by: Literal["feature"]
-    """`feature`: only where the feature itself is active, past its own threshold."""
+    by: Literal["feature", "probe"]
+    """`feature`: only where the feature itself is active, past its own threshold. `probe`: of the generated tokens, all
+    or none, as the score of the prompt's last row says."""
+    probe: StrictStr | None = Field(default=None, min_length=1)
+    """`by: probe`: name of a probe of the library. The gate opens above its threshold. One probe for a request."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Gate:
+        if (self.by == "probe") != (self.probe is not None):
+            raise ValueError("`probe` names the probe of a gate `by: probe`, and of no other")
+        return self
 
 
 class Steer(Config):
@@ -82,8 +91,13 @@ class Steer(Config):
                 raise ValueError(f"the strength of `{self.op}` is a fraction from 0 to 2")
         if self.random_error is not None and self.op != "splice":
             raise ValueError(f"`random_error` has no meaning for `{self.op}`")
-        if self.gate is not None and self.op not in ("add", "clamp"):
-            raise ValueError(f"`gate` has no meaning for `{self.op}`")
+        if self.gate is not None and self.gate.by == "feature" and self.op not in ("add", "clamp"):
+            raise ValueError(f"a gate by the feature has no meaning for `{self.op}`")
+        if self.gate is not None and self.gate.by == "probe" and set(self.phases) != {"decode"}:
+            raise ValueError(
+                "a gate by a probe is decided on the prompt's last row, which earlier ones cannot wait for: say "
+                "`phases: [decode]`"
+            )
         for phase, name in (("prefill", "prompt_window"), ("decode", "generation_window")):
             if getattr(self, name) is not None and phase not in self.phases:
                 raise ValueError(f"`{name}` has no effect without `{phase}` among the `phases`")

@@ -124,7 +124,8 @@ def probe(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """A linear probe on the last row of a prompt: what scores every token (`hook_scores`).
+    """A linear probe on the last row of a prompt: what scores every token (`hook_scores`), or opens the gate of a
+    request's interventions (`gate: {by: probe, probe: NAME}`) above its threshold.
 
     Logistic regression on half of the prompts. The other half gives the ROC curve, the AUC with its interval, and the
     threshold: with m negative ones it is such that a new negative prompt fires with probability `--fpr` at most,

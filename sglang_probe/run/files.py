@@ -104,6 +104,14 @@ class RunFiles:
         """Requests that ran under interventions, and which (`schema.INTERVENTIONS`); one row per request."""
         return self._table("interventions", schema.INTERVENTIONS).drop_duplicates("rid", ignore_index=True)
 
+    def budget(self) -> pd.DataFrame:
+        """What became of the budget of interventions (`schema.BUDGET`), in the order of time."""
+        return self._table("budget", schema.BUDGET)
+
+    def gates(self) -> pd.DataFrame:
+        """Decisions of gates by a probe, open and closed ones (`schema.GATES`); one row per request."""
+        return self._table("gates", schema.GATES).drop_duplicates("rid", ignore_index=True)
+
     def telemetry_table(self) -> pd.DataFrame:
         """One row per measured decode step and layer, as it is stored (`schema.TELEMETRY`)."""
         return self._table("telemetry/part-", schema.TELEMETRY)

@@ -78,6 +78,36 @@ INTERVENTIONS = pa.schema(
     ]
 )
 
+GATES = pa.schema(
+    [
+        # Requests whose interventions wait for a probe, in every part with a span of theirs after the decision.
+        ("rid", pa.string()),
+        ("intervention", pa.string()),  # hash of the specification that was asked, with its gate
+        ("probe", pa.string()),
+        ("hook_point", pa.string()),
+        ("position", pa.int32()),  # of the row that was scored: the prompt's last
+        ("attempt", pa.int32()),
+        ("forward_id", pa.int64()),  # that computed the row; -1: nothing was recorded then
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("opened", pa.bool_()),  # score > threshold: the gated steps act
+        ("spec", pa.string()),  # JSON, as in `interventions`
+    ]
+)
+
+BUDGET = pa.schema(
+    [
+        # What became of the budget of interventions (`steer: {budget_ms: ...}`), in the order of time.
+        ("forward_id", pa.int64()),  # exceeded: measured in this forward; else the first one launched after the event
+        ("at", pa.float64()),  # unix seconds
+        ("event", pa.string()),  # exceeded | within | unsteered
+        ("milliseconds", pa.float32()),  # median of the forwards that counted
+        ("budget_ms", pa.float32()),
+        ("rid", pa.string()),  # unsteered: the request, and what it asked; else null
+        ("intervention", pa.string()),
+    ]
+)
+
 REBINDS = pa.schema(
     [
         # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
@@ -209,6 +239,8 @@ NEVER_NULL = {
     "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
     "prompts": ("rid",),
     "interventions": tuple(INTERVENTIONS.names),
+    "gates": tuple(GATES.names),
+    "budget": ("forward_id", "at", "event", "milliseconds", "budget_ms"),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
 """Columns of the ledger's tables that have a value in every row."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.config import Config, InputPath
 from sglang_probe.steer_ask import MOST, Steer
 from sglang_probe.steering.library import Library
+
+EXCEEDED, WITHIN, UNSTEERED = "exceeded", "within", "unsteered"
+"""Events of the budget of interventions: it is exceeded, or kept again; a request that asked is served without."""
 
 
 class ScoresConfig(Config):
@@ -35,8 +38,30 @@ class SteerConfig(Config):
     fused: bool = False
     """Where interventions are recorded into graphs: one kernel for those of a layer, instead of PyTorch's operations.
     It was run in Triton's interpreter only, not on a GPU."""
+    budget_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Milliseconds that interventions of requests may cost a forward pass (docs/explanation/interventions.md says what
+    is measured and when it is exceeded). By default nothing is measured."""
+    over_budget: Literal["refuse", "off"] = "refuse"
+    """New requests that ask for interventions while the budget is exceeded: `refuse` them with the reason, or serve
+    them without (`off`), which their clients are not told. Requests that run already go on as they were asked."""
+    budget_rest: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Seconds from the moment when it was exceeded until interventions are tried again."""
     hash: str | None = None
     """Hash of the library, if it must be this one; set by `sglang-probe harvest`."""
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> SteerConfig:
+        # By value: a configuration that was written out says its defaults.
+        if self.budget_ms is None and self != self.without_budget:
+            raise ValueError("`over_budget` and `budget_rest` have no effect without `budget_ms`")
+        if self.budget_ms is not None and self.deployment:
+            raise ValueError("`budget_ms` is of what requests ask; a `deployment` is done to all, whatever it costs")
+        return self
+
+    @property
+    def without_budget(self) -> SteerConfig:
+        """What an engine is started for: a budget can be another in its next recording."""
+        return self.model_copy(update={n: type(self).model_fields[n].default for n in _BUDGET})
 
     @field_validator("deployment")
     @classmethod
@@ -46,6 +71,9 @@ class SteerConfig(Config):
                 if getattr(entry, name) != type(entry).model_fields[name].default:
                     raise ValueError(f"`{name}` has no place here: a deployment acts on all positions of all requests")
         return entries
+
+
+_BUDGET = ("budget_ms", "over_budget", "budget_rest")
 
 
 def told(config: SteerConfig, library: Library) -> dict[str, Any]:
@@ -58,8 +86,10 @@ def told(config: SteerConfig, library: Library) -> dict[str, Any]:
             "norm": v.card.norm,
             "layer_mean_norm": v.card.layer_mean_norm,
             "percentile99": v.card.percentile99,
+            **({"threshold": v.threshold} if v.card.kind == "probe" else {}),
         }
         for v in library.values()
     }
     deployment = [s.model_dump(mode="json", exclude_defaults=True) for s in config.deployment]
-    return {"library": library.hash, "vectors": vectors, "deployment": deployment}
+    budget = {} if config.budget_ms is None else {n: getattr(config, n) for n in _BUDGET}
+    return {"library": library.hash, "vectors": vectors, "deployment": deployment, **budget}

@@ -80,6 +80,11 @@ class Vector:
         namespaces use."""
         return hashlib.sha256(_canonical(self.card).encode()).hexdigest()
 
+    @property
+    def threshold(self) -> float | None:
+        """Of a probe: a row fires above it. Of a feature: pre-activations up to it count as zero. None: it has none."""
+        return self.scalar(THRESHOLD) if THRESHOLD in self.tensors else None
+
     def scalar(self, name: str) -> float:
         """A tensor without dimensions, as a number."""
         return float(self.tensors[name])

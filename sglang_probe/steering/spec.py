@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.steer_ask import Steer
+from sglang_probe.steer_ask import Gate, Steer
 
 END = (1 << 31) - 1
 """Past every position: where an interval without an end stops."""
@@ -59,6 +59,25 @@ class Source(Protocol):
     def card(self) -> Card: ...
     @property
     def hash(self) -> str: ...
+    @property
+    def threshold(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What decides, once for a request, whether the steps that name it act: the score `x @ vector` of the prompt's last
+    row, fp32, after the interventions of its layer."""
+
+    name: str
+    """In the library; the hash counts."""
+    hash: str
+    hook_point: str
+    threshold: float
+    """The steps act if the score is above it."""
+
+    def opens(self, score: float) -> bool:
+        """The decision; not a number opens nothing."""
+        return score > self.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +101,8 @@ class Step:
     exclude: tuple[int, ...]
     random_error: int | None = None
     """Of `splice`: seed of the direction into which the error is turned; None: it is left as it is."""
+    probe: Probe | None = None
+    """What decides whether it acts at all; None: it does."""
 
     @property
     def layer(self) -> int:
@@ -133,7 +154,11 @@ class Spec:
 
     def to_json(self) -> list[dict[str, Any]]:
         """What `from_json` reads."""
-        return [{"vector": s.vector, **_canonical(s)} for s in self.steps]
+        told = [{"vector": s.vector, **_canonical(s)} for s in self.steps]
+        for s, entry in zip(self.steps, told, strict=True):
+            if s.probe is not None:
+                entry["probe"]["name"] = s.probe.name
+        return told
 
     @classmethod
     def from_json(cls, steps: Sequence[Mapping[str, Any]]) -> Spec:
@@ -155,10 +180,23 @@ class Spec:
                     generation=_window(s["generation"]),
                     exclude=tuple(int(p) for p in s["exclude"]),
                     random_error=None if s.get("random_error") is None else int(s["random_error"]),
+                    probe=_read_probe(s.get("probe")),
                 )
                 for s in steps
             )
         )
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe of its gated steps; None: it has none."""
+        return next((s.probe for s in self.steps if s.probe is not None), None)
+
+    def decided(self, opened: bool) -> Spec | None:
+        """What is done once the gate is decided: all of it, or the steps without a gate; None: nothing."""
+        if opened or self.probe is None:
+            return self
+        left = tuple(s for s in self.steps if s.probe is None)
+        return Spec(left) if left else None
 
     @functools.lru_cache(maxsize=512)  # noqa: B019 (specs are few and live as long as the engine)
     def schedule(self, prompt_len: int) -> tuple[tuple[Step, tuple[tuple[int, int], ...]], ...]:
@@ -182,12 +220,13 @@ class Spec:
 
         What lies before the onset is anybody's. A late onset, above all that of an intervention on generated tokens
         alone, reads so much from the ordinary cache and publishes nothing. An early one (in the first half of the
-        prompt) has a namespace, which requests of equal history share from position 0.
+        prompt) has a namespace, which requests of equal history share from position 0. What a gate by a probe will
+        decide is not known yet, so that such a request never shares.
         """
         onset = self.onset(prompt_len)
         if onset is None:
             return Isolation(None, None)
-        if 2 * onset < prompt_len:
+        if 2 * onset < prompt_len and self.probe is None:
             return Isolation(self.history(prompt_len), None)
         return Isolation(None, onset)
 
@@ -206,9 +245,11 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
         at = f"{where}[{i}]"
         if entry.vector not in library:
             raise ConfigError(f"{at}.vector: `{entry.vector:.100}` is not in the library, which has {_named(library)}")
-        step = _step(entry, library[entry.vector], at)
+        step = _step(entry, library, at)
         if step.amount or step.op in ("clamp", "cap"):
             steps.append(step)
+    if len(probes := {s.probe.name for s in steps if s.probe is not None}) > 1:
+        raise ConfigError(f"{where}: gates by {_quoted(sorted(probes))}; a request has one probe")
     if (excluded := sum(len(s.exclude) for s in steps)) > MOST_EXCLUDED:
         raise ConfigError(f"{where}: {excluded} excluded positions in all; a request may name {MOST_EXCLUDED}")
     # An activation is worth as much of the residual stream as its feature's decoder row is long.
@@ -223,7 +264,16 @@ def spec_of(asked: Sequence[Steer], library: Mapping[str, Source], *, where: str
 
 
 def joined(first: Spec | None, then: Spec | None) -> Spec | None:
-    """Both, the first one's steps before the other's within a layer."""
+    """Both, the first one's steps before the other's within a layer.
+
+    Raises:
+        ConfigError: a gate by a probe under what is done to all: everybody would share what one request's gate decides.
+    """
+    if first is not None and then is not None and then.probe is not None:
+        raise ConfigError(
+            f"steer: a gate by the probe `{then.probe.name}` cannot be had of a server that steers every request "
+            "(`deployment`)"
+        )
     if first is None or then is None:
         return then if first is None else first
     return Spec(tuple(sorted((*first.steps, *then.steps), key=lambda s: s.layer)))
@@ -252,13 +302,14 @@ _KINDS = {
 """Kinds of vector that an operation is defined for."""
 
 
-def _step(entry: Steer, vector: Source, at: str) -> Step:
+def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
+    vector = library[entry.vector]
     card = vector.card
     if card.kind not in _KINDS[entry.op]:
         raise ConfigError(
             f"{at}.op: `{entry.op}` needs {' or '.join(map(_a, _KINDS[entry.op]))}; `{entry.vector}` is {_a(card.kind)}"
         )
-    if entry.gate is not None and card.kind != "feature":
+    if entry.gate is not None and entry.gate.by == "feature" and card.kind != "feature":
         raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
     amount = entry.fraction if entry.strength is None else float(entry.strength)
     if entry.op in ("clamp", "cap") and card.kind == "feature" and amount < 0:
@@ -270,16 +321,37 @@ def _step(entry: Steer, vector: Source, at: str) -> Step:
         hook_point=f"blocks.{layer_of(card.hook_point)}.hook_resid_post",
         op=entry.op,
         amount=amount + 0.0,  # -0.0 and 0.0 are one
-        gated=entry.gate is not None,
+        gated=entry.gate is not None and entry.gate.by == "feature",
         prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),
         random_error=entry.random_error,
+        probe=None if entry.gate is None else _probe(entry.gate, library, at),
     )
 
 
 def _a(kind: str) -> str:
     return "an SAE" if kind == "sae" else f"a {kind}"
+
+
+def _probe(gate: Gate, library: Mapping[str, Source], at: str) -> Probe | None:
+    """Of a gate by a probe, the probe.
+
+    Raises:
+        ConfigError: the library does not have it, it is none, or it has no threshold.
+    """
+    if gate.probe is None:
+        return None
+    name, at = gate.probe, f"{at}.gate.probe"
+    if name not in library:
+        raise ConfigError(f"{at}: `{name:.100}` is not in the library, which has {_named(library)}")
+    found = library[name]
+    if found.card.kind != "probe":
+        raise ConfigError(f"{at}: `{name}` is a {found.card.kind}, and gates are opened by probes")
+    if found.threshold is None:
+        raise ConfigError(f"{at}: `{name}` has no threshold; `sglang-probe vector make probe` chooses one")
+    point = f"blocks.{layer_of(found.card.hook_point)}.hook_resid_post"
+    return Probe(name, found.hash, point, found.threshold)
 
 
 def _unit(entry: Steer, card: Card, at: str) -> float:
@@ -298,12 +370,15 @@ def _unit(entry: Steer, card: Card, at: str) -> float:
 
 
 def _named(library: Mapping[str, Source]) -> str:
-    names = sorted(library)
-    return ", ".join(f"`{n}`" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
+    return _quoted(sorted(library)) or "none"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{n}`" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _canonical(step: Step) -> dict[str, Any]:
-    return {
+    told: dict[str, Any] = {
         "hash": step.hash,
         "hook_point": step.hook_point,
         "op": step.op,
@@ -312,9 +387,19 @@ def _canonical(step: Step) -> dict[str, Any]:
         "prompt": None if step.prompt is None else list(step.prompt),
         "generation": None if step.generation is None else list(step.generation),
         "exclude": list(step.exclude),
-        # Left out without one, so that specifications of before there was one keep their names.
-        **({} if step.random_error is None else {"random_error": step.random_error}),
     }
+    # What has none keeps the hash that it had before there were such.
+    if step.random_error is not None:
+        told["random_error"] = step.random_error
+    if (p := step.probe) is not None:
+        told["probe"] = {"hash": p.hash, "hook_point": p.hook_point, "threshold": p.threshold.hex()}
+    return told
+
+
+def _read_probe(told: Mapping[str, Any] | None) -> Probe | None:
+    if told is None:
+        return None
+    return Probe(str(told["name"]), str(told["hash"]), str(told["hook_point"]), float.fromhex(told["threshold"]))
 
 
 def _seed(step: Step) -> list[int]:

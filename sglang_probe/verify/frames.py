@@ -72,6 +72,12 @@ class ReadOnce(Run):
     def interventions(self) -> pd.DataFrame:
         return self._once("interventions", self._run.interventions)
 
+    def budget(self) -> pd.DataFrame:
+        return self._once("budget", self._run.budget)
+
+    def gates(self) -> pd.DataFrame:
+        return self._once("gates", self._run.gates)
+
     def engine_requests(self) -> pd.DataFrame:
         return self._once("engine", self._run.engine_requests)
 

@@ -96,7 +96,7 @@ def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vecto
     if (known := known_weights(run)) is not None:
         later = tokens.loc[~np.isin(tokens["forward_id"].to_numpy(np.int64), known), "rid"]
         asked = asked[~asked["rid"].isin(set(later))]
-    specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in run.interventions().itertuples()}
+    specs = carried_out(run)
     usable = Vectors.of(vectors)
     found = Errors({})
     found.unknown = [r for r, s in specs.items() if usable is None or usable.lacks(s) is not None]
@@ -124,6 +124,17 @@ def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vecto
             else:
                 errors[name].append(row_distance(given, _heads(run, name, x_ND))[0])
     found.by_hook_point = {h: np.concatenate(e) if e else np.empty(0) for h, e in errors.items()}
+    return found
+
+
+def carried_out(run: Run) -> dict[str, Spec]:
+    """What was done to each request that ran under interventions: of a gated one, what its recorded decision left."""
+    opened = dict(zip((gates := run.gates())["rid"], gates["opened"], strict=True))
+    found = {}
+    for r in run.interventions().itertuples():
+        spec = Spec.from_json(json.loads(r.spec)).decided(bool(opened.get(r.rid, False)))
+        if spec is not None:
+            found[r.rid] = spec
     return found
 
 

@@ -15,10 +15,12 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.hook_points import EMBED, score_points
 from sglang_probe.run.run import Run
+from sglang_probe.verify.budget import budget_holds, has_budget
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.files import Progress, files_intact, nothing
 from sglang_probe.verify.forwards import forwards_add_up
 from sglang_probe.verify.frames import ReadOnce
+from sglang_probe.verify.gates import gates_decided, has_gates
 from sglang_probe.verify.interventions import has_interventions, marked_as_planned
 from sglang_probe.verify.kept import has_kept_sets, kept_sets_stay_private
 from sglang_probe.verify.manifest import manifest_fits
@@ -81,6 +83,10 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         checks["kept sets"] = kept_sets_stay_private
     if _true(has_interventions, run):
         checks["interventions"] = marked_as_planned
+    if _true(has_gates, run):
+        checks["gates"] = gates_decided
+    if _true(has_budget, run):
+        checks["budget"] = budget_holds
     if run.manifest.get("telemetry"):
         checks["telemetry"] = telemetry_holds
     owned = checks.pop("row ownership")

@@ -59,6 +59,8 @@ class Outcome:
     reused: int = 0
     reused_steered: int = 0
     retracted: int = 0
+    gates: str = ""
+    """Open and closed ones."""
     worst: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -72,6 +74,8 @@ def traffic(rng: random.Random, count: int) -> list[Request]:
     up = {"vector": "up", "strength": 30}
     pool = [[up], [{"vector": "late", "op": "project_out"}], [{**up, "phases": ["decode"]}]]
     pool += [[{**up, "prompt_window": [-20, None]}], *(steer(rng, 60) for _ in range(2))]
+    gate = {"phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
+    pool += [[{**up, **gate}], [{"vector": "late", "strength": 20, **gate}, {**up, "prompt_window": [-9, None]}]]
     roots = [[rng.randrange(10, 3000) for _ in range(rng.randrange(30, 110))] for _ in range(3)]
     requests = []
     for i in range(count):
@@ -125,23 +129,31 @@ def steer(rng: random.Random, length: int) -> list[dict[str, Any]]:
     return found
 
 
-def request(index: int, rid: str, ids: Sequence[int], steer: Sequence[Mapping[str, Any]], new: int = _NEW) -> Request:
-    """A request of token ids, greedy and of a fixed length."""
-    params: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True}
+def request(
+    index: int,
+    rid: str,
+    ids: Sequence[int],
+    steer: Sequence[Mapping[str, Any]],
+    new: int = _NEW,
+    *,
+    temperature: float = 0.0,
+) -> Request:
+    """A request of token ids, of a fixed length."""
+    params: dict[str, Any] = {"max_new_tokens": new, "temperature": temperature, "ignore_eos": True}
     if steer:
         params["custom_params"] = {"probe": {"steer": [dict(s) for s in steer]}}
     return Request(index, rid, tuple(ids), (SegmentSpan("prompt", 0, len(ids)),), None, params)
 
 
-def prepared(library: Path, concurrency: int) -> Prepared:
-    """A recording of the built-in model in fp32 with the library and small chunks."""
+def prepared(library: Path | None, concurrency: int, **steer: Any) -> Prepared:
+    """A recording of the built-in model in fp32 with the library, or with none, and small chunks."""
     config = Recording.model_validate(
         {
             "dtype": "float32",
             "hook_points": ["hook_embed", *POINTS],
             "server": _SERVER,
             "concurrency": concurrency,
-            "steer": {"library": str(library)},
+            "steer": None if library is None else {"library": str(library), **steer},
         }
     )
     return prepare(config, workload=Workload((request(0, "none", [1, 2], []),)))
@@ -174,6 +186,7 @@ def compare(together: Run, alone: Sequence[Run]) -> Outcome:
         steered=len(together.interventions()),
         reused=int((reused["end"] - reused["start"]).sum()),
         reused_steered=int(lengths.sum()),
+        gates="{} open, {} closed".format(*((together.gates()["opened"] == b).sum() for b in (True, False))),
         retracted=int(together.requests()["retractions"].sum()),
     )
     found.wrong += [f"{c.name}: {c.violation}" for run in (together, *alone) for c in verify(run) if not c.holds]
@@ -200,10 +213,10 @@ def compare(together: Run, alone: Sequence[Run]) -> Outcome:
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1, help="odd: now and then everything is retracted")
+    parser.add_argument("--requests", type=int, default=60, help="first turns and second ones")
     parser.add_argument("--sabotage", default="", help="a safeguard to disable (tests/attack/plugin/slot_sabotage.py)")
     options = parser.parse_args()
     if options.sabotage:
@@ -219,7 +232,10 @@ def main() -> None:
         with EngineHost() as host:
             outcome = attack(folder, host, seed=options.seed, requests=options.requests)
     print("STEERED", json.dumps({"seed": options.seed, "sabotage": options.sabotage, **outcome.to_json()}))
+    for wrong in outcome.wrong[:20]:
+        print(f"  {wrong}")
+    return 1 if outcome.wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

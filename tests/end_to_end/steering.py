@@ -21,7 +21,7 @@ POINTS = [f"blocks.{i}.hook_resid_post" for i in range(4)]
 
 
 def make_library(folder: Path) -> Library:
-    """Two directions and a feature, of layers 1 and 2."""
+    """Two directions and a feature, of layers 1 and 2, and a probe of layer 2."""
     generator = torch.Generator().manual_seed(0)
 
     def random() -> torch.Tensor:
@@ -29,11 +29,12 @@ def make_library(folder: Path) -> Library:
 
     def add(name: str, layer: int, **tensors: torch.Tensor) -> None:
         feature = "encoder" in tensors
+        kind = "feature" if feature else "probe" if "threshold" in tensors else "direction"
         write(
             folder,
             tensors,
             name=name,
-            kind="feature" if feature else "direction",
+            kind=kind,
             hook_point=POINTS[layer],
             model="probe-text",
             model_weight_hash=weight_hash_of_folder(MODEL),
@@ -53,6 +54,7 @@ def make_library(folder: Path) -> Library:
         threshold=torch.tensor(0.05),
         decoder_bias=random() / 8,
     )
+    add("fires", 2, vector=random(), threshold=torch.tensor(0.0))
     return Library.open(folder)
 
 
@@ -64,7 +66,7 @@ class Reference:
 
         self._library = library
         self._model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        vectors = list(library.values())
+        vectors = [v for v in library.values() if v.card.kind != "probe"]
         self._bank = Bank.of([parts_of(v.tensors) for v in vectors])
         self._numbers = {v.hash: i + 1 for i, v in enumerate(vectors)}
 

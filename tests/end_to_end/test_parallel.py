@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_probe.engine.releases import release
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.verify.reference import reference_errors
+from sglang_probe.verify.reference import compare
 from sglang_probe.verify.verify import verify
 from tests.end_to_end.live_server import MODEL, LiveServer
+from tests.end_to_end.steering import make_library
 
 pytestmark = [
     pytest.mark.engine,
@@ -24,7 +26,9 @@ HOOK_POINTS = ["hook_embed", "blocks.0.hook_resid_post", "blocks.3.hook_resid_po
 BINDING = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def _harvest(cli: Callable, write_yaml: Callable, path: Path, dtype: str, **server: object) -> Run:
+def _harvest(
+    cli: Callable, write_yaml: Callable, path: Path, dtype: str, more: dict[str, Any] | None = None, **server: object
+) -> Run:
     config = write_yaml(
         "parallel",
         workload={"families": 4, "requests_per_family": 4},
@@ -32,6 +36,7 @@ def _harvest(cli: Callable, write_yaml: Callable, path: Path, dtype: str, **serv
         hook_points=HOOK_POINTS,
         dtype=dtype,
         server={"chunked_prefill_size": 256, **server},
+        **(more or {}),
     )
     done = cli("harvest", config, "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,13 +44,27 @@ def _harvest(cli: Callable, write_yaml: Callable, path: Path, dtype: str, **serv
 
 
 def test_tensor_parallel_rows_are_whole_and_written_once(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
-    run = _harvest(cli, write_yaml, tmp_path / "run", "float32", tp_size=2)
-    assert [str(c) for c in verify(run) if not c.holds] == []
+    """All requests are plain in the most of their prompts, and then under interventions that add, and that read the
+    residual stream."""
+    library = make_library(tmp_path / "library")
+    late = {"prompt_window": [-30, None]}
+    steer = [
+        {"vector": "up", "strength": 3.0, **late},
+        {"vector": "late", "op": "project_out", **late},
+        {"vector": "feature", "op": "clamp", "strength": 1.0, "unit": "p99", "generation_window": [2, 8], **late},
+    ]
+    own = {"steer": {"library": str(library.folder)}, "arm": {"steer": steer}}
+    run = _harvest(cli, write_yaml, tmp_path / "run", "float32", own, tp_size=2)
+    checks = {c.name: c for c in verify(run)}
+    assert [str(c) for c in checks.values() if not c.holds] == []
+    assert checks["interventions"].covered > 16 * 30
     assert set(run.spans()["dp_rank"]) == {0}
-    # One rank's half of a sum, or of a row, would be far from the reference.
-    errors = reference_errors(run, str(MODEL), requests=4)
-    assert set(errors) == set(HOOK_POINTS)
-    assert max(float(e.max()) for e in errors.values()) < 1e-4
+    # One rank's half of a sum, or of a row, or a change that one rank made alone, would be far from the reference.
+    found = compare(run, str(MODEL), requests=4, vectors=list(library.values()))
+    assert found.intervened == 4
+    assert found.undecided < 100
+    assert set(found.by_hook_point) == set(HOOK_POINTS)
+    assert max(float(e.max()) for e in found.by_hook_point.values()) < 1e-4
 
 
 def test_each_data_parallel_rank_has_its_ledger_and_the_reader_merges_them(

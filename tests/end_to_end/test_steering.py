@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.policy.arm import Arm
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.verify.verify import verify
 from tests.attack.steering import SAME, Outcome, attack, prepared, request
 from tests.end_to_end.steering import POINTS, make_library
@@ -53,9 +55,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNUSED = [request(i, f"r{i}", PROMPT[i:], [], 12, temperature=float(i % 2)) for i in range(4)]
+"""Greedy ones, and ones that are sampled with the engine's seed."""
+
+
 @pytest.fixture(scope="module")
-def host() -> Iterator[EngineHost]:
+def without(folder: Path) -> Run:
+    """An engine that never had a library."""
     with EngineHost() as host:
+        return record([RunSpec("without", UNUSED)], prepared(None, 1), folder, host=host)["without"]
+
+
+@pytest.fixture(scope="module")
+def host(folder: Path, without: Run) -> Iterator[EngineHost]:
+    """The engine of this file. What it does first is what the other one did: they draw the same random numbers."""
+    with EngineHost() as host:
+        record([RunSpec("unused", UNUSED)], prepared(folder / "library", 1), folder, host=host)
         yield host
         assert host.starts == 1
 
@@ -104,6 +119,18 @@ def test_every_invariant_holds_and_interventions_were_asked(run: Run, alone: Run
     (check,) = [c for c in verify(run) if c.name == "interventions"]
     assert check.covered > 3 * len(PROMPT)
     assert check.note is None
+
+
+def test_a_library_that_nobody_uses_changes_no_bit(host: EngineHost, folder: Path, without: Run) -> None:
+    unused = load_run(folder / "unused")
+    assert set(unused.manifest["steer"]["vectors"]) == {"up", "late", "feature", "fires"}
+    outputs = _outputs(without)
+    assert _outputs(unused) == outputs
+    for point in ("hook_embed", *POINTS):
+        for rid in outputs:
+            one, other = (run.activations(rid, point) for run in (without, unused))
+            assert len(one) == len(other) > 0
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (rid, point)
 
 
 def test_what_lies_before_the_onset_is_anybodys_and_what_does_not_is_of_equal_histories(run: Run) -> None:
@@ -204,7 +231,7 @@ def test_an_arm_steers_every_request_and_the_manifest_says_by_what(folder: Path,
     assert [s["vector"] for s in json.loads(under.at["b", "spec"])] == ["up", "late"]
     assert [s["vector"] for s in json.loads(under.at["a", "spec"])] == ["late"]
     assert found.manifest["policy"]["steer"][0]["op"] == "project_out"
-    assert set(found.manifest["steer"]["vectors"]) == {"up", "late", "feature"}
+    assert set(found.manifest["steer"]["vectors"]) == {"up", "late", "feature", "fires"}
 
 
 def test_unknown_names_are_refused_at_preparation_and_by_the_engine_with_the_key(
@@ -220,6 +247,65 @@ def test_unknown_names_are_refused_at_preparation_and_by_the_engine_with_the_key
     assert "steer[0].vector: `down` is not in the library" in found.manifest["refused"]["wrong"]
     assert found.requests().set_index("rid").at["served", "finish_reason"] == "length"
     assert [str(c) for c in verify(found) if not c.holds] == []
+
+
+@pytest.fixture(scope="module")
+def over_budget(folder: Path, host: EngineHost) -> dict[str, Run]:
+    """A budget that any operation exceeds: a picosecond a forward. Steered ones fill the window of 15 forwards."""
+    requests = [request(i, f"r{i}", PROMPT[:40], steer, NEW) for i, steer in enumerate([[UP], [UP], [UP], [LATER], []])]
+    found = {}
+    for action in ("off", "refuse"):
+        ours = prepared(folder / "library", 1, budget_ms=1e-9, budget_rest=1e6, over_budget=action)
+        found[action] = record([RunSpec(action, requests)], ours, folder, host=host)[action]
+    return found
+
+
+def test_over_budget_new_requests_are_refused_or_go_without_and_the_ledger_says_which(
+    over_budget: dict[str, Run],
+) -> None:
+    for action, run in over_budget.items():
+        checks = {c.name: c for c in verify(run)}
+        assert [str(c) for c in checks.values() if not c.holds] == []
+        assert checks["interventions"].note is None
+        assert set(run.interventions()["rid"]) == {"r0", "r1"}
+        assert run.tokens().query("rid in ('r2', 'r3', 'r4')")["intervention"].isna().all()
+        assert run.manifest["steer"]["over_budget"] == action
+    off, refuse = over_budget["off"], over_budget["refuse"]
+    outputs = _outputs(off)
+    assert outputs["r2"] == outputs["r3"] == outputs["r4"] != outputs["r1"] == outputs["r0"]
+    assert list(off.budget()["event"]) == ["exceeded", "unsteered", "unsteered"]
+    assert list(off.budget()["rid"])[1:] == ["r2", "r3"]
+    assert rows_of_dataset(off, "r2") > 0
+    # r1 was running when the budget was exceeded, and went on to its end.
+    last = off.tokens().query("rid == 'r1' and intervention.notna()")["position"].max()
+    assert last >= 40 + NEW - 2
+    assert list(refuse.budget()["event"]) == ["exceeded"]
+    assert set(refuse.manifest["refused"]) == {"r2", "r3"}
+    assert "steer: interventions cost more than 1e-09 ms a forward" in refuse.manifest["refused"]["r2"]
+    assert _outputs(refuse)["r4"] == outputs["r4"]
+
+
+def rows_of_dataset(run: Run, rid: str) -> int:
+    return sum(len(b) for b in run.iter_batches(POINTS[1], batch_size=64, where=f"rid == '{rid}'"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda rows: rows[1:], "and it was not exceeded"),
+        (lambda rows: [{**rows[0], "milliseconds": 0.0}, *rows[1:]], "and 1e-09 are allowed"),
+        (lambda rows: rows[:2], "it asked for"),
+        (lambda rows: [*rows[:2], {**rows[2], "rid": "r1"}], "is in the table `interventions`"),
+        (lambda rows: [rows[0], rows[0], *rows[1:]], "it was exceeded already"),
+    ],
+)
+def test_a_damaged_account_of_the_budget_is_noticed(
+    over_budget: dict[str, Run], damage: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = over_budget["off"]
+    rows = pd.DataFrame(damage(run.budget().to_dict("records")))
+    monkeypatch.setattr(Run, "budget", lambda _self: rows)
+    assert any(said in str(c.violation) for c in verify(run) if not c.holds)
 
 
 def test_random_traffic_computes_together_what_it_computes_alone(folder: Path, host: EngineHost) -> None:

@@ -46,7 +46,7 @@ def test_a_client_is_steered_who_asks_and_nobody_else(server: LiveServer) -> Non
     assert server.generate(PROMPT, sampling_params=_params([UP]))["output_ids"] == steered
     run = recorded(server)  # every invariant holds
     assert len(run.interventions()) == 2
-    assert run.manifest["steer"]["vectors"].keys() == {"up", "late", "feature"}
+    assert run.manifest["steer"]["vectors"].keys() == {"up", "late", "feature", "fires"}
     assert run.tokens()["intervention"].notna().sum() == 2 * (60 + 7)
 
 
@@ -106,5 +106,39 @@ def test_a_deployment_is_on_every_request(tmp_path: Path) -> None:
         tokens = run.tokens()
         tokens = tokens[tokens["rid"].isin(run.interventions()["rid"])]
         assert tokens.loc[tokens["intervention"].isna(), "position"].tolist() == [0, 0]
+    finally:
+        server.kill()
+
+
+def test_over_budget_every_endpoint_answers_400_and_plain_requests_are_served(tmp_path: Path) -> None:
+    """A picosecond a forward, which any operation exceeds; and gates on the way there."""
+    make_library(tmp_path / "library")
+    steer = {"library": str(tmp_path / "library"), "budget_ms": 1e-9, "budget_rest": 1e6}
+    probe = {"asks": ["steer"], "steer": steer, "hook_points": ["hook_embed", "blocks.2.hook_resid_post"]}
+    server = LiveServer(tmp_path, "--dtype", "float32", probe=probe, privacy="ids")
+    gated = {**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
+    try:
+        server.wait_until_ready()
+        plain = server.generate(PROMPT)["output_ids"]
+        for i in range(2):  # a decision each, and the window of 15 forwards is full with the last of the second
+            server.generate(PROMPT[i:], sampling_params=_params([gated, {**UP, "prompt_window": [-1, None]}]))
+        assert server.status()["steering"]["exceeded"] is True
+        asked = [
+            ("/generate", {"input_ids": PROMPT, "sampling_params": _params([UP])}),
+            ("/v1/completions", {"model": "x", "prompt": "import json", "max_tokens": 4, **_params([UP])}),
+            (
+                "/v1/chat/completions",
+                {"model": "x", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4, **_params([UP])},
+            ),
+        ]
+        for path, body in asked:
+            answer = server.http.post(path, json=body)
+            assert answer.status_code == 400, path
+            assert "interventions cost more than 1e-09 ms a forward" in answer.text
+        assert server.status()["steering"]["turned_away"] == 3
+        assert server.generate(PROMPT)["output_ids"] == plain
+        run = recorded(server)  # every invariant holds
+        assert list(run.budget()["event"]) == ["exceeded"]
+        assert len(run.gates()) == 2
     finally:
         server.kill()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +34,13 @@ from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("steering")]
 
 PROMPT, NEW = 90, 12
+
+
+def _gated(probe: str, **entry: Any) -> dict[str, Any]:
+    gate = {"by": "probe", "probe": probe}
+    return {"vector": "up", "strength": 4.0, "phases": ["decode"], "gate": gate, **entry}
+
+
 STEERS: list[list[dict[str, Any]]] = [
     [],
     [{"vector": "up", "strength": 3.0}],
@@ -48,7 +57,14 @@ STEERS: list[list[dict[str, Any]]] = [
     [{"vector": "whole", "op": "splice", "strength": 0.5, "phases": ["prefill"], "exclude": [0]}],
     [{"vector": "whole", "op": "splice", "random_error": 3, "prompt_window": [40, None]}],
     [{"vector": "up", "strength": 2.0}, {"vector": "whole", "op": "splice", "random_error": 4, "phases": ["decode"]}],
+    *([_gated(probe)] for probe in ("code", "digits", "deep", "fires", "deep", "code")),
+    [_gated("digits", op="clamp"), {"vector": "up", "strength": 3.0, "prompt_window": [60, None]}, _gated("digits")],
+    [
+        _gated("deep", vector="late"),
+        {"vector": "late", "strength": 2, "phases": ["decode"], "generation_window": [4, 6]},
+    ],
 ]
+GATED = [f"r{i}" for i, steer in enumerate(STEERS) if any("probe" in s.get("gate", {}) for s in steer)]
 SCORES = ["blocks.1.hook_scores", "blocks.3.hook_scores"]
 
 
@@ -104,13 +120,15 @@ def test_every_invariant_holds(run: Run) -> None:
     assert of["scores"].covered == run.row_count() * 3
     assert of["scores"].note is None  # every one was compared with its row
     assert of["interventions"].covered > 0
+    assert of["interventions"].note is None
+    assert of["gates"].covered == len(GATED)
     assert (run.spans()["status"] == "reused").any()
     assert (run.forwards()["mode"] == "mixed").any()
 
 
 def test_requests_under_interventions_are_those_of_transformers(run: Run, library: Library) -> None:
     found = compare(run, str(MODEL), requests=len(STEERS), vectors=list(library.values()))
-    assert found.intervened == sum(map(bool, STEERS))
+    assert found.intervened == len(run.interventions()) > len(STEERS) / 2
     assert found.unknown == []
     assert found.undecided < run.row_count() / 4
     assert set(found.by_hook_point) == {"hook_embed", *POINTS, *SCORES}
@@ -118,6 +136,88 @@ def test_requests_under_interventions_are_those_of_transformers(run: Run, librar
     print(worst, found.undecided, run.row_count())
     assert max(worst.values()) < 1e-4
     assert all(len(e) == run.row_count() - found.undecided for e in found.by_hook_point.values())
+
+
+def test_the_prompts_last_row_opens_a_gate_or_not_and_the_ledger_says_which(run: Run, library: Library) -> None:
+    gates = run.gates().set_index("rid")
+    assert list(gates.index) == GATED
+    assert set(gates["opened"]) == {True, False}
+    prompt_lens = run.requests().set_index("rid")["prompt_len"]
+    tokens = run.tokens().set_index(["rid", "position"])
+    for rid, g in gates.iterrows():
+        assert g["position"] == prompt_lens[rid] - 1
+        x = run.rows(g["hook_point"], [int(tokens.at[(rid, g["position"]), "row"])])[0].double()
+        w = library[g["probe"]].vector.double()
+        assert abs(float(x @ w) - g["score"]) < 1e-6 * float(x.norm() * w.norm())
+        assert g["opened"] == (g["score"] > g["threshold"] == 0.0)
+    # Prompts are of several chunks, others' tokens decode in the same forward, and most is reused.
+    spans = run.spans()
+    last = spans[spans["rid"].isin(GATED) & spans["forward_id"].isin(gates["forward_id"])]
+    assert (last["chunk"] > 0).any()
+    assert set(run.forwards().set_index("forward_id").loc[gates["forward_id"], "mode"]) >= {"mixed"}
+    assert set(spans[(spans["status"] == "reused") & spans["intervention"].isna()]["rid"]) & set(GATED)
+
+
+def test_positions_that_a_closed_gate_left_alone_are_in_the_dataset_and_others_are_not(run: Run) -> None:
+    gates = run.gates().set_index("rid")
+    tokens = run.tokens()
+    tokens = tokens[tokens["phase"] != "overshoot"]
+    marked = tokens[tokens["intervention"].notna()].groupby("rid")["position"].min()
+    lens = run.requests().set_index("rid")["prompt_len"]
+    alone = [rid for rid in GATED if len(STEERS[int(rid[1:])]) == 1]
+    assert {gates.at[rid, "opened"] for rid in alone} == {True, False}
+    for rid in alone:
+        rows = sum(len(b) for b in run.iter_batches(POINTS[1], batch_size=64, where=f"rid == '{rid}'"))
+        held = int((tokens["rid"] == rid).sum() - (tokens[tokens["rid"] == rid]["row"] < 0).sum())
+        if gates.at[rid, "opened"]:
+            assert marked[rid] == lens[rid]
+            assert rows == held - (NEW - 1)
+        else:
+            assert rid not in marked
+            assert rid not in set(run.interventions()["rid"])
+            assert rows == held
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("opened", "at a score of"),
+        ("score", "and the row has"),
+        ("position", "its gate was decided on position"),
+        ("forward_id", "and its row was computed in"),
+        ("missing", "and has no decision"),
+        ("spec", "has the hash"),
+        ("unasked", "it asked for no gate, and has a decision"),
+    ],
+)
+def test_a_damaged_decision_is_noticed(damage: str, said: str, run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run.path, copy)
+    gates = run.gates()
+    # By a probe whose scores are written; and one by another, given to a request that computed its last row.
+    rid = gates.loc[(gates["probe"] == "fires") if damage == "unasked" else (gates["probe"] == "code"), "rid"].iloc[0]
+    plain = run.spans().query("rid == 'r0' and phase == 'prefill'").iloc[-1]
+    for path in sorted((copy / "ledger").glob("gates-*.parquet")):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["rid"] == rid:
+                if damage == "unasked":
+                    row |= {"rid": "r0", "position": plain["end"] - 1, "forward_id": plain["forward_id"]}
+                elif damage == "spec":
+                    row["intervention"] = "0" * 16
+                elif damage == "opened":
+                    row["opened"] = not row["opened"]
+                elif damage == "score":
+                    row["score"] *= 1.5
+                elif damage != "missing":
+                    row[damage] += 1
+        if damage == "missing":
+            rows = [r for r in rows if r["rid"] != rid]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    _hash_anew(copy)
+    broken = [c for c in verify(load_run(copy)) if not c.holds]
+    assert any(c.name == "gates" and said in str(c.violation) for c in broken), [str(c) for c in broken]
 
 
 def test_another_vector_is_noticed(run: Run, library: Library, tmp_path: Path) -> None:
@@ -142,8 +242,9 @@ def test_without_the_library_it_is_said_what_was_left_out(run: Run) -> None:
     check = check_against_transformers(run, str(MODEL), requests=len(STEERS))
     assert check.holds
     assert check.note is not None
-    assert "12 requests under interventions were not compared (r1 first): give the library" in check.note
-    plain = [f"r{i}" for i, s in enumerate(STEERS) if not s]
+    under = set(run.interventions()["rid"])
+    assert f"{len(under)} requests under interventions were not compared (r1 first): give the library" in check.note
+    plain = [f"r{i}" for i in range(len(STEERS)) if f"r{i}" not in under]
     own = run.tokens()
     assert check.covered == int((own["rid"].isin(plain) & (own["row"] >= 0)).sum()) * len(run.hook_points)
 

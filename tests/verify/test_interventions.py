@@ -74,6 +74,12 @@ class FakeRun:
                 told.append([rid, one.id, length, one.onset(length), json.dumps(one.to_json())])
         return pd.DataFrame(told, columns=schema.INTERVENTIONS.names)
 
+    def gates(self) -> pd.DataFrame:
+        return pd.DataFrame(columns=schema.GATES.names)
+
+    def budget(self) -> pd.DataFrame:
+        return pd.DataFrame(columns=schema.BUDGET.names)
+
     def engine_requests(self) -> pd.DataFrame:
         return pd.DataFrame([[rid, n] for rid, (_, n) in self.asked.items()], columns=["rid", "prompt_len"])
 

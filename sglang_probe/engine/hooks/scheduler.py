@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.hooks.instruments.steer import Steering, steered_of, steering_of_session
+from sglang_probe.engine.hooks.instruments.steer import Steering, steering_of_session
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import refuse_other_trees
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
@@ -134,7 +134,7 @@ def _go_on(steering: Steering, batch: Any) -> None:
     """Nothing is recorded any more, and what requests were promised is done all the same."""
     try:
         starts, ends, _ = _positions(batch)
-        steering.prepare([steered_of(r) for r in batch.reqs], starts, ends)
+        steering.prepare(batch.reqs, starts, ends)
     except Exception as e:
         steering.broken(e)
         logger.exception("sglang-probe could not intervene")

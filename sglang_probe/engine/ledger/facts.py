@@ -34,6 +34,34 @@ class Under:
         return [(a, b, mark) for a, b, mark in ((start, at, None), (at, end, self.id)) if a < b]
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a gate by a probe decided for a request: a row of the table `gates`, without the name of the request."""
+
+    intervention: str
+    probe: str
+    hook_point: str
+    position: int
+    attempt: int
+    forward_id: int
+    score: float
+    threshold: float
+    opened: bool
+    spec: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetEvent:
+    """Something that became of the budget of interventions: a row of the table `budget`, without its forward."""
+
+    at: float
+    event: str
+    milliseconds: float
+    budget_ms: float
+    rid: str | None = None
+    intervention: str | None = None
+
+
 @dataclass(slots=True)
 class ForwardPlan:
     """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
@@ -65,6 +93,8 @@ class ForwardPlan:
     travelling: dict[str, Any] = field(default_factory=dict)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     under: dict[int, Under] = field(default_factory=dict)  # interventions of each row's request, by batch index
+    gates: dict[int, Decision] = field(default_factory=dict)  # of requests with a gate that is decided, by batch index
+    budget: list[BudgetEvent] = field(default_factory=list)  # what happened to it since the forward before
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
@@ -99,6 +129,8 @@ class Commit:
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
     requests: list[tuple[Any, ...]] = field(default_factory=list)
     interventions: dict[str, Under] = field(default_factory=dict)  # of its requests that run under any
+    gates: dict[str, Decision] = field(default_factory=dict)  # of its requests whose gate is decided
+    budget: list[tuple[Any, ...]] = field(default_factory=list)  # events of the budget of interventions
     prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
     lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
 

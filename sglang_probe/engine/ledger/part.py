@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.ledger.coalesce import coalesce
-from sglang_probe.engine.ledger.facts import Commit, Under
+from sglang_probe.engine.ledger.facts import Commit, Decision, Under
 from sglang_probe.run import journal, schema
 from sglang_probe.run.shards import INDEX_KEY, ROWS_KEY
 
@@ -36,6 +37,8 @@ class OpenPart:
         self._requests: list[tuple[Any, ...]] = []
         self._prompts: list[tuple[Any, ...]] = []
         self._interventions: dict[str, Under] = {}
+        self._gates: dict[str, Decision] = {}
+        self._budget: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._index: dict[str, list[np.ndarray]] = {}
@@ -67,6 +70,8 @@ class OpenPart:
         self._requests += commit.requests
         self._prompts += commit.prompts
         self._interventions |= commit.interventions
+        self._gates |= commit.gates
+        self._budget += commit.budget
         for hook_point, rows in (commit.rows or {}).items():
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
@@ -100,6 +105,8 @@ class OpenPart:
                 ("requests", schema.ENGINE_REQUESTS, self._requests),
                 ("prompts", schema.PROMPTS, self._prompts),
                 ("interventions", schema.INTERVENTIONS, _interventions(self._interventions)),
+                ("budget", schema.BUDGET, self._budget),
+                ("gates", schema.GATES, [(rid, *astuple(d)) for rid, d in self._gates.items()]),
             ):
                 if facts:
                     name = f"ledger/{table}-{stem}.parquet"

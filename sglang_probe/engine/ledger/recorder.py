@@ -20,7 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
@@ -242,6 +242,7 @@ class Recorder:
             plan.weights,
         )
         commit.rebinds, self._rebinds = self._rebinds, []
+        commit.budget = [(plan.forward_id, *astuple(event)) for event in plan.budget]
         self._sink.put(commit)
 
     @property
@@ -272,6 +273,8 @@ class Recorder:
         under, spans = plan.under.get(i), commit.spans
         if under is not None:
             self._under[rid] = commit.interventions[rid] = under
+        if (decision := plan.gates.get(i)) is not None:
+            commit.gates[rid] = decision
         if plan.decoding[i]:
             if start != p.covered:
                 raise LedgerError(f"{rid}: decode of position {start}, but {p.covered} positions are accounted for")

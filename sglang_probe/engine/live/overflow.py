@@ -53,6 +53,7 @@ class Overflow:
         self._waiting.rebinds += commit.rebinds
         self._waiting.requests += commit.requests
         self._waiting.prompts += commit.prompts
+        self._waiting.budget += commit.budget
         if len(self._waiting.spans) + len(self._waiting.rebinds) + len(self._waiting.requests) > _LIMIT:
             raise DiskTooSlow(f"the disk did not take anything while {_LIMIT} facts had to be dropped")
 

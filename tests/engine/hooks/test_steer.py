@@ -17,7 +17,8 @@ from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import scheduler
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import steer as module
-from sglang_probe.engine.hooks.instruments.steer import Steering, steered_of
+from sglang_probe.engine.hooks.instruments.steer import Steering
+from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import made, read_limit
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.sae.folder import write_sae
@@ -75,7 +76,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attached(
-    monkeypatch: pytest.MonkeyPatch, library: Path, accelerator: str = "refused", **steer: Any
+    monkeypatch: pytest.MonkeyPatch, library: Path, accelerator: str = "refused", tp_size: int = 1, **steer: Any
 ) -> tuple[Steering, list[Layer]]:
     """The instrument on a model of four layers."""
     config = EngineProbeConfig.model_validate(
@@ -88,6 +89,7 @@ def attached(
     )
     monkeypatch.setattr(module, "graph_rows", lambda: 4)
     session = make_session(monkeypatch, config)
+    session.tp_size = tp_size
     steering = session.of(Steering)
     assert steering is not None
     layers = [Layer() for _ in range(4)]
@@ -150,6 +152,26 @@ def test_rows_of_others_in_the_same_forward_keep_their_bits(monkeypatch: pytest.
     layers[1](torch.randn(7, WIDTH), forward_batch=None)  # whatever runs next is of no request
 
 
+def test_a_prompt_that_sglang_cut_after_it_was_admitted_is_not_steered_by_the_positions_of_another(
+    monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    schedule_batch: Any = ModuleType("schedule_batch")
+    schedule_batch.FINISH_ABORT = lambda message: ("abort", message)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_batch", schedule_batch)
+    steering, _ = attached(monkeypatch, library)
+    windows: list[dict[str, Any]] = [{"prompt_window": [-4, None]}, {}, {}]  # `{}`: all, however many there are
+    req, every, other = (admitted(steer=[{**UP, **w}]) for w in windows)
+    for cut in (req, every):
+        cut.origin_input_ids = cut.origin_input_ids[:10]
+    forward = plan([0, 0, 0], [10, 10, PROMPT])
+    steering.launch([req, every, other], [Ask()] * 3, forward)
+    assert "SGLang cut its prompt of 16 tokens to 10" in req.to_finish[1]
+    assert req.skip_radix_cache_insert
+    assert {i: u.prompt_len for i, u in forward.under.items()} == {1: 10, 2: PROMPT}
+    assert [p.row.min() for p in steering.passes[1]] == [10]
+    assert every.to_finish is other.to_finish is None
+
+
 def test_equal_histories_share_a_namespace_and_others_do_not(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     steering, _ = attached(monkeypatch, library)
     one, same, other = (admitted(steer=[s]) for s in (UP, dict(UP), {**UP, "strength": 7}))
@@ -182,6 +204,33 @@ def test_a_deployment_is_everybodys_and_has_one_namespace(monkeypatch: pytest.Mo
     assert steered is not None
     assert [s.op for s in steered.spec.steps] == ["cap", "add"]
     assert not Steering.serves(steering.config, EngineProbeConfig(run=Path("run")))
+
+
+def test_under_tensor_parallelism_what_each_rank_would_find_for_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    gate = {**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
+    attached(monkeypatch, library, tp_size=2)
+    assert "this engine runs under tensor parallelism" in str(admitted(steer=[gate]).refused)
+    assert admitted(steer=[UP]).refused is None
+    attached(monkeypatch, library, tp_size=2, deployment=[{**UP, "op": "cap"}])
+    with pytest.raises(UnsupportedError, match="`budget_ms` under tensor parallelism"):
+        attached(monkeypatch, library, tp_size=2, budget_ms=2.0)
+
+
+def test_a_rank_that_records_nothing_makes_the_same_changes(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    _, layers = attached(monkeypatch, library, tp_size=2)
+    monkeypatch.setattr(module.guard.active(), "recorder", None)
+    req = admitted(steer=[UP])
+    mode = SimpleNamespace(is_decode=lambda: False, is_mixed=lambda: False)
+    batch = SimpleNamespace(reqs=[req], forward_mode=mode, prefix_lens=[0], extend_lens=[PROMPT])
+    changed = SimpleNamespace(residual=torch.zeros(PROMPT, WIDTH), forward_mode=None)
+
+    def original(*_args: Any) -> Any:
+        layers[1](torch.zeros(PROMPT, WIDTH), forward_batch=changed)
+
+    scheduler.run_batch(original, None, batch)
+    assert torch.allclose(changed.residual.norm(dim=1), torch.full((PROMPT,), 6.0), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

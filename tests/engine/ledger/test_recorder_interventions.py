@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from sglang_probe.engine.ledger import recorder as module
-from sglang_probe.engine.ledger.facts import Context, ForwardPlan, Under
+from sglang_probe.engine.ledger.facts import BudgetEvent, Context, Decision, ForwardPlan, Under
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.part import OpenPart
 from sglang_probe.engine.ledger.recorder import Recorder
+from sglang_probe.engine.live.overflow import Overflow
+from sglang_probe.run.schema import BUDGET, GATES
 from tests.engine.ledger.test_recorder import TOKENS, Sink, decode, end, extend
 
 LATE = Under("late", 7, 10, "[]")
@@ -42,6 +45,37 @@ def publish(recorder: Recorder, rid: str, first_new: int = 0) -> None:
 def spans(sink: Sink, rid: str) -> list[tuple[Any, ...]]:
     """start, end, status, row_start, mark."""
     return [(s[2], s[3], s[4], s[9], s[13]) for c in sink.commits for s in c.spans if s[0] == rid]
+
+
+def test_a_part_has_the_decision_of_every_gated_request_with_a_span_in_it(recorder: Recorder, sink: Sink) -> None:
+    decision = Decision("gated", "fires", "blocks.1.hook_resid_post", 9, 0, 0, 0.5, 0.25, True, "[]")
+    for plan in (extend(1, "a", 0, 10), decode(2, ("a", 10))):
+        plan.gates = {0: decision}
+        run(recorder, plan)
+    parts = [OpenPart(), OpenPart()]
+    for part, commit in zip(parts, sink.commits, strict=True):
+        part.take(commit)
+        assert part._gates == {"a": decision}
+        assert [*GATES.names] == ["rid", *(f.name for f in fields(decision))]
+
+
+def test_what_becomes_of_the_budget_is_written_with_the_forward_that_took_it(recorder: Recorder, sink: Sink) -> None:
+    plan = extend(1, "a", 0, 10)
+    run(recorder, plan)
+    later = decode(2, ("a", 10))
+    recorder.launch(later)
+    event = BudgetEvent(7.0, "exceeded", 3.0, 2.0)
+    later.budget.append(event)  # while it runs
+    later.rows = {}
+    recorder.commit(2, graph=False)
+    assert [c.budget for c in sink.commits] == [[], [(1, 7.0, "exceeded", 3.0, 2.0, None, None)]]
+    assert [*BUDGET.names] == ["forward_id", *(f.name for f in fields(event))]
+    part, overflow = OpenPart(), Overflow()
+    overflow.absorb(sink.commits[1])  # the disk was too slow
+    late = overflow.release()
+    assert late is not None
+    part.take(late)
+    assert part._budget == sink.commits[1].budget
 
 
 def test_a_chunk_is_cut_where_the_interventions_begin_and_its_rows_with_it(recorder: Recorder, sink: Sink) -> None:

@@ -144,6 +144,10 @@ class Instrument:
         """What for it has loaded a library of vectors, and the library's hash; None: it has none."""
         return None
 
+    def status(self) -> dict[str, Any]:
+        """What `GET /probe/status` says of it."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it, once the model is loaded."""
         return {}

@@ -188,7 +188,8 @@ def state() -> dict[str, Any]:
     if session is None or session.live is None:
         return {"recording": False, "reason": "the recording was not started"}
     libraries = [found for i in session.instruments if (found := i.library()) is not None]
-    return {**session.live.status(), **({"libraries": dict(libraries)} if libraries else {})}
+    told = {k: v for i in session.instruments for k, v in i.status().items()}
+    return {**session.live.status(), **({"libraries": dict(libraries)} if libraries else {}), **told}
 
 
 def anybody_asks() -> bool:

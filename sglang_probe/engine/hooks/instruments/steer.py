@@ -8,6 +8,12 @@ Entries past the first changed position are those of another model. They are kep
 (`Spec.isolation`): in a namespace, which only requests of the same history share, or by reading what lies before and
 publishing nothing. The namespace has a random part that no client knows, so that nobody can name it.
 
+A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
+then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
+
+Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole; what
+could part them (a decision or a time that each would find for itself) is refused.
+
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
 """
@@ -19,7 +25,6 @@ import logging
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
@@ -27,6 +32,9 @@ from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks.instruments.budget import Budget
+from sglang_probe.engine.hooks.instruments.gates import Gates
+from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
@@ -46,17 +54,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang_probe")
 
-_STEERED = "_sglang_probe_steered"
-"""Attribute of a `Req`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Steered:
-    """What was settled when a request was made."""
-
-    spec: Spec
-    under: Under
-    isolation: Isolation
+_UNSTEERED = "_sglang_probe_unsteered"
+"""Attribute of a `Req` that is served without the interventions of this hash, until its first launch."""
 
 
 class Steering(Instrument):
@@ -64,7 +63,6 @@ class Steering(Instrument):
 
     name = "steering"
     field = "steer"
-    one_rank = True
     features = ("rows", "bypass", "steering")
     in_model = True
 
@@ -84,7 +82,7 @@ class Steering(Instrument):
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
         if started.steer is None or asked.steer is None:
             return asked.steer is None and (started.steer is None or not started.steer.deployment)
-        return started.steer == asked.steer
+        return started.steer.without_budget == asked.steer.without_budget
 
     def __init__(self, config: EngineProbeConfig) -> None:
         super().__init__(config)
@@ -99,8 +97,14 @@ class Steering(Instrument):
         self._graph: GraphSteering | None = None
         """Set where interventions are part of recorded graphs."""
         self._salt = ""
+        self.budget: Budget | None = None
+        """None: interventions may cost what they do."""
+        self._gates: Gates | None = None
+        """None: the library has no probe, or gates cannot be had here."""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
+        self._plan: ForwardPlan | None = None
+        """The recorded forward at hand, which takes what becomes of the budget."""
         self.passes: dict[int, list[Rows]] = {}
         """By layer, what the forward that is being launched changes."""
         self.changed = 0
@@ -110,8 +114,6 @@ class Steering(Instrument):
         from sglang_probe.steering.apply import bank_of
 
         check_device(runner.device, self.config.accelerator)
-        if self._given.deployment and guard.active().tp_size > 1:
-            raise UnsupportedError("a `deployment` under tensor parallelism would be carried out by one rank alone")
         check_architecture(type(runner.model).__name__)
         layers = runner.model.model.layers
         self._library = library = Library.open(self._given.library)
@@ -135,12 +137,23 @@ class Steering(Instrument):
         changed = sorted({layer_of(v.card.hook_point) for v in library.values() if v.card.kind in kinds})
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
+        probes = [v for v in library.values() if v.card.kind == "probe"]
+        if probes and self._graph is None and guard.active().tp_size == 1:
+            self._gates = Gates(probes, device=runner.device)
+            changed = sorted({*changed, *(v.card.layer for v in probes)})
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
     def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
         super().open(config, scheduler)
         self._salt = secrets.token_hex(8)
+        steer = config.steer
+        if steer is not None and steer.budget_ms is not None and guard.active().tp_size > 1:
+            raise UnsupportedError(
+                "`budget_ms` under tensor parallelism: each rank measures for itself, and they would part",
+                fix="leave it out",
+            )
+        self.budget = None if steer is None or steer.budget_ms is None else Budget(steer)
 
     def admit(self, ask: Ask, req: Any) -> None:
         assert self._library is not None
@@ -156,11 +169,25 @@ class Steering(Instrument):
         if self._graph is not None:
             refuse_spliced(spec, f"{WHERE}.steer")
             _refuse_more(spec, self._graph.passes)
+        if self.budget is not None and not self.budget.admits():
+            if self.budget.refuses:
+                raise ConfigError(f"{WHERE}.steer: {self.budget.refusal()}")
+            setattr(req, _UNSTEERED, spec.id)
+            return
         isolation = spec.isolation(prompt_len)
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
-        under = Under(spec.id, onset, prompt_len, json.dumps(spec.to_json()))
-        setattr(req, _STEERED, Steered(spec, under, isolation))
+        told = json.dumps(spec.to_json())
+        if spec.probe is None:
+            mark(req, Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len))
+        elif self._gates is not None:
+            mark(req, gated(spec, prompt_len, told, isolation))
+        else:
+            where = "under tensor parallelism" if guard.active().tp_size > 1 else "on an accelerator"
+            raise ConfigError(
+                f"{WHERE}.steer: a gate by a probe is decided on the host of one rank, between two forwards, and this "
+                f"engine runs {where}"
+            )
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
         else:
@@ -172,27 +199,66 @@ class Steering(Instrument):
         return None if steered is None else steered.isolation.read_limit
 
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
-        steered = [steered_of(req) for req in reqs]
-        self.prepare(steered, plan.starts, plan.ends)
-        plan.under = {i: s.under for i, s in enumerate(steered) if s is not None}
+        self.prepare(reqs, plan.starts, plan.ends, plan)
+        if self.budget is not None:
+            self._tell_of_budget(reqs, plan)
+        for i, req in enumerate(reqs):
+            if (s := steered_of(req)) is not None:
+                if s.under is not None:
+                    plan.under[i] = s.under
+                if s.gate is not None and s.gate.decision is not None:
+                    plan.gates[i] = s.gate.decision
 
-    def prepare(self, steered: Sequence[Steered | None], starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Which rows the coming forward changes; also of a forward that nobody records."""
-        self.passes = {}
-        if any(s is not None for s in steered):
-            lengths = [0 if s is None else s.under.prompt_len for s in steered]
-            self.passes = rows_of(
-                starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers
-            )
+    def prepare(
+        self, reqs: Sequence[Any], starts: Sequence[int], ends: Sequence[int], plan: ForwardPlan | None = None
+    ) -> None:
+        """Which rows the coming forward changes, and which it scores; also of a forward that nobody records."""
+        self.over()
+        steered = [steered_of(req) for req in reqs]
+        if not any(s is not None for s in steered):
+            return
+        began = self._began()
+        for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
+            if s is not None and (length := len(req.origin_input_ids)) != s.prompt_len:
+                # `--allow-auto-truncate`, or SGLang refused it: positions may be those of another prompt.
+                steered[i] = of_length(s, length)
+                if steered[i] is None:
+                    self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {length}")
+                mark(req, steered[i])
+        if self._gates is not None:
+            for req in self._gates.expect(reqs, steered, starts, ends, plan):
+                self._end(req, "its gate was not decided before the tokens that wait for it")
+        lengths = [0 if s is None else s.prompt_len for s in steered]
+        self.passes = rows_of(starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers)
+        self._spent(began)
+
+    def _tell_of_budget(self, reqs: Sequence[Any], plan: ForwardPlan) -> None:
+        assert self.budget is not None
+        for req, rid in zip(reqs, plan.rids, strict=True):
+            if (asked := getattr(req, _UNSTEERED, None)) is not None:
+                delattr(req, _UNSTEERED)
+                self.budget.unsteered(rid, asked)
+        plan.budget += self.budget.take()
+        self._plan = plan
+
+    def _began(self) -> float:
+        return 0.0 if self.budget is None else self.budget.clock()
+
+    def _spent(self, began: float) -> None:
+        if self.budget is not None:
+            self.budget.spend(began)
 
     def load(self, forward_batch: Any) -> None:
         """The coming forward is of this batch: fill what graphs read, on the forward's stream."""
         if self._graph is None:
             return
+        began = self._began()
         try:
             self._graph.load(self.passes, len(forward_batch.input_ids))
         except Exception as e:
             self._stop(e)
+        if self.passes:
+            self._spent(began)
 
     def launched(self) -> None:
         self.over()
@@ -200,9 +266,16 @@ class Steering(Instrument):
     def over(self) -> None:
         """Whatever runs next is of no request."""
         self.passes = {}
+        if self._gates is not None:
+            self._gates.forget()
+        if self.budget is not None:
+            self.budget.forward()
+            if self._plan is not None:  # one that is in flight is written later
+                self._plan.budget += self.budget.take()
+                self._plan = None
 
     def change(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Make the changes of a layer. Inside the model.
+        """Make the changes of a layer, then decide the gates that read there. Inside the model.
 
         Raises:
             LedgerError: the layer has fewer rows than the plan. UnsupportedError: it has no residual to add to.
@@ -216,31 +289,36 @@ class Steering(Instrument):
         if self._graph is not None:
             self._graph.apply(layer, x_ND, to_ND)
             return
-        passes = self.passes[layer]
-        last = max(int(p.row.max()) for p in passes)
-        if last >= len(x_ND):
-            raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
-        rows, change_RD = changes(x_ND, passes, self._bank)
-        add_rows(to_ND, rows, change_RD)
-        self.changed += len(rows)
+        if passes := self.passes.get(layer):
+            last = max(int(p.row.max()) for p in passes)
+            if last >= len(x_ND):
+                raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {last} is to be changed")
+            rows, change_RD = changes(x_ND, passes, self._bank)
+            add_rows(to_ND, rows, change_RD)
+            self.changed += len(rows)
+        if self._gates is not None and self._gates.reads(layer):
+            self._gates.decide(layer, release().residual(forward_batch, output) if passes else x_ND)
 
     def broken(self, error: Exception) -> None:
         """A change could not be made: the requests under interventions end, and say why."""
-        from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
         self.over()
         for req in self._running.values():
-            req.skip_radix_cache_insert = True
-            if req.to_finish is None and not req.finished():
-                req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {error}")
+            self._end(req, str(error))
         self._running.clear()
+
+    def _end(self, req: Any, why: str) -> None:
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+        req.skip_radix_cache_insert = True
+        if req.to_finish is None and not req.finished():
+            req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {why}")
 
     def library(self) -> tuple[str, str] | None:
         return None if self._library is None else ("steer", self._library.hash)
 
     def acts(self, layer: int) -> bool:
         """Whether a layer has anything to do in this forward. What is recorded into graphs always does the same."""
-        return self._graph is not None or layer in self.passes
+        return self._graph is not None or layer in self.passes or (self._gates is not None and self._gates.reads(layer))
 
     def _stop(self, error: Exception) -> None:
         self.broken(error)
@@ -248,6 +326,9 @@ class Steering(Instrument):
             guard.session.fail("steering", error)
         else:
             logger.exception("sglang-probe could not intervene", exc_info=error)
+
+    def status(self) -> dict[str, Any]:
+        return {} if self.budget is None else {"steering": self.budget.status()}
 
     def facts(self) -> dict[str, Any]:
         return {"steer": None if self._library is None else told(self._given, self._library)}
@@ -299,20 +380,17 @@ def steering_of_session() -> Steering | None:
     return None if guard.session is None else guard.session.of(Steering)
 
 
-def steered_of(req: Any) -> Steered | None:
-    """The interventions under which a request was admitted."""
-    found: Steered | None = getattr(req, _STEERED, None)
-    return found
-
-
 def _layer_hook(steering: Steering, layer: int) -> Callable[..., None]:
     def intervene(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not steering.acts(layer):
             return
+        began = steering._began()
         try:
             steering.change(layer, args, kwargs, output)
         except Exception as e:
             steering._stop(e)
+        if steering.passes or steering._graph is None:  # graphs do the same in forwards of nobody
+            steering._spent(began)
 
     return intervene
 
