@@ -89,6 +89,8 @@ class Steer(Config):
                 raise ValueError(f"the strength of `{self.op}` is a fraction: leave `unit` out")
             if not 0 <= self.fraction <= 2:
                 raise ValueError(f"the strength of `{self.op}` is a fraction from 0 to 2")
+        if self.random_error is not None and self.op != "splice":
+            raise ValueError(f"`random_error` has no meaning for `{self.op}`")
         if self.gate is not None and self.gate.by == "feature" and self.op not in ("add", "clamp"):
             raise ValueError(f"a gate by the feature has no meaning for `{self.op}`")
         if self.gate is not None and self.gate.by == "probe" and set(self.phases) != {"decode"}:
@@ -96,8 +98,6 @@ class Steer(Config):
                 "a gate by a probe is decided on the prompt's last row, which earlier ones cannot wait for: say "
                 "`phases: [decode]`"
             )
-        if self.random_error is not None and self.op != "splice":
-            raise ValueError(f"`random_error` has no meaning for `{self.op}`")
         for phase, name in (("prefill", "prompt_window"), ("decode", "generation_window")):
             if getattr(self, name) is not None and phase not in self.phases:
                 raise ValueError(f"`{name}` has no effect without `{phase}` among the `phases`")

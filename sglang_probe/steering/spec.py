@@ -99,10 +99,10 @@ class Step:
     generation: tuple[int, int | None] | None
     """Window of steps, from 1; None: none of them."""
     exclude: tuple[int, ...]
-    probe: Probe | None = None
-    """What decides whether it acts at all; None: it does."""
     random_error: int | None = None
     """Of `splice`: seed of the direction into which the error is turned; None: it is left as it is."""
+    probe: Probe | None = None
+    """What decides whether it acts at all; None: it does."""
 
     @property
     def layer(self) -> int:
@@ -179,8 +179,8 @@ class Spec:
                     prompt=_window(s["prompt"]),
                     generation=_window(s["generation"]),
                     exclude=tuple(int(p) for p in s["exclude"]),
-                    probe=_read_probe(s.get("probe")),
                     random_error=None if s.get("random_error") is None else int(s["random_error"]),
+                    probe=_read_probe(s.get("probe")),
                 )
                 for s in steps
             )
@@ -325,9 +325,13 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),
-        probe=None if entry.gate is None else _probe(entry.gate, library, at),
         random_error=entry.random_error,
+        probe=None if entry.gate is None else _probe(entry.gate, library, at),
     )
+
+
+def _a(kind: str) -> str:
+    return "an SAE" if kind == "sae" else f"a {kind}"
 
 
 def _probe(gate: Gate, library: Mapping[str, Source], at: str) -> Probe | None:
@@ -348,10 +352,6 @@ def _probe(gate: Gate, library: Mapping[str, Source], at: str) -> Probe | None:
         raise ConfigError(f"{at}: `{name}` has no threshold; `sglang-probe vector make probe` chooses one")
     point = f"blocks.{layer_of(found.card.hook_point)}.hook_resid_post"
     return Probe(name, found.hash, point, found.threshold)
-
-
-def _a(kind: str) -> str:
-    return "an SAE" if kind == "sae" else f"a {kind}"
 
 
 def _unit(entry: Steer, card: Card, at: str) -> float:
@@ -387,10 +387,11 @@ def _canonical(step: Step) -> dict[str, Any]:
         "prompt": None if step.prompt is None else list(step.prompt),
         "generation": None if step.generation is None else list(step.generation),
         "exclude": list(step.exclude),
-        # Left out without one, so that specifications of before there was one keep their names.
-        **({} if step.random_error is None else {"random_error": step.random_error}),
     }
-    if (p := step.probe) is not None:  # what has none keeps the hash that it had before there were gates
+    # What has none keeps the hash that it had before there were such.
+    if step.random_error is not None:
+        told["random_error"] = step.random_error
+    if (p := step.probe) is not None:
         told["probe"] = {"hash": p.hash, "hook_point": p.hook_point, "threshold": p.threshold.hex()}
     return told
 

@@ -52,17 +52,17 @@ STEERS: list[list[dict[str, Any]]] = [
     [{"vector": "late", "op": "cap", "strength": 0.5}, {"vector": "up", "strength": 4.0, "prompt_window": [-1, None]}],
     [],
     [{"vector": "feature", "strength": 2.0, "gate": {"by": "feature"}}],
+    [{"vector": "whole", "op": "splice", "prompt_window": [5, None]}],
+    [{"vector": "whole", "op": "splice", "phases": ["decode"]}],
+    [{"vector": "whole", "op": "splice", "strength": 0.5, "phases": ["prefill"], "exclude": [0]}],
+    [{"vector": "whole", "op": "splice", "random_error": 3, "prompt_window": [40, None]}],
+    [{"vector": "up", "strength": 2.0}, {"vector": "whole", "op": "splice", "random_error": 4, "phases": ["decode"]}],
     *([_gated(probe)] for probe in ("code", "digits", "deep", "fires", "deep", "code")),
     [_gated("digits", op="clamp"), {"vector": "up", "strength": 3.0, "prompt_window": [60, None]}, _gated("digits")],
     [
         _gated("deep", vector="late"),
         {"vector": "late", "strength": 2, "phases": ["decode"], "generation_window": [4, 6]},
     ],
-    [{"vector": "whole", "op": "splice", "prompt_window": [5, None]}],
-    [{"vector": "whole", "op": "splice", "phases": ["decode"]}],
-    [{"vector": "whole", "op": "splice", "strength": 0.5, "phases": ["prefill"], "exclude": [0]}],
-    [{"vector": "whole", "op": "splice", "random_error": 3, "prompt_window": [40, None]}],
-    [{"vector": "up", "strength": 2.0}, {"vector": "whole", "op": "splice", "random_error": 4, "phases": ["decode"]}],
 ]
 GATED = [f"r{i}" for i, steer in enumerate(STEERS) if any("probe" in s.get("gate", {}) for s in steer)]
 SCORES = ["blocks.1.hook_scores", "blocks.3.hook_scores"]

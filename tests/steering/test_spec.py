@@ -150,7 +150,10 @@ def test_a_spec_is_read_back_from_json() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"vector": "upp"}, r"steer\[0\].vector: `upp` is not in the library, which has `bare`, `dictionary`, `embed`"),
+        (
+            {"vector": "upp"},
+            r"steer\[0\].vector: `upp` is not in the library, which has `bare`, `dictionary`, `embed`",
+        ),
         ({"vector": "embed"}, "`hook_embed` cannot be intervened on"),
         ({"op": "ablate_feature", "strength": None}, "needs a feature; `up` is a direction"),
         ({"op": "splice", "strength": None}, "`splice` needs an SAE; `up` is a direction"),

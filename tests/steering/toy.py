@@ -30,10 +30,10 @@ LIBRARY = {
     "up again": Vector(Card(layer_mean_norm=10.0), "a" * 64),
     "late": Vector(Card(hook_point="blocks.2.hook_resid_post"), "b" * 64),
     "f7": Vector(Card(kind="feature", percentile99=3.0, norm=2.0), "c" * 64),
+    "dictionary": Vector(Card(kind="sae"), "1" * 64),
     "fires": Vector(Card(kind="probe", hook_point="blocks.2.hook_resid_post"), "e" * 64, 0.25),
     "other": Vector(Card(kind="probe"), "f" * 64, -1.0),
     "bare": Vector(Card(kind="probe"), "0" * 64),
-    "dictionary": Vector(Card(kind="sae"), "1" * 64),
     "embed": Vector(Card(hook_point="hook_embed"), "d" * 64),
 }
 NUMBERS = {v.hash: i + 1 for i, v in enumerate([LIBRARY["up"], LIBRARY["late"], LIBRARY["f7"]])}
