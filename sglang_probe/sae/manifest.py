@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
 from sglang_probe.run.manifest import MANIFEST, new_manifest
 from sglang_probe.run.run import Run
@@ -54,6 +55,25 @@ def manifest(
         "training": dict(training),
         "evaluation": dict(evaluation),
     }
+
+
+def refuse_other_model(sae: SAE, runs: Sequence[Run], name: str) -> bool:
+    """Refuse runs of other weights than those that the SAE was trained on; returns whether both are known.
+
+    Args:
+        name: of the SAE, for the message.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    told = (of(sae) or {}).get("model") or {}
+    theirs, ours = told.get("weights_sha256"), model_of(runs).get("weights_sha256")
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"{name} was trained on rows of `{told.get('name')}` with other weights than those of the runs",
+            fix="judge it on runs of the model that it was trained on",
+        )
+    return bool(theirs and ours)
 
 
 def of(sae: SAE) -> dict[str, Any] | None:
