@@ -13,6 +13,7 @@ from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
 from sglang_probe.studies.sae_overlap.command import SaeOverlap
+from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 
 STUDIES: tuple[Study, ...] = (
@@ -27,4 +28,5 @@ STUDIES: tuple[Study, ...] = (
     SaeTrain(),
     SaeEval(),
     SaeOverlap(),
+    SaeStability(),
 )
