@@ -12,6 +12,7 @@ from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
+from sglang_probe.studies.sae_hybrid.command import SaeHybrid
 from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
@@ -29,4 +30,5 @@ STUDIES: tuple[Study, ...] = (
     SaeEval(),
     SaeOverlap(),
     SaeStability(),
+    SaeHybrid(),
 )
