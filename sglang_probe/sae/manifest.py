@@ -44,12 +44,25 @@ def manifest(
         training: recipe, mixture, seeds, versions.
         evaluation: numbers, and what they were measured on.
     """
-    model = model_of(runs)
+    return manifest_from(
+        model_of(runs), [facts_of_run(run) for run in runs], rows, training=training, evaluation=evaluation
+    )
+
+
+def manifest_from(
+    model: Mapping[str, Any],
+    facts: Sequence[Mapping[str, Any]],
+    rows: Harvested,
+    *,
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> dict[str, Any]:
+    """As `manifest`, of runs that are known by what `model_of` and `facts_of_run` said of them."""
     return {
         "manifest_version": VERSION,
         "made_by": f"sglang-probe {new_manifest()['versions']['sglang-probe']}",
         "model": {n: model[n] for n in ("name", "weights_sha256", "tokenizer_sha256") if n in model},
-        "runs": [facts_of_run(run) for run in runs],
+        "runs": [dict(f) for f in facts],
         "left_out": rows.left_out.to_dict("records"),
         "norm_limit": rows.norm_limit,
         "training": dict(training),
