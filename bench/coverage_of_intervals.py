@@ -1,6 +1,6 @@
 """How often do the product's intervals cover, and how often do its tests reject what is true? By simulation.
 
-    python bench/coverage_of_intervals.py > docs/evidence/statistics.md     # about three minutes, no engine
+    python bench/coverage_of_intervals.py > docs/evidence/statistics.md     # about five minutes, no engine
 
 Every row simulates studies from a population whose truth is known, and asks the functions that the studies use. Seeds
 are fixed: the same release prints the same page.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from planted_features import section
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -80,6 +81,9 @@ def main() -> None:
     table(floors())
     print("\nThe test by relabelling alone, on 8 clusters of lognormal noise (sigma 1), 20,000 studies: ", end="")
     print(f"{relabelled(2):.3f} of true nulls rejected at 5 % with two orders, {relabelled(3):.3f} with three.")
+    print()
+    for line in section():
+        print(line, flush=True)
     print(READING)
 
 
