@@ -19,6 +19,10 @@ from sglang_probe.studies.factorial.page import factorial_page
 from sglang_probe.studies.phase.page import phase_page
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.row_counts.page import row_counts_page
+from sglang_probe.studies.sae_hybrid.page import hybrid_page
+from sglang_probe.studies.sae_overlap.page import overlap_page
+from sglang_probe.studies.sae_stability.page import stability_page
+from tests.studies import made_dictionaries as dictionaries
 from tests.studies import made_results as made
 
 PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
@@ -29,6 +33,9 @@ PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
     "drift": (made.drift, drift_page),
     "factorial": (made.factorial, factorial_page),
     "evict": (made.evict, eviction_page),
+    "sae-overlap": (dictionaries.overlap, overlap_page),
+    "sae-stability": (dictionaries.stability, stability_page),
+    "sae-hybrid": (dictionaries.hybrid, hybrid_page),
 }
 ONE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 2, "families": 1, "replicates": False},
@@ -38,6 +45,9 @@ ONE: dict[str, dict[str, Any]] = {
     "drift": {"layers": 1, "heads": 1, "prompts": 2, "steps": 1},
     "factorial": {"prompts": 1},
     "evict": {"methods": 1, "prompts": 1, "layers": 1, "heads": 1},
+    "sae-overlap": {"latents": 0, "dictionaries": 0},
+    "sae-stability": {"dictionaries": 1, "segments": 1, "seeds": 1},
+    "sae-hybrid": {"shares": 1},
 }
 HUGE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 19, "families": 200},
@@ -47,6 +57,9 @@ HUGE: dict[str, dict[str, Any]] = {
     "drift": {"layers": 30, "heads": 9},
     "factorial": {"layers": 30},
     "evict": {"methods": 19, "layers": 30, "heads": 9},
+    "sae-overlap": {"latents": 4000, "dictionaries": 9},
+    "sae-stability": {"dictionaries": 12, "segments": 9, "seeds": 3},
+    "sae-hybrid": {"shares": 9},
 }
 
 

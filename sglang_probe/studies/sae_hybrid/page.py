@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from sglang_probe.report.figures import Figure, lines
-from sglang_probe.report.numbers import format_interval, format_number
+from sglang_probe.report.numbers import MISSING, format_interval, format_number
 from sglang_probe.report.page import Page, Section
 from sglang_probe.report.tables import Column, Table
 from sglang_probe.studies.pages import only, proof
@@ -18,14 +18,15 @@ _SOURCE, _SHARE = Column("source"), Column("share", "share that is the model's o
 def answer(result: HybridResult) -> str:
     """What was found, in a sentence."""
     most = only(result.fvu, source=DECODED)
+    most = most[most["share"] == most["share"].max()] if len(most) else most
     if most.empty:
         return "Nothing was compared."
-    most = most[most["share"] == most["share"].max()]
     parts = []
     for arm in (DECODED, HUMAN):
         row = only(most, arm=arm).iloc[0]
-        low_high = format_interval(row["more_low"], row["more_high"], "points")
-        parts.append(f"{format_number(row['more'], 'points')} {low_high} of {arm} rows")
+        ends = format_interval(row.get("more_low"), row.get("more_high"), "points")
+        known = f" {ends}" if ends != MISSING else ""
+        parts.append(f"{format_number(row['more'], 'points')}{known} of {arm} rows")
     return (
         f"With {format_number(float(most['share'].iloc[0]), 'percent')} decoded rows in place of human ones a "
         f"dictionary leaves unexplained, in percentage points more: {' and '.join(parts)}."

@@ -23,16 +23,21 @@ def answer(result: OverlapResult) -> str:
     """What was found, in a sentence."""
     first, second = result.names
     parts = []
-    if len(result.numerics):
+    if len(result.numerics) and "jaccard" in result.numerics:
         row = result.numerics.iloc[0]
         parts.append(
             f"on {int(row['rows']):,} rows of the same tokens the same features fire in "
             f"{format_number(row['identical'], 'percent')} (Jaccard {format_number(row['jaccard'], 'decimal')})"
         )
-    changed, turned = (int((f["q"] <= DISCOVERED).sum()) for f in (result.drift, result.turned))
+    changed, turned = (discovered(f) for f in (result.drift, result.turned))
     parts.append(f"{changed:,} of {len(result.drift):,} features fire at another rate")
     parts.append(f"{turned:,} of {len(result.turned):,} stand for another direction (5 % of either may be false)")
     return f"Between `{first}` and `{second}`, {result.rows:,} rows of {result.texts:,} texts: {'; '.join(parts)}."
+
+
+def discovered(frame: pd.DataFrame) -> int:
+    """Features of a table that are singled out."""
+    return int((frame["q"] <= DISCOVERED).sum()) if "q" in frame else 0
 
 
 def numerics_table(result: OverlapResult) -> Table:
@@ -72,7 +77,7 @@ def splits_table(result: OverlapResult) -> Table:
 
 def overlap_page(result: OverlapResult) -> Page:
     """Numerics, rates, sets, directions, splits."""
-    changed, turned = (int((f["q"] <= DISCOVERED).sum()) for f in (result.drift, result.turned))
+    changed, turned = (discovered(f) for f in (result.drift, result.turned))
     first, second = result.names
     names = {"rate_first": f"rate in {first}", "rate_second": f"rate in {second}"}
     rates = [Column("latent"), Column("log2", "log2 of the ratio", "log2")]
@@ -112,7 +117,7 @@ def overlap_page(result: OverlapResult) -> Page:
                 "Rates",
                 "Paired differences of rates by text, of features with a rate of 0.2 % in either regime.",
                 tables=[
-                    Table(result.drift.sort_values("p"), "by feature", columns=rates, long=True, file="drift"),
+                    Table(_sorted(result.drift), "by feature", columns=rates, long=True, file="drift"),
                 ],
                 nothing="no feature fires often enough",
             ),
@@ -122,7 +127,7 @@ def overlap_page(result: OverlapResult) -> Page:
                 "fires; of every text as many firings in either regime.",
                 tables=[
                     turn_table(result),
-                    Table(result.turned.sort_values("p"), "by feature", columns=turns, long=True, file="turned"),
+                    Table(_sorted(result.turned), "by feature", columns=turns, long=True, file="turned"),
                 ],
                 nothing="no feature fires in enough rows of both regimes",
             ),
@@ -137,14 +142,24 @@ def overlap_page(result: OverlapResult) -> Page:
     )
 
 
+def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("p") if "p" in frame else frame
+
+
 def _picture(result: OverlapResult) -> Figure:
-    parts = [result.sets, result.rotated.assign(statistic="cosine: " + result.rotated["statistic"].astype(str))]
+    turned = result.rotated
+    if len(turned):
+        turned = turned.assign(statistic="cosine: " + turned["statistic"].map(lambda s: _QUANTILES.get(s, s)))
+    parts = [result.sets, turned]
     frame = pd.concat(parts, ignore_index=True)
     names = {"value": "measured", "across": "half of either", "halves": "halves of the first"}
     there = [n for n in names if n in frame]
-    long = frame.melt("statistic", there, "which", "shown") if "statistic" in frame else frame
+    long = frame
+    if there:
+        long = frame.melt("statistic", there, "which", "shown")
+        long = long.assign(which=long["which"].map(names))
     return dots(
-        long.assign(which=long["which"].map(names)),
+        long,
         "statistic",
         "which",
         "shown",

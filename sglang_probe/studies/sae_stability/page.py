@@ -49,6 +49,14 @@ def distance_table(result: StabilityResult) -> Table:
     return Table(frame, "distance to the reference's dictionary", columns=columns, file="distances")
 
 
+def _pairs(result: StabilityResult) -> Table:
+    columns = [Column("dictionary"), Column("seed"), Column("distance", kind="decimal")]
+    columns += [Column("mcc", "mean cosine (at chance)", "decimal", beside="mcc_chance")]
+    columns += [Column("mcc_encoder", "of encoders", "decimal"), Column("shared", "matched alike by both", "percent")]
+    columns += [Column("same_index", "median cosine by number", "decimal"), Column("alive_second", "that fire")]
+    return Table(result.pairs, "each pair", columns=columns, long=True, file="pairs")
+
+
 def coverage_table(result: StabilityResult) -> Table:
     """What each harvest has."""
     columns = [
@@ -88,7 +96,7 @@ def stability_page(result: StabilityResult) -> Page:
                 "Distance: one minus the mean absolute cosine of the best one-to-one matching of decoder rows. At "
                 "chance: the second dictionary turned at random. With two or three seeds there is no interval: the "
                 "least and the most are printed. Matched alike: decoder and encoder matchings agree.",
-                tables=[distance_table(result), Table(result.pairs, "each pair", long=True, file="pairs")],
+                tables=[distance_table(result), _pairs(result)],
             ),
             Section(
                 "What each harvest holds",
