@@ -100,7 +100,7 @@ def _picture(result: HybridResult) -> Figure:
         sources = [s for s in dict.fromkeys(frame["source"]) if s != HUMAN]
         whole = pd.concat([human.assign(source=s) for s in sources] + [frame[frame["source"] != HUMAN]])
         frame = whole.assign(curve=whole["arm"] + " rows, mixed with " + whole["source"])
-        frame = frame[frame["arm"].isin([HUMAN, DECODED])].sort_values("share", kind="stable")
+        frame = frame[frame["arm"].isin([HUMAN, DECODED]) & frame["share"].notna()].sort_values("share", kind="stable")
     return lines(
         frame,
         "share",
