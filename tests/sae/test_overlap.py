@@ -49,8 +49,10 @@ def test_rare_latents_are_not_tested() -> None:
 
 
 def test_overlap_stands_beside_what_no_difference_gives() -> None:
+    # A set of the fifty commonest does not see what changes among those that stay in it.
+    border = {i: 2.5 if i % 2 else 0.4 for i in range(40, 60)}
     same = overlap(regime(1), regime(2), n=50, draws=100)
-    other = overlap(regime(1), regime(2, CHANGED), n=50, draws=100)
+    other = overlap(regime(1), regime(2, border), n=50, draws=100)
     assert other["jaccard_p"] < 0.02
     assert other["jaccard"] < other["jaccard_swapped_low"]
     assert other["jaccard_across"] < other["jaccard_halves"] - 0.02
