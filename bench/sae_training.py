@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +45,7 @@ def main() -> None:
         for _ in range(given.repeats):
             for way in found:
                 found[way].append(_child(given, way, folder / "rows"))
+                print(way, found[way][-1], file=sys.stderr, flush=True)
         _table(found, rows, given.steps)
     finally:
         shutil.rmtree(folder)
@@ -86,7 +86,7 @@ def _ours(given: argparse.Namespace) -> dict[str, float]:
     from sglang_probe.sae.train import Task, norm_scale, train
 
     importlib.import_module("sae_lens")  # not counted
-    before, start = _memory(), time.perf_counter()
+    before, start = _memory(begin=True), time.perf_counter()
     rows = harvested([load_run(given.run)], given.hook_point)
     order = schedule(rows, None, 0)
     scale = norm_scale([rows.x_ND[torch.from_numpy(order.batch(0, 20 * BATCH))].float()])
@@ -109,7 +109,7 @@ def _theirs(given: argparse.Namespace) -> dict[str, float]:
     from sae_lens.training.activations_store import ActivationsStore
 
     width = int(np.asarray(_width(given.dataset, given.hook_point)))
-    before, start = _memory(), time.perf_counter()
+    before, start = _memory(begin=True), time.perf_counter()
     nothing: Any = torch.nn.Identity()  # the model of a store of cached rows is never asked
     store = ActivationsStore(
         model=nothing,
@@ -161,9 +161,12 @@ def _width(dataset: Path, hook_point: str) -> int:
     return int(datasets.load_from_disk(str(dataset)).features[hook_point].shape[1])
 
 
-def _memory() -> float:
-    """Most memory that this process has had, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory(*, begin: bool = False) -> float:
+    """Most memory that this process has had since `begin`, MiB. (`ru_maxrss` begins with that of the parent.)"""
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    told = Path("/proc/self/status").read_text()
+    return float(told.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _numbers(before: float, start: float, loaded: float, steps: int) -> dict[str, float]:
@@ -179,7 +182,7 @@ def _table(found: dict[str, list[dict[str, float]]], rows: int, steps: int) -> N
     print("|---|---|---|---|")
     for key, told in names.items():
         ours, theirs = ([r[key] for r in found[way]] for way in ("ours", "saelens"))
-        ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
+        ratios = ", ".join(f"{a / max(b, 0.1):.2f}" for a, b in zip(ours, theirs, strict=True))
         shown = [", ".join(f"{v:.1f}" for v in values) for values in (ours, theirs)]
         print(f"| {told} | {shown[0]} | {shown[1]} | {ratios} |")
 
