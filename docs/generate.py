@@ -80,7 +80,8 @@ def configuration() -> str:
     while left := [m for n, m in sections.items() if n not in shown]:
         model = left[0]
         shown.add(model.__name__)
-        parts += [f"### {model.__name__}", _about(model), _table(model, sections)]
+        inherited = HarvestConfig if issubclass(model, HarvestConfig) else None
+        parts += [f"### {model.__name__}", _about(model), _table(model, sections, without=inherited)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 

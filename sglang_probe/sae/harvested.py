@@ -58,9 +58,7 @@ class Harvested:
                 f"nothing can be held out: all {len(self)} rows are of one family of requests",
                 fix="name other runs in `evaluate_on`",
             )
-        order = sorted(names, key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
-        held = set(order[: min(max(1, round(share * len(names))), len(names) - 1)])
-        out = self.tokens["family"].isin(held).to_numpy()
+        out = self.tokens["family"].isin(held_out_families(names, share, seed)).to_numpy()
         return self.only(~out), self.only(out)
 
     def only(self, which_N: Array) -> Harvested:
@@ -131,6 +129,22 @@ def harvested(
     return Harvested(x[torch.from_numpy(kept)], tokens.iloc[kept].reset_index(drop=True), left_out, limit)
 
 
+def held_out_families(names: Sequence[str], share: float, seed: int = 0) -> set[str]:
+    """A share of two or more names, by their hashes: at least one, and not all."""
+    order = sorted(names, key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
+    return set(order[: min(max(1, round(share * len(names))), len(names) - 1)])
+
+
+def joined(parts: Sequence[Harvested]) -> Harvested:
+    """Rows of several harvests, one after another."""
+    import torch
+
+    left_out = pd.concat([p.left_out for p in parts], ignore_index=True)
+    summed = left_out.groupby(["reason", "segment"], as_index=False, sort=True)["rows"].sum()
+    tokens = pd.concat([p.tokens for p in parts], ignore_index=True)
+    return Harvested(torch.cat([p.x_ND for p in parts]), tokens, summed, max(p.norm_limit for p in parts))
+
+
 def refuse_mixed_models(runs: Sequence[Run]) -> None:
     """Refuse runs whose rows are of different weights.
 
@@ -191,7 +205,7 @@ class Schedule:
         parts, at = [], first
         while at < first + size:
             epoch, inside = divmod(at, length)
-            part = self._epoch(epoch)[inside : inside + first + size - at]
+            part = self.epoch(epoch)[inside : inside + first + size - at]
             parts.append(part)
             at += len(part)
         return np.concatenate(parts)
@@ -200,7 +214,8 @@ class Schedule:
         most = min(len(p) / s for p, s in zip(self.phases, self.shares, strict=True) if s > 0)
         return [int(most * s + 1e-9) for s in self.shares]
 
-    def _epoch(self, number: int) -> Array:
+    def epoch(self, number: int) -> Array:
+        """Places of the rows of one epoch, in their order."""
         if number not in self._epochs:
             parts, places = [], []
             for phase, (rows, n) in enumerate(zip(self.phases, self._counts(), strict=True)):

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ class Task:
     latents: int
     seed: int
     """Of the initialisation."""
-    batch: Callable[[int], torch.Tensor]
-    """Rows of a step, float32 `[batch_size, D]`; the same whenever it is asked."""
+    batch: Callable[[int], torch.Tensor] | None
+    """Rows of a step, float32 `[batch_size, D]`; the same whenever it is asked. None: `course` is sent them."""
     scale: float
     """`norm_scale` of the rows."""
     held_out: torch.Tensor
@@ -111,6 +111,21 @@ def train(task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None)
     Raises:
         ConfigError: SAELens is not installed, or a loss is not finite.
     """
+    lesson = course(task, tell)
+    try:
+        step = next(lesson)
+        while True:
+            assert task.batch is not None
+            step = lesson.send(task.batch(step))
+    except StopIteration as end:
+        trained: Trained = end.value
+        return trained
+
+
+def course(
+    task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None
+) -> Generator[int, torch.Tensor, Trained]:
+    """As `train`, told the rows of each step: yields the number of the step whose rows it is to be sent next."""
     require_sae_lens()
     os.environ.setdefault("WANDB_MODE", "disabled")
     trainer = _trainer(task)
@@ -119,7 +134,7 @@ def train(task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None)
     marks = {max(1, round(steps * (i + 1) / task.curve_points)) for i in range(task.curve_points)}
     start = time.monotonic()
     while (step := trainer.n_training_steps) < steps:
-        output = trainer.step(task.batch(step))
+        output = trainer.step((yield step))
         trainer.n_training_steps = done = step + 1  # `step` of SAELens leaves it
         if done in marks or done % _TELL_EVERY == 0:
             now = _now(trainer, output)

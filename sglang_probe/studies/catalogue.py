@@ -13,6 +13,9 @@ from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
 from sglang_probe.studies.sae_gap.command import SaeGap
+from sglang_probe.studies.sae_hybrid.command import SaeHybrid
+from sglang_probe.studies.sae_overlap.command import SaeOverlap
+from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 
 STUDIES: tuple[Study, ...] = (
@@ -27,4 +30,7 @@ STUDIES: tuple[Study, ...] = (
     SaeTrain(),
     SaeEval(),
     SaeGap(),
+    SaeOverlap(),
+    SaeStability(),
+    SaeHybrid(),
 )

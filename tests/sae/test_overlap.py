@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.overlap import commonest_overlap, overlap, rank_correlation, rate_drift, same_token_jaccard
+from sglang_probe.sae.codes import same_token_jaccard
+from sglang_probe.sae.overlap import commonest_overlap, overlap, rank_correlation, rate_drift
 from tests.sae.planted import Array, Planted
 
 PLANTED = Planted.make(features=200, width=8, active=8)
@@ -35,10 +36,10 @@ def test_changed_rates_are_found_with_few_others() -> None:
 
 
 def test_without_a_change_nothing_is_discovered() -> None:
-    runs = [rate_drift(regime(2 * i), regime(2 * i + 1), ROWS, resamples=999) for i in range(40)]
+    runs = [rate_drift(regime(2 * i), regime(2 * i + 1), ROWS) for i in range(40)]
     assert sum(bool((f["q"] <= 0.05).any()) for f in runs) <= 6  # 5 % of 40, and three standard deviations
     p = np.concatenate([f["p"] for f in runs])
-    assert 0.03 < (p <= 0.05).mean() < 0.06  # counts of rare latents are coarse, so a little less than 5 %
+    assert 0.04 < (p <= 0.05).mean() < 0.06
 
 
 def test_rare_latents_are_not_tested() -> None:
@@ -48,8 +49,10 @@ def test_rare_latents_are_not_tested() -> None:
 
 
 def test_overlap_stands_beside_what_no_difference_gives() -> None:
+    # A set of the fifty commonest does not see what changes among those that stay in it.
+    border = {i: 2.5 if i % 2 else 0.4 for i in range(40, 60)}
     same = overlap(regime(1), regime(2), n=50, draws=100)
-    other = overlap(regime(1), regime(2, CHANGED), n=50, draws=100)
+    other = overlap(regime(1), regime(2, border), n=50, draws=100)
     assert other["jaccard_p"] < 0.02
     assert other["jaccard"] < other["jaccard_swapped_low"]
     assert other["jaccard_across"] < other["jaccard_halves"] - 0.02

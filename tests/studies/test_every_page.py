@@ -20,6 +20,10 @@ from sglang_probe.studies.phase.page import phase_page
 from sglang_probe.studies.query_drift.page import drift_page
 from sglang_probe.studies.row_counts.page import row_counts_page
 from sglang_probe.studies.sae_gap.page import gap_page
+from sglang_probe.studies.sae_hybrid.page import hybrid_page
+from sglang_probe.studies.sae_overlap.page import overlap_page
+from sglang_probe.studies.sae_stability.page import stability_page
+from tests.studies import made_dictionaries as dictionaries
 from tests.studies import made_results as made
 
 PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
@@ -31,6 +35,9 @@ PAGES: dict[str, tuple[Callable[..., Any], Callable[[Any], Page]]] = {
     "factorial": (made.factorial, factorial_page),
     "evict": (made.evict, eviction_page),
     "sae-gap": (made.sae_gap, gap_page),
+    "sae-overlap": (dictionaries.overlap, overlap_page),
+    "sae-stability": (dictionaries.stability, stability_page),
+    "sae-hybrid": (dictionaries.hybrid, hybrid_page),
 }
 ONE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 2, "families": 1, "replicates": False},
@@ -41,6 +48,9 @@ ONE: dict[str, dict[str, Any]] = {
     "factorial": {"prompts": 1},
     "evict": {"methods": 1, "prompts": 1, "layers": 1, "heads": 1},
     "sae-gap": {"texts": 2, "steps": 8, "spliced": []},
+    "sae-overlap": {"latents": 0, "dictionaries": 0},
+    "sae-stability": {"dictionaries": 1, "segments": 1, "seeds": 1},
+    "sae-hybrid": {"shares": 1},
 }
 HUGE: dict[str, dict[str, Any]] = {
     "ab": {"arms": 19, "families": 200},
@@ -51,6 +61,9 @@ HUGE: dict[str, dict[str, Any]] = {
     "factorial": {"layers": 30},
     "evict": {"methods": 19, "layers": 30, "heads": 9},
     "sae-gap": {"texts": 40, "steps": 500},
+    "sae-overlap": {"latents": 4000, "dictionaries": 9},
+    "sae-stability": {"dictionaries": 12, "segments": 9, "seeds": 3},
+    "sae-hybrid": {"shares": 9},
 }
 
 

@@ -15,7 +15,7 @@ from sglang_probe.run.run import load_run
 from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.harvested import harvested
-from sglang_probe.sae.manifest import facts_of_run, model_of, of
+from sglang_probe.sae.manifest import facts_of_run, of, refuse_other_model
 from sglang_probe.studies.sae_train.study import labels
 from sglang_probe.verify.check import Check
 
@@ -98,18 +98,13 @@ def judge(
         raise ConfigError(f"{folder} does not say where its rows come from", fix="give --hook-point")
     runs = [load_run(p) for p in paths]
     told = of(sae) or {}
-    theirs, ours = (m.get("weights_sha256") for m in (told.get("model") or {}, model_of(runs)))
-    if theirs and ours and theirs != ours:
-        raise ConfigError(
-            f"{folder} was trained on rows of `{told['model'].get('name')}` with other weights than those of the runs",
-            fix="judge it on runs of the model that it was trained on",
-        )
+    known = refuse_other_model(sae, runs, str(folder))
     rows = harvested(runs, sae.hook_point, where=where, sinks=sinks)
     notes = []
     trained = {r["manifest_sha256"] for r in told.get("runs", [])}
     if same := [r.path.name for r in runs if facts_of_run(r)["manifest_sha256"] in trained]:
         notes.append(f"it was trained on rows of {', '.join(same)}: what is printed of these is not of rows held out")
-    if not (theirs and ours):
+    if not known:
         notes.append("whether the SAE and the rows are of the same weights is not known")
     if len(rows) > most:
         rows = rows.only(np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)))

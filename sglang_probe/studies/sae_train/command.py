@@ -42,6 +42,7 @@ deduplicate: 32                           # leave out a position whose last 32 t
 # mix: {prefill: 0.5, decode: 0.5}        # by default as recorded
 # exclude: {first_positions: 1, norm_multiple: 10}   # attention sinks; the default
 # seeds: [0, 1]                           # the same batches, another initialisation
+# harvest: {model: smollm2-135m, workload: {source: documents, count: 4000}}   # in place of runs: rows are not kept
 """
 
 
@@ -52,6 +53,9 @@ class SaeTrain(Study):
     BatchTopK dictionaries get a threshold that is measured there: the one that training leaves is wrong after few
     steps. Each dictionary is a folder that SAELens opens (`SAE.load_from_disk`), and `sglang_probe.sae.read_sae`
     without it; its metadata say of which model, runs, exclusions and seeds it is, and how good.
+
+    With `harvest` in place of `runs`, requests are recorded some at a time, trained on and forgotten: for harvests that
+    do not fit on the disk.
 
     `--resume` goes on from the last checkpoint, with the same result as if nothing had happened. Training needs
     SAELens: `pip install 'sglang-probe[sae]'`.
@@ -87,6 +91,8 @@ class SaeTrain(Study):
 
         if given["report_only"]:
             return read_results(config, folder, name), folder
+        if config.harvest is not None:
+            return self._streamed(config, name, folder, given, console)
         with console.status("reading rows"):
             prepared = prepare(config, name)
         if given["plan"]:
@@ -95,8 +101,32 @@ class SaeTrain(Study):
             return plan
         with hold_directory(folder):
             open_folder(folder, prepared.identity, overwrite=given["overwrite"], resume=given["resume"])
-            with _bars(console, config.recipe.steps) as tell:
+            with _bars(console, config.recipe.steps) as (tell, _):
                 train_all(config, prepared, folder, tell)
+        return read_results(config, folder, name), folder
+
+    def _streamed(
+        self, config: SaeTrainConfig, name: str, folder: Path, given: Mapping[str, Any], console: Console
+    ) -> tuple[TrainResult, Path] | Plan:
+        """Record and train in one process."""
+        from sglang_probe.harvest.directory import hold_directory
+        from sglang_probe.studies.sae_train.stream import parts_of, prepare_stream, split_requests, train_stream
+        from sglang_probe.studies.sae_train.study import read_results, wanted
+
+        with console.status("checking model and workload"):
+            prepared = prepare_stream(config)
+        if given["plan"]:
+            assert config.harvest is not None
+            training, held_out = split_requests(config, prepared.workload.requests)
+            parts = len(parts_of(training, config.harvest.requests))
+            note = f"{len(training):,} requests to train on, recorded {config.harvest.requests} at a time in {parts} "
+            note += f"parts and not kept; {len(held_out):,} requests held out"
+            plan = Plan(_planned(wanted(config)), 1, [note])
+            show(console, [plan.table, *plan.notes])
+            return plan
+        with hold_directory(folder), _bars(console, config.recipe.steps) as (tell, status):
+            again = {n: given[n] for n in ("overwrite", "resume")}
+            train_stream(config, prepared, folder, **again, tell=tell, status=status)
         return read_results(config, folder, name), folder
 
     def page(self, result: TrainResult) -> Page:
@@ -119,24 +149,28 @@ def _config() -> type[SaeTrainConfig]:
     return SaeTrainConfig
 
 
-def _plan(names: list[tuple[str, int, int]], prepared: Any, config: Any) -> Plan:
+def _planned(names: list[tuple[str, int, int]]) -> Table:
     import pandas as pd
 
     from sglang_probe.report.tables import Table
 
-    frame = pd.DataFrame(names, columns=["dictionary", "latents", "seed"])
+    return Table(pd.DataFrame(names, columns=["dictionary", "latents", "seed"]), "dictionaries")
+
+
+def _plan(names: list[tuple[str, int, int]], prepared: Any, config: Any) -> Plan:
     rows = prepared.identity["rows"]
     epochs = config.recipe.steps * config.batch_size / rows["epoch"]
     note = f"{rows['train']:,} rows to train on ({rows['epoch']:,} an epoch, {epochs:.1f} epochs), "
     note += (
         f"{rows['held_out']:,} held out, {int(prepared.train.left_out['rows'].sum()):,} left out as sinks or repeats"
     )
-    return Plan(Table(frame, "dictionaries"), 0, [note])
+    return Plan(_planned(names), 0, [note])
 
 
 @contextmanager
-def _bars(console: Console, steps: int) -> Iterator[Telling]:
-    """A bar for each dictionary, with loss, active latents, dead latents and explained variance of the last batch."""
+def _bars(console: Console, steps: int) -> Iterator[tuple[Telling, Callable[[str], None]]]:
+    """A bar for each dictionary, with loss, active latents, dead latents and explained variance of the last batch; and
+    what shows a line of text meanwhile."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -158,4 +192,11 @@ def _bars(console: Console, steps: int) -> Iterator[Telling]:
 
             return tell
 
-        yield of
+        line: list[Any] = []
+
+        def status(text: str) -> None:
+            if not line:
+                line.append(progress.add_task("", total=None, now=""))
+            progress.update(line[0], description=text, visible=bool(text))
+
+        yield of, status

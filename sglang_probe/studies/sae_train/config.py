@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from sglang_probe.config import Config, FolderName, InputPath
+from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.run.hook_points import parse_hook_point
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.recipe import Recipe
@@ -26,15 +27,28 @@ class Exclude(Config):
         return Sinks(self.first_positions, self.norm_multiple)
 
 
+class Streamed(HarvestConfig):
+    """What is recorded for a training whose rows are not kept. Keys as of `sglang-probe harvest`."""
+
+    requests: PositiveInt = 256
+    """Requests that are recorded at a time, trained on and forgotten. Each time the prefix cache begins empty."""
+    buffer_rows: PositiveInt = 500_000
+    """Rows in memory, within which they are shuffled. A workload that fits is served once; a larger one is served again
+    as often as `samples` asks."""
+
+
 class SaeTrainConfig(Recipe):
-    """Trains sparse autoencoders on the rows of recorded runs. `runs`, `hook_point` and `latents` are needed."""
+    """Trains sparse autoencoders on the rows of recorded runs. `hook_point`, `latents` and `runs` (or `harvest`) are
+    needed."""
 
     name: FolderName | None = None
     """Folder of the results in `output`; default: the name of the YAML."""
     output: Path = Path("saes")
     """Where that folder is made. Relative to the working directory."""
-    runs: list[InputPath] = Field(min_length=1)
+    runs: list[InputPath] = Field(default_factory=list)
     """Run directories, or closed segments of a live recording."""
+    harvest: Streamed | None = None
+    """In place of `runs`: rows go from the engine to the training and are not kept."""
     hook_point: str
     """The rows to train on, e.g. `blocks.10.hook_resid_post`."""
     where: str | None = None
@@ -47,7 +61,8 @@ class SaeTrainConfig(Recipe):
     exclude: Exclude = Exclude()
     """Attention sinks."""
     deduplicate: int = Field(default=0, ge=0)
-    """Leave out a position if the same so many tokens ended at an earlier one, e.g. 32; 0: do not."""
+    """Leave out a position if the same so many tokens ended at an earlier one (with `harvest`: of the requests that are
+    recorded together), e.g. 32; 0: do not."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the families of requests that are judged by and not trained on."""
     evaluate_on: list[InputPath] = Field(default_factory=list)
@@ -71,6 +86,14 @@ class SaeTrainConfig(Recipe):
         return parse_hook_point(name).name
 
     @model_validator(mode="after")
+    def _rows_come_from_somewhere(self) -> SaeTrainConfig:
+        if bool(self.runs) == (self.harvest is not None):
+            raise ValueError("give `runs`, or `harvest` for rows that are not kept")
+        if self.harvest is not None and (given := {"hook_points", "name", "output"} & self.harvest.model_fields_set):
+            raise ValueError(f"`harvest: {min(given)}` has no meaning here: rows are of `hook_point`, and are not kept")
+        return self
+
+    @model_validator(mode="after")
     def _dictionaries(self) -> SaeTrainConfig:
         for name in ("latents", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
@@ -85,5 +108,6 @@ class SaeTrainConfig(Recipe):
         return Recipe(**self.model_dump(include=set(Recipe.model_fields)))
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what is trained, as plain data; runs are named by their manifests instead."""
-        return self.model_dump(mode="json", exclude={"name", "output", "runs", "evaluate_on", "weight"})
+        """All that decides what is trained, as plain data; runs are named by their manifests instead, and a harvest by
+        its digest, because neither path nor text of a user belongs into a dictionary."""
+        return self.model_dump(mode="json", exclude={"name", "output", "runs", "harvest", "evaluate_on", "weight"})

@@ -24,7 +24,7 @@ from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.evaluation import evaluate, variance_of
 from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
 from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule
-from sglang_probe.sae.manifest import KEY, facts_of_run, manifest, model_of
+from sglang_probe.sae.manifest import KEY, facts_of_run, manifest_from, model_of
 from sglang_probe.sae.threshold import shared_threshold, threshold_for
 from sglang_probe.sae.train import CHECKPOINT, Task, Trained, norm_scale, require_sae_lens, train
 from sglang_probe.studies.base import plain
@@ -32,6 +32,8 @@ from sglang_probe.studies.sae_train.config import SaeTrainConfig
 from sglang_probe.verify.check import Check
 
 TRAINING, RESULT = "training.json", "result.json"
+SERVED = "served.json"
+"""How many rows a training had that were not kept."""
 CALIBRATION_ROWS, CURVE_ROWS, NORM_ROWS, LEAST_HELD_OUT = 8192, 2048, 20_000, 5
 Tell = Callable[[dict[str, float]], None]
 
@@ -46,6 +48,24 @@ class Prepared:
     order: Schedule
     scale: float
     identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What dictionaries were trained on and are judged by, for what is written of them."""
+
+    held_out: Harvested
+    scale: float
+    identity: Mapping[str, Any]
+    model: Mapping[str, Any]
+    facts: Sequence[Mapping[str, Any]]
+    """Of each run, `facts_of_run`."""
+    left_out: Harvested
+    """Harvest whose exclusions are told."""
+    variance: float
+    """Of the rows that were trained on."""
+    epoch: int
+    """Rows of one pass."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +128,7 @@ def prepare(config: SaeTrainConfig, name: str) -> Prepared:
         training, held_out = rows, harvested(others, config.hook_point, where=config.where, **how)
     else:
         training, held_out = rows.split(config.held_out)
-    if len(held_out) > config.evaluation_rows:
-        chosen = np.random.default_rng(0).choice(len(held_out), config.evaluation_rows, replace=False)
-        held_out = held_out.only(np.sort(chosen))
+    held_out = sampled(held_out, config.evaluation_rows)
     if len(held_out) < LEAST_HELD_OUT or len(training) < config.batch_size:
         raise ConfigError(
             f"{len(training)} rows to train on and {len(held_out)} to judge by are too few",
@@ -167,6 +185,17 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool, resu
 
 def train_all(config: SaeTrainConfig, prepared: Prepared, folder: Path, tell: Callable[[str], Tell]) -> None:
     """Train and judge every dictionary that is not there yet."""
+    runs, variance = prepared.runs, variance_of(prepared.train.batches())
+    material = Material(
+        prepared.held_out,
+        prepared.scale,
+        prepared.identity,
+        model_of(runs),
+        [facts_of_run(run) for run in runs],
+        prepared.train,
+        variance,
+        prepared.order.epoch_length,
+    )
     for name, latents, seed in wanted(config):
         place = folder / name
         if (place / RESULT).exists():
@@ -176,20 +205,31 @@ def train_all(config: SaeTrainConfig, prepared: Prepared, folder: Path, tell: Ca
         def batch(step: int, size: int = size, x: torch.Tensor = x) -> torch.Tensor:
             return x[torch.from_numpy(prepared.order.batch(step, size))].float()
 
-        rng = np.random.default_rng(1)
-        shown = rng.choice(len(prepared.held_out), min(CURVE_ROWS, len(prepared.held_out)), replace=False)
         task = Task(
             config.recipe,
             latents,
             seed,
             batch,
             prepared.scale,
-            prepared.held_out.x_ND[torch.from_numpy(shown)].float(),
+            curve_rows(prepared.held_out),
             place,
             config.checkpoint_every,
         )
-        _judge_and_write(config, prepared, train(task, tell(name)), place, latents, seed)
+        judge_and_write(config, material, train(task, tell(name)), place, latents, seed)
         shutil.rmtree(place / CHECKPOINT, ignore_errors=True)
+
+
+def curve_rows(held_out: Harvested) -> torch.Tensor:
+    """A sample of the rows held out, for learning curves `[n, D]`."""
+    shown = np.random.default_rng(1).choice(len(held_out), min(CURVE_ROWS, len(held_out)), replace=False)
+    return held_out.x_ND[torch.from_numpy(shown)].float()
+
+
+def sampled(rows: Harvested, most: int) -> Harvested:
+    """So many of the rows at most, drawn at random."""
+    if len(rows) <= most:
+        return rows
+    return rows.only(np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)))
 
 
 def read_results(config: SaeTrainConfig, folder: Path, name: str) -> TrainResult:
@@ -200,6 +240,8 @@ def read_results(config: SaeTrainConfig, folder: Path, name: str) -> TrainResult
     """
     try:
         identity = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        if config.harvest is not None:
+            identity["rows"] |= json.loads((folder / SERVED).read_text(encoding="utf-8"))
         found = {n: json.loads((folder / n / RESULT).read_text(encoding="utf-8")) for n, _, _ in wanted(config)}
     except (OSError, ValueError) as e:
         raise RunDirectoryError(f"{folder} holds no complete training: {e}", fix="finish it with --resume") from e
@@ -225,11 +267,9 @@ def labels(rows: Harvested) -> dict[str, Any]:
     }
 
 
-def _judge_and_write(
-    config: SaeTrainConfig, prepared: Prepared, made: Trained, place: Path, latents: int, seed: int
-) -> None:
+def judge_and_write(config: SaeTrainConfig, of: Material, made: Trained, place: Path, latents: int, seed: int) -> None:
     """Store the weights, and judge what is stored."""
-    held_out = prepared.held_out
+    held_out = of.held_out
     numbers: dict[str, Any] = {}
     dtype = torch.bfloat16 if config.store == "bfloat16" else None
     sae = made.sae
@@ -246,23 +286,22 @@ def _judge_and_write(
         }
         threshold = torch.full_like(sae.b_enc, numbers["threshold"])
         sae = replace(sae, threshold=threshold)
-    training_variance = variance_of(prepared.train.batches())
     found = evaluate(sae, held_out.batches(), groups=labels(held_out))
     evaluation = {**found.to_json(), **numbers, "families": int(held_out.tokens["family"].nunique())}
     training = {
-        "config": prepared.identity["config"],
+        "config": of.identity["config"],
         "latents": latents,
         "seed": seed,
-        "scale": prepared.scale,
-        "rows": prepared.identity["rows"],
-        "epochs": config.recipe.steps * config.batch_size / prepared.order.epoch_length,
-        "training_variance": training_variance,
+        "scale": of.scale,
+        "rows": of.identity["rows"],
+        "epochs": config.recipe.steps * config.batch_size / of.epoch,
+        "training_variance": of.variance,
         "sae_lens": require_sae_lens(),
         "torch": torch.__version__,
     }
-    told = manifest(prepared.runs, prepared.train, training=training, evaluation=evaluation)
+    told = manifest_from(of.model, of.facts, of.left_out, training=training, evaluation=evaluation)
     sae = sae.with_metadata(
-        model_name=prepared.identity["model"],
+        model_name=of.identity["model"],
         hook_name=config.hook_point,
         training_architecture=config.architecture,
         **{KEY: plain(told)},
@@ -281,7 +320,7 @@ def _judge_and_write(
         "dictionary": dictionary,
         "groups": found.groups.to_dict("records"),
         "curve": made.curve.to_dict("records"),
-        "left_out": prepared.train.left_out.to_dict("records"),
+        "left_out": of.left_out.left_out.to_dict("records"),
     }
     journal.write_text_durably(place / RESULT, json.dumps(plain(result), indent=1) + "\n")
 
