@@ -8,6 +8,7 @@ from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
+from sglang_probe.studies.features.command import Features
 from sglang_probe.studies.lens.command import Lens
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
@@ -27,4 +28,5 @@ STUDIES: tuple[Study, ...] = (
     SaeTrain(),
     SaeEval(),
     Lens(),
+    Features(),
 )
