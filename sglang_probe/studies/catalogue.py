@@ -6,6 +6,7 @@ from sglang_probe.studies.ab.command import Ab
 from sglang_probe.studies.ab.lossless_command import Lossless
 from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
+from sglang_probe.studies.diff.command import Diff
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.features.command import Features
@@ -29,4 +30,5 @@ STUDIES: tuple[Study, ...] = (
     SaeEval(),
     Lens(),
     Features(),
+    Diff(),
 )

@@ -54,11 +54,11 @@ def planted_run(place: Path, texts: int = 40, seed: int = 0, model: Path | None 
     held, rows = {}, {}
     for i in range(texts):
         ids = rng.choice(VOCABULARY, LENGTH).tolist()
-        reuses = None
+        ids[0], reuses = 350, None  # a first position is a sink, and would be a token of a latent that does not fire
         if i == 1:
             ids[:10] = held["r0"].prompt[:10]
             reuses = ("r0", 10)
-        output = (300,) if i else (300, 301)  # what is still being served can be reused
+        output = (350,) if i else (350, 351)  # what is still being served can be reused
         held[f"r{i}"] = Text(ids, output, family=f"f{i}", reuses=reuses)
         x = codes_of([*ids, *output[:-1]], rng) @ directions() + MEAN
         if reuses:
