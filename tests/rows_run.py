@@ -84,7 +84,7 @@ def write_run(
         name=path.name,
         hook_points=dict.fromkeys(rows, "module"),
         model={"name": "made-up", "weights_sha256": weights, "tokenizer_sha256": None},
-        model_path=None if model is None else str(model),
+        **({} if model is None else {"model_path": str(model)}),
         model_config=dict(model_config or {}),
         requests_expected=len(texts),
     )
