@@ -81,13 +81,12 @@ def neuronpedia(
     Example: `sglang-probe export neuronpedia runs/mine --sae saes/mine --name res-2k --creator me --output np`
     """
     from sglang_probe.export.neuronpedia import export_neuronpedia
-    from sglang_probe.sae.folder import read_sae
     from sglang_probe.studies.features.study import study
 
     with _bar("rows") as tell:
         result = study(run, sae, model=model, most=most, tell=tell)
         how = {"name": name, "creator": creator, "creator_id": creator_id, "overwrite": overwrite}
-        place = export_neuronpedia(result, read_sae(sae).W_dec.float().numpy(), output, **how)  # type: ignore[arg-type]
+        place = export_neuronpedia(result, sae, output, **how)  # type: ignore[arg-type]
     _say(f"{int((result.latents['rate'] > 0).sum()):,} features in {place}; labels are heuristic")
 
 
@@ -106,19 +105,11 @@ def delphi(
 
     Example: `sglang-probe export delphi runs/mine --sae saes/mine --output latents`
     """
-    from sglang_probe.export.delphi import export_delphi
-    from sglang_probe.run.run import load_run
-    from sglang_probe.sae.codes import code_run
-    from sglang_probe.sae.folder import read_sae
-    from sglang_probe.studies.features.study import refuse_other_weights
+    from sglang_probe.export.delphi import code_and_export
 
-    opened, read = load_run(run), read_sae(sae)
-    refuse_other_weights(opened, read, sae)
     with _bar("rows") as tell:
-        coded = code_run(opened, read, most=most, tell=tell)
-    told = model or opened.manifest.get("model_path") or (opened.manifest.get("model") or {}).get("name") or ""
-    how = {"context": context, "splits": splits, "overwrite": overwrite}
-    found = export_delphi(coded, output, hook_point=str(read.hook_point), model=str(told), **how)  # type: ignore[arg-type]
+        how = {"model": model, "context": context, "splits": splits, "most": most, "overwrite": overwrite}
+        found = code_and_export(run, sae, output, **how, tell=tell)  # type: ignore[arg-type]
     _say(f"{len(found.places):,} contexts of {context} in {output}; {found.rest:,} positions fill no context")
 
 

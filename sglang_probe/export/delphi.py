@@ -8,18 +8,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from sglang_probe.export.contexts import Contexts, cut
 from sglang_probe.export.folder import new_folder
-from sglang_probe.sae.codes import Coded
+from sglang_probe.run.run import load_run
+from sglang_probe.sae.codes import Coded, code_run
+from sglang_probe.sae.folder import read_sae
+from sglang_probe.studies.features.study import refuse_other_weights
 
 _LEAST = 1e-5
 """Smaller activations are none (delphi's own rule)."""
+
+
+def code_and_export(
+    run: Path,
+    sae: Path,
+    folder: Path,
+    *,
+    model: str | None = None,
+    most: int = 200_000,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+    **how: Any,
+) -> Contexts:
+    """Encode the rows of a run and write the cache: `export_delphi` takes the rest.
+
+    Raises:
+        ConfigError: as `export_delphi`; or the SAE cannot be read, or is of other weights than the run.
+        RunDirectoryError: the run cannot be read, or lacks the hook point.
+    """
+    opened, read = load_run(run), read_sae(sae)
+    refuse_other_weights(opened, read, sae)
+    coded = code_run(opened, read, most=most, tell=tell)
+    told = model or opened.manifest.get("model_path") or (opened.manifest.get("model") or {}).get("name") or ""
+    return export_delphi(coded, folder, hook_point=str(read.hook_point), model=str(told), **how)
 
 
 def export_delphi(

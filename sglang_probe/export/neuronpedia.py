@@ -22,6 +22,7 @@ import numpy as np
 
 from sglang_probe.export.folder import new_folder
 from sglang_probe.run.hook_points import parse_hook_point
+from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.labels import AFTER, BEFORE
 from sglang_probe.studies.features.study import FeaturesResult
 
@@ -57,7 +58,7 @@ _NO_VALUE = [
 
 def export_neuronpedia(
     result: FeaturesResult,
-    vectors: Any,
+    sae: Path,
     folder: Path,
     *,
     name: str,
@@ -69,7 +70,7 @@ def export_neuronpedia(
     """Write the folder; returns where the source is in it.
 
     Args:
-        vectors: decoder rows `[M, D]`.
+        sae: folder of the SAE that the result is about; its decoder rows are the vectors.
         name: of the set of dictionaries, without the layer.
         creator: who made it.
         creator_id: of the user on that server; its import sets its own where this is empty.
@@ -77,6 +78,7 @@ def export_neuronpedia(
     Raises:
         ConfigError: the folder is there.
     """
+    vectors = read_sae(sae).W_dec.float().numpy()
     now = datetime.now(UTC).isoformat()
     layer = parse_hook_point(result.hook_point).layer
     source, model = f"{'e' if layer is None else layer}-{name}", result.model

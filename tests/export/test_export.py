@@ -23,7 +23,7 @@ from sglang_probe.sae.folder import read_sae
 from sglang_probe.studies.features.study import study
 from tests.export.readers import delphi_latents, neuronpedia
 from tests.sae.lens import needs_sae_lens
-from tests.studies.features.planted import LENGTH, POINT, WIDTH, planted_run, planted_sae
+from tests.studies.features.planted import FOLDER, LENGTH, POINT, WIDTH, planted_run, planted_sae
 
 datasets = pytest.importorskip("datasets")
 
@@ -157,7 +157,7 @@ def test_neuronpedia_gets_features_examples_and_labels(run: Run, sae: Path, tmp_
     result = study(run.path, sae)
     vectors = read_sae(sae).W_dec.numpy()
     how = {"name": "planted", "creator": "me", "per_file": 4}
-    place = export_neuronpedia(result, vectors, tmp_path / "out", **how)  # type: ignore[arg-type]
+    place = export_neuronpedia(result, sae, tmp_path / "out", **how)  # type: ignore[arg-type]
     found = neuronpedia(place)
     assert place.relative_to(tmp_path / "out").parts == ("made-up", "2-planted")
     assert [f["index"] for f in found["features"]] == [i for i in range(12) if i != 10]
@@ -207,6 +207,10 @@ def test_the_commands_say_how_to_open_what_they_made(cli: Callable, run: Run, tm
     assert done.returncode == 0, done.stderr
     assert "23 contexts of 10" in done.stdout
     assert "cached_activations_path" in done.stdout
+    sae = planted_sae(tmp_path / "sae")
+    done = cli("export", "delphi", run.path, "--sae", sae, "--context", "16", "--output", tmp_path / "latents")
+    assert done.returncode == 0, done.stderr
+    assert delphi_latents(tmp_path / "latents", POINT)[2]["model_name"] == str(FOLDER)
     again = cli("export", "hf", run.path, "--output", tmp_path / "out")
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
