@@ -366,7 +366,7 @@ def _examples(coded: Coded, per_bin: int, seed: int) -> pd.DataFrame:
 def random_null(run: Run, sae: SAE, coded: Coded, latents: pd.DataFrame, first: Array, seed: int) -> pd.DataFrame:
     """Token-set labels of random directions that fire as often as some of the latents, and their scores."""
     rng = np.random.default_rng([seed, 4])
-    scored = latents.loc[latents["detection"].notna(), "latent"].to_numpy()
+    scored = latents.loc[latents["detection"].notna(), "latent"].to_numpy(copy=True)
     chosen = np.sort(rng.permutation(scored)[:NULL_LATENTS])
     names = ["latent", "f1", "detection", "fuzzing"]
     if not len(chosen):
