@@ -85,9 +85,9 @@ def token_rules(fires: Any, token_N: Array, *, most: int = MOST_TOKENS) -> Rules
 
 def _best(hits: Array, seen: Array, fired: float) -> Array:
     """Places of the tokens of the set with the best F1, most hits first: those on which the latent fires in more than
-    half of that F1 of their occurrences (Lipton et al. 1402.1892). A token seen once that fired once is no sure sign:
-    one failure is added to each."""
-    share = hits / (seen + 1)
+    half of that F1 of their occurrences (Lipton et al. 1402.1892). One failure is added to each, and a
+    token on which it fired once is no sign while there are others."""
+    share = hits / (seen + 1) * ((hits > 1) | (hits.max() <= 1))
     order = np.argsort(-share, kind="stable")
     best = float((2 * hits[order].cumsum() / (seen[order].cumsum() + fired)).max())
     inside = np.flatnonzero(share > best / 2)

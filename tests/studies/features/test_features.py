@@ -40,6 +40,20 @@ def test_planted_features_are_named_by_the_token_set_rule(found: FeaturesResult)
     assert (planted["fuzzing"] == 1).all()
 
 
+def test_the_rule_takes_a_frequent_token_that_fires_now_and_then_before_a_rare_one_that_fired_once() -> None:
+    token = np.concatenate([np.full(300, 1), np.full(50, 2), np.arange(100, 140), np.full(1000, 3)])
+    fires = np.zeros((len(token), 1), dtype=np.float32)
+    fires[:120] = 1  # two in five of a frequent token
+    fires[300:345] = 1  # nearly always on another
+    fires[350:352] = 1  # once each on two that are there once
+    fires[390:400] = 1  # hardly ever on what is most frequent
+    found = labels.token_rules(sparse.csr_array(fires), token)
+    assert found.tokens[0].tolist() == [1, 2]
+    assert found.precision[0] == pytest.approx(165 / 350)
+    assert found.recall[0] == pytest.approx(165 / 177)
+    assert found.f1[0] == pytest.approx(2 * 165 / (350 + 177))
+
+
 def test_what_fires_at_random_has_no_label_that_holds_on_other_texts(found: FeaturesResult) -> None:
     at_random = found.latents.iloc[[6, 7, 8, 9, 11]]
     assert at_random["f1"].max() < 0.5
