@@ -34,16 +34,16 @@ def answer(result: DiffResult) -> str:
 def shortlist_table(result: DiffResult) -> Table:
     """What is worth an intervention."""
     frame = result.shortlist.head(40)
-    frame = frame.assign(
-        label=frame["label"].str.replace("`", ""), tokens=np.where(frame["beyond_tokens"], "yes", "no")
-    )
+    points = {name: 100 * frame[name] for name in ("difference", "matched")}
+    said = np.where(frame["beyond_tokens"], "yes", "no")
+    frame = frame.assign(label=frame["label"].str.replace("`", ""), tokens=said, **points)
     columns = [
         Column("latent", kind="text"),
         Column("label", "heuristic label"),
-        Column("difference", "rate, B minus A", "points"),
+        Column("difference", "rate, B minus A, points", "points"),
         *([] if result.paired else [Column("rate_a", "A (B)", "percent", beside="rate_b")]),
         Column("standardised", "in standard deviations", "signed"),
-        Column("matched", "beyond tokens", "points"),
+        Column("matched", "beyond tokens, points", "points"),
         Column("tokens", "confirmed beyond tokens"),
         Column("q_confirm", "q, confirmation", "decimal"),
     ]
@@ -55,7 +55,7 @@ def diff_page(result: DiffResult) -> Page:
     f = result.found
     top = result.shortlist.head(15)
     shown = top.assign(name=top["latent"].astype(str))
-    both = [shown.assign(value=shown[c], of=w) for c, w in (("difference", "rate"), ("matched", "beyond tokens"))]
+    both = [shown.assign(value=100 * shown[c], of=w) for c, w in (("difference", "rate"), ("matched", "beyond tokens"))]
     figure = dots(
         pd.concat(both),
         "name",

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
+from sglang_probe.report.figures import visible
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae import labels
 from sglang_probe.sae.codes import Coded, code_run
@@ -140,7 +141,7 @@ def diff(
     fires.data = np.ones_like(fires.data)
     rules = labels.token_rules(fires, tokens)
     names = [
-        labels.name_of([vocabulary.text(t) for t in rules.tokens[m]], float(np.nan_to_num(rules.f1[m])), [])
+        labels.name_of([visible(vocabulary.text(t)) for t in rules.tokens[m]], float(np.nan_to_num(rules.f1[m])), [])
         for m in found.frame["latent"]
     ]
     notes = []

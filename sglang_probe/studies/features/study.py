@@ -16,6 +16,7 @@ from sglang_probe.axes.position import bins_of
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction.likelihood import load_unembedding
+from sglang_probe.report.figures import visible
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.codes import Coded, code_run
@@ -252,8 +253,8 @@ def _latents(
     ]
     names = []
     for m, tokens in enumerate(rules.tokens):
-        raised = [] if promoted is None else [vocabulary.text(t) for t in promoted.top[m]]
-        said = labels.name_of([vocabulary.text(t) for t in tokens], float(np.nan_to_num(rules.f1[m])), raised)
+        raised = [] if promoted is None else [visible(vocabulary.text(t)) for t in promoted.top[m]]
+        said = labels.name_of([visible(vocabulary.text(t)) for t in tokens], float(np.nan_to_num(rules.f1[m])), raised)
         names.append(said if fired[m] else "never fires here")
     return pd.DataFrame(
         {

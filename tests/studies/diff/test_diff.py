@@ -15,6 +15,7 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.sae.codes import code_run
 from sglang_probe.sae.differential import compare, permutation_p, units_of
 from sglang_probe.sae.folder import read_sae
+from sglang_probe.studies.diff.page import shortlist_table
 from sglang_probe.studies.diff.study import diff, groups
 from tests.rows_run import Text, write_run
 from tests.studies.features.planted import FOLDER, LATENTS, LENGTH, MEAN, POINT, directions, planted_sae
@@ -139,6 +140,14 @@ def test_the_shortlist_of_a_run_is_what_was_planted(cli: Callable, made: tuple[P
     assert told["units"] == [16, 16]
     assert told["rows"] == [16 * (LENGTH - 1)] * 2
     assert {"report.html", "summary.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_differences_are_printed_in_percentage_points(made: tuple[Path, Path]) -> None:
+    result = diff(made[1], made[0], by="tone", a="polite", b="rude", permutations=2000)
+    cells = {c.header: c.cells for c in shortlist_table(result).printed()}
+    said = float(cells["rate, B minus A, points"][0].replace("−", "-"))
+    assert said == pytest.approx(100 * result.shortlist["difference"].iloc[0], abs=0.06)
+    assert said > 40
 
 
 def test_too_few_texts_are_refused(made: tuple[Path, Path]) -> None:
