@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
     | {"stats", "report", *GROUND},
-    "cli": {"studies", "harvest", "steering", "model", "verify", "engine", "run", "report", *GROUND},
+    "export": {"studies", "sae", "run", *GROUND},
+    "cli": {"export", "studies", "harvest", "steering", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }
@@ -51,6 +52,7 @@ LAZY = {
     "axes/axis.py": {"transformers"},
     "axes/vocabulary.py": {"transformers"},
     "eviction/removal.py": {"transformers"},
+    "export/saelens.py": {"datasets"},
     "model/from_gguf.py": {"gguf"},
     "model/tokenizer.py": {"tokenizers"},
     "sae/train.py": {"sae_lens"},

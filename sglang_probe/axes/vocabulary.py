@@ -33,6 +33,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.pieces)
 
+    def text(self, token: int) -> str:
+        """A token as text: bytes that are no characters as `\\xNN`, ids that are not in use as `<ID>`."""
+        piece = self.pieces[token] if 0 <= token < len(self.pieces) else b""
+        return piece.decode(errors="backslashreplace") if piece else f"<{token}>"
+
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
         """Read `tokenizer.json` of a model's folder, or have `transformers` make one of what is there.

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, harvest, live, model, vector, verify
+from sglang_probe.cli import doctor, export, harvest, live, model, vector, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("live")(live.command)
 app.command("verify")(verify.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
+app.add_typer(export.app, name="export")
 app.command("doctor")(doctor.command)
 
 

@@ -6,9 +6,9 @@ numbers themselves. Colours come from classes that page.html.j2 defines for ligh
 so give arms the same order in every figure. A duplicate, an overlap or a missing column raises `ValueError`: a figure
 never picks one of two numbers. Missing values are drawn as missing.
 
-One file per figure: _dots.py, _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py. They share
-the result (_figure.py), the reading of frames (_frame.py), axes (_axes.py), and the SVG canvas with its text measuring
-(_svg.py).
+One file per figure: _dots.py, _bars.py, _lines.py, _heatmap.py, _panels.py (small multiples), _strip.py, and _tokens.py
+(a map of tokens, which is a table). They share the result (_figure.py), the reading of frames (_frame.py), axes
+(_axes.py), and the SVG canvas with its text measuring (_svg.py).
 """
 
 from sglang_probe.report._bars import grouped_bars
@@ -19,6 +19,7 @@ from sglang_probe.report._lines import lines
 from sglang_probe.report._panels import panel_lines, panel_scatter
 from sglang_probe.report._strip import FATES, Span, request_strips, token_strip
 from sglang_probe.report._svg import NARROW, WIDE
+from sglang_probe.report._tokens import token_map, visible
 
 __all__ = [
     "FATES",
@@ -34,5 +35,7 @@ __all__ = [
     "panel_lines",
     "panel_scatter",
     "request_strips",
+    "token_map",
     "token_strip",
+    "visible",
 ]

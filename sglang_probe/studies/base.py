@@ -304,6 +304,17 @@ def show(console: Console, what: Iterable[Table | str]) -> None:
             print_table(console, shown)
 
 
+@contextmanager
+def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; what is yielded is told how many of how many were done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
 def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
     """Each table as Parquet, and as CSV where it is short enough to be opened as one."""
     folder.mkdir(exist_ok=True)

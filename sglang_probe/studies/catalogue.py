@@ -6,8 +6,11 @@ from sglang_probe.studies.ab.command import Ab
 from sglang_probe.studies.ab.lossless_command import Lossless
 from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
+from sglang_probe.studies.diff.command import Diff
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
+from sglang_probe.studies.features.command import Features
+from sglang_probe.studies.lens.command import Lens
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
@@ -33,4 +36,7 @@ STUDIES: tuple[Study, ...] = (
     SaeOverlap(),
     SaeStability(),
     SaeHybrid(),
+    Lens(),
+    Features(),
+    Diff(),
 )

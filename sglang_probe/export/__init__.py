@@ -1,0 +1,1 @@
+"""Runs and features as other tools read them: Hugging Face datasets, SAELens, Neuronpedia, delphi."""

@@ -1,0 +1,1 @@
+"""Which features differ between two groups of texts."""

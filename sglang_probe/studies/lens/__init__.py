@@ -1,0 +1,1 @@
+"""The logit lens: what the model would say after each layer, from recorded rows."""
