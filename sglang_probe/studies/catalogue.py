@@ -8,6 +8,7 @@ from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
+from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
@@ -23,6 +24,7 @@ STUDIES: tuple[Study, ...] = (
     QueryDrift(),
     Factorial(),
     Evict(),
+    Monitor(),
     SaeTrain(),
     SaeEval(),
 )
