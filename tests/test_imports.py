@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "verify", "run", "workload", "axes", "policy"}
     | {"monitor", "steering", "stats", "report", *GROUND},
-    "cli": {"studies", "harvest", "steering", "model", "verify", "engine", "run", "report", *GROUND},
+    "cli": {"studies", "harvest", "steering", "sae", "model", "verify", "engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }

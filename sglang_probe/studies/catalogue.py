@@ -14,6 +14,7 @@ from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
 from sglang_probe.studies.sae_train.command import SaeTrain
+from sglang_probe.studies.steer_decay.command import SteerDecay
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -25,6 +26,7 @@ STUDIES: tuple[Study, ...] = (
     Factorial(),
     Evict(),
     Monitor(),
+    SteerDecay(),
     SaeTrain(),
     SaeEval(),
 )
