@@ -170,7 +170,7 @@ class FeatureManifest(Config):
             raise ConfigError(f"feature {index} is not in the manifest; it lists {listed}")
         return found[0]
 
-    def moved(self, index: int, status: Status) -> FeatureManifest:
+    def moved(self, index: int, status: str) -> FeatureManifest:
         """The next revision, in which a feature has another status.
 
         Raises:

@@ -48,7 +48,7 @@ def effects(families: pd.DataFrame) -> pd.DataFrame:
     `shift_high`, ...), `sd` of the shift over families, `instability` (it over the mean's size), `anti` (share of
     families whose shift has the other sign than the mean; its interval is Clopper and Pearson's, 1934) and `families`.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     names = [*MEASURES, *(f"after_{m}" for m in MEASURES)]
     for (source, arm, onset), mine in families.groupby(["source", "arm", "onset"], sort=False):
         found = mean_intervals(mine[names].to_numpy(np.float64))
@@ -86,7 +86,8 @@ def decay(families: pd.DataFrame, measure: str = "shift") -> pd.DataFrame:
         difference) with its ends; `p` of a slope of zero, `holm` (adjusted over the rows of the frame), `families`.
         Families without every onset take no part.
     """
-    slopes, rows = {}, []
+    slopes: dict[str, pd.Series] = {}
+    rows: list[dict[str, Any]] = []
     for source in (OWN, HUMAN):
         mine = families[(families["source"] == source) & (families["arm"] == VECTOR)]
         wide = mine.pivot(index="family", columns="onset", values=measure).sort_index(axis=1).dropna()
@@ -106,7 +107,7 @@ def after_curves(steps: pd.DataFrame, window: int) -> pd.DataFrame:
     """The vector's shift at each step after the window: `source, onset, after` (1: the first step that is not steered),
     `shift, low, high`. The tokens are forced and the residual stream is left alone there: what remains of the effect
     has come through the entries of the KV cache."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     later = steps[(steps["arm"] == VECTOR) & (steps["offset"] >= window)]
     for (source, onset), mine in later.groupby(["source", "onset"], sort=False):
         wide = mine.groupby(["family", "offset"])["shift"].mean().unstack().sort_index(axis=1)
@@ -123,7 +124,7 @@ def half_lives(steps: pd.DataFrame, window: int) -> pd.DataFrame:
     """Steps after the window until the mean shift is half of that at the first of them, interpolated: `source, onset,
     half_life, low, high, censored`. Censored: it is not half within the steps that were measured; the half-life is then
     missing. There is an interval only where it is reached whichever family is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     later = steps[(steps["arm"] == VECTOR) & (steps["offset"] >= window)]
     for (source, onset), mine in later.groupby(["source", "onset"], sort=False):
         wide = mine.groupby(["family", "offset"])["shift"].mean().unstack().sort_index(axis=1).dropna()
