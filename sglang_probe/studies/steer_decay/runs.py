@@ -147,7 +147,7 @@ def _steered(
                 number += 1
 
 
-def _request(index: int, text: Request, rid: str, config: SteerDecayConfig, params: dict[str, object]) -> Request:
+def _request(index: int, text: Request, rid: str, config: SteerDecayConfig, params: Mapping[str, object]) -> Request:
     prompt, end = text.prompt_ids[: config.prompt_tokens], config.prompt_tokens
     family = text.family or text.rid
     return Request(
