@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, export, harvest, live, model, vector, verify
+from sglang_probe.cli import doctor, export, harvest, live, manifest, model, vector, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -21,15 +21,25 @@ app = typer.Typer(
 )
 app.command("harvest")(harvest.command)
 sae = typer.Typer(help="Sparse autoencoders of recorded rows.", no_args_is_help=True, rich_markup_mode="markdown")
+steer = typer.Typer(help="What steering vectors do.", no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@steer.callback()
+def _steer() -> None:
+    """What steering vectors do."""
+
+
 for study in STUDIES:
     group, _, name = study.name.rpartition(" ")
-    (sae if group == "sae" else app).command(name)(study.command())
+    {"": app, "sae": sae, "steer": steer}[group].command(name)(study.command())
 app.add_typer(sae, name="sae")
+app.add_typer(steer, name="steer")
 app.command("live")(live.command)
 app.command("verify")(verify.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
 app.add_typer(export.app, name="export")
+app.add_typer(manifest.app, name="manifest")
 app.command("doctor")(doctor.command)
 
 

@@ -11,6 +11,7 @@ from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.features.command import Features
 from sglang_probe.studies.lens.command import Lens
+from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
 from sglang_probe.studies.row_counts.command import RowCounts
@@ -20,6 +21,7 @@ from sglang_probe.studies.sae_hybrid.command import SaeHybrid
 from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
+from sglang_probe.studies.steer_decay.command import SteerDecay
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -30,6 +32,8 @@ STUDIES: tuple[Study, ...] = (
     QueryDrift(),
     Factorial(),
     Evict(),
+    Monitor(),
+    SteerDecay(),
     SaeTrain(),
     SaeEval(),
     SaeGap(),

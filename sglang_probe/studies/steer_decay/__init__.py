@@ -1,0 +1,1 @@
+"""How the effect of one dose of a steering vector depends on the step at which it is given."""

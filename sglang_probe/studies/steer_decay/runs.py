@@ -1,0 +1,155 @@
+"""The runs of the study: the model's own continuation, every arm teacher-forced on it and on the text, and every arm
+going on by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from sglang_probe.ask import Ask
+from sglang_probe.errors import ConfigError, WorkloadError
+from sglang_probe.harvest.experiment import Runs, RunSpec, record
+from sglang_probe.harvest.prepare import Prepared, check_requests
+from sglang_probe.harvest.prepare import prepare as check
+from sglang_probe.harvest.progress import Reporter
+from sglang_probe.run.hook_points import EMBED
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.studies.steer_decay.config import SteerDecayConfig
+from sglang_probe.studies.steer_decay.names import DECODED, FORCED, FREE, NOTHING, PLAIN, SOURCES, rid_of
+from sglang_probe.studies.steer_decay.target import token_ids
+from sglang_probe.workload.request import Request, SegmentSpan
+
+__all__ = ["planned", "prepare", "read", "run"]
+
+
+def prepare(config: SteerDecayConfig) -> Prepared:
+    """Check model, library, target and texts; starts no engine.
+
+    Raises:
+        ConfigError: a vector is not in the library, of another hook point, or no direction; a target is no token.
+        WorkloadError: fewer than two texts are long enough, or a continuation does not fit into the context.
+        ProbeError: as `sglang_probe.harvest.prepare.prepare`.
+    """
+    prepared = check(config, {"arm": config.arm})
+    library = prepared.library
+    assert library is not None
+    point = library[config.vector].card.hook_point
+    for name in config.random:
+        if library[name].card.hook_point != point:
+            raise ConfigError(
+                f"random: `{name}` is of `{library[name].card.hook_point}`, and `{config.vector}` of `{point}`"
+            )
+    if config.target is not None:
+        for tokens in (config.target.positive, config.target.negative):
+            token_ids(Path(prepared.model.path), tokens)
+    texts = _texts(prepared, config)
+    check_requests(_decoded(texts, config), prepared)
+    check_requests(list(_steered(texts, config, FREE, {})), prepared)
+    return prepared
+
+
+def run(
+    prepared: Prepared,
+    config: SteerDecayConfig,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Run]:
+    """Record all runs in one engine. `resume`: as `sglang_probe.harvest.experiment.record`.
+
+    Raises:
+        RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked; or it is of something else.
+        ProbeError: a recording failed.
+    """
+    texts = _texts(prepared, config)
+    last = f"blocks.{prepared.model.layers - 1}.hook_resid_post"
+    specs = [
+        RunSpec(DECODED, _decoded(texts, config), config.arm, hook_points=[EMBED]),
+        RunSpec(FORCED, partial(_forced, texts, config), config.arm, hook_points=[EMBED, last]),
+    ]
+    if config.free:
+        specs.append(RunSpec(FREE, list(_steered(texts, config, FREE, {})), config.arm, hook_points=[EMBED]))
+    return record(
+        specs, prepared, folder, asks=("force", "steer"), overwrite=overwrite, resume=resume, reporter=reporter
+    )
+
+
+def read(config: SteerDecayConfig, folder: Path) -> dict[str, Run]:
+    """The runs that are in `folder`, by name.
+
+    Raises:
+        RunDirectoryError: one is missing.
+    """
+    return {name: load_run(folder / name) for name in (DECODED, FORCED, *([FREE] if config.free else []))}
+
+
+def planned(prepared: Prepared, config: SteerDecayConfig) -> list[tuple[str, int, int]]:
+    """Of each run its name, its requests, and the tokens that they decode."""
+    texts = _texts(prepared, config)
+    nothing = {r.rid: () for r in texts}
+    runs = {DECODED: _decoded(texts, config), FORCED: list(_steered(texts, config, FORCED, nothing))}
+    if config.free:
+        runs[FREE] = list(_steered(texts, config, FREE, {}))
+    return [(n, len(rs), sum(int(r.sampling_params["max_new_tokens"]) for r in rs)) for n, rs in runs.items()]
+
+
+def _texts(prepared: Prepared, config: SteerDecayConfig) -> list[Request]:
+    """Requests whose prompt is long enough to be cut."""
+    length = config.prompt_tokens + config.steps + 1
+    texts = [r for r in prepared.workload.requests if len(r.prompt_ids) >= length]
+    if len(texts) < 2:
+        raise WorkloadError(
+            f"{len(texts)} texts of {len(prepared.workload.requests)} have {length} tokens",
+            fix="longer texts (`chars`), fewer `prompt_tokens`, or earlier `onsets`",
+        )
+    return texts
+
+
+def _decoded(texts: Sequence[Request], config: SteerDecayConfig) -> list[Request]:
+    """The model's own continuation. One token more is decoded than steps are measured: the last one never runs through
+    the model."""
+    params = {**config.sampling, "max_new_tokens": config.steps + 1, "ignore_eos": True}
+    return [_request(i, r, r.rid, config, params) for i, r in enumerate(texts)]
+
+
+def _forced(texts: Sequence[Request], config: SteerDecayConfig, runs: Runs) -> list[Request]:
+    outputs = {r.rid: tuple(r.output_ids.tolist()) for r in runs[DECODED].requests().itertuples()}
+    return list(_steered(texts, config, FORCED, outputs))
+
+
+def _steered(
+    texts: Sequence[Request], config: SteerDecayConfig, kind: str, outputs: Mapping[str, tuple[int, ...]]
+) -> Iterator[Request]:
+    """A request for every text, source, arm and onset, no longer than what is measured of it."""
+    number = 0
+    for r in texts:
+        start = config.prompt_tokens
+        human = r.prompt_ids[start : start + config.steps + 1]
+        for source in SOURCES if kind == FORCED else ("own",):
+            whole = [(PLAIN, 0), (NOTHING, config.onsets[0])] if kind == FORCED else [(PLAIN, 0)]
+            for arm, onset in (*whole, *((v, s) for v in (config.vector, *config.random) for s in config.onsets)):
+                steps = config.steps if arm in (PLAIN, NOTHING) else onset + config.window + config.after - 1
+                params = {"max_new_tokens": steps + 1, "ignore_eos": True}
+                if kind == FORCED:
+                    tokens = outputs[r.rid] if source == "own" else human
+                    params = Ask(force=tokens[: steps + 1]).into({**params, "temperature": 0.0})
+                else:
+                    params = {**config.sampling, **params}
+                if arm != PLAIN:
+                    dose = (
+                        config.dose(config.vector, onset, strength=0.0) if arm == NOTHING else config.dose(arm, onset)
+                    )
+                    params = Ask(steer=(dose,)).into(params)
+                yield _request(number, r, rid_of(r.rid, source, arm, onset), config, params)
+                number += 1
+
+
+def _request(index: int, text: Request, rid: str, config: SteerDecayConfig, params: Mapping[str, object]) -> Request:
+    prompt, end = text.prompt_ids[: config.prompt_tokens], config.prompt_tokens
+    family = text.family or text.rid
+    return Request(
+        index, rid, tuple(prompt), (SegmentSpan("prompt", 0, end),), family, dict(params), source=text.source
+    )

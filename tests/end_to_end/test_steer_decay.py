@@ -1,0 +1,94 @@
+"""The decay study end to end: what it says of each steered step is what `transformers` computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from sglang_probe.eviction.likelihood import load_unembedding
+from sglang_probe.run.run import load_run
+from sglang_probe.steering.library import Library
+from sglang_probe.studies.steer_decay.names import named
+from sglang_probe.studies.steer_decay.target import lens_tokens, log_odds
+from tests.declared import run_commands
+from tests.end_to_end.steering import MODEL, Reference, make_library
+
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("steering")]
+PROMPT, ONSETS, WINDOW, AFTER, STRENGTH = 24, [1, 6], 3, 4, 40.0
+
+
+def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) -> None:
+    make_library(tmp_path / "vectors")
+    fields = {
+        "dtype": "float32",
+        "workload": {"source": "documents", "count": 6, "chars": 500},
+        "steer": {"library": "vectors"},
+        "vector": "up",
+        "random": ["feature"],
+        "strength": STRENGTH,
+        "unit": "absolute",
+        "onsets": ONSETS,
+        "window": WINDOW,
+        "after": AFTER,
+        "prompt_tokens": PROMPT,
+        "lens": 5,
+    }
+    config, folder = tmp_path / "decay.yaml", tmp_path / "study"
+    config.write_text(yaml.safe_dump(fields))
+    done = cli("steer", "decay", config, "--output", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((folder / "summary.json").read_text())
+    assert told["ok"]
+    assert told["families"] == 6
+    assert "Steering decay: up" in (folder / "report.html").read_text()
+    # Nothing is steered before an onset, and a dose of zero is none.
+    effects = pd.DataFrame(told["effects"])
+    floor = effects[effects["arm"] == "zero dose"]["kl"].abs().max()
+    assert floor < 1e-6
+    assert told["largest_kl_before_onsets"] < 1e-6
+    vector = effects[effects["arm"] == "vector"]
+    assert len(vector) == 2 * len(ONSETS)
+    assert vector["kl"].min() > 1000 * floor
+    assert vector["shift"].min() > 0
+
+    steps = pd.read_parquet(folder / "tables" / "steps.parquet")
+    library = Library.open(tmp_path / "vectors")
+    reference, unembedding = Reference(library), load_unembedding(MODEL)
+    positive, negative = lens_tokens(library["up"].vector, unembedding, 5)
+    run = load_run(folder / "forced")
+    requests = run.requests()
+    asked = requests[requests["rid"].map(lambda rid: named(rid)[1:] == ("own", "up", 6))].iloc[0]
+    ids = [*asked["prompt_ids"].tolist(), *asked["output_ids"].tolist()]
+    window = {"generation_window": [6, 6 + WINDOW], "phases": ["decode"]}
+    logp = [
+        torch.log_softmax(unembedding.logits(reference.rows(ids, PROMPT, steer)[-1]), -1)
+        for steer in ([], [{"vector": "up", "strength": STRENGTH, **window}])
+    ]
+    # Step s is the row of position PROMPT + s - 1.
+    at = [PROMPT + 6 - 1 + offset for offset in range(WINDOW + AFTER)]
+    plain, steered = (x[at] for x in logp)
+    kl = (plain.exp() * (plain - steered)).sum(-1).numpy()
+    shift = (log_odds(steered, positive, negative) - log_odds(plain, positive, negative)).numpy()
+    mine = steps[(steps["text"] == named(asked["rid"])[0]) & (steps["source"] == "own text")]
+    mine = mine[(mine["vector"] == "up") & (mine["onset"] == 6)].sort_values("offset")
+    assert mine["offset"].tolist() == list(range(WINDOW + AFTER))
+    assert np.allclose(mine["kl"], kl, rtol=1e-3, atol=1e-5)
+    assert np.allclose(mine["shift"], shift, rtol=1e-3, atol=1e-4)
+    assert kl[WINDOW:].max() > 1e-4  # what is left after the dose, through the cache
+
+    human = requests[requests["rid"].map(lambda rid: named(rid)[1] == "human")].iloc[0]
+    own = requests[requests["rid"].map(lambda rid: named(rid)[0] == named(human["rid"])[0])]
+    assert len({tuple(r["output_ids"][:5]) for _, r in own.iterrows()}) == 2
+
+    read = ["steer", "decay", str(config), "--output", str(folder), "--report-only"]
+    assert list(run_commands([read]).values()) == [0]
+    again = cli("steer", "decay", config, "--output", folder, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "starting SGLang" not in again.stdout

@@ -1,0 +1,80 @@
+"""The page is a page whatever was found, and says what the numbers say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sglang_probe.report.page import render
+from sglang_probe.studies.steer_decay.config import SteerDecayConfig
+from sglang_probe.studies.steer_decay.page import answer, decay_page
+from sglang_probe.studies.steer_decay.statistics import ZERO, after_curves, decay, effects, half_lives, per_family
+from sglang_probe.studies.steer_decay.study import SteerDecayResult
+from tests.studies.made_results import CHECKS, MANIFEST
+from tests.studies.steer_decay.test_statistics import AFTER, ONSETS, SLOPE, WINDOW, planted
+
+
+def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
+    steps = planted(own, human, families=families)
+    zero = steps[steps["arm"] == "random"].assign(arm=ZERO, shift=0.0, kl=0.0)
+    steps = pd.concat([steps, zero], ignore_index=True)
+    by = per_family(steps, WINDOW)
+    given = {"vector": "formal", "random": ["chance"], "steer": {"library": "."}, "workload": {"source": "documents"}}
+    free = pd.DataFrame(
+        {"arm": ["vector"], "onset": [1], "excess": [0.1], "low": [np.nan], "high": [np.nan], "plain": [0.2]}
+    )
+    return SteerDecayResult(
+        name="made",
+        effects=effects(by),
+        decay=decay(by),
+        decay_kl=decay(by, "kl"),
+        after=after_curves(steps, WINDOW),
+        half_lives=half_lives(steps, WINDOW),
+        free=free,
+        steps=steps,
+        before=0.0,
+        targets={"positive": [1], "negative": [2]},
+        families=families,
+        checks=CHECKS,
+        manifest=MANIFEST,
+        config=SteerDecayConfig.model_validate(
+            {**given, "onsets": list(ONSETS), "window": WINDOW, "after": AFTER}, context=None
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "human", "says"),
+    [
+        (SLOPE, SLOPE, "nothing specific to decoding was found"),
+        (SLOPE, 0.0, "falls faster in decoding"),
+        (0.0, SLOPE, "falls more slowly in decoding"),
+    ],
+)
+def test_the_answer_tells_decoding_from_depth(own: float, human: float, says: str) -> None:
+    found = made(own, human)
+    assert says in answer(found)
+    assert "what remains of the effect" in render(decay_page(found))
+
+
+def test_an_effect_to_the_other_side_falls_the_other_way() -> None:
+    found = made(SLOPE, 0.0)
+    turned = {c: -found.decay[c] for c in ("slope", "slope_low", "slope_high")}
+    turned |= {"slope_low": turned["slope_high"], "slope_high": turned["slope_low"]}
+    mirrored = replace(
+        found, decay=found.decay.assign(**turned), effects=found.effects.assign(shift=-found.effects["shift"])
+    )
+    assert "falls faster in decoding" in answer(mirrored)
+
+
+def test_one_text_and_no_text_make_a_page_too() -> None:
+    one = made(SLOPE, 0, families=1)
+    assert "Too few texts" in answer(one)
+    assert "<svg" in render(decay_page(one))
+    empty = pd.DataFrame()
+    names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "steps")
+    none = replace(one, **dict.fromkeys(names, empty), families=0)
+    assert "No decay can be told" in render(decay_page(none))
