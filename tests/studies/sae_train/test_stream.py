@@ -203,4 +203,4 @@ def test_an_engine_and_a_training_in_one_process_leave_no_rows(cli: Callable, tm
     assert manifest["runs"][0]["positions_by_phase"]["prefill"] > manifest["training"]["rows"]["train"]
     assert json.loads((tmp_path / "out" / SERVED).read_text())["train"] == manifest["training"]["rows"]["train"]
     assert cli("sae", "train", path, "--output", tmp_path / "out", "--resume").returncode == 0
-    assert read_results(config(), tmp_path / "out", "x").dictionaries["rows"].iloc[0] > 0
+    assert read_results(config(seeds=[0]), tmp_path / "out", "x").dictionaries["rows"].iloc[0] > 0
