@@ -18,6 +18,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: there is something of that name, and `overwrite` was not said or it is no export.
     """
     marker = ".sglang-probe-export"
+    folder = folder.resolve()
     if folder.exists():
         if not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} is there, and is no export", fix="give another --output")
@@ -34,3 +35,9 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def model_name(model: str) -> str:
+    """Name of a model as one part of a path: of a folder, or of `organisation/model`, the last part. Where the model
+    lies is nobody's business."""
+    return Path(model).name or "model"

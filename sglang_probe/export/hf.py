@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.export.folder import new_folder
+from sglang_probe.export.folder import model_name, new_folder
 from sglang_probe.run import journal
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
@@ -120,7 +120,7 @@ def _card(run: Run, points: Sequence[str], tokens: pd.DataFrame) -> str:
         "the engine computed, with the request, position and token that it belongs to. "
         "`datasets.load_dataset(FOLDER)` opens it.",
         "",
-        f"* model: `{model.get('name')}`; weights: `{model.get('weights_sha256')}`",
+        f"* model: `{model_name(str(model.get('name')))}`; weights: `{model.get('weights_sha256')}`",
         f"* recorded as {m.get('dtype')}, stored as float32, which holds bfloat16 exactly",
         f"* SGLang {versions.get('sglang')}, sglang-probe {versions.get('sglang-probe')}; "
         f"manifest SHA-256 `{journal.sha256(run.path / MANIFEST)}`",

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.export.folder import new_folder
+from sglang_probe.export.folder import model_name, new_folder
 from sglang_probe.run.hook_points import parse_hook_point
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.labels import AFTER, BEFORE
@@ -81,7 +81,7 @@ def export_neuronpedia(
     vectors = read_sae(sae).W_dec.float().numpy()
     now = datetime.now(UTC).isoformat()
     layer = parse_hook_point(result.hook_point).layer
-    source, model = f"{'e' if layer is None else layer}-{name}", result.model
+    source, model = f"{'e' if layer is None else layer}-{name}", model_name(result.model)
     made_by = {"creatorId": creator_id, "createdAt": now}
     shared = {"modelId": model, "layer": source}
     with new_folder(folder, overwrite=overwrite) as made:

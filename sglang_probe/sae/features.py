@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from sglang_probe.config import Config, parse_config
 from sglang_probe.errors import ConfigError
@@ -33,6 +33,8 @@ _SHA256 = r"^[0-9a-f]{64}$"
 
 class Evidence(Config):
     """What an intervention on the feature did, in a recorded run."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     run: str = Field(min_length=1)
     """Name of the run."""
@@ -69,6 +71,8 @@ class Evidence(Config):
 
 class Clamp(Config):
     """What is done to the feature where it is deployed."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     mode: Literal["clamp", "cap", "ablate_feature"]
     value: float | None = Field(default=None, ge=0)

@@ -30,10 +30,13 @@ class Buffer:
         self, parts: Callable[[], Iterator[Harvested]], rows: int, mix: Mapping[str, float] | None, seed: int
     ) -> None:
         self._parts, self._rows, self._mix, self._seed = parts, rows, mix, seed
+        self._passed = False
         self.fills = 0
         """How often it was filled."""
-        self.first_fill = 0
-        """Rows of the first pass over it."""
+        self.epoch_rows = 0
+        """Rows of one pass over the source, or of what was read of it so far."""
+        self.skipped = 0
+        """Fills that gave nothing: all that was left lacked a phase of the mixture."""
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Batches without end, float32 `[size, D]`.
@@ -57,10 +60,21 @@ class Buffer:
             source = self._filled()
             while (got := next(source, None)) is not None:
                 held, last = got
-                order = schedule(held, self._mix, self._seed)
-                if order.epoch_length < 1:
-                    raise ConfigError("the shares of `mix` leave no rows", fix="give the scarce phase a smaller share")
-                self.first_fill = self.first_fill or order.epoch_length
+                try:
+                    order = schedule(held, self._mix, self._seed)
+                    if order.epoch_length < 1:
+                        raise ConfigError(
+                            "the shares of `mix` leave no rows", fix="give the scarce phase a smaller share"
+                        )
+                except ConfigError:
+                    if not self.fills:
+                        raise
+                    self.skipped += 1  # a small remainder: no reason to lose the training
+                    self._passed = self._passed or last
+                    continue
+                if not self._passed:
+                    self.epoch_rows += order.epoch_length
+                    self._passed = last
                 # If this is all there is, nothing needs to be served again.
                 for number in count(self.fills) if last and not self.fills else [self.fills]:
                     self.fills += 1

@@ -6,7 +6,9 @@ card whenever the library is read. Nothing else of a library names a path.
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,7 @@ def place(library: Path, sae: Path, name: str, *, overwrite: bool = False) -> st
         # The parent is there for siblings, not for whatever lies under it elsewhere.
         return str(PurePosixPath(*([".."] if not at.is_relative_to(root) else []), *_below(root, at)))
     target = library / name
-    if target.is_dir() and overwrite and {f.name for f in target.iterdir()} <= {CONFIG, WEIGHTS, *GEMMA_SCOPE}:
+    if overwrite and target.is_dir() and _is_own(library, name):
         shutil.rmtree(target)
     if target.exists():
         raise ConfigError(f"{target} is there already, where the SAE would be copied to", fix="choose another name")
@@ -45,6 +47,20 @@ def place(library: Path, sae: Path, name: str, *, overwrite: bool = False) -> st
     for file in files(sae):
         shutil.copyfile(sae / file, target / file)
     return name
+
+
+def _is_own(library: Path, name: str) -> bool:
+    """Whether the folder of this name was copied for the entry of this name, and no other entry reads it."""
+    target = library / name
+    if not {f.name for f in target.iterdir()} <= {CONFIG, WEIGHTS, *GEMMA_SCOPE}:
+        return False
+    readers = set()
+    for card in library.glob("*.json"):
+        with suppress(OSError, ValueError):
+            told = json.loads(card.read_text("utf-8")).get("sae")
+            if told and (library / told["folder"]).resolve() == target.resolve():
+                readers.add(card.stem)
+    return readers <= {name}
 
 
 def files(sae: Path) -> dict[str, str]:

@@ -61,9 +61,11 @@ def splice_changes(x_ND: Tensor, rows: Rows, bank: Bank) -> Tensor:
         at = torch.from_numpy(np.flatnonzero(rows.vector == number)).to(x.device)
         change[at] = reconstructed(x[at], bank.saes[int(number)]) - x[at]
     random = np.flatnonzero(rows.random >= 0)
-    if len(random):
-        at = torch.from_numpy(random).to(x.device)
-        u = torch.from_numpy(directions(rows.random[random], rows.position[random], x.shape[1])).to(x.device)
+    block = max(_BLOCK // (16 * x.shape[1]), 1)  # a direction takes some eleven times its size while it is drawn
+    for start in range(0, len(random), block):
+        some = random[start : start + block]
+        at = torch.from_numpy(some).to(x.device)
+        u = torch.from_numpy(directions(rows.random[some], rows.position[some], x.shape[1])).to(x.device)
         change[at] = change[at].norm(dim=1, keepdim=True) * u
     return change * torch.from_numpy(rows.amount).to(x.device)[:, None]
 

@@ -34,6 +34,7 @@ def _states(run: Run, events: pd.DataFrame) -> str | None:
     carried = "segment" in run.manifest or len(schema.starts_of(run.manifest)) > 1
     for rank, mine in events.groupby("dp_rank"):
         exceeded = None if carried else False
+        ever = carried
         before = -1
         for e in mine.itertuples():
             where = f"rank {rank}, forward {e.forward_id}"
@@ -51,8 +52,8 @@ def _states(run: Run, events: pd.DataFrame) -> str | None:
                     return f"{where}: it was exceeded already"
                 if not e.milliseconds > e.budget_ms:
                     return f"{where}: it was exceeded by {e.milliseconds:g} ms, and {e.budget_ms:g} are allowed"
-                exceeded = True
-            elif exceeded is False and not carried:
+                exceeded = ever = True
+            elif not ever or (e.event == WITHIN and exceeded is False and not carried):
                 return f"{where}: `{e.event}`, and it was not exceeded"
             elif e.event == WITHIN:
                 if e.milliseconds > e.budget_ms:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,18 @@ def test_neuronpedia_gets_features_examples_and_labels(run: Run, sae: Path, tmp_
     assert example["tokens"][example["maxValueTokenIndex"]] == result.vocabulary.text(
         int(result.coded.ids[int(top["flat"])])
     )
+
+
+@pytest.mark.parametrize("model", ["/models/mine", "../mine", "org/mine"])
+def test_nothing_is_written_outside_the_folder_and_no_path_is_published(
+    run: Run, sae: Path, tmp_path: Path, model: str
+) -> None:
+    result = replace(study(run.path, sae), model=model)
+    place = export_neuronpedia(result, sae, tmp_path / "out", name="res", creator="me")
+    assert place.is_relative_to(tmp_path / "out")
+    assert (place / "model.jsonl").is_file()
+    told = json.loads((place / "model.jsonl").read_text())
+    assert told["id"] == told["displayName"] == "mine"
 
 
 def test_floats_are_cut_towards_zero() -> None:

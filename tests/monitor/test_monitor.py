@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.monitor.profile import kl_by_dimension, profile
 from sglang_probe.monitor.trajectories import read
 from sglang_probe.run.run import Run
-from sglang_probe.studies.monitor.study import Options, monitor
+from sglang_probe.studies.monitor.study import Options, _refuse_other_probes, monitor
 from tests.declared import run_commands
 from tests.monitor.stream import RESID, WIDTH, make_stream
 
@@ -103,6 +104,16 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises((ConfigError, RunDirectoryError), match=says):
         monitor([runs[watched].path], [runs[reference].path], Options(**more))
+
+
+def test_scores_of_another_probe_of_the_same_name_are_refused(runs: dict[str, Run]) -> None:
+    usual, reference = runs["usual"], runs["reference"]
+    other = {"blocks.0.hook_scores": {"watched": "f" * 64}}
+    one = {"blocks.0.hook_scores": {"watched": "0" * 64}}
+    with_scores = [SimpleNamespace(path=r.path, manifest={"scores": s}) for r, s in ((usual, one), (reference, other))]
+    with pytest.raises(ConfigError, match="are of different probes"):
+        _refuse_other_probes(with_scores)  # type: ignore[arg-type]
+    _refuse_other_probes(with_scores[:1])  # type: ignore[arg-type]
 
 
 def test_a_small_reference_is_said_to_be_too_small_for_single_alarms(runs: dict[str, Run]) -> None:

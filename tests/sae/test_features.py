@@ -101,6 +101,8 @@ def test_a_revision_follows_the_one_that_is_there(tmp_path: Path) -> None:
         ({"labelled": {"by": "model", "name": "judge"}}, "prompt_sha256"),
         ({"clamp": {"mode": "clamp"}}, "need a `value`"),
         ({"evidence": [{**EVIDENCE, "effect": 2.0}]}, "not within its interval"),
+        ({"evidence": [{**EVIDENCE, "control": float("nan")}]}, "control"),
+        ({"evidence": [{**EVIDENCE, "high": float("inf")}]}, "high"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -16,7 +16,7 @@ from sglang_probe.run.run import Run
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.sae.sae import SAE
 from sglang_probe.steer_ask import Steer
-from sglang_probe.steering import make, splice
+from sglang_probe.steering import make, sae_entry, splice
 from sglang_probe.steering.apply import bank_of, intervene
 from sglang_probe.steering.library import Library, listed, write_sae_entry
 from sglang_probe.steering.plan import Rows, rows_of
@@ -247,3 +247,29 @@ def test_an_entry_says_whose_weights_its_sae_belongs_to(rows_run: MakeRun, tmp_p
     write_sae(random_sae("standard").with_metadata(hook_name=POINT, model_name="big"), tmp_path / "other")
     with pytest.raises(ConfigError, match="the SAE is of model `big`"):
         make.whole_sae(make.Target(tmp_path / "library", "other"), tmp_path / "other", run)
+
+
+def test_a_copy_takes_the_place_of_its_own_and_of_nobody_elses(tmp_path: Path) -> None:
+    library = tmp_path / "one" / "library"
+    for name in ("mine", "theirs"):
+        write_sae(random_sae("standard"), library / name)
+    (library / "a.json").write_text(json.dumps({"name": "a", "sae": {"folder": "theirs"}}))
+    (library / "mine.json").write_text(json.dumps({"name": "mine", "sae": {"folder": "mine"}}))
+    write_sae(random_sae("standard", seed=7), tmp_path / "elsewhere" / "sae")
+    with pytest.raises(ConfigError, match="is there already"):
+        sae_entry.place(library, tmp_path / "elsewhere" / "sae", "theirs", overwrite=True)
+    assert (library / "theirs" / "cfg.json").is_file()
+    assert sae_entry.place(library, tmp_path / "elsewhere" / "sae", "mine", overwrite=True) == "mine"
+
+
+def test_directions_of_many_rows_are_those_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn in blocks, so that memory does not grow with the rows of a client's prompt."""
+    library = library_of(tmp_path, random_sae("standard"))
+    x = rows(12)
+    whole = spliced(x, library, {"random_error": 3})
+    drawn: list[int] = []
+    real = splice.directions
+    monkeypatch.setattr(splice, "_BLOCK", 16 * x.shape[1] * 5)
+    monkeypatch.setattr(splice, "directions", lambda s, p, w: drawn.append(len(s)) or real(s, p, w))
+    assert torch.allclose(spliced(x, library, {"random_error": 3}), whole, atol=1e-6)
+    assert drawn == [5, 5, 2]

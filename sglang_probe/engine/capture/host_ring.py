@@ -6,6 +6,7 @@ largest cost of rows that was found on a GPU (docs/evidence/gpu-results.md).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 
@@ -28,6 +29,7 @@ class HostRing:
 
     def __init__(self, nbytes: int, *, pinned: bool = True) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
+        self._lock = threading.Lock()
         self._start = 0
         """Where the next range begins, if there is room."""
         self._lent: deque[_Range] = deque()
@@ -40,13 +42,14 @@ class HostRing:
     def copy(self, x: torch.Tensor) -> torch.Tensor | None:
         """Enqueue a copy of a contiguous tensor of bytes on the current stream, and return the host tensor, which is
         filled later. None: there is no room."""
-        room = self._room(x.nbytes)
-        if room is None:
-            return None
+        with self._lock:
+            room = self._room(x.nbytes)
+            if room is None:
+                return None
+            self._lent.append(room)
+            self._start = room.end
         lent = self._memory[room.start : room.start + x.nbytes].reshape(x.shape)
         weakref.finalize(lent, room.came_back).atexit = False
-        self._lent.append(room)
-        self._start = room.end
         host = torch.from_numpy(lent)  # its storage refers to `lent` for as long as a view is left
         host.copy_(x, non_blocking=True)
         if x.is_cuda:

@@ -15,7 +15,7 @@ from sglang_probe.monitor.adwin import adwin_alarms
 from sglang_probe.monitor.alarms import Alarms, alarms, drift_log
 from sglang_probe.monitor.profile import Profile, kl_by_dimension, profile
 from sglang_probe.monitor.trajectories import Trajectories, read
-from sglang_probe.run.run import load_run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import model_of, of
 from sglang_probe.studies.base import records
@@ -129,6 +129,8 @@ def monitor(paths: Sequence[Path], reference: Sequence[Path], options: Options) 
             f"{paths[0]} and the reference {reference[0]} are of models with different weights",
             fix="a profile is of one model: record a reference with the weights that are served now",
         )
+    if point is None:
+        _refuse_other_probes([*runs, *theirs])
     how: dict[str, Any] = {
         "hook_point": point,
         "sae": sae,
@@ -219,3 +221,21 @@ def _notes(usual: Profile, watched: Trajectories, ranked: Trajectories, options:
             "compares the first N rows of each"
         )
     return notes
+
+
+def _refuse_other_probes(runs: Sequence[Run]) -> None:
+    """Scores of one name must be of one probe.
+
+    Raises:
+        ConfigError: names two runs that have others.
+    """
+    seen: dict[str, tuple[tuple[str, str], Run]] = {}
+    for run in runs:
+        for place, columns in (run.manifest.get("scores") or {}).items():
+            for name, probe in columns.items():
+                first, where = seen.setdefault(name, ((place, probe), run))
+                if first != (place, probe):
+                    raise ConfigError(
+                        f"the scores `{name}` of {where.path} and of {run.path} are of different probes",
+                        fix="record a reference with the probes that are in use now",
+                    )

@@ -6,13 +6,15 @@ deleted. All dictionaries of the training see each batch, one after another, so 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -55,6 +57,9 @@ from sglang_probe.workload.request import Request
 
 NOT_KEPT = "recorded and forgotten"
 _SHARED_MEMORY = Path("/dev/shm")
+_ROOM = 2 << 30
+"""Bytes that must be free there."""
+_PREFIX, _LOCK = "sglang-probe-stream-", "lock"
 
 
 def prepare_stream(config: SaeTrainConfig) -> Prepared:
@@ -125,11 +130,16 @@ class Parts:
         self.left_out: Harvested | None = None
         """Without rows; counts and the largest limit of all parts."""
         self.rows = 0
+        """Distinct rows to train on: those of the first pass over the workload."""
+        self.served = 0
+        """All rows to train on that were recorded; a workload that is served again counts again."""
+        self._passes = 0
         self._sum: Any = 0.0
         self._squares = 0.0
 
     def serve(self, requests: Sequence[Request], *, train: bool) -> Iterator[Harvested]:
         """The rows of requests, part by part."""
+        self._passes += train
         for some in parts_of(requests, _harvest(self._config).requests):
             what = "to train on" if train else "to judge by"
             self._status(f"recording part {self.number}, {len(some)} requests {what}; {self.rows:,} rows so far")
@@ -139,7 +149,9 @@ class Parts:
             if rows is None or not len(rows):
                 continue
             if train:
-                self._count(rows)
+                self.served += len(rows)
+                if self._passes == 1:
+                    self._count(rows)
             yield rows
 
     @property
@@ -179,7 +191,10 @@ class Recorder:
             if not run.row_count():
                 return None
             how: dict[str, Any] = {"sinks": config.exclude.sinks(), "deduplicate": config.deduplicate}
-            rows = harvested([run], config.hook_point, where=config.where, weight=config.weight, **how)
+            try:
+                rows = harvested([run], config.hook_point, where=config.where, weight=config.weight, **how)
+            except ConfigError:  # nothing of this part is left; were it so of all, the buffer would say so
+                return None
             return replace(rows, x_ND=rows.x_ND.clone())  # nothing of the files is held on to
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -239,13 +254,13 @@ def train_stream(
         )
         scale, made = learn(config, buffer, held_out, folder, tell)
     assert parts.left_out is not None
-    counted = {"train": parts.rows, "held_out": len(held_out), "epoch": buffer.first_fill, "kept": False}
-    counted |= {"fills_of_the_buffer": buffer.fills, "parts": parts.number}
+    counted = {"train": parts.rows, "held_out": len(held_out), "epoch": buffer.epoch_rows, "kept": False}
+    counted |= {"served": parts.served, "fills_of_the_buffer": buffer.fills, "parts": parts.number}
     identity["rows"] |= counted
     journal.write_text_durably(folder / SERVED, json.dumps(counted, indent=1) + "\n")
     facts = [recorder.facts(), *(facts_of_run(load_run(p)) for p in config.evaluate_on)]
     left_out, variance = parts.left_out, parts.variance
-    material = Material(held_out, scale, identity, recorder.model, facts, left_out, variance, buffer.first_fill)
+    material = Material(held_out, scale, identity, recorder.model, facts, left_out, variance, buffer.epoch_rows)
     for (name, latents, seed), trained in zip(names, made, strict=True):
         judge_and_write(config, material, trained, folder / name, latents, seed)
 
@@ -257,7 +272,7 @@ def learn(
     require_sae_lens()
     batches = buffer.batches(config.batch_size)
     first = [next(batches)]
-    wanted_rows = min(NORM_ROWS, buffer.first_fill)
+    wanted_rows = min(NORM_ROWS, buffer.epoch_rows)
     while sum(map(len, first)) < wanted_rows:
         first.append(next(batches))
     scale = norm_scale([torch.cat(first)[:wanted_rows]])
@@ -307,12 +322,28 @@ def _harvest(config: SaeTrainConfig) -> Streamed:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder in memory if there is one, which is gone afterwards."""
+    """A folder in memory if there is room for one, which is gone afterwards.
+
+    What a process that was killed left there is memory until the machine starts again: it is removed now.
+    """
+    inside = _SHARED_MEMORY if _has_room(_SHARED_MEMORY) else None
+    if inside is not None:
+        for left in inside.glob(f"{_PREFIX}*/{_LOCK}"):
+            with suppress(OSError), open(left) as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner is dead
+                shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
     try:
-        folder = Path(tempfile.mkdtemp(prefix="sglang-probe-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None))
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="sglang-probe-"))
-    try:
-        yield folder
+        with open(folder / _LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_room(folder: Path) -> bool:
+    """Containers have 64 MB of it by default."""
+    try:
+        return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= _ROOM
+    except OSError:
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,13 @@ def test_batches_are_those_of_the_two_step_way_and_the_workload_is_served_once(r
         assert torch.equal(next(batches), expected), step
     assert sum(map(len, served)) == 9
     assert [len(s) for s in served] == [4, 4, 1]
-    assert buffer.first_fill == two_step.order.epoch_length == parts.rows
+    assert buffer.epoch_rows == two_step.order.epoch_length == parts.rows == parts.served
     assert parts.variance == pytest.approx(float(two_step.train.x_ND.double().var(0, correction=0).sum()))
 
 
 def test_a_larger_workload_is_served_again_and_every_row_counts_once_a_pass(run: Run) -> None:
     served: list[list[str]] = []
-    _, buffer = buffer_of(config(harvest={"requests": 2, "buffer_rows": 60}), run, served)
+    parts, buffer = buffer_of(config(harvest={"requests": 2, "buffer_rows": 60}), run, served)
     rows = prepare(config(run), "x").train.x_ND
     batches = buffer.batches(19)
     one_pass = torch.cat([next(batches) for _ in range(len(rows) // 19)])
@@ -106,8 +106,28 @@ def test_a_larger_workload_is_served_again_and_every_row_counts_once_a_pass(run:
     assert np.array_equal(*order)
     next(batches)
     assert served[5] == served[0]  # from the beginning, after five parts
-    assert buffer.first_fill == 2 * 2 * 19
+    assert buffer.epoch_rows == parts.rows == len(rows) < parts.served
     assert buffer.fills >= 4
+    assert parts.variance == pytest.approx(float(rows.double().var(0, correction=0).sum()))
+
+
+def test_a_remainder_that_cannot_be_mixed_is_passed_over_and_a_source_that_cannot_is_not(run: Run) -> None:
+    rows = harvested([run], POINT)
+    rows = replace(rows, tokens=rows.tokens.assign(phase=np.where(np.arange(len(rows)) % 2, "decode", "prefill")))
+    prefill, decode = np.arange(0, len(rows), 2), np.arange(1, len(rows), 2)
+    mix = {"prefill": 0.5, "decode": 0.5}
+
+    def parts() -> Iterator[Harvested]:
+        yield rows.only(np.concatenate([prefill[:20], decode[:20]]))
+        yield rows.only(prefill[20:30])
+
+    buffer = Buffer(parts, 40, mix, 0)
+    batches = buffer.batches(10)
+    assert all(len(next(batches)) == 10 for _ in range(12))
+    assert buffer.skipped >= 2
+    assert buffer.epoch_rows == 40
+    with pytest.raises(ConfigError, match=r"no rows of that phase|leave no rows"):
+        next(Buffer(lambda: iter([rows.only(prefill[:10])]), 40, mix, 0).batches(10))
 
 
 def test_the_buffer_holds_no_more_rows_than_it_may_and_a_part(run: Run) -> None:

@@ -151,7 +151,7 @@ def graph_taps(
     hidden = runner.model_config.hidden_size
     columns = {h: (_width(h, hidden, heads), runner.dtype) for h in hook_points if h not in weights}
     columns |= {h: (w.shape[1], torch.float32) for h, w in weights.items()}
-    return make_taps(runner, {h: columns[h] for h in hook_points}, parts, weights)
+    return make_taps(runner, {h: columns[h] for h in hook_points}, parts, weights, ring=_ring(runner))
 
 
 def make_taps(
@@ -159,6 +159,7 @@ def make_taps(
     columns: dict[str, tuple[int, torch.dtype]],
     parts: dict[str, torch.Tensor] | None = None,
     weights: dict[str, torch.Tensor] | None = None,
+    ring: HostRing | None = None,
 ) -> GraphTaps:
     """Taps with room for the largest shape that will be captured.
 
@@ -171,10 +172,32 @@ def make_taps(
         parts=parts,
         weights=weights,
         recording=recording_on(runner),
-        ring=HostRing(_RING_BYTES) if runner.device == "cuda" else None,
+        ring=ring,
     )
     logger.info("sglang-probe: taps of %s rows, %.0f MB on %s", *taps.size, runner.device)
     return taps
+
+
+def _ring(runner: Any) -> HostRing | None:
+    """Host memory for the rows of the rank that records. Without it they take SGLang's own way, which allocates."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if runner.device != "cuda" or get_parallel().tp_rank != 0 or _copies_elsewhere():
+        return None
+    try:
+        return HostRing(_RING_BYTES)
+    except RuntimeError as e:
+        logger.warning("sglang-probe: no pinned memory of %s MB for rows: %s", _RING_BYTES >> 20, e)
+        return None
+
+
+def _copies_elsewhere() -> bool:
+    """Whether SGLang copies to the host from a thread and a stream of its own too (`AsyncD2HCopyWorker`)."""
+    try:
+        from sglang.srt.utils.common import is_confidential_compute
+    except ImportError:  # a release without it
+        return False
+    return bool(is_confidential_compute())
 
 
 def graph_rows() -> int:
