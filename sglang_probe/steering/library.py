@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,10 @@ class Library(Mapping[str, Vector]):
         """SHA-256 over the hashes of all vectors."""
         told = "".join(f"{v.name} {v.hash}\n" for v in self.values())
         return hashlib.sha256(told.encode()).hexdigest()
+
+    def without_saes(self) -> Library:
+        """The same entries and hashes without the weights of SAEs: for a process that reads cards alone."""
+        return Library(self.folder, {name: replace(v, sae=None) for name, v in self._vectors.items()})
 
     def check(self, *, width: int, layers: int, weight_hash: str | None) -> None:
         """Refuse a library with a vector that the model at hand cannot use, before anything is served.

@@ -223,6 +223,10 @@ def test_what_clients_may_know_of_an_sae_is_its_card(tmp_path: Path) -> None:
     (told,) = json.loads(json.dumps(listed(library_of(tmp_path, random_sae("standard")))))
     assert (told["kind"], told["norm"], told["sae"]["folder"]) == ("sae", None, "kept-0")
     assert str(tmp_path) not in json.dumps(told)
+    bare = Library.open(tmp_path).without_saes()
+    assert bare["sae-0"].sae is None
+    assert json.loads(json.dumps(listed(bare))) == [told]
+    assert bare.hash == Library.open(tmp_path).hash
 
 
 def test_a_card_without_tensors_is_half_a_vector_unless_it_is_of_an_sae(tmp_path: Path) -> None:

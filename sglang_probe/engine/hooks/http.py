@@ -187,7 +187,7 @@ def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:
         ConfigError: one cannot be read.
     """
     given = {"steer": config.steer, "scores": config.scores}
-    return {what: Library.open(c.library) for what, c in given.items() if c is not None}
+    return {what: Library.open(c.library).without_saes() for what, c in given.items() if c is not None}
 
 
 def _not_flushed(state: dict[str, Any], status: int) -> Any:
