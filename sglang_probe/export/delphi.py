@@ -21,7 +21,7 @@ from sglang_probe.export.folder import new_folder
 from sglang_probe.run.run import load_run
 from sglang_probe.sae.coded_run import Coded, code_run
 from sglang_probe.sae.folder import read_sae
-from sglang_probe.studies.features.study import refuse_other_weights
+from sglang_probe.sae.manifest import refuse_other_model
 
 _LEAST = 1e-5
 """Smaller activations are none (delphi's own rule)."""
@@ -44,7 +44,7 @@ def code_and_export(
         RunDirectoryError: the run cannot be read, or lacks the hook point.
     """
     opened, read = load_run(run), read_sae(sae)
-    refuse_other_weights(opened, read, sae)
+    refuse_other_model(read, [opened], str(sae))
     coded = code_run(opened, read, most=most, tell=tell)
     told = model or opened.manifest.get("model_path") or (opened.manifest.get("model") or {}).get("name") or ""
     return export_delphi(coded, folder, hook_point=str(read.hook_point), model=str(told), **how)

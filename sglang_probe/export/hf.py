@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from sglang_probe.errors import ConfigError
 from sglang_probe.export.folder import model_name, new_folder
 from sglang_probe.run import journal
+from sglang_probe.run.batches import queried
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
@@ -52,12 +53,7 @@ def export_hf(
         raise ConfigError(f"{run.path} has no captured rows")
     tokens = run.tokens()
     tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-    if where is not None:
-        try:
-            tokens = tokens.query(where)
-        except Exception as e:  # pandas raises a kind of its own for each mistake
-            columns = ", ".join(map(str, tokens.columns))
-            raise ConfigError(f"`--where` cannot be used: {e}", fix=f"the columns are {columns}") from e
+    tokens = queried(tokens, where, name="--where")
     rows = tokens["row"].to_numpy()
     tokens = tokens[np.logical_and.reduce([run.holds(p, rows) for p in points])]
     if tokens.empty:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from sglang_probe.errors import RunDirectoryError
+from sglang_probe.errors import ConfigError, ProbeError, RunDirectoryError
 from sglang_probe.run import schema, weighting
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.files import RunFiles
@@ -114,11 +114,7 @@ def chosen(
     tokens = positions.read_tokens(run, interrupted=False)
     tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (intervened | tokens["intervention"].isna())]
     if isinstance(where, str):
-        try:
-            tokens = tokens.query(where)
-        except Exception as e:  # pandas raises a kind of its own for each mistake
-            columns = ", ".join(map(str, tokens.columns))
-            raise RunDirectoryError(f"`where` cannot be used: {e}", fix=f"the columns are {columns}") from e
+        tokens = queried(tokens, where, error=RunDirectoryError)
     elif where is not None:
         tokens = tokens[where(tokens)]
     if isinstance(weight, str) and weight in ("unique", "traffic"):
@@ -127,3 +123,21 @@ def chosen(
     tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
     times = weighting.copies(weighting.weights_of(tokens, weight), rng)
     return tokens.iloc[np.repeat(np.arange(len(tokens)), times)]
+
+
+def queried(
+    tokens: pd.DataFrame, where: str | None, *, name: str = "where", error: type[ProbeError] = ConfigError
+) -> pd.DataFrame:
+    """The positions that a pandas query chooses; all of them without one.
+
+    Args:
+        name: of the key or option, for the message.
+        error: what is raised if it cannot be used.
+    """
+    if where is None:
+        return tokens
+    try:
+        return tokens.query(where)
+    except Exception as e:  # pandas raises a kind of its own for each mistake
+        columns = ", ".join(map(str, tokens.columns))
+        raise error(f"`{name}` cannot be used: {e}", fix=f"the columns are {columns}") from e

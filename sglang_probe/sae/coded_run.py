@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ConfigError
+from sglang_probe.run.batches import queried
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.sae.evaluation import Sinks
@@ -101,7 +102,7 @@ def code_run(
     own = (tokens["row"].to_numpy() == source) & (source >= 0)
     times = pd.Series(source).value_counts()
     rows = tokens[own]
-    rows = _chosen(rows, where)
+    rows = queried(rows, where)
     if rows.empty:
         raise ConfigError(f"{run.path} has no rows of `{point}` that fit", fix="see `where` and the sampling of rows")
     families = run.requests().set_index("rid")["family"]
@@ -138,16 +139,6 @@ def _encode(sae: SAE, x: torch.Tensor) -> Array:
 
     with torch.inference_mode():
         return sae.encode(x).float().numpy()
-
-
-def _chosen(rows: pd.DataFrame, where: str | None) -> pd.DataFrame:
-    if where is None:
-        return rows
-    try:
-        return rows.query(where)
-    except Exception as e:  # pandas raises a kind of its own for each mistake
-        columns = ", ".join(map(str, rows.columns))
-        raise ConfigError(f"`where` cannot be used: {e}", fix=f"the columns are {columns}") from e
 
 
 def _texts(run: Run, point: str, most: int, seed: int) -> tuple[pd.DataFrame, Array, Array, list[str], Array]:

@@ -88,6 +88,10 @@ def require_sae_lens() -> str:
         raise ConfigError(NEEDS, fix=FIX) from e
 
 
+NORM_ROWS = 20_000
+"""Rows, at most, that a scale is taken from."""
+
+
 def norm_scale(batches: Iterable[torch.Tensor]) -> float:
     """The factor that gives rows a mean norm of `sqrt(D)`, as SAELens' `expected_average_only_in` does.
 

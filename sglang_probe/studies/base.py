@@ -60,6 +60,20 @@ class Result(Protocol):
         """Every table by name."""
 
 
+class Measured:
+    """Base of a `Result` that is a measurement: whatever was found can be used, and no run is verified."""
+
+    @property
+    def ok(self) -> bool:
+        """It was measured; a finding is no failure."""
+        return True
+
+    @property
+    def checks(self) -> Mapping[str, Sequence[Check]]:
+        """Nothing is verified here."""
+        return {}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What would be recorded."""

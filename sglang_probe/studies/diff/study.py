@@ -20,16 +20,16 @@ from sglang_probe.sae.coded_run import Coded, code_run
 from sglang_probe.sae.differential import PERMUTATIONS, Found, compare, units_of
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.folder import read_sae, weights_sha256
-from sglang_probe.studies.features.study import refuse_other_weights
+from sglang_probe.sae.manifest import refuse_other_model
+from sglang_probe.studies.base import Measured
 from sglang_probe.studies.lens.study import checkpoint_of
-from sglang_probe.verify.check import Check
 
 Array = np.ndarray[Any, Any]
 FAMILY = "family"
 
 
 @dataclass(frozen=True)
-class DiffResult:
+class DiffResult(Measured):
     """What differs."""
 
     sae: str
@@ -49,16 +49,6 @@ class DiffResult:
     latents: pd.DataFrame
     """`found.frame` with a heuristic `label`."""
     notes: Sequence[str]
-
-    @property
-    def ok(self) -> bool:
-        """It was measured."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     @property
     def shortlist(self) -> pd.DataFrame:
@@ -128,7 +118,7 @@ def diff(
         RunDirectoryError: the run cannot be read, or lacks the hook point.
     """
     run, sae = load_run(path), read_sae(folder, hook_point=hook_point)
-    refuse_other_weights(run, sae, folder)
+    refuse_other_model(sae, [run], str(folder))
     vocabulary = Vocabulary.load(checkpoint_of(run, model))
     coded = code_run(run, sae, where=where, sinks=sinks, most=most, seed=seed, tell=tell)
     group = groups(run, coded, by, a, b)

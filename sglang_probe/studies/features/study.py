@@ -22,10 +22,10 @@ from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.coded_run import Coded, code_run
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.folder import read_sae, weights_sha256
-from sglang_probe.sae.manifest import model_of, of
+from sglang_probe.sae.manifest import refuse_other_model
 from sglang_probe.sae.sae import SAE
+from sglang_probe.studies.base import Measured
 from sglang_probe.studies.lens.study import checkpoint_of
-from sglang_probe.verify.check import Check
 
 Array = np.ndarray[Any, Any]
 TOPS, BINS = 10, 4
@@ -47,7 +47,7 @@ class Promoted:
 
 
 @dataclass(frozen=True)
-class FeaturesResult:
+class FeaturesResult(Measured):
     """What was found of an SAE's latents on one run."""
 
     sae: str
@@ -73,16 +73,6 @@ class FeaturesResult:
     null: pd.DataFrame
     """Scores of random directions that fire as often: `latent` (whose rate it has), `f1`, `detection`, `fuzzing`."""
     notes: Sequence[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """It was measured."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -160,7 +150,7 @@ def study(
         RunDirectoryError: the run cannot be read, or lacks the hook point.
     """
     run, sae = load_run(path), read_sae(folder, hook_point=hook_point)
-    refuse_other_weights(run, sae, folder)
+    refuse_other_model(sae, [run], str(folder))
     checkpoint = checkpoint_of(run, model)
     vocabulary = Vocabulary.load(checkpoint)
     coded = code_run(run, sae, where=where, sinks=sinks, most=most, seed=seed, tell=tell)
@@ -203,21 +193,6 @@ def study(
         null,
         notes,
     )
-
-
-def refuse_other_weights(run: Run, sae: SAE, folder: Path) -> None:
-    """Refuse an SAE that says that it is of other weights than the rows.
-
-    Raises:
-        ConfigError: it does.
-    """
-    told = of(sae) or {}
-    theirs, ours = (m.get("weights_sha256") for m in (told.get("model") or {}, model_of([run])))
-    if theirs and ours and theirs != ours:
-        raise ConfigError(
-            f"{folder} was trained on rows of other weights than those of {run.path}",
-            fix="use a run of the model that it was trained on",
-        )
 
 
 def promote(sae: SAE, checkpoint: Path, k: int = PROMOTED) -> Promoted:

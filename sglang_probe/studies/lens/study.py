@@ -16,11 +16,12 @@ from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
 from sglang_probe.run import journal
+from sglang_probe.run.batches import queried
 from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.studies.base import Measured
 from sglang_probe.studies.lens.measure import Reading, read, settled
-from sglang_probe.verify.check import Check
 
 Array = np.ndarray[Any, Any]
 EMBEDDING = -1
@@ -31,7 +32,7 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class LensResult:
+class LensResult(Measured):
     """What the layers say."""
 
     run: str
@@ -49,16 +50,6 @@ class LensResult:
     shown: str
     """That request."""
     notes: Sequence[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """It was measured."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -268,12 +259,7 @@ def _drawn(
     run: Run, points: Mapping[int, str], tokens: pd.DataFrame, where: str | None, most: int, seed: int
 ) -> pd.DataFrame:
     """Computed positions that every layer holds, at most so many."""
-    if where is not None:
-        try:
-            tokens = tokens.query(where)
-        except Exception as e:  # pandas raises a kind of its own for each mistake
-            columns = ", ".join(map(str, tokens.columns))
-            raise ConfigError(f"`--where` cannot be used: {e}", fix=f"the columns are {columns}") from e
+    tokens = queried(tokens, where, name="--where")
     rows = tokens["row"].to_numpy()
     held = np.logical_and.reduce([run.holds(name, rows) for name in points.values()])
     tokens = tokens[held]

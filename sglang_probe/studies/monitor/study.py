@@ -17,9 +17,8 @@ from sglang_probe.monitor.profile import Profile, kl_by_dimension, profile
 from sglang_probe.monitor.trajectories import Trajectories, read
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.folder import read_sae
-from sglang_probe.sae.manifest import model_of, of
-from sglang_probe.studies.base import records
-from sglang_probe.verify.check import Check
+from sglang_probe.sae.manifest import model_of, refuse_other_model
+from sglang_probe.studies.base import Measured, records
 
 MOST_DIMENSIONS = 20
 """Dimensions of rows whose divergence is printed, largest first."""
@@ -44,7 +43,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class MonitorResult:
+class MonitorResult(Measured):
     """What was found."""
 
     names: Sequence[str]
@@ -61,16 +60,6 @@ class MonitorResult:
     """`statistic, place` of ADWIN's alarms."""
     options: Options
     notes: Sequence[str]
-
-    @property
-    def ok(self) -> bool:
-        """It was measured: an alarm is a finding, not a failure."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     def to_json(self) -> dict[str, Any]:
         """The numbers."""
@@ -120,9 +109,7 @@ def monitor(paths: Sequence[Path], reference: Sequence[Path], options: Options) 
         point = point or sae.hook_point
         if point is None:
             raise ConfigError(f"{options.sae} does not say where its rows come from", fix="give --hook-point")
-        told, ours = ((of(sae) or {}).get("model") or {}).get("weights_sha256"), model_of(runs).get("weights_sha256")
-        if told and ours and told != ours:
-            raise ConfigError(f"{options.sae} was trained on rows of other weights than those of the runs")
+        refuse_other_model(sae, runs, str(options.sae))
     weights = [model_of(r).get("weights_sha256") for r in (runs, theirs)]
     if all(weights) and weights[0] != weights[1]:
         raise ConfigError(

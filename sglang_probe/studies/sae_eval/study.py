@@ -16,12 +16,12 @@ from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.harvested import harvested
 from sglang_probe.sae.manifest import facts_of_run, of, refuse_other_model
+from sglang_probe.studies.base import Measured
 from sglang_probe.studies.sae_train.study import labels
-from sglang_probe.verify.check import Check
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class EvalResult(Measured):
     """An SAE on the rows of runs."""
 
     sae: str
@@ -33,16 +33,6 @@ class EvalResult:
     notes: Sequence[str]
     training_variance: float | None
     """Of the rows that it was trained on; None where its folder does not say."""
-
-    @property
-    def ok(self) -> bool:
-        """It was measured."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     @property
     def groups(self) -> pd.DataFrame:

@@ -26,8 +26,7 @@ from sglang_probe.sae.overlap import overlap, rate_drift
 from sglang_probe.sae.rotation import rotation
 from sglang_probe.sae.sae import SAE
 from sglang_probe.stats.intervals import LEAST_CLUSTERS, mean_intervals, mean_p
-from sglang_probe.studies.base import Tell
-from sglang_probe.verify.check import Check
+from sglang_probe.studies.base import Measured, Tell
 
 Array = np.ndarray[Any, Any]
 COMMONEST = (50, 100, 200)
@@ -49,7 +48,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class OverlapResult:
+class OverlapResult(Measured):
     """What was found; `first` and `second` are the regimes."""
 
     sae: str
@@ -75,16 +74,6 @@ class OverlapResult:
     splits: pd.DataFrame
     """`sae.splits.against`; empty where no other dictionary was given."""
     notes: Sequence[str]
-
-    @property
-    def ok(self) -> bool:
-        """It was measured."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     def to_json(self) -> dict[str, Any]:
         """The numbers; of latents the counts."""

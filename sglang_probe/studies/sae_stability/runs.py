@@ -20,13 +20,12 @@ from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.harvested import Harvested, harvested
 from sglang_probe.sae.keys import Keyed, KeySchedule, places
 from sglang_probe.sae.manifest import facts_of_run, model_of
-from sglang_probe.sae.train import norm_scale
+from sglang_probe.sae.train import NORM_ROWS, norm_scale
 from sglang_probe.studies.lessons import Lesson, read_lessons, train_missing
 from sglang_probe.studies.sae_stability.config import ORDER, REPEAT, DictionariesOf, Dictionary, SaeStabilityConfig
 
 __all__ = ["prepare", "read", "run"]
 
-NORM_ROWS = 20_000
 ALL_ROWS = Sinks(first_positions=0, norm_multiple=None)
 """Which rows are sinks is decided by the reference, so that keys mean the same in every harvest."""
 

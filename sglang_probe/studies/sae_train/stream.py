@@ -35,12 +35,11 @@ from sglang_probe.run.run import load_run
 from sglang_probe.sae.harvested import Harvested, harvested, held_out_families, joined, refuse_mixed_models
 from sglang_probe.sae.manifest import facts_of_run, model_of
 from sglang_probe.sae.stream import Buffer
-from sglang_probe.sae.train import Task, course, norm_scale, require_sae_lens
+from sglang_probe.sae.train import NORM_ROWS, Task, course, norm_scale, require_sae_lens
 from sglang_probe.studies.base import plain
 from sglang_probe.studies.sae_train.config import SaeTrainConfig, Streamed
 from sglang_probe.studies.sae_train.study import (
     LEAST_HELD_OUT,
-    NORM_ROWS,
     RESULT,
     SERVED,
     TRAINING,

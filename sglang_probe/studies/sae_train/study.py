@@ -26,15 +26,14 @@ from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
 from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule
 from sglang_probe.sae.manifest import KEY, facts_of_run, manifest_from, model_of
 from sglang_probe.sae.threshold import shared_threshold, threshold_for
-from sglang_probe.sae.train import CHECKPOINT, Task, Trained, norm_scale, require_sae_lens, train
-from sglang_probe.studies.base import plain
+from sglang_probe.sae.train import CHECKPOINT, NORM_ROWS, Task, Trained, norm_scale, require_sae_lens, train
+from sglang_probe.studies.base import Measured, plain
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
-from sglang_probe.verify.check import Check
 
 TRAINING, RESULT = "training.json", "result.json"
 SERVED = "served.json"
 """How many rows a training had that were not kept."""
-CALIBRATION_ROWS, CURVE_ROWS, NORM_ROWS, LEAST_HELD_OUT = 8192, 2048, 20_000, 5
+CALIBRATION_ROWS, CURVE_ROWS, LEAST_HELD_OUT = 8192, 2048, 5
 Tell = Callable[[dict[str, float]], None]
 
 
@@ -69,7 +68,7 @@ class Material:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Measured):
     """Every dictionary of a training."""
 
     name: str
@@ -79,16 +78,6 @@ class TrainResult:
     groups: pd.DataFrame
     curve: pd.DataFrame
     left_out: pd.DataFrame
-
-    @property
-    def ok(self) -> bool:
-        """Every dictionary was trained and judged."""
-        return True
-
-    @property
-    def checks(self) -> Mapping[str, Sequence[Check]]:
-        """Nothing is verified here."""
-        return {}
 
     def to_json(self) -> dict[str, Any]:
         """What was trained on what, and how good it is."""

@@ -17,9 +17,9 @@ from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.folder import read_sae
-from sglang_probe.sae.manifest import KEY
+from sglang_probe.sae.manifest import KEY, refuse_other_model
 from sglang_probe.studies.features.dashboard import collect, render, write_dashboard
-from sglang_probe.studies.features.study import FeaturesResult, refuse_other_weights, study
+from sglang_probe.studies.features.study import FeaturesResult, study
 from tests.studies.features.planted import FOLDER, LATENTS, SETS, directions, planted_run, planted_sae
 
 
@@ -183,7 +183,7 @@ def test_an_sae_of_other_weights_is_refused(found: FeaturesResult, tmp_path: Pat
     sae = read_sae(planted_sae(tmp_path / "sae"))
     told = {KEY: {"model": {"weights_sha256": {"model.safetensors": "0" * 64}}}}
     with pytest.raises(ConfigError, match="other weights"):
-        refuse_other_weights(run, sae.with_metadata(**told), tmp_path)
+        refuse_other_model(sae.with_metadata(**told), [run], str(tmp_path))
 
 
 def test_the_command_leaves_its_pages(cli: Callable, tmp_path: Path) -> None:

@@ -151,3 +151,10 @@ class Instrument:
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it, once the model is loaded."""
         return {}
+
+
+def forward_batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """SGLang's `ForwardBatch` among the arguments of a decoder layer."""
+    if "forward_batch" in kwargs:
+        return kwargs["forward_batch"]
+    return next(a for a in args if hasattr(a, "forward_mode"))

@@ -20,7 +20,7 @@ from sglang_probe.engine.capture.taps import Taps, head_columns
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_model, check_recorded, graph_taps
 from sglang_probe.engine.hooks.instruments.attention_rows import install_attention_taps
-from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
+from sglang_probe.engine.hooks.instruments.base import Forward, Instrument, forward_batch_of
 from sglang_probe.engine.releases import release
 from sglang_probe.run.hook_points import (
     ATTENTION,
@@ -204,14 +204,8 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tor
     if not session.taps_write and session.tp_size == 1:
         return None
     try:
-        residual_ND: torch.Tensor = release().residual(_forward_batch(args, kwargs), output)
+        residual_ND: torch.Tensor = release().residual(forward_batch_of(args, kwargs), output)
         return residual_ND
     except Exception as e:
         session.fail("_residual", e)
         return None
-
-
-def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if "forward_batch" in kwargs:
-        return kwargs["forward_batch"]
-    return next(a for a in args if hasattr(a, "forward_mode"))

@@ -31,7 +31,7 @@ from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
-from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks.instruments.base import Instrument, forward_batch_of
 from sglang_probe.engine.hooks.instruments.budget import Budget
 from sglang_probe.engine.hooks.instruments.gates import Gates
 from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
@@ -283,7 +283,7 @@ class Steering(Instrument):
         from sglang_probe.steering.apply import add_rows, changes
 
         assert self._bank is not None
-        forward_batch = _forward_batch(args, kwargs)
+        forward_batch = forward_batch_of(args, kwargs)
         x_ND: torch.Tensor = release().residual(forward_batch, output)
         to_ND: torch.Tensor = release().changeable_residual(forward_batch, output)
         if self._graph is not None:
@@ -393,9 +393,3 @@ def _layer_hook(steering: Steering, layer: int) -> Callable[..., None]:
             steering._spent(began)
 
     return intervene
-
-
-def _forward_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if "forward_batch" in kwargs:
-        return kwargs["forward_batch"]
-    return next(a for a in args if hasattr(a, "forward_mode"))
