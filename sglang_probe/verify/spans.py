@@ -31,10 +31,11 @@ def spans_tile(run: Run) -> Check:
     rid = closed["rid"]
     expected = closed["prompt_len"].to_numpy(float) + np.maximum(closed["output_len"].to_numpy() - 1, 0)
     expected = expected + rid.map(overshoot).fillna(0).to_numpy()
-    # An attempt after a retraction prefills the last sampled token too. Dropped before it sampled the next one,
-    # that token has a KV entry.
+    # An attempt after a retraction prefills the last sampled token too, if there is one. Dropped before it sampled the
+    # next one, that token has a KV entry.
     whole = rid.map(recomputed).fillna(0).to_numpy() == (closed["prompt_len"] + closed["output_len"]).to_numpy(float)
-    expected = expected + ((closed["finish_reason"] == "abort").to_numpy() & whole)
+    sampled = (closed["output_len"] > 0).to_numpy()
+    expected = expected + ((closed["finish_reason"] == "abort").to_numpy() & whole & sampled)
     found = rid.map(ends).fillna(0).to_numpy()
     if (found != expected).any():
         i = int(np.argmax(found != expected))

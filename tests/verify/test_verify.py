@@ -235,7 +235,7 @@ def _rewrite(path: Path, name: str, table: pa.Table) -> None:
         ("prefill", "abort", "a: spans end at 9, expected 8"),
     ],
 )
-def test_an_abort_behind_a_recompute_leaves_the_last_sampled_token_with_an_entry(
+def test_an_abort_after_a_recompute_leaves_the_last_sampled_token_with_an_entry(
     make_run: Callable[..., Run], phase: str, reason: str, violation: str | None
 ) -> None:
     """Found by attack, seed 121: retracted, computed again up to its last token, and dropped before the next one."""
@@ -247,3 +247,21 @@ def test_an_abort_behind_a_recompute_leaves_the_last_sampled_token_with_an_entry
     run.last_attempt = lambda: spans  # type: ignore[method-assign]
     run.requests = lambda **_: requests  # type: ignore[method-assign]
     assert spans_tile(run).violation == violation
+
+
+def test_an_abort_after_a_recompute_of_a_prompt_that_sampled_nothing_leaves_the_prompt_alone(
+    make_run: Callable[..., Run],
+) -> None:
+    """Found by attack, seed 2 at another speed: retracted in its prefill, computed again, and dropped."""
+    run = make_run()
+    spans, requests = run.last_attempt(), run.requests(interrupted=True)
+    of_a = requests["rid"] == "a"
+    prompt = int(requests.loc[of_a, "prompt_len"].iloc[0])
+    spans = spans[(spans["rid"] != "a") | (spans["end"] <= prompt)].copy()
+    last = spans.index[(spans["rid"] == "a") & (spans["end"] == prompt)]
+    assert len(last) == 1
+    spans.loc[last, "phase"] = "recompute"
+    requests.loc[of_a, ["output_len", "finish_reason"]] = [0, "abort"]
+    run.last_attempt = lambda: spans  # type: ignore[method-assign]
+    run.requests = lambda **_: requests  # type: ignore[method-assign]
+    assert spans_tile(run).violation is None
