@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint"
 _CURVE, _TELL_EVERY = "curve.json", 5
-NEEDS = "training needs SAELens"
+NEEDS = "needs SAELens"
 FIX = "pip install 'sglang-probe[sae]'; constraints/0.5.23.txt has versions that leave SGLang's alone"
 
 
@@ -74,8 +74,11 @@ class Trained:
     """Of training, evaluation for the curve included; of the last process alone, if it was resumed."""
 
 
-def require_sae_lens() -> str:
+def require_sae_lens(what: str = "training") -> str:
     """Version of SAELens.
+
+    Args:
+        what: needs it, for the message.
 
     Raises:
         ConfigError: it is not installed.
@@ -85,7 +88,7 @@ def require_sae_lens() -> str:
     try:
         return version("sae-lens")
     except PackageNotFoundError as e:
-        raise ConfigError(NEEDS, fix=FIX) from e
+        raise ConfigError(f"{what} {NEEDS}", fix=FIX) from e
 
 
 NORM_ROWS = 20_000
@@ -93,17 +96,22 @@ NORM_ROWS = 20_000
 
 
 def norm_scale(batches: Iterable[torch.Tensor]) -> float:
-    """The factor that gives rows a mean norm of `sqrt(D)`, as SAELens' `expected_average_only_in` does.
+    """The factor that gives rows a mean norm of `sqrt(D)`, as SAELens' `expected_average_only_in` does; the same
+    however the rows are cut into batches.
 
     Raises:
         ConfigError: all rows are zero.
     """
-    total, n, width = 0.0, 0, 0
+    import torch
+
+    norms, width = [], 0
     for rows in batches:
-        total, n, width = total + float(rows.norm(dim=1).double().sum()), n + len(rows), rows.shape[1]
-    if not total:
+        norms.append(rows.norm(dim=1).double())
+        width = rows.shape[1]
+    every = torch.cat(norms)
+    if not bool(every.any()):
         raise ConfigError("all rows are zero: nothing can be learnt from them")
-    return float(width**0.5 * n / total)
+    return float(width**0.5 * len(every) / every.sum())
 
 
 def train(task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None) -> Trained:
