@@ -20,9 +20,10 @@ from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import of
 from sglang_probe.sae.threshold import shared_threshold
+from sglang_probe.studies.sae_train import command
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
 from sglang_probe.studies.sae_train.page import train_page
-from sglang_probe.studies.sae_train.study import TrainResult, open_folder, prepare
+from sglang_probe.studies.sae_train.study import TrainResult, open_folder, prepare, train_all
 from tests.sae.lens import needs_sae_lens
 from tests.verify.good_run import RESID, make_good_run
 
@@ -148,6 +149,49 @@ def test_configurations_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(config_file("bad", **keys), SaeTrainConfig)
+
+
+def test_the_plan_says_what_is_in_memory_and_another_buffer_is_another_training_where_it_matters(
+    config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = load_config(config_file(), SaeTrainConfig)
+    whole = prepare(of, "x")
+    assert whole.order.together is None
+    assert prepare(of.model_copy(update={"buffer_mib": 7}), "x").identity == whole.identity
+    monkeypatch.setattr("sglang_probe.sae.harvested.Listed.row_bytes", 1 << 16)  # 1 MiB holds 16 rows
+    small = prepare(of.model_copy(update={"buffer_mib": 1}), "x")
+    assert small.identity["rows"]["shuffled_together"] == small.order.together == 16 < len(small.train)
+    assert command._memory(
+        small, of
+    ) == f"16 of them in memory (1 MiB): an epoch is {len(small.order.ends)} fills, " + ("shuffled one by one")
+
+
+@needs_sae_lens
+@pytest.mark.slow
+def test_a_training_that_reads_as_it_goes_is_interrupted_and_ends_like_one_that_was_not(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_probe.sae.harvested.Listed.row_bytes", 1 << 16)
+    of = load_config(config_file(buffer_mib=1), SaeTrainConfig)
+    prepared = prepare(of, "x")
+
+    class Ended(Exception):
+        pass
+
+    def end(at: dict[str, float]) -> None:
+        if at["step"] >= 10:
+            raise Ended
+
+    def nothing(_: dict[str, float]) -> None:
+        pass
+
+    name = "batchtopk-12-seed0"
+    train_all(of, prepared, tmp_path / "whole", lambda _: nothing)
+    with pytest.raises(Ended):
+        train_all(of, prepared, tmp_path / "parts", lambda _: end)
+    train_all(of, prepare(of, "x"), tmp_path / "parts", lambda _: nothing)
+    for file in ("sae_weights.safetensors", "cfg.json"):
+        assert (tmp_path / "parts" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
 
 
 def test_too_few_rows_are_refused(config_file: Callable[..., Path]) -> None:

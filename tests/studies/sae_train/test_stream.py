@@ -87,18 +87,18 @@ def test_batches_are_those_of_the_two_step_way_and_the_workload_is_served_once(r
     parts, buffer = buffer_of(config(), run, served)
     batches = buffer.batches(32)
     for step in range(50):  # nine epochs
-        expected = two_step.train.x_ND[torch.from_numpy(two_step.order.batch(step, 32))]
+        expected = two_step.train.read(two_step.order.batch(step, 32))
         assert torch.equal(next(batches), expected), step
     assert sum(map(len, served)) == 9
     assert [len(s) for s in served] == [4, 4, 1]
     assert buffer.epoch_rows == two_step.order.epoch_length == parts.rows == parts.served
-    assert parts.variance == pytest.approx(float(two_step.train.x_ND.double().var(0, correction=0).sum()))
+    assert parts.variance == pytest.approx(float(two_step.train.read().double().var(0, correction=0).sum()))
 
 
 def test_a_larger_workload_is_served_again_and_every_row_counts_once_a_pass(run: Run) -> None:
     served: list[list[str]] = []
     parts, buffer = buffer_of(config(harvest={"requests": 2, "buffer_rows": 60}), run, served)
-    rows = prepare(config(run), "x").train.x_ND
+    rows = prepare(config(run), "x").train.read()
     batches = buffer.batches(19)
     one_pass = torch.cat([next(batches) for _ in range(len(rows) // 19)])
     assert len(one_pass) == len(rows)
@@ -192,7 +192,7 @@ def test_dictionaries_are_those_of_the_two_step_way(run: Run, tmp_path: Path) ->
     train_all(config(run), two_step, tmp_path / "two", lambda _: lambda _: None)
     _, buffer = buffer_of(config(), run, [])
     scale, made = stream.learn(config(), buffer, two_step.held_out, tmp_path / "one", lambda _: lambda _: None)
-    assert scale == two_step.scale == norm_scale([two_step.train.x_ND[torch.from_numpy(two_step.order.batch(0, 171))]])
+    assert scale == two_step.scale == norm_scale([two_step.train.read(two_step.order.batch(0, 171))])
     for seed, trained in enumerate(made):
         theirs = read_sae(tmp_path / "two" / f"batchtopk-16-seed{seed}")
         for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
