@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 COLUMNS = ["run", "rid", "position", "token_id", "segment", "phase", "row"]
 _READ = 65536
-_READ_BYTES = 16 << 20
+_READ_BYTES = 4 << 20
+_NAMES = ("rid", "segment", "phase", "family")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Listed:
     runs: Sequence[Run]
     hook_point: str
     tokens: pd.DataFrame
-    """Of each row: `run` (number of the run), `rid`, `position`, `token_id`, `segment`, `phase`, `row`, `family`."""
+    """Of each row: `run` (number of the run), `rid`, `position`, `token_id`, `segment`, `phase`, `row`, `family`; in 36
+    bytes: names are categories."""
     left_out: pd.DataFrame
     """Rows that were left out, by `reason` and `segment`: `rows`."""
     norm_limit: float
@@ -90,7 +92,7 @@ class Listed:
         return out
 
     def batches(self, places: Array | None = None) -> Iterator[torch.Tensor]:
-        """Rows by their places, all of them by default, in their order, float32 `[n, D]`, 16 MiB at a time."""
+        """Rows by their places, all of them by default, in their order, float32 `[n, D]`, 4 MiB at a time."""
         size = max(1, _READ_BYTES // (4 * self.layout[0]))
         places = np.arange(len(self)) if places is None else places
         for start in range(0, len(places), size):
@@ -98,7 +100,8 @@ class Listed:
 
     def loaded(self) -> Harvested:
         """The rows in memory."""
-        return Harvested(self.read(), self.tokens, self.left_out, self.norm_limit)
+        plain = self.tokens.astype({"run": np.int64, "position": np.int64, **dict.fromkeys(_NAMES, "str")})
+        return Harvested(self.read(), plain, self.left_out, self.norm_limit)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Harvested:
 
     x_ND: torch.Tensor
     tokens: pd.DataFrame
-    """As `Listed.tokens`."""
+    """As `Listed.tokens`, with names as text."""
     left_out: pd.DataFrame
     norm_limit: float
 
@@ -162,15 +165,18 @@ def listed(
     """
     refuse_mixed_models(runs)
     sinks = sinks or Sinks()
-    frames = []
+    columns: dict[str, list[Array]] = {name: [] for name in [*COLUMNS, "family"]}
+    names: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     for number, run in enumerate(runs):
         rng = np.random.default_rng([seed, number])
         families = run.requests().set_index("rid")["family"]
         for chosen in batches.chosen_in_parts(run, hook_point, where=where, weight=weight, rng=rng):
             family = chosen["rid"].map(families).fillna(chosen["rid"])
-            frames.append(chosen[[c for c in COLUMNS if c != "run"]].assign(run=number, family=family.to_numpy()))
-    tokens = pd.concat(frames, ignore_index=True)[[*COLUMNS, "family"]]
-    del frames
+            for name, values in chosen.assign(run=number, family=family.to_numpy())[list(columns)].items():
+                kind = np.int64 if name == "row" else np.int32
+                of = _coded(values, names[str(name)]) if name in _NAMES else values.to_numpy(kind)
+                columns[str(name)].append(of)
+    tokens = pd.DataFrame({name: _joined(columns.pop(name), names.get(name)) for name in list(columns)})
     if not len(tokens):
         raise ConfigError(f"the runs have no rows of `{hook_point}` that fit", fix="see `where` and `rows`")
     every = Listed(runs, hook_point, tokens, pd.DataFrame(), float("inf"))
@@ -178,8 +184,10 @@ def listed(
     first = position < sinks.first_positions
     norms = np.zeros(len(tokens), np.float32)
     if sinks.norm_multiple is not None and not first.all():
-        inner = np.flatnonzero(~first)
-        norms[inner] = np.concatenate([x.norm(dim=1).numpy() for x in every.batches(inner)])
+        inner, done = np.flatnonzero(~first), 0
+        for x in every.batches(inner):  # a list of their norms would keep the heap from shrinking between batches
+            norms[inner[done : done + len(x)]] = x.norm(dim=1).numpy()
+            done += len(x)
     sink, limit = sinks.of(position, norms)
     reason = np.full(len(tokens), "", dtype=object)
     if deduplicate:
@@ -190,8 +198,21 @@ def listed(
     if not len(kept):
         raise ConfigError(f"all {len(tokens)} rows of `{hook_point}` were left out as sinks", fix="see `exclude`")
     gone = tokens[reason != ""].assign(reason=reason[reason != ""])
+    gone = gone.astype({"segment": "str"})
     left_out = gone.groupby(["reason", "segment"], as_index=False, sort=True).size().rename(columns={"size": "rows"})
     return replace(every.only(kept), left_out=left_out, norm_limit=limit)
+
+
+def _coded(values: pd.Series, names: dict[str, int]) -> Array:
+    """Numbers of names, int32; a name that is new gets the next one, and -1 stands for none."""
+    codes, found = pd.factorize(values)
+    numbers = np.array([*(names.setdefault(str(n), len(names)) for n in found), -1], np.int32)
+    return numbers[codes]
+
+
+def _joined(parts: list[Array], names: dict[str, int] | None) -> Any:
+    values = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return values if names is None else pd.Categorical.from_codes(values, list(names))
 
 
 def harvested(runs: Sequence[Run], hook_point: str, **how: Any) -> Harvested:

@@ -44,7 +44,8 @@ def test_what_is_listed_and_read_is_what_is_harvested(tmp_path: Path) -> None:
         mixed = np.random.default_rng(0).integers(0, len(rows), 100)
         assert torch.equal(rows.read(mixed), there.x_ND[torch.from_numpy(mixed)])
         assert torch.equal(torch.cat(list(rows.batches())), there.x_ND.float())
-        assert rows.tokens.equals(there.tokens)
+        assert rows.loaded().tokens.equals(there.tokens)
+        assert rows.tokens.memory_usage(index=False).sum() < 40 * len(rows) + 8 * 1024
 
 
 def test_a_buffer_that_holds_everything_changes_no_batch(run: Run) -> None:

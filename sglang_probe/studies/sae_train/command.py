@@ -60,8 +60,9 @@ class SaeTrain(Study):
     With `harvest` in place of `runs`, requests are recorded some at a time, trained on and forgotten: for harvests that
     do not fit on the disk.
 
-    `--resume` goes on from the last checkpoint, with the same result as if nothing had happened. Training needs
-    SAELens: `pip install 'sglang-probe[sae]'`.
+    `--resume` goes on from the last checkpoint, with the same result as if nothing had happened; with `harvest`, what
+    was in memory is recorded again with the same output tokens, so that no row is used twice or left out, but its
+    numbers may differ in the last bits. Training needs SAELens: `pip install 'sglang-probe[sae]'`.
 
     Example: `sglang-probe sae train mine.yaml --output saes/mine`
     """

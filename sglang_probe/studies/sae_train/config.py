@@ -68,7 +68,7 @@ class SaeTrainConfig(Recipe):
     buffer_mib: PositiveInt = 1024
     """Memory for the rows of `runs` that are trained on, in MiB. Rows that fit are read once and shuffled all together;
     of more, random pieces are read and shuffled so many at a time, each row once an epoch. Another size is then another
-    order. Beside it are in memory `evaluation_rows`, and about 100 bytes of each row's description."""
+    order. Beside it are in memory `evaluation_rows`, and about 100 bytes for what is known of each row."""
     evaluate_on: list[InputPath] = Field(default_factory=list)
     """Runs to judge by in place of held-out families."""
     evaluation_rows: PositiveInt = 40_000
