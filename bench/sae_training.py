@@ -92,6 +92,7 @@ def _ours(given: argparse.Namespace) -> dict[str, float]:
     from sglang_probe.sae.train import Task, norm_scale, train
 
     importlib.import_module("sae_lens")  # not counted
+    _touch_libraries()
     before, start = _memory(begin=True), time.perf_counter()
     if given.way == WAYS[3]:
         rows, x = None, load_run(given.run).rows(given.hook_point, np.arange(BATCH)).float()
@@ -113,6 +114,16 @@ def _ours(given: argparse.Namespace) -> dict[str, float]:
     return _numbers(before, start, loaded, given.steps)
 
 
+def _touch_libraries() -> None:
+    """Have the pages of libraries in memory that reading a table needs: as little a part of the rows as an import."""
+    import pandas as pd
+
+    with tempfile.TemporaryDirectory() as folder:
+        frame = pd.DataFrame({"a": ["x", "y"], "b": [[1], [2]]})
+        frame.to_parquet(Path(folder) / "x.parquet")
+        pd.read_parquet(Path(folder) / "x.parquet").merge(frame[["a"]], on="a").groupby("a").size()
+
+
 def _theirs(given: argparse.Namespace) -> dict[str, float]:
     import torch
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LoggingConfig, SAETrainer
@@ -120,6 +131,7 @@ def _theirs(given: argparse.Namespace) -> dict[str, float]:
     from sae_lens.training.activations_store import ActivationsStore
 
     width = int(np.asarray(_width(given.dataset, given.hook_point)))
+    _touch_libraries()
     before, start = _memory(begin=True), time.perf_counter()
     nothing: Any = torch.nn.Identity()  # the model of a store of cached rows is never asked
     store = ActivationsStore(

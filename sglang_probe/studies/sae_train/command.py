@@ -114,7 +114,8 @@ class SaeTrain(Study):
     ) -> tuple[TrainResult, Path] | Plan:
         """Record and train in one process."""
         from sglang_probe.harvest.directory import hold_directory
-        from sglang_probe.studies.sae_train.stream import parts_of, prepare_stream, split_requests, train_stream
+        from sglang_probe.studies.sae_train.parts import parts_of
+        from sglang_probe.studies.sae_train.stream import prepare_stream, split_requests, train_stream
         from sglang_probe.studies.sae_train.study import read_results, wanted
 
         with console.status("checking model and workload"):

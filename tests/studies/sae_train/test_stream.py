@@ -28,6 +28,7 @@ from sglang_probe.sae.stream import Buffer
 from sglang_probe.sae.train import norm_scale
 from sglang_probe.studies.sae_train import checkpoint, stream
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
+from sglang_probe.studies.sae_train.parts import Parts, parts_of
 from sglang_probe.studies.sae_train.study import SERVED, prepare, read_results
 from tests.sae.lens import needs_sae_lens
 from tests.sae.made_rows import POINT, Text, make_run_of
@@ -77,12 +78,10 @@ def recording(run: Run, served: list[list[str]]) -> Callable[[Sequence[Any], int
 def stream_of(of: SaeTrainConfig, run: Run, served: list[list[str]], record: Any = None) -> stream.Stream:
     training, _ = stream.split_requests(of, in_order())
     assert of.harvest is not None
-    parts = stream.Parts(
-        stream.parts_of(training, of.harvest.requests), record or recording(run, served), lambda _: None
-    )
+    parts = Parts(parts_of(training, of.harvest.requests), record or recording(run, served), lambda _: None)
     parts.counts = True
     mix = None if of.mix is None else {str(k): v for k, v in of.mix.items()}
-    number = len(stream.parts_of(training, of.harvest.requests))
+    number = len(parts_of(training, of.harvest.requests))
     return stream.Stream(Buffer(parts.training, number, of.harvest.buffer_rows, mix, of.order_seed), parts)
 
 
