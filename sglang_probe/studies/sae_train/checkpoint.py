@@ -92,7 +92,8 @@ def read(folder: Path) -> Saved | None:
 def delete(folder: Path) -> None:
     """Remove what is needed no longer."""
     for name in (CHECKPOINT, HELD_OUT):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        for left in (name, f".{name}.old", f".{name}.new"):
+            shutil.rmtree(folder / left, ignore_errors=True)
 
 
 def _read_held_out(path: Path) -> Harvested:

@@ -29,6 +29,7 @@ from sglang_probe.sae.shelf import Shelf
 from sglang_probe.sae.threshold import shared_threshold, threshold_for
 from sglang_probe.sae.train import CHECKPOINT, NORM_ROWS, Task, Trained, norm_scale, require_sae_lens, train
 from sglang_probe.studies.base import Measured, plain
+from sglang_probe.studies.sae_train import checkpoint
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
 
 TRAINING, RESULT = "training.json", "result.json"
@@ -172,6 +173,7 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool, resu
         for child in folder.iterdir():
             if child.is_dir() and ((child / RESULT).exists() or (child / CHECKPOINT).exists()):
                 shutil.rmtree(child)
+        checkpoint.delete(folder)
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     journal.write_text_durably(path, json.dumps(identity, indent=1) + "\n")

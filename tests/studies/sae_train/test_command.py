@@ -121,6 +121,9 @@ def test_overwriting_deletes_dictionaries_and_nothing_else(monkeypatch: pytest.M
     for name, file in (("trained", "result.json"), ("notes", "mine.txt")):
         (folder / name).mkdir()
         (folder / name / file).write_text("{}")
+    for name in ("checkpoint", ".checkpoint.old", "held-out"):  # of a training whose rows are not kept
+        (folder / name).mkdir()
+        (folder / name / "stream.json").write_text("{}")
     open_folder(folder, {"a": 2}, overwrite=True, resume=False)
     assert {p.name for p in folder.iterdir()} == {"training.json", "notes"}
 
@@ -207,9 +210,11 @@ def test_the_report_shows_both_thresholds_and_what_was_left_out() -> None:
     dictionary |= {"explained_variance_as_trained": 0.2, "l0_as_trained": 9.5, "rows": 50, "relative_error": 0.3}
     dictionary |= {"threshold": 1.5, "seconds": 3.0}
     group = {"dictionary": "d", "axis": "phase", "group": "decode", "rows": 9, "fvu": 0.6, "fvu_own": 0.7, "l0": 2.0}
+    rows = {"train": 90, "shuffled_together": 1234}
+    rows |= {"resumed": [{"step": 14, "rows_recorded_again": 20, "rows_lost": 3}]}
     result = TrainResult(
         "x",
-        {"hook_point": RESID, "model": "probe-text", "rows": {"train": 90}, "config": {"k": 2}, "versions": {}},
+        {"hook_point": RESID, "model": "probe-text", "rows": rows, "config": {"k": 2}, "versions": {}},
         pd.DataFrame([dictionary]),
         pd.DataFrame([{**group, "relative_error": 0.3}]),
         curve,
@@ -219,5 +224,7 @@ def test_the_report_shows_both_thresholds_and_what_was_left_out() -> None:
     assert "40.0 % (20.0 %)" in html.replace("\u202f", " ").replace("%", " %").replace("  ", " ")
     assert "2.0 (9.5)" in html
     assert "phase: decode" in html
+    assert "1,234" in html
+    assert "20 rows recorded again, 3 not there any more" in html
     assert "norm" in html
     assert training.NEEDS not in html
