@@ -31,7 +31,7 @@ _LEGACY = (
     "that rows near the mean weigh most; ours and their other one divide the mean error by the variance of all rows"
 )
 _SINKS = "ours leaves out attention sinks (first positions, large norms), theirs nothing but special tokens"
-_PASS = "the same positions: rows of the engine against SAELens' own forward pass"
+_PASS = "the same positions: rows of the engine ({}) against SAELens' own forward pass in float32"
 _SPLICED = "one definition, the same positions: replaced in the engine against in SAELens' own forward pass"
 _EVERYWHERE = (
     "theirs replaces rows at every position, the first and the prompt too, and takes losses there; its other end "
@@ -74,7 +74,8 @@ def by_default(folder: Path, run: Run, checkpoint: Path, sinks: Sinks, texts: in
     sink, _ = sinks.of(np.tile(np.arange(length), n), flat.norm(dim=1).numpy())
     on = f"{n} texts of {length} tokens"
     rows = []
-    for mask, why in ((~sink, _SINKS), (plain, _PASS)):
+    dtype = str(run.row_layout(sae.hook_point)[1]).removeprefix("torch.")
+    for mask, why in ((~sink, _SINKS), (plain, _PASS.format(dtype))):
         ours = evaluate(sae, flat[torch.from_numpy(mask)])
         where = f"{on}; ours {int(mask.sum()):,} rows, theirs {int(plain.sum()):,}"
         rows += [
