@@ -57,6 +57,7 @@ LAZY = {
     "model/from_gguf.py": {"gguf"},
     "monitor/adwin.py": {"river"},
     "model/tokenizer.py": {"tokenizers"},
+    "sae/saelens.py": {"sae_lens", "transformers"},
     "sae/train.py": {"sae_lens"},
     "verify/reference.py": {"transformers"},
 }

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_PART = 1 << 14
+"""Positions of a part."""
+
+
 def activations(
     run: RunFiles,
     tokens: pd.DataFrame,
@@ -123,6 +127,24 @@ def chosen(
     tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
     times = weighting.copies(weighting.weights_of(tokens, weight), rng)
     return tokens.iloc[np.repeat(np.arange(len(tokens)), times)]
+
+
+def chosen_in_parts(
+    run: RunFiles, hook_point: str, *, where: str | None, weight: str | Path, rng: np.random.Generator
+) -> Iterator[pd.DataFrame]:
+    """What `chosen` gives, in its order, some requests at a time where that is the same: a query may compare a position
+    with all others, and the weights of a file are relative to their sum.
+
+    Raises:
+        RunDirectoryError: as `chosen`.
+    """
+    if where is not None or weight not in ("unique", "traffic"):
+        yield chosen(run, hook_point, where=where, weight=weight, rng=rng)
+        return
+    for tokens in positions.iter_tokens(run, _PART):
+        tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & tokens["intervention"].isna()]
+        rows = tokens[{"unique": "row", "traffic": "source_row"}[str(weight)]]
+        yield tokens.assign(row=rows)[run.holds(hook_point, rows.to_numpy())]
 
 
 def queried(

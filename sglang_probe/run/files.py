@@ -204,6 +204,38 @@ class RunFiles:
             out[torch.from_numpy(at)] = values
         return out
 
+    def rows_into(self, hook_point: str, indices: Array, out: torch.Tensor, at: Array) -> None:
+        """As `rows`, into `out[at]`; what is read takes no other memory, and no file is held open or mapped. For many
+        rows at a time.
+
+        Args:
+            out: `[N, width]`, contiguous, of the dtype and width that `row_layout` gives.
+
+        Raises:
+            RunDirectoryError: as `rows`.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        found = 0
+        for start, end, path in self._shards(hook_point):
+            here = np.flatnonzero((wanted >= start) & (wanted < end))
+            if len(here):
+                place = shards.place_of(path, wanted[here] - start)
+                here, place = here[place >= 0], place[place >= 0]
+                shards.read_into(path, place, out, at[here])
+                found += len(here)
+        if found != len(wanted):
+            raise RunDirectoryError(
+                f"{self.path}: {len(wanted) - found} of the asked rows of {hook_point} do not exist"
+            )
+
+    def row_layout(self, hook_point: str) -> tuple[int, torch.dtype]:
+        """Width and dtype of a hook point's rows.
+
+        Raises:
+            RunDirectoryError: it was not captured.
+        """
+        return shards.layout_of(self._shards(hook_point)[0][2])
+
     def iter_shards(self, hook_point: str) -> Iterator[tuple[Array, torch.Tensor]]:
         """Every shard of a hook point as `(numbers of its rows [n], ascending; rows [n, width])`."""
         for start, _end, path in self._shards(hook_point) if self._holds_any(hook_point) else []:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_probe.run.damage import reading
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.damage import FIX, reading
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,64 @@ def _index_of(path: Path, _written: int) -> Array | None:
 
     with safe_open(path, framework="np") as f:
         return np.asarray(f.get_tensor(INDEX_KEY)) if INDEX_KEY in f.keys() else None  # noqa: SIM118 (not a mapping)
+
+
+def read_into(path: Path, places: Array, out: torch.Tensor, at: Array) -> None:
+    """Read rows of a shard into `out[at]`, and hold nothing of the file afterwards: `rows_of` maps all of it.
+
+    Args:
+        places: of the rows in the shard, int64 `[n]`, as `place_of` gives them.
+        out: `[N, width]`, contiguous, of the shard's dtype.
+        at: int64 `[n]`.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged.
+    """
+    import torch
+
+    with reading(path):
+        start, rows, width, dtype = _layout(path, path.stat().st_mtime_ns)
+        if (width, dtype) != (out.shape[1], out.dtype) or (
+            len(places) and not 0 <= places.min() <= places.max() < rows
+        ):
+            raise RunDirectoryError(f"{path} is damaged: it has {rows} rows of {width} numbers ({dtype})", fix=FIX)
+        size = width * out.element_size()
+        into = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        order = np.argsort(places, kind="stable")
+        places, at = places[order], at[order]
+        apart = (np.diff(places) != 1) | (np.diff(at) != 1)
+        firsts = np.concatenate([[0], np.flatnonzero(apart) + 1]) if len(places) else np.zeros(0, np.int64)
+        lengths = np.diff(np.append(firsts, len(places)))
+        with open(path, "rb", buffering=0) as file:
+            for place, to, n in zip(places[firsts].tolist(), at[firsts].tolist(), lengths.tolist(), strict=True):
+                file.seek(start + place * size)
+                part = into[to * size : (to + n) * size]
+                while len(part):
+                    got = file.readinto(part)
+                    if not got:
+                        raise RunDirectoryError(f"{path} is damaged: it ends within a row", fix=FIX)
+                    part = part[got:]
+
+
+def layout_of(path: Path) -> tuple[int, torch.dtype]:
+    """Width and dtype of the rows of a shard."""
+    with reading(path):
+        _, _, width, dtype = _layout(path, path.stat().st_mtime_ns)
+    return width, dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(path: Path, _written: int) -> tuple[int, int, int, torch.dtype]:
+    """Where the rows begin in the file, how many there are, their width and dtype (safetensors: eight bytes with the
+    length of a JSON header, which says where each tensor is after it)."""
+    import torch
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        told = json.loads(file.read(length))[ROWS_KEY]
+    rows, width = told["shape"]
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[told["dtype"]]
+    return 8 + length + int(told["data_offsets"][0]), int(rows), int(width), dtype
 
 
 def place_of(path: Path, wanted: Array) -> Array:

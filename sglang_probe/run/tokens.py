@@ -6,6 +6,7 @@ Spans `[start, end)` are frames with the columns of `schema.SPANS`; position fra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,17 @@ def read_tokens(run: RunFiles, *, interrupted: bool) -> pd.DataFrame:
     spans = run.last_attempt()
     tokens = _positions(run, spans[spans["rid"].isin(requests["rid"])])
     return tokens.merge(_labels(requests), on=["rid", "position"], how="left", validate="many_to_one")
+
+
+def iter_tokens(run: RunFiles, positions: int) -> Iterator[pd.DataFrame]:
+    """What `read_tokens` gives without interrupted requests, some requests at a time: of so many positions, or of one
+    request. For runs whose frame would be large; the index begins again with each."""
+    requests = run.requests().sort_values("rid", kind="stable", ignore_index=True)
+    spans, every = run.last_attempt(), run.spans()
+    ends = spans.groupby("rid")["end"].max().reindex(requests["rid"]).fillna(0).cumsum().to_numpy()
+    for _, some in requests.groupby((ends - 1) // positions, sort=True):
+        tokens = _positions(run, spans[spans["rid"].isin(some["rid"])], every)
+        yield tokens.merge(_labels(some), on=["rid", "position"], how="left", validate="many_to_one")
 
 
 def tokens_of(run: RunFiles, rid: str) -> pd.DataFrame:
@@ -117,9 +129,9 @@ def prompt_lengths(run: RunFiles, rids: pd.Series) -> Array:
     return rids.map(lengths).fillna(-1).to_numpy(np.int64)
 
 
-def _positions(run: RunFiles, spans: pd.DataFrame) -> pd.DataFrame:
+def _positions(run: RunFiles, spans: pd.DataFrame, every: pd.DataFrame | None = None) -> pd.DataFrame:
     tokens = expand(spans)
-    tokens["source_row"], tokens["covered"] = sources(tokens, run.spans())
+    tokens["source_row"], tokens["covered"] = sources(tokens, run.spans() if every is None else every)
     return tokens
 
 

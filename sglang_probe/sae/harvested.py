@@ -7,9 +7,10 @@ prefill rows in the same order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,79 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 COLUMNS = ["run", "rid", "position", "token_id", "segment", "phase", "row"]
 _READ = 65536
+_READ_BYTES = 4 << 20
+_NAMES = ("rid", "segment", "phase", "family")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Rows of one hook point that were chosen, and lie in their runs."""
+
+    runs: Sequence[Run]
+    hook_point: str
+    tokens: pd.DataFrame
+    """Of each row: `run` (number of the run), `rid`, `position`, `token_id`, `segment`, `phase`, `row`, `family`; in 36
+    bytes: names are categories."""
+    left_out: pd.DataFrame
+    """Rows that were left out, by `reason` and `segment`: `rows`."""
+    norm_limit: float
+    """Largest norm that was no sink's."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def layout(self) -> tuple[int, torch.dtype]:
+        """Width, and the dtype that holds the rows of all the runs."""
+        import torch
+
+        found = [r.row_layout(self.hook_point) for i, r in enumerate(self.runs) if (self.tokens["run"] == i).any()]
+        return found[0][0], functools.reduce(torch.promote_types, [dtype for _, dtype in found])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in memory."""
+        width, dtype = self.layout
+        return width * dtype.itemsize
+
+    def split(self, share: float, seed: int = 0) -> tuple[Listed, Listed]:
+        """As `Harvested.split`."""
+        out = _out(self.tokens["family"], share, seed)
+        return self.only(~out), self.only(out)
+
+    def only(self, which_N: Array) -> Listed:
+        """The rows that a mask or a list of places names."""
+        at = np.flatnonzero(which_N) if which_N.dtype == bool else which_N
+        return replace(self, tokens=self.tokens.iloc[at].reset_index(drop=True))
+
+    def read(self, places: Array | None = None) -> torch.Tensor:
+        """Rows by their places, `[n, D]` in the dtype in which they were recorded; all of them by default. Takes the
+        memory of what it returns."""
+        import torch
+
+        width, dtype = self.layout
+        number, row = (self.tokens[c].to_numpy() for c in ("run", "row"))
+        number, row = (number, row) if places is None else (number[places], row[places])
+        out = torch.empty((len(row), width), dtype=dtype)
+        for i, run in enumerate(self.runs):
+            at = np.flatnonzero(number == i)
+            if len(at) and run.row_layout(self.hook_point)[1] == dtype:
+                run.rows_into(self.hook_point, row[at], out, at)
+            for part in _parts(at) if len(at) and run.row_layout(self.hook_point)[1] != dtype else ():
+                out[torch.from_numpy(part)] = run.rows(self.hook_point, row[part]).to(dtype)
+        return out
+
+    def batches(self, places: Array | None = None) -> Iterator[torch.Tensor]:
+        """Rows by their places, all of them by default, in their order, float32 `[n, D]`, 4 MiB at a time."""
+        size = max(1, _READ_BYTES // (4 * self.layout[0]))
+        places = np.arange(len(self)) if places is None else places
+        for start in range(0, len(places), size):
+            yield self.read(places[start : start + size]).float()
+
+    def loaded(self) -> Harvested:
+        """The rows in memory."""
+        plain = self.tokens.astype({"run": np.int64, "position": np.int64, **dict.fromkeys(_NAMES, "str")})
+        return Harvested(self.read(), plain, self.left_out, self.norm_limit)
 
 
 @dataclass(frozen=True)
@@ -36,11 +110,9 @@ class Harvested:
 
     x_ND: torch.Tensor
     tokens: pd.DataFrame
-    """Of each row: `run` (number of the run), `rid`, `position`, `token_id`, `segment`, `phase`, `family`."""
+    """As `Listed.tokens`, with names as text."""
     left_out: pd.DataFrame
-    """Rows that were left out, by `reason` and `segment`: `rows`."""
     norm_limit: float
-    """Largest norm that was no sink's."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -52,13 +124,7 @@ class Harvested:
         Raises:
             ConfigError: there is only one family.
         """
-        names = sorted(self.tokens["family"].unique())
-        if len(names) < 2:
-            raise ConfigError(
-                f"nothing can be held out: all {len(self)} rows are of one family of requests",
-                fix="name other runs in `evaluate_on`",
-            )
-        out = self.tokens["family"].isin(held_out_families(names, share, seed)).to_numpy()
+        out = _out(self.tokens["family"], share, seed)
         return self.only(~out), self.only(out)
 
     def only(self, which_N: Array) -> Harvested:
@@ -75,7 +141,7 @@ class Harvested:
             yield self.x_ND[start : start + size].float()
 
 
-def harvested(
+def listed(
     runs: Sequence[Run],
     hook_point: str,
     *,
@@ -84,8 +150,8 @@ def harvested(
     sinks: Sinks | None = None,
     deduplicate: int = 0,
     seed: int = 0,
-) -> Harvested:
-    """Read the rows of runs.
+) -> Listed:
+    """Choose the rows of runs. Their norms are read for it, and nothing is kept of them.
 
     Args:
         where, weight: as `Run.iter_batches`.
@@ -97,25 +163,32 @@ def harvested(
         ConfigError: no rows are left, or runs are of different models.
         RunDirectoryError: a run lacks the hook point, or `where` or the weights cannot be used.
     """
-    import torch
-
     refuse_mixed_models(runs)
     sinks = sinks or Sinks()
-    frames, rows = [], []
+    columns: dict[str, list[Array]] = {name: [] for name in [*COLUMNS, "family"]}
+    names: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
     for number, run in enumerate(runs):
         rng = np.random.default_rng([seed, number])
-        chosen = batches.chosen(run, hook_point, where=where, weight=weight, rng=rng)
         families = run.requests().set_index("rid")["family"]
-        family = chosen["rid"].map(families).fillna(chosen["rid"])
-        frames.append(chosen.assign(run=number, family=family.to_numpy()))
-        rows += [run.rows(hook_point, part) for part in _parts(chosen["row"].to_numpy())]
-    tokens = pd.concat(frames, ignore_index=True)[[*COLUMNS, "family"]]
-    x = torch.cat(rows) if rows else torch.empty((0, 0))
+        for chosen in batches.chosen_in_parts(run, hook_point, where=where, weight=weight, rng=rng):
+            family = chosen["rid"].map(families).fillna(chosen["rid"])
+            for name, values in chosen.assign(run=number, family=family.to_numpy())[list(columns)].items():
+                kind = np.int64 if name == "row" else np.int32
+                of = _coded(values, names[str(name)]) if name in _NAMES else values.to_numpy(kind)
+                columns[str(name)].append(of)
+    tokens = pd.DataFrame({name: _joined(columns.pop(name), names.get(name)) for name in list(columns)})
     if not len(tokens):
         raise ConfigError(f"the runs have no rows of `{hook_point}` that fit", fix="see `where` and `rows`")
-    norms = torch.cat([part.float().norm(dim=1) for part in x.split(_READ)]).numpy()  # type: ignore[no-untyped-call]
-    first = tokens["position"].to_numpy() < sinks.first_positions
-    sink, limit = sinks.of(tokens["position"].to_numpy(), norms)
+    every = Listed(runs, hook_point, tokens, pd.DataFrame(), float("inf"))
+    position = tokens["position"].to_numpy()
+    first = position < sinks.first_positions
+    norms = np.zeros(len(tokens), np.float32)
+    if sinks.norm_multiple is not None and not first.all():
+        inner, done = np.flatnonzero(~first), 0
+        for x in every.batches(inner):  # a list of their norms would keep the heap from shrinking between batches
+            norms[inner[done : done + len(x)]] = x.norm(dim=1).numpy()
+            done += len(x)
+    sink, limit = sinks.of(position, norms)
     reason = np.full(len(tokens), "", dtype=object)
     if deduplicate:
         reason[seen_before(tokens, deduplicate)] = "seen before"
@@ -125,8 +198,37 @@ def harvested(
     if not len(kept):
         raise ConfigError(f"all {len(tokens)} rows of `{hook_point}` were left out as sinks", fix="see `exclude`")
     gone = tokens[reason != ""].assign(reason=reason[reason != ""])
+    gone = gone.astype({"segment": "str"})
     left_out = gone.groupby(["reason", "segment"], as_index=False, sort=True).size().rename(columns={"size": "rows"})
-    return Harvested(x[torch.from_numpy(kept)], tokens.iloc[kept].reset_index(drop=True), left_out, limit)
+    return replace(every.only(kept), left_out=left_out, norm_limit=limit)
+
+
+def _coded(values: pd.Series, names: dict[str, int]) -> Array:
+    """Numbers of names, int32; a name that is new gets the next one, and -1 stands for none."""
+    codes, found = pd.factorize(values)
+    numbers = np.array([*(names.setdefault(str(n), len(names)) for n in found), -1], np.int32)
+    return numbers[codes]
+
+
+def _joined(parts: list[Array], names: dict[str, int] | None) -> Any:
+    values = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return values if names is None else pd.Categorical.from_codes(values, list(names))
+
+
+def harvested(runs: Sequence[Run], hook_point: str, **how: Any) -> Harvested:
+    """Read the rows of runs, all of them into memory. Arguments and errors as of `listed`."""
+    return listed(runs, hook_point, **how).loaded()
+
+
+def _out(families: pd.Series, share: float, seed: int) -> Array:
+    """Which rows are of families that are held out, bool `[N]`."""
+    names = sorted(families.unique())
+    if len(names) < 2:
+        raise ConfigError(
+            f"nothing can be held out: all {len(families)} rows are of one family of requests",
+            fix="name other runs in `evaluate_on`",
+        )
+    return families.isin(held_out_families(names, share, seed)).to_numpy()
 
 
 def held_out_families(names: Sequence[str], share: float, seed: int = 0) -> set[str]:
@@ -192,6 +294,9 @@ class Schedule:
     shares: Sequence[float]
     """Of each phase in an epoch; they sum to 1."""
     seed: int
+    together: int | None = None
+    """Rows that are shuffled together; None: all. An epoch is then several fills of a buffer, each of random pieces of
+    the rows (a 256th of it long, so that they are read in one go), with each phase at its share, in random order."""
     _epochs: dict[int, Array] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -199,54 +304,89 @@ class Schedule:
         """Rows of one epoch: as many as the scarcest phase allows at its share."""
         return sum(self._counts())
 
+    @property
+    def ends(self) -> list[int]:
+        """Where in an epoch each fill ends."""
+        fills = self._fills()
+        return [sum(n * (i + 1) // fills for n in self._counts()) for i in range(fills)]
+
     def batch(self, step: int, size: int) -> Array:
         """Places of the rows of a batch, int64 `[size]`."""
-        first, length = step * size, self.epoch_length
-        parts, at = [], first
-        while at < first + size:
+        return np.concatenate([self.epoch(e)[start:end] for e, start, end in self.spans(step, size)])
+
+    def spans(self, step: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Of which epochs a batch is, and where in each: number, start and end."""
+        at, end, length = step * size, (step + 1) * size, self.epoch_length
+        while at < end:
             epoch, inside = divmod(at, length)
-            part = self.epoch(epoch)[inside : inside + first + size - at]
-            parts.append(part)
-            at += len(part)
-        return np.concatenate(parts)
+            n = min(length - inside, end - at)
+            yield epoch, inside, inside + n
+            at += n
+
+    def epoch(self, number: int) -> Array:
+        """Places of the rows of one epoch, in their order."""
+        if number not in self._epochs:
+            self._epochs.clear()
+            self._epochs[number] = self._whole(number) if self._fills() == 1 else self._in_fills(number)
+        return self._epochs[number]
 
     def _counts(self) -> list[int]:
         most = min(len(p) / s for p, s in zip(self.phases, self.shares, strict=True) if s > 0)
         return [int(most * s + 1e-9) for s in self.shares]
 
-    def epoch(self, number: int) -> Array:
-        """Places of the rows of one epoch, in their order."""
-        if number not in self._epochs:
-            parts, places = [], []
-            for phase, (rows, n) in enumerate(zip(self.phases, self._counts(), strict=True)):
-                # The same generator whatever the shares: arms of a mixture see one order of each phase.
-                rng = np.random.default_rng([self.seed, number, phase])
-                parts.append(rng.permutation(rows)[:n])
-                places.append((np.arange(n) + 0.5) / max(n, 1))
-            order = np.argsort(np.concatenate(places), kind="stable")
-            self._epochs.clear()
-            self._epochs[number] = np.concatenate(parts)[order]
-        return self._epochs[number]
+    def _fills(self) -> int:
+        if self.together is None or sum(map(len, self.phases)) <= self.together:
+            return 1
+        return -(-self.epoch_length // max(1, self.together - len(self.phases) + 1))
+
+    def _whole(self, number: int) -> Array:
+        rows = []
+        for phase, (places, n) in enumerate(zip(self.phases, self._counts(), strict=True)):
+            # The same generator whatever the shares: arms of a mixture see one order of each phase.
+            rows.append(np.random.default_rng([self.seed, number, phase]).permutation(places)[:n])
+        return _interleaved(rows)
+
+    def _in_fills(self, number: int) -> Array:
+        fills, found = self._fills(), []
+        piece = max(1, (self.together or 0) // 256)
+        rngs = [np.random.default_rng([self.seed, number, phase]) for phase in range(len(self.phases))]
+        rows = [
+            np.concatenate([p[i * piece : (i + 1) * piece] for i in rng.permutation(-(-len(p) // piece))] or [p])[:n]
+            for rng, p, n in zip(rngs, self.phases, self._counts(), strict=True)
+        ]
+        for i in range(fills):
+            parts = [r[len(r) * i // fills : len(r) * (i + 1) // fills] for r in rows]
+            found.append(_interleaved([rng.permutation(part) for rng, part in zip(rngs, parts, strict=True)]))
+        return np.concatenate(found)
 
 
-def schedule(rows: Harvested, mix: Mapping[str, float] | None, seed: int) -> Schedule:
+def _interleaved(rows: Sequence[Array]) -> Array:
+    """Rows of each phase in their order, spread evenly over one sequence."""
+    where = [(np.arange(len(r)) + 0.5) / max(len(r), 1) for r in rows]
+    return np.concatenate(rows)[np.argsort(np.concatenate(where), kind="stable")]
+
+
+def schedule(
+    rows: Harvested | Listed, mix: Mapping[str, float] | None, seed: int, together: int | None = None
+) -> Schedule:
     """The order of training.
 
     Args:
         mix: share of each phase; default: as they are.
+        together: rows that are shuffled together; default: all.
 
     Raises:
         ConfigError: a phase of the mix has no rows, or the shares do not sum to 1.
     """
     if mix is None:
-        return Schedule([np.arange(len(rows))], [1.0], seed)
+        return Schedule([np.arange(len(rows))], [1.0], seed, together)
     if any(s < 0 for s in mix.values()) or abs(sum(mix.values()) - 1) > 1e-6:
         raise ConfigError(f"the shares of `mix` sum to {sum(mix.values()):g}, not to 1")
     there = rows.tokens["phase"].to_numpy()
     places = [np.flatnonzero(there == phase) for phase in mix]
     if empty := [p for p, at in zip(mix, places, strict=True) if not len(at) and mix[p] > 0]:
         raise ConfigError(f"`mix: {empty[0]}`: there are no rows of that phase", fix=f"there are {set(there)}")
-    return Schedule(places, list(mix.values()), seed)
+    return Schedule(places, list(mix.values()), seed, together)
 
 
 def _parts(rows: Array) -> Iterator[Array]:

@@ -9,7 +9,7 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
 from sglang_probe.run.manifest import MANIFEST, new_manifest
 from sglang_probe.run.run import Run
-from sglang_probe.sae.harvested import Harvested
+from sglang_probe.sae.harvested import Harvested, Listed
 from sglang_probe.sae.sae import SAE
 
 KEY = "sglang_probe"
@@ -36,7 +36,7 @@ def model_of(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def manifest(
-    runs: Sequence[Run], rows: Harvested, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+    runs: Sequence[Run], rows: Harvested | Listed, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of one SAE.
 
@@ -52,7 +52,7 @@ def manifest(
 def manifest_from(
     model: Mapping[str, Any],
     facts: Sequence[Mapping[str, Any]],
-    rows: Harvested,
+    rows: Harvested | Listed,
     *,
     training: Mapping[str, Any],
     evaluation: Mapping[str, Any],

@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint"
 _CURVE, _TELL_EVERY = "curve.json", 5
-NEEDS = "training needs SAELens"
+NEEDS = "needs SAELens"
 FIX = "pip install 'sglang-probe[sae]'; constraints/0.5.23.txt has versions that leave SGLang's alone"
 
 
@@ -48,7 +49,7 @@ class Task:
     seed: int
     """Of the initialisation."""
     batch: Callable[[int], torch.Tensor] | None
-    """Rows of a step, float32 `[batch_size, D]`; the same whenever it is asked. None: `course` is sent them."""
+    """Rows of a step, float32 `[batch_size, D]`; the same whenever it is asked. None: `Course.learn` is given them."""
     scale: float
     """`norm_scale` of the rows."""
     held_out: torch.Tensor
@@ -74,8 +75,11 @@ class Trained:
     """Of training, evaluation for the curve included; of the last process alone, if it was resumed."""
 
 
-def require_sae_lens() -> str:
+def require_sae_lens(what: str = "training") -> str:
     """Version of SAELens.
+
+    Args:
+        what: needs it, for the message.
 
     Raises:
         ConfigError: it is not installed.
@@ -85,7 +89,7 @@ def require_sae_lens() -> str:
     try:
         return version("sae-lens")
     except PackageNotFoundError as e:
-        raise ConfigError(NEEDS, fix=FIX) from e
+        raise ConfigError(f"{what} {NEEDS}", fix=FIX) from e
 
 
 NORM_ROWS = 20_000
@@ -93,17 +97,22 @@ NORM_ROWS = 20_000
 
 
 def norm_scale(batches: Iterable[torch.Tensor]) -> float:
-    """The factor that gives rows a mean norm of `sqrt(D)`, as SAELens' `expected_average_only_in` does.
+    """The factor that gives rows a mean norm of `sqrt(D)`, as SAELens' `expected_average_only_in` does; the same
+    however the rows are cut into batches.
 
     Raises:
         ConfigError: all rows are zero.
     """
-    total, n, width = 0.0, 0, 0
+    import torch
+
+    norms, width = [], 0
     for rows in batches:
-        total, n, width = total + float(rows.norm(dim=1).double().sum()), n + len(rows), rows.shape[1]
-    if not total:
+        norms.append(rows.norm(dim=1).double())
+        width = rows.shape[1]
+    every = torch.cat(norms)
+    if not bool(every.any()):
         raise ConfigError("all rows are zero: nothing can be learnt from them")
-    return float(width**0.5 * n / total)
+    return float(width**0.5 * len(every) / every.sum())
 
 
 def train(task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None) -> Trained:
@@ -115,43 +124,78 @@ def train(task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None)
     Raises:
         ConfigError: SAELens is not installed, or a loss is not finite.
     """
-    lesson = course(task, tell)
-    try:
-        step = next(lesson)
-        while True:
-            assert task.batch is not None
-            step = lesson.send(task.batch(step))
-    except StopIteration as end:
-        trained: Trained = end.value
-        return trained
+    assert task.batch is not None
+    course = Course(task, tell, task.folder / CHECKPOINT)
+    while not course.ended:
+        course.learn(task.batch(course.step))
+        if course.step % task.checkpoint_every == 0 and not course.ended:
+            with replaced(task.folder / CHECKPOINT) as made:
+                course.write(made)
+    return course.trained()
 
 
-def course(
-    task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None
-) -> Generator[int, torch.Tensor, Trained]:
-    """As `train`, told the rows of each step: yields the number of the step whose rows it is to be sent next."""
-    require_sae_lens()
-    os.environ.setdefault("WANDB_MODE", "disabled")
-    trainer = _trainer(task)
-    curve = _restore(trainer, task.folder / CHECKPOINT)
-    steps = task.recipe.steps
-    marks = {max(1, round(steps * (i + 1) / task.curve_points)) for i in range(task.curve_points)}
-    start = time.monotonic()
-    while (step := trainer.n_training_steps) < steps:
-        output = trainer.step((yield step))
-        trainer.n_training_steps = done = step + 1  # `step` of SAELens leaves it
-        if done in marks or done % _TELL_EVERY == 0:
-            now = _now(trainer, output)
-            if now["loss"] != now["loss"] or abs(now["loss"]) == float("inf"):
-                raise ConfigError(f"the loss is {now['loss']} at step {done}", fix="lower `lr`")
-            tell({"step": done, **now})
-            if done in marks:
-                judged = _judge(exported(trainer.sae, task.recipe, task.scale), task)
-                curve.append({"step": done, "samples": done * task.recipe.batch_size, **now, **judged})
-        if done % task.checkpoint_every == 0 and done < steps:
-            _save(trainer, curve, task.folder / CHECKPOINT)
-    sae = exported(trainer.sae, task.recipe, task.scale)
-    return Trained(sae, pd.DataFrame(curve), time.monotonic() - start)
+class Course:
+    """A training that is given the rows of each step.
+
+    Args:
+        tell: as of `train`.
+        start: a folder that `write` wrote; if it is there, the training goes on from it.
+
+    Raises:
+        ConfigError: SAELens is not installed.
+    """
+
+    def __init__(
+        self, task: Task, tell: Callable[[dict[str, float]], None] = lambda _: None, start: Path | None = None
+    ) -> None:
+        require_sae_lens()
+        os.environ.setdefault("WANDB_MODE", "disabled")
+        self._task, self._tell, self._trainer = task, tell, _trainer(task)
+        self._curve = [] if start is None else _restore(self._trainer, start)
+        points, steps = task.curve_points, task.recipe.steps
+        self._marks = {max(1, round(steps * (i + 1) / points)) for i in range(points)}
+        self._start = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps that were made."""
+        return int(self._trainer.n_training_steps)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all were."""
+        return self.step >= self._task.recipe.steps
+
+    def learn(self, rows_BD: torch.Tensor) -> None:
+        """Make a step.
+
+        Raises:
+            ConfigError: the loss is not finite.
+        """
+        output = self._trainer.step(rows_BD)
+        self._trainer.n_training_steps = done = self.step + 1  # `step` of SAELens leaves it
+        if done not in self._marks and done % _TELL_EVERY:
+            return
+        now = _now(self._trainer, output)
+        if now["loss"] != now["loss"] or abs(now["loss"]) == float("inf"):
+            raise ConfigError(f"the loss is {now['loss']} at step {done}", fix="lower `lr`")
+        self._tell({"step": done, **now})
+        if done in self._marks:
+            judged = _judge(self._exported(), self._task)
+            self._curve.append({"step": done, "samples": done * self._task.recipe.batch_size, **now, **judged})
+
+    def write(self, folder: Path) -> None:
+        """All that is needed to go on."""
+        self._trainer.sae.save_model(folder)
+        self._trainer.save_trainer_state(folder)
+        journal.write_text_durably(folder / _CURVE, json.dumps(self._curve) + "\n")
+
+    def trained(self) -> Trained:
+        """The dictionary."""
+        return Trained(self._exported(), pd.DataFrame(self._curve), time.monotonic() - self._start)
+
+    def _exported(self) -> SAE:
+        return exported(self._trainer.sae, self._task.recipe, self._task.scale)
 
 
 def exported(training_sae: Any, recipe: Recipe, scale: float) -> SAE:
@@ -259,14 +303,14 @@ def _judge(sae: SAE, task: Task) -> dict[str, float]:
     return judged
 
 
-def _save(trainer: Any, curve: list[dict[str, float]], folder: Path) -> None:
-    """Replace the checkpoint; whatever moment the process ends at, a whole one is there."""
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end; whatever moment the process ends at, `is_there` finds
+    the one or the other, whole."""
     made = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    trainer.sae.save_model(made)
-    trainer.save_trainer_state(made)
-    journal.write_text_durably(made / _CURVE, json.dumps(curve) + "\n")
+    yield made
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -276,12 +320,17 @@ def _save(trainer: Any, curve: list[dict[str, float]], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(trainer: Any, folder: Path) -> list[dict[str, float]]:
-    """Load the checkpoint into the trainer, if there is one; returns the curve so far."""
+def is_there(folder: Path) -> bool:
+    """Whether there is a folder that `replaced` made."""
     old = folder.with_name(f".{folder.name}.old")
     if not folder.exists() and old.exists():  # ended between the two renames
         old.rename(folder)
-    if not folder.exists():
+    return folder.exists()
+
+
+def _restore(trainer: Any, folder: Path) -> list[dict[str, float]]:
+    """Load the checkpoint into the trainer, if there is one; returns the curve so far."""
+    if not is_there(folder):
         return []
     trainer.sae.load_weights_from_checkpoint(folder)
     trainer.load_trainer_state(folder)

@@ -17,14 +17,18 @@ from sglang_probe.steering.library import Library
 from sglang_probe.verify.reference import compare
 from tests.declared import run_commands
 from tests.end_to_end.steering import MODEL
+from tests.sae.lens import needs_sae_lens
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("steering")]
 P, C = 40, 24
 SAE = shipped("models/sae-probe-text/seed-0")
 
 
-def test_rows_are_replaced_in_the_phase_at_hand_and_the_study_says_what_it_costs(cli: Callable, tmp_path: Path) -> None:
-    config = tmp_path / "gap.yaml"
+@pytest.fixture(scope="module")
+def study(cli: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The YAML and the folder of its results."""
+    folder = tmp_path_factory.mktemp("gap")
+    config = folder / "gap.yaml"
     fields = {
         "sae": str(SAE),
         "dtype": "float32",
@@ -35,9 +39,36 @@ def test_rows_are_replaced_in_the_phase_at_hand_and_the_study_says_what_it_costs
         "concurrency": 3,
     }
     config.write_text(yaml.safe_dump(fields))
-    folder = tmp_path / "study"
-    done = cli("sae", "gap", config, "--output", folder)
+    done = cli("sae", "gap", config, "--output", folder / "study")
     assert done.returncode == 0, done.stdout + done.stderr
+    return config, folder / "study"
+
+
+@needs_sae_lens
+def test_saelens_replaces_the_same_rows_at_the_same_cost(cli: Callable, study: tuple[Path, Path]) -> None:
+    _, folder = study
+    options = ["--against", "saelens", "--gap", folder, "--texts", "6", "--output", folder / "eval", "--json"]
+    done = cli("sae", "eval", SAE, folder / "human", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    table = pd.DataFrame(told["against"])
+    same = table[table["why"].str.startswith("one definition")].set_index("quantity")
+    assert len(same) == 4 + 6
+    assert (same["difference"].abs() < 1e-4 * same["ours"].abs()).all()
+    effects = pd.DataFrame(json.loads((folder / "summary.json").read_text())["effects"])
+    human = effects.set_index(["kind", "replaced_by"]).loc[("human", "sae")]
+    assert same.loc["cross-entropy recovered", "ours"] == pytest.approx(human["recovered_zero"], rel=1e-6)
+    other = table[~table["why"].str.startswith("one definition")]
+    sinks_in = other[other["why"].str.contains("forward pass")]
+    assert (sinks_in["difference"].abs() < 1e-5).all()  # what explains the difference of the three before
+    assert other[other["quantity"] == "cross-entropy recovered"]["difference"].abs().item() > 1e-3
+    assert not [n for n in told["notes"] if "compared" in n]
+
+
+def test_rows_are_replaced_in_the_phase_at_hand_and_the_study_says_what_it_costs(
+    cli: Callable, study: tuple[Path, Path]
+) -> None:
+    config, folder = study
     runs = {p.parent.name: load_run(p.parent) for p in folder.glob("*/manifest.json")}
     assert len(runs) == 6 + 8
     outputs = {n: r.requests().set_index("rid")["output_ids"].map(list) for n, r in runs.items()}

@@ -25,6 +25,10 @@ class SaeEval(Study):
     Attention sinks are left out, by position and by norm, and counted. An SAE whose folder says that it is of other
     weights than the runs is refused. Needs neither SGLang nor SAELens.
 
+    `--against saelens` has SAELens judge the same weights, by its own code (the extra `[sae]`): on the same rows, as it
+    does by itself (every position, through a model of its own), and, with `--gap`, what replacing rows does to the
+    cross-entropy. Ours, theirs and the difference stand side by side, with the reason of each.
+
     Example: `sglang-probe sae eval models/sae-probe-text/seed-0 runs/mine`
     """
 
@@ -42,6 +46,10 @@ class SaeEval(Study):
             option("first_positions", int, 1, "Positions at the start of requests that are left out as sinks."),
             option("norm_multiple", float, 10.0, "Leave out rows of more than so many times the median norm; 0: none."),
             option("most", int, 40_000, "Rows to judge by, drawn at random."),
+            option("against", str | None, None, "`saelens`: have SAELens judge the same weights too."),
+            option("gap", Path | None, None, "Results of `sglang-probe sae gap` of this SAE, for `--against saelens`."),
+            option("model", Path | None, None, "Folder of the model; default: where it was when the run was recorded."),
+            option("texts", int, 16, "Texts that run through SAELens' model, for `--against saelens`."),
             output_option("Folder of the results; default: `sae-eval` in the first run directory."),
         ]
 
@@ -53,9 +61,14 @@ class SaeEval(Study):
 
         if given["first_positions"] < 0 or given["norm_multiple"] < 0 or given["most"] < 1:
             raise ConfigError("`--first-positions` and `--norm-multiple` are at least 0, and `--most` at least 1")
+        if given["against"] not in (None, "saelens") or given["texts"] < 1:
+            raise ConfigError("`--against` is `saelens`, and `--texts` at least 1")
+        if given["gap"] is not None and given["against"] is None:
+            raise ConfigError("`--gap` has no meaning without `--against saelens`")
         sinks = Sinks(given["first_positions"], given["norm_multiple"] or None)
-        how = {"hook_point": given["hook_point"], "where": given["where"], "most": given["most"]}
-        with console.status("judging"):
+        how = {k: given[k] for k in ("hook_point", "where", "most", "gap", "model", "texts")}
+        with console.status("judging") as shown:
+            how |= {"against_saelens": given["against"] is not None, "tell": shown.update}
             result = judge(given["sae"], given["runs"], sinks=sinks, **how)
         return result, given["output"] or given["runs"][0] / "sae-eval"
 
@@ -69,8 +82,10 @@ class SaeEval(Study):
         """The numbers, by group."""
         from rich.markup import escape
 
-        from sglang_probe.studies.sae_eval.page import answer, group_table
+        from sglang_probe.studies.sae_eval.page import against_table, answer, group_table
 
         yield escape(answer(result).replace("`", ""))
         yield group_table(result)
+        if result.against is not None:
+            yield against_table(result.against)
         yield from (f"[yellow]note[/]: {escape(note)}" for note in result.notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from sglang_probe.report.figures import dots
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
@@ -30,6 +32,15 @@ def group_table(result: EvalResult) -> Table:
         Column("rows"),
     ]
     return Table(result.groups, "by kind of row", columns=columns, file="groups")
+
+
+def against_table(against: pd.DataFrame) -> Table:
+    """Ours beside SAELens'."""
+    frame = against.assign(difference=[f"{d:+.1e}" for d in against["difference"]])
+    for name in ("ours", "theirs"):
+        frame[name] = [f"{v:.6g}" for v in against[name]]
+    columns = [Column(n) for n in ("quantity", "ours", "theirs", "difference", "measured_on", "why")]
+    return Table(frame, "ours and SAELens' own evaluation of the same weights", columns=columns, file="against")
 
 
 def eval_page(result: EvalResult) -> Page:
@@ -62,6 +73,7 @@ def eval_page(result: EvalResult) -> Page:
         facts=facts,
         sections=[
             Section("By kind of row", tables=[group_table(result)], notes=list(result.notes)),
+            *([] if result.against is None else [Section("What SAELens says", tables=[against_table(result.against)])]),
             Section(
                 "What was left out",
                 "Attention sinks: first positions, and rows whose norm is far above the median.",

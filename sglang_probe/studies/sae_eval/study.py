@@ -16,7 +16,8 @@ from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.harvested import harvested
 from sglang_probe.sae.manifest import facts_of_run, of, refuse_other_model
-from sglang_probe.studies.base import Measured
+from sglang_probe.studies.base import Measured, Tell
+from sglang_probe.studies.sae_eval.against import compared
 from sglang_probe.studies.sae_train.study import labels
 
 
@@ -33,6 +34,8 @@ class EvalResult(Measured):
     notes: Sequence[str]
     training_variance: float | None
     """Of the rows that it was trained on; None where its folder does not say."""
+    against: pd.DataFrame | None = None
+    """Ours beside SAELens' own evaluation (`against.COLUMNS`); None: not asked for."""
 
     @property
     def groups(self) -> pd.DataFrame:
@@ -57,11 +60,13 @@ class EvalResult(Measured):
             "groups": self.groups.to_dict("records"),
             "left_out": self.left_out.to_dict("records"),
             "notes": list(self.notes),
+            **({} if self.against is None else {"against": self.against.to_dict("records")}),
         }
 
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """Groups, latents, and rows that were left out."""
-        return {"groups": self.groups, "latents": self.latents, "left_out": self.left_out}
+        """Groups, latents, rows that were left out, and what SAELens says."""
+        tables = {"groups": self.groups, "latents": self.latents, "left_out": self.left_out}
+        return tables if self.against is None else {**tables, "against": self.against}
 
 
 def judge(
@@ -72,15 +77,25 @@ def judge(
     where: str | None = None,
     sinks: Sinks | None = None,
     most: int = 40_000,
+    against_saelens: bool = False,
+    gap: Path | None = None,
+    model: Path | None = None,
+    texts: int = 16,
+    tell: Tell = lambda _: None,
 ) -> EvalResult:
     """Judge an SAE.
 
     Args:
         hook_point: for folders that do not say.
         most: rows, drawn at random from those of the runs.
+        against_saelens: have SAELens judge it too.
+        gap: results of `sglang-probe sae gap`, for the cross-entropy in that comparison.
+        model: folder of the run's model, where it is not at the path that the run names.
+        texts: how many of them run through SAELens' model.
 
     Raises:
-        ConfigError: the SAE cannot be read, or is of another model than the runs.
+        ConfigError: the SAE cannot be read, or is of another model than the runs; or SAELens is not installed, or `gap`
+            is of another SAE.
         RunDirectoryError: a run cannot be read, or lacks the hook point.
     """
     sae = read_sae(folder, hook_point=hook_point)
@@ -102,5 +117,11 @@ def judge(
     if len(runs) > 1:
         by["run"] = [runs[i].path.name for i in rows.tokens["run"]]
     found = evaluate(sae, rows.batches(), groups=by)
+    against = None
+    if against_saelens:
+        how = {"sinks": sinks or Sinks(), "gap": gap, "model": model, "texts": texts, "tell": tell}
+        against, unknown = compared(folder, runs, rows, found, **how)  # type: ignore[arg-type]
+        notes += unknown
     variance = (told.get("training") or {}).get("training_variance")
-    return EvalResult(folder.name, sae.hook_point, weights_sha256(folder), found, rows.left_out, notes, variance)
+    weights = weights_sha256(folder)
+    return EvalResult(folder.name, sae.hook_point, weights, found, rows.left_out, notes, variance, against)

@@ -41,6 +41,7 @@ samples: 700000                           # rows to train on, repeated ones coun
 deduplicate: 32                           # leave out a position whose last 32 tokens were seen before
 # mix: {prefill: 0.5, decode: 0.5}        # by default as recorded
 # exclude: {first_positions: 1, norm_multiple: 10}   # attention sinks; the default
+# buffer_mib: 1024                        # memory for rows; of more, so many are shuffled at a time
 # seeds: [0, 1]                           # the same batches, another initialisation
 # harvest: {model: smollm2-135m, workload: {source: documents, count: 4000}}   # in place of runs: rows are not kept
 """
@@ -54,11 +55,14 @@ class SaeTrain(Study):
     steps. Each dictionary is a folder that SAELens opens (`SAE.load_from_disk`), and `sglang_probe.sae.read_sae`
     without it; its metadata say of which model, runs, exclusions and seeds it is, and how good.
 
+    Rows stay in their runs: 1 GiB of them is in memory at a time (`buffer_mib`), within which they are shuffled.
+
     With `harvest` in place of `runs`, requests are recorded some at a time, trained on and forgotten: for harvests that
     do not fit on the disk.
 
-    `--resume` goes on from the last checkpoint, with the same result as if nothing had happened. Training needs
-    SAELens: `pip install 'sglang-probe[sae]'`.
+    `--resume` goes on from the last checkpoint, with the same result as if nothing had happened; with `harvest`, what
+    was in memory is recorded again with the same output tokens, so that no row is used twice or left out, but its
+    numbers may differ in the last bits. Training needs SAELens: `pip install 'sglang-probe[sae]'`.
 
     Example: `sglang-probe sae train mine.yaml --output saes/mine`
     """
@@ -110,7 +114,8 @@ class SaeTrain(Study):
     ) -> tuple[TrainResult, Path] | Plan:
         """Record and train in one process."""
         from sglang_probe.harvest.directory import hold_directory
-        from sglang_probe.studies.sae_train.stream import parts_of, prepare_stream, split_requests, train_stream
+        from sglang_probe.studies.sae_train.parts import parts_of
+        from sglang_probe.studies.sae_train.stream import prepare_stream, split_requests, train_stream
         from sglang_probe.studies.sae_train.study import read_results, wanted
 
         with console.status("checking model and workload"):
@@ -164,7 +169,16 @@ def _plan(names: list[tuple[str, int, int]], prepared: Any, config: Any) -> Plan
     note += (
         f"{rows['held_out']:,} held out, {int(prepared.train.left_out['rows'].sum()):,} left out as sinks or repeats"
     )
-    return Plan(_planned(names), 0, [note])
+    notes = [note, _memory(prepared, config)]
+    return Plan(_planned(names), 0, notes)
+
+
+def _memory(prepared: Any, config: Any) -> str:
+    mib = prepared.train.row_bytes / 2**20
+    if (together := prepared.order.together) is None:
+        return f"all of them in memory: {mib * len(prepared.train):,.0f} MiB of `buffer_mib: {config.buffer_mib}`"
+    n = len(prepared.order.ends)
+    return f"{together:,} of them in memory ({mib * together:,.0f} MiB): an epoch is {n} fills, shuffled one by one"
 
 
 @contextmanager

@@ -65,6 +65,10 @@ class SaeTrainConfig(Recipe):
     recorded together), e.g. 32; 0: do not."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the families of requests that are judged by and not trained on."""
+    buffer_mib: PositiveInt = 1024
+    """Memory for the rows of `runs` that are trained on, in MiB. Rows that fit are read once and shuffled all together;
+    of more, random pieces are read and shuffled so many at a time, each row once an epoch. Another size is then another
+    order. Beside it are in memory `evaluation_rows`, and about 100 bytes for what is known of each row."""
     evaluate_on: list[InputPath] = Field(default_factory=list)
     """Runs to judge by in place of held-out families."""
     evaluation_rows: PositiveInt = 40_000
@@ -109,5 +113,7 @@ class SaeTrainConfig(Recipe):
 
     def identity(self) -> dict[str, Any]:
         """All that decides what is trained, as plain data; runs are named by their manifests instead, and a harvest by
-        its digest, because neither path nor text of a user belongs into a dictionary."""
-        return self.model_dump(mode="json", exclude={"name", "output", "runs", "harvest", "evaluate_on", "weight"})
+        its digest, because neither path nor text of a user belongs into a dictionary. The buffer is told in rows, where
+        it is smaller than they are."""
+        elsewhere = {"name", "output", "runs", "harvest", "evaluate_on", "weight", "buffer_mib"}
+        return self.model_dump(mode="json", exclude=elsewhere)

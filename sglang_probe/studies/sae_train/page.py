@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import pandas as pd
 
 from sglang_probe.report.figures import Figure, dots, lines
@@ -37,12 +40,22 @@ def train_page(result: TrainResult) -> Page:
         facts=[
             ("hook point", of["hook_point"]),
             ("model", str(of["model"])),
+            *_shuffled(rows),
             *((str(k), str(v)) for k, v in of["config"].items() if k not in ("hook_point",) and v is not None),
             *((name, str(v)) for name, v in of["versions"].items()),
         ],
         sections=[_dictionaries(result), _groups(result), _left_out(result)],
         footer="Every dictionary's `cfg.json` says which runs, by the hashes of their manifests, it was trained on.",
     )
+
+
+def _shuffled(rows: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How rows were shuffled, and what an interruption cost, where there is something to say."""
+    if "shuffled_together" in rows:
+        yield "rows shuffled together", f"{rows['shuffled_together']:,}"
+    for at in rows.get("resumed", []):
+        told = f"{at['rows_recorded_again']:,} rows recorded again, {at['rows_lost']:,} not there any more"
+        yield f"went on at step {at['step']:,}", told
 
 
 def dictionary_table(result: TrainResult) -> Table:

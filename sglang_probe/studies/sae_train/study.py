@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,13 @@ from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.evaluation import evaluate, variance_of
 from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
-from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule
+from sglang_probe.sae.harvested import Harvested, Listed, Schedule, listed, schedule
 from sglang_probe.sae.manifest import KEY, facts_of_run, manifest_from, model_of
+from sglang_probe.sae.shelf import Shelf
 from sglang_probe.sae.threshold import shared_threshold, threshold_for
 from sglang_probe.sae.train import CHECKPOINT, NORM_ROWS, Task, Trained, norm_scale, require_sae_lens, train
 from sglang_probe.studies.base import Measured, plain
+from sglang_probe.studies.sae_train import checkpoint
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
 
 TRAINING, RESULT = "training.json", "result.json"
@@ -35,14 +37,15 @@ SERVED = "served.json"
 """How many rows a training had that were not kept."""
 CALIBRATION_ROWS, CURVE_ROWS, LEAST_HELD_OUT = 8192, 2048, 5
 Tell = Callable[[dict[str, float]], None]
+Rows = TypeVar("Rows", Harvested, Listed)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that were read and split."""
+    """Rows that were chosen and split."""
 
     runs: Sequence[Run]
-    train: Harvested
+    train: Listed
     held_out: Harvested
     order: Schedule
     scale: float
@@ -59,7 +62,7 @@ class Material:
     model: Mapping[str, Any]
     facts: Sequence[Mapping[str, Any]]
     """Of each run, `facts_of_run`."""
-    left_out: Harvested
+    left_out: Harvested | Listed
     """Harvest whose exclusions are told."""
     variance: float
     """Of the rows that were trained on."""
@@ -105,31 +108,32 @@ def wanted(config: SaeTrainConfig) -> list[tuple[str, int, int]]:
 
 
 def prepare(config: SaeTrainConfig, name: str) -> Prepared:
-    """Read the rows, and split them.
+    """Choose the rows, split them, and read those to judge by.
 
     Raises:
         ConfigError, RunDirectoryError: they cannot be read, or are too few.
     """
     runs, others = [load_run(p) for p in config.runs], [load_run(p) for p in config.evaluate_on]
     how: dict[str, Any] = {"sinks": config.exclude.sinks(), "deduplicate": config.deduplicate}
-    rows = harvested(runs, config.hook_point, where=config.where, weight=config.weight, **how)
+    rows = listed(runs, config.hook_point, where=config.where, weight=config.weight, **how)
     if others:
-        training, held_out = rows, harvested(others, config.hook_point, where=config.where, **how)
+        training, judged = rows, listed(others, config.hook_point, where=config.where, **how)
     else:
-        training, held_out = rows.split(config.held_out)
-    held_out = sampled(held_out, config.evaluation_rows)
+        training, judged = rows.split(config.held_out)
+    held_out = sampled(judged, config.evaluation_rows).loaded()
     if len(held_out) < LEAST_HELD_OUT or len(training) < config.batch_size:
         raise ConfigError(
             f"{len(training)} rows to train on and {len(held_out)} to judge by are too few",
             fix="give more runs, or a smaller `batch_size`",
         )
-    order = schedule(
-        training, None if config.mix is None else {str(k): v for k, v in config.mix.items()}, config.order_seed
-    )
+    capacity = max((config.buffer_mib << 20) // training.row_bytes, config.batch_size)
+    together = None if len(training) <= capacity else capacity
+    mix = None if config.mix is None else {str(k): v for k, v in config.mix.items()}
+    order = schedule(training, mix, config.order_seed, together)
     if order.epoch_length < 1:
         raise ConfigError("the shares of `mix` leave no rows", fix="give the scarce phase a smaller share")
     first = order.batch(0, min(NORM_ROWS, order.epoch_length))
-    scale = norm_scale([training.x_ND[torch.from_numpy(first)].float()])
+    scale = norm_scale(training.batches(first))
     identity = {
         "config": config.identity(),
         "weight": config.weight if isinstance(config.weight, str) else journal.sha256(config.weight),
@@ -139,6 +143,8 @@ def prepare(config: SaeTrainConfig, name: str) -> Prepared:
         "hook_point": config.hook_point,
         "rows": {"train": len(training), "held_out": len(held_out), "epoch": order.epoch_length},
     }
+    if together is not None:
+        identity["rows"]["shuffled_together"] = together
     return Prepared([*runs, *others], training, held_out, order, scale, plain(identity))
 
 
@@ -167,6 +173,7 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool, resu
         for child in folder.iterdir():
             if child.is_dir() and ((child / RESULT).exists() or (child / CHECKPOINT).exists()):
                 shutil.rmtree(child)
+        checkpoint.delete(folder)
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     journal.write_text_durably(path, json.dumps(identity, indent=1) + "\n")
@@ -185,15 +192,15 @@ def train_all(config: SaeTrainConfig, prepared: Prepared, folder: Path, tell: Ca
         variance,
         prepared.order.epoch_length,
     )
+    shelf = Shelf(prepared.train, prepared.order)
+
+    def batch(step: int) -> torch.Tensor:
+        return shelf.batch(step, config.batch_size)
+
     for name, latents, seed in wanted(config):
         place = folder / name
         if (place / RESULT).exists():
             continue
-        size, x = config.batch_size, prepared.train.x_ND
-
-        def batch(step: int, size: int = size, x: torch.Tensor = x) -> torch.Tensor:
-            return x[torch.from_numpy(prepared.order.batch(step, size))].float()
-
         task = Task(
             config.recipe,
             latents,
@@ -214,7 +221,7 @@ def curve_rows(held_out: Harvested) -> torch.Tensor:
     return held_out.x_ND[torch.from_numpy(shown)].float()
 
 
-def sampled(rows: Harvested, most: int) -> Harvested:
+def sampled(rows: Rows, most: int) -> Rows:
     """So many of the rows at most, drawn at random."""
     if len(rows) <= most:
         return rows

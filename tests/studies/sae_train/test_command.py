@@ -20,9 +20,10 @@ from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import of
 from sglang_probe.sae.threshold import shared_threshold
+from sglang_probe.studies.sae_train import command
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
 from sglang_probe.studies.sae_train.page import train_page
-from sglang_probe.studies.sae_train.study import TrainResult, open_folder, prepare
+from sglang_probe.studies.sae_train.study import TrainResult, open_folder, prepare, train_all
 from tests.sae.lens import needs_sae_lens
 from tests.verify.good_run import RESID, make_good_run
 
@@ -120,6 +121,9 @@ def test_overwriting_deletes_dictionaries_and_nothing_else(monkeypatch: pytest.M
     for name, file in (("trained", "result.json"), ("notes", "mine.txt")):
         (folder / name).mkdir()
         (folder / name / file).write_text("{}")
+    for name in ("checkpoint", ".checkpoint.old", "held-out"):  # of a training whose rows are not kept
+        (folder / name).mkdir()
+        (folder / name / "stream.json").write_text("{}")
     open_folder(folder, {"a": 2}, overwrite=True, resume=False)
     assert {p.name for p in folder.iterdir()} == {"training.json", "notes"}
 
@@ -150,6 +154,49 @@ def test_configurations_that_mean_nothing_are_refused(
         load_config(config_file("bad", **keys), SaeTrainConfig)
 
 
+def test_the_plan_says_what_is_in_memory_and_another_buffer_is_another_training_where_it_matters(
+    config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = load_config(config_file(), SaeTrainConfig)
+    whole = prepare(of, "x")
+    assert whole.order.together is None
+    assert prepare(of.model_copy(update={"buffer_mib": 7}), "x").identity == whole.identity
+    monkeypatch.setattr("sglang_probe.sae.harvested.Listed.row_bytes", 1 << 16)  # 1 MiB holds 16 rows
+    small = prepare(of.model_copy(update={"buffer_mib": 1}), "x")
+    assert small.identity["rows"]["shuffled_together"] == small.order.together == 16 < len(small.train)
+    assert command._memory(
+        small, of
+    ) == f"16 of them in memory (1 MiB): an epoch is {len(small.order.ends)} fills, " + ("shuffled one by one")
+
+
+@needs_sae_lens
+@pytest.mark.slow
+def test_a_training_that_reads_as_it_goes_is_interrupted_and_ends_like_one_that_was_not(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_probe.sae.harvested.Listed.row_bytes", 1 << 16)
+    of = load_config(config_file(buffer_mib=1), SaeTrainConfig)
+    prepared = prepare(of, "x")
+
+    class Ended(Exception):
+        pass
+
+    def end(at: dict[str, float]) -> None:
+        if at["step"] >= 10:
+            raise Ended
+
+    def nothing(_: dict[str, float]) -> None:
+        pass
+
+    name = "batchtopk-12-seed0"
+    train_all(of, prepared, tmp_path / "whole", lambda _: nothing)
+    with pytest.raises(Ended):
+        train_all(of, prepared, tmp_path / "parts", lambda _: end)
+    train_all(of, prepare(of, "x"), tmp_path / "parts", lambda _: nothing)
+    for file in ("sae_weights.safetensors", "cfg.json"):
+        assert (tmp_path / "parts" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+
+
 def test_too_few_rows_are_refused(config_file: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="too few"):
         prepare(load_config(config_file("few", batch_size=100, samples=1000), SaeTrainConfig), "few")
@@ -163,9 +210,11 @@ def test_the_report_shows_both_thresholds_and_what_was_left_out() -> None:
     dictionary |= {"explained_variance_as_trained": 0.2, "l0_as_trained": 9.5, "rows": 50, "relative_error": 0.3}
     dictionary |= {"threshold": 1.5, "seconds": 3.0}
     group = {"dictionary": "d", "axis": "phase", "group": "decode", "rows": 9, "fvu": 0.6, "fvu_own": 0.7, "l0": 2.0}
+    rows = {"train": 90, "shuffled_together": 1234}
+    rows |= {"resumed": [{"step": 14, "rows_recorded_again": 20, "rows_lost": 3}]}
     result = TrainResult(
         "x",
-        {"hook_point": RESID, "model": "probe-text", "rows": {"train": 90}, "config": {"k": 2}, "versions": {}},
+        {"hook_point": RESID, "model": "probe-text", "rows": rows, "config": {"k": 2}, "versions": {}},
         pd.DataFrame([dictionary]),
         pd.DataFrame([{**group, "relative_error": 0.3}]),
         curve,
@@ -175,5 +224,7 @@ def test_the_report_shows_both_thresholds_and_what_was_left_out() -> None:
     assert "40.0 % (20.0 %)" in html.replace("\u202f", " ").replace("%", " %").replace("  ", " ")
     assert "2.0 (9.5)" in html
     assert "phase: decode" in html
+    assert "1,234" in html
+    assert "20 rows recorded again, 3 not there any more" in html
     assert "norm" in html
     assert training.NEEDS not in html
