@@ -167,6 +167,54 @@ class Found:
     """Latents that both halves confirm, groups of both exchanged at random."""
 
 
+@dataclass(frozen=True)
+class FalseDiscoveries:
+    """What the comparison makes of two random halves of the texts of one group, in which nothing differs."""
+
+    group: int
+    units: int
+    """Of both halves together."""
+    discovered: list[int]
+    """Latents, by split."""
+    confirmed: list[int]
+
+
+def false_discoveries(
+    codes: Any,
+    token_N: Array,
+    unit_N: Array,
+    group_N: Array,
+    *,
+    splits: int = 20,
+    q: float = 0.05,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> list[FalseDiscoveries]:
+    """Put random halves of either group's units through `units_of` and `compare`. Groups too small for it are left out.
+
+    Args:
+        splits: of each group.
+    """
+    rng = np.random.default_rng([seed, 7])
+    names, unit = np.unique(unit_N.astype(str), return_inverse=True)
+    found = []
+    for g in (0, 1):
+        here = np.unique(unit[group_N == g])
+        if len(here) < 8:
+            continue
+        told = FalseDiscoveries(g, len(here), [], [])
+        for split in range(splits):
+            side = np.full(len(names), -1)
+            side[here] = rng.permutation(np.arange(len(here)) % 2)
+            half = np.where(group_N == g, side[unit], -1)
+            units = units_of(codes, token_N, unit_N, half)
+            one = compare(units, q=q, permutations=permutations, nulls=0, seed=seed + split)
+            told.discovered.append(one.discovered)
+            told.confirmed.append(one.confirmed)
+        found.append(told)
+    return found
+
+
 def compare(
     units: Units,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from sglang_probe.report.figures import dots
@@ -23,22 +25,31 @@ def answer(result: FeaturesResult) -> str:
     """What was found, in a sentence."""
     alive = result.latents[result.latents["rate"] > 0]
     named = int((alive["f1"] >= 0.5).sum())
-    s = result.scores.set_index("score").loc["detection"]
+    s = result.scores.iloc[0]
     return (
         f"For {named:,} of {len(alive):,} latents that fire, at most ten tokens say where (F1 of 0.5 or more). Their "
         f"labels detect them with {format_number(s['labels'], 'percent')}, labels of other latents with "
         f"{format_number(s['other_latents'], 'percent')}, those of random directions with "
-        f"{format_number(s['random_directions'], 'percent')}."
+        f"{format_number(s['random_directions'], 'percent')}{_random_model(s)}."
     )
+
+
+def _random_model(s: pd.Series[Any]) -> str:
+    if pd.isna(s["random_model"]):
+        return ""
+    return f", those of a model that was not trained with {format_number(s['random_model'], 'percent')}"
 
 
 def score_table(result: FeaturesResult) -> Table:
     """Scores beside their nulls."""
+    some = not result.scores["random_model"].isna().all()
     columns = [
+        Column("label", "label by"),
         Column("score", "balanced accuracy (0.5: chance)"),
         Column("labels", "its label", "percent"),
         Column("other_latents", "another latent's", "percent"),
         Column("random_directions", "random directions", "percent"),
+        *([Column("random_model", "random model", "percent")] if some else []),
         Column("latents"),
     ]
     return Table(result.scores, "what labels are worth", columns=columns, file="scores")
@@ -48,7 +59,9 @@ def features_page(result: FeaturesResult) -> Page:
     """What labels are worth, and the latents as a table."""
     alive = result.latents[result.latents["rate"] > 0]
     names = {"labels": "its label", "other_latents": "another latent's", "random_directions": "random directions"}
-    shown = result.scores.melt("score", list(names), "of", "value")
+    names |= {"random_model": "random model"}
+    scores = result.scores.assign(score=result.scores["score"] + ", " + result.scores["label"])
+    shown = scores.melt("score", list(names), "of", "value").dropna(subset="value")
     shown["of"] = shown["of"].map(names)
     figure = dots(
         shown,

@@ -117,8 +117,8 @@ def test_groups_are_named_by_label_or_family(made: tuple[Path, Path]) -> None:
 
     run = load_run(made[0])
     coded = code_run(run, read_sae(made[1]))
-    by_label = groups(run, coded, "tone", "polite", "rude")
-    assert (by_label == groups(run, coded, "family", "a/*", "b/*")).all()
+    by_label = groups([run], coded, "tone", "polite", "rude")
+    assert (by_label == groups([run], coded, "family", "a/*", "b/*")).all()
     assert (by_label == coded.rows["rid"].str[1:].astype(int).to_numpy() % 2).all()
     for given, said in (
         (("mood", "x", "y"), "no labels along `mood`"),
@@ -126,7 +126,7 @@ def test_groups_are_named_by_label_or_family(made: tuple[Path, Path]) -> None:
         (("tone", "*", "rude"), "both name"),
     ):
         with pytest.raises(ConfigError, match=said):
-            groups(run, coded, *given)
+            groups([run], coded, *given)
 
 
 def test_the_shortlist_of_a_run_is_what_was_planted(cli: Callable, made: tuple[Path, Path], tmp_path: Path) -> None:
