@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
+from sglang_probe.run.run import Run
 from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import KEY, refuse_other_model
@@ -184,6 +187,36 @@ def test_an_sae_of_other_weights_is_refused(found: FeaturesResult, tmp_path: Pat
     told = {KEY: {"model": {"weights_sha256": {"model.safetensors": "0" * 64}}}}
     with pytest.raises(ConfigError, match="other weights"):
         refuse_other_model(sae.with_metadata(**told), [run], str(tmp_path))
+
+
+def test_a_model_that_was_not_trained_stands_beside_the_labels(found: FeaturesResult, tmp_path: Path) -> None:
+    """Of the planted features nothing is left in it: its rows are noise, and its dictionary is another."""
+    run = planted_run(tmp_path / "run")
+    (noise, place), sae = made_random(tmp_path, run), planted_sae(tmp_path / "sae")
+    beside = study(run.path, sae, random_runs=[noise], random_sae=place)
+    assert beside.random_model is not None
+    scores = beside.scores.set_index("score")
+    assert scores.loc["detection", "random_model"] < 0.65 < scores.loc["detection", "labels"]
+    assert scores["random_model"].to_dict() == beside.random_model[["detection", "fuzzing"]].mean().to_dict()
+    pd.testing.assert_series_equal(scores["labels"], found.scores.set_index("score")["labels"])
+    assert "the random model read other texts" not in " ".join(beside.notes)
+    with pytest.raises(ConfigError, match="of the same weights"):
+        study(run.path, sae, random_runs=[run.path], random_sae=sae)
+    with pytest.raises(ConfigError, match="needs its runs and its SAE"):
+        study(run.path, sae, random_runs=[noise])
+
+
+def made_random(place: Path, of: Run) -> tuple[Path, Path]:
+    """The same texts with rows of noise, of other weights, and an SAE for them."""
+    noise = planted_run(place / "noise")
+    generator = torch.Generator().manual_seed(0)
+    for file in noise.path.glob("rows/*/*.safetensors"):
+        tensors = load_file(file)
+        save_file({k: torch.randn(v.shape, generator=generator) for k, v in tensors.items()}, file)
+    manifest = json.loads((noise.path / "manifest.json").read_text())
+    manifest["model"]["weights_sha256"] = {"model.safetensors": "f" * 64}
+    (noise.path / "manifest.json").write_text(json.dumps(manifest))
+    return noise.path, planted_sae(place / "noise-sae")
 
 
 def test_the_command_leaves_its_pages(cli: Callable, tmp_path: Path) -> None:
