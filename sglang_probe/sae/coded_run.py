@@ -128,7 +128,7 @@ def code_runs(
         raise ConfigError("the SAE does not say where its rows come from", fix="give the hook point")
     names = run_names([run.path for run in runs])
     drawn, expected = _drawn(runs, point, most, seed)
-    parts = []
+    parts: list[_Part] = []
     for run, name, rids in zip(runs, names, drawn, strict=True):
         if len(rids):
             done = sum(len(p.rows) for p in parts)

@@ -73,6 +73,7 @@ function neighbours(title, list, parent) {
 function draw(card) {
   const box = make("article", null, null, document.getElementById("cards"));
   box.id = `card-${card.i}`;
+  box.tabIndex = -1;
   const head = make("h2", null, null, box);
   make("a", String(card.i), null, head).href = `#f${card.i}`;
   head.append(` ${(card.a || card.l).replaceAll("`", "")}`);
@@ -127,17 +128,45 @@ function list() {
   if (/^f\d+$/.test(hash)) found = cards.filter(c => c.i === Number(hash.slice(1)));
   else if (/^c\d+$/.test(hash)) found = cards.filter(c => c.c === Number(hash.slice(1)));
   else if (/^t\d+$/.test(hash)) found = cards.filter(c => c.e.some(e => e[1] === Number(hash.slice(1))));
-  if (asked) found = cards.filter(c => String(c.i) === asked || c.l.toLowerCase().includes(asked) || (c.a || "").toLowerCase().includes(asked)
-    || c.s.some(w => data.words[w].toLowerCase().includes(asked)) || (c.p || []).some(p => data.words[p[0]].toLowerCase() === asked));
-  const last = c => c[key] === null || (key === "c" && c.c < 0);
-  found = [...found].sort((a, b) => last(a) - last(b) || (up ? a[key] - b[key] : b[key] - a[key]) || a.i - b.i);
+  const dotted = asked.replaceAll(" ", "·");
+  if (asked) found = cards.filter(c => String(c.i) === asked || c.l.toLowerCase().includes(dotted) || (c.a || "").toLowerCase().includes(asked)
+    || c.s.some(w => data.words[w].toLowerCase().includes(dotted)) || (c.p || []).some(p => data.words[p[0]].toLowerCase() === dotted));
+  const last = c => c[key] === null || c[key] === undefined || (key === "c" && c.c < 0);
+  const other = c => String(c.i) !== asked;
+  found = [...found].sort((a, b) => other(a) - other(b) || last(a) - last(b) || (up ? a[key] - b[key] : b[key] - a[key]) || a.i - b.i);
   document.getElementById("cards").replaceChildren();
   drawn = 0;
   const text = document.getElementById("count");
   text.textContent = `${found.length.toLocaleString("en")} of ${cards.length.toLocaleString("en")} features `;
-  if (hash && !asked) make("a", "show all", null, text).href = "#";
+  if (hash && !asked) {
+    if (/^t\d+$/.test(hash) && data.texts[Number(hash.slice(1))]) text.append(`with an example in ${requestName(Number(hash.slice(1)))} `);
+    if (/^c\d+$/.test(hash)) text.append(`that fire together, cluster ${hash.slice(1)} `);
+    make("a", "show all", null, text).href = "#";
+  }
   more();
   if (found.length === 1) document.querySelector("#cards details").open = true;
+}
+
+function step_to(by) {
+  const all = [...document.querySelectorAll("#cards article")], at = all.indexOf(document.activeElement.closest("article"));
+  if (at + by >= all.length && drawn < found.length) { more(); return step_to(by); }
+  const next = all[Math.min(Math.max(at + by, 0), all.length - 1)];
+  if (next) { next.focus({preventScroll: true}); next.scrollIntoView({block: "start"}); }
+}
+
+function keys(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const find = document.getElementById("find"), writing = /^(INPUT|SELECT)$/.test(document.activeElement.tagName);
+  if (event.key === "Escape" && writing) { find.value = ""; list(); document.activeElement.blur(); return; }
+  if (writing) return;
+  if (event.key === "/") find.focus();
+  else if (event.key === "j") step_to(1);
+  else if (event.key === "k") step_to(-1);
+  else if (event.key === "o") {
+    const details = document.activeElement.closest("article")?.querySelector("details");
+    if (details) details.open = !details.open;
+  } else return;
+  event.preventDefault();
 }
 
 const head = document.getElementById("head");
@@ -156,6 +185,11 @@ for (const s of data.scores) {
   make("td", s.score, null, row);
   for (const k of Object.keys(columns)) make("td", places(s[k]), null, row);
 }
+if (data.judge) {
+  const sort = document.getElementById("sort");
+  make("option", `labelled by ${data.judge} first`, null, sort).value = "ad";
+}
+document.addEventListener("keydown", keys);
 document.getElementById("find").addEventListener("input", list);
 document.getElementById("sort").addEventListener("change", list);
 document.getElementById("more").addEventListener("click", more);

@@ -182,8 +182,7 @@ class Endpoint:
         # SGLang and vLLM name the folder that they serve; on another machine its files are not at hand.
         digest = weight_hash_of_folder(root) if Path(root).is_absolute() and Path(root).is_dir() else None
         kept = {k: entry[k] for k in ("id", "owned_by", "max_model_len") if k in entry}
-        name = model if not Path(model).is_absolute() else Path(model).name
-        return Served(model, urlsplit(self._url).netloc, digest, {**kept, "id": name})
+        return Served(model, urlsplit(self._url).netloc, digest, {**kept, "id": _name(model)})
 
     def _call(self, path: str, body: Mapping[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -237,6 +236,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+def _name(model: str) -> str:
+    """Without the path: SGLang names a model that is served from a folder by all of it."""
+    parts = Path(model).parts if Path(model).is_absolute() else (model,)
+    return parts[-2] if parts[-1] == "checkpoint" and len(parts) > 2 else parts[-1]
 
 
 def _read(file: Path) -> dict[str, str]:
