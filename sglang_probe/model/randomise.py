@@ -39,6 +39,7 @@ def randomise(checkpoint: Path, folder: Path, *, seed: int = 0, keep_embeddings:
         trained = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True) if keep_embeddings else None
     except (OSError, ValueError) as e:
         raise ConfigError(f"{checkpoint} is no model that transformers can read: {e}") from e
+    dtype = getattr(config, "dtype", None) or torch.float32  # of the files; `from_config` writes over it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -47,7 +48,7 @@ def randomise(checkpoint: Path, folder: Path, *, seed: int = 0, keep_embeddings:
             model.get_input_embeddings().weight.copy_(trained.get_input_embeddings().weight)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    model.to(getattr(config, "dtype", None) or torch.float32).save_pretrained(half)
+    model.to(dtype).save_pretrained(half)
     for pattern in COPIED:
         for file in checkpoint.glob(pattern):
             if file.is_file():

@@ -38,10 +38,15 @@ class StubJudge:
         self.before: Callable[[str], tuple[int, dict[str, str], str] | None] = lambda path: None
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        """That came with what was asked."""
+        self.looked: list[str | None] = []
+        """That came with a GET."""
         lock, judge = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                with lock:
+                    judge.looked.append(self.headers.get("Authorization"))
                 self._send(200, {}, json.dumps({"data": [{"id": m} for m in judge.models]}))
 
             def do_POST(self) -> None:

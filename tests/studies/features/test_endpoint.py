@@ -88,11 +88,12 @@ def test_a_key_is_not_carried_to_where_a_redirection_points(tmp_path: Path, monk
     monkeypatch.setenv(KEY_VARIABLE, "sesame")
     with StubJudge(echo) as judge, StubJudge(echo) as elsewhere:
         endpoint = Endpoint(judge.url, None, tmp_path / "a.jsonl")
-        judge.before = lambda path: (307, {"Location": f"{elsewhere.url}/chat/completions"}, "")
-        with pytest.raises(ConfigError) as refused:
-            endpoint.ask(QUESTIONS[:1], most_tokens=9)
-        assert elsewhere.url in str(refused.value.fix)
-        assert elsewhere.asked == []
+        for status in (302, 307):
+            judge.before = lambda path, status=status: (status, {"Location": f"{elsewhere.url}/models"}, "")
+            with pytest.raises(ConfigError) as refused:
+                endpoint.ask(QUESTIONS[:1], most_tokens=9)
+            assert elsewhere.url in str(refused.value.fix)
+        assert elsewhere.looked == elsewhere.keys == []
 
 
 def test_what_is_no_endpoint_is_said_to_be_none(tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_clusters_do_not_link_latents_that_fire_at_the_same_rate_apart() -> None
     assert (found[2:] == -1).all()
 
 
+def test_planted_clusters_of_several_sizes_are_recovered_whole_and_largest_first() -> None:
+    """Members fire in four of five rows in which their cluster is on, and now and then alone."""
+    rng = np.random.default_rng(0)
+    planted = np.repeat([2, 0, 1, -1], [3, 6, 4, 40])
+    on = rng.random((8000, 3)) < 0.03
+    fires = rng.random((8000, len(planted))) < 0.004
+    for k in range(3):
+        fires[:, planted == k] |= on[:, [k]] & (rng.random((8000, int((planted == k).sum()))) < 0.8)
+    fires[:, planted < 0] |= rng.random((8000, 40)) < 0.03  # as frequent, and each by itself
+    matrix = sparse.csr_array(fires.astype(np.float32))
+    assert neighbours.clusters(matrix).tolist() == planted.tolist()
+    near = neighbours.by_firing(matrix, k=2)
+    members = np.flatnonzero(planted >= 0)
+    assert (planted[near.latent[members]] == planted[members][:, None]).all()
+
+
 def test_tokens_that_a_direction_promotes_are_those_of_the_head(found: FeaturesResult) -> None:
     from transformers import AutoModelForCausalLM
 
