@@ -90,6 +90,7 @@ class DiffResult(Measured):
             "rows": list(self.rows),
             "false_discovery_rate": self.q,
             "tested": f.tested,
+            "discoverable_together": f.together,
             "discovered": f.discovered,
             "confirmed": f.confirmed,
             "beyond_tokens": int(self.latents["beyond_tokens"].sum()),
@@ -169,6 +170,12 @@ def diff(
     if units.left_out:
         kind = "one group only, and are left out of the pairs" if units.paired else "both groups, and are left out"
         notes.append(f"{units.left_out} texts have rows of {kind}")
+    if found.together > 1:
+        notes.append(
+            f"with {len(units.names)} units and {permutations:,} permutations a latent is discovered only where "
+            f"{found.together} of {found.tested:,} differ as clearly as can be: that none is found says little. More "
+            f"texts or --permutations {int(np.ceil(found.tested / q)):,} help"
+        )
     if found.null_discovered and np.mean(found.null_confirmed) > 0.5:
         notes.append("exchanged groups are confirmed too: do not use these verdicts")
     false = [(a, b)[h.group] for h in halves if np.mean(np.array(h.confirmed) > 0) > 0.1]

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae.coded_run import code_run
-from sglang_probe.sae.differential import compare, false_discoveries, permutation_p, units_of
+from sglang_probe.sae.differential import compare, false_discoveries, permutation_p, smallest_p, units_of
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.studies.diff.page import shortlist_table
 from sglang_probe.studies.diff.study import diff, groups
@@ -76,6 +76,17 @@ def test_p_values_of_permutations_are_exact_where_they_can_be_counted() -> None:
     assert permutation_p(values, group, permutations=20_000)[0] == pytest.approx(0.1, abs=0.01)
     paired = np.full((5, 1), 0.3)
     assert permutation_p(paired, np.full(5, -1), permutations=20_000)[0] == pytest.approx(2 / 32, abs=0.01)
+
+
+def test_too_few_units_or_draws_to_discover_a_single_latent_are_said() -> None:
+    # Five pairs: 2 of 32 sign patterns are as far from zero; three against three: 2 of 20; one against three: 1 of 4.
+    assert smallest_p(np.full(5, -1), 20_000) == 2 / 32
+    assert smallest_p(np.array([0, 0, 0, 1, 1, 1]), 20_000) == pytest.approx(0.1)
+    assert smallest_p(np.array([0, 1, 1, 1]), 20_000) == pytest.approx(1 / 4)
+    assert smallest_p(np.full(30, -1), 999) == pytest.approx(1 / 1000)
+    codes, token, text, group = draw(24, np.random.default_rng(0), 1.0)
+    found = compare(units_of(sparse.csr_array(codes), token, text, group), permutations=199, nulls=0)
+    assert found.together == 4  # 40 latents, a p of 1/200 at least, and q of 1/20
 
 
 def test_exchanged_groups_stand_beside_the_real_ones() -> None:
