@@ -10,6 +10,7 @@ from sglang_probe.report.figures import dots
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
+from sglang_probe.studies.features.arms import OWN
 from sglang_probe.studies.features.dashboard import DASHBOARD
 from sglang_probe.studies.features.study import FeaturesResult
 
@@ -17,7 +18,8 @@ _WORTH = (
     "Labels are the token-set rule (*heuristic*, no model): the at most ten tokens on which a latent fires, found on "
     "half of the texts and judged on the other half. Detection: is this a window in which it fires? Fuzzing: are the "
     "marked tokens those on which it fires? 0.5 is chance. A label is worth what it has beyond the labels of other "
-    "latents, and a dictionary what it has beyond random directions that fire as often."
+    "latents, and a dictionary what it has beyond random directions that fire as often, and beyond the dictionary of "
+    "a model that was not trained (`sglang-probe model randomise`)."
 ).replace("*", "")
 
 
@@ -102,6 +104,7 @@ def features_page(result: FeaturesResult) -> Page:
         ],
         sections=[
             Section("What labels are worth", _WORTH, tables=[score_table(result)], notes=list(result.notes)),
+            *_asked(result),
             Section(
                 "Latents",
                 "Those that their labels detect best; the file has all.",
@@ -109,6 +112,30 @@ def features_page(result: FeaturesResult) -> Page:
             ),
         ],
     )
+
+
+def _asked(result: FeaturesResult) -> list[Section]:
+    """Labels by a model that was asked."""
+    if result.asked is None:
+        return []
+    own = result.asked[(result.asked["arm"] == OWN) & result.asked["label"].notna()]
+    own = own.merge(result.latents[["latent", "label"]].rename(columns={"label": "rule"}), on="latent")
+    columns = [
+        Column("latent", kind="text"),
+        Column("label", "label"),
+        Column("rule", "token-set rule"),
+        Column("detection", "detection (another's)", "percent", "detection_shuffled"),
+        Column("fuzzing", "fuzzing (another's)", "percent", "fuzzing_shuffled"),
+    ]
+    shown = own.assign(rule=own["rule"].str.replace("`", "")).sort_values("detection", ascending=False)
+    told = result.asked_of
+    weights = (told["weights_sha256"] or "weights unknown")[:16]
+    judged = "by itself" if told["judge"] == "endpoint" else "by the words that they name"
+    said = (
+        f"Asked of `{result.judge}` ({weights}), which saw excerpts of one half of the texts; judged {judged} on the "
+        "other half. A label is a hypothesis."
+    )
+    return [Section("Labels by a model", said, tables=[Table(shown, "labels", columns=columns, file="labels_asked")])]
 
 
 def _text(frame: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
+from sglang_probe.report.page import render
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.studies.features import prompts
 from sglang_probe.studies.features.asked import Asking, balanced_accuracy, named_tokens, words_of
 from sglang_probe.studies.features.command import _asking
 from sglang_probe.studies.features.dashboard import collect
 from sglang_probe.studies.features.endpoint import ANSWERS, Endpoint
+from sglang_probe.studies.features.page import features_page
 from sglang_probe.studies.features.study import FeaturesResult, study
 from tests.studies.features.planted import FOLDER, SETS, planted_run, planted_sae
 from tests.studies.features.stub_judge import StubJudge
@@ -73,6 +76,14 @@ def test_what_was_asked_is_kept_with_the_result(found: FeaturesResult) -> None:
     assert "the weights of the model that was asked are not at hand" in " ".join(found.notes)
     card = next(c for c in collect(found, 5, 10)["cards"] if c["i"] == 0)
     assert card["a"] == found.asked.set_index(["arm", "latent"]).loc[("labels", 0), "label"]  # type: ignore[union-attr]
+
+
+def test_the_report_has_the_labels_as_text(found: FeaturesResult) -> None:
+    assert found.asked is not None
+    page = render(features_page(replace(found, asked=found.asked.assign(label="<img src=x onerror=alert(1)>"))))
+    assert "Labels by a model" in page
+    assert "&lt;img" in page
+    assert "<img" not in page
 
 
 def test_a_judge_that_says_yes_to_all_is_at_chance(planted: tuple[Path, Path], tmp_path: Path) -> None:
