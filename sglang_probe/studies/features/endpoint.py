@@ -8,6 +8,7 @@ answer depends on: model, hash of its weights where that is known, and the body 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import threading
@@ -161,7 +162,13 @@ class Endpoint:
             self._known[key] = text
 
     def _look(self, model: str | None) -> Served:
-        listed = self._call("/models", None)
+        try:
+            listed = self._call("/models", None)
+        except _Refused as e:
+            if e.status not in (404, 405, 501) or model is None:
+                raise
+            # Some gateways list nothing. Whether they have the model is seen when it is asked.
+            return Served(model, urlsplit(self._url).netloc, None, {"id": _name(model)})
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
             raise ConfigError(
@@ -198,7 +205,7 @@ class Endpoint:
                 if e.code not in _AGAIN or not left:
                     raise self._refused(e) from e
                 pause = _pause(e.headers.get("Retry-After"), left)
-            except (OSError, urllib.error.URLError) as e:
+            except (OSError, http.client.HTTPException) as e:
                 # Nobody listens: no use in waiting. A connection that broke is another matter.
                 if isinstance(getattr(e, "reason", e), ConnectionRefusedError) or not left:
                     raise ConfigError(
@@ -214,7 +221,7 @@ class Endpoint:
             self._sleep(pause)
         raise AssertionError
 
-    def _refused(self, e: urllib.error.HTTPError) -> ConfigError:
+    def _refused(self, e: urllib.error.HTTPError) -> _Refused:
         said = _message(e)
         if e.code in (401, 403):
             has = "was refused" if self._key else "is missing"
@@ -228,7 +235,13 @@ class Endpoint:
             fix += 'taken out or replaced by --label-body, e.g. {"max_tokens": null, "max_completion_tokens": 400}'
         else:
             fix = "what was answered so far is kept: the same command goes on from there"
-        return ConfigError(f"{self._url} answers {e.code}: {said}", fix=fix)
+        refused = _Refused(f"{self._url} answers {e.code}: {said}", fix=fix)
+        refused.status = e.code
+        return refused
+
+
+class _Refused(ConfigError):
+    status = 0
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -41,12 +41,17 @@ class StubJudge:
         """That came with what was asked."""
         self.looked: list[str | None] = []
         """That came with a GET."""
+        self.lists = ""
+        """The only path that lists models; empty: every one."""
         lock, judge = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 with lock:
                     judge.looked.append(self.headers.get("Authorization"))
+                if judge.lists not in ("", self.path):
+                    self._send(404, {}, "")
+                    return
                 self._send(200, {}, json.dumps({"data": [{"id": m} for m in judge.models]}))
 
             def do_POST(self) -> None:

@@ -118,6 +118,16 @@ def test_what_is_no_endpoint_is_said_to_be_none(tmp_path: Path) -> None:
     assert "sesame" not in str(refused.value)
 
 
+def test_a_gateway_that_lists_no_models_is_asked_for_the_one_that_is_named(tmp_path: Path) -> None:
+    with StubJudge(echo) as judge:
+        nowhere = judge.url + "/chat"  # has no `models` below it, and answers whatever is asked
+        judge.lists = "/v1/models"
+        with pytest.raises(ConfigError, match="answers 404"):
+            Endpoint(nowhere, None, tmp_path / "a.jsonl")
+        assert Endpoint(nowhere, "x", tmp_path / "a.jsonl").ask(QUESTIONS[:1], most_tokens=9)
+        assert judge.asked[0]["model"] == "x"
+
+
 def test_a_body_can_be_made_to_fit_what_the_endpoint_takes(tmp_path: Path) -> None:
     with StubJudge(echo) as judge:
         body = {"max_tokens": None, "max_completion_tokens": 5}
