@@ -17,7 +17,7 @@ from scipy import sparse
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import KEY, refuse_other_model
@@ -172,6 +172,22 @@ def test_a_window_tells_which_rows_were_gathered(found: FeaturesResult) -> None:
         place = int(np.flatnonzero((coded.text == rid) & (coded.position == position))[0])
         assert words[at] == Vocabulary.load(FOLDER).text(int(ids[place])).replace(" ", "·")[:12]
         assert at in pairs[::2], bin_
+
+
+def test_examples_of_two_runs_say_which_they_come_from(tmp_path: Path) -> None:
+    runs = [planted_run(tmp_path / name, texts=6, seed=i).path for i, name in enumerate(("one", "two"))]
+    both = study(runs, planted_sae(tmp_path / "sae"))
+    assert both.to_json()["runs"] == ["one", "two"]
+    data = collect(both, 5, 10)
+    top = both.examples[(both.examples["latent"] == 0) & (both.examples["bin"] == "top")]
+    shown = [e for e in next(c for c in data["cards"] if c["i"] == 0)["e"] if e[0] == "top"]
+    assert [(data["runs"][data["texts"][e[1]][0]], data["texts"][e[1]][1]) for e in shown] == [
+        *zip(top["run"], top["rid"], strict=True)
+    ]
+    assert set(top["run"]) == {"one", "two"}
+    for e in top.itertuples():
+        tokens = load_run(tmp_path / e.run).tokens().set_index(["rid", "position"])
+        assert tokens.loc[(e.rid, e.position), "token_id"] in SETS[0]
 
 
 def test_the_page_is_one_file_whose_only_script_is_named_by_its_hash(found: FeaturesResult) -> None:
