@@ -170,7 +170,7 @@ def diff(
     if units.left_out:
         kind = "one group only, and are left out of the pairs" if units.paired else "both groups, and are left out"
         notes.append(f"{units.left_out} texts have rows of {kind}")
-    if found.together > 1:
+    if found.together >= 5:
         notes.append(
             f"with {len(units.names)} units and {permutations:,} permutations a latent is discovered only where "
             f"{found.together} of {found.tested:,} differ as clearly as can be: that none is found says little. More "
