@@ -55,6 +55,7 @@ LAZY = {
     "eviction/removal.py": {"transformers"},
     "export/saelens.py": {"datasets"},
     "model/from_gguf.py": {"gguf"},
+    "model/randomise.py": {"transformers"},
     "monitor/adwin.py": {"river"},
     "model/tokenizer.py": {"tokenizers"},
     "sae/saelens.py": {"sae_lens", "transformers"},

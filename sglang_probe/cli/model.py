@@ -92,3 +92,25 @@ def list_command(as_json: Annotated[bool, typer.Option("--json", help="Machine-r
     for name, folder, present, about in rows:
         table.add_row(name, folder if present else f"not fetched: sglang-probe model fetch {name}", about)
     Console().print(table)
+
+
+@app.command("randomise")
+def randomise_command(
+    model: Annotated[str, typer.Argument(help="Name or folder of the model whose configuration it has.")],
+    output: Annotated[Path, typer.Option(help="Folder to make. Name it as `model:` in the YAML then.")],
+    seed: Annotated[int, typer.Option(help="Of the initialisation.")] = 0,
+    keep_embeddings: Annotated[bool, typer.Option(help="Keep the token embeddings that were trained.")] = False,
+) -> None:
+    """Make a model with the same configuration and tokenizer, and the weights that training would begin with.
+
+    It is the null of features: harvest the same texts with it, train a dictionary by the same recipe, and give both to
+    `sglang-probe features --random-run RUN --random-sae DIR`. What its features score too, training did not bring.
+    """
+    from rich.console import Console
+
+    from sglang_probe.harvest.model import model_folder
+    from sglang_probe.model.randomise import randomise
+
+    folder = output.expanduser().resolve()
+    randomise(Path(model_folder(model)), folder, seed=seed, keep_embeddings=keep_embeddings)
+    Console(stderr=True).print(f"made: {folder}", highlight=False, soft_wrap=True)

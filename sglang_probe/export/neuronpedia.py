@@ -102,8 +102,8 @@ def export_neuronpedia(
         )
         _one(
             place / "source.jsonl",
-            {"modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": result.run, "id": source}
-            | {"num_prompts": len(result.coded.rids), "num_tokens_in_prompt": None, "hfRepoId": None}
+            {"modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": ", ".join(result.runs), "id": source}
+            | {"num_prompts": len(result.coded.texts), "num_tokens_in_prompt": None, "hfRepoId": None}
             | {"hfFolderId": None, "creatorId": creator_id},
         )
         alive = result.latents[result.latents["rate"] > 0]

@@ -129,6 +129,17 @@ def difference(values_UM: Array, group_U: Array) -> Array:
     return np.asarray(values_UM[group_U == 1].mean(0) - values_UM[group_U == 0].mean(0))
 
 
+def smallest_p(group_U: Array, permutations: int) -> float:
+    """The least two-sided p that `permutation_p` can give: one over the draws, or what so few units allow."""
+    from math import comb
+
+    units = len(group_U)
+    ways = 2.0**units if (group_U < 0).all() else float(comb(units, int((group_U == 1).sum())))
+    # The mirror image of the best exchange is as far from zero, save where one group is the larger.
+    both = 1.0 if not (group_U < 0).all() and 2 * int((group_U == 1).sum()) != units else 2.0
+    return max(1 / (permutations + 1), both / ways)
+
+
 def permutation_p(values_UM: Array, group_U: Array, *, permutations: int = PERMUTATIONS, seed: int = 0) -> Array:
     """Two-sided p of the difference of each column, `[M]`, groups exchanged over units; the observed labelling counts
     (Phipson and Smyth 2010), so that no p is 0."""
@@ -159,12 +170,62 @@ class Found:
     `standardised` (difference over its standard deviation between units), `p`, `q`, `discovered`, `p_confirm`,
     `q_confirm`, `confirmed`, `p_matched`, `q_matched`, `beyond_tokens`."""
     tested: int
+    together: int
+    """As many latents must have the smallest p there can be before one is discovered: 1 where single ones can be."""
     discovered: int
     confirmed: int
     null_discovered: list[int]
     """Latents that are discovered where the groups of the discovery half are exchanged at random."""
     null_confirmed: list[int]
     """Latents that both halves confirm, groups of both exchanged at random."""
+
+
+@dataclass(frozen=True)
+class FalseDiscoveries:
+    """What the comparison makes of two random halves of the texts of one group, in which nothing differs."""
+
+    group: int
+    units: int
+    """Of both halves together."""
+    discovered: list[int]
+    """Latents, by split."""
+    confirmed: list[int]
+
+
+def false_discoveries(
+    codes: Any,
+    token_N: Array,
+    unit_N: Array,
+    group_N: Array,
+    *,
+    splits: int = 20,
+    q: float = 0.05,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> list[FalseDiscoveries]:
+    """Put random halves of either group's units through `units_of` and `compare`. Groups too small for it are left out.
+
+    Args:
+        splits: of each group.
+    """
+    rng = np.random.default_rng([seed, 7])
+    names, unit = np.unique(unit_N.astype(str), return_inverse=True)
+    found = []
+    for g in (0, 1):
+        here = np.unique(unit[group_N == g])
+        if len(here) < 8:
+            continue
+        told = FalseDiscoveries(g, len(here), [], [])
+        for split in range(splits):
+            side = np.full(len(names), -1)
+            side[here] = rng.permutation(np.arange(len(here)) % 2)
+            half = np.where(group_N == g, side[unit], -1)
+            units = units_of(codes, token_N, unit_N, half)
+            one = compare(units, q=q, permutations=permutations, nulls=0, seed=seed + split)
+            told.discovered.append(one.discovered)
+            told.confirmed.append(one.confirmed)
+        found.append(told)
+    return found
 
 
 def compare(
@@ -207,9 +268,11 @@ def compare(
     frame.insert(
         frame.columns.get_loc("matched") + 1, "standardised", frame["difference"] / _spread(every, units.group)
     )
+    together = int(np.ceil(len(tested) * smallest_p(first.group, permutations) / q))
     return Found(
         frame,
         len(tested),
+        max(together, 1),
         int(frame["discovered"].sum()),
         int(frame["confirmed"].sum()),
         [int(f["discovered"].sum()) for f in null],

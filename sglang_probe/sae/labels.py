@@ -11,10 +11,12 @@ A score is worth what it has beyond the labels of *other* latents, and beyond *r
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sglang_probe.sae.coded_run import Coded
 
@@ -41,11 +43,20 @@ class Rules:
     """Share of rows in which it fires that have one of the tokens."""
 
 
-def halves(texts: int, seed: int = 0) -> Array:
-    """Which texts are for finding labels, bool `[texts]`; the others judge them."""
-    first = np.zeros(texts, dtype=bool)
-    first[np.random.default_rng(seed).permutation(texts)[: (texts + 1) // 2]] = True
-    return first
+def halves(family_T: Sequence[str], seed: int = 0) -> Array:
+    """Which texts are for finding labels, bool `[T]`; the others judge them. A family is on one side: texts that share
+    a beginning, or are the same text in two runs, would judge labels by what they were found on."""
+    family, known = pd.factorize(np.asarray(family_T, dtype=object))
+    first = np.zeros(len(known), dtype=bool)
+    first[np.random.default_rng(seed).permutation(len(known))[: (len(known) + 1) // 2]] = True
+    return np.asarray(first[family])
+
+
+def fired(codes: Any) -> Any:
+    """Where latents fire: the same matrix with 1 for every activation."""
+    fires = codes.copy()
+    fires.data = np.ones_like(fires.data)
+    return fires
 
 
 def token_rules(fires: Any, token_N: Array, *, most: int = MOST_TOKENS) -> Rules:
@@ -108,6 +119,54 @@ class Scores:
     """Windows of each kind, int64 `[M]`."""
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the label of a latent is judged by: n windows in which it fires and n in which it does not."""
+
+    latent: int
+    yes: list[tuple[int, int]]
+    """First place and end, in `coded.ids`."""
+    no: list[tuple[int, int]]
+    marks: list[tuple[Array, Array]]
+    """Of each `yes`: where it fires, and as many of its other tokens, bool `[length]`."""
+
+
+def drawn(
+    coded: Coded, fires: Any, latents: Sequence[int], judges: Array, *, most: int = WINDOWS, seed: int = 0
+) -> Iterator[Judged]:
+    """Windows to judge the labels of latents by; latents that have too few are passed over.
+
+    Args:
+        fires: scipy CSR `[N, M]` of 0 and 1, rows as in `coded`.
+        judges: texts to judge by, bool `[texts]`.
+        most: windows of each kind.
+    """
+    rng = np.random.default_rng([seed, 1])
+    mine = np.flatnonzero(judges[coded.text_of_row])
+    flat = coded.rows["flat"].to_numpy()
+    by_latent = fires[mine].tocsc()
+    fired_at = np.zeros(len(coded.ids), dtype=bool)
+    for m in latents:
+        rows = mine[by_latent.indices[by_latent.indptr[m] : by_latent.indptr[m + 1]]]
+        if len(rows) < LEAST_WINDOWS:
+            continue
+        fired_at[flat[rows]] = True
+        yes = [coded.window(int(f), BEFORE, AFTER) for f in flat[rng.permutation(rows)[:most]]]
+        no = _silent(coded, fired_at, flat[mine], len(yes), rng)
+        n = min(len(yes), len(no))
+        if n >= LEAST_WINDOWS:
+            yes, no = yes[:n], no[:n]
+            yield Judged(int(m), yes, no, [_marks(fired_at[a:b], rng) for a, b in yes])
+        fired_at[flat[rows]] = False
+
+
+def others(latents: Sequence[int], *, seed: int = 0) -> dict[int, int]:
+    """For each latent another one, whose label it is judged by too; none where there is one latent."""
+    # A random order rolled by one, read in that order, has no latent with its own label.
+    order = np.random.default_rng([seed, 8]).permutation(np.asarray(latents, dtype=np.int64))
+    return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True)) if len(order) > 1 else {}
+
+
 def score(coded: Coded, fires: Any, rules: Rules, judges: Array, *, seed: int = 0) -> Scores:
     """Judge the rules on some of the texts.
 
@@ -115,36 +174,17 @@ def score(coded: Coded, fires: Any, rules: Rules, judges: Array, *, seed: int = 
         fires: scipy CSR `[N, M]` of 0 and 1, rows as in `coded`.
         judges: texts to judge by, bool `[texts]`.
     """
-    rng = np.random.default_rng([seed, 1])
-    text = coded.text[coded.rows["flat"].to_numpy()]
-    mine = np.flatnonzero(judges[text])
-    flat = coded.rows["flat"].to_numpy()
-    by_latent = fires[mine].tocsc()
     named = [i for i, t in enumerate(rules.tokens) if len(t)]
-    # A random order rolled by one, read in that order, has no latent with its own label.
-    order = rng.permutation(named)
-    other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True)) if len(named) > 1 else {}
+    other = others(named, seed=seed)
     out = np.full((4, fires.shape[1]), np.nan)
     counts = np.zeros(fires.shape[1], dtype=np.int64)
-    fired_at = np.zeros(len(coded.ids), dtype=bool)
-    for m in named:
-        rows = mine[by_latent.indices[by_latent.indptr[m] : by_latent.indptr[m + 1]]]
-        if len(rows) < LEAST_WINDOWS:
-            continue
-        fired_at[flat[rows]] = True
-        yes = [coded.window(int(f), BEFORE, AFTER) for f in flat[rng.permutation(rows)[:WINDOWS]]]
-        no = _silent(coded, fired_at, flat[mine], len(yes), rng)
-        counts[m] = min(len(yes), len(no))
-        if counts[m] >= LEAST_WINDOWS:
-            yes, no = yes[: counts[m]], no[: counts[m]]
-            marks = [_marks(fired_at[a:b], rng) for a, b in yes]
-            for i, label in enumerate((m, other.get(m))):
-                if label is None:
-                    continue
+    for w in drawn(coded, fires, named, judges, seed=seed):
+        counts[w.latent] = len(w.yes)
+        for i, label in enumerate((w.latent, other.get(w.latent))):
+            if label is not None:
                 known = rules.tokens[label]
-                out[2 * i, m] = _detection(coded.ids, yes, no, known)
-                out[2 * i + 1, m] = _fuzzing(coded.ids, yes, marks, known)
-        fired_at[flat[rows]] = False
+                out[2 * i, w.latent] = _detection(coded.ids, w.yes, w.no, known)
+                out[2 * i + 1, w.latent] = _fuzzing(coded.ids, w.yes, w.marks, known)
     return Scores(out[0], out[1], out[2], out[3], counts)
 
 
@@ -185,21 +225,22 @@ def _fuzzing(ids: Array, yes: list[tuple[int, int]], marks: list[tuple[Array, Ar
 
 
 def random_directions(x_ND: Array, rates_M: Array, *, seed: int = 0) -> Any:
-    """Where M random unit directions fire, each in as large a share of the rows as one of the latents: scipy CSR
-    `[N, M]` of 0 and 1. What a label of a direction without meaning is worth."""
+    """What M random unit directions are of rows, zero but in the share of rows that fires most strongly, one of the
+    latents' for each: scipy CSR `[N, M]`. What a label of a direction without meaning is worth."""
     from scipy import sparse
 
     rng = np.random.default_rng([seed, 2])
     directions = rng.normal(size=(len(rates_M), x_ND.shape[1])).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     x = (x_ND - x_ND.mean(0)).astype(np.float32)
-    columns = []
+    columns, strengths = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for direction, rate in zip(directions, rates_M, strict=True):
-        take = round(rate * len(x))
-        at = np.argpartition(-(x @ direction), take)[:take] if 0 < take < len(x) else np.empty(0, np.int64)
+        take, value = round(rate * len(x)), x @ direction
+        at = np.argpartition(-value, take)[:take] if 0 < take < len(x) else np.empty(0, np.int64)
         columns.append(at)
-    place = np.concatenate([np.full(len(c), m) for m, c in enumerate(columns)])
-    ones = np.ones(len(place), np.float32)
-    return sparse.csr_array((ones, (np.concatenate(columns), place)), shape=(len(x), len(rates_M)))
+        strengths.append(value[at] - value[at].min(initial=0.0) + 1e-3)  # all of these fire, however weakly
+    place = np.concatenate([np.full(len(c), m) for m, c in enumerate(columns[1:])] or [np.empty(0, np.int64)])
+    return sparse.csr_array((np.concatenate(strengths), (np.concatenate(columns), place)), shape=(len(x), len(rates_M)))
 
 
 def name_of(tokens: list[str], f1: float, promoted: list[str]) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 LINKED = 0.3
-"""Jaccard index from which on two latents are linked into a cluster. Independent latents that fire in 1 % of the rows
-have one of 0.005."""
+"""From which on two latents are linked into a cluster: their Jaccard index beyond that of independent latents of the
+same rates, as a share of what it could be beyond it. Two independent latents that fire in 1 % of the rows have an
+index of 0.005, and two that fire in 60 % one of 0.43."""
 _BLOCK = 512
 
 
@@ -51,8 +52,8 @@ def by_firing(fires: Any, k: int = 5) -> Near:
 def clusters(fires: Any, *, linked: float = LINKED, least: int = 2) -> Array:
     """Number of the cluster of each latent, largest first, int64 `[M]`; -1: in none.
 
-    Connected components of the graph of latents with a Jaccard index of at least `linked`; latents that fire in fewer
-    than `least` rows are in none.
+    Connected components of the graph of latents that are linked (see `LINKED`); latents that fire in fewer than `least`
+    rows are in none.
     """
     from scipy import sparse
     from scipy.sparse.csgraph import connected_components
@@ -61,7 +62,15 @@ def clusters(fires: Any, *, linked: float = LINKED, least: int = 2) -> Array:
     pairs = together.tocoo()
     a, b = pairs.coords
     jaccard = pairs.data / (counts[a] + counts[b] - pairs.data)
-    keep = (a != b) & (jaccard >= linked) & (counts[a] >= least) & (counts[b] >= least)
+    rate = counts / fires.shape[0]
+    chance = rate[a] * rate[b] / (rate[a] + rate[b] - rate[a] * rate[b])
+    keep = (
+        (a != b)
+        & (chance < 1)
+        & (jaccard - chance >= linked * (1 - chance))
+        & (counts[a] >= least)
+        & (counts[b] >= least)
+    )
     graph = sparse.coo_array((np.ones(int(keep.sum())), (a[keep], b[keep])), shape=together.shape)
     _, label = connected_components(graph, directed=False)
     sizes = np.bincount(label)

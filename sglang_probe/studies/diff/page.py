@@ -9,6 +9,7 @@ from sglang_probe.report.figures import dots
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
+from sglang_probe.sae.differential import FalseDiscoveries
 from sglang_probe.studies.diff.study import DiffResult
 
 _HOW = (
@@ -27,8 +28,15 @@ def answer(result: DiffResult) -> str:
     return (
         f"{f.confirmed:,} of {f.tested:,} latents fire at another rate in `{result.b}` than in `{result.a}`, found on "
         f"half of the texts and confirmed on the other; {beyond:,} of them beyond what the tokens explain. With the "
-        f"groups exchanged at random {null} are confirmed on average."
+        f"groups exchanged at random {null} are confirmed on average{_in_halves(result)}."
     )
+
+
+def _in_halves(result: DiffResult) -> str:
+    splits = [n for h in result.halves for n in h.confirmed]
+    if not splits:
+        return ""
+    return f", and in {sum(n > 0 for n in splits)} of {len(splits)} splits of one group into random halves any is"
 
 
 def shortlist_table(result: DiffResult) -> Table:
@@ -48,6 +56,12 @@ def shortlist_table(result: DiffResult) -> Table:
         Column("q_confirm", "q, confirmation", "decimal"),
     ]
     return Table(frame, "shortlist", columns=columns, file="shortlist")
+
+
+def _halves(result: DiffResult, h: FalseDiscoveries) -> tuple[str, str]:
+    found = sum(n > 0 for n in h.confirmed)
+    said = f"{found} of {len(h.confirmed)} splits of {h.units} units with a confirmed latent"
+    return f"random halves of {(result.a, result.b)[h.group]}", said
 
 
 def diff_page(result: DiffResult) -> Page:
@@ -84,12 +98,13 @@ def diff_page(result: DiffResult) -> Page:
         facts=[
             ("SAE", f"{result.sae} ({result.weights[:16]})"),
             ("hook point", result.hook_point),
-            ("run", result.run),
+            ("runs", ", ".join(result.runs)),
             ("groups", f"A: {result.by} `{result.a}`; B: {result.by} `{result.b}`"),
             ("unit", result.unit + (", each with both groups" if result.paired else "")),
             ("units", f"{result.units[0]:,} and {result.units[1]:,}"),
             ("rows", f"{result.rows[0]:,} and {result.rows[1]:,}"),
             ("groups exchanged at random", null),
+            *(_halves(result, h) for h in result.halves),
         ],
         sections=[
             Section(

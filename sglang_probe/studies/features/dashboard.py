@@ -18,6 +18,7 @@ import pandas as pd
 from sglang_probe.report.figures import visible
 from sglang_probe.run import journal
 from sglang_probe.sae.labels import AFTER, BEFORE
+from sglang_probe.studies.features.arms import OWN
 from sglang_probe.studies.features.study import FeaturesResult
 
 DASHBOARD = "dashboard.html"
@@ -73,7 +74,7 @@ def collect(result: FeaturesResult, per_bin: int, tops: int, most: int | None = 
     held: dict[int, list[Any]] = {}
     columns = coded.codes.tocsc()
     dense = np.zeros(len(coded) + 1, dtype=np.float32)
-    names = {rid: i for i, rid in enumerate(coded.rids)}
+    names = {place: i for i, place in enumerate(zip(coded.texts["run"], coded.texts["rid"], strict=True))}
     at = examples["latent"].to_numpy()
     groups = zip(examples.itertuples(index=False), windows, strict=True)
     current = -1
@@ -86,17 +87,29 @@ def collect(result: FeaturesResult, per_bin: int, tops: int, most: int | None = 
         values = dense[coded.row_of[a:b]]  # -1 reads the last entry, which is no row's
         fired = np.flatnonzero(values)
         pairs = [x for i in fired.tolist() for x in (i, round(float(values[i]), 3))]
-        line = [e.bin, names[e.rid], int(e.position), int(place[a]), b - a, int(e.flat) - a, int(e.reused), pairs]
+        line = [
+            e.bin,
+            names[e.run, e.rid],
+            int(e.position),
+            int(place[a]),
+            b - a,
+            int(e.flat) - a,
+            int(e.reused),
+            pairs,
+        ]
         held.setdefault(int(m), []).append(line)
     gathered = np.flatnonzero(coded.gathered[used]).tolist()
     rates = dict(iter(result.rates.groupby("latent")))
     near = dict(iter(result.near.groupby("latent")))
     cards = [_card(result, r, words, held, rates, near) for r in shown.to_dict("records")]
+    for card in cards:
+        card |= _asked(result, card["i"])
     return {
         "sae": result.sae,
         "point": result.hook_point,
-        "run": result.run,
+        "runs": result.runs,
         "model": result.model,
+        "judge": result.judge,
         "rows": len(coded),
         "dead": len(latents) - len(alive),
         "hidden": len(alive) - len(shown),
@@ -104,9 +117,21 @@ def collect(result: FeaturesResult, per_bin: int, tops: int, most: int | None = 
         "words": words.texts,
         "flat": flat,
         "gathered": gathered,
-        "rids": list(coded.rids),
+        "texts": [[result.runs.index(run), rid] for run, rid in names],
         "cards": cards,
     }
+
+
+def _asked(result: FeaturesResult, latent: int) -> dict[str, Any]:
+    """The label by a model that was asked, and its scores; nothing where there is none."""
+    if result.asked is None:
+        return {}
+    own = result.asked[(result.asked["arm"] == OWN) & (result.asked["latent"] == latent)]
+    if own.empty or own["label"].isna().all():
+        return {}
+    names = {"ad": "detection", "ads": "detection_shuffled", "az": "fuzzing", "azs": "fuzzing_shuffled"}
+    r = own.iloc[0]
+    return {"a": str(r["label"]), **{k: None if pd.isna(r[n]) else round(float(r[n]), 5) for k, n in names.items()}}
 
 
 def _fewer(examples: pd.DataFrame, per_bin: int, tops: int) -> pd.DataFrame:

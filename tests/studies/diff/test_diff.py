@@ -13,7 +13,7 @@ from scipy import sparse
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae.coded_run import code_run
-from sglang_probe.sae.differential import compare, permutation_p, units_of
+from sglang_probe.sae.differential import compare, false_discoveries, permutation_p, smallest_p, units_of
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.studies.diff.page import shortlist_table
 from sglang_probe.studies.diff.study import diff, groups
@@ -78,11 +78,49 @@ def test_p_values_of_permutations_are_exact_where_they_can_be_counted() -> None:
     assert permutation_p(paired, np.full(5, -1), permutations=20_000)[0] == pytest.approx(2 / 32, abs=0.01)
 
 
+def test_too_few_units_or_draws_to_discover_a_single_latent_are_said() -> None:
+    # Five pairs: 2 of 32 sign patterns are as far from zero; three against three: 2 of 20; one against three: 1 of 4.
+    assert smallest_p(np.full(5, -1), 20_000) == 2 / 32
+    assert smallest_p(np.array([0, 0, 0, 1, 1, 1]), 20_000) == pytest.approx(0.1)
+    assert smallest_p(np.array([0, 1, 1, 1]), 20_000) == pytest.approx(1 / 4)
+    assert smallest_p(np.full(30, -1), 999) == pytest.approx(1 / 1000)
+    codes, token, text, group = draw(24, np.random.default_rng(0), 1.0)
+    found = compare(units_of(sparse.csr_array(codes), token, text, group), permutations=199, nulls=0)
+    assert found.together == 4  # 40 latents, a p of 1/200 at least, and q of 1/20
+
+
 def test_exchanged_groups_stand_beside_the_real_ones() -> None:
     codes, token, text, group = draw(40, np.random.default_rng(0), 1.0)
     found = compare(units_of(sparse.csr_array(codes), token, text, group), permutations=1000, nulls=10)
     assert found.confirmed == 4
     assert np.mean(found.null_confirmed) < 1
+
+
+def test_random_halves_of_one_group_give_nothing_where_texts_are_the_unit() -> None:
+    codes, token, text, group = draw(40, np.random.default_rng(0), 1.0)
+    found = false_discoveries(sparse.csr_array(codes), token, text, group, splits=10, permutations=1000)
+    assert [(h.group, h.units, len(h.confirmed)) for h in found] == [(0, 20, 10), (1, 20, 10)]
+    assert sum(n > 0 for h in found for n in h.confirmed) <= 2
+
+
+def test_groups_can_be_two_runs_whose_texts_are_compared_with_themselves(tmp_path: Path) -> None:
+    """The same families in both runs; in the second one latent fires more often."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for name, rate in (("before", 0.1), ("after", 0.6)):
+        texts, rows = {}, {}
+        for i in range(24):
+            z = (rng.random((LENGTH, LATENTS)) < 0.1) * rng.uniform(2, 6, (LENGTH, LATENTS))
+            z[:, 7] = (rng.random(LENGTH) < rate) * 4.0
+            texts[f"r{i}"] = Text([350, *rng.integers(300, 340, LENGTH - 1).tolist()], family=f"f{i}")
+            rows[f"r{i}"] = torch.from_numpy((z @ directions() + MEAN).astype(np.float32))
+        runs.append(write_run(tmp_path / name, texts, {POINT: rows}, model=FOLDER).path)
+    told = diff(planted_sae(tmp_path / "sae"), runs, by="run", a="before", b="after", permutations=2000, splits=0)
+    assert told.paired
+    assert told.units == (24, 24)
+    assert told.runs == ["before", "after"]
+    assert told.shortlist["latent"].tolist() == [7]
+    assert told.shortlist["difference"].iloc[0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_texts_with_rows_of_both_groups_are_compared_with_themselves() -> None:
@@ -117,8 +155,8 @@ def test_groups_are_named_by_label_or_family(made: tuple[Path, Path]) -> None:
 
     run = load_run(made[0])
     coded = code_run(run, read_sae(made[1]))
-    by_label = groups(run, coded, "tone", "polite", "rude")
-    assert (by_label == groups(run, coded, "family", "a/*", "b/*")).all()
+    by_label = groups([run], coded, "tone", "polite", "rude")
+    assert (by_label == groups([run], coded, "family", "a/*", "b/*")).all()
     assert (by_label == coded.rows["rid"].str[1:].astype(int).to_numpy() % 2).all()
     for given, said in (
         (("mood", "x", "y"), "no labels along `mood`"),
@@ -126,7 +164,7 @@ def test_groups_are_named_by_label_or_family(made: tuple[Path, Path]) -> None:
         (("tone", "*", "rude"), "both name"),
     ):
         with pytest.raises(ConfigError, match=said):
-            groups(run, coded, *given)
+            groups([run], coded, *given)
 
 
 def test_the_shortlist_of_a_run_is_what_was_planted(cli: Callable, made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae import labels, neighbours
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.manifest import KEY, refuse_other_model
@@ -71,8 +74,8 @@ def test_random_directions_have_no_label_where_rows_are_noise() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 16)).astype(np.float32)
     fires = labels.random_directions(x, np.full(20, 0.05))
-    assert np.asarray(fires.sum(0)).ravel().tolist() == [200] * 20  # as often as they were told
-    rules = labels.token_rules(fires, rng.integers(0, 50, 4000))
+    assert np.diff(fires.tocsc().indptr).tolist() == [200] * 20  # as often as they were told
+    rules = labels.token_rules(labels.fired(fires), rng.integers(0, 50, 4000))
     assert rules.f1.max() < 0.3
 
 
@@ -121,9 +124,27 @@ def test_clusters_do_not_link_latents_that_fire_at_the_same_rate_apart() -> None
     rng = np.random.default_rng(0)
     fires = rng.random((5000, 30)) < 0.02
     fires[:, 1] = fires[:, 0]
+    # Dense ones fire in the same rows by chance alone: two in three of either's rows are the other's.
+    fires[:, 2:6] = rng.random((5000, 4)) < 0.7
     found = neighbours.clusters(sparse.csr_array(fires.astype(np.float32)))
     assert found[:2].tolist() == [0, 0]
     assert (found[2:] == -1).all()
+
+
+def test_planted_clusters_of_several_sizes_are_recovered_whole_and_largest_first() -> None:
+    """Members fire in four of five rows in which their cluster is on, and now and then alone."""
+    rng = np.random.default_rng(0)
+    planted = np.repeat([2, 0, 1, -1], [3, 6, 4, 40])
+    on = rng.random((8000, 3)) < 0.03
+    fires = rng.random((8000, len(planted))) < 0.004
+    for k in range(3):
+        fires[:, planted == k] |= on[:, [k]] & (rng.random((8000, int((planted == k).sum()))) < 0.8)
+    fires[:, planted < 0] |= rng.random((8000, 40)) < 0.03  # as frequent, and each by itself
+    matrix = sparse.csr_array(fires.astype(np.float32))
+    assert neighbours.clusters(matrix).tolist() == planted.tolist()
+    near = neighbours.by_firing(matrix, k=2)
+    members = np.flatnonzero(planted >= 0)
+    assert (planted[near.latent[members]] == planted[members][:, None]).all()
 
 
 def test_tokens_that_a_direction_promotes_are_those_of_the_head(found: FeaturesResult) -> None:
@@ -139,7 +160,7 @@ def test_tokens_that_a_direction_promotes_are_those_of_the_head(found: FeaturesR
 def test_a_window_tells_which_rows_were_gathered(found: FeaturesResult) -> None:
     data = collect(found, 5, 10)
     ids, coded = found.coded.ids, found.coded
-    second = coded.rids.index("r1")
+    second = coded.texts["rid"].tolist().index("r1")
     reused = coded.gathered & (coded.text == second)
     assert coded.position[reused].tolist() == list(range(1, 10))  # position 0 is a sink
     # What was gathered has the code of the row that it was gathered from.
@@ -153,6 +174,22 @@ def test_a_window_tells_which_rows_were_gathered(found: FeaturesResult) -> None:
         place = int(np.flatnonzero((coded.text == rid) & (coded.position == position))[0])
         assert words[at] == Vocabulary.load(FOLDER).text(int(ids[place])).replace(" ", "·")[:12]
         assert at in pairs[::2], bin_
+
+
+def test_examples_of_two_runs_say_which_they_come_from(tmp_path: Path) -> None:
+    runs = [planted_run(tmp_path / name, texts=6, seed=i).path for i, name in enumerate(("one", "two"))]
+    both = study(runs, planted_sae(tmp_path / "sae"))
+    assert both.to_json()["runs"] == ["one", "two"]
+    data = collect(both, 5, 10)
+    top = both.examples[(both.examples["latent"] == 0) & (both.examples["bin"] == "top")]
+    shown = [e for e in next(c for c in data["cards"] if c["i"] == 0)["e"] if e[0] == "top"]
+    assert [(data["runs"][data["texts"][e[1]][0]], data["texts"][e[1]][1]) for e in shown] == [
+        *zip(top["run"], top["rid"], strict=True)
+    ]
+    assert set(top["run"]) == {"one", "two"}
+    for e in top.itertuples():
+        tokens = load_run(tmp_path / e.run).tokens().set_index(["rid", "position"])
+        assert tokens.loc[(e.rid, e.position), "token_id"] in SETS[0]
 
 
 def test_the_page_is_one_file_whose_only_script_is_named_by_its_hash(found: FeaturesResult) -> None:
@@ -184,6 +221,36 @@ def test_an_sae_of_other_weights_is_refused(found: FeaturesResult, tmp_path: Pat
     told = {KEY: {"model": {"weights_sha256": {"model.safetensors": "0" * 64}}}}
     with pytest.raises(ConfigError, match="other weights"):
         refuse_other_model(sae.with_metadata(**told), [run], str(tmp_path))
+
+
+def test_a_model_that_was_not_trained_stands_beside_the_labels(found: FeaturesResult, tmp_path: Path) -> None:
+    """Of the planted features nothing is left in it: its rows are noise, and its dictionary is another."""
+    run = planted_run(tmp_path / "run")
+    (noise, place), sae = made_random(tmp_path, run), planted_sae(tmp_path / "sae")
+    beside = study(run.path, sae, random_runs=[noise], random_sae=place)
+    assert beside.random_model is not None
+    scores = beside.scores.set_index("score")
+    assert scores.loc["detection", "random_model"] < 0.65 < scores.loc["detection", "labels"]
+    assert scores["random_model"].to_dict() == beside.random_model[["detection", "fuzzing"]].mean().to_dict()
+    pd.testing.assert_series_equal(scores["labels"], found.scores.set_index("score")["labels"])
+    assert "the random model read other texts" not in " ".join(beside.notes)
+    with pytest.raises(ConfigError, match="of the same weights"):
+        study(run.path, sae, random_runs=[run.path], random_sae=sae)
+    with pytest.raises(ConfigError, match="needs its runs and its SAE"):
+        study(run.path, sae, random_runs=[noise])
+
+
+def made_random(place: Path, of: Run) -> tuple[Path, Path]:
+    """The same texts with rows of noise, of other weights, and an SAE for them."""
+    noise = planted_run(place / "noise")
+    generator = torch.Generator().manual_seed(0)
+    for file in noise.path.glob("rows/*/*.safetensors"):
+        tensors = load_file(file)
+        save_file({k: torch.randn(v.shape, generator=generator) for k, v in tensors.items()}, file)
+    manifest = json.loads((noise.path / "manifest.json").read_text())
+    manifest["model"]["weights_sha256"] = {"model.safetensors": "f" * 64}
+    (noise.path / "manifest.json").write_text(json.dumps(manifest))
+    return noise.path, planted_sae(place / "noise-sae")
 
 
 def test_the_command_leaves_its_pages(cli: Callable, tmp_path: Path) -> None:
