@@ -58,6 +58,7 @@ LAZY = {
     "monitor/adwin.py": {"river"},
     "model/tokenizer.py": {"tokenizers"},
     "sae/train.py": {"sae_lens"},
+    "studies/trace/setup.py": {"transformers"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

@@ -22,6 +22,7 @@ from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 from sglang_probe.studies.steer_decay.command import SteerDecay
+from sglang_probe.studies.trace.command import Trace
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -43,4 +44,5 @@ STUDIES: tuple[Study, ...] = (
     Lens(),
     Features(),
     Diff(),
+    Trace(),
 )
