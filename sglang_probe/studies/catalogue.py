@@ -6,6 +6,7 @@ from sglang_probe.studies.ab.command import Ab
 from sglang_probe.studies.ab.lossless_command import Lossless
 from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
+from sglang_probe.studies.debug.command import Debug
 from sglang_probe.studies.diff.command import Diff
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
@@ -45,4 +46,5 @@ STUDIES: tuple[Study, ...] = (
     Features(),
     Diff(),
     Trace(),
+    Debug(),
 )
