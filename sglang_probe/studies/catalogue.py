@@ -12,6 +12,7 @@ from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.features.command import Features
 from sglang_probe.studies.lens.command import Lens
+from sglang_probe.studies.lens.tune_command import TuneLens
 from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
@@ -43,6 +44,7 @@ STUDIES: tuple[Study, ...] = (
     SaeStability(),
     SaeHybrid(),
     Lens(),
+    TuneLens(),
     Features(),
     Diff(),
     Trace(),
