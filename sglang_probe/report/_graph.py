@@ -17,6 +17,8 @@ _COLUMN, _NARROWEST = 52.0, 38.0
 _STEP, _PAD = 15.0, 30.0
 """Between the marks of a cell, and above and below those of a row."""
 _POSITIVE, _NEGATIVE = "s1", "s3"
+_NAMED = 8
+"""Nodes that have their name beside them, at most as many that raise the metric and half as many that lower it."""
 
 
 def layered_graph(
@@ -32,7 +34,8 @@ def layered_graph(
     """Draw a graph; blue raises, orange lowers, and the width of an edge is its share of the strongest.
 
     Args:
-        nodes: a row each: `node` (its name), `row`, `column` (a number), `kind`, `value` (signed), `tip`.
+        nodes: a row each: `node` (its name), `row`, `column` (a number), `kind`, `value` (signed), `short` (what stands
+            beside the strongest where there is room), `tip`.
         edges: a row each: `source` and `target` (names of nodes), `value` (signed). Those without both ends are left
             out.
         rows: names of rows from the bottom up.
@@ -48,7 +51,7 @@ def layered_graph(
         raise ValueError("a node is there twice")
     if unknown := set(nodes["row"]) - set(rows):
         raise ValueError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(rows)}")
-    numbers = nodes.drop(columns=["tip"])
+    numbers = nodes.drop(columns=["tip", "short"])
     formats: dict[str, Kind] = {"value": "signed"}
     if nodes.empty:
         return make_figure(title, caption, numbers, formats, None, "")
@@ -89,8 +92,13 @@ def layered_graph(
                 c.line(gutter, y, c.width, y, "grid")
         _edges(c, edges, place)
         largest = float(nodes["value"].abs().max()) or 1.0
+        strong = set(shown.nlargest(_NAMED, "value", keep="all").index) | set(
+            shown.nsmallest(_NAMED // 2, "value").index
+        )
         for r in shown.itertuples():
             x, at = place[r.node]
+            if r.short and r.Index in strong and c.width > 500 and text_width(r.short, 10) + 12 < width / 2:
+                c.text(x + 11, at + 4, r.short, "muted", size=10)
             css = f"{_POSITIVE if r.value >= 0 else _NEGATIVE} dot"
             if abs(r.value) > 0.5 * largest:
                 c.circle(x, at, 8, css.replace("dot", "ring"))

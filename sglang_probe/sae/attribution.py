@@ -217,7 +217,7 @@ class Prompt:
     def with_rows(self, layer: int, rows_STD: Tensor) -> Tensor:
         """The metric with rows of a layer replaced, `[S]`."""
         with torch.no_grad():
-            return torch.cat([self._with(layer, part) for part in rows_STD.split(self._copies)])
+            return torch.cat([self._with(layer, part) for part in torch.split(rows_STD, self._copies)])
 
     def ablated(self, sets: Sequence[Sequence[Node]]) -> Array:
         """The metric with each of some sets of nodes at its baseline, float64 `[S]`: the model computed again, each

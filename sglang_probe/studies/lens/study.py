@@ -17,8 +17,8 @@ from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
 from sglang_probe.run import journal
 from sglang_probe.run.batches import queried
-from sglang_probe.run.files import MANIFEST
 from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.studies.base import Measured
@@ -174,7 +174,9 @@ def lens(
     said = "the token that came next" if wanted is None else f"`{vocabulary.text(wanted)}` (token {wanted})"
     name = str((run.manifest.get("model") or {}).get("name") or folder.name)
     rid = str(shown["rid"].iloc[0])
-    return LensResult(run.path.name, name, said, last, measured, mapped, rid, notes, tuned and tuned.name)
+    return LensResult(
+        run.path.name, name, said, last, measured, mapped, rid, notes, None if tuned is None else tuned.name
+    )
 
 
 def checkpoint_of(run: Run, model: Path | None) -> Path:

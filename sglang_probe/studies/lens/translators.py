@@ -65,7 +65,7 @@ class TunedLens:
         """Write `translators.safetensors` and `tuned_lens.json`."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, t in self.translators.items():
             tensors |= {f"{layer}.weight": t.weight_DD.contiguous(), f"{layer}.bias": t.bias_D.contiguous()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def least_squares(x_ND: Tensor, final_ND: Tensor, penalty: float, eps: float) ->
 def mean_kl(rows_ND: Tensor, final_log_NV: Tensor, translator: Translator, head: Unembedding) -> Tensor:
     """`KL(final || lens)` of each row, nats `[N]`."""
     found = []
-    for x, final in zip(rows_ND.split(_BLOCK), final_log_NV.split(_BLOCK), strict=True):
+    for x, final in zip(torch.split(rows_ND, _BLOCK), torch.split(final_log_NV, _BLOCK), strict=True):
         said = torch.log_softmax(head.logits(translator(x)), -1)
         found.append((final.exp() * (final - said)).sum(-1).clamp(min=0))
     return torch.cat(found)
@@ -141,7 +141,7 @@ def mean_kl(rows_ND: Tensor, final_log_NV: Tensor, translator: Translator, head:
 
 def log_probabilities(rows_ND: Tensor, head: Unembedding) -> Tensor:
     """The model's own prediction from the last layer's rows, `[N, V]`."""
-    return torch.cat([torch.log_softmax(head.logits(x), -1) for x in rows_ND.split(_BLOCK)])
+    return torch.cat([torch.log_softmax(head.logits(x), -1) for x in torch.split(rows_ND, _BLOCK)])
 
 
 def fit(

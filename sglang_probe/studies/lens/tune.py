@@ -186,7 +186,7 @@ def _number(x: float) -> float | None:
 
 
 def _agrees(x_ND: Tensor, log_NV: Tensor, translator: Translator, head: Unembedding) -> Tensor:
-    parts = zip(x_ND.split(128), log_NV.split(128), strict=True)
+    parts = zip(torch.split(x_ND, 128), torch.split(log_NV, 128), strict=True)
     return torch.cat([head.logits(translator(x)).argmax(-1) == log.argmax(-1) for x, log in parts]).float().mean()
 
 

@@ -29,8 +29,10 @@ def answer(result: TraceResult) -> str:
     """What was found, in a sentence."""
     top = result.nodes.head(1)
     strongest = f"The strongest node is {top['node'].iloc[0]}." if len(top) else "No node has an attribution."
-    pair = f"`{visible(result.target)}` over `{visible(result.foil)}`"
-    gap = f"The model prefers {pair} by {format_number(result.metric, 'signed')} in logits. {strongest} "
+    pair = [f"`{visible(t)}`" for t in (result.target, result.foil)]
+    better, worse = pair if result.metric >= 0 else pair[::-1]
+    size = format_number(abs(result.metric), "decimal")
+    gap = f"The model prefers {better} over {worse} by {size} logits. {strongest} "
     if result.verdict is None:
         return gap + "Nothing was ablated."
     if result.circuit:
@@ -148,22 +150,28 @@ def _graph(result: TraceResult) -> Figure:
     layers = sorted(result.sites["layer"]) if len(result.sites) else []
     rows = ["tokens", *(f"layer {i}" for i in layers), "answer"]
     heads = dict(enumerate(result.tokens))
-    columns = ["node", "row", "column", "kind", "value", "tip"]
+    columns = ["node", "row", "column", "kind", "value", "short", "tip"]
     records = [
-        (r.node, f"layer {r.layer}", int(r.position), r.kind, float(getattr(r, result.method)), _tip(r, result.method))
+        (
+            r.node,
+            f"layer {r.layer}",
+            int(r.position),
+            r.kind,
+            float(getattr(r, result.method)),
+            "error" if r.kind == "error" else f"f{r.latent}",
+            _tip(r, result.method),
+        )
         for r in shown.itertuples()
     ]
     if records:
-        records.append(
-            (OUTPUT, "answer", result.position, OUTPUT, result.metric, f"{result.target} over {result.foil}")
-        )
+        pair = f"{visible(result.target)} over {visible(result.foil)}"
+        records.append((OUTPUT, "answer", result.position, OUTPUT, result.metric, "", pair))
     first = result.edges[result.edges["source"].str.startswith(TOKEN)] if len(result.edges) else result.edges
     for source, edges in first.groupby("source") if len(first) else ():
         at = int(str(source).rpartition("@")[2])
         sent = float(edges["value"].sum())
-        records.append(
-            (str(source), "tokens", at, TOKEN, sent, f"{result.tokens[at]}: {format_number(sent, 'signed')}")
-        )
+        tip = f"{visible(result.tokens[at])}: {format_number(sent, 'signed')}"
+        records.append((str(source), "tokens", at, TOKEN, sent, "", tip))
     return layered_graph(
         pd.DataFrame(records, columns=columns),
         result.edges,

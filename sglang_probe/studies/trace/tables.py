@@ -77,7 +77,7 @@ def node_table(
     nodes.insert(0, "node", [name_of(n) for n in made])
     nodes.insert(3, "token", [setup.text(ids[p]) for p in nodes["position"]])
     nodes["top"] = [n in top for n in made]
-    label = {}
+    label: dict[Node, str] = {}
     for reader in setup.readers:
         mine = [n.latent for n in shown if n.layer == reader.layer and n.kind != ERROR]
         names = reader.names(mine, setup.vocabulary, setup.head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_the_word_circuit_appears_only_where_the_check_passed(traced: TraceResul
     assert ("Circuit of" in html) is passes
     assert ("may be called a circuit" in answer(found)) is passes
     assert found.to_json()["check"]["passed"] is passes
+
+
+def test_a_trace_of_nothing_has_a_page(traced: TraceResult) -> None:
+    frames = {n: getattr(traced, n).iloc[:0] for n in ("sites", "nodes", "positions", "edges", "ablations")}
+    for found in (
+        replace(traced, verdict=None, joint={}, **frames),
+        replace(traced, edges=traced.edges.iloc[:0], ablations=traced.ablations.iloc[:1]),
+    ):
+        html = render(trace_page(found))
+        assert not re.search(
+            r">[^<>]*\b(nan|None|NaT|inf)\b[^<>]*<", re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+        )
 
 
 def test_one_ablation_by_hand(run: Run) -> None:
