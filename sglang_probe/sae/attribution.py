@@ -187,7 +187,7 @@ class Prompt:
         Args:
             steps: points of integrated gradients; 0: gradients alone.
         """
-        gradients = self._gradients()
+        gradients = self.gradients([self._weights])[0]
         out = {}
         for layer, site in self.sites.items():
             with torch.no_grad():
@@ -200,6 +200,24 @@ class Prompt:
                 baseline = float(self.with_rows(layer, start[None])[0])
             out[layer] = Scored(site, self.traced[layer], z, error, found, baseline)
         return out
+
+    def gradients(self, weights: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+        """Gradients of some metrics, each given by its weights `[V]`, by the rows of every site, `[T, D]`."""
+        if not self.sites:
+            return [{} for _ in weights]
+        first = next(iter(self.sites))
+        kept: dict[int, Tensor] = {}
+
+        def begin(x: Tensor) -> Tensor:
+            kept[first] = x.detach().requires_grad_()
+            return kept[first]
+
+        changes = {layer: _keeping(kept, layer, detach=False) for layer in self.sites} | {first: begin}
+        with hooked(self._model, changes):
+            logits = self._logits(1)[0]
+        rows = [kept[layer] for layer in self.sites]
+        found = [torch.autograd.grad(logits @ w, rows, retain_graph=True) for w in weights]
+        return [{layer: g[0] for layer, g in zip(self.sites, of, strict=True)} for of in found]
 
     def path_gradient(self, layer: int, start_TD: Tensor, steps: int) -> Tensor:
         """Mean gradient of the metric by the rows of a layer on the line from `start_TD` to what they are, `[T, D]`;
@@ -251,22 +269,6 @@ class Prompt:
             own = error[n.position] if n.kind == ERROR else z[n.position, n.latent] * later.site.sae.W_dec[n.latent]
             out.append(torch.autograd.grad(own @ g, leaf[0], retain_graph=True)[0][0])
         return out
-
-    def _gradients(self) -> dict[int, Tensor]:
-        if not self.sites:
-            return {}
-        first = next(iter(self.sites))
-        kept: dict[int, Tensor] = {}
-
-        def begin(x: Tensor) -> Tensor:
-            kept[first] = x.detach().requires_grad_()
-            return kept[first]
-
-        changes = {layer: _keeping(kept, layer, detach=False) for layer in self.sites} | {first: begin}
-        with hooked(self._model, changes):
-            metric = self._logits(1)[0] @ self._weights
-        found = torch.autograd.grad(metric, [kept[layer] for layer in self.sites])
-        return {layer: g[0] for layer, g in zip(self.sites, found, strict=True)}
 
     def _with(self, layer: int, rows_BTD: Tensor) -> Tensor:
         with hooked(self._model, {layer: lambda x: rows_BTD}):

@@ -13,7 +13,7 @@ import torch
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.report.figures import visible
-from sglang_probe.sae.attribution import FEATURE, GRADIENT, Node, Prompt, Scored
+from sglang_probe.sae.attribution import FEATURE, Node, Prompt
 from sglang_probe.sae.causal import alike, causal_tests, family_means, halves
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.stats.intervals import LEAST_CLUSTERS, mean_intervals
@@ -167,35 +167,25 @@ class _Looked:
 
 def _look(setup: Setup, case: Case) -> _Looked:
     size = int(setup.model.config.vocab_size)
-    mean = torch.full((size,), -1 / size)
-    only = {}
-    for name, token in (("wrong", case.wrong), ("right", case.right)):
-        weights = mean.clone()
-        weights[token] += 1
-        scored = setup.prompt(case.ids, weights).scored(steps=0)
-        only[name] = _sums(scored)
-    weights = torch.zeros(size)
-    weights[case.wrong], weights[case.right] = 1.0, -1.0
-    prompt = setup.prompt(case.ids, weights)
-    scored = prompt.scored(steps=0)
-    # Gradients are linear in the metric, so that these add up but for rounding.
-    only["difference"] = only["wrong"] - only["right"]
-    fires = {layer: ((s.z_TM != 0) & s.traced_T[:, None]).numpy() for layer, s in scored.items()}
-    width = max(s.site.sae.latents for s in scored.values())
-    activity = np.zeros((len(scored), width))
-    for i, s in enumerate(scored.values()):
-        length = s.z_TM[s.traced_T].sum(0) * s.site.sae.decoder_norms
-        activity[i, : len(length)] = length.numpy()
-    return _Looked(prompt, prompt.metric, only, activity, fires)
-
-
-def _sums(scored: Mapping[int, Scored]) -> Array:
-    """Attribution of each latent, summed over positions, `[S, M]`; 0 past the latents of a smaller SAE."""
-    out = np.zeros((len(scored), max(s.site.sae.latents for s in scored.values())))
-    for i, s in enumerate(scored.values()):
-        total = s.features(GRADIENT).sum(0).numpy()
-        out[i, : len(total)] = total
-    return out
+    one = torch.eye(2)
+    wrong, right = (torch.zeros(size).index_add_(0, torch.tensor([case.wrong, case.right]), e) for e in one)
+    prompt = setup.prompt(case.ids, wrong - right)
+    width = max(s.sae.latents for s in prompt.sites.values())
+    support = {name: np.zeros((len(prompt.sites), width)) for name in ("wrong", "right")}
+    activity = np.zeros((len(prompt.sites), width))
+    fires = {}
+    gradients = prompt.gradients([w - 1 / size for w in (wrong, right)])
+    for i, (layer, site) in enumerate(prompt.sites.items()):
+        with torch.no_grad():
+            z = site.split(prompt.rows[layer])[0] * prompt.traced[layer][:, None]
+        latents = z.shape[1]
+        for name, g in zip(support, gradients, strict=True):
+            support[name][i, :latents] = (z * (g[layer] @ site.sae.W_dec.T)).sum(0).numpy()
+        activity[i, :latents] = (z.sum(0) * site.sae.decoder_norms).numpy()
+        fires[layer] = (z != 0).numpy()
+    # Gradients are linear in the metric.
+    support["difference"] = support["wrong"] - support["right"]
+    return _Looked(prompt, prompt.metric, support, activity, fires)
 
 
 def _mean(values: Sequence[Array], which: Array) -> Array:
