@@ -60,6 +60,7 @@ LAZY = {
     "model/tokenizer.py": {"tokenizers"},
     "sae/saelens.py": {"sae_lens", "transformers"},
     "sae/train.py": {"sae_lens"},
+    "studies/trace/setup.py": {"transformers"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

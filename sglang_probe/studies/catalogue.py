@@ -6,11 +6,13 @@ from sglang_probe.studies.ab.command import Ab
 from sglang_probe.studies.ab.lossless_command import Lossless
 from sglang_probe.studies.base import Study
 from sglang_probe.studies.coverage.command import CoverageStudy
+from sglang_probe.studies.debug.command import Debug
 from sglang_probe.studies.diff.command import Diff
 from sglang_probe.studies.evict.command import Evict
 from sglang_probe.studies.factorial.command import Factorial
 from sglang_probe.studies.features.command import Features
 from sglang_probe.studies.lens.command import Lens
+from sglang_probe.studies.lens.tune_command import TuneLens
 from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
@@ -22,6 +24,7 @@ from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 from sglang_probe.studies.steer_decay.command import SteerDecay
+from sglang_probe.studies.trace.command import Trace
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -41,6 +44,9 @@ STUDIES: tuple[Study, ...] = (
     SaeStability(),
     SaeHybrid(),
     Lens(),
+    TuneLens(),
     Features(),
     Diff(),
+    Trace(),
+    Debug(),
 )

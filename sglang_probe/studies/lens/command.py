@@ -41,6 +41,7 @@ class Lens(Study):
             option("start", int | None, None, "First position of the map; default: around the end of the prompt."),
             option("window", int, 24, "Positions of the map."),
             option("most", int, 1000, "Positions to measure by, drawn at random."),
+            option("tuned", Path | None, None, "Folder of a tuned lens (`sglang-probe tune-lens`), to read through."),
             option("model", Path | None, None, "Folder of the checkpoint; default: the one that the run names."),
             option("seed", int, 0, "Of the draw."),
             output_option("Folder of the results; default: `lens` in the run directory."),
@@ -53,7 +54,7 @@ class Lens(Study):
 
         if given["window"] < 1 or given["most"] < 1 or (given["start"] or 0) < 0:
             raise ConfigError("`--window` and `--most` are at least 1, and `--start` at least 0")
-        how = {n: given[n] for n in ("target", "where", "rid", "start", "window", "most", "model", "seed")}
+        how = {n: given[n] for n in ("target", "where", "rid", "start", "window", "most", "tuned", "model", "seed")}
         with bar(console, "positions") as tell:
             result = lens(given["run"], **how, tell=tell)
         return result, given["output"] or given["run"] / "lens"

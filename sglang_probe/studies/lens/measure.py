@@ -35,6 +35,8 @@ class Reading:
     """The most likely token, int64 `[N]`."""
     probability: Array
     """Of it, `[N]`."""
+    plain_kl: Array
+    """`kl` by the plain lens where a tuned one reads; else the same as `kl`."""
 
 
 def read(logits_NV: Tensor, target_N: Array, other_N: Array, final_NV: Tensor | None = None) -> Reading:
@@ -49,21 +51,26 @@ def read(logits_NV: Tensor, target_N: Array, other_N: Array, final_NV: Tensor | 
     p = log.exp()
     entropy = -(p * log).sum(-1)
     nothing = np.full(len(log), np.nan)
-    kl = nothing
-    if final_NV is not None:
-        final = torch.log_softmax(final_NV.float(), -1)
-        # Rounding leaves a layer that is the last one a hair below 0.
-        kl = (final.exp() * (final - log)).sum(-1).clamp(min=0).numpy()
+    divergence = nothing if final_NV is None else kl(log, final_NV)
     best = p.max(-1)
     return Reading(
         entropy.numpy(),
-        kl,
+        divergence,
         _rank(log, target_N),
         _rank(log, other_N),
         _chosen(log, target_N),
         best.indices.numpy(),
         best.values.numpy(),
+        divergence,
     )
+
+
+def kl(logits_NV: Tensor, final_NV: Tensor) -> Array:
+    """`KL(final || logits)` of each row, nats `[N]`; logits need not be normalised."""
+    log, final = (torch.log_softmax(x.float(), -1) for x in (logits_NV, final_NV))
+    # Rounding leaves a layer that is the last one a hair below 0.
+    found: Array = (final.exp() * (final - log)).sum(-1).clamp(min=0).numpy()
+    return found
 
 
 def _chosen(log_NV: Tensor, target_N: Array) -> Array:

@@ -41,7 +41,11 @@ def layer_table(result: LensResult) -> Table:
     columns = [
         Column("name", "layer", "text"),
         Column("agreement", "final token is the likeliest", "percent"),
-        Column("kl", "KL(final ‖ layer), nats", "decimal"),
+        *(
+            [Column("kl", "KL(final ‖ layer), nats", "decimal")]
+            if result.tuned is None
+            else [Column("kl", "KL(final ‖ layer), nats, tuned (plain)", "decimal", beside="plain_kl")]
+        ),
         Column("entropy", "entropy, nats", "decimal"),
         Column("rank", "median rank of target (of another position's)", beside="other_rank"),
         Column("log_likelihood", "log-likelihood of target", "signed"),
@@ -55,6 +59,7 @@ def lens_page(result: LensResult) -> Page:
     """The map, and what the layers say on average."""
     by_phase = only(result.layers, phase=[p for p in result.layers["phase"].unique() if p != "all"])
     tiles = []
+    tuned = [] if result.tuned is None else [("tuned lens", result.tuned)]
     if result.final is not None:
         last = only(result.layers, phase="all").set_index("layer").loc[result.final]
         tiles = [
@@ -62,11 +67,11 @@ def lens_page(result: LensResult) -> Page:
             Tile("median rank", format_number(last["rank"]), f"of {result.target}, after the last layer"),
         ]
     return Page(
-        title=f"Logit lens: {result.run}",
+        title=f"{'Logit' if result.tuned is None else 'Tuned'} lens: {result.run}",
         answer=answer(result),
         picture=_map(result),
         tiles=tiles,
-        facts=[("model", result.model), ("target", result.target), ("request shown", result.shown)],
+        facts=[("model", result.model), ("target", result.target), ("request shown", result.shown), *tuned],
         sections=[
             Section("By layer", figures=_curves(by_phase, result), tables=[layer_table(result)]),
             Section(

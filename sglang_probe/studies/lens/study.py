@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
 from sglang_probe.run import journal
 from sglang_probe.run.batches import queried
 from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.studies.base import Measured
-from sglang_probe.studies.lens.measure import Reading, read, settled
+from sglang_probe.studies.lens.measure import Reading, kl, read, settled
+from sglang_probe.studies.lens.translators import Translator, TunedLens
 
 Array = np.ndarray[Any, Any]
 EMBEDDING = -1
@@ -50,6 +52,8 @@ class LensResult(Measured):
     shown: str
     """That request."""
     notes: Sequence[str] = field(default_factory=list)
+    tuned: str | None = None
+    """Folder of the tuned lens; None: the plain one."""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -86,6 +90,7 @@ class LensResult(Measured):
             "run": self.run,
             "model": self.model,
             "target": self.target,
+            "tuned_lens": self.tuned,
             "final_layer": self.final,
             "positions": int(self.readings[["rid", "position"]].drop_duplicates().shape[0]),
             "layers": self.layers.to_dict("records"),
@@ -109,6 +114,7 @@ def lens(
     path: Path,
     *,
     model: Path | None = None,
+    tuned: Path | None = None,
     target: str | None = None,
     where: str | None = None,
     rid: str | None = None,
@@ -122,6 +128,7 @@ def lens(
 
     Args:
         model: folder of the checkpoint; default: the one that the run names.
+        tuned: folder of a tuned lens (`tune.py`), whose maps are applied to the rows of the layers that it has.
         target: what ranks are of: text of one token, or `#ID`; default: the token that came next.
         where: which positions, a pandas query over the columns of `run.tokens()`.
         rid, start, window: request, first position and number of positions of the map; by default the first request,
@@ -135,26 +142,29 @@ def lens(
         ProbeError: the final norm of this architecture was not reviewed.
     """
     run = load_run(path)
-    points = _points(run)
+    points = captured_layers(run)
     folder = checkpoint_of(run, model)
     unembedding, vocabulary = load_unembedding(folder), Vocabulary.load(folder)
-    last = _last_layer(run, points)
+    last = last_layer(run, points)
+    translators = None if tuned is None else _translators(run, tuned, unembedding)
     tokens = run.tokens()
     tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
     requests = run.requests().set_index("rid")
     wanted = None if target is None else token_of(target, vocabulary)
     tokens = tokens.assign(target=_next(tokens, requests) if wanted is None else wanted)
     notes = _notes(run, points, last)
-    chosen = _drawn(run, points, tokens, where, most, seed)
+    if translators is not None:
+        notes += _tuned_notes(run, points, last, translators)
+    chosen = drawn_positions(run, points, tokens, where, most, seed)
     shown = _window(run, points, tokens, requests, rid, start, window)
     total = len(chosen) + len(shown)
     rng = np.random.default_rng([seed, 1])
     other = rng.permutation(chosen["target"].to_numpy())
-    measured = _read(run, points, chosen, "row", other, unembedding, last, lambda n: tell(n, total))
+    read_by = _Lens(points, unembedding, last, {} if translators is None else translators.translators)
+    measured = _read(run, read_by, chosen, "row", other, lambda n: tell(n, total))
     other = np.full(len(shown), -1)
-    mapped = _read(
-        run, points, shown, "source_row", other, unembedding, last, lambda n: tell(len(chosen) + n, total)
-    ).drop(columns="other_rank")
+    mapped = _read(run, read_by, shown, "source_row", other, lambda n: tell(len(chosen) + n, total))
+    mapped = mapped.drop(columns="other_rank")
     for frame in (measured, mapped):
         frame.insert(frame.columns.get_loc("top_token") + 1, "top_text", frame["top_token"].map(vocabulary.text))
     mapped["token"] = np.tile(shown["token_id"].map(vocabulary.text), len(points))
@@ -163,7 +173,10 @@ def lens(
     mapped["row"] = np.tile(np.where(own, "computed", "gathered"), len(points))
     said = "the token that came next" if wanted is None else f"`{vocabulary.text(wanted)}` (token {wanted})"
     name = str((run.manifest.get("model") or {}).get("name") or folder.name)
-    return LensResult(run.path.name, name, said, last, measured, mapped, str(shown["rid"].iloc[0]), notes)
+    rid = str(shown["rid"].iloc[0])
+    return LensResult(
+        run.path.name, name, said, last, measured, mapped, rid, notes, None if tuned is None else tuned.name
+    )
 
 
 def checkpoint_of(run: Run, model: Path | None) -> Path:
@@ -204,7 +217,7 @@ def token_of(text: str, vocabulary: Vocabulary) -> int:
     raise ConfigError(f"{text!r} is not one token of this model", fix=f"{hint}; a space before a word is part of it")
 
 
-def _points(run: Run) -> dict[int, str]:
+def captured_layers(run: Run) -> dict[int, str]:
     """Captured hook points of the residual stream by layer, in the model's order."""
     found = {}
     for name in run.hook_points:
@@ -219,7 +232,8 @@ def _points(run: Run) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _last_layer(run: Run, points: Mapping[int, str]) -> int | None:
+def last_layer(run: Run, points: Mapping[int, str]) -> int | None:
+    """Number of the model's last layer, if it was captured."""
     config = run.manifest.get("model_config") or {}
     layers = config.get("num_hidden_layers") or (run.manifest.get("model") or {}).get("layers")
     return layers - 1 if layers and layers - 1 in points else None
@@ -255,7 +269,7 @@ def _next(tokens: pd.DataFrame, requests: pd.DataFrame) -> Array:
     return found
 
 
-def _drawn(
+def drawn_positions(
     run: Run, points: Mapping[int, str], tokens: pd.DataFrame, where: str | None, most: int, seed: int
 ) -> pd.DataFrame:
     """Computed positions that every layer holds, at most so many."""
@@ -296,17 +310,44 @@ def _window(
     return shown
 
 
+@dataclass(frozen=True)
+class _Lens:
+    """What rows are read by."""
+
+    points: Mapping[int, str]
+    unembedding: Unembedding
+    last: int | None
+    translators: Mapping[int, Translator]
+
+    def logits(self, layer: int, rows_ND: torch.Tensor) -> torch.Tensor:
+        """Of rows of a layer, `[N, V]`; the last layer's own are the model's."""
+        translate = self.translators.get(layer) if layer != self.last else None
+        return self.unembedding.logits(rows_ND if translate is None else translate(rows_ND))
+
+
+def _translators(run: Run, folder: Path, unembedding: Unembedding) -> TunedLens:
+    known = (run.manifest.get("model") or {}).get("weights_sha256")
+    return TunedLens.read(folder, width=unembedding.weight_VM.shape[1], weights_sha256=known)
+
+
+def _tuned_notes(run: Run, points: Mapping[int, str], last: int | None, tuned: TunedLens) -> list[str]:
+    notes = []
+    plain = [str(i) for i in points if i != last and i not in tuned.translators]
+    if plain:
+        notes.append(f"The tuned lens has no map of layer {', '.join(plain)}: the plain one is used there.")
+    if (tuned.manifest.get("run") or {}).get("manifest_sha256") == journal.sha256(run.path / MANIFEST):
+        notes.append(
+            "The tuned lens was trained on texts of this run: its KL is lower here than on others. `tuned_lens.json` "
+            "names the families that were held out."
+        )
+    return notes
+
+
 def _read(
-    run: Run,
-    points: Mapping[int, str],
-    tokens: pd.DataFrame,
-    which: str,
-    other: Array,
-    unembedding: Unembedding,
-    last: int | None,
-    tell: Callable[[int], None],
+    run: Run, by: _Lens, tokens: pd.DataFrame, which: str, other: Array, tell: Callable[[int], None]
 ) -> pd.DataFrame:
     """Readings of positions, layer by layer; `which` is the column with the number of the row."""
+    points, last, unembedding = by.points, by.last, by.unembedding
     target, rows = tokens["target"].to_numpy(), tokens[which].to_numpy()
     if len(tokens) and target.max() >= len(unembedding.weight_VM):
         raise ProbeError(f"token {target.max()} is beyond the {len(unembedding.weight_VM)} rows of the unembedding")
@@ -316,15 +357,19 @@ def _read(
             part = slice(at, at + _BLOCK)
             final = None if last is None else unembedding.logits(run.rows(points[last], rows[part]))
             for layer, name in points.items():
-                logits = final if layer == last else unembedding.logits(run.rows(name, rows[part]))
+                x = None if layer == last else run.rows(name, rows[part])
+                logits = final if x is None else by.logits(layer, x)
                 assert logits is not None
-                parts[layer].append(read(logits, target[part], other[part], final))
+                found = read(logits, target[part], other[part], final)
+                if x is not None and layer in by.translators and final is not None:
+                    found = replace(found, plain_kl=kl(unembedding.logits(x), final))
+                parts[layer].append(found)
             tell(min(at + _BLOCK, len(tokens)))
     frames = []
     for layer, readings in parts.items():
         frame = tokens[["rid", "position", "phase"]].reset_index(drop=True)
         frame["layer"] = layer
-        for name in NUMBERS:
+        for name in [*NUMBERS, *(["plain_kl"] if by.translators else [])]:
             frame[name] = np.concatenate([getattr(r, name) for r in readings])
         frame["top_token"] = np.concatenate([r.top for r in readings])
         frame["top_probability"] = np.concatenate([r.probability for r in readings])
@@ -348,5 +393,6 @@ def _means(readings: pd.DataFrame, by: str, order: str | None = None) -> pd.Data
         rank=("rank", "median"),
         other_rank=("other_rank", "median"),
         log_likelihood=("log_likelihood", "mean"),
+        **({"plain_kl": ("plain_kl", "mean")} if "plain_kl" in readings else {}),
     ).reset_index()
     return found.drop(columns=[order] if order else [])

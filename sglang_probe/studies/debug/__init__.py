@@ -1,0 +1,1 @@
+"""Why a wrong answer and not the right one: features that support either, and the test by ablation."""
