@@ -144,7 +144,7 @@ def train_stream(
             recorder.resume(saved.told["recorder"])
             parts.resume(saved.told["parts"])
             held_out = saved.held_out
-            recorder.forces = True
+            recorder.forces = int({**harvest.server, **harvest.arm.server}.get("tp_size", 1)) == 1
         recorder.outputs = {}
         scale, made, resumed = learn(config, Stream(buffer, parts, recorder), held_out, folder, saved, tell)
     counted: dict[str, Any] = {
