@@ -26,7 +26,9 @@ HEAD = """# Beside SAELens
 
 Printed by `python bench/saelens.py` (its docstring has the arguments) with SAELens {sae_lens}, PyTorch {torch}.
 `sglang-probe` trains with SAELens and needs it for nothing else: reading, judging and recalibrating are its own, and
-these are the checks that both mean the same.
+these are the checks that both mean the same. They ask whether two programs agree, not how good an SAE is: some of the
+rows below are those of its training. What is known of the SAEs that come along is in
+[train a sparse autoencoder](../how-to/train-an-sae.md).
 """
 
 

@@ -70,7 +70,8 @@ def read_into(path: Path, places: Array, out: torch.Tensor, at: Array) -> None:
         ):
             raise RunDirectoryError(f"{path} is damaged: it has {rows} rows of {width} numbers ({dtype})", fix=FIX)
         size = width * out.element_size()
-        into = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        bytes_of: Any = out.view(torch.uint8).numpy()
+        into = memoryview(bytes_of).cast("B")
         order = np.argsort(places, kind="stable")
         places, at = places[order], at[order]
         apart = (np.diff(places) != 1) | (np.diff(at) != 1)

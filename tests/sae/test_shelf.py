@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run import batches as batches_of_run
 from sglang_probe.run import shards
 from sglang_probe.run.run import Run
 from sglang_probe.sae.evaluation import Sinks
@@ -46,6 +48,21 @@ def test_what_is_listed_and_read_is_what_is_harvested(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(list(rows.batches())), there.x_ND.float())
         assert rows.loaded().tokens.equals(there.tokens)
         assert rows.tokens.memory_usage(index=False).sum() < 40 * len(rows) + 8 * 1024
+
+
+@pytest.mark.parametrize("weight", ["unique", "traffic"])
+def test_positions_that_are_chosen_in_parts_are_those_that_are_chosen_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    run = make_good_run(tmp_path)
+    how = {"where": None, "weight": weight, "rng": np.random.default_rng(0)}
+    whole = batches_of_run.chosen(run, RESID, **how)  # type: ignore[arg-type]
+    monkeypatch.setattr(batches_of_run, "_PART", 10)
+    parts = list(batches_of_run.chosen_in_parts(run, RESID, **how))  # type: ignore[arg-type]
+    assert len(parts) > 2
+    columns = ["rid", "position", "token_id", "segment", "phase", "row"]
+    together = pd.concat([part[columns] for part in parts], ignore_index=True)
+    pd.testing.assert_frame_equal(together, whole[columns].reset_index(drop=True))
 
 
 def test_a_buffer_that_holds_everything_changes_no_batch(run: Run) -> None:

@@ -149,7 +149,7 @@ class Recorder:
         self.forced: Mapping[int, Sequence[int] | None] = {}
         """Output tokens of requests that are recorded again."""
         self.forces = False
-        """Whether the engine is started so that it can force them."""
+        """Whether the engine is started so that it can force them: several ranks cannot."""
         self._facts: dict[str, Any] = {}
         self._manifests: list[str] = []
         self._counts = {name: Counter[str]() for name in ("positions_by_status", "positions_by_phase")}
@@ -159,7 +159,8 @@ class Recorder:
         config, path = self._config, self._scratch / f"part-{number}"
         points = tuple(dict.fromkeys((EMBED, config.hook_point)))
         job = job_of(self._prepared, path.name, requests, arm=harvest_of(config).arm, hook_points=points)
-        if again := all(r.index in self.forced for r in requests):
+        again = all(r.index in self.forced for r in requests)
+        if again and self.forces:
             outputs = {r.index: self.forced[r.index] for r in requests}
             forced = {i: None if o is None else tuple(o) for i, o in outputs.items()}
             job = replace(job, forced=forced, forced_from=NOT_KEPT, asks=job.asks | {"force"})

@@ -144,10 +144,15 @@ def train_stream(
             recorder.resume(saved.told["recorder"])
             parts.resume(saved.told["parts"])
             held_out = saved.held_out
-            recorder.forces = True
+            recorder.forces = int({**harvest.server, **harvest.arm.server}.get("tp_size", 1)) == 1
         recorder.outputs = {}
         scale, made, resumed = learn(config, Stream(buffer, parts, recorder), held_out, folder, saved, tell)
-    counted = {"train": parts.rows, "held_out": len(held_out), "epoch": buffer.epoch_rows, "kept": False}
+    counted: dict[str, Any] = {
+        "train": parts.rows,
+        "held_out": len(held_out),
+        "epoch": buffer.epoch_rows,
+        "kept": False,
+    }
     counted |= {"served": parts.served, "fills_of_the_buffer": buffer.at.fills, "parts": parts.number}
     counted |= {"resumed": resumed} if resumed else {}
     identity["rows"] |= counted

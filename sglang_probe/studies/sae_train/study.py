@@ -134,7 +134,7 @@ def prepare(config: SaeTrainConfig, name: str) -> Prepared:
         raise ConfigError("the shares of `mix` leave no rows", fix="give the scarce phase a smaller share")
     first = order.batch(0, min(NORM_ROWS, order.epoch_length))
     scale = norm_scale(training.batches(first))
-    identity = {
+    identity: dict[str, Any] = {
         "config": config.identity(),
         "weight": config.weight if isinstance(config.weight, str) else journal.sha256(config.weight),
         "runs": [facts_of_run(r)["manifest_sha256"] for r in runs],

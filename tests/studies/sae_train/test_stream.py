@@ -20,7 +20,7 @@ import torch
 
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.harvested import Harvested, harvested
 from sglang_probe.sae.manifest import of
@@ -34,6 +34,7 @@ from tests.sae.lens import needs_sae_lens
 from tests.sae.made_rows import POINT, Text, make_run_of
 from tests.sae.planted import Planted
 
+ROOT = Path(__file__).parents[3]
 TEXTS, LENGTH = 12, 20
 PLANTED = Planted.make(features=12, width=16)
 GIVEN = {"hook_point": POINT, "latents": [16], "k": 3, "samples": 1600, "batch_size": 32, "lr_warm_up_steps": 2}
@@ -287,6 +288,48 @@ def test_a_training_that_ended_before_its_time_goes_on_to_the_same_bits(
     for name in ("rows", "served", "variance"):
         assert getattr(again.parts, name) == pytest.approx(getattr(counts.parts, name), rel=1e-12), name
     assert again.parts.left_out.left_out.equals(counts.parts.left_out.left_out)
+
+
+KILLED: dict[str, Any] = {"harvest": SIZES[0], "samples": 32 * 400, "checkpoint_every": 2}
+
+
+def learn_slowly(run: str, folder: str, wait: float = 0.02) -> list[Any]:
+    """The training of the next test, from its checkpoint if there is one; in a process that is killed, too."""
+    of, path = config(**KILLED), Path(folder)
+    saved = checkpoint.read(path)
+    source = stream_of(of, load_run(run), [])
+    if saved is None:
+        held_out = prepare(config(load_run(run)), "x").held_out
+        checkpoint.write_held_out(path, held_out)
+    else:
+        held_out = saved.held_out
+        source.parts.resume(saved.told["parts"])
+        source.parts.counts = False
+    tell = lambda _: lambda _: time.sleep(wait)  # noqa: E731
+    _, made, resumed = stream.learn(of, source, held_out, path, saved, tell)
+    return [made, resumed]
+
+
+@needs_sae_lens
+@pytest.mark.slow
+def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(run: Run, tmp_path: Path) -> None:
+    """Checkpoints are written all the time, so that it is killed while one is."""
+    whole, _ = learn_slowly(str(run.path), str(tmp_path / "whole"), wait=0)
+    folder, here = tmp_path / "parts", "tests.studies.sae_train.test_stream"
+    asked = f"from {here} import learn_slowly; learn_slowly({str(run.path)!r}, {str(folder)!r})"
+    for _ in range(2):
+        before = _step(folder)
+        with subprocess.Popen([sys.executable, "-c", asked], cwd=ROOT) as process:
+            while _step(folder) < before + 20 and process.poll() is None:
+                time.sleep(0.003)
+            assert process.poll() is None, "the training ended before it was killed"
+            process.kill()
+    made, resumed = learn_slowly(str(run.path), str(folder), wait=0)
+    assert len(resumed) >= 1  # an interruption is told by the checkpoints after it
+    assert all(r["rows_lost"] == 0 < r["rows_recorded_again"] for r in resumed)
+    for ours, theirs in zip(made, whole, strict=True):
+        assert torch.equal(ours.sae.W_dec, theirs.sae.W_dec)
+        assert ours.curve.equals(theirs.curve)
 
 
 @needs_sae_lens
