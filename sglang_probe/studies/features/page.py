@@ -97,6 +97,7 @@ def features_page(result: FeaturesResult) -> Page:
             Tile("clusters", f"{len(sizes):,}", f"of {int(sizes.sum()):,} latents that fire together"),
         ],
         facts=[
+            ("runs", ", ".join(result.runs)),
             ("hook point", result.hook_point),
             ("model", result.model),
             ("weights", result.weights[:16]),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from rich.console import Console
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.report.page import render
-from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.studies.features import prompts
 from sglang_probe.studies.features.asked import Asking, balanced_accuracy, named_tokens, words_of
-from sglang_probe.studies.features.command import _asking
+from sglang_probe.studies.features.command import Features, _asking
 from sglang_probe.studies.features.dashboard import collect
-from sglang_probe.studies.features.endpoint import ANSWERS, Endpoint
+from sglang_probe.studies.features.endpoint import Endpoint
 from sglang_probe.studies.features.page import features_page
 from sglang_probe.studies.features.study import FeaturesResult, study
 from tests.studies.features.planted import FOLDER, SETS, planted_run, planted_sae
@@ -188,20 +188,20 @@ def test_a_latent_that_cannot_be_judged_is_refused(planted: tuple[Path, Path], t
             study(*planted, asking=asking)
 
 
-def test_the_command_asks_and_goes_on_where_it_was(cli: Callable, planted: tuple[Path, Path], tmp_path: Path) -> None:
-    run, sae = planted
-    given = ("features", run, "--sae", sae, "--output", tmp_path / "out", "--json")
+def test_the_command_asks_and_goes_on_where_it_was(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    command = Features()
+    given = {p.name: p.default for p in command.parameters()} | {"run": [planted[0]], "sae": planted[1]}
+    given |= {"output": tmp_path / "out", "label_latents": "0,3,5", "label_nulls": 2}
     with StubJudge() as judge:
-        asked = ("--label-with", judge.url, "--label-latents", "0,3,5", "--label-nulls", "2")
-        done = cli(*given, *asked)
-        assert done.returncode == 0, done.stderr
-        first = len(judge.asked)
-        again = Asking(Endpoint(judge.url, None, tmp_path / "out" / ANSWERS), latents=[0, 3, 5], nulls=2)
-        study(run, sae, asking=again, sinks=Sinks())
-    assert len(judge.asked) == first > 20
-    told = json.loads(done.stdout)
+        results = [command.obtain({**given, "label_with": judge.url}, Console(quiet=True)) for _ in range(2)]
+        assert len(judge.asked) > 20
+        assert len(set(map(str, judge.asked))) == len(judge.asked)
+    (first, folder), (again, _) = results
+    pd.testing.assert_frame_equal(first.asked, again.asked)
+    told = command.write(again, folder)
     assert told["labels_asked"]["latents"] == 3
     assert [s["label"] for s in told["scores"]][-1] == "stub"
+    assert {"answers.jsonl", "dashboard.html", "report.html", "summary.json"} <= {f.name for f in folder.iterdir()}
 
 
 def test_settings_of_the_asking_without_an_endpoint_are_refused(tmp_path: Path) -> None:
