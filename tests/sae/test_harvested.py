@@ -110,6 +110,16 @@ def test_at_least_one_family_is_held_out_and_one_family_cannot_be_split() -> Non
         made(1).split(0.5)
 
 
+def test_fewer_rows_are_of_fewer_families_and_among_those_of_a_larger_number() -> None:
+    whole = made()  # 10 families of 5 rows
+    few, more = whole.at_most(12), whole.at_most(24)
+    assert (len(few), len(more)) == (12, 24)
+    assert sorted(few.tokens["family"].value_counts()) == [2, 5, 5]
+    assert set(few.x_ND.flatten().tolist()) < set(more.x_ND.flatten().tolist())
+    assert few.x_ND.flatten().tolist() == sorted(few.x_ND.flatten().tolist())
+    assert torch.equal(whole.at_most(1000).x_ND, whole.x_ND)
+
+
 def test_every_epoch_has_each_row_once_in_another_order() -> None:
     order = Schedule([np.arange(10)], [1.0], seed=3)
     epochs = [np.concatenate([order.batch(2 * e, 5), order.batch(2 * e + 1, 5)]) for e in range(3)]

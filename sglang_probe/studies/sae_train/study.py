@@ -117,6 +117,8 @@ def prepare(config: SaeTrainConfig, name: str) -> Prepared:
         training, held_out = rows, harvested(others, config.hook_point, where=config.where, **how)
     else:
         training, held_out = rows.split(config.held_out)
+    if config.most_rows is not None:
+        training = training.at_most(config.most_rows)
     held_out = sampled(held_out, config.evaluation_rows)
     if len(held_out) < LEAST_HELD_OUT or len(training) < config.batch_size:
         raise ConfigError(
