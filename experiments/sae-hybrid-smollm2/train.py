@@ -1,10 +1,9 @@
 """`sglang-probe sae hybrid` on runs that are there: `python experiments/sae-hybrid-smollm2/train.py RUNS OUTPUT`.
 
-RUNS is the folder of `sglang-probe sae gap experiments/sae-gap-smollm2/experiment.yaml`: its human, decoded and prefilled
-runs are what the study would record, of the 48 texts that no other SAE was trained on. Goes on where it was interrupted.
+RUNS is the folder of `sglang-probe sae gap experiments/sae-gap-smollm2/experiment.yaml`: its human, decoded and
+prefilled runs are what the study would record. Goes on where it was interrupted.
 """
 
-# ruff: noqa: T201
 from __future__ import annotations
 
 import sys
