@@ -79,7 +79,6 @@ def figure(found: pd.DataFrame, curve: pd.DataFrame) -> str:
         title="Explained variance of held-out rows by rows trained on",
         x_label="rows trained on, repeats included",
         y_label="explained variance",
-        log_x=True,
     ).standalone()
 
 
