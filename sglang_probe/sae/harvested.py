@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,13 @@ class Listed:
         """As `Harvested.split`."""
         out = _out(self.tokens["family"], share, seed)
         return self.only(~out), self.only(out)
+
+    def at_most(self, rows: int, seed: int = 0) -> Listed:
+        """So many of the rows, of one family after another in the order of their hashes: fewer documents, not documents
+        with gaps. Of two numbers, the rows of the smaller are among those of the larger."""
+        rank = {name: i for i, name in enumerate(_by_hash(self.tokens["family"].unique(), seed))}
+        order = np.argsort(self.tokens["family"].map(rank).to_numpy(), kind="stable")
+        return self.only(np.sort(order[:rows]))
 
     def only(self, which_N: Array) -> Listed:
         """The rows that a mask or a list of places names."""
@@ -233,8 +240,7 @@ def _out(families: pd.Series, share: float, seed: int) -> Array:
 
 def held_out_families(names: Sequence[str], share: float, seed: int = 0) -> set[str]:
     """A share of two or more names, by their hashes: at least one, and not all."""
-    order = sorted(names, key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
-    return set(order[: min(max(1, round(share * len(names))), len(names) - 1)])
+    return set(_by_hash(names, seed)[: min(max(1, round(share * len(names))), len(names) - 1)])
 
 
 def joined(parts: Sequence[Harvested]) -> Harvested:
@@ -387,6 +393,10 @@ def schedule(
     if empty := [p for p, at in zip(mix, places, strict=True) if not len(at) and mix[p] > 0]:
         raise ConfigError(f"`mix: {empty[0]}`: there are no rows of that phase", fix=f"there are {set(there)}")
     return Schedule(places, list(mix.values()), seed, together)
+
+
+def _by_hash(names: Iterable[str], seed: int) -> list[str]:
+    return sorted(names, key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
 
 
 def _parts(rows: Array) -> Iterator[Array]:

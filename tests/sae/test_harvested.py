@@ -12,7 +12,7 @@ import torch
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
 from sglang_probe.sae.evaluation import Sinks
-from sglang_probe.sae.harvested import Harvested, Schedule, harvested, schedule, seen_before
+from sglang_probe.sae.harvested import Harvested, Listed, Schedule, harvested, schedule, seen_before
 from tests.verify.good_run import RESID, make_good_run
 
 
@@ -108,6 +108,17 @@ def test_at_least_one_family_is_held_out_and_one_family_cannot_be_split() -> Non
     assert made(3).split(0.99)[0].tokens["family"].nunique() == 1
     with pytest.raises(ConfigError, match="one family"):
         made(1).split(0.5)
+
+
+def test_fewer_rows_are_of_fewer_families_and_among_those_of_a_larger_number() -> None:
+    tokens = made().tokens  # 10 families of 5 rows
+    whole = Listed([], RESID, tokens.assign(row=np.arange(len(tokens))), pd.DataFrame(), 1.0)
+    few, more = (whole.at_most(n).tokens for n in (12, 24))
+    assert (len(few), len(more)) == (12, 24)
+    assert sorted(few["family"].value_counts()) == [2, 5, 5]
+    assert set(few["row"]) < set(more["row"])
+    assert few["row"].is_monotonic_increasing
+    assert whole.at_most(1000).tokens.equals(whole.tokens)
 
 
 def test_every_epoch_has_each_row_once_in_another_order() -> None:

@@ -71,6 +71,9 @@ class SaeTrainConfig(Recipe):
     order. Beside it are in memory `evaluation_rows`, and about 100 bytes for what is known of each row."""
     evaluate_on: list[InputPath] = Field(default_factory=list)
     """Runs to judge by in place of held-out families."""
+    most_rows: PositiveInt | None = None
+    """Most rows to train on, of one family after another; what is held out stays the same. For the question whether a
+    larger harvest would help: train on a half of this one."""
     evaluation_rows: PositiveInt = 40_000
     """Most rows to judge by."""
     latents: list[PositiveInt] = Field(min_length=1)
@@ -93,6 +96,8 @@ class SaeTrainConfig(Recipe):
     def _rows_come_from_somewhere(self) -> SaeTrainConfig:
         if bool(self.runs) == (self.harvest is not None):
             raise ValueError("give `runs`, or `harvest` for rows that are not kept")
+        if self.harvest is not None and self.most_rows is not None:
+            raise ValueError("`most_rows` is of recorded `runs`: with `harvest`, serve fewer requests")
         if self.harvest is not None and (given := {"hook_points", "name", "output"} & self.harvest.model_fields_set):
             raise ValueError(f"`harvest: {min(given)}` has no meaning here: rows are of `hook_point`, and are not kept")
         return self

@@ -120,6 +120,8 @@ def prepare(config: SaeTrainConfig, name: str) -> Prepared:
         training, judged = rows, listed(others, config.hook_point, where=config.where, **how)
     else:
         training, judged = rows.split(config.held_out)
+    if config.most_rows is not None:
+        training = training.at_most(config.most_rows)
     held_out = sampled(judged, config.evaluation_rows).loaded()
     if len(held_out) < LEAST_HELD_OUT or len(training) < config.batch_size:
         raise ConfigError(

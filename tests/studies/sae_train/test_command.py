@@ -202,6 +202,16 @@ def test_too_few_rows_are_refused(config_file: Callable[..., Path]) -> None:
         prepare(load_config(config_file("few", batch_size=100, samples=1000), SaeTrainConfig), "few")
 
 
+def test_fewer_rows_to_train_on_leave_those_to_judge_by(config_file: Callable[..., Path]) -> None:
+    whole, part = (
+        prepare(load_config(config_file(name, **more), SaeTrainConfig), name)
+        for name, more in (("whole", {}), ("part", {"most_rows": 17}))
+    )
+    assert len(whole.train) > len(part.train) == 17
+    assert torch.equal(whole.held_out.x_ND, part.held_out.x_ND)
+    assert (part.identity["rows"]["train"], part.order.epoch_length) == (17, 17)
+
+
 def test_the_report_shows_both_thresholds_and_what_was_left_out() -> None:
     curve = pd.DataFrame(
         {"dictionary": "d", "samples": [10, 20], "held_out": [-9.9, 0.2], "recalibrated": [0.3, 0.4], "loss": [2.0, 1]}
