@@ -22,6 +22,7 @@ from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 from sglang_probe.studies.steer_decay.command import SteerDecay
+from sglang_probe.studies.steer_dose.command import SteerDose
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
@@ -34,6 +35,7 @@ STUDIES: tuple[Study, ...] = (
     Evict(),
     Monitor(),
     SteerDecay(),
+    SteerDose(),
     SaeTrain(),
     SaeEval(),
     SaeGap(),

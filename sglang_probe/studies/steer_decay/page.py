@@ -179,10 +179,44 @@ def decay_page(result: SteerDecayResult) -> Page:
                     )
                 ],
             ),
+            *_elsewhere(result),
             proof(result.checks),
         ],
         footer=footer(result.manifest),
     )
+
+
+def _elsewhere(result: SteerDecayResult) -> list[Section]:
+    """What was asked for beyond the predictions."""
+    found = []
+    if result.config.downstream is not None:
+        features = ", ".join(map(str, result.config.downstream.features))
+        columns = [
+            Column("source"),
+            Column("arm"),
+            Column("onset"),
+            Column("activation", "rise within the window", "signed", bounds=("low", "high")),
+            Column("after", "in the steps after", "signed"),
+            Column("plain", "plain model", "decimal"),
+        ]
+        text = f"Summed activation of the features {features} at a later layer, over the plain model's, token by token."
+        table = Table(result.downstream, "features of a later layer", columns=columns, file="downstream")
+        found.append(Section("Downstream", text, tables=[table]))
+    if result.config.probe is not None:
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            Column("fires", "probe fires, over the plain model", "points", bounds=("fires_low", "fires_high")),
+            Column("plain", "plain model", "percent"),
+            Column("score", "its score, over the plain model", "signed", bounds=("score_low", "score_high")),
+        ]
+        text = (
+            f"`{result.config.probe}` was fitted on other texts. It scores the tokens that each arm wrote by itself in "
+            "its window, read again without steering, so that it sees the text and not the vector."
+        )
+        table = Table(result.probe, "probe on what was written", columns=columns, file="probe")
+        found.append(Section("A held-out probe", text, tables=[table]))
+    return found
 
 
 def _decay_columns(kind: str = "signed") -> list[Column]:

@@ -19,7 +19,8 @@ from sglang_probe.stats.intervals import mean_intervals
 from sglang_probe.steering.library import Library
 from sglang_probe.studies.base import records
 from sglang_probe.studies.steer_decay.config import SteerDecayConfig
-from sglang_probe.studies.steer_decay.names import FORCED, FREE, NOTHING, PLAIN, SOURCES, named
+from sglang_probe.studies.steer_decay.later import downstream, probed
+from sglang_probe.studies.steer_decay.names import FORCED, FREE, NOTHING, PLAIN, REREAD, SOURCES, named
 from sglang_probe.studies.steer_decay.statistics import (
     RANDOM,
     VECTOR,
@@ -54,6 +55,14 @@ class SteerDecayResult:
     half_lives: pd.DataFrame
     free: pd.DataFrame
     """`arm, onset, excess, low, high, plain`: share of target tokens over that of the plain model, free-running."""
+    downstream: pd.DataFrame
+    """`source, arm, onset, activation, low, high, after, plain`: rise of the activation of the features of a later
+    layer, within the window and after it, with the interval of the first; and what it is in the plain model. Empty
+    without `downstream`."""
+    probe: pd.DataFrame
+    """`arm, onset, fires, fires_low, fires_high, score, ..., plain`: over the plain model's text, of what an arm wrote
+    by itself in its window: share of rows on which the held-out probe fires, and its score; read without steering.
+    Empty without `probe`."""
     steps: pd.DataFrame
     before: float
     """Largest KL of a step before an onset: nothing was steered there."""
@@ -88,7 +97,7 @@ class SteerDecayResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table."""
-        names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "steps")
+        names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "steps")
         return {k: getattr(self, k) for k in names}
 
 
@@ -109,7 +118,8 @@ def study_decay(
     model = Path(forced.manifest["model_path"])
     unembedding = load_unembedding(model)
     assert config.steer is not None
-    vector = Library.open(config.steer.library)[config.vector].vector
+    library = Library.open(config.steer.library)
+    vector = library[config.vector].vector
     if config.target is None:
         positive, negative = lens_tokens(vector, unembedding, config.lens)
     else:
@@ -128,6 +138,8 @@ def study_decay(
         after=after_curves(steps, config.window),
         half_lives=half_lives(steps, config.window),
         free=_free(runs[FREE], config, positive) if FREE in runs else pd.DataFrame(),
+        downstream=downstream(forced, at, config),
+        probe=probed(runs[REREAD], library, config) if REREAD in runs else pd.DataFrame(),
         steps=steps.drop(columns=["row", "plain"]),
         before=float(before.max()) if len(before) else 0.0,
         targets={"positive": positive, "negative": negative},
