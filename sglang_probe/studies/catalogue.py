@@ -14,6 +14,7 @@ from sglang_probe.studies.lens.command import Lens
 from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
+from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
 from sglang_probe.studies.sae_gap.command import SaeGap
@@ -36,6 +37,7 @@ STUDIES: tuple[Study, ...] = (
     Monitor(),
     SteerDecay(),
     SteerDose(),
+    Replay(),
     SaeTrain(),
     SaeEval(),
     SaeGap(),

@@ -1,7 +1,11 @@
 """The dose study on the engine, where every dose-response is known: at the last layer a steered row is the plain one
-plus the change, so that each number follows from the rows of the plain model."""
+plus the change, so that each number follows from the rows of the plain model. In the same engine, audit replays."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +13,16 @@ import torch
 import yaml
 
 from sglang_probe.config import load_config
+from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
+from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.run.run import Run
+from sglang_probe.sae.features import FeatureManifest
 from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
+from sglang_probe.studies.replay import runs as replaying
+from sglang_probe.studies.replay.command import Replay
+from sglang_probe.studies.replay.study import ReplayResult, study_replay
 from sglang_probe.studies.steer_decay.target import log_odds
 from sglang_probe.studies.steer_dose import runs as recording
 from sglang_probe.studies.steer_dose.command import SteerDose
@@ -27,8 +38,11 @@ ADDED, CLAMPED = [5.0, 20.0, 80.0], [2.0, 8.0]
 LAST = "blocks.3.hook_resid_post"
 
 
+SAE = "a" * 64
+
+
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteerDoseResult, dict, Unembedding, dict]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SteerDoseResult, dict, Unembedding, dict]]:
     """A library whose direction, and whose feature's decoder row, are the target's own, after the last layer."""
     folder = tmp_path_factory.mktemp("dose")
     unembedding = load_unembedding(MODEL)
@@ -57,7 +71,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteerDoseResult, 
             model_weight_hash=weight_hash_of_folder(MODEL),
             layer_mean_norm=LAYER_NORM,
             percentile99=1.5 if "encoder" in t else None,
-            made_by=MadeBy(command="test"),
+            made_by=MadeBy(command="test", inputs={"sae": {"weights_sha256": SAE, "feature": 7}}),
         )
     add = {"op": "add", "unit": "absolute", "doses": ADDED}
     fields = {
@@ -89,9 +103,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteerDoseResult, 
     prepared = recording.prepare(config)
     with EngineHost() as host:
         runs = recording.run(prepared, config, folder / "study", host=host)
-    result = study_dose(runs, config, "planted")
-    SteerDose().write(result, folder / "study")
-    return result, runs, unembedding, {**tensors, "folder": folder}
+        result = study_dose(runs, config, "planted")
+        SteerDose().write(result, folder / "study")
+        yield result, runs, unembedding, {**tensors, "folder": folder, "host": host, "prepared": prepared}
 
 
 def test_every_dose_does_what_the_rows_of_the_plain_model_say(planted: tuple) -> None:
@@ -145,3 +159,96 @@ def test_the_planted_direction_gains_more_than_chance_and_the_report_says_so(pla
     assert PLAIN not in set(result.doses["arm"])
     page = (tensors["folder"] / "study" / "report.html").read_text()
     assert "What each arm gains for what it costs" in page
+
+
+CLAMP = 3.0
+
+
+@pytest.fixture(scope="module")
+def served(planted: tuple) -> Run:
+    """Six requests under a clamp of generated tokens and two plain ones, sampled."""
+    _, _, _, made = planted
+    prepared = made["prepared"]
+    entry = {"vector": "feature", "op": "clamp", "strength": CLAMP, "phases": ["decode"]}
+    requests = []
+    for i, r in enumerate(prepared.workload.requests[:7]):
+        params: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "ignore_eos": True}
+        if i != 3:
+            params["custom_params"] = {"probe": {"steer": [entry]}}
+        requests.append(replace(r, index=i, sampling_params=params))
+    spec = RunSpec("served", requests, hook_points=["hook_embed", LAST])
+    return record([spec], prepared, made["folder"], asks=("force", "steer"), host=made["host"])["served"]
+
+
+def manifest(run: Run, value: float, **fields: Any) -> FeatureManifest:
+    """One deployed feature."""
+    evidence = {
+        "run": "dose",
+        "manifest_sha256": "b" * 64,
+        "measure": "log-odds of the target, nats",
+        "dose": 2.0,
+        "unit": "p99",
+        "effect": 1.0,
+        "low": 0.5,
+        "high": 1.5,
+        "control": 0.1,
+        "side_effect": 0.01,
+        "n": 7,
+    }
+    feature = {
+        "index": 7,
+        "label": "planted",
+        "labelled": {"by": "human", "name": "a test"},
+        "owner": "tests",
+        "evidence": [evidence],
+        "clamp": {"mode": "clamp", "value": value},
+        "status": "deployed",
+    }
+    told = {
+        "model": "probe-text",
+        "model_weight_hash": weight_hash_of_folder(MODEL),
+        "hook_point": LAST,
+        "sae_sha256": SAE,
+        "features": [feature],
+    }
+    return FeatureManifest.model_validate({**told, **fields})
+
+
+def replayed(planted: tuple, served: Run, value: float, name: str) -> ReplayResult:
+    made = planted[3]
+    prepared = replaying.prepare(manifest(served, value), served, made["folder"] / "vectors")
+    found = replaying.run(prepared, made["folder"] / name, host=made["host"])
+    result = study_replay(prepared, found)
+    Replay().write(result, made["folder"] / name)
+    return result
+
+
+def test_a_run_under_its_manifest_passes_the_audit(planted: tuple, served: Run) -> None:
+    result = replayed(planted, served, CLAMP, "passes")
+    assert result.ok, result.checks["replay"]
+    assert (result.requests, result.under) == (7, 6)
+    assert set(result.rows["interventions"]) == {True, False}
+    # Clamped, the feature is where it was put, in the stored run and in the replay.
+    told = result.activations.iloc[0]
+    row = planted[3]["feature"]["vector"]
+    back = CLAMP if row @ planted[3]["feature"]["encoder"] == 0 else told["replayed"]
+    assert told["stored"] == pytest.approx(back, rel=1e-4)
+    assert planted[3]["host"].starts == 1
+
+
+def test_a_changed_strength_is_found_in_the_rows_and_in_the_ledger(planted: tuple, served: Run) -> None:
+    result = replayed(planted, served, CLAMP * 1.01, "changed")
+    checks = {c.name: c for c in result.checks["replay"]}
+    assert not result.ok
+    assert "feature 7: `clamp` 3 was done, and the manifest states `clamp` 3.03 (6 requests)" in (
+        checks["as the manifest states"].violation or ""
+    )
+    # By one hundredth, which only the rows under the intervention show.
+    assert "positions under interventions" in (checks["rows"].violation or "")
+    plain = result.rows[~result.rows["interventions"]]
+    assert (plain["largest"] <= plain["limit"]).all()
+
+
+def test_other_weights_are_refused_before_an_engine_is_asked(planted: tuple, served: Run) -> None:
+    with pytest.raises(ConfigError, match="with weights cccccccccccc, and those of"):
+        replaying.prepare(manifest(served, CLAMP, model_weight_hash="c" * 64), served, planted[3]["folder"] / "vectors")
