@@ -90,6 +90,7 @@ class Comparison(Config):
     """One comparison that is registered beforehand; all of them are adjusted together (Holm)."""
 
     arm: str
+    """Name of an arm."""
     against: str | None = None
     """Another arm; without it, the effect of `arm` at its last dose is compared with none."""
     at: float | None = Field(default=None, gt=0)

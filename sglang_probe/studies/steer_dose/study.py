@@ -102,8 +102,8 @@ def study_dose(
     first = next(iter(found.values()))
     return SteerDoseResult(
         name=name,
-        doses=_with_strengths(_side_by_side(doses(families)), config),
-        vectors=_by_vector(steps, config),
+        doses=with_strengths(side_by_side(doses(families)), config),
+        vectors=by_vector(steps, config),
         levels=at_levels(found, config.side_effects),
         registered=compare(found, config.registered),
         free=_free(runs[FREE], config, positive) if FREE in runs else pd.DataFrame(),
@@ -118,7 +118,7 @@ def study_dose(
     )
 
 
-def _side_by_side(by: pd.DataFrame) -> pd.DataFrame:
+def side_by_side(by: pd.DataFrame) -> pd.DataFrame:
     """A row a dose: effects of texts and side effects of neutral ones."""
     ends = ("", "_low", "_high")
     text, neutral = (by[by["scope"] == scope].set_index(["arm", "dose"]) for scope in ("text", "neutral"))
@@ -128,7 +128,7 @@ def _side_by_side(by: pd.DataFrame) -> pd.DataFrame:
     return left.join(right).reset_index()
 
 
-def _with_strengths(frame: pd.DataFrame, config: SteerDoseConfig) -> pd.DataFrame:
+def with_strengths(frame: pd.DataFrame, config: SteerDoseConfig) -> pd.DataFrame:
     """With the dose in words, in the order of the configuration."""
     order = list(config.arms)
     strengths = [config.arms[arm].levels[dose - 1] for arm, dose in zip(frame["arm"], frame["dose"], strict=True)]
@@ -136,14 +136,14 @@ def _with_strengths(frame: pd.DataFrame, config: SteerDoseConfig) -> pd.DataFram
     return frame.sort_values(["_order", "dose"], ignore_index=True).drop(columns="_order")
 
 
-def _by_vector(steps: pd.DataFrame, config: SteerDoseConfig) -> pd.DataFrame:
+def by_vector(steps: pd.DataFrame, config: SteerDoseConfig) -> pd.DataFrame:
     """Effect and side effects of every vector and dose: means over texts."""
     keys = ["scope", "arm", "what", "dose"]
     by = steps.groupby([*keys, "family"], sort=False)[["kl", "shift", "nll"]].mean().groupby(keys).mean().reset_index()
     text, neutral = (by[by["scope"] == scope].drop(columns="scope") for scope in ("text", "neutral"))
     keys = keys[1:]
     frame = text[[*keys, "shift"]].merge(neutral[[*keys, "kl", "nll"]], on=keys)
-    return _with_strengths(frame, config)
+    return with_strengths(frame, config)
 
 
 def _free(run: Run, config: SteerDoseConfig, positive: list[int]) -> pd.DataFrame:
@@ -172,4 +172,4 @@ def _free(run: Run, config: SteerDoseConfig, positive: list[int]) -> pd.DataFram
             row |= {name: ends.estimate[j], f"{name}_low": ends.low[j], f"{name}_high": ends.high[j]}
             row[f"plain_{name}"] = float(plain[name].mean())
         ways.append(row)
-    return _with_strengths(pd.DataFrame(ways), config)
+    return with_strengths(pd.DataFrame(ways), config)
