@@ -46,7 +46,7 @@ def cuts(text: str, inside: set[int]) -> dict[str, list[int]]:
     for number, line in enumerate(text.splitlines(keepends=True)):
         words = [m.end() for m in re.finditer(r"\w+", line)]
         end, bare = at + len(line), line.strip()
-        if end > CHARS and words:
+        if at > CHARS and words:
             if number in inside and len(words) > 6 and ">>>" not in line:
                 found["prose"].append(at + words[len(words) // 2])
             elif number not in inside and len(words) > 3 and re.search(r"[=(]", line) and not bare.startswith("#"):

@@ -74,6 +74,9 @@ class SteerDecayConfig(WorkloadRecording):
     """A probe of the library (`vector make probe`), of texts that are not measured here. What each arm wrote by itself
     is read again without steering, and the probe scores it. Needs `free`."""
 
+    concept: str | None = None
+    """In words, what the vector is for: what a judge is asked about (`--judge`)."""
+
     @model_validator(mode="after")
     def _fits(self) -> SteerDecayConfig:
         refuse_rows(self)

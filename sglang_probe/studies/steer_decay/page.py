@@ -216,6 +216,22 @@ def _elsewhere(result: SteerDecayResult) -> list[Section]:
         )
         table = Table(result.probe, "probe on what was written", columns=columns, file="probe")
         found.append(Section("A held-out probe", text, tables=[table]))
+    if result.judge is not None:
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            _measure("score", "score, over the plain model", "signed"),
+            Column("plain_score", "plain model", "decimal"),
+            _measure("concept", "concept", "signed"),
+            _measure("fluency", "fluency", "signed"),
+            Column("unread", "answers without a number"),
+        ]
+        text = (
+            f"`{result.judge['model']}` was asked, for each text and without being told the arm, how much it is about "
+            f'"{result.config.concept}", and how fluent it is, 0 to 2 each; the score is their harmonic mean.'
+        )
+        table = Table(result.judged, "a judge of what was written", columns=columns, file="judged")
+        found.append(Section("A judge", text, tables=[table]))
     return found
 
 

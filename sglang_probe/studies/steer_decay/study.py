@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class SteerDecayResult:
     checks: dict[str, list[Check]]
     manifest: dict[str, Any]
     config: SteerDecayConfig
+    judged: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """`judge.judged`; empty without `--judge`."""
+    judge: Mapping[str, Any] | None = None
+    """Who judged: model, hash of its weights where known, hash of the questions."""
 
     @property
     def ok(self) -> bool:
@@ -91,13 +95,25 @@ class SteerDecayResult:
             "families": self.families,
             "targets": dict(self.targets),
             "largest_kl_before_onsets": self.before,
+            "judge": self.judge,
             **{k: records(frame) for k, frame in self.tables().items() if k != "steps"},
             "versions": self.manifest["versions"],
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table."""
-        names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "steps")
+        names = (
+            "effects",
+            "decay",
+            "decay_kl",
+            "after",
+            "half_lives",
+            "free",
+            "downstream",
+            "probe",
+            "judged",
+            "steps",
+        )
         return {k: getattr(self, k) for k in names}
 
 
