@@ -13,15 +13,19 @@ import torch
 import yaml
 
 from sglang_probe.eviction.likelihood import load_unembedding
+from sglang_probe.paths import shipped
 from sglang_probe.run.run import load_run
+from sglang_probe.sae.folder import read_sae
 from sglang_probe.steering.library import Library
-from sglang_probe.studies.steer_decay.names import named
+from sglang_probe.studies.steer_decay.names import PLAIN, named
 from sglang_probe.studies.steer_decay.target import lens_tokens, log_odds
 from tests.declared import run_commands
 from tests.end_to_end.steering import MODEL, Reference, make_library
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("steering")]
 PROMPT, ONSETS, WINDOW, AFTER, STRENGTH = 24, [1, 6], 3, 4, 40.0
+FEATURES = list(range(0, 1024, 4))
+FEATURES = list(range(0, 1024, 4))
 
 
 def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) -> None:
@@ -39,6 +43,8 @@ def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) 
         "after": AFTER,
         "prompt_tokens": PROMPT,
         "lens": 5,
+        "downstream": {"sae": str(shipped("models/sae-probe-text/seed-0")), "features": FEATURES},
+        "probe": "fires",
     }
     config, folder = tmp_path / "decay.yaml", tmp_path / "study"
     config.write_text(yaml.safe_dump(fields))
@@ -82,6 +88,34 @@ def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) 
     assert np.allclose(mine["kl"], kl, rtol=1e-3, atol=1e-5)
     assert np.allclose(mine["shift"], shift, rtol=1e-3, atol=1e-4)
     assert kl[WINDOW:].max() > 1e-4  # what is left after the dose, through the cache
+
+    # Features of layer 2, under a dose after layer 1: over all texts.
+    sae = read_sae(shipped("models/sae-probe-text/seed-0"))
+    rises = []
+    for r in requests[requests["rid"].map(lambda rid: named(rid)[1:] == ("own", "up", 6))].itertuples():
+        ids = [*r.prompt_ids.tolist(), *r.output_ids.tolist()]
+        z = [
+            sae.encode(reference.rows(ids, PROMPT, steer)[2][at[:WINDOW]])[:, FEATURES].sum(1)
+            for steer in ([], [{"vector": "up", "strength": STRENGTH, **window}])
+        ]
+        rises.append(float((z[1] - z[0]).mean()))
+    later = pd.DataFrame(told["downstream"]).set_index(["source", "arm", "onset"])
+    assert later.loc[("own text", "vector", 6), "activation"] == pytest.approx(np.mean(rises), rel=1e-3)
+    assert abs(np.mean(rises)) > 0.1
+    assert later.loc[("own text", "zero dose", 6), "activation"] == pytest.approx(0, abs=1e-3)
+
+    # The probe reads what was written, as a plain prompt.
+    wrote = {named(r.rid): [*r.prompt_ids, *r.output_ids] for r in load_run(folder / "free").requests().itertuples()}
+    cut = slice(PROMPT + 6, PROMPT + 6 + WINDOW)
+    w = library["fires"].vector
+    scores = {
+        arm: [reference.rows(ids, PROMPT, [])[2][cut] @ w for k, ids in wrote.items() if k[2:] == arm]
+        for arm in (("up", 6), (PLAIN, 0))
+    }
+    over = [torch.stack(scores[arm]).mean(1).mean() for arm in (("up", 6), (PLAIN, 0))]
+    said = pd.DataFrame(told["probe"]).set_index(["arm", "onset"]).loc[("vector", 6)]
+    assert said["score"] == pytest.approx(float(over[0] - over[1]), rel=1e-3, abs=1e-3)
+    assert said["plain"] == pytest.approx(float((torch.stack(scores[(PLAIN, 0)]) > 0).float().mean()))
 
     human = requests[requests["rid"].map(lambda rid: named(rid)[1] == "human")].iloc[0]
     own = requests[requests["rid"].map(lambda rid: named(rid)[0] == named(human["rid"])[0])]
