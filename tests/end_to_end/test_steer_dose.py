@@ -102,7 +102,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SteerDos
     config = load_config(path, SteerDoseConfig)
     prepared = recording.prepare(config)
     with EngineHost() as host:
-        runs = recording.run(prepared, config, folder / "study", host=host)
+        specs, recorded_with = recording.specs_of(prepared, config, folder / "study")
+        runs = record(specs, recorded_with, folder / "study", asks=recording.ASKS, host=host)
         result = study_dose(runs, config, "planted")
         SteerDose().write(result, folder / "study")
         yield result, runs, unembedding, {**tensors, "folder": folder, "host": host, "prepared": prepared}

@@ -11,7 +11,6 @@ from pathlib import Path
 from sglang_probe.ask import Ask
 from sglang_probe.errors import WorkloadError
 from sglang_probe.harvest.experiment import Runs, RunSpec, record
-from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared, check_requests
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Reporter
@@ -32,7 +31,10 @@ from sglang_probe.studies.steer_dose.select import (
 from sglang_probe.workload.build import Workload, build_requests
 from sglang_probe.workload.request import Request, SegmentSpan
 
-__all__ = ["planned", "prepare", "read", "run"]
+__all__ = ["ASKS", "planned", "prepare", "read", "run", "specs_of"]
+
+ASKS = ("force", "steer")
+"""What the engine must honour."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,24 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
-    host: EngineHost | None = None,
 ) -> dict[str, Run]:
-    """Record all runs in one engine. `resume`, `host`: as `sglang_probe.harvest.experiment.record`.
+    """Record all runs in one engine. `resume`: as `sglang_probe.harvest.experiment.record`.
 
     Raises:
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked; or it is of something else.
         ProbeError: a recording failed.
+    """
+    specs, prepared = specs_of(prepared, config, folder)
+    return record(specs, prepared, folder, asks=ASKS, overwrite=overwrite, resume=resume, reporter=reporter)
+
+
+def specs_of(prepared: Prepared, config: SteerDoseConfig, folder: Path) -> tuple[list[RunSpec], Prepared]:
+    """What `run` records, and with what: with `select`, the library of the study is written first, and takes the place
+    of the user's.
+
+    Raises:
+        RunDirectoryError: there is another folder where that library belongs.
+        ProbeError: an entry of it cannot be made.
     """
     texts = texts_of(prepared, config)
     if config.select is not None:
@@ -100,8 +113,7 @@ def run(
     specs.append(RunSpec(FORCED, partial(_of_chosen, _forced, texts, config), config.arm, hook_points=points))
     if config.free_steps:
         specs.append(RunSpec(FREE, partial(_of_chosen, _free, texts, config), config.arm, hook_points=[EMBED]))
-    how = {"overwrite": overwrite, "resume": resume, "reporter": reporter, "host": host}
-    return record(specs, prepared, folder, asks=("force", "steer"), **how)  # type: ignore[arg-type]
+    return specs, prepared
 
 
 def read(config: SteerDoseConfig, folder: Path) -> dict[str, Run]:
