@@ -73,17 +73,16 @@ def run(
         ProbeError: a recording failed.
     """
     texts = _texts(prepared, config)
-    last = f"blocks.{prepared.model.layers - 1}.hook_resid_post"
+    # The same in every run, whether it needs them or not: another set of taps is another engine.
+    points = _points(prepared, config)
     specs = [
-        RunSpec(DECODED, _decoded(texts, config), config.arm, hook_points=[EMBED]),
-        RunSpec(FORCED, partial(_forced, texts, config), config.arm, hook_points=_points(config, last)),
+        RunSpec(DECODED, _decoded(texts, config), config.arm, hook_points=points),
+        RunSpec(FORCED, partial(_forced, texts, config), config.arm, hook_points=points),
     ]
     if config.free:
-        specs.append(RunSpec(FREE, list(_steered(texts, config, FREE, {})), config.arm, hook_points=[EMBED]))
+        specs.append(RunSpec(FREE, list(_steered(texts, config, FREE, {})), config.arm, hook_points=points))
     if config.probe is not None:
-        assert prepared.library is not None
-        point = prepared.library[config.probe].card.hook_point
-        specs.append(RunSpec(REREAD, partial(_reread, config), config.arm, hook_points=[EMBED, point]))
+        specs.append(RunSpec(REREAD, partial(_reread, config), config.arm, hook_points=points))
     return record(
         specs, prepared, folder, asks=("force", "steer"), overwrite=overwrite, resume=resume, reporter=reporter
     )
@@ -125,9 +124,16 @@ def downstream_point(config: SteerDecayConfig) -> str | None:
     return sae.hook_point
 
 
-def _points(config: SteerDecayConfig, last: str) -> list[str]:
-    point = downstream_point(config)
-    return list(dict.fromkeys([EMBED, *([] if point is None else [point]), last]))
+def _points(prepared: Prepared, config: SteerDecayConfig) -> list[str]:
+    """What is captured: the last layer's rows come last, and give the predictions."""
+    found = [EMBED]
+    if (point := downstream_point(config)) is not None:
+        found.append(point)
+    if config.probe is not None:
+        assert prepared.library is not None
+        found.append(prepared.library[config.probe].card.hook_point)
+    last = f"blocks.{prepared.model.layers - 1}.hook_resid_post"
+    return [*dict.fromkeys(p for p in found if p != last), last]
 
 
 def _check_downstream(config: SteerDecayConfig, layer: int, width: int) -> None:

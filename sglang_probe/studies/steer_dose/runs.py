@@ -105,6 +105,7 @@ def specs_of(prepared: Prepared, config: SteerDoseConfig, folder: Path) -> tuple
         steer = config.steer.model_copy(update={"library": library})
         workload: Workload = prepared.workload
         prepared = check(config.model_copy(update={"steer": steer}), {"arm": config.arm}, workload=workload)
+    # The same in every run, whether it needs them or not: another set of taps is another engine.
     points = [EMBED, f"blocks.{prepared.model.layers - 1}.hook_resid_post"]
     specs = []
     if config.select is not None:
@@ -112,7 +113,7 @@ def specs_of(prepared: Prepared, config: SteerDoseConfig, folder: Path) -> tuple
         specs.append(RunSpec(SELECTION, tried, config.arm, hook_points=points))
     specs.append(RunSpec(FORCED, partial(_of_chosen, _forced, texts, config), config.arm, hook_points=points))
     if config.free_steps:
-        specs.append(RunSpec(FREE, partial(_of_chosen, _free, texts, config), config.arm, hook_points=[EMBED]))
+        specs.append(RunSpec(FREE, partial(_of_chosen, _free, texts, config), config.arm, hook_points=points))
     return specs, prepared
 
 
