@@ -24,7 +24,7 @@ def answer(result: SteerDoseResult) -> str:
             told.append(f"{_first(row.comparison)}: {format_number(row.difference, 'signed')} nats, without interval.")
         else:
             ends = format_interval(row.low, row.high, "signed")
-            verdict = "" if row.holm <= LEVEL else ", which is not told from zero"
+            verdict = "" if row.holm <= LEVEL else ", not told from zero (adjusted)"
             told.append(f"{_first(row.comparison)}: {format_number(row.difference, 'signed')} nats {ends}{verdict}.")
     return " ".join(told)
 
@@ -71,7 +71,7 @@ def dose_page(result: SteerDoseResult) -> Page:
         Tile(
             row.comparison,
             format_number(row.difference, "signed"),
-            "nats of log-odds" if row.holm <= LEVEL else "nats; not told from zero",
+            "nats of log-odds" if row.holm <= LEVEL else "nats; not told from zero (adjusted)",
         )
         for row in result.registered.head(3).itertuples()
         if not pd.isna(row.difference)

@@ -77,7 +77,7 @@ def test_the_answer_says_what_was_registered_and_what_cannot_be_answered() -> No
     said = answer(found)
     assert "Good against chance, at 0.1 nats: +" in said
     assert "Chance at its last dose, against none" in said
-    assert "which is not told from zero" in said
+    assert "not told from zero (adjusted)" in said
     assert "Good against prompting, at 0.1 nats: not answered" in said
     assert "What each arm gains" in render(dose_page(found))
 
