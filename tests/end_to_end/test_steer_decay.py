@@ -156,6 +156,17 @@ def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) 
     assert said["score"] == pytest.approx(float(over[0] - over[1]), rel=1e-3, abs=1e-3)
     assert said["plain"] == pytest.approx(float((torch.stack(scores[(PLAIN, 0)]) > 0).float().mean()))
 
+    # Through the text alone: the steps after the window, read without steering.
+    after = slice(PROMPT + 6 + WINDOW - 1, PROMPT + 6 + WINDOW - 1 + AFTER)
+    levels = {}
+    for name in (("up", 6), (PLAIN, 0)):
+        rows = [reference.rows(ids, PROMPT, [])[-1][after] for k, ids in wrote.items() if k[2:] == name]
+        odds = [log_odds(torch.log_softmax(unembedding.logits(x), -1), positive, negative).mean() for x in rows]
+        levels[name] = float(torch.stack(odds).mean())
+    through = pd.DataFrame(told["text"]).set_index(["arm", "onset"]).loc[("vector", 6)]
+    assert through["plain"] == pytest.approx(levels[(PLAIN, 0)], rel=1e-3, abs=1e-3)
+    assert through["shift"] == pytest.approx(levels[("up", 6)] - levels[(PLAIN, 0)], rel=1e-3, abs=2e-3)
+
     human = requests[requests["rid"].map(lambda rid: named(rid)[1] == "human")].iloc[0]
     own = requests[requests["rid"].map(lambda rid: named(rid)[0] == named(human["rid"])[0])]
     assert len({tuple(r["output_ids"][:5]) for _, r in own.iterrows()}) == 2

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sglang_probe.eviction.likelihood import Unembedding
 from sglang_probe.run.run import Run
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.stats.intervals import mean_intervals
@@ -16,6 +17,7 @@ from sglang_probe.studies.steer_decay.config import SteerDecayConfig
 from sglang_probe.studies.steer_decay.names import PLAIN, named, rid_of
 from sglang_probe.studies.steer_decay.runs import downstream_point
 from sglang_probe.studies.steer_decay.statistics import RANDOM, VECTOR
+from sglang_probe.studies.steer_decay.target import log_odds
 from sglang_probe.workload.request import asked_rid
 
 _BLOCK = 1024
@@ -50,6 +52,45 @@ def downstream(run: Run, at: pd.DataFrame, config: SteerDecayConfig) -> pd.DataF
         numbers = (ends.estimate[0], ends.low[0], ends.high[0], by[("rise", False)].mean(), by[("base", True)].mean())
         found.append((source, arm, onset, *numbers))
     return pd.DataFrame(found, columns=DOWNSTREAM)
+
+
+TEXT_PATH = ["arm", "onset", "shift", "low", "high", "plain"]
+
+
+def text_path(
+    run: Run, unembedding: Unembedding, config: SteerDecayConfig, positive: list[int], negative: list[int]
+) -> pd.DataFrame:
+    """What the steered text does by itself: the target's log-odds in the steps after the window, where the text that an
+    arm wrote is read without steering, over those after the plain model's text (`TEXT_PATH`, nats).
+
+    The texts differ, so that nothing is paired but the prompt; much noisier than the teacher-forced shift.
+
+    Args:
+        run: `names.REREAD`, with rows of the last layer.
+    """
+    point = run.hook_points[-1]
+    requests = run.requests()
+    prompts = {asked_rid(r.rid): (r.rid, r.family) for r in requests.itertuples()}
+    rows = []
+    for rid, (stored, family) in prompts.items():
+        text, source, arm, onset = named(rid)
+        if arm == PLAIN:
+            continue
+        # Step s is the row of position `prompt_tokens + s - 1`.
+        first = config.prompt_tokens + onset + config.window - 1
+        levels = []
+        for name in (stored, prompts[rid_of(text, source, PLAIN, 0)][0]):
+            x = run.activations(name, point)[first : first + config.after]
+            levels.append(float(log_odds(torch.log_softmax(unembedding.logits(x), -1), positive, negative).mean()))
+        kind = VECTOR if arm == config.vector else RANDOM
+        rows.append((family, kind, onset, levels[0] - levels[1], levels[1]))
+    frame = pd.DataFrame(rows, columns=["family", "arm", "onset", "shift", "plain"])
+    found = []
+    for (arm, onset), some in frame.groupby(["arm", "onset"], sort=False):
+        by = some.groupby("family")[["shift", "plain"]].mean()
+        ends = mean_intervals(by[["shift"]].to_numpy(np.float64))
+        found.append((arm, onset, ends.estimate[0], ends.low[0], ends.high[0], by["plain"].mean()))
+    return pd.DataFrame(found, columns=TEXT_PATH)
 
 
 def probed(run: Run, library: Library, config: SteerDecayConfig) -> pd.DataFrame:

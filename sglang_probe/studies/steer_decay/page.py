@@ -216,6 +216,19 @@ def _elsewhere(result: SteerDecayResult) -> list[Section]:
         )
         table = Table(result.probe, "probe on what was written", columns=columns, file="probe")
         found.append(Section("A held-out probe", text, tables=[table]))
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            Column("shift", "log-odds of the target, over the plain model's text", "signed", bounds=("low", "high")),
+            Column("plain", "after the plain model's text", "signed"),
+        ]
+        text = (
+            "In the steps after the window, where the text that an arm wrote is read without steering: what has come "
+            "through the text alone, as the section on the KV cache has what has come through the entries alone. The "
+            "texts differ, so that this is much noisier."
+        )
+        table = Table(result.text, "through the text", columns=columns, file="text")
+        found.append(Section("After the dose: through the text alone", text, tables=[table]))
     if result.judge is not None:
         columns = [
             Column("arm"),

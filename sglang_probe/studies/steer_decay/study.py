@@ -19,7 +19,7 @@ from sglang_probe.stats.intervals import mean_intervals
 from sglang_probe.steering.library import Library
 from sglang_probe.studies.base import records
 from sglang_probe.studies.steer_decay.config import SteerDecayConfig
-from sglang_probe.studies.steer_decay.later import downstream, probed
+from sglang_probe.studies.steer_decay.later import downstream, probed, text_path
 from sglang_probe.studies.steer_decay.names import FORCED, FREE, NOTHING, PLAIN, REREAD, SOURCES, named
 from sglang_probe.studies.steer_decay.statistics import (
     RANDOM,
@@ -63,6 +63,8 @@ class SteerDecayResult:
     """`arm, onset, fires, fires_low, fires_high, score, ..., plain`: over the plain model's text, of what an arm wrote
     by itself in its window: share of rows on which the held-out probe fires, and its score; read without steering.
     Empty without `probe`."""
+    text: pd.DataFrame
+    """`later.text_path`. Empty without `probe`, whose run it reads."""
     steps: pd.DataFrame
     before: float
     """Largest KL of a step before an onset: nothing was steered there."""
@@ -156,6 +158,7 @@ def study_decay(
         free=_free(runs[FREE], config, positive) if FREE in runs else pd.DataFrame(),
         downstream=downstream(forced, at, config),
         probe=probed(runs[REREAD], library, config) if REREAD in runs else pd.DataFrame(),
+        text=text_path(runs[REREAD], unembedding, config, positive, negative) if REREAD in runs else pd.DataFrame(),
         steps=steps.drop(columns=["row", "plain"]),
         before=float(before.max()) if len(before) else 0.0,
         targets={"positive": positive, "negative": negative},

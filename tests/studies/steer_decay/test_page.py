@@ -36,6 +36,7 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
         free=free,
         downstream=pd.DataFrame(),
         probe=pd.DataFrame(),
+        text=pd.DataFrame(),
         steps=steps,
         before=0.0,
         targets={"positive": [1], "negative": [2]},
@@ -77,6 +78,6 @@ def test_one_text_and_no_text_make_a_page_too() -> None:
     assert "Too few texts" in answer(one)
     assert "<svg" in render(decay_page(one))
     empty = pd.DataFrame()
-    names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "steps")
+    names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "text", "steps")
     none = replace(one, **dict.fromkeys(names, empty), families=0)
     assert "No decay can be told" in render(decay_page(none))
