@@ -25,8 +25,9 @@ FLOORS = 2.0
 """How many times the largest distance between the two replays a stored row may be away: both are largest ones of as
 many rows, drawn alike if nothing was changed."""
 ROUNDING = 4e-6
-"""Relative distance that is rounding in float32 after one layer, wherever the floor is zero because two replays
-happened to have equal batches; it grows like the root of the depth (`verify.reference.tolerance`)."""
+"""Relative distance that is rounding in float32 after one layer; it grows like the root of the depth. The floor may be
+zero, because two replays happened to have equal batches, where the stored run had others. In another dtype rounding is
+what `verify.reference.tolerance` takes for it, which hides small changes: the ledger's check does not depend on it."""
 _BLOCK = 4096
 
 
@@ -132,13 +133,23 @@ def _distances(replay: Replay, runs: Mapping[str, Run], at: pd.DataFrame) -> pd.
                 row_distance(_rows(run, point, some[name]), again)[0]
                 for run, name in ((replay.stored, "stored"), (runs[SHUFFLED], SHUFFLED))
             )
-            depth = (parse_hook_point(point).layer or 0) + 1
-            limit = max(FLOORS * float(floor.max()), ROUNDING * depth**0.5)
+            limit = max(FLOORS * float(floor.max()), _rounding(point, again.dtype))
             found.append(
                 (point, under, len(some), float(np.median(stored)), float(stored.max()), float(floor.max()), limit)
             )
     names = ["hook_point", "interventions", "positions", "median", "largest", "floor", "limit"]
     return pd.DataFrame(found, columns=names)
+
+
+def _rounding(point: str, dtype: Any) -> float:
+    import torch
+
+    from sglang_probe.verify.reference import tolerance
+
+    if dtype != torch.float32:
+        return tolerance(point, dtype)
+    depth = (parse_hook_point(point).layer or 0) + 1
+    return float(ROUNDING * depth**0.5)
 
 
 def _rows(run: Run, point: str, index: pd.Series) -> Any:
