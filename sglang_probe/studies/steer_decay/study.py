@@ -104,18 +104,8 @@ class SteerDecayResult:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table."""
-        names = (
-            "effects",
-            "decay",
-            "decay_kl",
-            "after",
-            "half_lives",
-            "free",
-            "downstream",
-            "probe",
-            "judged",
-            "steps",
-        )
+        names = ["effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "text"]
+        names += ["judged", "steps"]
         return {k: getattr(self, k) for k in names}
 
 
