@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _marks(concept: float, fluency: float) -> tuple[float, float, float]:
 
 
 def _table(
-    requests: dict[str, Any], marks: dict[tuple[str, int], tuple[float, ...]], config: SteerDecayConfig
+    requests: dict[str, Any], marks: Mapping[tuple[str, int], Sequence[float]], config: SteerDecayConfig
 ) -> pd.DataFrame:
     rows = []
     for rid, r in requests.items():

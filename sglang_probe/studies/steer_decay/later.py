@@ -12,11 +12,11 @@ from sglang_probe.eviction.likelihood import Unembedding
 from sglang_probe.run.run import Run
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.stats.intervals import mean_intervals
-from sglang_probe.steering.library import Library
+from sglang_probe.steering.library import THRESHOLD, Library
 from sglang_probe.studies.steer_decay.config import SteerDecayConfig
 from sglang_probe.studies.steer_decay.names import PLAIN, named, rid_of
 from sglang_probe.studies.steer_decay.runs import downstream_point
-from sglang_probe.studies.steer_decay.statistics import RANDOM, VECTOR
+from sglang_probe.studies.steer_decay.statistics import HUMAN, OWN, RANDOM, VECTOR, ZERO
 from sglang_probe.studies.steer_decay.target import log_odds
 from sglang_probe.workload.request import asked_rid
 
@@ -51,7 +51,11 @@ def downstream(run: Run, at: pd.DataFrame, config: SteerDecayConfig) -> pd.DataF
         ends = mean_intervals(by[[("rise", True)]].to_numpy(np.float64))
         numbers = (ends.estimate[0], ends.low[0], ends.high[0], by[("rise", False)].mean(), by[("base", True)].mean())
         found.append((source, arm, onset, *numbers))
-    return pd.DataFrame(found, columns=DOWNSTREAM)
+    frame = pd.DataFrame(found, columns=DOWNSTREAM)
+    order = {name: i for i, name in enumerate((OWN, HUMAN, VECTOR, RANDOM, ZERO))}
+    return frame.sort_values(
+        ["source", "arm", "onset"], key=lambda c: c.map(order) if c.name != "onset" else c, ignore_index=True
+    )
 
 
 TEXT_PATH = ["arm", "onset", "shift", "low", "high", "plain"]
@@ -104,7 +108,7 @@ def probed(run: Run, library: Library, config: SteerDecayConfig) -> pd.DataFrame
     """
     assert config.probe is not None
     probe = library[config.probe]
-    weights, threshold = probe.vector.double(), float(probe.threshold)
+    weights, threshold = probe.vector.double(), probe.scalar(THRESHOLD)
     scores: dict[str, Any] = {}
     requests = run.requests()
     family = {asked_rid(r.rid): r.family for r in requests.itertuples()}

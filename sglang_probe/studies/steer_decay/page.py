@@ -8,7 +8,7 @@ from sglang_probe.report.figures import lines
 from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
-from sglang_probe.studies.pages import facts, footer, only, proof
+from sglang_probe.studies.pages import facts, footer, in_points, only, proof
 from sglang_probe.studies.steer_decay.statistics import DIFFERENCE, HUMAN, OWN, VECTOR
 from sglang_probe.studies.steer_decay.study import SteerDecayResult
 
@@ -167,12 +167,12 @@ def decay_page(result: SteerDecayResult) -> Page:
                 "steps predict, over that of the plain model at the same steps; one sample a text.",
                 tables=[
                     Table(
-                        result.free,
+                        in_points(result.free, "excess"),
                         "target tokens",
                         columns=[
                             Column("arm"),
                             Column("onset"),
-                            Column("excess", "over the plain model", "points", bounds=("low", "high")),
+                            Column("excess", "over the plain model", "points", bounds=("excess_low", "excess_high")),
                             Column("plain", "plain model", "percent"),
                         ],
                         file="free",
@@ -214,7 +214,7 @@ def _elsewhere(result: SteerDecayResult) -> list[Section]:
             f"`{result.config.probe}` was fitted on other texts. It scores the tokens that each arm wrote by itself in "
             "its window, read again without steering, so that it sees the text and not the vector."
         )
-        table = Table(result.probe, "probe on what was written", columns=columns, file="probe")
+        table = Table(in_points(result.probe, "fires"), "probe on what was written", columns=columns, file="probe")
         found.append(Section("A held-out probe", text, tables=[table]))
         columns = [
             Column("arm"),

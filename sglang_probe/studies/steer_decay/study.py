@@ -54,7 +54,8 @@ class SteerDecayResult:
     after: pd.DataFrame
     half_lives: pd.DataFrame
     free: pd.DataFrame
-    """`arm, onset, excess, low, high, plain`: share of target tokens over that of the plain model, free-running."""
+    """`arm, onset, excess, excess_low, excess_high, plain`: share of target tokens over that of the plain model,
+    free-running."""
     downstream: pd.DataFrame
     """`source, arm, onset, activation, low, high, after, plain`: rise of the activation of the features of a later
     layer, within the window and after it, with the interval of the first; and what it is in the plain model. Empty
@@ -234,6 +235,6 @@ def _free(run: Run, config: SteerDecayConfig, positive: list[int]) -> pd.DataFra
     by = frame.groupby(["arm", "onset", "family"])[["excess", "plain"]].mean().reset_index()
     for (arm, onset), mine in by.groupby(["arm", "onset"], sort=False):
         interval = mean_intervals(mine[["excess"]].to_numpy(np.float64))
-        ends = {"excess": interval.estimate[0], "low": interval.low[0], "high": interval.high[0]}
+        ends = {"excess": interval.estimate[0], "excess_low": interval.low[0], "excess_high": interval.high[0]}
         found.append({"arm": arm, "onset": onset, **ends, "plain": mine["plain"].mean()})
     return pd.DataFrame(found)

@@ -8,7 +8,7 @@ from sglang_probe.report.figures import Figure, lines
 from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
-from sglang_probe.studies.pages import facts, footer, proof
+from sglang_probe.studies.pages import facts, footer, in_points, proof
 from sglang_probe.studies.steer_dose.study import SteerDoseResult
 
 LEVEL = 0.05
@@ -174,7 +174,8 @@ def _free_table(result: SteerDoseResult) -> Table:
         _measure("repeated", "repeated 8-grams", "points"),
         Column("plain_repeated", "plain model", "percent"),
     ]
-    return Table(result.free, "texts that each arm wrote", columns=columns, file="free")
+    shown = in_points(result.free, "target", "distinct", "repeated")
+    return Table(shown, "texts that each arm wrote", columns=columns, file="free")
 
 
 def _selection(result: SteerDoseResult) -> list[Section]:

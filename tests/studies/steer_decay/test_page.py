@@ -23,9 +23,8 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
     steps = pd.concat([steps, zero], ignore_index=True)
     by = per_family(steps, WINDOW)
     given = {"vector": "formal", "random": ["chance"], "steer": {"library": "."}, "workload": {"source": "documents"}}
-    free = pd.DataFrame(
-        {"arm": ["vector"], "onset": [1], "excess": [0.1], "low": [np.nan], "high": [np.nan], "plain": [0.2]}
-    )
+    free = pd.DataFrame([("vector", 1, 0.1, np.nan, np.nan, 0.2)])
+    free.columns = pd.Index(["arm", "onset", "excess", "excess_low", "excess_high", "plain"])
     return SteerDecayResult(
         name="made",
         effects=effects(by),
@@ -60,7 +59,9 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
 def test_the_answer_tells_decoding_from_depth(own: float, human: float, says: str) -> None:
     found = made(own, human)
     assert says in answer(found)
-    assert "what remains of the effect" in render(decay_page(found))
+    page = render(decay_page(found))
+    assert "what remains of the effect" in page
+    assert "+10.0" in page  # a share of 0.1, in points
 
 
 def test_an_effect_to_the_other_side_falls_the_other_way() -> None:
