@@ -20,6 +20,12 @@ def answer(result: SteerDecayResult) -> str:
     if OWN not in found.index:
         return "No decay can be told: fewer than two onsets were measured in the same texts."
     own = found.loc[OWN]
+    at_first = only(result.effects, source=OWN, arm=VECTOR, onset=first).iloc[0]
+    if at_first["shift_low"] <= 0 <= at_first["shift_high"]:
+        return (
+            f"`{result.config.vector}` has no effect at step {first} that is told from zero "
+            f"({_with_ends(at_first, 'shift', 'signed')} nats), so that nothing can decay."
+        )
     text = (
         f"From step {first} to step {last} the effect of one dose of `{result.config.vector}` changes by the factor "
         f"{_with_ends(own, 'ratio', 'decimal')} in the model's own text"
@@ -32,8 +38,7 @@ def answer(result: SteerDecayResult) -> str:
     low, high = found.loc[DIFFERENCE, "slope_low"], found.loc[DIFFERENCE, "slope_high"]
     if low <= 0 <= high:
         return text + "The slopes differ by no more than texts do: nothing specific to decoding was found."
-    effect = only(result.effects, source=OWN, arm=VECTOR, onset=first)["shift"].iloc[0]
-    faster = (high < 0) == (effect > 0)
+    faster = (high < 0) == (at_first["shift"] > 0)
     return text + f"The effect falls {'faster' if faster else 'more slowly'} in decoding than depth explains."
 
 

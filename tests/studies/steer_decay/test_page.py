@@ -68,10 +68,19 @@ def test_an_effect_to_the_other_side_falls_the_other_way() -> None:
     found = made(SLOPE, 0.0)
     turned = {c: -found.decay[c] for c in ("slope", "slope_low", "slope_high")}
     turned |= {"slope_low": turned["slope_high"], "slope_high": turned["slope_low"]}
-    mirrored = replace(
-        found, decay=found.decay.assign(**turned), effects=found.effects.assign(shift=-found.effects["shift"])
-    )
+    e = found.effects
+    effect = {"shift": -e["shift"], "shift_low": -e["shift_high"], "shift_high": -e["shift_low"]}
+    mirrored = replace(found, decay=found.decay.assign(**turned), effects=e.assign(**effect))
     assert "falls faster in decoding" in answer(mirrored)
+
+
+def test_a_vector_without_an_effect_cannot_decay() -> None:
+    found = made(SLOPE, 0.0)
+    rng = np.random.default_rng(0)
+    noise = found.steps.assign(shift=rng.standard_normal(len(found.steps)))
+    none = replace(found, effects=effects(per_family(noise, WINDOW)))
+    assert "no effect at step 1 that is told from zero" in answer(none)
+    assert "factor" not in answer(none)
 
 
 def test_one_text_and_no_text_make_a_page_too() -> None:
