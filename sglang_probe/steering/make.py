@@ -201,6 +201,7 @@ def sae_feature(
     direction: bool = False,
     trust: bool = False,
     hook_point: str | None = None,
+    sampled: tuple[torch.Tensor, dict[str, Any]] | None = None,
 ) -> Vector:
     """Write a feature of an SAE. `run` has rows of its hook point, of the model that it was trained on: the weights'
     hash, the layer's mean norm, and the feature's rate and 99th percentile come from there.
@@ -209,6 +210,7 @@ def sae_feature(
         direction: its decoder row alone.
         trust: take an SAE that does not say which model it is of, or names it otherwise than the run.
         hook_point: for folders that do not say where the SAE belongs.
+        sampled: what `contrast.sample_rows` gave of that run, for several features.
 
     Raises:
         ConfigError: as `read_sae_feature`; the SAE is of another model; or as `library.write`.
@@ -220,7 +222,7 @@ def sae_feature(
             f"the SAE is of model `{found.model}`, and {run.path} of `{model}`",
             fix="give a run of the SAE's model; if these are two names of one, `--same-model` says so",
         )
-    x, told = contrast.sample_rows(run, found.hook_point, rows=200_000, seed=0)
+    x, told = sampled or contrast.sample_rows(run, found.hook_point, rows=200_000, seed=0)
     evidence: dict[str, Any] = {"rows": told["rows"]}
     percentile = None
     if not direction:

@@ -16,6 +16,7 @@ from sglang_probe.studies.lens.tune_command import TuneLens
 from sglang_probe.studies.monitor.command import Monitor
 from sglang_probe.studies.phase.command import Phase
 from sglang_probe.studies.query_drift.command import QueryDrift
+from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.row_counts.command import RowCounts
 from sglang_probe.studies.sae_eval.command import SaeEval
 from sglang_probe.studies.sae_gap.command import SaeGap
@@ -24,6 +25,7 @@ from sglang_probe.studies.sae_overlap.command import SaeOverlap
 from sglang_probe.studies.sae_stability.command import SaeStability
 from sglang_probe.studies.sae_train.command import SaeTrain
 from sglang_probe.studies.steer_decay.command import SteerDecay
+from sglang_probe.studies.steer_dose.command import SteerDose
 from sglang_probe.studies.trace.command import Trace
 
 STUDIES: tuple[Study, ...] = (
@@ -37,6 +39,8 @@ STUDIES: tuple[Study, ...] = (
     Evict(),
     Monitor(),
     SteerDecay(),
+    SteerDose(),
+    Replay(),
     SaeTrain(),
     SaeEval(),
     SaeGap(),

@@ -41,6 +41,12 @@ def only(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
     return frame
 
 
+def in_points(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """With the shares of these columns, and the ends of their intervals, in percentage points (kind `points`)."""
+    found = [c for n in names for c in (n, f"{n}_low", f"{n}_high") if c in frame.columns]
+    return frame.assign(**{c: 100 * frame[c] for c in found})
+
+
 def deepest(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of the last hook point; hook points are in the order of the model."""
     return frame[frame["hook_point"] == frame["hook_point"].iloc[-1]] if len(frame) else frame

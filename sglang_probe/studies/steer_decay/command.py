@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sglang_probe.studies.base import Plan, RecordedStudy, Tell
+from sglang_probe.studies.base import Parameter, Plan, RecordedStudy, Result, Tell, bar, opened, option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sglang_probe.harvest.prepare import Prepared
     from sglang_probe.report.page import Page
     from sglang_probe.report.tables import Table
@@ -50,6 +52,50 @@ prompt_tokens: 64
         from sglang_probe.studies.steer_decay.config import SteerDecayConfig
 
         return SteerDecayConfig
+
+    def parameters(self) -> list[Parameter]:
+        """Those of every study that records, and who judges."""
+        judge = "Have what each arm wrote by itself judged, by an OpenAI-compatible endpoint: its address, which ends "
+        judge += "in /v1 for most. The YAML's `concept` says what is asked about. A key is read from "
+        judge += "SGLANG_PROBE_LABEL_KEY."
+        return [
+            *super().parameters(),
+            option("judge", str | None, None, judge),
+            option("judge_model", str | None, None, "Model to ask there; default: the one that it lists."),
+        ]
+
+    def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[Result, Path] | Plan:
+        """Record or read the runs and study them; then ask the judge, if there is one."""
+        from dataclasses import replace
+
+        from sglang_probe.errors import ConfigError
+        from sglang_probe.studies.features.endpoint import ANSWERS, Endpoint
+        from sglang_probe.studies.steer_decay import judge
+        from sglang_probe.studies.steer_decay.names import FREE
+
+        if given["judge"] is None:
+            if given["judge_model"] is not None:
+                raise ConfigError("`--judge-model` needs the address of an endpoint", fix="give --judge URL")
+            return super().obtain(given, console)
+        config, _, folder = opened(given, self.config())
+        if config.concept is None or not config.free:
+            raise ConfigError("a judge needs `concept: ...` in the YAML, and not `free: false`")
+        # Before anything is recorded, so that an endpoint that is not there is known then.
+        endpoint = Endpoint(given["judge"], given["judge_model"], folder / "judge" / ANSWERS)
+        found = super().obtain(given, console)
+        if isinstance(found, Plan):
+            return found
+        result: Any = found[0]
+        run = self.runs().read(config, folder)[FREE]
+        with bar(console, "judging") as tell:
+            table = judge.judged(run, config, lambda asked: endpoint.ask(asked, most_tokens=8, tell=tell))
+        served = endpoint.served
+        who = {
+            "model": served.server["id"],
+            "weights_sha256": served.weights_sha256,
+            "prompts_sha256": judge.prompts_sha256(),
+        }
+        return replace(result, judged=table, judge=who), found[1]
 
     def plan(self, prepared: Prepared, config: SteerDecayConfig) -> Plan:
         """Two or three runs in one engine."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from sglang_probe.config import Config, FolderName
+from sglang_probe.config import Config, FolderName, InputPath
 from sglang_probe.harvest.config import WorkloadRecording, refuse_ends, refuse_rows
 from sglang_probe.policy.arm import Arm
 from sglang_probe.steer_ask import Steer, Unit
@@ -21,6 +21,15 @@ class Target(Config):
     """Tokens that it should make likelier: texts that are one token each (a space in front counts), or token ids."""
     negative: list[str | int] = Field(min_length=1)
     """Tokens that it should make less likely."""
+
+
+class Downstream(Config):
+    """Features of a later layer, whose activation says whether the dose arrives there as what it is meant to be."""
+
+    sae: InputPath
+    """Folder of the SAE. Its hook point must lie after that of the vector."""
+    features: list[int] = Field(min_length=1)
+    """Indices; their activations are added."""
 
 
 class SteerDecayConfig(WorkloadRecording):
@@ -59,6 +68,15 @@ class SteerDecayConfig(WorkloadRecording):
     free: bool = True
     """Also let the model go on from the dose by itself, and count the target's tokens in what it writes."""
 
+    downstream: Downstream | None = None
+    """Features of a later layer that are read in the teacher-forced runs."""
+    probe: str | None = None
+    """A probe of the library (`vector make probe`), of texts that are not measured here. What each arm wrote by itself
+    is read again without steering, and the probe scores it. Needs `free`."""
+
+    concept: str | None = None
+    """In words, what the vector is for: what a judge is asked about (`--judge`)."""
+
     @model_validator(mode="after")
     def _fits(self) -> SteerDecayConfig:
         refuse_rows(self)
@@ -73,6 +91,8 @@ class SteerDecayConfig(WorkloadRecording):
             raise ValueError("a dose of 0 is measured as a control anyway: give a `strength`")
         if self.vector in self.random or len(set(self.random)) < len(self.random):
             raise ValueError("`random` has other vectors than `vector`, each once")
+        if self.probe is not None and not self.free:
+            raise ValueError("`probe` scores what the model writes by itself, and `free: false` leaves that out")
         return self
 
     @property

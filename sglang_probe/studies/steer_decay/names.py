@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sglang_probe.studies.steer_decay.statistics import HUMAN, OWN
 
-DECODED, FORCED, FREE = "decoded", "forced", "free"
-"""The runs: the model's own continuation; every arm teacher-forced; every arm going on by itself."""
+DECODED, FORCED, FREE, REREAD = "decoded", "forced", "free", "reread"
+"""The runs: the model's own continuation; every arm teacher-forced; every arm going on by itself; and what it wrote
+there as a prompt, without steering."""
 PLAIN, NOTHING = "=plain", "=zero"
 """Arms that are no vector: no vector of a library has such a name."""
 SOURCES = {"own": OWN, "human": HUMAN}

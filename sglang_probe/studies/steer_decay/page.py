@@ -8,7 +8,7 @@ from sglang_probe.report.figures import lines
 from sglang_probe.report.numbers import format_interval, format_number
 from sglang_probe.report.page import Page, Section, Tile
 from sglang_probe.report.tables import Column, Table
-from sglang_probe.studies.pages import facts, footer, only, proof
+from sglang_probe.studies.pages import facts, footer, in_points, only, proof
 from sglang_probe.studies.steer_decay.statistics import DIFFERENCE, HUMAN, OWN, VECTOR
 from sglang_probe.studies.steer_decay.study import SteerDecayResult
 
@@ -20,6 +20,12 @@ def answer(result: SteerDecayResult) -> str:
     if OWN not in found.index:
         return "No decay can be told: fewer than two onsets were measured in the same texts."
     own = found.loc[OWN]
+    at_first = only(result.effects, source=OWN, arm=VECTOR, onset=first).iloc[0]
+    if at_first["shift_low"] <= 0 <= at_first["shift_high"]:
+        return (
+            f"`{result.config.vector}` has no effect at step {first} that is told from zero "
+            f"({_with_ends(at_first, 'shift', 'signed')} nats), so that nothing can decay."
+        )
     text = (
         f"From step {first} to step {last} the effect of one dose of `{result.config.vector}` changes by the factor "
         f"{_with_ends(own, 'ratio', 'decimal')} in the model's own text"
@@ -32,8 +38,7 @@ def answer(result: SteerDecayResult) -> str:
     low, high = found.loc[DIFFERENCE, "slope_low"], found.loc[DIFFERENCE, "slope_high"]
     if low <= 0 <= high:
         return text + "The slopes differ by no more than texts do: nothing specific to decoding was found."
-    effect = only(result.effects, source=OWN, arm=VECTOR, onset=first)["shift"].iloc[0]
-    faster = (high < 0) == (effect > 0)
+    faster = (high < 0) == (at_first["shift"] > 0)
     return text + f"The effect falls {'faster' if faster else 'more slowly'} in decoding than depth explains."
 
 
@@ -167,22 +172,85 @@ def decay_page(result: SteerDecayResult) -> Page:
                 "steps predict, over that of the plain model at the same steps; one sample a text.",
                 tables=[
                     Table(
-                        result.free,
+                        in_points(result.free, "excess"),
                         "target tokens",
                         columns=[
                             Column("arm"),
                             Column("onset"),
-                            Column("excess", "over the plain model", "points", bounds=("low", "high")),
+                            Column("excess", "over the plain model", "points", bounds=("excess_low", "excess_high")),
                             Column("plain", "plain model", "percent"),
                         ],
                         file="free",
                     )
                 ],
             ),
+            *_elsewhere(result),
             proof(result.checks),
         ],
         footer=footer(result.manifest),
     )
+
+
+def _elsewhere(result: SteerDecayResult) -> list[Section]:
+    """What was asked for beyond the predictions."""
+    found = []
+    if result.config.downstream is not None:
+        features = ", ".join(map(str, result.config.downstream.features))
+        columns = [
+            Column("source"),
+            Column("arm"),
+            Column("onset"),
+            Column("activation", "rise within the window", "signed", bounds=("low", "high")),
+            Column("after", "in the steps after", "signed"),
+            Column("plain", "plain model", "decimal"),
+        ]
+        text = f"Summed activation of the features {features} at a later layer, over the plain model's, token by token."
+        table = Table(result.downstream, "features of a later layer", columns=columns, file="downstream")
+        found.append(Section("Downstream", text, tables=[table]))
+    if result.config.probe is not None:
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            Column("fires", "probe fires, over the plain model", "points", bounds=("fires_low", "fires_high")),
+            Column("plain", "plain model", "percent"),
+            Column("score", "its score, over the plain model", "signed", bounds=("score_low", "score_high")),
+        ]
+        text = (
+            f"`{result.config.probe}` was fitted on other texts. It scores the tokens that each arm wrote by itself in "
+            "its window, read again without steering, so that it sees the text and not the vector."
+        )
+        table = Table(in_points(result.probe, "fires"), "probe on what was written", columns=columns, file="probe")
+        found.append(Section("A held-out probe", text, tables=[table]))
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            Column("shift", "log-odds of the target, over the plain model's text", "signed", bounds=("low", "high")),
+            Column("plain", "after the plain model's text", "signed"),
+        ]
+        text = (
+            "In the steps after the window, where the text that an arm wrote is read without steering: what has come "
+            "through the text alone, as the section on the KV cache has what has come through the entries alone. The "
+            "texts differ, so that this is much noisier."
+        )
+        table = Table(result.text, "through the text", columns=columns, file="text")
+        found.append(Section("After the dose: through the text alone", text, tables=[table]))
+    if result.judge is not None:
+        columns = [
+            Column("arm"),
+            Column("onset"),
+            _measure("score", "score, over the plain model", "signed"),
+            Column("plain_score", "plain model", "decimal"),
+            _measure("concept", "concept", "signed"),
+            _measure("fluency", "fluency", "signed"),
+            Column("unread", "answers without a number"),
+        ]
+        text = (
+            f"`{result.judge['model']}` was asked, for each text and without being told the arm, how much it is about "
+            f'"{result.config.concept}", and how fluent it is, 0 to 2 each; the score is their harmonic mean.'
+        )
+        table = Table(result.judged, "a judge of what was written", columns=columns, file="judged")
+        found.append(Section("A judge", text, tables=[table]))
+    return found
 
 
 def _decay_columns(kind: str = "signed") -> list[Column]:

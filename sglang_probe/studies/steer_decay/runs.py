@@ -4,6 +4,7 @@ going on by itself."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from sglang_probe.harvest.experiment import Runs, RunSpec, record
 from sglang_probe.harvest.prepare import Prepared, check_requests
 from sglang_probe.harvest.prepare import prepare as check
 from sglang_probe.harvest.progress import Reporter
-from sglang_probe.run.hook_points import EMBED
+from sglang_probe.run.hook_points import EMBED, parse_hook_point
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.sae.folder import read_sae
 from sglang_probe.studies.steer_decay.config import SteerDecayConfig
-from sglang_probe.studies.steer_decay.names import DECODED, FORCED, FREE, NOTHING, PLAIN, SOURCES, rid_of
+from sglang_probe.studies.steer_decay.names import DECODED, FORCED, FREE, NOTHING, PLAIN, REREAD, SOURCES, rid_of
 from sglang_probe.studies.steer_decay.target import token_ids
-from sglang_probe.workload.request import Request, SegmentSpan
+from sglang_probe.workload.request import Request, SegmentSpan, asked_rid
 
-__all__ = ["planned", "prepare", "read", "run"]
+__all__ = ["downstream_point", "planned", "prepare", "read", "run"]
+
+_ONE = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
 
 
 def prepare(config: SteerDecayConfig) -> Prepared:
@@ -43,6 +47,10 @@ def prepare(config: SteerDecayConfig) -> Prepared:
     if config.target is not None:
         for tokens in (config.target.positive, config.target.negative):
             token_ids(Path(prepared.model.path), tokens)
+    if config.probe is not None and library[config.probe].card.kind != "probe":
+        raise ConfigError(f"probe: `{config.probe}` is a {library[config.probe].card.kind}", fix="`vector make probe`")
+    if config.downstream is not None:
+        _check_downstream(config, library[config.vector].card.layer, int(prepared.model.config["hidden_size"]))
     texts = _texts(prepared, config)
     check_requests(_decoded(texts, config), prepared)
     check_requests(list(_steered(texts, config, FREE, {})), prepared)
@@ -65,13 +73,16 @@ def run(
         ProbeError: a recording failed.
     """
     texts = _texts(prepared, config)
-    last = f"blocks.{prepared.model.layers - 1}.hook_resid_post"
+    # The same in every run, whether it needs them or not: another set of taps is another engine.
+    points = _points(prepared, config)
     specs = [
-        RunSpec(DECODED, _decoded(texts, config), config.arm, hook_points=[EMBED]),
-        RunSpec(FORCED, partial(_forced, texts, config), config.arm, hook_points=[EMBED, last]),
+        RunSpec(DECODED, _decoded(texts, config), config.arm, hook_points=points),
+        RunSpec(FORCED, partial(_forced, texts, config), config.arm, hook_points=points),
     ]
     if config.free:
-        specs.append(RunSpec(FREE, list(_steered(texts, config, FREE, {})), config.arm, hook_points=[EMBED]))
+        specs.append(RunSpec(FREE, list(_steered(texts, config, FREE, {})), config.arm, hook_points=points))
+    if config.probe is not None:
+        specs.append(RunSpec(REREAD, partial(_reread, config), config.arm, hook_points=points))
     return record(
         specs, prepared, folder, asks=("force", "steer"), overwrite=overwrite, resume=resume, reporter=reporter
     )
@@ -83,7 +94,8 @@ def read(config: SteerDecayConfig, folder: Path) -> dict[str, Run]:
     Raises:
         RunDirectoryError: one is missing.
     """
-    return {name: load_run(folder / name) for name in (DECODED, FORCED, *([FREE] if config.free else []))}
+    names = (DECODED, FORCED, *([FREE] if config.free else []), *([REREAD] if config.probe else []))
+    return {name: load_run(folder / name) for name in names}
 
 
 def planned(prepared: Prepared, config: SteerDecayConfig) -> list[tuple[str, int, int]]:
@@ -93,7 +105,57 @@ def planned(prepared: Prepared, config: SteerDecayConfig) -> list[tuple[str, int
     runs = {DECODED: _decoded(texts, config), FORCED: list(_steered(texts, config, FORCED, nothing))}
     if config.free:
         runs[FREE] = list(_steered(texts, config, FREE, {}))
+    if config.probe is not None:
+        runs[REREAD] = [replace(r, sampling_params=_ONE) for r in runs[FREE]]
     return [(n, len(rs), sum(int(r.sampling_params["max_new_tokens"]) for r in rs)) for n, rs in runs.items()]
+
+
+def downstream_point(config: SteerDecayConfig) -> str | None:
+    """Hook point of the features that are read after the vector's layer; None without any.
+
+    Raises:
+        ConfigError: the SAE cannot be read, or does not say where its rows come from.
+    """
+    if config.downstream is None:
+        return None
+    sae = read_sae(config.downstream.sae)
+    if sae.hook_point is None:
+        raise ConfigError(f"{config.downstream.sae} does not say where its rows come from")
+    return sae.hook_point
+
+
+def _points(prepared: Prepared, config: SteerDecayConfig) -> list[str]:
+    """What is captured: the last layer's rows come last, and give the predictions."""
+    found = [EMBED]
+    if (point := downstream_point(config)) is not None:
+        found.append(point)
+    if config.probe is not None:
+        assert prepared.library is not None
+        found.append(prepared.library[config.probe].card.hook_point)
+    last = f"blocks.{prepared.model.layers - 1}.hook_resid_post"
+    return [*dict.fromkeys(p for p in found if p != last), last]
+
+
+def _check_downstream(config: SteerDecayConfig, layer: int, width: int) -> None:
+    assert config.downstream is not None
+    sae, point = read_sae(config.downstream.sae), downstream_point(config)
+    assert point is not None
+    if (parse_hook_point(point).layer or 0) <= layer:
+        raise ConfigError(f"downstream: `{point}` does not lie after layer {layer}, where the vector is added")
+    if sae.width != width:
+        raise ConfigError(f"downstream: the SAE reads rows of width {sae.width}, and the model's have {width}")
+    if outside := [i for i in config.downstream.features if not 0 <= i < sae.latents]:
+        raise ConfigError(f"downstream: the SAE has features 0 to {sae.latents - 1}, and no {outside[0]}")
+
+
+def _reread(config: SteerDecayConfig, runs: Runs) -> list[Request]:
+    """What each arm wrote by itself, up to the end of its window, as a prompt without steering."""
+    found = []
+    for i, r in enumerate(runs[FREE].requests().itertuples()):
+        ids = [*r.prompt_ids.tolist(), *r.output_ids.tolist()]
+        spans = (SegmentSpan("prompt", 0, len(ids)),)
+        found.append(Request(i, asked_rid(r.rid), tuple(ids), spans, r.family, dict(_ONE)))
+    return found
 
 
 def _texts(prepared: Prepared, config: SteerDecayConfig) -> list[Request]:

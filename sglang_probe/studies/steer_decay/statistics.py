@@ -143,7 +143,8 @@ def half_lives(steps: pd.DataFrame, window: int) -> pd.DataFrame:
                 "censored": not np.isfinite(whole),
             }
         )
-    return pd.DataFrame(rows, columns=["source", "onset", "half_life", "low", "high", "censored"])
+    frame = pd.DataFrame(rows, columns=["source", "onset", "half_life", "low", "high", "censored"])
+    return frame.sort_values(["source", "onset"], ascending=[False, True], ignore_index=True)  # the model's own first
 
 
 def half_life(curve: Array) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from sglang_probe.stats.intervals import mean_intervals
 from sglang_probe.steering.library import Library
 from sglang_probe.studies.base import records
 from sglang_probe.studies.steer_decay.config import SteerDecayConfig
-from sglang_probe.studies.steer_decay.names import FORCED, FREE, NOTHING, PLAIN, SOURCES, named
+from sglang_probe.studies.steer_decay.later import downstream, probed, text_path
+from sglang_probe.studies.steer_decay.names import FORCED, FREE, NOTHING, PLAIN, REREAD, SOURCES, named
 from sglang_probe.studies.steer_decay.statistics import (
     RANDOM,
     VECTOR,
@@ -53,7 +54,18 @@ class SteerDecayResult:
     after: pd.DataFrame
     half_lives: pd.DataFrame
     free: pd.DataFrame
-    """`arm, onset, excess, low, high, plain`: share of target tokens over that of the plain model, free-running."""
+    """`arm, onset, excess, excess_low, excess_high, plain`: share of target tokens over that of the plain model,
+    free-running."""
+    downstream: pd.DataFrame
+    """`source, arm, onset, activation, low, high, after, plain`: rise of the activation of the features of a later
+    layer, within the window and after it, with the interval of the first; and what it is in the plain model. Empty
+    without `downstream`."""
+    probe: pd.DataFrame
+    """`arm, onset, fires, fires_low, fires_high, score, ..., plain`: over the plain model's text, of what an arm wrote
+    by itself in its window: share of rows on which the held-out probe fires, and its score; read without steering.
+    Empty without `probe`."""
+    text: pd.DataFrame
+    """`later.text_path`. Empty without `probe`, whose run it reads."""
     steps: pd.DataFrame
     before: float
     """Largest KL of a step before an onset: nothing was steered there."""
@@ -62,6 +74,10 @@ class SteerDecayResult:
     checks: dict[str, list[Check]]
     manifest: dict[str, Any]
     config: SteerDecayConfig
+    judged: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """`judge.judged`; empty without `--judge`."""
+    judge: Mapping[str, Any] | None = None
+    """Who judged: model, hash of its weights where known, hash of the questions."""
 
     @property
     def ok(self) -> bool:
@@ -82,13 +98,15 @@ class SteerDecayResult:
             "families": self.families,
             "targets": dict(self.targets),
             "largest_kl_before_onsets": self.before,
+            "judge": self.judge,
             **{k: records(frame) for k, frame in self.tables().items() if k != "steps"},
             "versions": self.manifest["versions"],
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table."""
-        names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "steps")
+        names = ["effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "text"]
+        names += ["judged", "steps"]
         return {k: getattr(self, k) for k in names}
 
 
@@ -109,7 +127,8 @@ def study_decay(
     model = Path(forced.manifest["model_path"])
     unembedding = load_unembedding(model)
     assert config.steer is not None
-    vector = Library.open(config.steer.library)[config.vector].vector
+    library = Library.open(config.steer.library)
+    vector = library[config.vector].vector
     if config.target is None:
         positive, negative = lens_tokens(vector, unembedding, config.lens)
     else:
@@ -128,6 +147,9 @@ def study_decay(
         after=after_curves(steps, config.window),
         half_lives=half_lives(steps, config.window),
         free=_free(runs[FREE], config, positive) if FREE in runs else pd.DataFrame(),
+        downstream=downstream(forced, at, config),
+        probe=probed(runs[REREAD], library, config) if REREAD in runs else pd.DataFrame(),
+        text=text_path(runs[REREAD], unembedding, config, positive, negative) if REREAD in runs else pd.DataFrame(),
         steps=steps.drop(columns=["row", "plain"]),
         before=float(before.max()) if len(before) else 0.0,
         targets={"positive": positive, "negative": negative},
@@ -213,6 +235,6 @@ def _free(run: Run, config: SteerDecayConfig, positive: list[int]) -> pd.DataFra
     by = frame.groupby(["arm", "onset", "family"])[["excess", "plain"]].mean().reset_index()
     for (arm, onset), mine in by.groupby(["arm", "onset"], sort=False):
         interval = mean_intervals(mine[["excess"]].to_numpy(np.float64))
-        ends = {"excess": interval.estimate[0], "low": interval.low[0], "high": interval.high[0]}
+        ends = {"excess": interval.estimate[0], "excess_low": interval.low[0], "excess_high": interval.high[0]}
         found.append({"arm": arm, "onset": onset, **ends, "plain": mine["plain"].mean()})
     return pd.DataFrame(found)

@@ -23,9 +23,8 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
     steps = pd.concat([steps, zero], ignore_index=True)
     by = per_family(steps, WINDOW)
     given = {"vector": "formal", "random": ["chance"], "steer": {"library": "."}, "workload": {"source": "documents"}}
-    free = pd.DataFrame(
-        {"arm": ["vector"], "onset": [1], "excess": [0.1], "low": [np.nan], "high": [np.nan], "plain": [0.2]}
-    )
+    free = pd.DataFrame([("vector", 1, 0.1, np.nan, np.nan, 0.2)])
+    free.columns = pd.Index(["arm", "onset", "excess", "excess_low", "excess_high", "plain"])
     return SteerDecayResult(
         name="made",
         effects=effects(by),
@@ -34,6 +33,9 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
         after=after_curves(steps, WINDOW),
         half_lives=half_lives(steps, WINDOW),
         free=free,
+        downstream=pd.DataFrame(),
+        probe=pd.DataFrame(),
+        text=pd.DataFrame(),
         steps=steps,
         before=0.0,
         targets={"positive": [1], "negative": [2]},
@@ -57,17 +59,28 @@ def made(own: float, human: float, families: int = 12) -> SteerDecayResult:
 def test_the_answer_tells_decoding_from_depth(own: float, human: float, says: str) -> None:
     found = made(own, human)
     assert says in answer(found)
-    assert "what remains of the effect" in render(decay_page(found))
+    page = render(decay_page(found))
+    assert "what remains of the effect" in page
+    assert "+10.0" in page  # a share of 0.1, in points
 
 
 def test_an_effect_to_the_other_side_falls_the_other_way() -> None:
     found = made(SLOPE, 0.0)
     turned = {c: -found.decay[c] for c in ("slope", "slope_low", "slope_high")}
     turned |= {"slope_low": turned["slope_high"], "slope_high": turned["slope_low"]}
-    mirrored = replace(
-        found, decay=found.decay.assign(**turned), effects=found.effects.assign(shift=-found.effects["shift"])
-    )
+    e = found.effects
+    effect = {"shift": -e["shift"], "shift_low": -e["shift_high"], "shift_high": -e["shift_low"]}
+    mirrored = replace(found, decay=found.decay.assign(**turned), effects=e.assign(**effect))
     assert "falls faster in decoding" in answer(mirrored)
+
+
+def test_a_vector_without_an_effect_cannot_decay() -> None:
+    found = made(SLOPE, 0.0)
+    rng = np.random.default_rng(0)
+    noise = found.steps.assign(shift=rng.standard_normal(len(found.steps)))
+    none = replace(found, effects=effects(per_family(noise, WINDOW)))
+    assert "no effect at step 1 that is told from zero" in answer(none)
+    assert "factor" not in answer(none)
 
 
 def test_one_text_and_no_text_make_a_page_too() -> None:
@@ -75,6 +88,6 @@ def test_one_text_and_no_text_make_a_page_too() -> None:
     assert "Too few texts" in answer(one)
     assert "<svg" in render(decay_page(one))
     empty = pd.DataFrame()
-    names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "steps")
+    names = ("effects", "decay", "decay_kl", "after", "half_lives", "free", "downstream", "probe", "text", "steps")
     none = replace(one, **dict.fromkeys(names, empty), families=0)
     assert "No decay can be told" in render(decay_page(none))

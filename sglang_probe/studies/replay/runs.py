@@ -1,0 +1,130 @@
+"""The stored requests, served again under what the manifest states: twice, in two orders, so that there is a floor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_probe.ask import Ask
+from sglang_probe.errors import ConfigError
+from sglang_probe.harvest.config import Recording
+from sglang_probe.harvest.experiment import RunSpec, record
+from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.prepare import Prepared
+from sglang_probe.harvest.prepare import prepare as check
+from sglang_probe.harvest.progress import Reporter
+from sglang_probe.policy.arm import Arm
+from sglang_probe.run.hook_points import score_points
+from sglang_probe.run.run import Run
+from sglang_probe.sae.features import Feature, FeatureManifest
+from sglang_probe.steering.config import SteerConfig
+from sglang_probe.steering.library import Library, weight_hash
+from sglang_probe.steering.spec import Spec
+from sglang_probe.studies.replay.stated import Stated, features_of, stated
+from sglang_probe.workload.build import Workload
+from sglang_probe.workload.request import Request, SegmentSpan
+
+AGAIN, SHUFFLED = "again", "shuffled"
+"""The runs: in the order of the stored one, and in another order."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Everything that is known before an engine starts."""
+
+    prepared: Prepared
+    manifest: FeatureManifest
+    stored: Run
+    stated: Mapping[str, Stated]
+    """By the stored request's id; one without is plain."""
+    requests: Sequence[Request]
+    """The first of each is `names[0]`, and so on."""
+    names: Sequence[str]
+    """Stored ids of the requests."""
+    features: Mapping[str, Feature]
+    library: Library
+
+
+def prepare(
+    manifest: FeatureManifest, stored: Run, library: Path, *, model: str | None = None, requests: int = 32
+) -> Replay:
+    """Check that the run can be replayed under the manifest; starts no engine.
+
+    Args:
+        model: where the model is now, if not where the run says.
+        requests: so many at most; half of them under interventions while there are such.
+
+    Raises:
+        ConfigError: run or model have other weights than the manifest; the library is another one than the run's; the
+            run holds no token ids; or nothing in it was intervened on.
+    """
+    told = stored.manifest
+    mine = weight_hash((told.get("model") or {}).get("weights_sha256"))
+    manifest.check_weights(mine, where=str(stored.path))
+    opened = Library.open(library)
+    features = features_of(opened, manifest)
+    specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in stored.interventions().itertuples()}
+    if not specs:
+        raise ConfigError(f"nothing was intervened on in {stored.path}", fix="give a run whose requests were steered")
+    frame = stored.requests()
+    lacking = frame["prompt_ids"].isna() | frame["output_ids"].isna()
+    frame = frame[~lacking & (frame["output_len"] > 0) & (frame["prompt_len"] > 0)]
+    if frame.empty:
+        raise ConfigError(f"{stored.path} holds no token ids of a finished request", fix="record with `privacy: ids`")
+    under = frame["rid"].isin(specs)
+    chosen = frame[under].head(requests - min(requests // 2, int((~under).sum())))
+    chosen = frame.loc[sorted([*chosen.index, *frame[~under].head(requests - len(chosen)).index])]
+    found = {rid: stated(specs[rid], features, opened) for rid in chosen["rid"] if rid in specs}
+    asked = [_request(i, r, found.get(r.rid)) for i, r in enumerate(chosen.itertuples())]
+    config = Recording(
+        model=model or str(told["model_path"]),
+        dtype=told["dtype"],
+        sampling={"max_new_tokens": 1, "temperature": 0.0},
+        hook_points=[p for p in stored.hook_points if p not in score_points(stored.hook_points)],
+        steer=SteerConfig(library=library),
+        server={k: v for k, v in (told.get("server_given") or {}).items() if k != "dtype"},
+        concurrency=int(told.get("concurrency") or 16),
+    )
+    prepared = check(config, {"arm": _arm(told)}, workload=Workload(tuple(asked)))
+    manifest.check_weights(weight_hash(prepared.model.identity["weights_sha256"]), where=f"the model {config.model}")
+    return Replay(prepared, manifest, stored, found, asked, list(chosen["rid"]), features, opened)
+
+
+def run(
+    replay: Replay,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    host: EngineHost | None = None,
+) -> dict[str, Run]:
+    """Serve the requests again, with their own tokens decoded by force. `host`: as `harvest.experiment.record`.
+
+    Raises:
+        RunDirectoryError: a run exists and `overwrite` was not asked.
+        ProbeError: a recording failed.
+    """
+    arm = _arm(replay.stored.manifest)
+    specs = [RunSpec(AGAIN, replay.requests, arm), RunSpec(SHUFFLED, replay.requests, arm, order_seed=1)]
+    return record(
+        specs, replay.prepared, folder, asks=("force", "steer"), overwrite=overwrite, reporter=reporter, host=host
+    )
+
+
+def _arm(told: Mapping[str, Any]) -> Arm:
+    """How the run used the prefix cache; what was done to its requests comes from the manifest."""
+    policy = told.get("policy") or {}
+    return Arm.model_validate({k: v for k, v in policy.items() if k in ("cache", "dtype", "server") and v is not None})
+
+
+def _request(index: int, r: Any, should: Stated | None) -> Request:
+    output = tuple(int(t) for t in r.output_ids)
+    params: dict[str, Any] = {"max_new_tokens": len(output), "temperature": 0.0, "ignore_eos": True}
+    ask = Ask(force=output, steer=should.steer if should else None)
+    prompt = tuple(int(t) for t in r.prompt_ids)
+    return Request(
+        index, f"replay-{index}", prompt, (SegmentSpan("prompt", 0, len(prompt)),), r.family, ask.into(params)
+    )

@@ -1,0 +1,95 @@
+"""What the manifest states is asked for again exactly, and every way in which the ledger can differ is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.sae.features import Feature
+from sglang_probe.steer_ask import Steer
+from sglang_probe.steering.library import Library
+from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.studies.replay.stated import stated
+from tests.end_to_end.steering import make_library
+
+EVIDENCE = {
+    "run": "dose",
+    "manifest_sha256": "b" * 64,
+    "measure": "nats",
+    "dose": 2.0,
+    "unit": "p99",
+    "effect": 1.0,
+    "low": 0.5,
+    "high": 1.5,
+    "control": 0.1,
+    "side_effect": 0.01,
+    "n": 7,
+}
+CLAMPED = {"vector": "feature", "op": "clamp", "strength": 3.0}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return make_library(tmp_path_factory.mktemp("library") / "vectors")
+
+
+def feature(clamp: dict[str, Any] | None, status: str = "validated") -> Feature:
+    told = {"index": 7, "label": "x", "labelled": {"by": "human", "name": "me"}, "owner": "me"}
+    return Feature.model_validate({**told, "evidence": [EVIDENCE], "clamp": clamp, "status": status})
+
+
+def spec(library: Library, **fields: Any) -> Spec:
+    found = spec_of([Steer.model_validate({**CLAMPED, **fields})], library, where="steer")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"phases": ["decode"], "generation_window": [3, 9]},
+        {"phases": ["prefill"], "prompt_window": [-4, None], "exclude": [0, 2]},
+        {"gate": {"by": "feature"}},
+        {"phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}},
+        {"op": "ablate_feature", "strength": None},
+        {"op": "cap", "strength": 0.5, "exclude": [1]},
+    ],
+)
+def test_what_was_done_as_stated_is_asked_for_again_and_means_the_same(library: Library, fields: dict) -> None:
+    done = spec(library, **fields)
+    step = done.steps[0]
+    clamp = {"mode": step.op, "value": None if step.op == "ablate_feature" else step.amount}
+    found = stated(done, {step.hash: feature(clamp)}, library)
+    assert found.differences == ()
+    assert spec_of(found.steer, library, where="steer") == done
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        (None, "which is no feature of the manifest"),
+        (feature(None), "states no clamp"),
+        (feature({"mode": "clamp", "value": 3.0}, "hypothesis"), "is `hypothesis`"),
+        (feature({"mode": "clamp", "value": 3.0}, "retired"), "is `retired`"),
+        (feature({"mode": "clamp", "value": 2.0}), "`clamp` 3 was done, and the manifest states `clamp` 2"),
+        (feature({"mode": "cap", "value": 3.0}), "states `cap` 3"),
+        (feature({"mode": "clamp", "value": 3.0, "threshold": 0.8}), "its threshold in the library is 0.05"),
+        (feature({"mode": "clamp", "value": 3.0, "threshold": 0.05}), "below the manifest's threshold were changed"),
+    ],
+)
+def test_each_way_to_differ_is_named(library: Library, listed: Feature | None, says: str) -> None:
+    done = spec(library)
+    features = {} if listed is None else {done.steps[0].hash: listed}
+    assert says in "; ".join(stated(done, features, library).differences)
+
+
+def test_a_vector_that_the_library_lacks_is_refused(library: Library, tmp_path: Any) -> None:
+    done = spec(library)
+    other = make_library(tmp_path / "vectors")
+    unknown = Spec((replace(done.steps[0], hash="0" * 64),))
+    with pytest.raises(ConfigError, match="which the library does not have"):
+        stated(unknown, {}, other)
