@@ -45,6 +45,7 @@ TABLES = {
     "interventions": schema.INTERVENTIONS,
     "gates": schema.GATES,
     "budget": schema.BUDGET,
+    "monitored": schema.MONITORED,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

@@ -40,10 +40,11 @@ from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import check_architecture
+from sglang_probe.steering.clamps import Clamp, read_clamps, spec_of_clamps
 from sglang_probe.steering.config import told
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
-from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, spec_of
+from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, merged, spec_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +89,17 @@ class Steering(Instrument):
         super().__init__(config)
         assert config.steer is not None
         self._given = config.steer
-        self.of_all = bool(config.steer.deployment)
+        self.of_all = bool(config.steer.deployment or config.steer.clamps)
         self._library: Library | None = None
         self._deployed: Spec | None = None
         """What is done to every request."""
+        self._clamps: list[Clamp] = []
+        self._clamped: Spec | None = None
+        """What is done to every request whose gate opens."""
+        self._clamps_off: str | None = None
+        """Why new requests are not clamped any more."""
+        self._scope = {"decided": 0, "opened": 0}
+        """Requests under `clamps`."""
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
         self._graph: GraphSteering | None = None
@@ -126,7 +134,15 @@ class Steering(Instrument):
             layers=len(layers),
             weight_hash=weight_hash_of_folder(runner.server_args.model_path),
         )
-        self._bank, self._numbers = bank_of(library.values(), device=runner.device)
+        self._clamps = read_clamps(
+            self._given.clamps,
+            width=runner.model_config.hidden_size,
+            layers=len(layers),
+            weight_hash=weight_hash_of_folder(runner.server_args.model_path) if self._given.clamps else None,
+        )
+        self._clamped = spec_of_clamps(self._clamps, library)
+        entries = [*library.values(), *(c.vector for c in self._clamps)]
+        self._bank, self._numbers = bank_of(entries, device=runner.device)
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
         self._deployed = spec_of(self._given.deployment, library, where="steer.deployment")
@@ -134,13 +150,18 @@ class Steering(Instrument):
         if graphs and self._deployed is not None:
             refuse_spliced(self._deployed, "steer.deployment")
         kinds = ("direction", "feature") if graphs else ("direction", "feature", "sae")
-        changed = sorted({layer_of(v.card.hook_point) for v in library.values() if v.card.kind in kinds})
+        changed = sorted({layer_of(v.card.hook_point) for v in entries if v.card.kind in kinds})
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
         if probes and self._graph is None and guard.active().tp_size == 1:
             self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
+        if self._clamps and self._gates is None:
+            raise UnsupportedError(
+                "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
+                fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
+            )
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
@@ -161,7 +182,11 @@ class Steering(Instrument):
         if ask.steer and weights:
             raise ConfigError(f"{WHERE}.steer: the weights were updated, and the library is of those before")
         own = spec_of(ask.steer or (), self._library, where=f"{WHERE}.steer")
-        spec = joined(self._deployed, own)
+        if weights and self._clamped is not None and self._clamps_off is None:
+            self._clamps_off = "the weights were updated, and the features are of those before"
+            logger.error("sglang-probe clamps nothing any more: %s", self._clamps_off)
+        clamped = None if self._clamps_off is not None else self._clamped
+        spec = merged(clamped, own) if clamped is not None else joined(self._deployed, own)
         prompt_len = len(req.origin_input_ids)
         onset = None if spec is None else spec.onset(prompt_len)
         if spec is None or onset is None:
@@ -178,6 +203,10 @@ class Steering(Instrument):
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
         told = json.dumps(spec.to_json())
+        if own is None and clamped is not None:
+            self._clamp(req, prompt_len)
+            self._running[id(req)] = req
+            return
         if spec.probe is None:
             mark(req, Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len))
         elif self._gates is not None:
@@ -193,6 +222,26 @@ class Steering(Instrument):
         else:
             req.skip_radix_cache_insert = True
         self._running[id(req)] = req
+
+    def _clamp(self, req: Any, prompt_len: int) -> None:
+        """A request that asked for nothing waits for the gate of the clamps.
+
+        It uses the prefix cache as any other: its prompt is plain whatever the gate says, and what it generates is
+        plain unless the gate opens. Then it publishes nothing more, and if it is retracted reuses its prompt alone.
+        """
+        waiting = weakref.ref(req)
+
+        def decided(opened: bool) -> None:
+            self._scope["decided"] += 1
+            if opened and (req := waiting()) is not None:
+                self._scope["opened"] += 1
+                req.skip_radix_cache_insert = True
+
+        assert self._clamped is not None
+        told = json.dumps(self._clamped.to_json())
+        steered = gated(self._clamped, prompt_len, told, Isolation(None, prompt_len), decided)
+        steered.of_server = True
+        mark(req, steered)
 
     def read_limit(self, ask: Ask, req: Any) -> int | None:
         steered = steered_of(req)
@@ -221,6 +270,10 @@ class Steering(Instrument):
         for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
             if s is not None and (length := len(req.origin_input_ids)) != s.prompt_len:
                 # `--allow-auto-truncate`, or SGLang refused it: positions may be those of another prompt.
+                if s.of_server:
+                    self._clamp(req, length)
+                    steered[i] = steered_of(req)
+                    continue
                 steered[i] = of_length(s, length)
                 if steered[i] is None:
                     self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {length}")
@@ -302,8 +355,14 @@ class Steering(Instrument):
     def broken(self, error: Exception) -> None:
         """A change could not be made: the requests under interventions end, and say why."""
         self.over()
+        if self._clamped is not None:
+            self._clamps_off = f"a change could not be made: {error}"
         for req in self._running.values():
-            self._end(req, str(error))
+            s = steered_of(req)
+            if s is not None and s.of_server and (s.gate is None or s.gate.decision is None or s.spec is None):
+                mark(req, None)  # it asked for nothing, and nothing was done to it
+            else:
+                self._end(req, str(error))
         self._running.clear()
 
     def _end(self, req: Any, why: str) -> None:
@@ -312,6 +371,11 @@ class Steering(Instrument):
         req.skip_radix_cache_insert = True
         if req.to_finish is None and not req.finished():
             req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {why}")
+
+    @property
+    def deployed_id(self) -> str | None:
+        """Hash of what is done to every request."""
+        return None if self._deployed is None else self._deployed.id
 
     def library(self) -> tuple[str, str] | None:
         return None if self._library is None else ("steer", self._library.hash)
@@ -328,10 +392,13 @@ class Steering(Instrument):
             logger.exception("sglang-probe could not intervene", exc_info=error)
 
     def status(self) -> dict[str, Any]:
-        return {} if self.budget is None else {"steering": self.budget.status()}
+        budget = {} if self.budget is None else {"steering": self.budget.status()}
+        if not self._clamps:
+            return budget
+        return {**budget, "clamps": {"of": [c.told() for c in self._clamps], **self._scope, "off": self._clamps_off}}
 
     def facts(self) -> dict[str, Any]:
-        return {"steer": None if self._library is None else told(self._given, self._library)}
+        return {"steer": None if self._library is None else told(self._given, self._library, self._clamps)}
 
 
 def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
