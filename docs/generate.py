@@ -46,6 +46,7 @@ TABLES = {
     "gates": schema.GATES,
     "budget": schema.BUDGET,
     "monitored": schema.MONITORED,
+    "withheld": schema.WITHHELD,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

@@ -32,15 +32,17 @@ MAY_IMPORT = {
     "attention": {"run", "stats", *GROUND},
     "eviction": {"attention", "run", "stats", *GROUND},
     "sae": {"run", "stats", *GROUND},
-    "monitor": {"sae", "run", "stats", *GROUND},
+    "monitor": {"steering", "sae", "run", "stats", *GROUND},
+    "privacy": {"axes", "run", *GROUND},
     "model": GROUND,
-    "engine": {"steering", "run", "policy", *GROUND},
+    "engine": {"monitor", "sae", "steering", "run", "policy", *GROUND},
     "plugin": {"engine", *GROUND},
-    "harvest": {"engine", "steering", "model", "verify", "run", "workload", "axes", "policy", *GROUND},
+    "harvest": {"engine", "steering", "model", "verify", "privacy", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
     | {"monitor", "stats", "report", *GROUND},
     "export": {"studies", "sae", "run", *GROUND},
-    "cli": {"export", "studies", "harvest", "steering", "sae", "model", "verify", "engine", "run", "report", *GROUND},
+    "cli": {"export", "studies", "harvest", "monitor", "privacy", "steering", "sae", "model", "verify", "engine"}
+    | {"run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }
@@ -57,6 +59,7 @@ LAZY = {
     "model/from_gguf.py": {"gguf"},
     "monitor/adwin.py": {"river"},
     "model/tokenizer.py": {"tokenizers"},
+    "privacy/detect.py": {"presidio_analyzer"},
     "sae/train.py": {"sae_lens"},
     "verify/reference.py": {"transformers"},
 }

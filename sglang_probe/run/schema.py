@@ -121,6 +121,17 @@ MONITORED = pa.schema(
     ]
 )
 
+WITHHELD = pa.schema(
+    [
+        # Positions [start, end) of a request, in every attempt, whose rows were taken out of this run; and their token
+        # ids, unless the reason is `neighbour`.
+        ("rid", pa.string()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("reason", pa.string()),  # pii:<kind> | neighbour
+    ]
+)
+
 REBINDS = pa.schema(
     [
         # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
@@ -254,6 +265,7 @@ NEVER_NULL = {
     "interventions": tuple(INTERVENTIONS.names),
     "gates": tuple(GATES.names),
     "budget": ("forward_id", "at", "event", "milliseconds", "budget_ms"),
+    "withheld": tuple(WITHHELD.names),
     "monitored": ("rid", "attempt", "position", "forward_id", "probability", "values"),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
