@@ -12,7 +12,7 @@ from dialogues import IDS, KINDS, NAMES, SHARES, WORDS, dialogue
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-STEPS, BATCH, LR, SEED = 1200, 64, 2e-3, 0
+STEPS, BATCH, LR, SEED = 500, 32, 3e-3, 0
 TRAINING_NAMES = NAMES[:20]
 """The others are for the test."""
 
