@@ -103,9 +103,9 @@ def reasons_of(requests: pd.DataFrame, vocabulary: Vocabulary, rule: Withhold) -
                 reasons[p] = shared[key]
         near = np.flatnonzero(reasons.astype(bool))
         for distance in range(1, rule.neighbours + 1):
-            for p in (near - distance, near + distance):
-                p = p[(p >= 0) & (p < len(reasons))]
-                reasons[p[~reasons[p].astype(bool)]] = NEIGHBOUR
+            for beside in (near - distance, near + distance):
+                inside = beside[(beside >= 0) & (beside < len(reasons))]
+                reasons[inside[~reasons[inside].astype(bool)]] = NEIGHBOUR
     return found
 
 
