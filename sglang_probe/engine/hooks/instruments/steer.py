@@ -33,6 +33,7 @@ from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument, forward_batch_of
 from sglang_probe.engine.hooks.instruments.budget import Budget
+from sglang_probe.engine.hooks.instruments.clamps import Clamping, is_untouched
 from sglang_probe.engine.hooks.instruments.gates import Gates
 from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
 from sglang_probe.engine.ledger.facts import Under
@@ -40,7 +41,6 @@ from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import check_architecture
-from sglang_probe.steering.clamps import Clamp, read_clamps, spec_of_clamps
 from sglang_probe.steering.config import told
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
@@ -93,13 +93,8 @@ class Steering(Instrument):
         self._library: Library | None = None
         self._deployed: Spec | None = None
         """What is done to every request."""
-        self._clamps: list[Clamp] = []
-        self._clamped: Spec | None = None
-        """What is done to every request whose gate opens."""
-        self._clamps_off: str | None = None
-        """Why new requests are not clamped any more."""
-        self._scope = {"decided": 0, "opened": 0}
-        """Requests under `clamps`."""
+        self._clamping: Clamping | None = None
+        """None: the server clamps nothing of its own."""
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
         self._graph: GraphSteering | None = None
@@ -134,14 +129,8 @@ class Steering(Instrument):
             layers=len(layers),
             weight_hash=weight_hash_of_folder(runner.server_args.model_path),
         )
-        self._clamps = read_clamps(
-            self._given.clamps,
-            width=runner.model_config.hidden_size,
-            layers=len(layers),
-            weight_hash=weight_hash_of_folder(runner.server_args.model_path) if self._given.clamps else None,
-        )
-        self._clamped = spec_of_clamps(self._clamps, library)
-        entries = [*library.values(), *(c.vector for c in self._clamps)]
+        self._clamping = clamping = Clamping.of(self._given.clamps, library, runner)
+        entries = [*library.values(), *(c.vector for c in ([] if clamping is None else clamping.clamps))]
         self._bank, self._numbers = bank_of(entries, device=runner.device)
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
@@ -157,7 +146,7 @@ class Steering(Instrument):
         if probes and self._graph is None and guard.active().tp_size == 1:
             self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
-        if self._clamps and self._gates is None:
+        if clamping is not None and self._gates is None:
             raise UnsupportedError(
                 "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
                 fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
@@ -182,10 +171,8 @@ class Steering(Instrument):
         if ask.steer and weights:
             raise ConfigError(f"{WHERE}.steer: the weights were updated, and the library is of those before")
         own = spec_of(ask.steer or (), self._library, where=f"{WHERE}.steer")
-        if weights and self._clamped is not None and self._clamps_off is None:
-            self._clamps_off = "the weights were updated, and the features are of those before"
-            logger.error("sglang-probe clamps nothing any more: %s", self._clamps_off)
-        clamped = None if self._clamps_off is not None else self._clamped
+        clamping = self._clamping
+        clamped = None if clamping is None else clamping.now(updated=bool(weights))
         spec = merged(clamped, own) if clamped is not None else joined(self._deployed, own)
         prompt_len = len(req.origin_input_ids)
         onset = None if spec is None else spec.onset(prompt_len)
@@ -203,8 +190,8 @@ class Steering(Instrument):
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
         told = json.dumps(spec.to_json())
-        if own is None and clamped is not None:
-            self._clamp(req, prompt_len)
+        if own is None and clamping is not None and clamped is not None:
+            clamping.wait(req, prompt_len)
             self._running[id(req)] = req
             return
         if spec.probe is None:
@@ -222,26 +209,6 @@ class Steering(Instrument):
         else:
             req.skip_radix_cache_insert = True
         self._running[id(req)] = req
-
-    def _clamp(self, req: Any, prompt_len: int) -> None:
-        """A request that asked for nothing waits for the gate of the clamps.
-
-        It uses the prefix cache as any other: its prompt is plain whatever the gate says, and what it generates is
-        plain unless the gate opens. Then it publishes nothing more, and if it is retracted reuses its prompt alone.
-        """
-        waiting = weakref.ref(req)
-
-        def decided(opened: bool) -> None:
-            self._scope["decided"] += 1
-            if opened and (req := waiting()) is not None:
-                self._scope["opened"] += 1
-                req.skip_radix_cache_insert = True
-
-        assert self._clamped is not None
-        told = json.dumps(self._clamped.to_json())
-        steered = gated(self._clamped, prompt_len, told, Isolation(None, prompt_len), decided)
-        steered.of_server = True
-        mark(req, steered)
 
     def read_limit(self, ask: Ask, req: Any) -> int | None:
         steered = steered_of(req)
@@ -270,8 +237,8 @@ class Steering(Instrument):
         for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
             if s is not None and (length := len(req.origin_input_ids)) != s.prompt_len:
                 # `--allow-auto-truncate`, or SGLang refused it: positions may be those of another prompt.
-                if s.of_server:
-                    self._clamp(req, length)
+                if s.of_server and self._clamping is not None:
+                    self._clamping.wait(req, length)
                     steered[i] = steered_of(req)
                     continue
                 steered[i] = of_length(s, length)
@@ -355,12 +322,11 @@ class Steering(Instrument):
     def broken(self, error: Exception) -> None:
         """A change could not be made: the requests under interventions end, and say why."""
         self.over()
-        if self._clamped is not None:
-            self._clamps_off = f"a change could not be made: {error}"
+        if self._clamping is not None:
+            self._clamping.stop(f"a change could not be made: {error}")
         for req in self._running.values():
-            s = steered_of(req)
-            if s is not None and s.of_server and (s.gate is None or s.gate.decision is None or s.spec is None):
-                mark(req, None)  # it asked for nothing, and nothing was done to it
+            if is_untouched(req):
+                mark(req, None)  # it asked for nothing
             else:
                 self._end(req, str(error))
         self._running.clear()
@@ -393,12 +359,11 @@ class Steering(Instrument):
 
     def status(self) -> dict[str, Any]:
         budget = {} if self.budget is None else {"steering": self.budget.status()}
-        if not self._clamps:
-            return budget
-        return {**budget, "clamps": {"of": [c.told() for c in self._clamps], **self._scope, "off": self._clamps_off}}
+        return budget if self._clamping is None else {**budget, "clamps": self._clamping.status()}
 
     def facts(self) -> dict[str, Any]:
-        return {"steer": None if self._library is None else told(self._given, self._library, self._clamps)}
+        clamps = () if self._clamping is None else self._clamping.clamps
+        return {"steer": None if self._library is None else told(self._given, self._library, clamps)}
 
 
 def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
