@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
 from sglang_probe.verify.verify import verify
@@ -23,7 +24,9 @@ from tests.steering.clamped import make_clamp
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
 POINT, NEW, LENGTH = "blocks.2.hook_resid_post", 12, 20
-USUAL, SCOPE = (100, 3000), (2000, 2006)
+USUAL, SCOPE, DRIFTED = (100, 3000), (2000, 2006), (100, 101)
+"""Token ids of prompts: of many, of six, of one that is repeated."""
+SAE = str(shipped("models/sae-probe-text/seed-0"))
 
 
 def _prompts(n: int, seed: int, kind: tuple[int, int]) -> list[list[int]]:
@@ -76,7 +79,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     sampling = {"sampling": {"every": 4}, "rows": 3}
     library = {"library": str(folder / "library")}
     (folder / "collects").mkdir()
-    first = _server(folder / "collects", monitor={"hook_point": POINT, **sampling}, steer=library)
+    first = _server(folder / "collects", monitor={"hook_point": POINT, "sae": SAE, **sampling}, steer=library)
     try:
         assert first.http.get("/probe/alerts").json()["judging"] is False
         _serve(first, _prompts(160, 1, USUAL))
@@ -106,7 +109,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     clamps = [{**make_clamp(folder), "probe": "scope"}]
     (folder / "judges").mkdir()
-    monitor = {"profile": str(profile), "share": 0.1, "rate": 0.01}
+    monitor = {"profile": str(profile), "sae": SAE, "share": 0.1, "rate": 0.01}
     second = _server(folder / "judges", monitor=monitor, steer={**library, "clamps": clamps})
     try:
         yield Served(_checked(plain), answers, prompts, second)
@@ -163,7 +166,7 @@ def test_a_planted_drift_alarms_and_neither_a_usual_stream_nor_one_client_does(s
     server.flush()
     told = server.http.get("/probe/alerts").json()
     assert (told["requests"], told["drift"], told["off"]) == (before + 60, {}, None)
-    _serve(server, _prompts(60, 4, (100, 106)))  # six token ids, over and over
+    _serve(server, _prompts(60, 4, DRIFTED))
     drifted = server.flush()
     told = server.http.get("/probe/alerts?n=3").json()
     assert told["requests"] > before + 100
