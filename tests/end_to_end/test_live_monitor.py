@@ -24,14 +24,15 @@ from tests.steering.clamped import make_clamp
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
 POINT, NEW, LENGTH = "blocks.2.hook_resid_post", 12, 20
-USUAL, SCOPE, DRIFTED = (100, 3000), (2000, 2006), (100, 101)
-"""Token ids of prompts: of many, of six, of one that is repeated."""
+USUAL, DRIFTED, IN_SCOPE = (100, 3000), (100, 101), 3001
+"""Token ids of prompts: many, or one that is repeated; and the last one of those that are in scope of the clamp."""
 SAE = str(shipped("models/sae-probe-text/seed-0"))
 
 
-def _prompts(n: int, seed: int, kind: tuple[int, int]) -> list[list[int]]:
+def _prompts(n: int, seed: int, kind: tuple[int, int] = USUAL, *, in_scope: bool = False) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(*kind) for _ in range(LENGTH)] for _ in range(n)]
+    drawn = [[rng.randrange(*kind) for _ in range(LENGTH)] for _ in range(n)]
+    return [[*p[:-1], IN_SCOPE] for p in drawn] if in_scope else drawn
 
 
 def _serve(server: LiveServer, prompts: list[list[int]], **params: object) -> None:
@@ -74,19 +75,19 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("monitored")
     make_library(folder / "library")
-    kinds = {"in": SCOPE, "out": USUAL}
-    prompts = {f"{k} {i}": p for k, kind in kinds.items() for i, p in enumerate(_prompts(3, 5, kind))}
+    kinds = {"in": True, "out": False}
+    prompts = {f"{k} {i}": p for k, inside in kinds.items() for i, p in enumerate(_prompts(3, 5, in_scope=inside))}
     sampling = {"sampling": {"every": 4}, "rows": 3}
     library = {"library": str(folder / "library")}
     (folder / "collects").mkdir()
     first = _server(folder / "collects", monitor={"hook_point": POINT, "sae": SAE, **sampling}, steer=library)
     try:
         assert first.http.get("/probe/alerts").json()["judging"] is False
-        _serve(first, _prompts(160, 1, USUAL))
+        _serve(first, _prompts(160, 1))
         collected = first.flush()
         answers = _alone(first, prompts)
         plain = first.flush()
-        _serve(first, _prompts(8, 6, SCOPE))
+        _serve(first, _prompts(8, 6, in_scope=True))
         scope = first.flush()
     finally:
         first.kill()
@@ -125,6 +126,7 @@ def _last_rows(run: Run) -> torch.Tensor:
 
 
 def test_a_clamp_touches_nobody_out_of_scope_in_any_bit(served: Served) -> None:
+    before_it = served.server.status()["clamps"]["opened"]
     answers = _alone(served.server, served.prompts)
     again = served.server.generate(served.prompts["out 0"], NEW)
     run = _checked(served.server.flush())
@@ -146,24 +148,24 @@ def test_a_clamp_touches_nobody_out_of_scope_in_any_bit(served: Served) -> None:
     assert set(marked["rid"]) == {"in 0", "in 1", "in 2"}
     assert marked["position"].min() == LENGTH
     told = served.server.status()["clamps"]
-    assert (told["opened"], told["off"], told["of"][0]["label"]) == (3, None, "planted")
+    assert (told["opened"] - before_it, told["off"], told["of"][0]["label"]) == (3, None, "planted")
     assert run.manifest["steer"]["clamps"][0]["status"] == "validated"
 
 
 def test_a_planted_drift_alarms_and_neither_a_usual_stream_nor_one_client_does(served: Served) -> None:
     server = served.server
     before = server.http.get("/probe/alerts").json()["requests"]
-    _serve(server, _prompts(60, 2, USUAL))
+    _serve(server, _prompts(60, 2))
     usual = server.flush()
     told = server.http.get("/probe/alerts").json()
     assert (told["requests"], told["drift"], told["off"]) == (before + 60, {}, None)
     # What one client asks of the probe, and what it cannot have: nobody is judged by it.
     steer = [{"vector": "up", "strength": 400}]
-    _serve(server, _prompts(40, 3, USUAL), custom_params={"probe": {"steer": steer}})
+    _serve(server, _prompts(40, 3), custom_params={"probe": {"steer": steer}})
     for bad in ({"custom_params": {"probe": {"monitor": 1}}}, {"max_new_tokens": -3}, {"temperature": -1}):
-        body = {"input_ids": [[5, 6]], "sampling_params": bad}
+        body = {"input_ids": [5, 6], "sampling_params": bad}
         assert server.http.post("/generate", json=body).status_code == 400
-    server.flush()
+    _checked(server.flush())
     told = server.http.get("/probe/alerts").json()
     assert (told["requests"], told["drift"], told["off"]) == (before + 60, {}, None)
     _serve(server, _prompts(60, 4, DRIFTED))
