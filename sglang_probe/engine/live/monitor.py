@@ -44,6 +44,8 @@ _RID = schema.ENGINE_REQUESTS.get_field_index("rid")
 _FINISH = schema.ENGINE_REQUESTS.get_field_index("finish_reason")
 _EVIDENCE = 20
 """Latest requests whose p-values an event has."""
+_MOST_EARLY = 4096
+"""Commits that wait for one before them: then that was lost with the writer that had it, and they are judged."""
 _MOST_ROWS = 4096
 """Rows of a request that are kept until it is judged: of a longer one the first so many count."""
 
@@ -151,6 +153,8 @@ class LiveMonitor:
             rids = None if watched is None else replace(watched, x_ND=None)
             kept = Commit(requests=commit.requests, lost=commit.lost, watched=rids, order=commit.order)
             self._early[commit.order] = (segment, kept, values, far)
+            if len(self._early) > _MOST_EARLY:
+                self._next = min(self._early)
             while (found := self._early.pop(self._next, None)) is not None:
                 self._next += 1
                 self._follow(*found)

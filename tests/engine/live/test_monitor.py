@@ -183,6 +183,19 @@ def test_commits_are_judged_in_the_order_in_which_they_were_handed_over(stored: 
     assert [a["rid"] for a in straight.alerts()["alerts"]] == [a["rid"] for a in mixed.alerts()["alerts"]]
 
 
+def test_a_commit_that_was_lost_with_its_writer_is_not_waited_for_for_ever(
+    stored: StoredProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_probe.engine.live.monitor._MOST_EARLY", 5)
+    monitor = _monitor(stored)
+    for n in range(1, 12):  # 0 never comes
+        x = _rows(np.random.default_rng(n), 1, np.zeros(WIDTH))
+        end = (f"r{n}", 4, 6, 0, 0, "length", None)
+        watched = Watched([f"r{n}"], [0], [5], np.ones(1), None, x, n, 0)
+        monitor.read(Commit(watched=watched, requests=[end], order=n), "s")
+        assert monitor.requests == (0 if n < 6 else n)
+
+
 def test_a_fault_of_the_monitor_costs_the_monitor_and_nothing_else(
     make_engine: Callable[..., FakeEngine], stored: StoredProfile, wait: Callable
 ) -> None:
