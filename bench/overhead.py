@@ -103,7 +103,7 @@ def measure(mode: str) -> dict[str, float]:
         decode = [one_pass(CONCURRENT, OUTPUT) for _ in range(PASSES)]
         prefill = [one_pass(CONCURRENT, 1) for _ in range(2 * PASSES)]
         engine.shutdown()
-        if options is not None and not (Path(folder) / journal.NAME).exists():
+        if options is not None and not list(Path(folder).rglob(journal.NAME)):
             raise SystemExit(f"{mode}: nothing was recorded")
     return {
         "decode": CONCURRENT * OUTPUT / statistics.median(wall for wall, _ in decode),

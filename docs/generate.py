@@ -45,6 +45,8 @@ TABLES = {
     "interventions": schema.INTERVENTIONS,
     "gates": schema.GATES,
     "budget": schema.BUDGET,
+    "monitored": schema.MONITORED,
+    "withheld": schema.WITHHELD,
     "requests": schema.LIVE_REQUESTS,
     "telemetry": schema.TELEMETRY,
 }

@@ -12,6 +12,7 @@ from sglang_probe.config import Config, FolderName, beside
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
+from sglang_probe.privacy.withhold import Withhold
 from sglang_probe.run.hook_points import EMBED, parse_pattern
 from sglang_probe.run.selection import RowsConfig, Selected, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
@@ -142,3 +143,6 @@ class HarvestConfig(WorkloadRecording):
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
     """How SGLang is used: its prefix cache, who shares a batch, dtype, server arguments."""
+    withhold: Withhold | None = None
+    """Take personal data out of the run before the command ends: `{pii: [email, ...], neighbours: 1}`. Until then it is
+    on disk. Absent: nothing is."""

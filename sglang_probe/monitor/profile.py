@@ -57,6 +57,15 @@ class Profile:
         usual spreads."""
         return ((_statistics(of, self.whitening) - self.centre) / self.spread).abs()
 
+    def score(self, values_NK: Array, far_N: Array | None, weight_N: Array | None = None) -> Array:
+        """The same of one trajectory, float64 `[S]` in the order of `statistics`.
+
+        Args:
+            values_NK, weight_N: as of `statistics_of`. far_N: `distances` of its rows.
+        """
+        told = statistics_of(values_NK, far_N, weight_N)
+        return np.abs((told - self.centre.to_numpy(np.float64)) / self.spread.to_numpy(np.float64))
+
 
 def profile(reference: Trajectories, seed: int = 0) -> tuple[Profile, Trajectories, Trajectories]:
     """The profile, and the two halves: fitted to, and ranked against.
@@ -103,18 +112,50 @@ def kl_by_dimension(rows_NK: Array, reference_NK: Array) -> Array:
     return np.where((v > 0) & (v0 > 0), found, np.nan)
 
 
+def statistics_of(values_NK: Array, far_N: Array | None, weight_N: Array | None = None) -> Array:
+    """Mean of every column, maximum of every column, and the mean squared distance, of one trajectory; `[2 K (+ 1)]`.
+
+    Args:
+        values_NK: numbers of its rows; NaN: unknown. far_N: `distances` of its rows; None: there are none.
+        weight_N: one over the probability with which each row was read, where that is not the same for all.
+    """
+    known = ~np.isnan(values_NK)
+    weight = np.ones(len(values_NK)) if weight_N is None else weight_N
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = (known * weight[:, None]).sum(0)
+        mean = np.where(known, values_NK * weight[:, None], 0.0).sum(0) / total
+        most = np.where(known, values_NK, -np.inf).max(0, initial=-np.inf)
+    most = np.where(known.any(0), most, np.nan)
+    if far_N is None:
+        return np.concatenate([mean, most])
+    told = np.isfinite(far_N)
+    far = float((far_N * weight)[told].sum() / weight[told].sum()) if told.any() else np.nan
+    return np.concatenate([mean, most, [far]])
+
+
+def distances(x_ND: torch.Tensor, whitening: tuple[Array, Array]) -> Array:
+    """Squared Mahalanobis distance of rows within the components, float64 `[N]`."""
+    mean, components = whitening
+    parts = [
+        np.square((part.float().numpy() - mean) @ components).sum(1)
+        for part in x_ND.split(8192)  # type: ignore[no-untyped-call]
+    ]
+    return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+
+
 def _statistics(of: Trajectories, whitening: tuple[Array, Array] | None) -> pd.DataFrame:
-    rows = pd.DataFrame(of.values_NK, columns=list(of.names))
-    by = rows.groupby(of.of_N)
-    parts = [by.mean().add_suffix(" mean"), by.max().add_suffix(" max")]
-    if whitening is not None and of.x_ND is not None:
-        mean, components = whitening
-        far = [
-            np.square((part.float().numpy() - mean) @ components).sum(1)
-            for part in of.x_ND.split(8192)  # type: ignore[no-untyped-call]
-        ]
-        parts.append(pd.Series(np.concatenate(far)).groupby(of.of_N).mean().rename("mahalanobis").to_frame())
-    return pd.concat(parts, axis=1).reindex(range(len(of)))
+    names = [*(f"{n} mean" for n in of.names), *(f"{n} max" for n in of.names)]
+    far = None if whitening is None or of.x_ND is None else distances(of.x_ND, whitening)
+    if far is not None:
+        names.append("mahalanobis")
+    order = np.argsort(of.of_N, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(of.of_N, minlength=len(of)))[:-1]) if len(of) else []
+    weight = of.weight_N
+    told = [
+        statistics_of(of.values_NK[at], None if far is None else far[at], None if weight is None else weight[at])
+        for at in rows
+    ]
+    return pd.DataFrame(np.array(told).reshape(len(of), len(names)), columns=names)
 
 
 def _whitening(x_ND: torch.Tensor) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ConfigError
+from sglang_probe.monitor.reading import Reading
+from sglang_probe.monitor.sampling import Sampling
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.sae.evaluation import Sinks
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
-
-LOG_NORM, ERROR_RATIO, L0 = "log norm", "error ratio", "L0"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Trajectories:
     `family`, `rows`."""
     x_ND: torch.Tensor | None = None
     """The rows themselves, where a hook point was read."""
+    weight_N: Array | None = None
+    """One over the probability with which each row was read; None: all alike."""
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -48,9 +50,9 @@ class Trajectories:
         rows = np.flatnonzero(which[self.of_N])
         number = np.cumsum(which) - 1
         x = None if self.x_ND is None else self.x_ND[rows.tolist()]
-        return Trajectories(
-            self.names, self.values_NK[rows], number[self.of_N[rows]], self.frame[which].reset_index(drop=True), x
-        )
+        weight = None if self.weight_N is None else self.weight_N[rows]
+        frame = self.frame[which].reset_index(drop=True)
+        return Trajectories(self.names, self.values_NK[rows], number[self.of_N[rows]], frame, x, weight)
 
 
 def read(
@@ -61,6 +63,8 @@ def read(
     features: Sequence[int] = (),
     where: str = "phase == 'decode'",
     rows: int | None = None,
+    vectors: Mapping[str, torch.Tensor] | None = None,
+    sampling: Sampling | None = None,
 ) -> Trajectories:
     """Read the trajectories of runs.
 
@@ -70,9 +74,12 @@ def read(
         features: latents of it whose activations are columns.
         where: which positions: a pandas query over the columns of `Run.tokens`.
         rows: the first so many of each trajectory; shorter ones are left out. None: all.
+        vectors: of that hook point, float32 `[D]` by name: a column `x @ w` each.
+        sampling: the decode rows that a server would have read by this rule, of what was recorded. None: all.
 
     Raises:
-        ConfigError: nothing is left, the query cannot be read, or the SAE has no such latent.
+        ConfigError: nothing is left, the query cannot be read, or the SAE has no such latent; or a sampling by entropy,
+            which was not recorded.
         RunDirectoryError: neither scores nor the hook point were recorded, or the query cannot be used.
     """
     refuse_mixed_models(runs)
@@ -82,7 +89,13 @@ def read(
         # No row is left out for its norm: rows that have grown are what a monitor is for.
         held = harvested(runs, hook_point, where=where, sinks=Sinks(1, None))
         tokens, x = held.tokens, held.x_ND
-        names, values = _numbers(x, sae, features)
+        if sampling is not None:
+            keep = _sampled(runs, tokens, sampling)
+            tokens, x = tokens[keep].reset_index(drop=True), x[np.flatnonzero(keep).tolist()]
+            if not len(tokens):
+                raise ConfigError(f"the runs hold no row of {hook_point} that `every: {sampling.every}` reads")
+        reading = Reading(sae=sae, features=features, vectors=vectors)
+        names, values = reading.names, reading.columns(x)
     ranked = _order(runs, tokens).reset_index().sort_values(["run", "order", "rid"], kind="stable")
     keys = pd.MultiIndex.from_frame(ranked[["run", "rid"]])
     of = keys.get_indexer(pd.MultiIndex.from_frame(tokens[["run", "rid"]]))
@@ -91,18 +104,77 @@ def read(
     frame = pd.DataFrame(
         {"run": ranked["run"].to_numpy(), "rid": ranked["rid"].to_numpy(), "family": families.to_numpy()}
     ).assign(rows=counts)
-    found = Trajectories(names, values, of, frame, x)
+    return _first_rows(Trajectories(names, values, of, frame, x), rows)
+
+
+def read_monitored(runs: Sequence[Run], *, rows: int | None = None) -> Trajectories:
+    """The trajectories that a live monitor read, from the table `monitored` of its segments: a request that reaches
+    into several is one.
+
+    Raises:
+        ConfigError: nothing was read, or by several readings or rules.
+    """
+    frames, told = [], []
+    latest: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        frame = run.monitored()
+        told.append(run.manifest.get("monitor") or {})
+        carried = (run.manifest.get("segment") or {}).get("carried_in") or {}
+        for rid in frame["rid"].unique():  # a name may be given again once nothing refers to the request before
+            if rid not in latest or rid not in carried:
+                latest[rid] = number
+        if len(frame):
+            frames.append(frame.assign(began=frame["rid"].map(latest)))
+    if not frames:
+        raise ConfigError("no monitor read anything in these runs", fix="give segments of a server with `monitor`")
+    alike = [{k: t.get(k) for k in ("hook_point", "columns", "sampling", "vectors", "sae_sha256")} for t in told]
+    if any(t != alike[0] for t in alike):
+        raise ConfigError("the runs were monitored by different rules", fix="make a profile of runs of one rule")
+    table = pd.concat(frames, ignore_index=True)
+    of, keys = pd.factorize(pd.MultiIndex.from_frame(table[["began", "rid"]]))
+    rids = [rid for _, rid in keys]
+    families = [f"{began} {rid}" for began, rid in keys]
+    frame = pd.DataFrame({"run": 0, "rid": rids, "family": families}).assign(rows=np.bincount(of))
+    values = np.array(table["values"].tolist(), dtype=np.float64)
+    weight = 1 / table["probability"].to_numpy(np.float64)
+    names = tuple(alike[0]["columns"] or ())
+    alone = bool((weight == weight[0]).all())
+    return _first_rows(Trajectories(names, values, of, frame, None, None if alone else weight), rows)
+
+
+def _first_rows(found: Trajectories, rows: int | None) -> Trajectories:
     if rows is None:
         return found
-    place = pd.Series(of).groupby(of).cumcount().to_numpy()
+    place = pd.Series(found.of_N).groupby(found.of_N).cumcount().to_numpy()
+    counts = np.bincount(found.of_N, minlength=len(found))
     keep = place < rows
+    x, weight = found.x_ND, found.weight_N
     cut = Trajectories(
-        names, values[keep], of[keep], frame.assign(rows=np.minimum(counts, rows)), None if x is None else x[keep]
-    )
-    cut = cut.only(counts >= rows)
+        found.names,
+        found.values_NK[keep],
+        found.of_N[keep],
+        found.frame.assign(rows=np.minimum(counts, rows)),
+        None if x is None else x[keep],
+        None if weight is None else weight[keep],
+    ).only(counts >= rows)
     if not len(cut):
         raise ConfigError(f"no trajectory has {rows} rows", fix=f"the longest has {counts.max()}")
     return cut
+
+
+def _sampled(runs: Sequence[Run], tokens: pd.DataFrame, sampling: Sampling) -> Array:
+    if sampling.entropy is not None:
+        raise ConfigError(
+            "which rows have which entropy was not recorded",
+            fix="make the profile of segments of a server whose `monitor` sampled by entropy",
+        )
+    lengths = [run.requests().set_index("rid")["prompt_len"] for run in runs]
+    prompt_len = np.empty(len(tokens), dtype=np.int64)
+    for number in tokens["run"].unique():
+        mine = (tokens["run"] == number).to_numpy()
+        prompt_len[mine] = tokens.loc[mine, "rid"].map(lengths[number]).to_numpy()
+    step = tokens["position"].to_numpy() - prompt_len
+    return np.asarray((step >= 0) & sampling.candidates(step, np.zeros(len(step))))
 
 
 def _scores(runs: Sequence[Run], where: str) -> tuple[pd.DataFrame, tuple[str, ...], Array, None]:
@@ -141,24 +213,3 @@ def _order(runs: Sequence[Run], tokens: pd.DataFrame) -> pd.Series:
     found = pd.concat(parts).set_index(["run", "rid"])["order"]
     here = pd.MultiIndex.from_frame(tokens[["run", "rid"]].drop_duplicates())
     return found.reindex(here).fillna(0)
-
-
-def _numbers(x_ND: torch.Tensor, sae: SAE | None, features: Sequence[int]) -> tuple[tuple[str, ...], Array]:
-    import torch
-
-    names = [LOG_NORM, *([ERROR_RATIO, L0] if sae is not None else []), *(f"feature {i}" for i in features)]
-    if features and sae is None:
-        raise ConfigError("`--feature` needs `--sae`: whose features they are")
-    if sae is not None and (beyond := [i for i in features if not 0 <= i < sae.latents]):
-        raise ConfigError(f"there is no latent {beyond[0]}: the SAE has {sae.latents}, numbered from 0")
-    parts = []
-    for part in x_ND.split(4096):  # type: ignore[no-untyped-call]
-        rows = part.float()
-        norm2 = rows.square().sum(1).clamp_min(1e-30)
-        columns = [norm2.log() / 2]
-        if sae is not None:
-            z, made = sae.encode_and_reconstruct(rows)
-            error = (rows - made).square().sum(1)
-            columns += [error / norm2, (z > 0).sum(1).float(), *(z[:, i] for i in features)]
-        parts.append(torch.stack(columns, dim=1))
-    return tuple(names), torch.cat(parts).numpy().astype(np.float64)

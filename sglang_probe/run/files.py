@@ -108,6 +108,15 @@ class RunFiles:
         """What became of the budget of interventions (`schema.BUDGET`), in the order of time."""
         return self._table("budget", schema.BUDGET)
 
+    def withheld(self) -> pd.DataFrame:
+        """Positions whose rows were taken out of this run, and why (`schema.WITHHELD`, `sglang-probe scrub`)."""
+        return self._table("withheld", schema.WITHHELD)
+
+    def monitored(self) -> pd.DataFrame:
+        """Decode rows that a server's monitor read (`schema.MONITORED`); `monitor` of the manifest names the columns of
+        `values`."""
+        return self._table("monitored", schema.MONITORED)
+
     def gates(self) -> pd.DataFrame:
         """Decisions of gates by a probe, open and closed ones (`schema.GATES`); one row per request."""
         return self._table("gates", schema.GATES).drop_duplicates("rid", ignore_index=True)

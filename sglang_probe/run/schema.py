@@ -108,6 +108,30 @@ BUDGET = pa.schema(
     ]
 )
 
+MONITORED = pa.schema(
+    [
+        # Decode rows that a server's monitor read; `monitor` of the manifest names the columns.
+        ("rid", pa.string()),
+        ("attempt", pa.int32()),
+        ("position", pa.int32()),
+        ("forward_id", pa.int64()),
+        ("probability", pa.float32()),  # with which the row was read
+        ("entropy", pa.float32()),  # nats, of the next-token distribution; null: the rule does not ask
+        ("values", pa.list_(pa.float32())),  # one for each column; NaN: it could not be computed
+    ]
+)
+
+WITHHELD = pa.schema(
+    [
+        # Positions [start, end) of a request, in every attempt, whose rows were taken out of this run; and their token
+        # ids, unless the reason is `neighbour`.
+        ("rid", pa.string()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("reason", pa.string()),  # pii:<kind> | neighbour
+    ]
+)
+
 REBINDS = pa.schema(
     [
         # From forward `at_forward` on, positions [start, end) of this attempt attend to the origin's entries.
@@ -241,6 +265,8 @@ NEVER_NULL = {
     "interventions": tuple(INTERVENTIONS.names),
     "gates": tuple(GATES.names),
     "budget": ("forward_id", "at", "event", "milliseconds", "budget_ms"),
+    "withheld": tuple(WITHHELD.names),
+    "monitored": ("rid", "attempt", "position", "forward_id", "probability", "values"),
     "telemetry/part-": tuple(TELEMETRY.names),
 }
 """Columns of the ledger's tables that have a value in every row."""

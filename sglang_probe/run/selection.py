@@ -181,7 +181,10 @@ class Selected:
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Selected:
         """What a run was recorded with."""
-        return cls(RowsConfig.model_validate(manifest.get("rows_kept") or {}), manifest["hook_points"])
+        found = cls(RowsConfig.model_validate(manifest.get("rows_kept") or {}), manifest["hook_points"])
+        if manifest.get("withheld"):  # rows of any hook point were taken out afterwards
+            found.partial = list(manifest["hook_points"])
+        return found
 
     def positions(self, hook_point: str, position_N: Array, prompt_len_N: Array) -> Array:
         """Which positions a hook point selects, bool `[N]`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from sglang_probe.config import Config, InputPath
 from sglang_probe.steer_ask import MOST, Steer
+from sglang_probe.steering.clamps import Clamp, ClampConfig
 from sglang_probe.steering.library import Library
 
 EXCEEDED, WITHIN, UNSTEERED = "exceeded", "within", "unsteered"
@@ -32,6 +34,9 @@ class SteerConfig(Config):
     """Folder of vectors (`sglang-probe vector`). The layers of their hook points are those that can be changed."""
     deployment: tuple[Steer, ...] = Field(default=(), max_length=MOST)
     """Interventions on every request, before its own ones. Of all positions: they have no `phases` and no windows."""
+    clamps: tuple[ClampConfig, ...] = Field(default=(), max_length=MOST)
+    """Clamps of validated features on the generated tokens of every request whose gate opens; they have one gate. Of a
+    live server on a CPU. Requests that are out of scope are served as if there were none."""
     passes: int = Field(default=2, ge=1, le=MOST)
     """Where interventions are recorded into graphs (`accelerator`): how many a layer makes of one request at most. Each
     costs a gather and a few products a row, used or not."""
@@ -54,6 +59,8 @@ class SteerConfig(Config):
         # By value: a configuration that was written out says its defaults.
         if self.budget_ms is None and self != self.without_budget:
             raise ValueError("`over_budget` and `budget_rest` have no effect without `budget_ms`")
+        if self.clamps and self.deployment:
+            raise ValueError("`clamps` have a gate, which cannot be had beside a `deployment`: leave one out")
         if self.budget_ms is not None and self.deployment:
             raise ValueError("`budget_ms` is of what requests ask; a `deployment` is done to all, whatever it costs")
         return self
@@ -76,7 +83,7 @@ class SteerConfig(Config):
 _BUDGET = ("budget_ms", "over_budget", "budget_rest")
 
 
-def told(config: SteerConfig, library: Library) -> dict[str, Any]:
+def told(config: SteerConfig, library: Library, clamps: Sequence[Clamp] = ()) -> dict[str, Any]:
     """What the manifest says: every vector by what `steering.spec` reads of it, and what is done to all requests."""
     vectors = {
         v.card.name: {
@@ -88,8 +95,9 @@ def told(config: SteerConfig, library: Library) -> dict[str, Any]:
             "percentile99": v.card.percentile99,
             **({"threshold": v.threshold} if v.card.kind == "probe" else {}),
         }
-        for v in library.values()
+        for v in (*library.values(), *(c.vector for c in clamps))
     }
     deployment = [s.model_dump(mode="json", exclude_defaults=True) for s in config.deployment]
     budget = {} if config.budget_ms is None else {n: getattr(config, n) for n in _BUDGET}
-    return {"library": library.hash, "vectors": vectors, "deployment": deployment, **budget}
+    of_traffic = {"clamps": [c.told() for c in clamps]} if clamps else {}
+    return {"library": library.hash, "vectors": vectors, "deployment": deployment, **of_traffic, **budget}

@@ -279,6 +279,23 @@ def joined(first: Spec | None, then: Spec | None) -> Spec | None:
     return Spec(tuple(sorted((*first.steps, *then.steps), key=lambda s: s.layer)))
 
 
+def merged(clamps: Spec, own: Spec | None) -> Spec:
+    """What a server's clamps do, then what a request asks of its own.
+
+    Raises:
+        ConfigError: the request has a gate by another probe.
+    """
+    if own is None:
+        return clamps
+    assert clamps.probe is not None
+    if own.probe is not None and own.probe != clamps.probe:
+        raise ConfigError(
+            f"steer: a gate by the probe `{own.probe.name}` cannot be had of a server whose clamps have the gate "
+            f"`{clamps.probe.name}`: a request has one probe"
+        )
+    return Spec(tuple(sorted((*clamps.steps, *own.steps), key=lambda s: s.layer)))
+
+
 def layer_of(hook_point: str) -> int:
     """Number of the layer in `blocks.N.hook_resid_post`.
 
@@ -340,9 +357,18 @@ def _probe(gate: Gate, library: Mapping[str, Source], at: str) -> Probe | None:
     Raises:
         ConfigError: the library does not have it, it is none, or it has no threshold.
     """
-    if gate.probe is None:
-        return None
-    name, at = gate.probe, f"{at}.gate.probe"
+    return None if gate.probe is None else probe_of(gate.probe, library, f"{at}.gate.probe")
+
+
+def probe_of(name: str, library: Mapping[str, Source], at: str) -> Probe:
+    """A probe of a library, as a gate.
+
+    Args:
+        at: the key that names it, for messages.
+
+    Raises:
+        ConfigError: the library does not have it, it is none, or it has no threshold.
+    """
     if name not in library:
         raise ConfigError(f"{at}: `{name:.100}` is not in the library, which has {_named(library)}")
     found = library[name]

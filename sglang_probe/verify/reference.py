@@ -33,6 +33,7 @@ from sglang_probe.steering.reference import Close, Vectors, intervened
 from sglang_probe.steering.spec import Spec
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.segment import known_weights
+from sglang_probe.verify.withheld import NEIGHBOUR
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted relative error of a row after up to four layers, by dtype. `tolerance` has deeper ones."""
@@ -96,6 +97,9 @@ def compare(run: Run, model_path: str, *, requests: int, vectors: Sequence[Vecto
     if (known := known_weights(run)) is not None:
         later = tokens.loc[~np.isin(tokens["forward_id"].to_numpy(np.int64), known), "rid"]
         asked = asked[~asked["rid"].isin(set(later))]
+    if run.manifest.get("withheld"):  # of which token ids are not there, nothing can be computed again
+        away = run.withheld()
+        asked = asked[~asked["rid"].isin(set(away.loc[away["reason"] != NEIGHBOUR, "rid"]))]
     specs = carried_out(run)
     usable = Vectors.of(vectors)
     found = Errors({})
@@ -185,6 +189,8 @@ def _notes(run: Run, found: Errors) -> list[str]:
     notes = []
     if known_weights(run) is not None:
         notes.append("requests after an update of the weights were not compared")
+    if run.manifest.get("withheld"):
+        notes.append("requests of which token ids are withheld were not compared")
     if found.intervened:
         notes.append(f"{found.intervened} requests were computed again under their interventions")
     if found.unknown:

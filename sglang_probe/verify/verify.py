@@ -33,6 +33,7 @@ from sglang_probe.verify.selected import held_as_selected
 from sglang_probe.verify.spans import attempts_follow, spans_tile
 from sglang_probe.verify.tables import cells_are_possible
 from sglang_probe.verify.telemetry import telemetry_holds
+from sglang_probe.verify.withheld import has_withheld, nothing_withheld_is_there
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         checks["gates"] = gates_decided
     if _true(has_budget, run):
         checks["budget"] = budget_holds
+    if _true(has_withheld, run):
+        checks["withheld"] = nothing_withheld_is_there
     if run.manifest.get("telemetry"):
         checks["telemetry"] = telemetry_holds
     owned = checks.pop("row ownership")

@@ -9,8 +9,8 @@ import pytest
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.studies.endpoint import KEY_VARIABLE, Endpoint
 from sglang_probe.studies.features.asked import Asking
-from sglang_probe.studies.features.endpoint import KEY_VARIABLE, Endpoint
 from sglang_probe.studies.features.study import study
 from tests.end_to_end.live_server import KEY, MODEL, LiveServer
 from tests.studies.features.planted import planted_run, planted_sae

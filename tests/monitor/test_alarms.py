@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sglang_probe.monitor.adwin import adwin_alarms
-from sglang_probe.monitor.alarms import alarms, drift_log
+from sglang_probe.monitor.alarms import Judge, alarms, drift_log
 from sglang_probe.monitor.conformal import e_values, first_alarm, p_values, sequential_p_values, shiryaev_roberts
 
 STREAMS, LENGTH = 10_000, 150
@@ -120,3 +120,19 @@ def test_adwin_finds_a_planted_shift_too() -> None:
     found = adwin_alarms(values)
     assert found
     assert 300 <= found[0] < 400
+
+
+def test_judging_one_after_the_other_is_judging_all_at_once_and_begins_anew_after_the_longest_stream() -> None:
+    rng = np.random.default_rng(3)
+    reference, stream = rng.integers(0, 9, (30, 2)).astype(float), rng.integers(0, 12, (50, 2)).astype(float)
+    stream[7, 0] = np.nan
+    judge = Judge(reference, share=0.1, rate=0.01)
+    told = [judge.judge(x) for x in stream]
+    p = sequential_p_values(stream.T, reference.T)
+    assert np.allclose(np.array([v.p_S for v in told]).T, p)
+    assert np.allclose(np.array([v.level_S for v in told]).T, shiryaev_roberts(e_values(p)) * 0.01 / 2)
+    short = Judge(reference, share=0.1, rate=0.01, longest=20)
+    again = [short.judge(x) for x in stream]
+    assert np.array_equal([v.level_S for v in again[:20]], [v.level_S for v in told[:20]])
+    fresh = Judge(reference, share=0.1, rate=0.01)
+    assert np.array_equal([v.level_S for v in again[20:40]], [fresh.judge(x).level_S for x in stream[20:40]])

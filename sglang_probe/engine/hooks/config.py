@@ -11,6 +11,7 @@ from sglang_probe.ask import Ask
 from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
+from sglang_probe.monitor.config import MonitorConfig
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run.hook_points import has_patterns, parse_pattern
 from sglang_probe.run.selection import RowsConfig, check_selection, expanded
@@ -63,6 +64,8 @@ class EngineProbeConfig(Config):
     steer: SteerConfig | None = None
     """Interventions on the residual stream: `{library: FOLDER}`, with `asks: [steer]` for those that requests name, and
     `deployment: [...]` for those on every request. Absent: none."""
+    monitor: MonitorConfig | None = None
+    """Decode rows of a live server are read, and requests judged by a profile, while it serves. Absent: nothing is."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
     ignore_interrupt: bool = False
@@ -94,14 +97,18 @@ class EngineProbeConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> EngineProbeConfig:
+        if self.monitor is not None and self.live is None:
+            raise ValueError("`monitor` watches a live server: it needs `live: {}`; `sglang-probe monitor` reads runs")
         if self.kept is not None and "evict" not in self.asks:
             raise ValueError("`kept` has no effect without `asks: [evict]`")
         if self.kept is not None and self.telemetry is not None:
             raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
         if self.steer is None and "steer" in self.asks:
             raise ValueError("`asks: [steer]` needs a library: `steer: {library: FOLDER}`")
-        if self.steer is not None and not self.steer.deployment and "steer" not in self.asks:
-            raise ValueError("`steer` has no effect without `asks: [steer]` or a `deployment`")
+        if self.steer is not None and not (self.steer.deployment or self.steer.clamps) and "steer" not in self.asks:
+            raise ValueError("`steer` has no effect without `asks: [steer]`, a `deployment` or `clamps`")
+        if self.steer is not None and self.steer.clamps and self.live is None:
+            raise ValueError("`clamps` are of a live server's traffic; a harvest's requests name what is done to them")
         try:
             check_selection(self.rows, self.hook_points)
             if not has_patterns(self.hook_points):

@@ -64,6 +64,7 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
+        app.add_api_route("/probe/alerts", endpoints.alerts, methods=["GET"])
         app.add_api_route("/probe/vectors", endpoints.vectors, methods=["GET"])
         flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
         app.add_api_route("/probe/flush", flush, methods=["POST"])
@@ -97,7 +98,10 @@ class Endpoints:
         """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
         state = await self._state()
         versions = {name: importlib.metadata.version(name) for name in ("sglang-probe", "sglang", "torch")}
-        return {**{k: v for k, v in state.items() if k != "recent"}, "versions": versions}
+        told = {k: v for k, v in state.items() if k != "recent"}
+        if "monitor" in told:  # `alerts` has the rest
+            told["monitor"] = {k: v for k, v in told["monitor"].items() if k not in ("alerts", "events", "highest")}
+        return {**told, "versions": versions}
 
     async def coverage(self, n: int = 20) -> dict[str, Any]:
         """`GET /probe/coverage?n=20`: totals by class, and the last `n` requests."""
@@ -108,6 +112,24 @@ class Endpoints:
         prompt = p.get("computed", 0) + p.get("reused", 0)
         out["prompt_reused_fraction"] = round(p["reused"] / prompt, 6) if prompt else None
         return out
+
+    async def alerts(self, n: int = 20) -> Any:
+        """`GET /probe/alerts?n=20`: of the monitor, the last `n` requests that were unusual and every event, with its
+        evidence; how far each detector of drift is from its alarm. 404 where the server has no monitor.
+
+        Of several data-parallel ranks each has a monitor of its own (`ranks`).
+        """
+        from fastapi.responses import JSONResponse
+
+        states = await self._each()
+        told = []
+        for state in states:
+            if (monitor := state.get("monitor")) is None:
+                reason = state["reason"] or "this server has no `monitor`"
+                return JSONResponse({"reason": reason}, status_code=404 if state["recording"] else 503)
+            told.append({**{k: state.get(k) for k in _RECORDING}, **monitor})
+            told[-1]["alerts"] = told[-1]["alerts"][: max(n, 0)]
+        return told[0] if len(told) == 1 else {"ranks": told}
 
     async def vectors(self) -> Any:
         """`GET /probe/vectors`: what a request may name (`steer`) and what is scored (`scores`): the hash of each

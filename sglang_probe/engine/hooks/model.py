@@ -56,5 +56,6 @@ def _after(at_hand: Forward | None, output: Any) -> None:
     if at_hand is None:  # the recording opened, or failed, meanwhile
         return
     at_hand.replayed = bool(output.can_run_graph)
+    at_hand.logits = getattr(getattr(output, "logits_output", None), "next_token_logits", None)
     for instrument in guard.active().instruments:
         instrument.after(at_hand)

@@ -62,6 +62,38 @@ class BudgetEvent:
     intervention: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Decode rows of one forward pass that a monitor reads; n of them."""
+
+    rids: list[str]
+    attempts: list[int]
+    positions: list[int]
+    probability_N: Any  # float64 [n], with which each was read
+    entropy_N: Any  # float64 [n]; None: the rule does not ask
+    x_ND: Any  # tensor [n, d] on the host, in the model's dtype
+    forward_id: int
+    weights: int
+
+    def without(self, gone: set[str]) -> Watched | None:
+        """The rows of other requests than these; None: there are none."""
+        keep = [i for i, rid in enumerate(self.rids) if rid not in gone]
+        if len(keep) == len(self.rids):
+            return self
+        if not keep:
+            return None
+        return Watched(
+            [self.rids[i] for i in keep],
+            [self.attempts[i] for i in keep],
+            [self.positions[i] for i in keep],
+            self.probability_N[keep],
+            None if self.entropy_N is None else self.entropy_N[keep],
+            self.x_ND[keep],
+            self.forward_id,
+            self.weights,
+        )
+
+
 @dataclass(slots=True)
 class ForwardPlan:
     """What one forward pass computes: per request, positions `[starts[i], ends[i])`, in batch order."""
@@ -95,6 +127,7 @@ class ForwardPlan:
     under: dict[int, Under] = field(default_factory=dict)  # interventions of each row's request, by batch index
     gates: dict[int, Decision] = field(default_factory=dict)  # of requests with a gate that is decided, by batch index
     budget: list[BudgetEvent] = field(default_factory=list)  # what happened to it since the forward before
+    watched: Watched | None = None  # decode rows that a monitor reads
     discarded: set[str] = field(default_factory=set)  # requests that finished before this forward's commit
 
     @property
@@ -132,6 +165,9 @@ class Commit:
     gates: dict[str, Decision] = field(default_factory=dict)  # of its requests whose gate is decided
     budget: list[tuple[Any, ...]] = field(default_factory=list)  # events of the budget of interventions
     prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
+    watched: Watched | None = None  # decode rows that a monitor reads
+    monitored: list[tuple[Any, ...]] = field(default_factory=list)  # what it read of them (`schema.MONITORED`)
+    order: int = -1  # of a live recording with a monitor: its place among the commits that were handed to writers
     lost: list[tuple[str, str]] = field(default_factory=list)  # requests that cannot be accounted for any more, and why
 
 

@@ -39,6 +39,7 @@ class OpenPart:
         self._interventions: dict[str, Under] = {}
         self._gates: dict[str, Decision] = {}
         self._budget: list[tuple[Any, ...]] = []
+        self._monitored: list[tuple[Any, ...]] = []
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, int] = {}
         self._index: dict[str, list[np.ndarray]] = {}
@@ -72,6 +73,7 @@ class OpenPart:
         self._interventions |= commit.interventions
         self._gates |= commit.gates
         self._budget += commit.budget
+        self._monitored += commit.monitored
         for hook_point, rows in (commit.rows or {}).items():
             self._rows.setdefault(hook_point, []).append(rows)
             self._bytes[hook_point] = self._bytes.get(hook_point, 0) + rows.nbytes
@@ -106,6 +108,7 @@ class OpenPart:
                 ("prompts", schema.PROMPTS, self._prompts),
                 ("interventions", schema.INTERVENTIONS, _interventions(self._interventions)),
                 ("budget", schema.BUDGET, self._budget),
+                ("monitored", schema.MONITORED, self._monitored),
                 ("gates", schema.GATES, [(rid, *astuple(d)) for rid, d in self._gates.items()]),
             ):
                 if facts:
@@ -128,6 +131,8 @@ class OpenPart:
 def size_of(commit: Commit) -> int:
     """Bytes of its tensors."""
     measured = 0 if commit.telemetry is None else commit.telemetry.nbytes
+    if commit.watched is not None:
+        measured += commit.watched.x_ND.nbytes
     return measured + sum(rows.nbytes for rows in (commit.rows or {}).values())
 
 

@@ -222,6 +222,8 @@ class Recorder:
             self._next_row += offset
         if lost:
             cut(commit, plan, lost)
+        if plan.watched is not None:
+            commit.watched = plan.watched.without(plan.discarded | {plan.rids[i] for i in lost})
         for end in ended:
             self.end(end)
         self._close_ended(commit)

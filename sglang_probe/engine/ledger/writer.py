@@ -46,6 +46,7 @@ class Writer:
             again before writing has failed. What comes meanwhile waits, within the bounds.
         bundle: commits that are worth waking the thread for.
         clock: seconds, monotonic.
+        read: called by the thread with every commit before it is written, once; it does not raise.
 
     Raises (on construction):
         RunDirectoryError: another process writes there.
@@ -62,8 +63,10 @@ class Writer:
         patience: float = 0.0,
         bundle: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        read: Callable[[Commit], None] | None = None,
     ) -> None:
         self._run = run
+        self._read = read
         self._lock = journal.lock(run, dp_rank)
         self.bytes = 0
         """Size of all durable parts."""
@@ -225,7 +228,10 @@ class Writer:
                 self._write_part()
                 self._failing = None
             while self._taken:
-                self._open.take(self._taken.popleft())
+                commit = self._taken.popleft()
+                if self._read is not None:
+                    self._read(commit)
+                self._open.take(commit)
                 if self._open.full:
                     self._write_part()
             if due:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,13 @@ def finish(
     lengths: dict[str, int] | None,
     fault: str | None,
     told: Mapping[str, Any],
+    read: Callable[[Path], Mapping[str, Any]],
 ) -> None:
     """Close a segment to which nothing more comes.
 
     Args:
         late: the last facts. lengths, told: see `segments.close_segment`.
+        read: asked for further fields of the manifest, once everything was written.
 
     Raises:
         OSError: not everything could be written; what could be is closed as `incomplete`.
@@ -56,6 +58,10 @@ def finish(
         journal.discard_leftovers(path)
     finally:
         writer.stop()
+    try:
+        told = {**told, **read(path)}
+    except OSError as e:
+        error = error or e
     segments.close_segment(path, status, prompt_lens=lengths, fault=fault, told=told)
     if error is not None:
         raise error

@@ -6,9 +6,15 @@ the scheduler; whatever is counted there appears. The keeper publishes once a se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from sglang_probe.engine.live.stops import REASONS, Stops
 from sglang_probe.engine.live.totals import Totals
 from sglang_probe.run import schema
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
 
 
 class Metrics:
@@ -20,15 +26,17 @@ class Metrics:
     """
 
     def __init__(self, model: str, dp_rank: int | None = None) -> None:
-        from prometheus_client import Counter, Gauge
+        from prometheus_client import Counter
+        from prometheus_client import Gauge as Made
 
+        self._gauge = Made
         labels = {"model_name": model} | ({} if dp_rank is None else {"dp_rank": str(dp_rank)})
 
         def counter(name: str, what: str) -> Counter:
             return Counter(f"sglang_probe:{name}", what, list(labels)).labels(**labels)
 
         def gauge(name: str, what: str) -> Gauge:
-            return Gauge(f"sglang_probe:{name}", what, list(labels), multiprocess_mode="mostrecent").labels(**labels)
+            return Made(f"sglang_probe:{name}", what, list(labels), multiprocess_mode="mostrecent").labels(**labels)
 
         self._counters = {
             "computed": counter("computed_tokens", "Positions that a forward pass computed: prompts and decode steps."),
@@ -43,10 +51,54 @@ class Metrics:
         self._counters |= {f"stop: {reason}": stopped.labels(**labels, reason=reason) for reason in REASONS}
         self._recording = gauge("recording", "1 while requests are being recorded, 0 while they are not.")
         self._depth = gauge("writer_queue_depth", "Commits that wait to be written.")
-        self._published = dict.fromkeys(self._counters, 0)
+        self._published: dict[str, int] = dict.fromkeys(self._counters, 0)
+        self._make = (counter, gauge, labels)
+        self._monitor: dict[str, Gauge] | None = None
+        self._detectors: Gauge | None = None
 
-    def publish(self, totals: Totals, *, waiting: int, write_errors: int, stops: Stops) -> None:
-        """Bring the series up to date."""
+    def _monitored(self, status: Mapping[str, Any]) -> dict[str, int]:
+        """Bring the series of a monitor up to date, and make them first: a server without one has none."""
+        counter, gauge, labels = self._make
+        if self._monitor is None:
+            self._counters |= {
+                "monitored rows": counter("monitored_rows", "Decode rows that the monitor read."),
+                "monitored requests": counter("monitored_requests", "Requests that the monitor judged."),
+                "monitor alarms": counter("monitor_alarms", "Requests that the monitor found unusual."),
+            }
+            self._published |= dict.fromkeys(("monitored rows", "monitored requests", "monitor alarms"), 0)
+            self._monitor = {
+                "on": gauge("monitor_on", "1 while the monitor reads, 0 once it stopped."),
+                "drift": gauge("monitor_drift", "Statistics whose detector of drift has alarmed."),
+            }
+            if status["judging"]:
+                self._detectors = self._gauge(
+                    "sglang_probe:monitor_detector",
+                    "Highest evidence of drift, as a share of what alarms.",
+                    [*labels, "statistic"],
+                    multiprocess_mode="mostrecent",
+                )
+        self._monitor["on"].set(status["off"] is None)
+        self._monitor["drift"].set(len(status.get("drift", ())))
+        for name, level in status.get("highest", {}).items():
+            if self._detectors is not None:
+                self._detectors.labels(**labels, statistic=name).set(level)
+        names = {"monitored rows": "rows", "monitored requests": "requests", "monitor alarms": "alarms"}
+        return {name: int(status.get(of, 0)) for name, of in names.items()}
+
+    def publish(
+        self,
+        totals: Totals,
+        *,
+        waiting: int,
+        write_errors: int,
+        stops: Stops,
+        monitor: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Bring the series up to date.
+
+        Args:
+            monitor: `LiveMonitor.status`.
+        """
         self._recording.set(stops.fault is None)
         p = totals.positions
         values = {
@@ -56,6 +108,7 @@ class Metrics:
             "dropped": p[schema.DROPPED],
             "errors": write_errors,
             **{f"stop: {reason}": n for reason, n in stops.counts.items()},
+            **({} if monitor is None else self._monitored(monitor)),
         }
         for name, value in values.items():
             if value > self._published[name]:

@@ -24,6 +24,7 @@ from sglang_probe.engine.live import provenance, segments
 from sglang_probe.engine.live.closing import Stopped, close_stopped, finish
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.metrics import Metrics
+from sglang_probe.engine.live.monitor import LiveMonitor
 from sglang_probe.engine.live.names import Names
 from sglang_probe.engine.live.overflow import Overflow
 from sglang_probe.engine.live.privacy import Redactor
@@ -51,6 +52,7 @@ class LiveRecording:
         facts: manifest fields that are the same for all segments.
         drops: whether facts are dropped when the queue is full; else `put` waits.
         metrics: Prometheus series to keep up to date.
+        monitor: reads and judges what is served, on the writers' threads.
         tick: seconds between two looks of the keeper.
 
     Raises (on construction):
@@ -66,10 +68,14 @@ class LiveRecording:
         part_seconds: float = 20.0,
         drops: bool = True,
         metrics: Metrics | None = None,
+        monitor: LiveMonitor | None = None,
         tick: float = 1.0,
     ) -> None:
         self._root, self._config, self._facts = root, config, facts
         self._part_seconds, self._drops, self._metrics, self._tick = part_seconds, drops, metrics, tick
+        self.monitor = monitor
+        self._order = 0
+        """Commits that were handed to writers."""
         self._handle = segments.lock(root)
         self.totals = Totals(config.recent)
         self.names = Names()
@@ -151,8 +157,19 @@ class LiveRecording:
                 return
             late = self._overflow.release()
             if late is not None:
-                self._writer.put(late)
-            self._writer.put(commit)
+                self._hand(late)
+            self._hand(commit)
+
+    def _hand(self, commit: Commit) -> None:
+        """Hand a commit to a writer, with its place in the order of all of them."""
+        self._numbered(commit)
+        self._writer.put(commit)
+
+    def _numbered(self, commit: Commit | None) -> Commit | None:
+        if commit is not None and self.monitor is not None:
+            commit.order = self._order
+            self._order += 1
+        return commit
 
     def weights_changed(self, entry: Mapping[str, Any]) -> None:
         """The engine's weights were updated: another segment begins soon."""
@@ -223,6 +240,7 @@ class LiveRecording:
                 "nothing_new": self._nothing_new,
                 "at_most_every": self._config.segments.min_seconds,
             },
+            **({} if self.monitor is None else {"monitor": self.monitor.alerts()}),
             "recent": t.recent(),
         }
 
@@ -262,7 +280,7 @@ class LiveRecording:
         try:
             status, fault = self._end
             with self._lock:
-                late, lengths = self._overflow.release(), self._prompt_lens()
+                late, lengths = self._numbered(self._overflow.release()), self._prompt_lens()
             known = lengths if fault is None else None
             self._finish(self._path, self._writer, status, late, lengths=known, fault=fault, told=self._told())
             self._publish()
@@ -295,7 +313,9 @@ class LiveRecording:
             if self._writer.error is None and self._writer.waiting < self._room:
                 late = self._overflow.release()
                 if late is not None:
-                    self._writer.put(late)
+                    self._hand(late)
+        if self.monitor is not None:
+            self.monitor.write_log(self._root)
         if not self._carried_told:
             self._carried_told = True
             try:
@@ -330,7 +350,7 @@ class LiveRecording:
             stopped = self.stops.fault is not None  # meanwhile
             if not stopped:
                 old_path, old_writer, told = self._path, self._writer, self._told()
-                late = self._overflow.release()
+                late = self._numbered(self._overflow.release())
                 carried = self.totals.carried()
                 lengths = self._prompt_lens()
                 self._path, self._number = path, self._number + 1
@@ -365,6 +385,8 @@ class LiveRecording:
             self._redactor.forget()
             dropped, self._overflow = self._overflow.forwards, Overflow()
             self._overflow.forwards = dropped
+            if self.monitor is not None:
+                self.monitor.forget(self._order)
             self._begin(writer)
             self.names.forget()
             self.epoch += 1
@@ -379,7 +401,7 @@ class LiveRecording:
 
     def _finish(self, path: Path, writer: Writer, status: str, late: Commit | None, **rest: Any) -> None:
         try:
-            finish(path, writer, status, late, **rest)
+            finish(path, writer, status, late, read=self._monitored, **rest)
         finally:
             self._closed += 1
             self._last_closed = path
@@ -388,8 +410,17 @@ class LiveRecording:
         """What the manifest of the current segment says at its end besides the counts."""
         return {"weights": self.weights, "unaccounted": dict(self._lost), "carried_in": dict(self._carried_in)}
 
+    def _monitored(self, path: Path) -> dict[str, Any]:
+        """What the manifest of a segment says of its monitor, once all of it was read."""
+        if self.monitor is None:
+            return {}
+        line = self.monitor.line(path.name)
+        self.monitor.write_log(self._root, line)
+        return {"monitor": {**self.monitor.facts(), "drift_log": line}}
+
     def _facts_now(self) -> dict[str, Any]:
-        return {**self._facts, "weights": self.weights}
+        monitor = {} if self.monitor is None else {"monitor": self.monitor.facts()}
+        return {**self._facts, **monitor, "weights": self.weights}
 
     def _prompt_lens(self) -> dict[str, int]:
         return {rid: entry.prompt_len for rid, entry in self.totals.active.items()}
@@ -409,10 +440,16 @@ class LiveRecording:
     def _new_writer(self, path: Path) -> Writer:
         # Woken before the queue is full, however short: waiting is for the disk alone.
         bundle = max(1, min(64, self._config.queue // 2))
-        return Writer(path, part_seconds=self._part_seconds, patience=_PATIENCE, bundle=bundle)
+        monitor, segment = self.monitor, path.name
+        read = None if monitor is None else lambda commit: monitor.read(commit, segment)
+        return Writer(path, part_seconds=self._part_seconds, patience=_PATIENCE, bundle=bundle, read=read)
 
     def _publish(self) -> None:
         if self._metrics is not None:
             self._metrics.publish(
-                self.totals, waiting=self._writer.waiting, write_errors=self.write_errors, stops=self.stops
+                self.totals,
+                waiting=self._writer.waiting,
+                write_errors=self.write_errors,
+                stops=self.stops,
+                monitor=None if self.monitor is None else self.monitor.status(),
             )

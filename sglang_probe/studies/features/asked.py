@@ -13,9 +13,9 @@ import pandas as pd
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.sae import labels
+from sglang_probe.studies.endpoint import Endpoint
 from sglang_probe.studies.features import prompts
 from sglang_probe.studies.features.arms import OWN, Arm
-from sglang_probe.studies.features.endpoint import Endpoint
 
 Array = np.ndarray[Any, Any]
 Tell = Callable[[int, int], None]

@@ -123,8 +123,8 @@ def _asking(given: Mapping[str, Any], folder: Path) -> Asking | None:
         if given["label_model"] is not None or given["label_latents"] is not None:
             raise ConfigError("labels by a model need the address of an endpoint", fix="give --label-with URL")
         return None
+    from sglang_probe.studies.endpoint import ANSWERS, Endpoint
     from sglang_probe.studies.features.asked import Asking
-    from sglang_probe.studies.features.endpoint import ANSWERS, Endpoint
 
     least = {"label_most": 2, "label_nulls": 2, "label_examples": 1, "label_windows": 4, "label_at_once": 1}
     for name, value in least.items():

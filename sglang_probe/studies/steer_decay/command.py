@@ -69,7 +69,7 @@ prompt_tokens: 64
         from dataclasses import replace
 
         from sglang_probe.errors import ConfigError
-        from sglang_probe.studies.features.endpoint import ANSWERS, Endpoint
+        from sglang_probe.studies.endpoint import ANSWERS, Endpoint
         from sglang_probe.studies.steer_decay import judge
         from sglang_probe.studies.steer_decay.names import FREE
 

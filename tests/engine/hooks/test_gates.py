@@ -49,6 +49,8 @@ class Engine:
             starts=[p[1] for p in pieces],
             ends=[p[2] for p in pieces],
             attempts=[0] * len(pieces),
+            rids=[p[0].rid for p in pieces],
+            budget=[],
             forward_id=self.forwards,
             under={},
             gates={},

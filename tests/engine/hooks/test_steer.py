@@ -85,6 +85,7 @@ def attached(
             "asks": ["steer"],
             "accelerator": accelerator,
             "steer": {"library": str(library), **steer},
+            **({"live": {}} if "clamps" in steer else {}),
         }
     )
     monkeypatch.setattr(module, "graph_rows", lambda: 4)

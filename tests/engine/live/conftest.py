@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd, Watched
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.live.config import LiveConfig
@@ -29,11 +29,14 @@ class FakeEngine:
 
     def __init__(self, root: Path, *, rows: bool = False, **options: Any) -> None:
         drops = options.pop("drops", True)
+        monitor = options.pop("monitor", None)
+        self.watch: Callable[[ForwardPlan], Watched | None] = lambda _plan: None
+        """The decode rows of a forward that a monitor reads."""
         options["segments"] = {"min_seconds": 0.0, **options.get("segments", {})}
         config = EngineProbeConfig(run=root, live=LiveConfig(**options), checkpoint_seconds=0.05)
         assert config.live is not None
         facts = {"hook_points": {"hook_embed": ""} if rows else {}}
-        self.live = LiveRecording(root, config.live, facts, part_seconds=0.05, drops=drops, tick=0.02)
+        self.live = LiveRecording(root, config.live, facts, part_seconds=0.05, drops=drops, monitor=monitor, tick=0.02)
         self._forwards = 0
         self.recorder = self._recorder(rows)
         self._rows = rows
@@ -144,6 +147,8 @@ class FakeEngine:
         self.recorder.launch(plan)
         self._forwards = plan.forward_id + 1
         self.live.launched(plan, asking or set())
+        if decoding:
+            plan.watched = self.watch(plan)
         if self._rows:
             plan.rows = {"hook_embed": EMBEDDING[[self.tokens[r][p] for r, s, e in rows for p in range(s, e)]]}
         self.recorder.commit(self._tag, graph=False, ended=self._ends(ending, reason))

@@ -14,11 +14,11 @@ from rich.console import Console
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.report.page import render
+from sglang_probe.studies.endpoint import Endpoint
 from sglang_probe.studies.features import prompts
 from sglang_probe.studies.features.asked import Asking, balanced_accuracy, named_tokens, words_of
 from sglang_probe.studies.features.command import Features, _asking
 from sglang_probe.studies.features.dashboard import collect
-from sglang_probe.studies.features.endpoint import Endpoint
 from sglang_probe.studies.features.page import features_page
 from sglang_probe.studies.features.study import FeaturesResult, study
 from tests.studies.features.planted import FOLDER, SETS, planted_run, planted_sae

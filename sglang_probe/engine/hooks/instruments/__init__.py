@@ -11,6 +11,7 @@ from sglang_probe.engine.hooks.instruments.cache import CacheUse
 from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
 from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
 from sglang_probe.engine.hooks.instruments.live import LiveServer
+from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.hooks.instruments.positions import Positions
 from sglang_probe.engine.hooks.instruments.rows import Rows
 from sglang_probe.engine.hooks.instruments.steer import Steering
@@ -26,6 +27,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     LiveServer,
     Accelerator,
     Steering,  # before the taps: captured rows are those after an intervention
+    Watching,
     Rows,
     AttentionTelemetry,
     ForcedOutputs,

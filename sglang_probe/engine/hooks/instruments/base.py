@@ -31,6 +31,8 @@ class Forward:
     """None: of no request, such as a warm-up."""
     replayed: bool = False
     """Whether it was replayed from a graph; known once it has run."""
+    logits: Any = None
+    """Of the next tokens, a row a request, where the model gave them; known once it has run."""
 
 
 class Instrument:

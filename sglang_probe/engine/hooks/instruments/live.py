@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard, inventory
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
@@ -116,6 +117,7 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         part_seconds=config.checkpoint_seconds,
         drops=drops,
         metrics=_metrics(server_args, dp_rank if several else None),
+        monitor=None if (watching := guard.active().of(Watching)) is None else watching.judge(),
     )
 
 

@@ -33,6 +33,7 @@ from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
 from sglang_probe.engine.hooks.instruments.base import Instrument, forward_batch_of
 from sglang_probe.engine.hooks.instruments.budget import Budget
+from sglang_probe.engine.hooks.instruments.clamps import Clamping, is_untouched
 from sglang_probe.engine.hooks.instruments.gates import Gates
 from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
 from sglang_probe.engine.ledger.facts import Under
@@ -43,7 +44,7 @@ from sglang_probe.run.hook_points import check_architecture
 from sglang_probe.steering.config import told
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
-from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, spec_of
+from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, merged, spec_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +89,12 @@ class Steering(Instrument):
         super().__init__(config)
         assert config.steer is not None
         self._given = config.steer
-        self.of_all = bool(config.steer.deployment)
+        self.of_all = bool(config.steer.deployment or config.steer.clamps)
         self._library: Library | None = None
         self._deployed: Spec | None = None
         """What is done to every request."""
+        self._clamping: Clamping | None = None
+        """None: the server clamps nothing of its own."""
         self._bank: Bank | None = None
         self._numbers: dict[str, int] = {}
         self._graph: GraphSteering | None = None
@@ -126,7 +129,9 @@ class Steering(Instrument):
             layers=len(layers),
             weight_hash=weight_hash_of_folder(runner.server_args.model_path),
         )
-        self._bank, self._numbers = bank_of(library.values(), device=runner.device)
+        self._clamping = clamping = Clamping.of(self._given.clamps, library, runner)
+        entries = [*library.values(), *(c.vector for c in ([] if clamping is None else clamping.clamps))]
+        self._bank, self._numbers = bank_of(entries, device=runner.device)
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
         self._deployed = spec_of(self._given.deployment, library, where="steer.deployment")
@@ -134,13 +139,18 @@ class Steering(Instrument):
         if graphs and self._deployed is not None:
             refuse_spliced(self._deployed, "steer.deployment")
         kinds = ("direction", "feature") if graphs else ("direction", "feature", "sae")
-        changed = sorted({layer_of(v.card.hook_point) for v in library.values() if v.card.kind in kinds})
+        changed = sorted({layer_of(v.card.hook_point) for v in entries if v.card.kind in kinds})
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
         if probes and self._graph is None and guard.active().tp_size == 1:
             self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
+        if clamping is not None and self._gates is None:
+            raise UnsupportedError(
+                "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
+                fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
+            )
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
 
@@ -161,7 +171,9 @@ class Steering(Instrument):
         if ask.steer and weights:
             raise ConfigError(f"{WHERE}.steer: the weights were updated, and the library is of those before")
         own = spec_of(ask.steer or (), self._library, where=f"{WHERE}.steer")
-        spec = joined(self._deployed, own)
+        clamping = self._clamping
+        clamped = None if clamping is None else clamping.now(updated=bool(weights))
+        spec = merged(clamped, own) if clamped is not None else joined(self._deployed, own)
         prompt_len = len(req.origin_input_ids)
         onset = None if spec is None else spec.onset(prompt_len)
         if spec is None or onset is None:
@@ -178,6 +190,10 @@ class Steering(Instrument):
         if self._deployed is not None:  # what everybody runs under is shared
             isolation = Isolation(spec.history(prompt_len), None)
         told = json.dumps(spec.to_json())
+        if own is None and clamping is not None and clamped is not None:
+            clamping.wait(req, prompt_len)
+            self._running[id(req)] = req
+            return
         if spec.probe is None:
             mark(req, Steered(spec, Under(spec.id, onset, prompt_len, told), isolation, prompt_len))
         elif self._gates is not None:
@@ -221,6 +237,10 @@ class Steering(Instrument):
         for i, (req, s) in enumerate(zip(reqs, steered, strict=True)):
             if s is not None and (length := len(req.origin_input_ids)) != s.prompt_len:
                 # `--allow-auto-truncate`, or SGLang refused it: positions may be those of another prompt.
+                if s.of_server and self._clamping is not None:
+                    self._clamping.wait(req, length)
+                    steered[i] = steered_of(req)
+                    continue
                 steered[i] = of_length(s, length)
                 if steered[i] is None:
                     self._end(req, f"SGLang cut its prompt of {s.prompt_len} tokens to {length}")
@@ -302,8 +322,13 @@ class Steering(Instrument):
     def broken(self, error: Exception) -> None:
         """A change could not be made: the requests under interventions end, and say why."""
         self.over()
+        if self._clamping is not None:
+            self._clamping.stop(f"a change could not be made: {error}")
         for req in self._running.values():
-            self._end(req, str(error))
+            if is_untouched(req):
+                mark(req, None)  # it asked for nothing
+            else:
+                self._end(req, str(error))
         self._running.clear()
 
     def _end(self, req: Any, why: str) -> None:
@@ -312,6 +337,11 @@ class Steering(Instrument):
         req.skip_radix_cache_insert = True
         if req.to_finish is None and not req.finished():
             req.to_finish = FINISH_ABORT(f"sglang-probe could not intervene as this request asks: {why}")
+
+    @property
+    def deployed_id(self) -> str | None:
+        """Hash of what is done to every request."""
+        return None if self._deployed is None else self._deployed.id
 
     def library(self) -> tuple[str, str] | None:
         return None if self._library is None else ("steer", self._library.hash)
@@ -328,10 +358,12 @@ class Steering(Instrument):
             logger.exception("sglang-probe could not intervene", exc_info=error)
 
     def status(self) -> dict[str, Any]:
-        return {} if self.budget is None else {"steering": self.budget.status()}
+        budget = {} if self.budget is None else {"steering": self.budget.status()}
+        return budget if self._clamping is None else {**budget, "clamps": self._clamping.status()}
 
     def facts(self) -> dict[str, Any]:
-        return {"steer": None if self._library is None else told(self._given, self._library)}
+        clamps = () if self._clamping is None else self._clamping.clamps
+        return {"steer": None if self._library is None else told(self._given, self._library, clamps)}
 
 
 def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ class Steered:
     isolation: Isolation
     prompt_len: int
     gate: Gate | None = None
+    of_server: bool = False
+    """Whether the server's clamps alone are waited for, and the request asked for nothing."""
 
 
 def steered_of(req: Any) -> Steered | None:
@@ -48,11 +51,18 @@ def of_length(steered: Steered, length: int) -> Steered | None:
     return Steered(spec, replace(under, prompt_len=length), steered.isolation, length)
 
 
-def gated(spec: Spec, prompt_len: int, told: str, isolation: Isolation) -> Steered:
+def gated(
+    spec: Spec,
+    prompt_len: int,
+    told: str,
+    isolation: Isolation,
+    decided: Callable[[bool], None] = lambda _opened: None,
+) -> Steered:
     """A request that waits for its gate. Meanwhile what has no gate is done to its prompt, and marked.
 
     Args:
         told: the specification as JSON.
+        decided: told whether it opened, within the forward that decides.
     """
     assert spec.probe is not None
     now = spec.decided(False)
@@ -65,6 +75,7 @@ def gated(spec: Spec, prompt_len: int, told: str, isolation: Isolation) -> Steer
     def settle(opened: bool) -> None:
         steered.spec = asked.decided(opened)
         steered.under = under(steered.spec)
+        decided(opened)
 
     asked, name = spec, spec.id
     steered.gate = Gate(name, spec.probe, prompt_len, told, settle)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.studies.features.endpoint import KEY_VARIABLE, TRIES, Endpoint
+from sglang_probe.studies.endpoint import KEY_VARIABLE, TRIES, Endpoint
 from tests.studies.features.stub_judge import StubJudge
 
 QUESTIONS = [[{"role": "user", "content": f"question {i}"}] for i in range(6)]

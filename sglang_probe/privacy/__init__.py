@@ -1,0 +1,1 @@
+"""Personal data in recorded text: found by patterns, and withheld by position."""

@@ -1,0 +1,173 @@
+"""Clamps that a server puts on its traffic: a feature that was validated, an operation, and a gate that says on whom.
+
+What is done is what the manifest of features says (`sae/features.py`): mode, value, threshold. The server's
+configuration names the feature and the gate, and nothing else. A feature that is a hypothesis, of other weights, of
+another SAE or of another hook point is refused before anything is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from sglang_probe.config import Config, InputPath
+from sglang_probe.errors import ConfigError
+from sglang_probe.sae.features import Feature, FeatureManifest, read_features
+from sglang_probe.sae.folder import weights_sha256
+from sglang_probe.steering import library
+from sglang_probe.steering.card import Card, MadeBy
+from sglang_probe.steering.library import Vector
+from sglang_probe.steering.spec import Spec, Step, probe_of
+
+if TYPE_CHECKING:
+    import torch
+
+MAY_ACT = ("validated", "deployed")
+"""Statuses of a feature that may be clamped."""
+
+
+class ClampConfig(Config):
+    """A clamp on the generated tokens of requests whose gate opens."""
+
+    manifest: InputPath
+    """`features.json` of the SAE."""
+    feature: int = Field(ge=0)
+    """Index of a feature that the manifest has as `validated` or `deployed`, with its `clamp`."""
+    sae: InputPath
+    """Folder of the SAE, checked against the manifest."""
+    probe: str = Field(min_length=1)
+    """The gate of intent: name of a probe of `steer: library`. On the prompt's last row it says whether a request is in
+    scope; nothing of another request is touched."""
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """One of them, checked."""
+
+    config: ClampConfig
+    manifest: FeatureManifest
+    feature: Feature
+    vector: Vector
+    """The feature, with the threshold of the clamp where that is above its own."""
+
+    @property
+    def step(self) -> Step:
+        """What is done, without its gate: on all generated tokens."""
+        assert self.feature.clamp is not None
+        clamp = self.feature.clamp
+        return Step(
+            vector=self.vector.name,
+            hash=self.vector.hash,
+            hook_point=self.vector.card.hook_point,
+            op=clamp.mode,
+            amount=1.0 if clamp.value is None else clamp.value,
+            gated=clamp.mode == "clamp",
+            prompt=None,
+            generation=(1, None),
+            exclude=(),
+        )
+
+    def told(self) -> dict[str, Any]:
+        """For a run's manifest and the server's status."""
+        assert self.feature.clamp is not None
+        return {
+            "feature": self.feature.index,
+            "label": self.feature.label,
+            "status": self.feature.status,
+            "manifest_sha256": self.manifest.sha256,
+            "revision": self.manifest.revision,
+            "sae_sha256": self.manifest.sae_sha256,
+            "hook_point": self.vector.card.hook_point,
+            "clamp": self.feature.clamp.model_dump(mode="json"),
+            "probe": self.config.probe,
+            "vector": self.vector.name,
+            "hash": self.vector.hash,
+        }
+
+
+def read_clamps(given: Sequence[ClampConfig], *, width: int, layers: int, weight_hash: str | None) -> list[Clamp]:
+    """Read and check the clamps of a server.
+
+    Args:
+        width, layers, weight_hash: of the model that is served.
+
+    Raises:
+        ConfigError: a feature may not act, or is not of this model, SAE or hook point; names which.
+    """
+    return [_read(c, width=width, layers=layers, weight_hash=weight_hash) for c in given]
+
+
+def spec_of_clamps(clamps: Sequence[Clamp], probes: Mapping[str, Vector]) -> Spec | None:
+    """What is done to a request whose gate opens; None: nothing.
+
+    Raises:
+        ConfigError: a probe is not in the library, is none, or has no threshold; or they have several.
+    """
+    names = sorted({c.config.probe for c in clamps})
+    if len(names) > 1:
+        raise ConfigError(f"`clamps` have the gates {', '.join(names)}: a request has one probe")
+    if not clamps:
+        return None
+    probe = probe_of(names[0], probes, "steer.clamps")
+    steps = [Step(**{**_fields(c.step), "probe": probe}) for c in clamps]
+    return Spec(tuple(sorted(steps, key=lambda s: s.layer)))
+
+
+def _fields(step: Step) -> dict[str, Any]:
+    return {name: getattr(step, name) for name in Step.__dataclass_fields__}
+
+
+def _read(given: ClampConfig, *, width: int, layers: int, weight_hash: str | None) -> Clamp:
+    from sglang_probe.steering.make import read_sae_feature
+
+    where = f"`clamps`: feature {given.feature} of {given.manifest}"
+    manifest = read_features(given.manifest)
+    manifest.check_weights(weight_hash, where="the model that is served")
+    feature = manifest.feature(given.feature)
+    if feature.status not in MAY_ACT:
+        raise ConfigError(
+            f"{where} is `{feature.status}`, and only {' or '.join(f'`{s}`' for s in MAY_ACT)} ones may act",
+            fix="enter causal evidence and `sglang-probe manifest move` it to `validated`",
+        )
+    if feature.clamp is None:
+        raise ConfigError(f"{where} has no `clamp`, which says what is done to it")
+    if (digest := weights_sha256(given.sae)) != manifest.sae_sha256:
+        raise ConfigError(
+            f"{where} is of an SAE with weights {manifest.sae_sha256[:12]}, and {given.sae} has {digest[:12]}",
+            fix="give the SAE of the manifest",
+        )
+    found = read_sae_feature(given.sae, given.feature, hook_point=manifest.hook_point)
+    if found.hook_point != manifest.hook_point:
+        raise ConfigError(f"{where} is of `{manifest.hook_point}`, and {given.sae} of `{found.hook_point}`")
+    vector = _vector(manifest, feature, dict(found.tensors))
+    library.check_vector(vector, width=width, layers=layers, weight_hash=weight_hash)
+    return Clamp(given, manifest, feature, vector)
+
+
+def _vector(manifest: FeatureManifest, feature: Feature, tensors: dict[str, torch.Tensor]) -> Vector:
+    """An entry as a library would have it, in memory alone: no client can name it."""
+    import torch
+    from safetensors.torch import save
+
+    assert feature.clamp is not None
+    own = tensors[library.THRESHOLD]
+    tensors[library.THRESHOLD] = torch.maximum(own.float(), torch.tensor(feature.clamp.threshold))
+    tensors = {n: t.detach().to("cpu", torch.float32).contiguous().clone() for n, t in tensors.items()}
+    w = tensors[library.VECTOR]
+    card = Card(
+        name=f"clamp-{feature.index}",
+        kind="feature",
+        hook_point=manifest.hook_point,
+        width=w.shape[0],
+        model=manifest.model,
+        model_weight_hash=manifest.model_weight_hash,
+        norm=float(w.double().norm()),
+        percentile99=feature.percentile99,
+        made_by=MadeBy(command="steer.clamps", inputs={"manifest": manifest.sha256, "feature": feature.index}),
+        sha256=hashlib.sha256(save(tensors)).hexdigest(),
+    )
+    return Vector(card, tensors)

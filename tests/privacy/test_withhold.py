@@ -1,0 +1,169 @@
+"""A scrubbed run: what is personal is gone by position, everything else is there, and `verify` asks for both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_probe.axes.vocabulary import Vocabulary
+from sglang_probe.errors import ConfigError
+from sglang_probe.privacy.withhold import (
+    NEIGHBOUR,
+    Withhold,
+    found_in,
+    is_scrubbed,
+    reasons_of,
+    withhold,
+    withhold_in_place,
+)
+from sglang_probe.run import tokens as positions
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.verify.verify import verify
+from sglang_probe.verify.withheld import withheld_positions
+from tests.declared import run_commands
+from tests.verify.good_run import POINTS, SHARED, VOCABULARY, make_good_run
+
+MAIL = (6, 7, 8)
+"""Token ids that spell an address; every request of the run begins with them, at positions 2 to 4."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = {f"\u2581w{i}": i for i in range(VOCABULARY) if i not in (*MAIL, 9)}
+    vocab |= {"\u2581ann@": 6, "example": 7, ".org": 8, "\u2581and": 9}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scrubbed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Run, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    run = make_good_run(folder / "run")
+    withhold(run, folder / "scrubbed", tokenizer, Withhold())
+    return run, load_run(folder / "scrubbed")
+
+
+def test_rows_and_ids_of_what_was_found_are_gone_and_all_others_are_there(scrubbed: tuple[Run, Run]) -> None:
+    before, after = scrubbed
+    assert [c.violation for c in verify(before) if not c.holds] == []
+    assert [c.violation for c in verify(after) if not c.holds] == []
+    assert {c.name for c in verify(after)} >= {"withheld", "lineage", "rebinds", "content", "rows"}
+    told = after.withheld()
+    assert set(told["reason"]) == {"pii:email", NEIGHBOUR}
+    sharing = [r.rid for r in before.requests(interrupted=True).itertuples() if list(r.prompt_ids[:8]) == SHARED]
+    assert len(sharing) >= 3
+    for r in after.requests(interrupted=True).itertuples():
+        if r.rid in sharing:
+            mine = told[told["rid"] == r.rid]
+            assert mine[["start", "end", "reason"]].to_numpy().tolist()[:3] == [
+                [1, 2, NEIGHBOUR],
+                [2, 5, "pii:email"],
+                [5, 6, NEIGHBOUR],
+            ]
+            assert list(r.prompt_ids[:8]) == [*SHARED[:2], -1, -1, -1, *SHARED[5:]]
+    tokens = positions.expand(before.spans()[before.spans()["row_start"] >= 0])
+    reason = withheld_positions(after, tokens["rid"].to_numpy(), tokens["position"].to_numpy())
+    gone = tokens["row"].to_numpy()[reason != ""]
+    assert len(gone)
+    for point in POINTS:
+        kept = {int(n): x for numbers, rows in before.iter_shards(point) for n, x in zip(numbers, rows, strict=True)}
+        now = {int(n): x for numbers, rows in after.iter_shards(point) for n, x in zip(numbers, rows, strict=True)}
+        assert set(now) == set(kept) - set(gone.tolist())
+        assert all(torch.equal(now[n], kept[n]) for n in now)
+    assert not after.holds("hook_embed", gone).any()
+    for name in ("spans", "forwards", "rebinds"):
+        assert getattr(after, name)().equals(getattr(before, name)())
+
+
+def test_nothing_of_the_copy_holds_an_id_that_was_withheld_everywhere(scrubbed: tuple[Run, Run]) -> None:
+    _, after = scrubbed
+    requests = after.requests(interrupted=True)
+    ids = np.concatenate([*requests["prompt_ids"], *(x for x in requests["output_ids"] if x is not None)])
+    assert (ids == -1).any()
+    ended = after.engine_requests()
+    assert ended["output_ids"].map(list).tolist() == [
+        list(requests.set_index("rid")["output_ids"][rid]) for rid in ended["rid"]
+    ]
+    rows = sum(len(b) for b in after.iter_batches("hook_embed", batch_size=64))
+    assert rows > 0  # whoever trains gets what is left, and no gap
+
+
+@pytest.mark.parametrize("plant", ["row", "id", "other id", "count", "rule"])
+def test_verify_names_what_is_there_against_the_ledger(
+    tmp_path: Path, tokenizer: Path, plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_probe.privacy import withhold as module
+
+    run = make_good_run(tmp_path / "run")
+    if plant == "row":
+        monkeypatch.setattr(module, "_rows_gone", lambda *_a: np.empty(0, np.int64))
+    if plant == "id":
+        monkeypatch.setattr(module, "_ids", lambda table, _own, prompt: table)
+    if plant == "other id":
+        ids = module._ids
+        wide = lambda own: {k: np.ones_like(v) for k, v in own.items()}  # noqa: E731
+        monkeypatch.setattr(module, "_ids", lambda table, own, prompt: ids(table, wide(own), prompt=prompt))
+    withhold(run, tmp_path / "out", tokenizer, Withhold())
+    manifest = tmp_path / "out" / "manifest.json"
+    if plant in ("count", "rule"):
+        told = json.loads(manifest.read_text())
+        told["withheld"] = {**told["withheld"], "positions": {}} if plant == "count" else None
+        from sglang_probe.run import seal
+
+        seal.close(tmp_path / "out", told)
+    found = {c.name: c.violation for c in verify(load_run(tmp_path / "out")) if not c.holds}
+    says = {
+        "row": "which is withheld",
+        "id": "its token id is there",
+        "other id": "missing without a reason",
+        "count": "the manifest counted",
+        "rule": "does not say by which rule",
+    }[plant]
+    assert says in str(found.get("withheld")), found
+
+
+def test_what_requests_share_is_withheld_of_all_of_them(tokenizer: Path) -> None:
+    import pandas as pd
+
+    # The second one ends within the address, so that alone nothing would be found in it.
+    frame = pd.DataFrame({"rid": ["a", "b"], "prompt_ids": [[1, 6, 7, 8, 2], [1, 6, 7, 9, 3]], "output_ids": [[], []]})
+    told = reasons_of(frame, Vocabulary.load(tokenizer), Withhold(neighbours=0))
+    assert told["a"].tolist() == [None, *["pii:email"] * 3, None]
+    assert told["b"].tolist() == [None, *["pii:email"] * 2, None, None]
+
+
+def test_positions_are_those_of_the_tokens_that_hold_a_byte_of_what_was_found(tokenizer: Path) -> None:
+    vocabulary = Vocabulary.load(tokenizer)
+    assert found_in([1, 6, 7, 8, 9], vocabulary, Withhold(pii=["email"])) == [(1, 4, "pii:email")]
+    assert found_in([1, 6, -1, 7, 8], vocabulary, Withhold()) == []
+    assert found_in([], vocabulary, Withhold()) == []
+
+
+def test_the_command_refuses_what_it_cannot_scrub(
+    scrubbed: tuple[Run, Run], tokenizer: Path, tmp_path: Path, cli: Callable
+) -> None:
+    before, after = scrubbed
+    args = ["scrub", str(before.path), "--model", str(tokenizer), "--pii", "email", "--output", str(tmp_path / "x")]
+    assert list(run_commands([args]).values()) == [0]
+    with pytest.raises(ConfigError, match="exists"):
+        withhold(before, tmp_path / "x", tokenizer, Withhold())
+    with pytest.raises(ConfigError, match="withheld already"):
+        withhold(after, tmp_path / "y", tokenizer, Withhold())
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_harvest_that_withholds_puts_the_copy_in_the_place_of_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    run = make_good_run(tmp_path / "run")
+    assert not is_scrubbed(run.path)
+    after = withhold_in_place(run, tokenizer, Withhold(pii=["email"], neighbours=0))
+    assert after.path == run.path
+    assert set(after.withheld()["reason"]) == {"pii:email"}
+    assert is_scrubbed(run.path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert all(c.holds for c in verify(load_run(run.path)))

@@ -1,0 +1,56 @@
+"""A validated feature of a made-up SAE of the built-in model, and its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_probe.config import parse_config
+from sglang_probe.sae.features import FeatureManifest, write_features
+from sglang_probe.sae.folder import weights_sha256, write_sae
+from sglang_probe.sae.sae import SAE
+from sglang_probe.steering.library import weight_hash_of_folder
+from tests.end_to_end.steering import MODEL, POINTS, WIDTH
+from tests.sae.test_features import EVIDENCE
+
+FEATURE, LAYER = 3, 1
+
+
+def make_clamp(
+    folder: Path, *, status: str = "validated", hook_point: str = POINTS[LAYER], **more: Any
+) -> dict[str, Any]:
+    """An entry of `steer: clamps`, without its probe: every latent is always active, so that a clamp changes rows."""
+    generator = torch.Generator().manual_seed(7)
+    w = torch.randn((WIDTH, 8), generator=generator)
+    sae = SAE(
+        "jumprelu",
+        W_enc=w / 16,
+        W_dec=w.T.contiguous() / w.norm(dim=0)[:, None],
+        b_enc=torch.full((8,), 50.0),
+        b_dec=torch.zeros(WIDTH),
+        threshold=torch.full((8,), 1.0),
+        metadata={"hook_name": hook_point, "model_name": "probe-text"},
+    )
+    write_sae(sae, folder / "sae")
+    feature = {
+        "index": FEATURE,
+        "label": "planted",
+        "labelled": {"by": "human", "name": "x"},
+        "owner": "y",
+        "evidence": [EVIDENCE],
+        "clamp": {"mode": "clamp", "value": 0.0, "threshold": 5.0},
+        "status": status,
+        **more.pop("feature", {}),
+    }
+    told = {
+        "model": "probe-text",
+        "model_weight_hash": weight_hash_of_folder(MODEL),
+        "hook_point": POINTS[LAYER],
+        "sae_sha256": weights_sha256(folder / "sae"),
+        "features": [feature],
+        **more,
+    }
+    write_features(parse_config(told, FeatureManifest, where="made"), folder / "features.json")
+    return {"manifest": str(folder / "features.json"), "sae": str(folder / "sae"), "feature": FEATURE}

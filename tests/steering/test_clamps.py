@@ -1,0 +1,62 @@
+"""What a server may clamp: a validated feature of its own weights, SAE and hook point, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_probe.errors import ConfigError
+from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
+from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
+from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
+from tests.steering.clamped import FEATURE, make_clamp
+
+
+def read(folder: Path, weights: str | None = None, **made: Any) -> list[Any]:
+    entry = ClampConfig.model_validate({**make_clamp(folder, **made), "probe": "fires"})
+    return read_clamps([entry], width=WIDTH, layers=4, weight_hash=weights or weight_hash_of_folder(MODEL))
+
+
+@pytest.mark.parametrize("status", ["validated", "deployed"])
+def test_a_validated_feature_is_clamped_as_its_manifest_says(tmp_path: Path, status: str) -> None:
+    (clamp,) = read(tmp_path, status=status)
+    step = clamp.step
+    assert (step.op, step.amount, step.gated, step.prompt, step.generation) == ("clamp", 0.0, True, None, (1, None))
+    assert clamp.vector.scalar(THRESHOLD) == 5.0  # of the clamp, which is above that of the SAE
+    spec = spec_of_clamps([clamp], make_library(tmp_path / "library"))
+    assert spec is not None
+    assert spec.probe is not None
+    assert spec.probe.name == "fires"
+    assert clamp.told()["status"] == status
+    (other,) = read(tmp_path / "two", feature={"clamp": {"mode": "ablate_feature", "threshold": 0.0}})
+    assert (other.step.op, other.step.amount, other.vector.scalar(THRESHOLD)) == ("ablate_feature", 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"status": "hypothesis"}, "is `hypothesis`, and only"),
+        ({"status": "retired"}, "is `retired`"),
+        ({"model_weight_hash": "a" * 64}, "the manifest is of `probe-text` with weights aaaaaaaaaaaa"),
+        ({"sae_sha256": "b" * 64}, "of an SAE with weights bbbbbbbbbbbb"),
+        ({"hook_point": POINTS[2]}, "blocks.2.hook_resid_post"),
+        ({"feature": {"clamp": None}}, "has no `clamp`"),
+        ({"feature": {"index": FEATURE + 1}}, f"feature {FEATURE} is not in the manifest"),
+    ],
+)
+def test_what_may_not_act_is_refused_before_anything_is_served(tmp_path: Path, made: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read(tmp_path, **made)
+
+
+def test_gates_are_probes_of_the_library_and_all_clamps_have_one(tmp_path: Path) -> None:
+    (clamp,) = read(tmp_path)
+    library: Library = make_library(tmp_path / "library")
+    other = type(clamp)(clamp.config.model_copy(update={"probe": "up"}), clamp.manifest, clamp.feature, clamp.vector)
+    with pytest.raises(ConfigError, match="`up` is a direction"):
+        spec_of_clamps([other], library)
+    with pytest.raises(ConfigError, match="a request has one probe"):
+        spec_of_clamps([clamp, other], library)
+    assert spec_of_clamps([], library) is None
