@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class TuneLens(Study):
-    """Train a tuned lens on recorded rows: an affine map a layer, and its KL on held-out texts beside the plain lens.
+    """How much nearer to the model's prediction is a lens that was trained? An affine map a layer, on recorded rows.
 
-    Needs rows after the model's last layer and after others. The folder that this writes is what `sglang-probe lens
-    --tuned` reads. After a layer where no map does better than the plain lens, the plain one is kept.
+    Its KL on held-out texts stands beside that of the plain lens. Needs rows after the model's last layer and after
+    others. The folder that this writes is what `sglang-probe lens --tuned` reads. After a layer where no map does
+    better than the plain lens, the plain one is kept.
 
     Example: `sglang-probe tune-lens runs/mine --output lenses/mine`, then `sglang-probe lens runs/other --tuned
     lenses/mine`
