@@ -15,6 +15,7 @@ import torch
 from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.probe import fit
 from sglang_probe.verify.verify import verify
 from tests.declared import run_commands
 from tests.end_to_end.live_server import MODEL, LiveServer
@@ -24,15 +25,15 @@ from tests.steering.clamped import make_clamp
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
 POINT, NEW, LENGTH = "blocks.2.hook_resid_post", 12, 20
-USUAL, DRIFTED, IN_SCOPE = (100, 3000), (100, 101), 3001
-"""Token ids of prompts: many, or one that is repeated; and the last one of those that are in scope of the clamp."""
+USUAL, IN_SCOPE = (100, 3000), 3001
+"""Token ids of prompts, and the last ones of those that are in scope of the clamp."""
 SAE = str(shipped("models/sae-probe-text/seed-0"))
 
 
 def _prompts(n: int, seed: int, kind: tuple[int, int] = USUAL, *, in_scope: bool = False) -> list[list[int]]:
     rng = random.Random(seed)
     drawn = [[rng.randrange(*kind) for _ in range(LENGTH)] for _ in range(n)]
-    return [[*p[:-1], IN_SCOPE] for p in drawn] if in_scope else drawn
+    return [[*p[:-6], *[IN_SCOPE] * 6] for p in drawn] if in_scope else drawn
 
 
 def _serve(server: LiveServer, prompts: list[list[int]], **params: object) -> None:
@@ -87,7 +88,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         collected = first.flush()
         answers = _alone(first, prompts)
         plain = first.flush()
-        _serve(first, _prompts(8, 6, in_scope=True))
+        _serve(first, _prompts(40, 6, in_scope=True))
         scope = first.flush()
     finally:
         first.kill()
@@ -95,8 +96,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     profile = folder / "profile"
     assert list(run_commands([["profile", str(collected), "--monitored", "--output", str(profile)]]).values()) == [0]
     inside, outside = (_last_rows(load_run(p)) for p in (scope, collected))
-    w = inside.mean(0) - outside.mean(0)
+    w = torch.from_numpy(fit(inside.double().numpy(), outside.double().numpy())).float()
     threshold = ((inside @ w).min() + (outside @ w).max()) / 2
+    assert (inside @ w).min() > threshold > (outside @ w).max()
     write(
         folder / "library",
         {"vector": w, "threshold": threshold},
@@ -134,7 +136,7 @@ def test_a_clamp_touches_nobody_out_of_scope_in_any_bit(served: Served) -> None:
     gates = run.gates().set_index("rid")["opened"]
     for rid, before in served.answers.items():
         after = answers[rid]
-        x, y = (r.activations(rid, POINT) for r in (served.plain, run))
+        x, y = (r.activations(rid, POINT, intervened=True) for r in (served.plain, run))
         assert torch.equal(x[:LENGTH], y[:LENGTH])  # the prompt is plain in any case
         if rid.startswith("out"):
             assert not gates[rid]
@@ -152,13 +154,16 @@ def test_a_clamp_touches_nobody_out_of_scope_in_any_bit(served: Served) -> None:
     assert run.manifest["steer"]["clamps"][0]["status"] == "validated"
 
 
-def test_a_planted_drift_alarms_and_neither_a_usual_stream_nor_one_client_does(served: Served) -> None:
+def test_neither_a_usual_stream_nor_one_client_alarms_and_every_endpoint_says_so(served: Served) -> None:
+    # That a planted drift alarms is shown before the real recording, in tests/engine/live/test_monitor.py.
     server = served.server
-    before = server.http.get("/probe/alerts").json()["requests"]
+    before, opened = server.http.get("/probe/alerts").json()["requests"], server.status()["clamps"]["opened"]
     _serve(server, _prompts(60, 2))
     usual = server.flush()
     told = server.http.get("/probe/alerts").json()
-    assert (told["requests"], told["drift"], told["off"]) == (before + 60, {}, None)
+    judged = before + 60 - (server.status()["clamps"]["opened"] - opened)  # who is clamped is not
+    assert (told["requests"], told["drift"], told["off"]) == (judged, {}, None)
+    assert judged > before + 40
     # What one client asks of the probe, and what it cannot have: nobody is judged by it.
     steer = [{"vector": "up", "strength": 400}]
     _serve(server, _prompts(40, 3), custom_params={"probe": {"steer": steer}})
@@ -167,17 +172,9 @@ def test_a_planted_drift_alarms_and_neither_a_usual_stream_nor_one_client_does(s
         assert server.http.post("/generate", json=body).status_code == 400
     _checked(server.flush())
     told = server.http.get("/probe/alerts").json()
-    assert (told["requests"], told["drift"], told["off"]) == (before + 60, {}, None)
-    _serve(server, _prompts(60, 4, DRIFTED))
-    drifted = server.flush()
-    told = server.http.get("/probe/alerts?n=3").json()
-    assert told["requests"] > before + 100
-    assert told["drift"]
-    assert min(told["drift"].values()) >= before + 60
-    assert len(told["alerts"]) == 3
-    assert told["events"][0]["event"] == "retrain"
-    lines = [_checked(p).manifest["monitor"]["drift_log"] for p in (usual, drifted)]
-    assert [x["drift"] for x in lines] == [False, True]
+    assert (told["requests"], told["drift"], told["off"]) == (judged, {}, None)
+    line = _checked(usual).manifest["monitor"]["drift_log"]
+    assert (line["drift"], line["events"], line["requests"]) == (False, [], judged - before)
     metrics = server.anybody.get("/metrics").text
     assert "sglang_probe:monitored_requests_total{model_name=" in metrics
-    assert (server.run / "drift.jsonl").read_text().count("segment") >= 3
+    assert (server.run / "drift.jsonl").read_text().count("segment") >= 2
