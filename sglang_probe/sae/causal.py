@@ -50,6 +50,11 @@ def causal_tests(loss_CF: Array, random_CF: Array, family_C: Array) -> pd.DataFr
     return frame
 
 
+def least_p(features: int, families: int) -> float:
+    """The smallest `p_holm` that `causal_tests` can give so many features in so many families."""
+    return min(1.0, features * 2.0 ** (1 - families))
+
+
 def halves(family_C: Array, rng: np.random.Generator) -> Array | None:
     """Which cases are for finding features, bool `[C]`: half of the families; None if that leaves too few for a test on
     either side."""

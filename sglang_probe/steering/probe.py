@@ -105,7 +105,7 @@ def choose_threshold(positive: Array, negative: Array, *, fpr: float) -> Gate:
         raise ConfigError(
             f"a false positive rate of {fpr:g} needs {need} held-out negative prompts and a positive one, and there "
             f"are {m} and {n}",
-            fix=f"give more prompts, twice as many as are held out, or a rate of {1 / (m + 1):.2g} or more",
+            fix=f"give more prompts, twice as many as are held out, or a rate of {math.ceil(1000 / (m + 1)) / 1000:g} or more",
         )
     # The next float32 up, as the library stores it: rounding down would let the k-th itself through.
     threshold = _up(float(np.sort(negative)[m - k]))

@@ -14,7 +14,7 @@ import torch
 from sglang_probe.errors import ConfigError
 from sglang_probe.report.figures import visible
 from sglang_probe.sae.attribution import FEATURE, Node, Prompt
-from sglang_probe.sae.causal import alike, causal_tests, family_means, halves
+from sglang_probe.sae.causal import LEVEL, alike, causal_tests, family_means, halves, least_p
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.stats.intervals import LEAST_CLUSTERS, mean_intervals
 from sglang_probe.studies.base import Measured
@@ -359,6 +359,11 @@ def _notes(setup: Setup, cases: Sequence[Case], half: Array | None, tests: pd.Da
             f"{families} families of prompts are too few to find features in some and test them in others "
             f"({2 * LEAST_CLUSTERS} are needed): effects are of the prompts that the features were chosen for, and no "
             "feature is called causal."
+        )
+    elif len(tests) and (least := least_p(len(tests), tests["families"].iloc[0])) > LEVEL:
+        notes.append(
+            f"{tests['families'].iloc[0]} families to test {len(tests)} features in can call none of them causal: the "
+            f"smallest p there is, adjusted, is {least:.3f}. Record more families, or shorten the list."
         )
     if len(cases) < ENOUGH:
         notes.append(f"{len(cases)} cases are few: {ENOUGH} and more say what wrong answers have in common.")

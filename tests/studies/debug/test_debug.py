@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,12 +17,12 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.paths import shipped
 from sglang_probe.report.page import render
 from sglang_probe.run.run import Run
-from sglang_probe.sae.causal import alike, causal_tests, halves
+from sglang_probe.sae.causal import alike, causal_tests, halves, least_p
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.sae.sae import SAE
 from sglang_probe.studies.debug.cases import read_cases
 from sglang_probe.studies.debug.page import answer, debug_page
-from sglang_probe.studies.debug.study import DebugResult, debug
+from sglang_probe.studies.debug.study import DebugResult, _notes, debug
 from sglang_probe.studies.trace.setup import prepare
 from tests.rows_run import Text, write_run
 
@@ -103,6 +105,19 @@ def test_few_families_give_effects_and_no_verdict(planted: tuple[Run, Path], tmp
     assert found.causal.empty
     assert "no feature is called causal" in " ".join(found.notes)
     assert "too few families" in answer(found)
+
+
+def test_families_too_few_for_the_length_of_the_list_are_told(found: DebugResult) -> None:
+    # The same loss in every family: no data say more.
+    tests = causal_tests(np.ones((7, 5)), np.zeros((7, 5)), np.arange(7))
+    assert tests["p_holm"].tolist() == [least_p(5, 7)] * 5 == [5 / 64] * 5
+    assert not tests["causal"].any()
+    assert causal_tests(np.ones((8, 5)), np.zeros((8, 5)), np.arange(8))["causal"].all()
+    setup: Any = SimpleNamespace(readers=[])
+    few = pd.DataFrame({"families": [7] * 5, "randoms": [3] * 5})
+    (said,) = _notes(setup, [SimpleNamespace(family=str(i)) for i in range(28)], np.ones(28, bool), few)  # type: ignore[misc]
+    assert said.startswith("7 families to test 5 features in can call none of them causal: the smallest p there is, ")
+    assert not _notes(setup, [SimpleNamespace(family=str(i)) for i in range(28)], np.ones(28, bool), few[:3])  # type: ignore[misc]
 
 
 def test_two_continuations_are_compared_where_they_part(planted: tuple[Run, Path], tmp_path: Path) -> None:
