@@ -52,8 +52,8 @@ from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
 
 HERE = Path(__file__).parent
-POINT, FPR, Q = "blocks.1.hook_resid_post", 0.02, 0.05
-CAPTURED = {"content": 250, "story": 160, "refused": 120, "split": 120}
+POINT, FPR, Q = "blocks.1.hook_resid_post", 0.021, 0.05
+CAPTURED = {"content": 240, "story": 160, "refused": 120, "split": 120}
 TESTED = {"content": 96, "story": 72, "refused": 72, "split": 72}
 CLAMP = {"op": "clamp", "strength": 0.0, "phases": ["decode"], "gate": {"by": "feature"}}
 
