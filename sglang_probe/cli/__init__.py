@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, export, harvest, live, manifest, model, vector, verify
+from sglang_probe.cli import doctor, export, harvest, live, manifest, model, prove, vector, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.add_typer(sae, name="sae")
 app.add_typer(steer, name="steer")
 app.command("live")(live.command)
 app.command("verify")(verify.command)
+app.command("prove")(prove.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
 app.add_typer(export.app, name="export")

@@ -246,6 +246,11 @@ class ProbedEngine:
         told: dict[str, Any] = json.loads((self._probe.run / ENGINE_FILE).read_text(encoding="utf-8"))
         return told
 
+    @property
+    def tokenizer_manager(self) -> Any:
+        """SGLang's `TokenizerManager`, for clients that do more than ask and wait."""
+        return self._engine.tokenizer_manager
+
     def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the engine's event loop."""
         return self._engine.loop.run_until_complete(main)

@@ -31,8 +31,8 @@ FAULT_FILE = "fault.txt"
 class EngineProbeConfig(Config):
     """What one engine process records.
 
-    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches` and `ignore_interrupt`
-    are set by `sglang-probe harvest`.
+    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches`, `slot_truth` and
+    `ignore_interrupt` are set by the commands that start an engine.
     """
 
     run: Path
@@ -65,6 +65,8 @@ class EngineProbeConfig(Config):
     `deployment: [...]` for those on every request. Absent: none."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
+    slot_truth: Path | None = None
+    """Set by `sglang-probe prove`: where to report the true owner of every KV slot, read from the device. Slow."""
     ignore_interrupt: bool = False
     """Leave Ctrl-C, SIGTERM and SIGHUP to the process that started the engine, so that it can close the run first."""
 

@@ -239,6 +239,8 @@ class Session:
             self.writer.flush()
             if isinstance(self.writer, Writer):
                 self.writer.stop()
+            for instrument in self.instruments:
+                instrument.close()
         elif self.live is not None:  # which has stopped
             self.live.close()
 

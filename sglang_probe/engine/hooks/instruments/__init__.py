@@ -13,6 +13,7 @@ from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
 from sglang_probe.engine.hooks.instruments.live import LiveServer
 from sglang_probe.engine.hooks.instruments.positions import Positions
 from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth
 from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.releases.base import Hook, Release
@@ -32,6 +33,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     CacheUse,
     Positions,
     KeptSets,
+    SlotTruth,
 )
 """In the order in which they are asked."""
 
