@@ -91,7 +91,7 @@ def _table(proof: Proof) -> Table:
     from rich.table import Table
 
     s = proof.subject
-    of = f"{s['model']['architecture']} in {s['dtype']}, {s['attention_backend']}"
+    of = f"{s['architecture']} in {s['dtype']}, {s['attention_backend']}"
     title = f"SGLang {s['sglang']} on {s['device']}, {of}"
     table = Table("", "check", "holds", "covered", "seconds", "note", title=title)
     for a in proof.asked:

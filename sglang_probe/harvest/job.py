@@ -171,7 +171,9 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
     return EngineProbeConfig(
         run=path.resolve(),
         hook_points=list(job.hook_points),
-        accelerator=config.accelerator,
+        certificate=config.certificate if config.certificate == "auto" else Path(config.certificate).resolve(),
+        proving=job.prepared.proving,
+        simulated_graphs=config.simulated_graphs,
         rows=config.rows,
         scores=_scores(job),
         telemetry=config.telemetry,

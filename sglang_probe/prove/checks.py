@@ -93,3 +93,22 @@ def reached(runs: Iterable[Run], *, cached: bool) -> Check:
         "no position was reused, so that nothing is proved of reuse" if cached and not counts["reused"] else None
     )
     return Check("reached", "the traffic reused entries", counts["reused"], "positions", violation, note)
+
+
+def graphs(checked: dict[str, Any] | None, *, captured: bool) -> Asked:
+    """The check of every captured decode graph, which the engine made when it started and would not have started
+    without (`engine/hooks/instruments/graph_check.py`).
+
+    Args:
+        checked: what the manifest says of it. captured: whether there are graphs.
+    """
+    claim = "every captured graph writes every row, of its own token, and as the eager forward does"
+    if checked is None:
+        violation = "graphs are in force, and none was checked" if captured else None
+        return Asked("P1", Check("graphs", claim, 0, "graphs", violation, "no graphs" if not captured else None), 0.0)
+    worst = max(checked["worst"], key=lambda h: checked["worst"][h])
+    note = (
+        f"{checked['sizes'][0]} to {checked['sizes'][-1]} tokens; replay against eager: worst {worst}, "
+        f"{checked['worst'][worst]:.1e}; equal to the bit: {min(checked['equal'].values()):.0%} or more of the rows"
+    )
+    return Asked("P1", Check("graphs", claim, len(checked["sizes"]), "graphs", None, note), checked["seconds"])

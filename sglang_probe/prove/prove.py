@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.certified import subject_in_force
 from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.config import Recording
@@ -64,8 +64,8 @@ class Proof:
     """Server arguments in force that decide rows, reuse and batches."""
     versions: dict[str, Any] = field(default_factory=dict)
     hook_points: list[str] = field(default_factory=list)
-    graphs: dict[str, list[int]] = field(default_factory=dict)
-    """Sizes that were captured, by phase."""
+    graphs: dict[str, Any] = field(default_factory=dict)
+    """Sizes of decode graphs that were checked, and what was found (`GraphCheck.told`)."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """What the clients did, by recording."""
     seconds: float = 0.0
@@ -92,6 +92,7 @@ class Proof:
                 "versions": self.versions,
                 "python": platform.python_version(),
                 "machine": platform.machine(),
+                "platform": platform_facts(),
                 "seed": config.seed,
                 "requests": config.requests,
                 "checks": [a.to_json() for a in self.asked],
@@ -220,6 +221,10 @@ class _Proving:
             self.proof.asked.append(Asked("P2", check, time.perf_counter() - began))
             raise _Failed from e
         self._learn(run.manifest, prepared)
+        if name == AS_CONFIGURED and self.proof.subject["device"] != "cpu":
+            checked = run.manifest.get("graphs_checked")
+            self.proof.asked.append(checks.graphs(checked, captured=self.proof.subject["graphs"]))
+            self.proof.graphs = checked or {}
         self.proof.counts[name] = clients.counts
         served = clients.counts["served"]
         check = Check(f"recording, {name}", "the probe records to the end", served, "requests")
@@ -241,15 +246,20 @@ class _Proving:
             server=self.server,
             hook_points=self.proof.hook_points,
             concurrency=8,
-            accelerator="unproved" if accelerator_present() else "refused",
         )
-        return prepare(recording, workload=workload)
+        return prepare(recording, workload=workload, proving=True)
 
     def _learn(self, manifest: dict[str, Any], prepared: Prepared) -> None:
         """What the proof is of."""
         resolved = manifest.get("server_resolved") or {}
         self.proof.server, self.proof.versions = resolved, dict(manifest["versions"])
-        self.proof.subject = subject_of(prepared, resolved, manifest["versions"])
+        model = prepared.model
+        self.proof.subject = {
+            **subject_in_force(resolved),
+            **certificate.model_facts(Path(model.path)),
+            "weights_sha256": model.identity["weights_sha256"],
+            "architecture": model.architecture,
+        }
 
     def _reference(self, run: Run) -> Check:
         return check_against_transformers(load_run(run.path), self.model.path, requests=self.config.references)
@@ -268,30 +278,3 @@ class _Proving:
 
     def _ask(self, level: str, ask: Callable[[], Check]) -> None:
         self.proof.asked.append(timed(level, ask))
-
-
-def subject_of(prepared: Prepared, resolved: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
-    """What a certificate is of: recordings that differ in none of this are covered.
-
-    Args:
-        resolved: server arguments in force. versions: those of the manifest.
-    """
-    model = prepared.model
-    facts = platform_facts()
-    return {
-        "sglang": prepared.inventory.sglang,
-        "inventory": inventory.digest(prepared.inventory),
-        "sglang_probe": versions.get("sglang-probe"),
-        "torch": versions.get("torch"),
-        "device": resolved.get("device_name") or facts["device"],
-        "driver": resolved.get("driver"),
-        "bf16_products": facts.get("bf16_products"),
-        "model": {
-            "architecture": model.architecture,
-            "config_sha256": certificate.digest(model.config),
-            "weights_sha256": model.identity["weights_sha256"],
-        },
-        "dtype": resolved.get("dtype"),
-        "attention_backend": resolved.get("attention_backend"),
-        "tp_size": int(resolved.get("tp_size") or 1),
-    }

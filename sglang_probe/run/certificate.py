@@ -1,15 +1,17 @@
 """Certificates: what `sglang-probe prove` found on one machine, and whether that covers what is to be recorded.
 
 A certificate is a JSON file. Its `subject` says what was proved: release and inventory of SGLang, device, model, dtype,
-attention backend; `kinds` which kinds of hook points. Its own `sha256` is over everything else in it, so that manifests
-can cite it and an edited one is noticed. (It is no signature: who can write the file can write the hash.)
+attention backend, graphs or not; `kinds` which kinds of hook points. Its own `sha256` is over everything else in it, so
+that manifests can cite it and an edited one is noticed. It is no signature: who can write the file can write the hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ SCHEMA = 1
 FOLDER = "certificates"
 """In the cache folder: where `prove` writes and `auto` looks."""
 
-_IN_THE_NAME = ("sglang", "inventory", "device", "model", "dtype", "attention_backend", "tp_size")
+_IN_THE_NAME = ("sglang", "inventory", "device", "config_sha256", "dtype", "attention_backend", "tp_size", "graphs")
 
 
 def digest(value: Any) -> str:
@@ -33,6 +35,29 @@ def kinds_of(hook_points: Iterable[str]) -> list[str]:
     """Kinds of hook points, e.g. `hook_resid_post` of `blocks.3.hook_resid_post`; a kind is right in every layer or in
     none, because one function writes them all."""
     return sorted({parse_pattern(name).site for name in hook_points})
+
+
+def versions() -> dict[str, Any]:
+    """Versions that a certificate is of, beside SGLang's."""
+    return {"sglang_probe": _version("sglang-probe"), "torch": _version("torch")}
+
+
+def model_facts(folder: Path | None) -> dict[str, Any]:
+    """What tells one model from another without reading its weights: the hash of its configuration, and the sizes of
+    its files of weights. A model whose folder is not known is covered by no certificate."""
+    if folder is None:
+        return {"config_sha256": "unknown"}
+    files = sorted(p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern))
+    digest_of_file = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    return {"config_sha256": digest_of_file, "weights_bytes": {p.name: p.stat().st_size for p in files}}
+
+
+def command(model: str, server: Mapping[str, Any]) -> str:
+    """The command that proves a configuration; a `dtype` among the arguments becomes its option."""
+    server = {k: v for k, v in server.items() if v is not None}
+    dtype = server.pop("dtype", None)
+    words = ["sglang-probe", "prove", "--model", model, *(["--dtype", str(dtype)] if dtype else [])]
+    return shlex.join([*words, *(["--server", json.dumps(server)] if server else [])])
 
 
 def sealed(certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +130,13 @@ def find(subject: Mapping[str, Any], kinds: Collection[str] = ()) -> tuple[Path 
             return path, ""
         why = f"the newest that was tried, {path.name}: {missed}" if path == candidates[0] else why
     return None, why
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _short(value: Any) -> str:

@@ -73,7 +73,7 @@ def main() -> None:
             "concurrency": plan.concurrency,
             "server": plan.server,
             "hook_points": plan.hook_points,
-            "accelerator": plan.accelerator,
+            "simulated_graphs": plan.simulated_graphs,
         }
     )
     try:

@@ -49,8 +49,8 @@ class Plan(Habits):
     cache: str = "on"
     hook_points: list[str] = field(default_factory=lambda: [EMBED])
     """Rows captured. Without `hook_embed` ownership is not checked by content."""
-    accelerator: str = "refused"
-    """`unproved`: the rows take the path of a GPU."""
+    simulated_graphs: bool = False
+    """The rows take the path of a GPU."""
     refused: str | None = None
     """The server argument for which the probe must refuse the engine."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
+from sglang_probe.engine.hooks.certified import certified
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.resolved import resolved
@@ -60,6 +61,12 @@ class Session:
         self.records = True
         self.opened = 0
         """Recordings begun in this engine."""
+        self._device = "cpu"
+        """The model's, once it is loaded."""
+        self.in_graphs = config.simulated_graphs
+        """Whether rows leave the model through graphs, whose taps are captured before the recording opens."""
+        self.certificate: dict[str, Any] | None = None
+        """Under which rows, telemetry and interventions are made here; None: nothing of it needs one."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.epoch = 0
@@ -76,8 +83,10 @@ class Session:
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
 
-    def of_model(self, model: Any) -> None:
+    def of_model(self, model: Any, device: str = "cpu") -> None:
         """Take note of the model, once it is loaded: patterns of hook points become those of its layers."""
+        self._device = device
+        self.in_graphs = self.in_graphs or device != "cpu"
         if has_patterns([*self.config.hook_points, *self.config.rows.at]):
             self.config = self.config.of_layers(len(model.model.layers))
             for instrument in self.instruments:
@@ -102,9 +111,11 @@ class Session:
         forgotten; LFU may keep an entry for longer, whose origin is then unknown, never wrong.
 
         Raises:
-            UnsupportedError: the policy cannot be set without a restart, or an instrument cannot work in this engine.
+            UnsupportedError: the policy cannot be set without a restart, an instrument cannot work in this engine, or
+            nothing proves that it does.
         """
         c, scheduler = self.config, self._scheduler
+        self.certificate = certified(c, self._device, self.in_force)
         for instrument in self.instruments:
             instrument.open(c, scheduler)
         self.set_policy()
@@ -165,7 +176,8 @@ class Session:
     def _tell(self) -> None:
         """Say what is in force in this engine, for the manifest of a harvest (`harvest/engine.py`)."""
         if self.dp_rank == 0:
-            told = {"server_resolved": self.in_force(), "weights": self.weights}
+            told = {"server_resolved": self.in_force(), "weights": self.weights, "certificate": self.certificate}
+            told["graphs_checked"] = self.facts().get("graphs_checked")
             journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
 
     def set_policy(self) -> None:
@@ -268,8 +280,7 @@ class Session:
     @property
     def taps_write(self) -> bool:
         """Whether taps write what they see."""
-        in_graphs = self.config.accelerator == "unproved"  # which are captured before the recording opens
-        return self.fault is None and (self.recorder is not None or in_graphs)
+        return self.fault is None and (self.recorder is not None or self.in_graphs)
 
     def _let_go(self) -> None:
         """Record nothing any more; requests go on."""

@@ -9,6 +9,7 @@ from sglang_probe.engine.hooks.instruments.accelerator import Accelerator
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.cache import CacheUse
 from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
+from sglang_probe.engine.hooks.instruments.graph_check import GraphCheck
 from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
 from sglang_probe.engine.hooks.instruments.live import LiveServer
 from sglang_probe.engine.hooks.instruments.positions import Positions
@@ -28,6 +29,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     Accelerator,
     Steering,  # before the taps: captured rows are those after an intervention
     Rows,
+    GraphCheck,
     AttentionTelemetry,
     ForcedOutputs,
     CacheUse,
