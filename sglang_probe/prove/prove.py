@@ -22,10 +22,10 @@ from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import Answer
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.job import Job, job_of
+from sglang_probe.harvest.job import job_of
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.harvest.pool import left_open
-from sglang_probe.harvest.prepare import Prepared, choose_device, prepare
+from sglang_probe.harvest.prepare import choose_device, prepare
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.harvest.recording import harvest
 from sglang_probe.policy.arm import Arm
@@ -129,6 +129,7 @@ def prove(
     if host is None:
         with EngineHost() as mine:
             return prove(config, reporter=reporter, folder=folder, host=mine)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     proof = Proof()
     try:
@@ -155,6 +156,15 @@ class _Proving:
         self.server = server
         self.model = resolve_model(config.model)
         proof.hook_points = config.hook_points or default_points(self.model.layers, int(server.get("tp_size", 1)))
+        first = make_traffic(self._habits(0))
+        recording = Recording(
+            model=config.model,
+            dtype=config.dtype,
+            server=server,
+            hook_points=proof.hook_points,
+            concurrency=self._habits(0).concurrency,
+        )
+        self.prepared = prepare(recording, workload=Workload(tuple(t.request for t in first)), proving=True)
 
     def run(self) -> None:
         """Ask everything, up to a recording that fails."""
@@ -194,10 +204,9 @@ class _Proving:
         """One recording, and what is asked of it."""
         traffic = make_traffic(habits)
         requests = [t.request for t in traffic]
-        prepared = self._prepared(Workload(tuple(requests)))
         path = self.folder / name.replace(" ", "-")
         truth = None if name == UNWATCHED else self.folder.resolve() / f"{path.name}-slots"
-        job = job_of(prepared, name, requests, arm=Arm(server=server))
+        job = job_of(self.prepared, name, requests, arm=Arm(server=server))
         # The list itself: requests that continue others are made while it is served.
         job = replace(job, requests=requests, slot_truth=truth)
         clients = Clients(habits, traffic, requests)
@@ -215,12 +224,12 @@ class _Proving:
             if not (path / MANIFEST).exists():
                 raise
             told = read_manifest(path / MANIFEST)
-            self._learn(told, prepared)
+            self._learn(told)
             fault = str(told.get("fault") or e.message)
             check = Check(f"recording, {name}", "the probe records to the end", 0, "requests", fault)
             self.proof.asked.append(Asked("P2", check, time.perf_counter() - began))
             raise _Failed from e
-        self._learn(run.manifest, prepared)
+        self._learn(run.manifest)
         if name == AS_CONFIGURED and self.proof.subject["device"] != "cpu":
             checked = run.manifest.get("graphs_checked")
             self.proof.asked.append(checks.graphs(checked, captured=self.proof.subject["graphs"]))
@@ -236,24 +245,13 @@ class _Proving:
                 true = read_owners(truth)
                 self._ask("P2", lambda: checks.owners_right(true, name))
                 self._ask("P2", lambda: checks.owners_written(run, true, name))
-        self.job = job
         return run
 
-    def _prepared(self, workload: Workload) -> Prepared:
-        recording = Recording(
-            model=self.config.model,
-            dtype=self.config.dtype,
-            server=self.server,
-            hook_points=self.proof.hook_points,
-            concurrency=8,
-        )
-        return prepare(recording, workload=workload, proving=True)
-
-    def _learn(self, manifest: dict[str, Any], prepared: Prepared) -> None:
+    def _learn(self, manifest: dict[str, Any]) -> None:
         """What the proof is of."""
         resolved = manifest.get("server_resolved") or {}
         self.proof.server, self.proof.versions = resolved, dict(manifest["versions"])
-        model = prepared.model
+        model = self.prepared.model
         self.proof.subject = {
             **subject_in_force(resolved),
             **certificate.model_facts(Path(model.path)),
@@ -266,15 +264,13 @@ class _Proving:
 
     def _overhead(self) -> None:
         began = time.perf_counter()
-        cost = measure(self.host, self._plain(), self.folder / "overhead", rounds=self.config.rounds)
+        # As the engine was configured, whatever the recordings before switched.
+        job = job_of(self.prepared, "overhead", self.prepared.workload.requests, arm=Arm())
+        cost = measure(self.host, job, self.folder / "overhead", rounds=self.config.rounds)
         note = f"throughput {cost.ratio:.2f} of that without recording ({', '.join(f'{r:.2f}' for r in cost.ratios)})"
         check = Check("overhead", "measured, not judged", cost.tokens * len(cost.ratios), "tokens", None, note)
         self.proof.asked.append(Asked("P4", check, time.perf_counter() - began))
         self.proof.overhead = cost
-
-    def _plain(self) -> Job:
-        """A recording in the engine as it was configured."""
-        return job_of(self.job.prepared, "overhead", tuple(self.job.prepared.workload.requests), arm=Arm())
 
     def _ask(self, level: str, ask: Callable[[], Check]) -> None:
         self.proof.asked.append(timed(level, ask))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sglang_probe.paths import cache_dir
 from sglang_probe.prove.config import default_points
 from sglang_probe.prove.overhead import Overhead
 from sglang_probe.prove.traffic import Habits, make_traffic
@@ -52,6 +53,8 @@ def prove(cli: Callable, folder: Path, sabotage: str = "", *more: str) -> tuple[
     """Exit code and certificate."""
     plugin = os.pathsep.join([str(ROOT), str(ROOT / "tests/attack/plugin")])
     env = {"PYTHONPATH": plugin, "PROBE_SABOTAGE": sabotage, "SGLANG_PROBE_CACHE": str(folder / "cache")}
+    # A cache of its own would have every module of SGLang compiled anew.
+    env.setdefault("PYTHONPYCACHEPREFIX", os.environ.get("PYTHONPYCACHEPREFIX") or str(cache_dir() / "pycache"))
     asked = ("--requests", "24", "--rounds", "1", "--transformers", "3", "--dtype", "float32", *more)
     done = cli("prove", "--output", folder / "certificate.json", *asked, **env)
     assert (folder / "certificate.json").exists(), done.stdout + done.stderr
