@@ -1,6 +1,6 @@
 """Whether rows, telemetry and interventions are proved where this engine runs: the certificate of `sglang-probe prove`.
 
-Asked when a recording opens, because only then is it known what SGLang chose: device, dtype, attention backend, graphs.
+Asked once, when the scheduler is built: then it is known what SGLang chose (device, dtype, attention backend, graphs).
 """
 
 from __future__ import annotations

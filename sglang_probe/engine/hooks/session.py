@@ -99,10 +99,14 @@ class Session:
             dp_rank: data-parallel rank of this process: each has its own cache, and its own ledger.
             tp_size: ranks that run the model together.
             records: whether this process writes. Others only follow what the recording asks of the engine.
+
+        Raises:
+            UnsupportedError: nothing proves that what is asked is right here.
         """
         self._scheduler, self._server_args, self.dp_rank, self.records = scheduler, server_args, dp_rank, records
         self.tp_size = tp_size
         self._start = policy.started_with(scheduler)
+        self.certificate = certified(self.config, self._device, self.in_force)
 
     def open(self) -> None:
         """Set the policy and start recording.
@@ -111,11 +115,9 @@ class Session:
         forgotten; LFU may keep an entry for longer, whose origin is then unknown, never wrong.
 
         Raises:
-            UnsupportedError: the policy cannot be set without a restart, an instrument cannot work in this engine, or
-            nothing proves that it does.
+            UnsupportedError: the policy cannot be set without a restart, or an instrument cannot work in this engine.
         """
         c, scheduler = self.config, self._scheduler
-        self.certificate = certified(c, self._device, self.in_force)
         for instrument in self.instruments:
             instrument.open(c, scheduler)
         self.set_policy()
@@ -176,9 +178,13 @@ class Session:
     def _tell(self) -> None:
         """Say what is in force in this engine, for the manifest of a harvest (`harvest/engine.py`)."""
         if self.dp_rank == 0:
-            told = {"server_resolved": self.in_force(), "weights": self.weights, "certificate": self.certificate}
-            told["graphs_checked"] = self.facts().get("graphs_checked")
+            told = {"server_resolved": self.in_force(), "weights": self.weights, **self.proved()}
             journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
+
+    def proved(self) -> dict[str, Any]:
+        """What manifests say of proofs: the certificate, and the captured graphs that were checked; nothing on a CPU."""
+        told = {"certificate": self.certificate, "graphs_checked": self.facts().get("graphs_checked")}
+        return {name: value for name, value in told.items() if value is not None}
 
     def set_policy(self) -> None:
         """Set what the configuration switches in the idle scheduler.

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from sglang_probe.engine.hooks import policy
 from sglang_probe.engine.hooks.certified import certified, kinds_needed, subject_in_force
 from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.instruments.rows import Rows
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.paths import shipped
 from sglang_probe.run import certificate
+from tests.engine.made_session import make_session
 
 MODEL = shipped("models/probe-text/checkpoint")
 RESOLVED = {
@@ -105,3 +108,18 @@ def test_a_model_whose_files_are_not_known_is_covered_by_none() -> None:
     prove()
     with pytest.raises(UnsupportedError, match="config_sha256"):
         ask(resolved={**RESOLVED, "model_path": "nobody/has-this-model"})
+
+
+def test_an_engine_asks_when_its_scheduler_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before a live recording begins, whose manifest cites it, and not again when it begins anew."""
+    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, hook_points=POINTS), Rows, opened=False)
+    monkeypatch.setattr(running, "in_force", lambda: RESOLVED)
+    monkeypatch.setattr(policy, "started_with", lambda _scheduler: None)
+    running.of_model(None, "cuda")
+    assert running.in_graphs
+    with pytest.raises(UnsupportedError, match="no certificate covers it"):
+        running.attach(None, None, dp_rank=0, tp_size=1, records=True)
+    made = prove()
+    running.attach(None, None, dp_rank=0, tp_size=1, records=True)
+    assert running.certificate is not None
+    assert running.certificate["sha256"] == made["sha256"]
