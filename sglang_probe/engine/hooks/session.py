@@ -182,7 +182,7 @@ class Session:
             journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
 
     def proved(self) -> dict[str, Any]:
-        """What manifests say of proofs: the certificate, and the captured graphs that were checked; nothing on a CPU."""
+        """What manifests say of proofs: the certificate, and the graphs that were checked; nothing on a CPU."""
         told = {"certificate": self.certificate, "graphs_checked": self.facts().get("graphs_checked")}
         return {name: value for name, value in told.items() if value is not None}
 
