@@ -1,7 +1,7 @@
 """The proof: one engine of the user's configuration, random traffic, and everything that could notice a fault.
 
 Three recordings in one engine: the traffic as the engine is configured, and again in small chunks and mixed batches,
-both with the true owner of every KV slot read from the device; and a third one in which nothing waits for the device,
+both with the true owner of every KV slot read from the device; and the second once more with nothing that waits for it,
 as in production. Then rows against `transformers`, and what recording costs.
 """
 
@@ -48,8 +48,8 @@ _POOL = 2048
 _ROOM = 64
 """Tokens of output that a request of the traffic has at most, rounded up."""
 _LONGEST = 640
-_CHUNKS = {"chunked_prefill_size": 64, "enable_mixed_chunk": True}
-"""Of the second recording, where the user left them open: an engine can change both while it runs."""
+_CHUNK = 64
+"""Tokens of a prefill chunk of the second recording, or a page if that is more."""
 AS_CONFIGURED, CHUNKED, UNWATCHED = "as configured", "small chunks", "unwatched"
 
 
@@ -169,9 +169,13 @@ class _Proving:
     def run(self) -> None:
         """Ask everything, up to a recording that fails."""
         runs: list[Run] = []
-        left = {k: v for k, v in _CHUNKS.items() if k not in self.server}
+        page = int(self.server.get("page_size") or 1)
+        small = {"chunked_prefill_size": -(-_CHUNK // page) * page, "enable_mixed_chunk": True}
+        # What the user left open: an engine can change both while it runs.
+        small = {k: v for k, v in small.items() if k not in self.server}
+        kinds: list[tuple[str, dict[str, Any]]] = [(AS_CONFIGURED, {}), (CHUNKED, small), (UNWATCHED, small)]
         try:
-            for name, n, server in ((AS_CONFIGURED, 0, {}), (CHUNKED, 1, left), (UNWATCHED, 2, left)):
+            for n, (name, server) in enumerate(kinds):
                 runs.append(self._recorded(name, self._habits(n), server))
         except _Failed:
             return

@@ -95,7 +95,7 @@ def read_certificate(path: Path) -> dict[str, Any]:
     if sealed(found)["sha256"] != found.get("sha256"):
         raise ConfigError(f"certificate {path} was changed: its hash is another", fix="run `sglang-probe prove` again")
     if found.get("passed") is not True:
-        first = next((c for c in found.get("checks", ()) if c.get("violation")), {})
+        first: dict[str, Any] = next((c for c in found.get("checks", ()) if c.get("violation")), {})
         why = f"{first.get('name')}: {first.get('violation')}" if first else "no check says why"
         raise ConfigError(f"the proof of {path} failed: {why}", fix="report it; record the ledger alone meanwhile")
     return found
