@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -21,6 +21,10 @@ from sglang_probe.workload.build import WorkloadConfig
 
 class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
+
+    hints: ClassVar[Mapping[str, str]] = {
+        "accelerator": "rows on a GPU need a certificate of `sglang-probe prove`, which is found without a key"
+    }
 
     model: str = BUILT_IN_MODEL
     """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it),

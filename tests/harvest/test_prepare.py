@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sglang_probe.config import Config, parse_config
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest import prepare
 from sglang_probe.harvest.config import HarvestConfig
@@ -69,6 +71,12 @@ def test_a_certificate_of_this_model_and_release_is_enough(monkeypatch: pytest.M
     _prepare(**embed)
     with pytest.raises(UnsupportedError, match="config_sha256"):
         _prepare(**embed, model="probe-recall")
+
+
+@pytest.mark.parametrize("model", [HarvestConfig, EngineProbeConfig])
+def test_the_switch_that_was_there_before_is_answered(model: type[Config]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key `accelerator`: rows on a GPU need a certificate"):
+        parse_config({"accelerator": "unproved"}, model, where="mine.yaml")
 
 
 def test_patterns_of_hook_points_are_those_of_the_model_before_anything_starts() -> None:

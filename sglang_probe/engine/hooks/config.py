@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,6 +35,10 @@ class EngineProbeConfig(Config):
     For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches`, `proving`,
     `slot_truth` and `ignore_interrupt` are set by the commands that start an engine.
     """
+
+    hints: ClassVar[Mapping[str, str]] = {
+        "accelerator": "rows on a GPU need a certificate of `sglang-probe prove`, which is found without a key"
+    }
 
     run: Path
     """Directory to write to."""
