@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from sglang_probe.engine.hooks.inventory import load_inventory
+from tests.forked_cli import ForkedCli
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ENGINE_TESTS = "tests/end_to_end/"
@@ -40,10 +41,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Run `sglang-probe` as a user would, in a process of its own."""
+def cli() -> Iterator[Cli]:
+    """Run `sglang-probe` as a user would, in a process of its own. One with an environment of its own starts afresh."""
+    forked = ForkedCli()
 
     def run(*args: str | Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+        if not env:
+            return forked.run([*map(str, args)], {**os.environ, "COLUMNS": "160"}, timeout)
         return subprocess.run(
             [sys.executable, "-m", "sglang_probe", *map(str, args)],
             capture_output=True,
@@ -54,7 +58,8 @@ def cli() -> Cli:
             env={**os.environ, "COLUMNS": "160", **env},
         )
 
-    return run
+    yield run
+    forked.close()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def run_example(number: int, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_eviction_in_the_engine_takes_two_imports(tmp_path: Path) -> None:
     said = run_example(0, tmp_path)
     full, kept = (int(n) for n in re.findall(r": (\d) of 8 answered", said))

@@ -41,13 +41,12 @@ def assert_exact(outcome: Outcome) -> None:
     assert outcome.oracle["written"] > 2_000
 
 
-@pytest.mark.parametrize(("reached", "env"), [("mixed", {}), ("retracted", RETRACT)])
-def test_random_traffic_keeps_every_invariant_and_every_owner(reached: str, env: dict, tmp_path: Path) -> None:
-    outcome = attack(tmp_path, 2, 100, plan=tight(env))
+def test_random_traffic_keeps_every_invariant_and_every_owner(tmp_path: Path) -> None:
+    outcome = attack(tmp_path, 2, 100, plan=tight(RETRACT))
     assert_exact(outcome)
     assert outcome.counts["reused"] > 1000
-    assert outcome.counts["rebinds"] > 0
-    assert outcome.counts[reached] > 0
+    for reached in ("rebinds", "mixed", "retracted"):
+        assert outcome.counts[reached] > 0
 
 
 @pytest.mark.slow

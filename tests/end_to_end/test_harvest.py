@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -73,31 +74,46 @@ def test_fp32_rows_agree_with_transformers(cli: Callable, tmp_path: Path) -> Non
     assert max(float(e.max()) for e in errors.values()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "server",
-    [
-        {"enable_mixed_chunk": True, "chunked_prefill_size": 64},
-        {"disable_overlap_schedule": True, "page_size": 16, "chunked_prefill_size": 128},
-    ],
-    ids=["mixed chunks", "no overlap, page size 16"],
-)
-def test_the_ledger_holds_under(server: dict, cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_ledger_holds_without_overlap_in_pages(cli: Callable, write_yaml: Callable, tmp_path: Path) -> None:
+    server = {"disable_overlap_schedule": True, "page_size": 16, "chunked_prefill_size": 128}
     config = write_yaml("options", server=server, sampling={"max_new_tokens": 24, "temperature": 1.0})
     done = cli("harvest", config, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     run = load_run(tmp_path / "run")
     assert [str(c) for c in verify(run) if not c.holds] == []
-    if "enable_mixed_chunk" in server:
-        assert (run.forwards()["mode"] == "mixed").any()
-    else:
-        assert (run.spans()["phase"] != "overshoot").all()
+    assert (run.spans()["phase"] != "overshoot").all()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a command in a session of its own; whatever is left of it is ended after the test."""
+    started = []
+
+    def start(config: Path, path: Path, *options: str, command: str = "harvest") -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang_probe", command, str(config), "--output", str(path), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        for pid in _alive(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(60)
 
 
 def test_an_interrupted_harvest_says_so_and_can_be_finished(
-    write_yaml: Callable, tmp_path: Path, cli: Callable
+    write_yaml: Callable, tmp_path: Path, cli: Callable, start: Callable
 ) -> None:
-    """SIGTERM to all, resume, kill -9 of the scheduler, resume, kill -9 of all, resume: nothing durable is lost, every
-    request is served once, and whoever is left says why."""
+    """SIGTERM to all, resume, kill -9 of the scheduler, resume: nothing durable is lost, every request is served once,
+    and whoever is left says why. Kill -9 of all: the interrupted experiment below."""
     path = tmp_path / "run"
     config = write_yaml(
         "long",
@@ -105,7 +121,7 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
         sampling={"max_new_tokens": 100, "temperature": 0.0, "ignore_eos": True},
         checkpoint_seconds=0.5,
     )
-    first = _start(config, path)
+    first = start(config, path)
     _wait_for_requests(first, path, 5)
     os.killpg(first.pid, signal.SIGSTOP)  # or it may be done before the others have come so far
     for option in ("--resume", "--overwrite"):
@@ -114,7 +130,7 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
         assert f"process {first.pid} on " in second_writer.stderr
     os.killpg(first.pid, signal.SIGCONT)
     os.killpg(first.pid, signal.SIGTERM)
-    assert first.wait(60) == 128 + signal.SIGTERM
+    assert first.wait(300) == 128 + signal.SIGTERM
     assert not _alive(first.pid)
     interrupted = load_run(path)
     assert not interrupted.complete
@@ -126,10 +142,10 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
 
-    second = _start(config, path, "--resume")
+    second = start(config, path, "--resume")
     _wait_for_requests(second, path, len(served) + 5)
     _scheduler_of(second).kill()
-    assert second.wait(60) == 2
+    assert second.wait(300) == 2
     assert not _alive(second.pid)
     died = load_run(path)
     assert "was killed by SIGKILL; requests in flight: r0" in died.manifest["fault"]
@@ -137,12 +153,6 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     assert len(in_flight) == 3  # the concurrency
     suspects = in_flight - set(died.engine_requests()["rid"].str.partition("~")[0])  # read now: later starts add to it
     assert all(c.holds for c in verify(died))
-
-    third = _start(config, path, "--resume")
-    _wait_for_requests(third, path, len(died.engine_requests()) + 5)
-    os.killpg(third.pid, signal.SIGKILL)
-    third.wait(60)
-    time.sleep(1)
 
     done = cli("harvest", config, "--output", path, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -155,13 +165,15 @@ def test_an_interrupted_harvest_says_so_and_can_be_finished(
     assert served <= set(finished["rid"])
     last = finished.sort_values("rid", key=lambda rids: rids.map(run.spans().groupby("rid")["forward_id"].min()))
     assert {rid.partition("~")[0] for rid in last["rid"].iloc[len(last) - len(suspects) :]} == suspects
-    assert len(run.manifest["starts"]) == 4
-    assert {p.session for p in run.parts()} == {0, 1, 2, 3}
+    assert len(run.manifest["starts"]) == 3
+    assert {p.session for p in run.parts()} == {0, 1, 2}
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
 @pytest.mark.slow
-def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, tmp_path: Path, cli: Callable) -> None:
+def test_an_interrupted_experiment_is_finished_by_resume(
+    write_yaml: Callable, tmp_path: Path, cli: Callable, start: Callable
+) -> None:
     """The first arm is killed on the way; its interrupted requests must not count twice, nor block the comparison."""
     path = tmp_path / "experiment"
     config = write_yaml(
@@ -171,7 +183,7 @@ def test_an_interrupted_experiment_is_finished_by_resume(write_yaml: Callable, t
         checkpoint_seconds=0.5,
         replicates=1,
     )
-    first = _start(config, path, command="ab")
+    first = start(config, path, command="ab")
     _wait_for_requests(first, path / "cache_on", 5)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait(60)
@@ -219,23 +231,13 @@ def test_a_fault_of_the_probe_leaves_requests_alone_and_is_reported(tmp_path: Pa
     assert "sglang-probe stopped recording" in done.stderr + done.stdout
 
 
-def _start(config: Path, path: Path, *options: str, command: str = "harvest") -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sglang_probe", command, str(config), "--output", str(path), *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
 def _scheduler_of(harvest: subprocess.Popen) -> psutil.Process:
     return next(
         p for p in psutil.Process(harvest.pid).children(recursive=True) if any("scheduler" in a for a in p.cmdline())
     )
 
 
-def _wait_for_requests(process: subprocess.Popen, path: Path, count: int, timeout: float = 180) -> None:
+def _wait_for_requests(process: subprocess.Popen, path: Path, count: int, timeout: float = 600) -> None:
     """Wait until that many requests are on disk."""
     deadline = time.time() + timeout
     while time.time() < deadline:

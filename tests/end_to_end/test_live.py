@@ -359,6 +359,7 @@ def test_an_aborted_request_is_accounted_for(server: LiveServer) -> None:
     assert all(c.holds for c in verify(run))
 
 
+@pytest.mark.slow
 def test_sglangs_own_benchmark_runs_against_it_and_reconciles(server: LiveServer, tmp_path: Path) -> None:
     before, cached_before = _settled(server)["positions"], _sglangs_cached_tokens(server)
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]

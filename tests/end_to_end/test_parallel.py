@@ -89,6 +89,7 @@ def test_each_data_parallel_rank_has_its_ledger_and_the_reader_merges_them(
     assert sum(len(b) for b in batches) == (run.tokens().query("phase != 'overshoot'")["row"] >= 0).sum()
 
 
+@pytest.mark.slow
 def test_a_live_server_of_two_ranks_records_both_and_answers_for_both(tmp_path: Path) -> None:
     server = LiveServer(tmp_path, "--dp-size", "2", "--load-balance-method", "round_robin", environment=BINDING)
     try:

@@ -10,7 +10,7 @@ import yaml
 
 from sglang_probe.run.run import load_run
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_recall_is_answered_by_the_model_under_questions_that_are_forced(cli: Callable, tmp_path: Path) -> None:
