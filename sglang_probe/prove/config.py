@@ -25,7 +25,7 @@ class ProofConfig(Config):
     """Of each of two recordings."""
     references: int = Field(default=4, ge=1)
     """Requests that `transformers` computes again."""
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=5, ge=1)
     """Of the measurement of overhead, each with one batch that is recorded and one that is not."""
 
 

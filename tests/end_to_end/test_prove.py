@@ -40,7 +40,7 @@ def test_the_reference_platform_is_proved(cli: Callable, tmp_path: Path) -> None
     covered = {c["name"]: c["covered"] for c in made["checks"]}
     assert covered["owners, as configured"] > 1000
     assert covered["owners, small chunks"] > 1000
-    assert covered["reference"] > 500
+    assert covered["reference"] > 100
     assert made["overhead"]["ratio"] > 0
     assert made["subject"]["device"] == "cpu"
     assert set(made["subject"]["model"]["weights_sha256"]) == {"model.safetensors"}
