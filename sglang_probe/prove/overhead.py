@@ -51,8 +51,8 @@ _SECONDS = 2.0
 def measure(host: EngineHost, job: Job, folder: Path, *, rounds: int) -> Overhead:
     """Decode batches in turn with a recording and without one, in the engine that is running.
 
-    Two first batches, which are recorded, warm up and say how long the others are; they are not counted. What is written
-    after the last answer is not either.
+    Two first batches, which are recorded, warm up and say how long the others are; they are not counted. What is
+    written after the last answer is not either.
     """
     rng = random.Random(0)
     vocabulary = job.prepared.model.vocabulary
