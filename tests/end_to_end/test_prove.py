@@ -43,7 +43,7 @@ def test_the_reference_platform_is_proved(cli: Callable, tmp_path: Path) -> None
     assert covered["reference"] > 100
     assert made["overhead"]["ratio"] > 0
     assert made["subject"]["device"] == "cpu"
-    assert set(made["subject"]["model"]["weights_sha256"]) == {"model.safetensors"}
+    assert set(made["subject"]["weights_sha256"]) == {"model.safetensors"}
     kept = list((tmp_path / "cache/certificates").glob("*.json"))
     assert [json.loads(p.read_text())["sha256"] for p in kept] == [made["sha256"]]
 
