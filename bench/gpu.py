@@ -6,6 +6,7 @@ Steps, each with a JSON of its own in the output folder; a step whose JSON is th
 
 * model: a Llama shape of 1.2 B parameters with random weights, made here (`--model` takes another checkpoint; with
   `--shape 8b` SGLang makes the weights of an 8 B shape itself, which is enough for `overhead`).
+* prove: `sglang-probe prove` with the same server arguments; the next two need its certificate.
 * replay: 96 requests of mixed lengths, 64 at a time, with CUDA graphs and without, twice each, with the same tokens.
   Every invariant of `verify` with the ownership oracle, the share of forwards that were replayed, rows with graphs
   against rows without beside the difference of each arm to itself, and rows against `transformers`.
@@ -117,6 +118,19 @@ def make_model(bench: Bench) -> dict[str, Any]:
     return {k: config.get(k) for k in (*TINY, "num_key_value_heads", "architectures")}
 
 
+def prove(bench: Bench) -> dict[str, Any]:
+    """The certificate of this machine, without which rows are refused there."""
+    if bench.shape != "1b":
+        return {"skipped": "weights that SGLang makes itself cannot be compared with `transformers`"}
+    few = ("--requests", "8", "--rounds", "1", "--transformers", "1") if bench.rehearse else ()
+    path = bench.out / "certificate.json"
+    server = ("--server", json.dumps(bench.server))
+    done = _cli("prove", "--model", bench.model, *server, "--output", path, *few, check=False)
+    if not path.exists():
+        raise SystemExit(f"prove failed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    return json.loads(path.read_text())
+
+
 def replay(bench: Bench) -> dict[str, Any]:
     """Graphs against eager, beside the floors; ownership, invariants and `transformers`."""
     folder = _experiment(bench, "replay", {"graphs": {}, "eager": {"server": {"disable_cuda_graph": True}}})
@@ -153,7 +167,7 @@ def _experiment(bench: Bench, name: str, arms: dict[str, Any]) -> Path:
     experiment = bench.out / f"{name}.yaml"
     config = {
         "model": str(bench.model),
-        "accelerator": "unproved",
+        "simulated_graphs": bench.rehearse,
         "server": bench.server,
         "workload": {"source": "jsonl", "path": str(prompts)},
         "hook_points": ["hook_embed", *bench.residuals, *bench.queries],
@@ -240,7 +254,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             probe = EngineProbeConfig(
                 run=Path(folder),
                 hook_points=task["hook_points"],
-                accelerator="unproved",
+                proving=True,  # what rows cost is measured whether they are proved or not
+                simulated_graphs=task["rehearse"],
                 checkpoint_seconds=0.05 if task["rehearse"] else 2,  # `Engine.shutdown` waits for nothing
             )
             config.write_text(probe.model_dump_json())
@@ -320,6 +335,7 @@ def kernel(bench: Bench) -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "model": make_model,
+    "prove": prove,
     "replay": replay,
     "deterministic": deterministic,
     "overhead": overhead,

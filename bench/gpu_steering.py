@@ -79,13 +79,13 @@ def prepared(args: argparse.Namespace, library: Path | None, hook_points: list[s
     config = {
         "model": str(args.model),
         "dtype": "bfloat16" if on_gpu else "float32",
-        "accelerator": "unproved",
+        "simulated_graphs": not on_gpu,
         "hook_points": hook_points,
         "concurrency": _ROWS,
         **({} if library is None else {"steer": {"library": str(library), "fused": args.fused}}),
         "server": {**args.server, "max_running_requests": _ROWS, **more},
     }
-    return prepare(Recording.model_validate(config), workload=Workload((request(0, "none", [1, 2], []),)))
+    return prepare(Recording.model_validate(config), workload=Workload((request(0, "none", [1, 2], []),)), proving=True)
 
 
 def traffic() -> list[Request]:

@@ -34,7 +34,7 @@ def test_the_script_runs_from_end_to_end_in_a_rehearsal(tmp_path: Path) -> None:
     done = _bench("--out", tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert set(found) == {"model", "replay", "deterministic", "overhead", "kernel"}
+    assert set(found) == {"model", "prove", "replay", "deterministic", "overhead", "kernel"}
     assert "rehearsal" in found["replay"]["device"]
     replay = found["replay"]["replay"]
     assert replay["verify with transformers"]["passed"], replay["verify with transformers"]["output"]

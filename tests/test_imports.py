@@ -16,7 +16,8 @@ from tests.declared import declared_modules, run_declared
 
 PACKAGE = Path(__file__).parent.parent / "sglang_probe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAY_IMPORT_SGLANG = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/", "harvest/engine.py")
+IN_THE_ENGINE = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/")
+MAY_IMPORT_SGLANG = (*IN_THE_ENGINE, "harvest/engine.py", "prove/clients.py")
 
 GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "steer_ask", "kept_set", "lazy", "yaml_text"}
 MAY_IMPORT = {
@@ -40,16 +41,17 @@ MAY_IMPORT = {
     "harvest": {"engine", "steering", "model", "verify", "privacy", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
     | {"monitor", "stats", "report", *GROUND},
+    "prove": {"harvest", "engine", "verify", "run", "workload", "policy", *GROUND},
     "export": {"studies", "sae", "run", *GROUND},
-    "cli": {"export", "studies", "harvest", "monitor", "privacy", "steering", "sae", "model", "verify", "engine"}
-    | {"run", "report", *GROUND},
+    "cli": {"export", "studies", "prove", "harvest", "monitor", "privacy", "steering", "sae", "model", "verify"}
+    | {"engine", "run", "report", *GROUND},
     "__main__": {"cli"},
     "__init__": {"run", "lazy"},
 }
 """Which room may import which. A room is a folder of the package, or a module beside them."""
 
 
-RECORDING = ("engine/", "harvest/", "plugin.py")
+RECORDING = ("engine/", "harvest/", "prove/", "plugin.py")
 """What makes a run directory; it may need what `pyproject.toml` calls `engine`."""
 LAZY = {
     "axes/axis.py": {"transformers"},

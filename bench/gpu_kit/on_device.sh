@@ -1,6 +1,7 @@
 #!/bin/bash
 # On the GPU machine, in the repository root, after prepare.sh:  bash bench/gpu_kit/on_device.sh SECONDS STEPS...
 #   micro     taps in CUDA graphs without SGLang                      15 s
+#   prove     the certificate that replay and prefill need           100 s
 #   steer     interventions in graphs: right, and what they cost     110 s
 #   replay    rows with graphs and without, beside the floors        165 s
 #   prefill   prefill graphs, telemetry beside captured rows          60 s
@@ -53,6 +54,10 @@ if [ $FRESH = 1 ]; then
 fi
 
 wants micro && { step micro 90 python3 bench/gpu_taps.py $W/micro.json; file micro $W/micro.json; }
+if wants prove; then
+  step prove 200 python3 bench/gpu.py --out $T/bench --steps prove --server "$SERVER"
+  cp $T/bench/certificate.json $OUT/ 2>/dev/null; file prove $T/bench/prove.json
+fi
 if wants steer; then
   step steer 170 python3 bench/gpu_steering.py $W/steer.json --model $MODEL --rounds 3 --server "$SERVER"
   cp $W/steer.json $OUT/ 2>/dev/null; file steer $W/steer.json
@@ -87,7 +92,6 @@ S2=$(with '{"mem_fraction_static":0.3}')
 cat > $W/telemetry.yaml <<Y
 model: $MODEL
 dtype: bfloat16
-accelerator: unproved
 workload: {source: shared_prefix, families: 3, requests_per_family: 6, exemplars: 2}
 hook_points: [hook_embed, blocks.7.attn.hook_rot_q, blocks.7.attn.hook_rot_k, blocks.15.attn.hook_rot_q, blocks.15.attn.hook_rot_k]
 telemetry: {layers: [7, 15], every: 4}
@@ -99,7 +103,6 @@ Y
 cat > $W/prefill.yaml <<Y
 model: $MODEL
 dtype: bfloat16
-accelerator: unproved
 workload: {source: shared_prefix, families: 2, requests_per_family: 8, exemplars: 2}
 hook_points: [hook_embed, blocks.7.hook_resid_post, blocks.15.hook_resid_post, blocks.15.attn.hook_rot_q, blocks.15.attn.hook_q]
 sampling: {max_new_tokens: 16, temperature: 0.0, ignore_eos: true}

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, export, harvest, live, manifest, model, profile, scrub, vector, verify
+from sglang_probe.cli import doctor, export, harvest, live, manifest, model, profile, prove, scrub, vector, verify
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("live")(live.command)
 app.command("profile")(profile.command)
 app.command("verify")(verify.command)
 app.command("scrub")(scrub.command)
+app.command("prove")(prove.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
 app.add_typer(export.app, name="export")

@@ -56,7 +56,7 @@ class Experiment:
             without them it is started again when a run needs more.
         reporter: told of the progress, e.g. `sglang_probe.harvest.progress.Terminal`.
         options: everything else that a YAML may say of a recording: `dtype`, `sampling`, `rows`, `telemetry`, `server`,
-            `concurrency`, `checkpoint_seconds`, `accelerator`.
+            `concurrency`, `checkpoint_seconds`, `certificate`.
 
     Raises:
         ProbeError: a child of it for every kind of bad input; nothing was started then.

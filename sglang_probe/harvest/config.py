@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sglang_probe.config import Config, FolderName, beside
+from sglang_probe.config import Config, FolderName, InputPath, beside
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
@@ -23,6 +23,10 @@ from sglang_probe.workload.build import WorkloadConfig
 class Recording(Config):
     """What a harvest and every study have in common: the model, how it is served, and what is recorded."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "accelerator": "rows on a GPU need a certificate of `sglang-probe prove`, which is found without a key"
+    }
+
     model: str = BUILT_IN_MODEL
     """A name of `sglang-probe model list` (`probe-text`, `smollm2-135m`), a local path (in a YAML file relative to it),
     or a hub id."""
@@ -33,8 +37,11 @@ class Recording(Config):
     hook_points: list[str] = Field(default_factory=lambda: [EMBED])
     """Rows to capture. Keep `hook_embed`: it proves which token each row belongs to. `[]` records the ledger alone.
     `blocks.*.hook_resid_post` is of every layer; `blocks.{4..12}.`, `blocks.{0..28..4}.`, `blocks.{0,5}.` of some."""
-    accelerator: Literal["refused", "unproved"] = "refused"
-    """Whether rows may be captured on a GPU, where that has not been proved (docs/explanation/gpu.md)."""
+    certificate: Literal["auto"] | InputPath = "auto"
+    """On a GPU rows, telemetry and interventions need a certificate of `sglang-probe prove` for this configuration on
+    this machine: `auto` finds it in the cache folder, or name the file. A CPU needs none."""
+    simulated_graphs: bool = False
+    """For the probe's own tests, on a CPU: rows leave the model as they would leave a graph. There are no graphs."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads rows are kept for, e.g. `{window: 32, decode: {every: 4}}`; by default all."""
     scores: ScoresConfig | None = None

@@ -242,9 +242,15 @@ class ProbedEngine:
 
     def in_force(self) -> dict[str, Any]:
         """What the scheduler of the present recording says of itself, for the manifest: `server_resolved`, the server
-        arguments that decide rows, as they are in force, and `weights`, what they were by the number of updates."""
+        arguments that decide rows, as they are in force, `weights`, what they were by the number of updates, and on
+        an accelerator `certificate` and `graphs_checked`."""
         told: dict[str, Any] = json.loads((self._probe.run / ENGINE_FILE).read_text(encoding="utf-8"))
         return told
+
+    @property
+    def tokenizer_manager(self) -> Any:
+        """SGLang's `TokenizerManager`, for clients that do more than ask and wait."""
+        return self._engine.tokenizer_manager
 
     def run(self, main: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the engine's event loop."""

@@ -50,6 +50,9 @@ class Job:
     order_seed: int | None
     asks: frozenset[str]
     """Fields of `Ask` that its requests, as they are served, may have."""
+    slot_truth: Path | None = None
+    """Where the engine reports the true owners of its KV slots (`engine/hooks/instruments/slot_truth.py`): for proofs.
+    """
 
     @property
     def server(self) -> dict[str, Any]:
@@ -168,7 +171,9 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
     return EngineProbeConfig(
         run=path.resolve(),
         hook_points=list(job.hook_points),
-        accelerator=config.accelerator,
+        certificate=config.certificate if config.certificate == "auto" else Path(config.certificate).resolve(),
+        proving=job.prepared.proving,
+        simulated_graphs=config.simulated_graphs,
         rows=config.rows,
         scores=_scores(job),
         telemetry=config.telemetry,
@@ -177,6 +182,7 @@ def probe_config(job: Job, path: Path, asks: frozenset[str]) -> EngineProbeConfi
         steer=_steer(job),
         switches=job.arm.switches(config.server),
         checkpoint_seconds=config.checkpoint_seconds,
+        slot_truth=job.slot_truth,
         ignore_interrupt=True,
     )
 
@@ -215,8 +221,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         head_numbers=job.capture.head_numbers,
         scores=told_of_scores(job.capture.scores),
         workload=dict(prepared.workload.source),
-        workload_digest=digest_of(job.requests),
-        columns_digest=digest_of_columns(workload_columns(r) for r in sorted(job.requests, key=lambda r: r.index)),
+        **digests(job.requests),
         corpus_digest=prepared.workload.corpus_digest,
         sampling=config.sampling,
         concurrency=config.concurrency,
@@ -237,6 +242,15 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         prompts_made_from=dict(prepared.workload.made_from),
         privacy="ids",
     )
+
+
+def digests(requests: Sequence[Request]) -> dict[str, str]:
+    """Manifest fields that say which requests a run is of."""
+    ordered = sorted(requests, key=lambda r: r.index)
+    return {
+        "workload_digest": digest_of(requests),
+        "columns_digest": digest_of_columns(workload_columns(r) for r in ordered),
+    }
 
 
 def _digest(value: Any) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import inventory
+from sglang_probe.engine.hooks.certified import cite, kinds_needed, subject_installed
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present, choose_cpu
 from sglang_probe.engine.platform.limits import refuse_without_gpu
-from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError, WorkloadError
+from sglang_probe.errors import ConfigError, ProbeError, WorkloadError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
     default_server_args,
@@ -29,6 +30,7 @@ from sglang_probe.harvest.pool import Pool
 from sglang_probe.harvest.sampling import SamplingCheck, check_names
 from sglang_probe.harvest.steer import check_arms, check_steer, open_library
 from sglang_probe.policy.arm import Arm
+from sglang_probe.run import certificate
 from sglang_probe.run.hook_points import (
     check_architecture,
     check_hook_points,
@@ -68,6 +70,8 @@ class Prepared:
     """How large the KV pool is, where the user left it open."""
     library: Library | None = None
     """The vectors that requests and arms may name."""
+    proving: bool = False
+    """Whether what is recorded is a proof."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def prepare(
     *,
     workload: WorkloadConfig | Workload | None = None,
     kept_later: bool = False,
+    proving: bool = False,
 ) -> Prepared:
     """Check a configuration.
 
@@ -98,6 +103,7 @@ def prepare(
         arms: all that will be recorded with it.
         workload: in place of the configuration's own.
         kept_later: lines of the workload may name kept sets, which a run of it will bring.
+        proving: this is the proof, so that no certificate is asked.
 
     Raises:
         ProbeError: a child of it for every kind of bad input.
@@ -106,7 +112,7 @@ def prepare(
         run=config.output,
         hook_points=config.hook_points,
         scores=config.scores,
-        accelerator=config.accelerator,
+        simulated_graphs=config.simulated_graphs,
         telemetry=config.telemetry,
         asks=["force"] if config.steer is None else ["force", "steer"],
         steer=config.steer,
@@ -122,7 +128,10 @@ def prepare(
     rows, points = expanded(config.rows, config.hook_points, model.layers)
     config = config.model_copy(update={"rows": rows, "hook_points": points})
     capture_of(config, model, config.hook_points, servers)
-    library = open_library(config.steer, model, config.accelerator)
+    if not proving:
+        for server in servers:
+            require_certificate(config, model, server)
+    library = open_library(config.steer, model)
     check_arms(arms, library)
     merged = [{**default_server_args(), **server} for server in servers]
     context = min([model.context_length, *(int(m["context_length"]) for m in merged if m.get("context_length"))])
@@ -158,10 +167,28 @@ def prepare(
     together = max([config.concurrency, *(arm.partners.count + 1 for arm in arms.values() if arm.partners)])
     pool = Pool(together, max(int(server.get("page_size") or 1) for server in servers))
     pool = replace(pool, least=pool.tokens(given.requests))
-    prepared = Prepared(config, reviewed, model, given, room, context, sampling, pool, library)
+    prepared = Prepared(config, reviewed, model, given, room, context, sampling, pool, library, proving)
     if given is workload:  # its requests were made elsewhere
         check_requests(given.requests, prepared)
     return prepared
+
+
+def require_certificate(config: Recording, model: Model, server: Mapping[str, Any]) -> None:
+    """Refuse rows, telemetry and interventions on an accelerator that nothing proves, as far as that can be told before
+    the engine starts. The engine asks again, and then knows what SGLang chose.
+
+    Raises:
+        UnsupportedError: names the command that proves them.
+    """
+    kinds = kinds_needed(config.hook_points, telemetry=config.telemetry is not None, steer=config.steer is not None)
+    if not kinds or not accelerator_present():
+        return
+    subject = subject_installed() | certificate.model_facts(Path(model.path))
+    subject |= {"weights_sha256": model.identity["weights_sha256"], "tp_size": int(server.get("tp_size") or 1)}
+    if (backend := server.get("attention_backend")) is not None:
+        subject["attention_backend"] = backend
+    given = {**server, **({} if config.dtype == "auto" else {"dtype": config.dtype})}
+    cite(config.certificate, subject, kinds, model.name, given)
 
 
 def choose_device(servers: Sequence[Mapping[str, Any]]) -> None:
@@ -210,12 +237,6 @@ def capture_of(
     for server in servers:
         check_sliding_window(model.config, int(server.get("context_length") or model.context_length))
         check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
-    if accelerator_present() and config.accelerator != "unproved":
-        raise UnsupportedError(
-            "capturing rows on an accelerator has been shown on two models of GPU only (docs/evidence/gpu-results.md)",
-            fix="set `accelerator: unproved` to try it and check what you get (docs/explanation/gpu.md), "
-            "`hook_points: []` to record the ledger alone, or use a machine without an accelerator",
-        )
     scores: dict[str, list[Vector]] = {}
     library = ""
     if score_points(hook_points):

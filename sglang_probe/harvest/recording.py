@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sglang_probe.harvest import directory
 from sglang_probe.harvest.death import EngineDied
 from sglang_probe.harvest.engine import Answer, ProbedEngine, Refusal, fault_of
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.job import Job, manifest_of, probe_config
+from sglang_probe.harvest.job import Job, digests, manifest_of, probe_config
 from sglang_probe.harvest.kept import keep_with_run
 from sglang_probe.harvest.progress import Counter, Quiet, Reporter
 from sglang_probe.harvest.requests_table import write_requests
@@ -37,6 +37,9 @@ from sglang_probe.workload.request import asked_rid
 Todo = Sequence[tuple[str, Sequence[int], dict[str, Any]]]
 """Requests to serve: rid, prompt, sampling parameters."""
 
+Serving = Callable[[ProbedEngine], AsyncIterator[Answer | Refusal]]
+"""Serves the requests of a job in a way of its own, and may change `Job.requests` while it does."""
+
 
 def harvest(
     job: Job,
@@ -47,6 +50,7 @@ def harvest(
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
+    serving: Serving | None = None,
 ) -> Run:
     """Run an engine over the requests of a job and write the run directory `path`.
 
@@ -54,6 +58,7 @@ def harvest(
         engines: keeps the engine for the next run.
         asks: fields of `Ask` that the engine must honour for later runs, beyond those of this one.
         overwrite, resume: what to do if `path` exists; `resume` finishes what is not complete.
+        serving: in place of sending every request once and waiting for its answer.
 
     Raises:
         InventoryError: the installed SGLang was not reviewed for what is asked.
@@ -74,7 +79,7 @@ def harvest(
         inventory.require(features(probe))
         start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
         try:
-            return _Recording(job, path, engines, probe, manifest, start, reporter or Quiet()).make()
+            return _Recording(job, path, engines, probe, manifest, start, reporter or Quiet(), serving).make()
         finally:
             with closing(str(path)):
                 directory.close_directory(path)
@@ -92,8 +97,10 @@ class _Recording:
         manifest: dict[str, Any],
         start: directory.Start,
         reporter: Reporter,
+        serving: Serving | None,
     ) -> None:
         self.job, self.path, self.engines, self.start, self.reporter = job, path, engines, start, reporter
+        self.serving = serving
         self.probe = probe.model_copy(update={"start": start.number})
         self.manifest = {**manifest, "starts": list(start.earlier)}
         self.answers: list[Answer] = []
@@ -154,7 +161,8 @@ class _Recording:
 
     async def _serve(self, engine: ProbedEngine, todo: Sequence[Todo], counter: Counter) -> None:
         concurrency = self.job.prepared.config.concurrency if self.job.arm.partners is None else None
-        async for answer in engine.serve_groups(todo, concurrency):
+        answers = self.serving(engine) if self.serving is not None else engine.serve_groups(todo, concurrency)
+        async for answer in answers:
             if isinstance(answer, Refusal):
                 self.refused[asked_rid(answer.rid)] = answer.message
                 counter.advance(0)
@@ -186,6 +194,8 @@ class _Recording:
         fault = fault or fault_of(path)
         # First of all, before anything that needs more room or more time.
         self.manifest.update(status="incomplete", **self._told(fault, in_flight))
+        if self.serving is not None:
+            self.manifest.update(digests(job.requests))
         journal.discard_leftovers(path)
         (path / ENGINE_FILE).unlink(missing_ok=True)
         write_manifest(path, self.manifest)

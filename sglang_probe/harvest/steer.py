@@ -15,22 +15,14 @@ from sglang_probe.steering.library import Library, weight_hash
 from sglang_probe.steering.spec import spec_of
 
 
-def open_library(config: SteerConfig | None, model: Model, accelerator: str = "refused") -> Library | None:
+def open_library(config: SteerConfig | None, model: Model) -> Library | None:
     """The library of a recording; None: it has none.
 
     Raises:
         ConfigError: it cannot be read, a vector is of another model, or the deployment asks what one cannot do.
-        UnsupportedError: interventions cannot be made on this machine.
     """
     if config is None:
         return None
-    if accelerator_present() and accelerator != "unproved":
-        raise UnsupportedError(
-            "interventions on an accelerator have been shown on none: they are recorded into its graphs, and a replay "
-            "was simulated on a CPU",
-            fix="set `server: {device: cpu}`; or `accelerator: unproved`, and compare with `sglang-probe verify "
-            "--transformers 8 --library FOLDER`",
-        )
     library = Library.open(config.library)
     library.check(
         width=int(model.config["hidden_size"]),

@@ -8,151 +8,28 @@ can be replayed.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import os
-import random
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException
-
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.harvest.config import HarvestConfig
-from sglang_probe.harvest.engine import Answer, ProbedEngine, server_argument_choices, server_argument_names
+from sglang_probe.harvest.engine import server_argument_choices, server_argument_names
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.job import job_of
 from sglang_probe.harvest.prepare import prepare
 from sglang_probe.harvest.recording import harvest
-from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.policy.arm import Arm
-from sglang_probe.run.workload_digest import digest_of_columns
+from sglang_probe.prove.clients import Clients
+from sglang_probe.prove.traffic import make_traffic
 from sglang_probe.workload.build import Workload
-from sglang_probe.workload.request import Request, SegmentSpan
-from tests.amended import amend
-from tests.attack.plan import LONGEST, Plan, Traffic, make_traffic, plan_of
+from tests.attack.plan import plan_of
 
 _PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
 """A workload that fits into any KV pool; the requests are replaced."""
-
-
-class Attack:
-    """Takes the place of `ProbedEngine.serve`: the same requests in waves, with aborts and pauses inside, and flushes
-    between."""
-
-    def __init__(self, plan: Plan, traffic: list[Traffic], requests: list[Request]) -> None:
-        self.plan = plan
-        self.traffic = traffic
-        self.requests = requests
-        self.rng = random.Random(plan.seed + 2)
-        self.answers: dict[int, Answer] = {}
-        self.counts = dict.fromkeys(
-            ("served", "aborted", "left", "refused", "flushed", "paused", "continued", "samples"), 0
-        )
-
-    async def serve(self, engine: ProbedEngine, concurrency: int) -> AsyncIterator[Answer]:
-        self.manager = engine._engine.tokenizer_manager
-        _name_samples()
-        rest = list(self.traffic)
-        while rest:
-            size = self.rng.randint(8, 40)
-            wave, rest = rest[:size], rest[size:]
-            gate = asyncio.Semaphore(concurrency)
-            disturbing = asyncio.ensure_future(self._disturb())
-            for answers in await asyncio.gather(*(self._one(gate, t) for t in wave)):
-                for answer in answers:
-                    yield answer
-            await disturbing
-            if self.rng.random() < 0.25:
-                self.counts["flushed"] += bool((await self.manager.flush_cache()).success)
-        await self.manager.flush_cache(timeout_s=30)  # waits for requests whose clients have gone away
-
-    async def _disturb(self) -> None:
-        """Pause and go on, or abort everything, in the middle of a wave."""
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
-
-        if self.plan.pauses:
-            await asyncio.sleep(self.rng.random() * 0.5)
-            await self.manager.pause_generation(PauseGenerationReqInput(mode=self.rng.choice(["retract", "in_place"])))
-            await asyncio.sleep(0.05)
-            await self.manager.continue_generation(ContinueGenerationReqInput())
-            self.counts["paused"] += 1
-        if self.rng.random() < 0.1:
-            await asyncio.sleep(self.rng.random() * 0.5)
-            self.manager.abort_request(abort_all=True)
-
-    async def _one(self, gate: asyncio.Semaphore, traffic: Traffic) -> list[Answer]:
-        async with gate:
-            request = self._continued(traffic)
-            self.requests[request.index] = request
-            timer = None
-            if traffic.abort_after is not None:
-                timer = asyncio.get_running_loop().call_later(traffic.abort_after, self._abort, request.rid)
-            try:
-                generated = await self._ask(request, traffic)
-            except (ValueError, HTTPException):  # how SGLang answers an abort, a full queue, and what it refuses
-                self.counts["refused"] += 1
-                return []
-            finally:
-                if timer is not None:
-                    timer.cancel()
-        answers = [
-            Answer(g["meta_info"]["id"], list(g["output_ids"]), int(g["meta_info"]["cached_tokens"]))
-            for g in generated
-            if (g["meta_info"]["finish_reason"] or {}).get("type") not in (None, "abort")
-        ]
-        if answers:
-            self.answers[request.index] = answers[0]
-            self.counts["served"] += 1
-            self.counts["samples"] += len(answers) - 1
-        return answers
-
-    def _continued(self, traffic: Traffic) -> Request:
-        """The request, continuing an earlier one if that has been answered and leaves room."""
-        ours = traffic.request
-        earlier = self.answers.get(traffic.follows) if traffic.follows is not None else None
-        if earlier is None or traffic.follows is None:
-            return ours
-        said = (*self.requests[traffic.follows].prompt_ids, *earlier.output_ids)
-        prompt = (*said, *ours.prompt_ids[-traffic.tail :]) if traffic.tail else said
-        if len(prompt) > LONGEST:
-            return ours
-        self.counts["continued"] += 1
-        return replace(ours, prompt_ids=prompt, spans=(SegmentSpan("prompt", 0, len(prompt)),))
-
-    async def _ask(self, request: Request, traffic: Traffic) -> list[dict[str, Any]]:
-        """Send it and read the answer, one for each sample; none if the client went away."""
-        from sglang.srt.managers.io_struct import GenerateReqInput
-
-        options = dict(traffic.options)
-        stream = options.pop("stream", False) or traffic.reads is not None
-        asked = GenerateReqInput(
-            input_ids=list(request.prompt_ids),
-            sampling_params=dict(request.sampling_params),
-            rid=request.rid,
-            stream=stream,
-            **options,
-        )
-        last: dict[str, dict[str, Any]] = {}
-        pieces = 0
-        answer = self.manager.generate_request(asked, None)
-        async for said in answer:
-            last |= {s["meta_info"]["id"]: s for s in (said if isinstance(said, list) else [said])}
-            pieces += 1
-            if pieces == traffic.reads and not all(s["meta_info"]["finish_reason"] for s in last.values()):
-                self.counts["left"] += 1
-                self._abort(request.rid)  # as SGLang's HTTP server does when a client disconnects
-                await answer.aclose()
-                return []
-        return list(last.values())
-
-    def _abort(self, rid: str) -> None:
-        self.counts["aborted"] += 1
-        for known in [r for r in self.manager.rid_to_state if r.startswith(rid)]:  # its samples have names of their own
-            self.manager.abort_request(rid=known)
 
 
 def _name_samples() -> None:
@@ -196,7 +73,7 @@ def main() -> None:
             "concurrency": plan.concurrency,
             "server": plan.server,
             "hook_points": plan.hook_points,
-            "accelerator": plan.accelerator,
+            "simulated_graphs": plan.simulated_graphs,
         }
     )
     try:
@@ -207,20 +84,14 @@ def main() -> None:
     traffic = make_traffic(plan)
     requests = [t.request for t in traffic]
     prepared = replace(prepared, workload=Workload(tuple(requests)))
-    attack = Attack(plan, traffic, requests)
-
-    async def serve(engine: ProbedEngine, _todo: list[Any], concurrency: int) -> AsyncIterator[Answer]:
-        async for answer in attack.serve(engine, concurrency):
-            yield answer
-
-    ProbedEngine.serve = serve  # type: ignore[method-assign]
+    clients = Clients(plan, traffic, requests)
     job = job_of(prepared, args.out.name, requests, arm=Arm(cache=plan.cache))
-    job = replace(job, requests=requests)  # the list itself: requests that continue others are made while it is served
+    # The list itself: requests that continue others are made while it is served.
+    job = replace(job, requests=requests, slot_truth=args.out.resolve().parent / "slots")
     with EngineHost() as host:
         asks = frozenset({"cache"} if plan.bypass else ())
-        run = harvest(job, args.out, host, overwrite=True, asks=asks)
-    made = digest_of_columns(workload_columns(r) for r in requests)  # some of them after the manifest was
-    amend(args.out, lambda manifest: manifest.update(columns_digest=made))
+        _name_samples()
+        run = harvest(job, args.out, host, overwrite=True, asks=asks, serving=clients.serve)
     spans = run.spans()
     counts = {
         "finish": run.requests()["finish_reason"].value_counts().to_dict(),
@@ -228,7 +99,7 @@ def main() -> None:
         "reused": int((spans["end"] - spans["start"])[spans["status"] == "reused"].sum()),
         "rebinds": len(run.rebinds()),
         "retracted": int((run.engine_requests()["retractions"] > 0).sum()),
-        **attack.counts,
+        **clients.counts,
         "mixed": int((run.forwards()["mode"] == "mixed").sum()),
     }
     print("DONE", json.dumps(counts), flush=True)

@@ -1,4 +1,4 @@
-"""One attack in processes of its own, under the slot oracle, and everything that could have noticed a fault."""
+"""One attack in processes of its own, with the true owners of slots, and everything that could have noticed a fault."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.prove.owners import compare, read_owners, unended
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.verify import verify
-from tests.attack.written import compare
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,7 +22,7 @@ class Outcome:
     """What an attack left behind."""
 
     oracle: dict[str, Any]
-    """Counts of the slot oracle, of all ranks together."""
+    """Comparisons with the true owners of slots, of all ranks together."""
     violations: dict[str, str]
     """Invariants that do not hold, by name; `ends` if a request has none, `fault` if the probe stopped
     itself, `driver` if the attack did not end."""
@@ -49,7 +49,7 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
 
     Args:
         path: an empty folder; the run is left in `path/run`.
-        sabotage: a safeguard to disable (`tests/attack/plugin/slot_sabotage.py`).
+        sabotage: a safeguard to disable (`tests/attack/plugin/sabotages.py`).
         plan: fields of `Plan`, over the drawn ones.
     """
     command = [sys.executable, "-m", "tests.attack.driver", "--seed", str(seed), "--requests", str(requests)]
@@ -57,8 +57,7 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/attack/plugin")]),
-        "SLOT_ORACLE": str(path / "oracle"),
-        "SLOT_ORACLE_SABOTAGE": sabotage,
+        "PROBE_SABOTAGE": sabotage,
     }
     violations, output, written = {}, "", 0
     try:
@@ -78,25 +77,17 @@ def attack(path: Path, seed: int, requests: int, *, sabotage: str = "", plan: di
         violations["refusal"] = f"`{due}` must be refused by name, and what was said is: {refused}"
     if "DONE" not in said and refused is None:
         violations.setdefault("driver", output[-2000:])
+    true = read_owners(path / "slots")
     if (path / "run" / "manifest.json").exists():
         run = load_run(path / "run")
         violations |= {c.name: str(c.violation) for c in verify(run) if not c.holds}
-        written, wrong = compare(run, path.glob("oracle.*.truth"))
+        written, wrong = compare(run, true)
         if wrong is not None:
             violations["written"] = wrong
-        ended = {rid.partition("~")[0] for rid in run.engine_requests()["rid"]}
-        if endless := sorted({f"r{i:06d}" for i in range(requests)} - ended):
+        if endless := unended(run, (f"r{i:06d}" for i in range(requests))):
             violations["ends"] = f"{len(endless)} of {requests} requests never ended, the first {endless[0]}"
         if run.manifest.get("fault"):
             violations["fault"] = run.manifest["fault"]
     options = said.get("ATTACK", {}).get("options", {})
-    return Outcome(_oracle(path) | {"written": written}, violations, said.get("DONE", {}), options, output, refused)
-
-
-def _oracle(path: Path) -> dict[str, Any]:
-    """The reports of all ranks, summed. A recording that stopped at once leaves none: nothing was compared then."""
-    total: dict[str, Any] = {"compared": 0, "wrong": 0, "unknown": 0, "forwards": 0, "first": None}
-    for report in path.glob("oracle.*.json"):
-        for name, value in json.loads(report.read_text()).items():
-            total[name] = (total[name] or value) if name == "first" else total[name] + value
-    return total
+    compared = {name: getattr(true, name) for name in ("compared", "wrong", "unknown", "forwards", "first")}
+    return Outcome(compared | {"written": written}, violations, said.get("DONE", {}), options, output, refused)

@@ -1,4 +1,4 @@
-"""What one seed of the attack means: engine options, and requests with what their clients do.
+"""What one seed of the attack means: engine options, beside what clients do (`sglang_probe/prove/traffic.py`).
 
 Nothing here imports SGLang. What SGLang refuses is left out, with the reason beside it; of what the probe refuses a
 little is drawn, to see it refused by name. `num_continuous_decode_steps` is not drawn: nothing in SGLang reads
@@ -11,14 +11,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_probe.engine.releases import release
+from sglang_probe.prove.traffic import Habits
 from sglang_probe.run.hook_points import EMBED
-from sglang_probe.workload.request import Request, SegmentSpan
-
-VOCABULARY = 3072
-LONGEST = 900
-"""Tokens of a continuation's prompt at most, so that most fit into the smallest KV pool."""
-CACHE_USES = ("read_only", "write_only", "off")
 
 EVICTION = ("lru", "lfu", "slru", "priority", "tlru")
 # Not `priority`: it is among SGLang's choices, and its scheduler answers `Unknown schedule_policy`.
@@ -46,48 +40,22 @@ TIGHT = {
 """Engine options with which little traffic reaches most paths; a random configuration may miss the one in question."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """One request, and what its client does."""
-
-    request: Request
-    follows: int | None = None
-    """Continues the conversation of this earlier request: its prompt, its output, then our own last tokens."""
-    tail: int = 0
-    """How many of our own last tokens a continuation takes."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Fields of SGLang's `GenerateReqInput`."""
-    abort_after: float | None = None
-    """Seconds after which the client aborts."""
-    reads: int | None = None
-    """Streamed pieces that the client reads before it goes away; None: it waits for the whole answer."""
-
-
 @dataclass
-class Plan:
+class Plan(Habits):
     """Engine options and client habits."""
 
-    seed: int
-    requests: int
-    server: dict[str, Any]
+    server: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
-    concurrency: int = 8
     cache: str = "on"
-    bypass: bool = False
-    """Some requests bypass the cache."""
-    priorities: bool = False
-    pauses: bool = False
-    """Generation is paused and every running request retracted, now and then."""
-    refusals: bool = False
-    """Some requests ask what SGLang's scheduler refuses."""
-    samples: bool = False
-    """Some requests ask for several answers (`n`), behind the warm-up that SGLang sends for them."""
     hook_points: list[str] = field(default_factory=lambda: [EMBED])
     """Rows captured. Without `hook_embed` ownership is not checked by content."""
-    accelerator: str = "refused"
-    """`unproved`: the rows take the path of a GPU."""
+    simulated_graphs: bool = False
+    """The rows take the path of a GPU."""
     refused: str | None = None
     """The server argument for which the probe must refuse the engine."""
+
+    def __post_init__(self) -> None:
+        self.routing_keys = self.server.get("schedule_policy") == "routing-key"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -149,7 +117,7 @@ def plan_of(seed: int, requests: int) -> Plan:
     return Plan(
         seed,
         requests,
-        server,
+        server=server,
         env={"SGLANG_TEST_RETRACT": "1"} if rng.random() < 0.25 else {},
         concurrency=rng.choice([4, 8, 16]),
         cache=cache,
@@ -161,79 +129,3 @@ def plan_of(seed: int, requests: int) -> Plan:
         hook_points=later.choice(HOOK_POINTS),
         refused=next(iter(refused), None),
     )
-
-
-def make_traffic(plan: Plan) -> list[Traffic]:
-    """Prompts as paths through a random tree of token runs, and continuations of earlier requests."""
-    rng = random.Random(plan.seed + 1)
-    later = random.Random(plan.seed + 4)  # as in `plan_of`
-
-    def run_of(low: int, high: int) -> list[int]:
-        return [rng.randrange(10, VOCABULARY) for _ in range(rng.randint(low, high))]
-
-    tree: list[list[int]] = [run_of(5, 90)]
-    for _ in range(12):
-        tree.append(rng.choice(tree) + run_of(3, 60))
-    traffic: list[Traffic] = []
-    for i in range(plan.requests):
-        kind = rng.random()
-        follows, tail = None, rng.randint(0, 40)
-        if kind < 0.15 and traffic:
-            prompt = list(rng.choice(traffic[-4:]).request.prompt_ids)  # a duplicate, likely in the same batch
-        elif kind < 0.25:
-            prompt = list(rng.choice(tree))  # wholly inside the tree: cached to the last token but one
-        else:
-            prompt = rng.choice(tree) + run_of(1, 80)
-            if kind < 0.5 and traffic:
-                follows = rng.randrange(max(0, i - 24), i)
-        params: dict[str, Any] = {"max_new_tokens": rng.choice([1, 2, 8, 24, 60]), "temperature": 1.0}
-        if rng.random() < 0.5:
-            params["stop_token_ids"] = rng.sample(range(VOCABULARY), 300)
-        else:
-            params["ignore_eos"] = True
-        if plan.bypass and rng.random() < 0.3:
-            params["custom_params"] = {"probe": {"cache": rng.choice(CACHE_USES)}}
-        if plan.samples and later.random() < 0.2:
-            params["n"] = later.choice([2, 3])
-        spans = (SegmentSpan("prompt", 0, len(prompt)),)
-        request = Request(i, f"r{i:06d}", tuple(prompt), spans, None, params)
-        # A continuation that cannot reuse what it continues would be no continuation.
-        same_place = {} if follows is None else _place(traffic[follows].options)
-        options = _options(plan, rng, same_place, len(prompt))
-        leaves = rng.random()
-        traffic.append(
-            Traffic(
-                request,
-                follows,
-                tail,
-                options,
-                abort_after=rng.random() * 0.3 if leaves < 0.12 else None,
-                reads=rng.randint(1, 12) if 0.12 <= leaves < 0.24 else None,
-            )
-        )
-    return traffic
-
-
-def _options(plan: Plan, rng: random.Random, place: dict[str, Any], prompt_len: int) -> dict[str, Any]:
-    options = dict(place)
-    kind = rng.random()
-    if not place and kind < 0.12:
-        options[release().namespace_fields[-1]] = rng.choice("xyz")
-    elif not place and kind < 0.24:
-        options["extra_key"] = rng.choice("xyz")  # the same words: a salt is not a key
-    elif kind < 0.38:
-        options |= {"return_logprob": True, "logprob_start_len": rng.randrange(prompt_len)}
-    if plan.refusals and rng.random() < 0.1:
-        options |= {"return_logprob": True, "logprob_start_len": 2 * LONGEST}
-    if plan.priorities and rng.random() < 0.9:
-        options["priority"] = rng.randint(-4, 4)
-    if plan.server.get("schedule_policy") == "routing-key":
-        options["routing_key"] = rng.choice("pq")
-    if rng.random() < 0.15:
-        options["stream"] = True
-    return options
-
-
-def _place(options: dict[str, Any]) -> dict[str, Any]:
-    """What separates prefixes in the radix tree."""
-    return {k: v for k, v in options.items() if k in release().namespace_fields}

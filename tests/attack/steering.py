@@ -217,15 +217,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="odd: now and then everything is retracted")
     parser.add_argument("--requests", type=int, default=60, help="first turns and second ones")
-    parser.add_argument("--sabotage", default="", help="a safeguard to disable (tests/attack/plugin/slot_sabotage.py)")
+    parser.add_argument("--sabotage", default="", help="a safeguard to disable (tests/attack/plugin/sabotages.py)")
     options = parser.parse_args()
     if options.sabotage:
         plugin = Path(__file__).parent / "plugin"
         sys.path.insert(0, str(plugin))  # processes that are started have it too
-        os.environ["SLOT_ORACLE_SABOTAGE"] = options.sabotage
+        os.environ["PROBE_SABOTAGE"] = options.sabotage
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["SLOT_ORACLE"] = str(folder / "oracle")
         if options.seed % 2:
             os.environ["SGLANG_TEST_RETRACT"] = "1"  # now and then everything is retracted
         make_library(folder / "library")

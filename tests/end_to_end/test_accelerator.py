@@ -1,4 +1,4 @@
-"""The path that rows take on a GPU, in a real engine on the CPU: `accelerator: unproved`.
+"""The path that rows take on a GPU, in a real engine on the CPU (`simulated_graphs`).
 
 Nothing is replayed here (test_graph_taps.py simulates that); decode steps only look so. What runs is
 everything around it: taps set up when the model is loaded, one snapshot a forward, SGLang's copies of a result under
@@ -48,7 +48,7 @@ def folder(cli: Callable, write_yaml: Callable[..., Path], tmp_path_factory: pyt
     config = write_yaml(
         "accelerator",
         dtype="float32",
-        accelerator="unproved",
+        simulated_graphs=True,
         replicates=1,
         workload={"requests_per_family": 3},
         hook_points=[*POINTS, *MEASURED],
@@ -138,7 +138,7 @@ PLAN = {
     "concurrency": 8,
     "samples": False,
     "hook_points": ["hook_embed"],
-    "accelerator": "unproved",
+    "simulated_graphs": True,
     "refused": None,
 }
 
@@ -170,7 +170,7 @@ def test_delayed_samples_and_synchronous_scheduling(
     config = write_yaml(
         "constrained",
         dtype="float32",
-        accelerator="unproved",
+        simulated_graphs=True,
         hook_points=POINTS,
         sampling={"max_new_tokens": 30, "temperature": 1.0},
         server=server,
@@ -197,7 +197,7 @@ def test_some_positions_and_heads_only(cli: Callable, write_yaml: Callable[..., 
     config = write_yaml(
         "some",
         dtype="float32",
-        accelerator="unproved",
+        simulated_graphs=True,
         hook_points=POINTS,
         rows={"window": 8, "decode": {"every": 3}, "heads": [1, 6], "kv_heads": [2]},
         sampling={"max_new_tokens": 16, "temperature": 1.0},

@@ -35,9 +35,9 @@ def test_committed_studies_load(name: str) -> None:
 
 
 def test_what_all_recordings_have_reaches_the_runs() -> None:
-    found = config(accelerator="unproved", server={"page_size": 16}, dtype="float32", in_engine=False)
+    found = config(simulated_graphs=True, server={"page_size": 16}, dtype="float32", in_engine=False)
     recording = found.recording(2)
-    assert (recording.accelerator, recording.server, recording.dtype) == ("unproved", {"page_size": 16}, "float32")
+    assert (recording.simulated_graphs, recording.server, recording.dtype) == (True, {"page_size": 16}, "float32")
     assert len(recording.hook_points) == 1 + 2 * 3
     assert recording.concurrency == 32
 

@@ -73,7 +73,7 @@ def test_requests_that_prescribe_positions(without: Callable[[str], None], tmp_p
     ("feature", "fields"),
     [
         ("telemetry", {"telemetry": {}}),
-        ("accelerator rows", {"hook_points": ["hook_embed"], "accelerator": "unproved"}),
+        ("accelerator rows", {"hook_points": ["hook_embed"], "simulated_graphs": True}),
     ],
 )
 def test_rows_and_telemetry(feature: str, fields: dict[str, Any], without: Callable[[str], None]) -> None:

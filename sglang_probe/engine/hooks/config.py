@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,17 +33,21 @@ FAULT_FILE = "fault.txt"
 class EngineProbeConfig(Config):
     """What one engine process records.
 
-    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches` and `ignore_interrupt`
-    are set by `sglang-probe harvest`.
+    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches`, `proving`,
+    `slot_truth` and `ignore_interrupt` are set by the commands that start an engine.
     """
+
+    hints: ClassVar[Mapping[str, str]] = {
+        "accelerator": "rows on a GPU need a certificate of `sglang-probe prove`, which is found without a key"
+    }
 
     run: Path
     """Directory to write to."""
     hook_points: list[str] = Field(default_factory=list)
     """Rows to capture, e.g. `[hook_embed, blocks.10.hook_resid_post]`. Empty: the ledger alone."""
-    accelerator: Literal["refused", "unproved"] = "refused"
-    """`unproved`: capture rows on a GPU too, inside its graphs (docs/explanation/gpu.md says where that was run).
-    On a CPU the same path is taken, without graphs, for tests."""
+    certificate: Literal["auto"] | InputPath = "auto"
+    """On an accelerator rows, telemetry and interventions need a certificate of `sglang-probe prove` for this
+    configuration on this machine: `auto` finds it in the cache folder, or name the file. A CPU needs none."""
     rows: RowsConfig = RowsConfig()
     """Which positions and heads of them; by default all."""
     scores: ScoresConfig | None = None
@@ -68,6 +73,12 @@ class EngineProbeConfig(Config):
     """Decode rows of a live server are read, and requests judged by a profile, while it serves. Absent: nothing is."""
     switches: Switches = Switches()
     """What is set in the running engine before this recording begins."""
+    proving: bool = False
+    """Set by `sglang-probe prove`: the engine is being proved, so that there is no certificate yet."""
+    simulated_graphs: bool = False
+    """Set by the probe's own tests: on a CPU, rows leave the model as they would leave a graph."""
+    slot_truth: Path | None = None
+    """Set by `sglang-probe prove`: where to report the true owner of every KV slot, read from the device. Slow."""
     ignore_interrupt: bool = False
     """Leave Ctrl-C, SIGTERM and SIGHUP to the process that started the engine, so that it can close the run first."""
 

@@ -156,6 +156,11 @@ def require(features: Iterable[str]) -> Inventory:
     return inventory
 
 
+def digest(inventory: Inventory) -> str:
+    """SHA-256 of an inventory: what a certificate says was reviewed."""
+    return hashlib.sha256(inventory.model_dump_json().encode()).hexdigest()
+
+
 def fingerprint(dotted: str) -> str | None:
     """First 16 hex digits of the SHA-256 of a target's normalised syntax tree; None if it does not exist."""
     file, inside = _locate(dotted)

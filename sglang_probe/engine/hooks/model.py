@@ -18,7 +18,7 @@ def load_model(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -> None:
         return
     session = guard.active()
     session.tp_size = get_parallel().tp_size
-    session.of_model(runner.model)
+    session.of_model(runner.model, runner.device)
     for instrument in session.instruments:
         instrument.attach(runner)
 

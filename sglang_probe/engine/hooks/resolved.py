@@ -6,6 +6,7 @@ what decides rows, reuse and batches is named here, never all of them: among the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,22 @@ def resolved(scheduler: Any, server_args: Any) -> dict[str, Any]:
         "random_seed": int(scheduler.random_seed),
         "torch_threads": torch.get_num_threads(),
         "weight_version": release().weight_version(server_args),
+        **_device(runner.device),
+    }
+
+
+def _device(device: str) -> dict[str, Any]:
+    """What computes, where it is an accelerator."""
+    if device != "cuda":
+        return {}
+    driver = Path("/proc/driver/nvidia/version")
+    words = driver.read_text(encoding="utf-8").split() if driver.exists() else []
+    number = next((w for w in words if w[:1].isdigit() and "." in w), None)
+    return {
+        "device_name": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "cuda": torch.version.cuda,
+        "driver": number,
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
+from sglang_probe.engine.hooks.certified import certified
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.resolved import resolved
@@ -60,6 +61,12 @@ class Session:
         self.records = True
         self.opened = 0
         """Recordings begun in this engine."""
+        self._device = "cpu"
+        """The model's, once it is loaded."""
+        self.in_graphs = config.simulated_graphs
+        """Whether rows leave the model through graphs, whose taps are captured before the recording opens."""
+        self.certificate: dict[str, Any] | None = None
+        """Under which rows, telemetry and interventions are made here; None: nothing of it needs one."""
         self.fault: str | None = None
         """Why the probe stopped itself."""
         self.epoch = 0
@@ -76,8 +83,10 @@ class Session:
         empty: dict[str, Any] = {"heads": {}, "head_numbers": {}, "telemetry_layers": []}
         return {**empty, **{k: v for i in self.instruments for k, v in i.facts().items()}}
 
-    def of_model(self, model: Any) -> None:
+    def of_model(self, model: Any, device: str = "cpu") -> None:
         """Take note of the model, once it is loaded: patterns of hook points become those of its layers."""
+        self._device = device
+        self.in_graphs = self.in_graphs or device != "cpu"
         if has_patterns([*self.config.hook_points, *self.config.rows.at]):
             self.config = self.config.of_layers(len(model.model.layers))
             for instrument in self.instruments:
@@ -90,10 +99,14 @@ class Session:
             dp_rank: data-parallel rank of this process: each has its own cache, and its own ledger.
             tp_size: ranks that run the model together.
             records: whether this process writes. Others only follow what the recording asks of the engine.
+
+        Raises:
+            UnsupportedError: nothing proves that what is asked is right here.
         """
         self._scheduler, self._server_args, self.dp_rank, self.records = scheduler, server_args, dp_rank, records
         self.tp_size = tp_size
         self._start = policy.started_with(scheduler)
+        self.certificate = certified(self.config, self._device, self.in_force)
 
     def open(self) -> None:
         """Set the policy and start recording.
@@ -165,8 +178,13 @@ class Session:
     def _tell(self) -> None:
         """Say what is in force in this engine, for the manifest of a harvest (`harvest/engine.py`)."""
         if self.dp_rank == 0:
-            told = {"server_resolved": self.in_force(), "weights": self.weights}
+            told = {"server_resolved": self.in_force(), "weights": self.weights, **self.proved()}
             journal.write_text_durably(self.config.run / ENGINE_FILE, json.dumps(told, default=str))
+
+    def proved(self) -> dict[str, Any]:
+        """What manifests say of proofs: the certificate, and the graphs that were checked; nothing on a CPU."""
+        told = {"certificate": self.certificate, "graphs_checked": self.facts().get("graphs_checked")}
+        return {name: value for name, value in told.items() if value is not None}
 
     def set_policy(self) -> None:
         """Set what the configuration switches in the idle scheduler.
@@ -239,6 +257,8 @@ class Session:
             self.writer.flush()
             if isinstance(self.writer, Writer):
                 self.writer.stop()
+            for instrument in self.instruments:
+                instrument.close()
         elif self.live is not None:  # which has stopped
             self.live.close()
 
@@ -266,8 +286,7 @@ class Session:
     @property
     def taps_write(self) -> bool:
         """Whether taps write what they see."""
-        in_graphs = self.config.accelerator == "unproved"  # which are captured before the recording opens
-        return self.fault is None and (self.recorder is not None or in_graphs)
+        return self.fault is None and (self.recorder is not None or self.in_graphs)
 
     def _let_go(self) -> None:
         """Record nothing any more; requests go on."""

@@ -21,12 +21,10 @@ from sglang_probe.errors import LedgerError, UnsupportedError
 from tests.engine.made_session import make_session, set_taps
 
 
-def test_rows_on_a_gpu_need_an_explicit_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_and_the_cpu_are_not_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(UnsupportedError, match=r"`cuda` has been shown on two models(.|\n)*accelerator: unproved"):
-        accelerator.check_device("cuda", EngineProbeConfig(run=Path("x")).accelerator)
-    accelerator.check_device("cuda", "unproved")  # with telemetry or without
-    accelerator.check_device("cpu", "refused")
+    accelerator.check_device("cuda")  # with telemetry or without; a certificate is asked later
+    accelerator.check_device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +35,7 @@ def test_other_accelerators_are_refused_whatever_is_asked(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     with pytest.raises(UnsupportedError, match=f"`{named}` is not supported"):
-        accelerator.check_device(device, "unproved")
+        accelerator.check_device(device)
 
 
 def test_the_megakernel_is_refused_by_name() -> None:
@@ -62,7 +60,7 @@ auxiliary = pytest.mark.skipif(
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
-    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, accelerator="unproved"), Rows)
+    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, simulated_graphs=True), Rows)
     set_taps(running, GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu"))
     return running
 

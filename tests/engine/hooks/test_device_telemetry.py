@@ -34,7 +34,7 @@ class Engine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.setattr(host_telemetry, "check_attention", lambda *_: None)  # no SGLang modules
-        config = EngineProbeConfig(run=folder, telemetry=OPTIONS, accelerator="unproved")
+        config = EngineProbeConfig(run=folder, telemetry=OPTIONS, simulated_graphs=True)
         self.session = make_session(monkeypatch, config, AttentionTelemetry, opened=False)
         self.model = LlamaForCausalLM()
         for i, layer in enumerate(self.model.model.layers):

@@ -174,7 +174,7 @@ def test_a_request_whose_gate_was_not_decided_in_time_ends_and_others_go_on(engi
 def test_a_gate_is_refused_where_graphs_replay_and_under_a_deployment(
     monkeypatch: pytest.MonkeyPatch, library: Path
 ) -> None:
-    attached(monkeypatch, library, accelerator="unproved")
+    attached(monkeypatch, library, graphs=True)
     assert "this engine runs on an accelerator" in str(admitted(steer=[GATED]).refused)
     attached(monkeypatch, library, deployment=[{**UP, "op": "cap"}])
     assert "cannot be had of a server that steers every request" in str(admitted(steer=[GATED]).refused)

@@ -80,7 +80,7 @@ def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
     config = EngineProbeConfig(
         run=Path("x"),
         hook_points=["hook_embed"],
-        accelerator="unproved" if "accelerator rows" in features else "refused",
+        simulated_graphs="accelerator rows" in features,
         asks=["force", "cache", *(["positions"] if "positions" in features else [])],
         live=LiveConfig(privacy="ids"),
     )

@@ -116,7 +116,7 @@ def expected(x: torch.Tensor) -> dict[str, torch.Tensor]:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
     """An engine whose model is loaded and whose recording has not been opened."""
     monkeypatch.setattr(attention, "check_attention", lambda *_: None)  # no SGLang modules
-    config = EngineProbeConfig(run=tmp_path, hook_points=POINTS, accelerator="unproved")
+    config = EngineProbeConfig(run=tmp_path, hook_points=POINTS, simulated_graphs=True)
     running = make_session(monkeypatch, config, Rows, opened=False)
     set_taps(running, GraphTaps(dict.fromkeys(POINTS, (WIDTH, torch.float32)), capacity=8, device="cpu"))
     return running

@@ -76,14 +76,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attached(
-    monkeypatch: pytest.MonkeyPatch, library: Path, accelerator: str = "refused", tp_size: int = 1, **steer: Any
+    monkeypatch: pytest.MonkeyPatch, library: Path, graphs: bool = False, tp_size: int = 1, **steer: Any
 ) -> tuple[Steering, list[Layer]]:
     """The instrument on a model of four layers."""
     config = EngineProbeConfig.model_validate(
         {
             "run": "run",
             "asks": ["steer"],
-            "accelerator": accelerator,
+            "simulated_graphs": graphs,
             "steer": {"library": str(library), **steer},
             **({"live": {}} if "clamps" in steer else {}),
         }
@@ -339,8 +339,8 @@ def test_if_the_recording_stops_within_a_forward_the_layers_to_come_go_on(
 
 def test_what_is_recorded_into_graphs_changes_the_same_bits(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     found = []
-    for accelerator in ("refused", "unproved"):
-        steering, layers = attached(monkeypatch, library, accelerator=accelerator)
+    for graphs in (False, True):
+        steering, layers = attached(monkeypatch, library, graphs=graphs)
         torch.manual_seed(0)
         residual, output = torch.randn(3, WIDTH).bfloat16(), torch.randn(3, WIDTH).bfloat16()
         reqs = [admitted(), admitted(steer=[UP, {"vector": "up", "op": "cap", "strength": 1}]), admitted(steer=[UP])]
@@ -391,16 +391,16 @@ def test_rows_are_spliced_and_others_of_the_forward_keep_their_bits(
 
 def test_graphs_have_no_splice(monkeypatch: pytest.MonkeyPatch, with_sae: Path) -> None:
     """Nor a hook at the layer of an SAE, whose every forward would pay for it."""
-    _, layers = attached(monkeypatch, with_sae, "unproved")
+    _, layers = attached(monkeypatch, with_sae, graphs=True)
     assert [len(layer._forward_hooks) for layer in layers] == [0, 1, 1, 0]
     req = admitted(steer=[{"vector": "whole", "op": "splice"}])
     assert req.refused is not None
     assert "`splice` by `whole` is not made in graphs" in req.refused
     with pytest.raises(ConfigError, match="`splice` by `whole` is not made in graphs"):
-        attached(monkeypatch, with_sae, "unproved", deployment=[{"vector": "whole", "op": "splice"}])
+        attached(monkeypatch, with_sae, graphs=True, deployment=[{"vector": "whole", "op": "splice"}])
 
 
 def test_more_interventions_than_graphs_have_passes_are_refused(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
-    attached(monkeypatch, library, accelerator="unproved", passes=1)
+    attached(monkeypatch, library, graphs=True, passes=1)
     assert "2 interventions after layer 1, and the engine's graphs have 1" in str(admitted(steer=[UP, UP]).refused)
     assert admitted(steer=[UP, {"vector": "late", "strength": 1}]).refused is None

@@ -217,7 +217,7 @@ def test_the_page_allocator_gives_every_request_pages_of_its_own(page: int) -> N
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
-    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, accelerator="unproved"), Rows)
+    running = make_session(monkeypatch, EngineProbeConfig(run=tmp_path, simulated_graphs=True), Rows)
     set_taps(running, GraphTaps({"h": (2, torch.float32)}, capacity=4, device="cpu"))
     return running
 

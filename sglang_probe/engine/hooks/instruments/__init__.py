@@ -9,11 +9,13 @@ from sglang_probe.engine.hooks.instruments.accelerator import Accelerator
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.cache import CacheUse
 from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
+from sglang_probe.engine.hooks.instruments.graph_check import GraphCheck
 from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
 from sglang_probe.engine.hooks.instruments.live import LiveServer
 from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.hooks.instruments.positions import Positions
 from sglang_probe.engine.hooks.instruments.rows import Rows
+from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth
 from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.releases.base import Hook, Release
@@ -29,11 +31,13 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     Steering,  # before the taps: captured rows are those after an intervention
     Watching,
     Rows,
+    GraphCheck,
     AttentionTelemetry,
     ForcedOutputs,
     CacheUse,
     Positions,
     KeptSets,
+    SlotTruth,
 )
 """In the order in which they are asked."""
 

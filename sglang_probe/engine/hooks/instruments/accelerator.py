@@ -23,6 +23,7 @@ from sglang_probe.engine.capture.host_ring import HostRing
 from sglang_probe.engine.capture.transfer import Transfer
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import LedgerError, UnsupportedError
@@ -57,7 +58,8 @@ class Accelerator(Instrument):
 
     @classmethod
     def wanted(cls, config: EngineProbeConfig) -> bool:
-        return config.accelerator == "unproved" and (bool(config.hook_points) or config.telemetry is not None)
+        in_graphs = config.simulated_graphs or accelerator_present()
+        return in_graphs and (bool(config.hook_points) or config.telemetry is not None)
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
@@ -65,7 +67,7 @@ class Accelerator(Instrument):
 
     @classmethod
     def serves(cls, started: EngineProbeConfig, asked: EngineProbeConfig) -> bool:
-        return started.accelerator == asked.accelerator
+        return started.simulated_graphs == asked.simulated_graphs
 
     def attach(self, runner: Any) -> None:
         check_channel()
@@ -80,17 +82,18 @@ def check_model(runner: Any, config: EngineProbeConfig) -> None:
     """
     telemetry = config.telemetry is not None
     check_tensor_parallel(config.hook_points, guard.active().tp_size, telemetry=telemetry)
-    check_device(runner.device, config.accelerator)
+    check_device(runner.device)
     check_server(runner.server_args)
     check_architecture(type(runner.model).__name__)
     check_sliding_window(runner.model_config.hf_text_config.to_dict(), runner.model_config.context_len)
 
 
-def check_device(device: str, accelerator: str) -> None:
-    """Refuse rows and telemetry on a device where they have not been proved, unless the user asked to try.
+def check_device(device: str) -> None:
+    """Refuse devices for which nothing was written. On CUDA a certificate is asked when the recording opens
+    (`engine/hooks/certified.py`).
 
     Raises:
-        UnsupportedError: says how to try.
+        UnsupportedError: names the device.
     """
     if device == "cpu":
         return
@@ -98,13 +101,6 @@ def check_device(device: str, accelerator: str) -> None:
         raise UnsupportedError(
             f"capturing rows on `{'rocm' if device == 'cuda' else device}` is not supported",
             fix="remove `hook_points` and `telemetry` to record the ledger alone",
-        )
-    if accelerator != "unproved":
-        raise UnsupportedError(
-            f"capturing rows on `{device}` has been shown on two models of GPU only (docs/evidence/gpu-results.md)",
-            fix="set `accelerator: unproved` to try it, and check what you get with "
-            "`sglang-probe verify --transformers` (docs/explanation/gpu.md); "
-            "or remove `hook_points` and `telemetry` to record the ledger alone",
         )
 
 
@@ -117,7 +113,7 @@ def check_channel() -> None:
     if importlib.util.find_spec(release().row_channel) is None:
         raise UnsupportedError(
             f"this release of SGLang has no `{release().row_channel}`, on which rows leave an accelerator",
-            fix="remove `hook_points` and `telemetry` to record the ledger alone, or `accelerator: unproved` on a CPU",
+            fix="remove `hook_points` and `telemetry` to record the ledger alone",
         )
 
 

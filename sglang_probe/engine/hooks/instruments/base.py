@@ -139,6 +139,9 @@ class Instrument:
     def end(self, rid: str) -> None:
         """A request ended."""
 
+    def close(self) -> None:
+        """The recording was closed, with everything that is known written."""
+
     def drop(self) -> None:
         """Forget the forward at hand: the recording has stopped, or what runs next is of no request."""
 

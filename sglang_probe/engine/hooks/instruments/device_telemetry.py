@@ -1,4 +1,4 @@
-"""Attention telemetry on an accelerator (`accelerator: unproved`): enqueued after the forward, and never waited for.
+"""Attention telemetry on an accelerator: enqueued after the forward, and never waited for.
 
 The queries lie in taps of their own, which are part of the recorded graphs and are not written as rows. The keys are
 read from the KV pool after the forward, on its stream. The slots are not: SGLang lets its scheduler write

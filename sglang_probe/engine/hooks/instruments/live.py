@@ -103,6 +103,7 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         "telemetry": None if config.telemetry is None else config.telemetry.model_dump(mode="json"),
         "rows_kept": config.rows.model_dump(mode="json"),
         **guard.active().facts(),
+        **guard.active().proved(),
         "server_resolved": resolved,
         "platform": platform_facts(),
         "inventory": {"sglang": reviewed.sglang, "version": reviewed.version},

@@ -91,7 +91,7 @@ class Rows(Instrument):
                 layers=len(runner.model.model.layers),
                 weight_hash=weight_hash_of_folder(runner.server_args.model_path),
             )
-        if self.config.accelerator == "unproved":
+        if guard.active().in_graphs:
             self.taps = graph_taps(runner, hook_points, self._heads, self._columns(), self._weights())
         else:
             self.taps = self._eager_taps(hook_points)

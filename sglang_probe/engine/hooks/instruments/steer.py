@@ -116,7 +116,7 @@ class Steering(Instrument):
     def attach(self, runner: Any) -> None:
         from sglang_probe.steering.apply import bank_of
 
-        check_device(runner.device, self.config.accelerator)
+        check_device(runner.device)
         check_architecture(type(runner.model).__name__)
         layers = runner.model.model.layers
         self._library = library = Library.open(self._given.library)
@@ -135,7 +135,7 @@ class Steering(Instrument):
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
         self._deployed = spec_of(self._given.deployment, library, where="steer.deployment")
-        graphs = self.config.accelerator == "unproved"
+        graphs = guard.active().in_graphs
         if graphs and self._deployed is not None:
             refuse_spliced(self._deployed, "steer.deployment")
         kinds = ("direction", "feature") if graphs else ("direction", "feature", "sae")
@@ -388,7 +388,7 @@ def refuse_spliced(spec: Spec, where: str) -> None:
     if (step := next((s for s in spec.steps if s.op == "splice"), None)) is not None:
         raise ConfigError(
             f"{where}: `splice` by `{step.vector}` is not made in graphs, where every forward would pay for it",
-            fix="serve without `accelerator: unproved`, on the CPU",
+            fix="serve it on the CPU",
         )
 
 

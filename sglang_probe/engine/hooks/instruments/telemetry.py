@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import Ask
 from sglang_probe.engine.capture.graph_taps import GraphTaps
+from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.accelerator import check_model, check_recorded, make_taps
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
@@ -46,7 +47,7 @@ class AttentionTelemetry(Instrument):
         asked = runner.model.model.layers, self.config.telemetry
         self.measurements = (
             AcceleratorTelemetry(*asked, functools.partial(make_taps, runner), runner.dtype)
-            if self.config.accelerator == "unproved"
+            if guard.active().in_graphs
             else EngineTelemetry(*asked)
         )
 

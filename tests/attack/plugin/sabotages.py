@@ -1,6 +1,6 @@
 """Disables one safeguard of the probe at a time, to show that the attack would notice.
 
-Each function takes away one idea; its name, with spaces, is what `SLOT_ORACLE_SABOTAGE` says.
+Each function takes away one idea; its name, with spaces, is what `PROBE_SABOTAGE` says.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from sglang_probe.engine.hooks import tree as lineage
 from sglang_probe.engine.ledger import lineage as shadow
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
-
-
-def sabotage(what: str) -> None:
-    SABOTAGES[what]()
 
 
 def ignore_rebinds() -> None:
@@ -250,6 +246,53 @@ def write_the_first_origin_for_all() -> None:
     Lineage.launch = first  # type: ignore[method-assign]
 
 
+def exchange_two_owners() -> None:
+    """Of a request that reuses from several, what the first two of them computed is told the other way round."""
+    launch = Lineage.launch
+
+    def exchanged(self: Any, *args: Any) -> Any:
+        import dataclasses
+
+        origins = launch(self, *args)
+        known = [i for i, o in enumerate(origins) if o.rid is not None]
+        if len(known) > 1:
+            a, b = known[:2]
+            first, second = origins[a], origins[b]
+            origins[a] = dataclasses.replace(first, rid=second.rid, attempt=second.attempt)
+            origins[b] = dataclasses.replace(second, rid=first.rid, attempt=first.attempt)
+        return origins
+
+    Lineage.launch = exchanged  # type: ignore[method-assign]
+
+
+def give_a_row_of_the_step_before() -> None:
+    """Of every hook point but the embedding, a decode step gets the rows of the forward before it."""
+    take = Taps.take
+    before: dict[str, Any] = {}
+
+    def stale(self: Any, tokens: int, **kwargs: Any) -> Any:
+        rows = take(self, tokens, **kwargs)
+        given = {k: before[k] if k in before and before[k].shape == v.shape else v for k, v in rows.items()}
+        before.update(rows)
+        return {**given, **({"hook_embed": rows["hook_embed"]} if "hook_embed" in rows else {})}
+
+    Taps.take = stale  # type: ignore[method-assign]
+
+
+def leave_out_a_tap() -> None:
+    """The residual stream of the last tapped layer is never written."""
+    from sglang_probe.engine.hooks.instruments.rows import Rows
+
+    write = Rows.write
+
+    def without(self: Any, hook_point: str, x_ND: Any) -> None:
+        residuals = [h for h in self.config.hook_points if h.endswith("hook_resid_post")]
+        if hook_point != residuals[-1]:
+            write(self, hook_point, x_ND)
+
+    Rows.write = without  # type: ignore[method-assign]
+
+
 def shift_the_rows() -> None:
     take = Taps.take
 
@@ -328,6 +371,9 @@ SABOTAGES = {
         believe_a_refused_prompt,
         write_no_rebinds,
         write_the_first_origin_for_all,
+        exchange_two_owners,
+        give_a_row_of_the_step_before,
+        leave_out_a_tap,
         shift_the_rows,
         read_the_single_buffer,
         steered_without_a_namespace,
