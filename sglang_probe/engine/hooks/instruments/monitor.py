@@ -66,7 +66,7 @@ class Watching(Instrument):
 
     def attach(self, runner: Any) -> None:
         check_architecture(type(runner.model).__name__)
-        if runner.device != "cpu" or self.config.accelerator == "unproved":
+        if runner.device != "cpu" or guard.active().in_graphs:
             raise UnsupportedError(
                 "`monitor` reads rows between two operations of a forward, which a replayed graph does not stop for: "
                 "it is made for the CPU alone so far",
