@@ -6,7 +6,8 @@ Each way is a process of its own, in turns, three times; all train one BatchTopK
 same recipe and as many rows. Ours reads the run directory: once into a buffer that holds all of it, once with a buffer
 of as many rows as that of SAELens. SAELens reads the same rows from a dataset that its `CacheActivationsRunner` would
 write. Memory is the most that the process had beyond imports and training: a process that trains on one batch, again
-and again, is measured too and taken off. Only the ratio means something, and only of this session.
+and again, is measured too and taken off. Only the ratio means something, and only of this session; of the seconds until
+the first batch there is none.
 """
 
 from __future__ import annotations
@@ -211,8 +212,15 @@ def _table(found: dict[str, list[dict[str, float]]], rows: int, steps: int) -> N
         "memory": f"MiB beyond training on one batch ({bare:.0f})",
     }.items():
         of = {w: [r[key] - (bare if key == "memory" else 0) for r in found[w]] for w in shown}
-        ratios = [", ".join(f"{a / b:.2f}" for a, b in zip(of[w], of[WAYS[2]], strict=True)) for w in shown[:2]]
-        print(f"| {told} | " + " | ".join([*(", ".join(f"{v:.1f}" for v in of[w]) for w in shown), *ratios]) + " |")
+        digits, ratios = 1, ["", ""]
+        if key == "load":  # the third is next to nothing: a ratio to it means as little
+            digits = 2
+        else:
+            ratios = [", ".join(f"{a / b:.2f}" for a, b in zip(of[w], of[WAYS[2]], strict=True)) for w in shown[:2]]
+        told_of = (", ".join(f"{v:.{digits}f}" for v in of[w]) for w in shown)
+        print(f"| {told} | " + " | ".join([*told_of, *ratios]) + " |")
+    if len(found[WAYS[0]]) == 1:
+        print("\nOne run of each: differences of this size may be chance.")
 
 
 if __name__ == "__main__":

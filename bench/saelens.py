@@ -1,11 +1,12 @@
 """Tables of parity with SAELens: readers, rows, evaluations. Needs SAELens (the extra `[sae]`).
 
     python bench/saelens.py RUN --hook-point blocks.2.hook_resid_post --sae models/sae-probe-text/seed-0 \\
-        --evaluated sae-eval/summary.json ... --training training.txt > docs/evidence/saelens.md
+        --evaluated 'sae-eval/summary.json=8 texts of 88 tokens in float32' ... --training training.txt \\
+        > docs/evidence/saelens.md
 
 `RUN` has the rows; `--sae` are folders that both open; `--evaluated` are summaries of
-`sglang-probe sae eval ... --against saelens --gap ...`; `--training` is what `bench/sae_training.py` printed in the
-same session.
+`sglang-probe sae eval ... --against saelens --gap ...`, each with what its rows are of; `--training` is what
+`bench/sae_training.py` printed in the same session.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Printed by `python bench/saelens.py` (its docstring has the arguments) with SAEL
 `sglang-probe` trains with SAELens and needs it for nothing else: reading, judging and recalibrating are its own, and
 these are the checks that both mean the same. They ask whether two programs agree, not how good an SAE is: some of the
 rows below are those of its training. What is known of the SAEs that come along is in
-[train a sparse autoencoder](../how-to/train-an-sae.md).
+[train a sparse autoencoder](../how-to/train-an-sae.md). No summary of the readers, the rows, the time and
+the memory is committed: the tables are what was printed, once.
 """
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--hook-point", required=True)
     parser.add_argument("--sae", type=Path, nargs="*", default=[])
-    parser.add_argument("--evaluated", type=Path, nargs="*", default=[])
+    parser.add_argument("--evaluated", nargs="*", default=[], metavar="SUMMARY=WHAT")
     parser.add_argument("--training", type=Path)
     given = parser.parse_args()
     from sglang_probe.run.run import load_run
@@ -48,8 +50,8 @@ def main() -> None:
     print(HEAD.format(sae_lens=version("sae-lens"), torch=torch.__version__))
     print("\n".join(_readers(x, given.sae)))
     print("\n".join(_rows(run, given.hook_point)))
-    for path in given.evaluated:
-        print("\n".join(_evaluated(json.loads(path.read_text(encoding="utf-8")))))
+    for path, _, what in (e.partition("=") for e in given.evaluated):
+        print("\n".join(_evaluated(json.loads(Path(path).read_text(encoding="utf-8")), what)))
     if given.training is not None:
         print("## Time and memory of training\n")
         print("Printed by `python bench/sae_training.py`, which says what is measured: ratios of one session.\n")
@@ -158,9 +160,10 @@ def _rows(run: Any, hook_point: str) -> Iterator[str]:
     yield f"| {len(places):,} | {total:,} | {equal:,} | {identical:,} |\n"
 
 
-def _evaluated(told: dict[str, Any]) -> Iterator[str]:
-    """Ours beside `run_evals`."""
-    yield f"## Evaluation: {told['sae']}, `{told['hook_point']}`, weights {told['weights_sha256'][:12]}\n"
+def _evaluated(told: dict[str, Any], what: str) -> Iterator[str]:
+    """Ours beside `run_evals`, on rows of `what`: one SAE may be judged on several runs."""
+    on = f"{told['sae']} on {what}" if what else told["sae"]
+    yield f"## Evaluation: {on}, `{told['hook_point']}`, weights {told['weights_sha256'][:12]}\n"
     yield "| quantity | measured on | ours | theirs | difference | why |"
     yield "|---|---|---|---|---|---|"
     for row in told["against"]:

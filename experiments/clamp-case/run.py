@@ -1,4 +1,4 @@
-"""The worked case: a planted behaviour is found by an SAE, shown to be caused by a feature, and clamped behind a gate.
+"""The worked case: a planted behaviour, found by an SAE, shown to be caused by a feature, clamped where a gate opens.
 
     python experiments/clamp-case/run.py [--folder runs/clamp-case] [--report-only]
 
@@ -106,7 +106,7 @@ def case(folder: Path) -> dict[str, Any]:
         "side_effect_kl_nats_per_token": side,
         "collateral": collateral(runs["plain"], runs["gated"], tests),
         "manifest": {"sha256": features.sha256, "status": features.feature(index).status},
-        "replay": "not run: this release has no `sglang-probe replay`",
+        "replay": "not run by this script: `sglang-probe replay` audits a recorded run against its manifest",
     }
 
 
@@ -215,7 +215,7 @@ def discover(captured: dict[str, Run], sae_folder: Path) -> dict[str, Any]:
 
 
 def arms(folder: Path, model: Path, library: Path, tests: Sequence[Dialogue]) -> dict[str, Run]:
-    """The test requests in one engine: plain, clamped, clamped behind the gate, and the control feature clamped."""
+    """The test requests in one engine: plain, clamped, clamped where the gate opens, and the control clamped."""
     gate = {"by": "probe", "probe": "scope"}
     asked: dict[str, list[dict[str, Any]]] = {
         "plain": [],
@@ -382,7 +382,7 @@ def report(summary: dict[str, Any]) -> Page:
     c = summary["collateral"]
     return Page(
         title="A clamp on split-personality replies",
-        answer=f"{before} incidents before, {after} with the clamp behind its gate; of {c['requests_left_out']} "
+        answer=f"{before} incidents before, {after} clamped where the gate opens; of {c['requests_left_out']} "
         f"requests that the gate left out, {c['requests_with_any_difference']} differ in any bit.",
         picture=grouped_bars(arms, "kind", "arm", "incidents", title="Replies with content after a refusal"),
         tiles=[

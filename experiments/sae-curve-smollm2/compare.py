@@ -64,7 +64,7 @@ def curves(folders: list[Path]) -> pd.DataFrame:
 
 
 def figure(found: pd.DataFrame, curve: pd.DataFrame) -> str:
-    """Explained variance of held-out rows by rows trained on."""
+    """Explained variance of held-out rows by samples of training."""
     shown = curve[(curve["seed"] == 0) & (curve["recalibrated"] > 0)]
     names = [SHARE.format(o, r) for o, r in zip(shown["of"], shown["rows"], strict=True)]
     parts = [pd.DataFrame({"samples": shown["samples"], "value": shown["recalibrated"], "curve": names})]
@@ -76,8 +76,8 @@ def figure(found: pd.DataFrame, curve: pd.DataFrame) -> str:
         "value",
         "curve",
         kind="percent",
-        title="Explained variance of held-out rows by rows trained on",
-        x_label="rows trained on, repeats included",
+        title="Explained variance of held-out rows by samples of training",
+        x_label="samples (rows, repeats included)",
         y_label="explained variance",
     ).standalone()
 
