@@ -260,12 +260,11 @@ def per_object(plain: Run, run: Run, tests: Sequence[Dialogue]) -> dict[str, flo
         at = [i for i, d in enumerate(tests) if d.kind == "split" and d.object == thing]
         changes.append(np.mean([is_incident(after[i]) - is_incident(before[i]) for i in at]))
     found = mean_intervals(np.array(changes)[:, None])
-    return {
-        "effect": float(found.estimate[0]),
-        "low": float(found.low[0]),
-        "high": float(found.high[0]),
-        "n": len(changes),
-    }
+    effect, low, high = (float(x[0]) for x in (found.estimate, found.low, found.high))
+    if len({*changes}) == 1:  # no spread to take an interval of: so many others may have been missed (97.5 %)
+        missed = 1 - 0.025 ** (1 / len(changes))
+        low, high = max(-1.0, effect - missed), min(1.0, effect + missed)
+    return {"effect": effect, "low": low, "high": high, "n": len(changes)}
 
 
 def collateral(plain: Run, gated: Run, tests: Sequence[Dialogue]) -> dict[str, int]:
