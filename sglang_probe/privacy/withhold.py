@@ -67,8 +67,9 @@ def found_in(ids: Sequence[int], vocabulary: Vocabulary, rule: Withhold) -> list
     text = [vocabulary.pieces[i] if 0 <= i < len(vocabulary) else b"\x00" for i in ids]
     ends = np.cumsum([len(piece) for piece in text])
     told = []
-    # A character a byte: patterns are of ASCII, and places in the text are places in the bytes.
-    for f in find(b"".join(text).decode("latin-1"), rule.pii, presidio=rule.presidio):
+    # A character a byte, so that places in the text are places in the bytes. Patterns are of ASCII, and every other byte
+    # is a character that is no letter: read as Latin-1, half of a curly quote would be one, and hide what it is beside.
+    for f in find(b"".join(text).decode("ascii", errors="replace"), rule.pii, presidio=rule.presidio):
         first = int(np.searchsorted(ends, f.start, side="right"))
         last = int(np.searchsorted(ends, f.end - 1, side="right"))
         told.append((first, last + 1, f"pii:{f.kind}"))
