@@ -108,8 +108,10 @@ _PEM = re.compile(
     re.ASCII,
 )
 _NAMED = re.compile(
-    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|bearer|authorization|credential)[A-Za-z_-]{0,20}[\"']?\s*(?:[:=]|\s)"
-    r"\s*[\"']?([A-Za-z0-9+/_=.~-]{16,512})"
+    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|bearer|authorization|credential)[A-Za-z_-]{0,20}[\"']?"
+    r"(?:\s*+[:=]\s*+|\s++)"  # possessive: blanks are read once, and not again for every place where they could end
+    r"[\"']?([A-Za-z0-9+/_=.~-]{16,512})",
+    re.ASCII,
 )
 _LEAST_BITS = 3.5
 """Of a string next to a word for a secret: names of variables and paths have less."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,19 @@ def test_long_text_takes_no_more_than_its_length() -> None:
         "a@" * 50_000,
     ):
         assert isinstance(find(text), list)
+
+
+def test_blanks_after_a_word_for_a_secret_are_read_once() -> None:
+    """60,000 of them took a minute when each was tried as the one that ends the blanks."""
+    secret = "x9Kd03jfLq82hfPzmW74"
+    for blank in ("\n", " ", "\t"):
+        began = time.process_time()
+        assert find("password" + blank * 60_000, ["key"]) == []
+        assert [f.start for f in find(f"password{blank * 60_000}{secret}", ["key"])] == [60_008]
+        assert time.process_time() - began < 5
+    for between in (" ", "=", ": ", " = ", "\n:\n", "==", "' : '"):
+        assert any(f.end == 8 + len(between + secret) for f in find(f"password{between}{secret}", ["key"])), between
+    assert find(f"password{secret}x", ["key"]) == []
 
 
 def test_presidio_adds_what_its_patterns_find() -> None:
