@@ -67,8 +67,8 @@ def found_in(ids: Sequence[int], vocabulary: Vocabulary, rule: Withhold) -> list
     text = [vocabulary.pieces[i] if 0 <= i < len(vocabulary) else b"\x00" for i in ids]
     ends = np.cumsum([len(piece) for piece in text])
     told = []
-    # A character a byte, so that places in the text are places in the bytes. Patterns are of ASCII, and every other byte
-    # is a character that is no letter: read as Latin-1, half of a curly quote would be one, and hide what it is beside.
+    # A character a byte, so that places in the text are places in the bytes. Patterns are of ASCII, and every other
+    # byte is a character that is no letter: read as Latin-1, part of a curly quote is one, and hides what is beside it.
     for f in find(b"".join(text).decode("ascii", errors="replace"), rule.pii, presidio=rule.presidio):
         first = int(np.searchsorted(ends, f.start, side="right"))
         last = int(np.searchsorted(ends, f.end - 1, side="right"))
@@ -128,7 +128,7 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
         raise ConfigError(f"{run.path} had positions withheld already", fix="begin with the run as it was recorded")
     vocabulary = Vocabulary.load(model)
     reasons = reasons_of(run.requests(interrupted=True), vocabulary, rule)
-    made = output.with_name(f".{output.name}.partial")
+    made = _unfinished(output)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     try:
@@ -141,20 +141,53 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
 
 
 def withhold_in_place(run: Run, model: Path, rule: Withhold) -> Run:
-    """Put the copy in the place of a run, which is deleted. Arguments and errors as of `withhold`."""
-    scrubbed, raw = (run.path.with_name(f".{run.path.name}.{what}") for what in ("scrubbed", "raw"))
-    for left in (scrubbed, raw):  # of a command that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    """Put the copy in the place of a run, which is deleted. Arguments and errors as of `withhold`.
+
+    A kill leaves one of these, and `settle_in_place` finishes it; `partial` is what `withhold` has not finished. The
+    caller holds the directory, of both.
+
+        step                                      run         beside it            `settle_in_place`
+        the copy is written                       raw         partial, scrubbed    deletes what is beside it
+        the run is renamed                        nothing     raw, scrubbed        puts the copy there, deletes the raw
+        the copy is renamed, the raw is deleted   scrubbed    raw, or some of it   deletes it
+    """
+    scrubbed, raw = (_beside(run.path, what) for what in ("scrubbed", "raw"))
+    settle_in_place(run.path)
     withhold(run, scrubbed, model, rule)
     run.path.rename(raw)
+    journal.sync_folder(raw.parent)
     scrubbed.rename(run.path)
+    journal.sync_folder(raw.parent)
     shutil.rmtree(raw)
     return load_run(run.path)
+
+
+def settle_in_place(path: Path) -> None:
+    """Finish what a killed `withhold_in_place` left beside the run directory `path`. The caller holds the directory.
+
+    Raises:
+        OSError: what it left cannot be deleted.
+    """
+    scrubbed, raw = (_beside(path, what) for what in ("scrubbed", "raw"))
+    if raw.exists() and not path.exists():
+        (scrubbed if scrubbed.exists() else raw).rename(path)
+        journal.sync_folder(path.parent)
+    for left in (raw, scrubbed, _unfinished(scrubbed)):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def is_scrubbed(path: Path) -> bool:
     """Whether a run is there from which positions were taken out."""
     return (path / MANIFEST).exists() and bool(load_run(path).manifest.get("withheld"))
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _unfinished(output: Path) -> Path:
+    return _beside(output, "partial")
 
 
 def _copy(run: Run, made: Path, reasons: Mapping[str, Array], rule: Withhold) -> dict[str, int]:

@@ -34,7 +34,7 @@ PLANTED = {
 FRAMES = ["Write to {} today.", "{}", "a,{};b", '"{}"', "first line\n{}\nlast line", "({})"]
 FRAMES += ["\u201c{}\u201d", "\u00ab{}\u00bb", "\u2026{}\u2026", "is {}\u2013", "\u00a0{}\u00a0", "\u00e9{}\u00fc"]
 FRAMES += ["\u90ae\u7bb1\u4e3a{}\u3002", "\u300c{}\u300d\u3067\u3059", "\U0001f642{}\U0001f642"]
-"""Those of the second and third line are not ASCII: quotes, dashes, letters with accents, Chinese, Japanese, pictures."""
+"""Those of the second and third line are not ASCII: quotes, dashes, accents, Chinese, Japanese, pictures."""
 
 
 def _found_in_tokens(text: str, kinds: list[Kind]) -> list[Found]:

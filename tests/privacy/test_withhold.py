@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sglang_probe.axes.vocabulary import Vocabulary
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.harvest.directory import hold_directory
+from sglang_probe.harvest.withholding import settle_withheld, withhold_recorded
 from sglang_probe.privacy.withhold import (
     NEIGHBOUR,
     Withhold,
@@ -167,3 +171,96 @@ def test_a_harvest_that_withholds_puts_the_copy_in_the_place_of_the_run(tmp_path
     assert is_scrubbed(run.path)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert all(c.holds for c in verify(load_run(run.path)))
+
+
+class _Killed(BaseException):
+    """As nothing catches it: a kill."""
+
+
+def _kill_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Ends `withhold_in_place` at a step; a folder that is being deleted has lost its manifest then."""
+    from sglang_probe.privacy import withhold as module
+
+    rename, rmtree, copy = Path.rename, shutil.rmtree, module._copy
+
+    def renaming(path: Path, target: Path) -> Path:
+        if {"the run is renamed": "run", "the copy is renamed": ".run.scrubbed"}.get(step) == path.name:
+            raise _Killed
+        return rename(path, target)
+
+    def deleting(path: Path, **given: bool) -> None:
+        if step == "the copy is written" and path.name == "..run.scrubbed.partial":
+            return
+        if step == "the raw is deleted" and path.name == ".run.raw":
+            (path / "manifest.json").unlink()
+            raise _Killed
+        rmtree(path, **given)
+
+    def copying(*args: Any) -> dict[str, int]:
+        told = copy(*args)
+        if step == "the copy is written":
+            raise _Killed
+        return told
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(module.shutil, "rmtree", deleting)
+    monkeypatch.setattr(module, "_copy", copying)
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "scrubbed"),
+    [
+        ("the copy is written", {"run", "..run.scrubbed.partial"}, False),
+        ("the run is renamed", {"run", ".run.scrubbed"}, False),
+        ("the copy is renamed", {".run.raw", ".run.scrubbed"}, True),
+        ("the raw is deleted", {"run", ".run.raw"}, True),
+    ],
+)
+def test_what_a_kill_left_is_finished_by_the_next_command(
+    tmp_path: Path, tokenizer: Path, step: str, left: set[str], scrubbed: bool
+) -> None:
+    run = make_good_run(tmp_path / "run")
+    folder = run.path.parent
+    model = {"model", "kept.safetensors"} & {p.name for p in folder.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_at(patch, step)
+        with pytest.raises(_Killed):
+            withhold_recorded(run, tokenizer, Withhold())
+    assert {p.name for p in folder.iterdir()} - model == left
+    settle_withheld(run.path)
+    assert {p.name for p in folder.iterdir()} - model == {"run"}
+    assert is_scrubbed(run.path) == scrubbed
+    if not scrubbed:
+        withhold_recorded(run, tokenizer, Withhold())
+    assert {p.name for p in folder.iterdir()} - model == {"run"}
+    assert all(c.holds for c in verify(load_run(run.path)))
+
+
+def test_nobody_else_changes_the_run_meanwhile(tmp_path: Path, tokenizer: Path) -> None:
+    run = make_good_run(tmp_path / "run")
+    raw = run.path.with_name(".run.raw")
+    raw.mkdir()
+    with hold_directory(run.path):
+        with pytest.raises(RunDirectoryError, match="another process records"):
+            withhold_recorded(run, tokenizer, Withhold())
+        with pytest.raises(RunDirectoryError, match="another process records"):
+            settle_withheld(run.path)
+        assert raw.exists()
+    settle_withheld(tmp_path / "no such folder" / "run")
+    assert not (tmp_path / "no such folder").exists()
+
+
+def test_harvest_finishes_it_before_it_says_that_all_is_done(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
+) -> None:
+    run = make_good_run(tmp_path / "made")
+    _kill_at(monkeypatch, "the copy is renamed")
+    with pytest.raises(_Killed):
+        withhold_recorded(run, tokenizer, Withhold())
+    monkeypatch.undo()
+    (tmp_path / "mine.yaml").write_text("workload: {source: shared_prefix}\nwithhold: {pii: [email]}\n")
+    result = cli("harvest", tmp_path / "mine.yaml", "--output", run.path, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "positions are withheld already" in result.stdout
+    assert is_scrubbed(run.path)
+    assert not list(run.path.parent.glob(".run*"))
