@@ -5,6 +5,10 @@ of what was found loses its row at every hook point, in every attempt, and its t
 neighbours on either side lose their rows, because the next row still carries the token. The table `withheld` has each
 with its reason. What was computed and what was reused stays in the ledger as it is.
 
+A position whose token is not in the run is withheld too (`unknown`): nobody can say what it is. Those are the outputs
+of requests that were interrupted, discarded steps after the last token, and, in a segment of a server, all positions of
+requests that go on in the next segment or ended in the one before.
+
 Two requests with the same tokens up to a position have the same there: what is withheld of one is withheld of both, so
 that a prefix that requests share tells nobody's.
 """
@@ -38,6 +42,8 @@ Array = np.ndarray[Any, Any]
 _ORACLE = "embedding.parquet"
 NEIGHBOUR = "neighbour"
 """Reason of a position whose own token is no part of what was found."""
+UNKNOWN = "unknown"
+"""Reason of a position whose token is not in the run."""
 _COPIED = ("interventions.json", "scores.safetensors", "probe.yaml", "fault.txt")
 """Files that hold no token ids, copied as they are. Cards and reports are not copied: they may quote the text."""
 
@@ -76,33 +82,37 @@ def found_in(ids: Sequence[int], vocabulary: Vocabulary, rule: Withhold) -> list
     return told
 
 
-def reasons_of(requests: pd.DataFrame, vocabulary: Vocabulary, rule: Withhold) -> dict[str, Array]:
+def reasons_of(
+    requests: pd.DataFrame, vocabulary: Vocabulary, rule: Withhold, ends: Mapping[str, int] | None = None
+) -> dict[str, Array]:
     """By request the reason of each of its positions, object `[length]`; None: it is not withheld.
 
-    Raises:
-        ConfigError: the token ids of a request are not in the run.
+    Args:
+        ends: by request one past its last position in the ledger; of positions before it that have no token in
+            `requests` the reason is `unknown`.
     """
     found: dict[str, Array] = {}
     keys: dict[str, list[int]] = {}
     shared: dict[int, str] = {}
+    ends = ends or {}
+    for rid in ends.keys() - set(requests["rid"]):
+        found[rid], keys[rid] = np.full(ends[rid], UNKNOWN, dtype=object), []
     for r in requests.itertuples():
-        if r.prompt_ids is None:
-            raise ConfigError(
-                f"the token ids of request {r.rid} are not in this run, and what is in it cannot be found",
-                fix="record with `live: {privacy: ids}`",
-            )
-        ids = [int(i) for i in (*r.prompt_ids, *(() if r.output_ids is None else r.output_ids))]
-        reasons = np.full(len(ids), None, dtype=object)
+        ids = [] if r.prompt_ids is None else [*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)]
+        ids = [int(i) for i in ids]
+        reasons = np.full(max(len(ids), ends.get(r.rid, 0)), UNKNOWN, dtype=object)
+        reasons[: len(ids)] = [UNKNOWN if i < 0 else None for i in ids]
         for start, end, kind in found_in(ids, vocabulary, rule):
             reasons[start:end] = kind
         found[r.rid] = reasons
         keys[r.rid] = _prefix_keys(ids)
-        shared.update((keys[r.rid][p], reasons[p]) for p in np.flatnonzero(reasons.astype(bool)))
+        own = [p for p in range(len(ids)) if reasons[p] not in (None, UNKNOWN)]
+        shared.update((keys[r.rid][p], reasons[p]) for p in own)
     for rid, reasons in found.items():
         for p, key in enumerate(keys[rid]):
             if reasons[p] is None and key in shared:
                 reasons[p] = shared[key]
-        near = np.flatnonzero(reasons.astype(bool))
+        near = np.flatnonzero(reasons.astype(bool) & (reasons != UNKNOWN))
         for distance in range(1, rule.neighbours + 1):
             for beside in (near - distance, near + distance):
                 inside = beside[(beside >= 0) & (beside < len(reasons))]
@@ -118,7 +128,7 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
         model: folder with the tokenizer.
 
     Raises:
-        ConfigError: the folder exists, the run is not closed or was scrubbed before, or as `reasons_of`.
+        ConfigError: the folder exists; the run is not closed, has no token ids, or was scrubbed before.
     """
     if output.exists():
         raise ConfigError(f"{output} exists", fix="name another folder")
@@ -126,8 +136,14 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
         raise ConfigError(f"{run.path} is not closed", fix="finish it first (`--resume`, or `POST /probe/flush`)")
     if run.manifest.get("withheld"):
         raise ConfigError(f"{run.path} had positions withheld already", fix="begin with the run as it was recorded")
+    if run.manifest.get("privacy", "ids") != "ids":
+        raise ConfigError(
+            f"{run.path} has no token ids (`privacy: {run.manifest['privacy']}`), and what is in it cannot be found",
+            fix="record with `live: {privacy: ids}`",
+        )
     vocabulary = Vocabulary.load(model)
-    reasons = reasons_of(run.requests(interrupted=True), vocabulary, rule)
+    ends = run.spans().groupby("rid")["end"].max().to_dict()
+    reasons = reasons_of(run.requests(interrupted=True), vocabulary, rule, ends)
     made = _unfinished(output)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -253,11 +269,15 @@ def _table(reasons: Mapping[str, Array]) -> pa.Table:
 def _rows_gone(run: Run, reasons: Mapping[str, Array]) -> Array:
     """Numbers of the rows of withheld positions, of every attempt, ascending."""
     spans = run.spans()
-    spans = spans[(spans["row_start"] >= 0) & spans["rid"].isin(reasons.keys())]
-    tokens = positions.expand(spans)
-    rid, position = tokens["rid"].to_numpy(), tokens["position"].to_numpy()
-    gone = [p < len(reasons[r]) and reasons[r][p] is not None for r, p in zip(rid, position, strict=True)]
+    tokens = positions.expand(spans[spans["row_start"] >= 0])
+    gone = [_is_withheld(reasons, r, p) for r, p in zip(tokens["rid"], tokens["position"], strict=True)]
     return np.unique(tokens["row"].to_numpy()[np.array(gone, dtype=bool)])
+
+
+def _is_withheld(reasons: Mapping[str, Array], rid: str, position: int) -> bool:
+    """Also where nothing is known of the position."""
+    told = reasons.get(rid)
+    return told is None or position >= len(told) or told[position] is not None
 
 
 def _shard(source: Path, target: Path, part: journal.Part, gone: Array) -> str:
@@ -283,22 +303,19 @@ def _rewritten(source: Path, target: Path, change: Any) -> str:
 
 
 def _ids(table: pa.Table, own: Mapping[str, Array], *, prompt: bool) -> pa.Table:
-    """With -1 in place of token ids that are part of what was found."""
+    """With -1 in place of token ids that are part of what was found, or that nobody can place."""
     rids = table["rid"].to_pylist()
-    lengths = dict.fromkeys(rids)
-    if "prompt_len" in table.column_names:
-        lengths = dict(zip(rids, table["prompt_len"].to_pylist(), strict=True))
+    lengths = table["prompt_len"].to_pylist() if "prompt_len" in table.column_names else [None] * len(rids)
     for name in ("prompt_ids", "output_ids"):
         if name not in table.column_names or (name == "prompt_ids" and not prompt):
             continue
         cleaned = []
-        for rid, ids in zip(rids, table[name].to_pylist(), strict=True):
-            told, first = own.get(rid), 0 if name == "prompt_ids" else lengths[rid]
-            if ids is None or told is None or first is None:
-                cleaned.append(ids)
-                continue
-            marked = told[first : first + len(ids)]
-            cleaned.append([-1 if k < len(marked) and marked[k] else i for k, i in enumerate(ids)])
+        for rid, ids, length in zip(rids, table[name].to_pylist(), lengths, strict=True):
+            first = 0 if name == "prompt_ids" else length
+            if ids is not None:
+                told = np.empty(0, bool) if first is None or rid not in own else own[rid][first : first + len(ids)]
+                ids = [i if k < len(told) and not told[k] else -1 for k, i in enumerate(ids)]
+            cleaned.append(ids)
         at = table.column_names.index(name)
         table = table.set_column(at, name, pa.array(cleaned, type=table.schema.field(name).type))
     return table
@@ -307,7 +324,7 @@ def _ids(table: pa.Table, own: Mapping[str, Array], *, prompt: bool) -> pa.Table
 def _without(table: pa.Table, reasons: Mapping[str, Array]) -> pa.Table:
     """Without what a monitor read of withheld positions."""
     keep = [
-        rid not in reasons or p >= len(reasons[rid]) or reasons[rid][p] is None
+        not _is_withheld(reasons, rid, p)
         for rid, p in zip(table["rid"].to_pylist(), table["position"].to_pylist(), strict=True)
     ]
     return table.filter(pa.array(keep, type=pa.bool_()))

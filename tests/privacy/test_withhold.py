@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from sglang_probe.run.run import Run, load_run
 from sglang_probe.verify.verify import verify
 from sglang_probe.verify.withheld import withheld_positions
 from tests.declared import run_commands
+from tests.engine.live.conftest import FakeEngine
 from tests.verify.good_run import POINTS, SHARED, VOCABULARY, make_good_run
 
 MAIL = (6, 7, 8)
@@ -264,3 +267,99 @@ def test_harvest_finishes_it_before_it_says_that_all_is_done(
     assert "positions are withheld already" in result.stdout
     assert is_scrubbed(run.path)
     assert not list(run.path.parent.glob(".run*"))
+
+
+@pytest.fixture
+def segments(tmp_path: Path) -> tuple[Run, Run]:
+    """Two segments of a server; a request is in flight at the border."""
+    engine = FakeEngine(tmp_path / "live", privacy="ids", rows=True)
+    engine.serve("a", [1, 6, 7, 8, 9], n=4)
+    engine.prefill("b", [1, 2, 3])
+    engine.decode("b", n=2)
+    first = engine.flush()
+    engine.decode("b", n=1)
+    engine.end("b")
+    second = engine.flush()
+    engine.live.close()
+    return load_run(first), load_run(second)
+
+
+def test_of_requests_at_the_border_of_a_segment_all_is_withheld(
+    segments: tuple[Run, Run], tokenizer: Path, tmp_path: Path, cli: Callable
+) -> None:
+    first, second = segments
+    going_on, ended = (r.requests(interrupted=True).set_index("finish_reason")["rid"] for r in segments)
+    said = cli("scrub", first.path, "--model", tokenizer, "--output", tmp_path / "first")
+    assert said.returncode == 0, said.stderr
+    assert "5\tunknown" in said.stdout
+    assert "goes on in the next segment" in said.stdout
+    after = load_run(tmp_path / "first")
+    told = after.withheld()
+    b = going_on["continues"]
+    assert told[told["rid"] == b][["start", "end", "reason"]].to_numpy().tolist() == [[0, 5, "unknown"]]
+    assert set(told[told["rid"] != b]["reason"]) == {"pii:email", NEIGHBOUR}
+    spans = after.spans()
+    rows = positions.expand(spans[spans["row_start"] >= 0])
+    held = after.holds("hook_embed", rows["row"].to_numpy())
+    assert set(rows["rid"][held]) == set(going_on) - {b}
+    assert [c.violation for c in verify(after) if not c.holds] == []
+    withhold(second, tmp_path / "second", tokenizer, Withhold())
+    assert load_run(tmp_path / "second").withheld().empty  # here all of its tokens are known
+    assert ended["length"] == b
+
+
+def test_verify_names_a_row_whose_token_is_not_known(
+    segments: tuple[Run, Run], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_probe.privacy import withhold as module
+
+    tell = module.reasons_of
+    monkeypatch.setattr(module, "reasons_of", lambda requests, vocabulary, rule, ends: tell(requests, vocabulary, rule))
+    withhold(segments[0], tmp_path / "ledger", tokenizer, Withhold())
+    monkeypatch.setattr(module, "_rows_gone", lambda *_a: np.empty(0, np.int64))
+    withhold(segments[0], tmp_path / "rows", tokenizer, Withhold())
+    for name in ("ledger", "rows"):
+        found = {c.name: c.violation for c in verify(load_run(tmp_path / name)) if not c.holds}
+        assert "position 0 has no known token, and is not withheld" in str(found["withheld"])
+
+
+def test_positions_without_a_known_token_have_their_own_reason(tokenizer: Path) -> None:
+    import pandas as pd
+
+    # An interrupted one, one with a discarded step after its last token, one that nothing is known of.
+    frame = pd.DataFrame({"rid": ["a", "b"], "prompt_ids": [[1, 2], [1, 6]], "output_ids": [None, [7, 8]]})
+    told = reasons_of(frame, Vocabulary.load(tokenizer), Withhold(neighbours=2), {"a": 5, "b": 5, "c": 2})
+    assert {rid: x.tolist() for rid, x in told.items()} == {
+        "a": [None, None, "unknown", "unknown", "unknown"],
+        "b": [NEIGHBOUR, *["pii:email"] * 3, "unknown"],
+        "c": ["unknown", "unknown"],
+    }
+
+
+def test_rows_of_an_interrupted_request_are_gone_where_its_tokens_are_not_known(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    run = make_good_run(tmp_path / "run")
+    path = run.path / "requests.parquet"
+    frame = pq.read_table(path)
+    outputs = [None if r["rid"] == "r000003" else r["output_ids"] for r in frame.to_pylist()]
+    at = frame.column_names.index("output_ids")
+    pq.write_table(frame.set_column(at, "output_ids", pa.array(outputs, frame.schema.field(at).type)), path)
+    withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+    after = load_run(tmp_path / "out")
+    spans = after.spans()
+    rows = positions.expand(spans[(spans["row_start"] >= 0) & (spans["rid"] == "r000003")])
+    held = after.holds("hook_embed", rows["row"].to_numpy())
+    assert set(rows["position"]) == set(range(11))
+    assert sorted(set(rows["position"][held])) == list(range(6))
+    ended = after.engine_requests().set_index("rid")["output_ids"]["r000003"]
+    assert set(ended) == {-1}
+
+
+def test_a_segment_without_token_ids_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    from sglang_probe.run import seal
+
+    run = make_good_run(tmp_path / "run")
+    seal.close(run.path, {**run.manifest, "privacy": "hashes"})
+    with pytest.raises(ConfigError, match=r"no token ids \(`privacy: hashes`\)"):
+        withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
