@@ -29,6 +29,7 @@ from sglang_probe.privacy.withhold import (
 )
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.schema import ENGINE_REQUESTS
 from sglang_probe.verify.verify import verify
 from sglang_probe.verify.withheld import withheld_positions
 from tests.declared import run_commands
@@ -363,3 +364,72 @@ def test_a_segment_without_token_ids_is_refused(tmp_path: Path, tokenizer: Path)
     seal.close(run.path, {**run.manifest, "privacy": "hashes"})
     with pytest.raises(ConfigError, match=r"no token ids \(`privacy: hashes`\)"):
         withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+
+
+def test_no_file_of_the_copy_tells_what_is_withheld(tmp_path: Path, tokenizer: Path) -> None:
+    """Everything that a request brings along: right answers, sampling parameters, a refusal; and the manifest."""
+    from sglang_probe.run import seal
+
+    run = make_good_run(tmp_path / "run")
+    path = run.path / "requests.parquet"
+    schema = pq.read_schema(path)
+    records = pq.read_table(path).to_pylist()
+    plain = {"max_new_tokens": 8, "stop_token_ids": [2], "stop": ["END"], "logit_bias": {"5": 1.0}}
+    by_rid = {r["rid"]: r for r in records}
+    by_rid["r000000"] |= {
+        "continuation_ids": [20, MAIL[2]],
+        "answer_ids": [MAIL[0]],
+        "sampling_params": json.dumps(
+            {
+                **plain,
+                "stop": ["END", "ann@example"],
+                "regex": r"(ann@example\\.org|x)",
+                "stop_token_ids": [2, MAIL[1]],
+                "logit_bias": {"5": 1.0, str(MAIL[1]): 2.0},
+            }
+        ),
+        "refusal": "cannot compile ann@example.org",
+    }
+    # Nothing of this one is withheld, and what it brings along is personal all the same.
+    by_rid["r000003"] |= {"continuation_ids": [1, *MAIL, 9], "answer_ids": [20, 21], "sampling_params": "{}"}
+    by_rid["r000001"] |= {"continuation_ids": [20, 21], "sampling_params": json.dumps(plain), "refusal": "too long"}
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), path)
+    manifest = {
+        **run.manifest,
+        "sampling": {**plain, "stop": "bob@example.org"},
+        "refused": {"r000000": "ann@example.org"},
+    }
+    seal.close(run.path, manifest)
+    withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+    after = load_run(tmp_path / "out")
+    requests = after.requests(interrupted=True).set_index("rid")
+    assert json.loads(requests["sampling_params"]["r000000"]) == {"max_new_tokens": 8}
+    assert json.loads(requests["sampling_params"]["r000001"]) == plain
+    assert requests["refusal"][["r000000", "r000001"]].tolist() == ["withheld", "too long"]
+    assert requests["continuation_ids"][["r000000", "r000003"]].isna().all()
+    assert [list(x) for x in requests["continuation_ids"][["r000001"]]] == [[20, 21]]
+    assert requests["answer_ids"]["r000000"] is None
+    assert list(requests["answer_ids"]["r000003"]) == [20, 21]
+    assert after.manifest["sampling"] == {k: v for k, v in plain.items() if k != "stop"}
+    for file in (p for p in after.path.rglob("*") if p.is_file()):
+        if file.suffix != ".parquet":
+            assert b"example" not in file.read_bytes(), file
+            continue
+        table = pq.read_table(file)
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            assert "example" not in str(column.to_pylist()), (file, name)
+            if name.endswith("_ids") or name == "token_id":
+                there = {i for x in column.to_pylist() for i in ([x] if isinstance(x, int) else x or [])}
+                assert not there & set(MAIL), (file, name)
+    assert [c.violation for c in verify(after) if not c.holds] == []
+
+
+def test_ids_that_nobody_can_place_are_gone() -> None:
+    """Without a prompt's length, or of a request that nothing is known of."""
+    from sglang_probe.privacy.withhold import _ids
+
+    row = {"cached_tokens": 0, "retractions": 0, "finish_reason": "length", "output_len": 2, "output_ids": [8, 2]}
+    rows = [{"rid": rid, "prompt_len": length, **row} for rid, length in (("a", 3), ("a", None), ("b", 3))]
+    table = pa.Table.from_pylist(rows, schema=ENGINE_REQUESTS)
+    own = {"a": np.array([False, True, True, True, False])}
+    assert _ids(table, own, prompt=False)["output_ids"].to_pylist() == [[-1, 2], [-1, -1], [-1, -1]]
