@@ -61,13 +61,13 @@ def command(
     from rich.console import Console
 
     from sglang_probe.config import load_config
-    from sglang_probe.errors import ConfigError
     from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
     from sglang_probe.harvest.directory import refuse_soon
     from sglang_probe.harvest.experiment import RunSpec, record
     from sglang_probe.harvest.prepare import prepare
     from sglang_probe.harvest.progress import Terminal
-    from sglang_probe.privacy.withhold import is_scrubbed, withhold_in_place
+    from sglang_probe.harvest.withholding import settle_withheld, withhold_recorded
+    from sglang_probe.privacy.withhold import is_scrubbed
     from sglang_probe.report.tables import Column, Table
     from sglang_probe.report.terminal import print_table
     from sglang_probe.studies.coverage.card import write_card
@@ -77,6 +77,7 @@ def command(
     cfg = with_skip_bad(load_config(config, HarvestConfig), skip_bad)
     name = cfg.name or config.stem
     path = output or cfg.output / name
+    settle_withheld(path)
     refuse_soon(path, overwrite=overwrite, resume=resume)
     if resume and cfg.withhold is not None and is_scrubbed(path):
         console.print(f"{path} is complete, and positions are withheld already", markup=False, soft_wrap=True)
@@ -88,11 +89,7 @@ def command(
     runs = record([spec], prepared, path.parent, overwrite=overwrite, resume=resume, reporter=terminal)
     run = runs[spec.name]
     if cfg.withhold is not None:
-        if not run.complete:
-            raise ConfigError(
-                f"{path} is not complete, and holds what `withhold` takes out", fix="finish it with --resume"
-            )
-        run = withhold_in_place(run, Path(prepared.model.path), cfg.withhold)
+        run = withhold_recorded(run, Path(prepared.model.path), cfg.withhold)
     write_card(run)
 
     columns = [Column("segment"), Column("coverage", kind="percent")]

@@ -33,12 +33,13 @@ def command(
 
     Found are e-mail addresses, phone numbers, IP addresses, cards, IBANs, URLs with credentials, and secrets that look
     like keys. Names and addresses are not. A withheld position has no row at any hook point and no token id; the table
-    `withheld` says why. `sglang-probe verify` checks it.
+    `withheld` says why. Positions whose tokens are not in the run are withheld too: of a server's segment, all those of
+    requests that were in flight when it ended. `sglang-probe verify` checks it.
 
     Example: `sglang-probe scrub runs/traffic --output runs/traffic-scrubbed`
     """
     from sglang_probe.errors import ConfigError
-    from sglang_probe.privacy.withhold import Withhold, withhold
+    from sglang_probe.privacy.withhold import UNKNOWN, Withhold, withhold
     from sglang_probe.run.run import load_run
 
     opened = load_run(run)
@@ -55,4 +56,9 @@ def command(
     told = withhold(opened, output, folder, rule)
     for reason, n in sorted(told.items()):
         typer.echo(f"{n}\t{reason}")
+    if UNKNOWN in told:
+        typer.echo(
+            "unknown: their tokens are not in this run (a request that was interrupted, that goes on in the next "
+            "segment, or that ended in the one before), so that nobody can say what they hold"
+        )
     typer.echo(f"{output}: {sum(told.values())} positions withheld")

@@ -2,8 +2,9 @@
 
 `email`, `phone`, `ip`, `card` (Luhn), `iban` (mod 97), `url_credentials`, `key` (secrets by their prefix, and random
 strings next to a word such as `token`). **Names, addresses, dates of birth and identity numbers are not found**: that
-takes a model of language, and misses too. Patterns are of ASCII text; an address that is spelt out (`at`, `dot`) or cut
-by markup is not found.
+takes a model of language, and misses too. Patterns are of ASCII text, and every other character (a curly quote, a
+Chinese one) is no part of a word: it ends what it stands beside. An address that is spelt out (`at`, `dot`) or cut by
+markup is not found.
 
 Sources: Luhn's sum, ISO/IEC 7812; IBAN, ISO 13616 (remainder 1 of division by 97); card prefixes and lengths, ISO/IEC
 7812 issuer ranges of the large schemes.
@@ -71,7 +72,8 @@ def entropy(text: str) -> float:
 
 
 _EMAIL = re.compile(
-    r"(?<![\w.+%-])[A-Za-z0-9_.+%-]{1,64}(?:'[A-Za-z0-9_.+%-]{1,64})?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
+    r"(?<![\w.+%-])[A-Za-z0-9_.+%-]{1,64}(?:'[A-Za-z0-9_.+%-]{1,64})?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])",
+    re.ASCII,
 )
 _PHONE = re.compile(
     r"(?<![\w.+/=-])(?:"
@@ -79,29 +81,37 @@ _PHONE = re.compile(
     r"|\(0?\d{2,4}\)[ .-]?\d{3,4}[ .-]?\d{3,4}"  # (area) number
     r"|\d{3}([ .-])\d{3}\1\d{4}"  # 555 123 4567
     r"|0\d{2,4}[ /-]\d{3,4}(?:[ -]?\d{2,4}){0,2}"  # 030 1234567
-    r")(?![\w=-]|\.\d)"
+    r")(?![\w=-]|\.\d)",
+    re.ASCII,
 )
-_IP4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
-_IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_IP4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)", re.ASCII)
+_IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])", re.ASCII)
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])", re.ASCII)
 _SCHEME = re.compile(
-    r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d)\d{12}|35\d{14}"
+    r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d)\d{12}|35\d{14}",
+    re.ASCII,
 )
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-_USERINFO = re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}://[^\s/@:'\"<>]{0,128}:[^\s/@'\"<>]{1,256}@[^\s/'\"<>]{1,255}")
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", re.ASCII)
+_USERINFO = re.compile(
+    r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}://[^\s/@:'\"<>]{0,128}:[^\s/@'\"<>]{1,256}@[^\s/'\"<>]{1,255}", re.ASCII
+)
 _PREFIXED = re.compile(
     r"(?<![\w-])(?:"
     r"sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,200}|gh[opsur]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{50,255}"
     r"|hf_[A-Za-z0-9]{30,64}|glpat-[A-Za-z0-9_-]{20,64}|xox[abprs]-[A-Za-z0-9-]{10,200}|A[KS]IA[0-9A-Z]{16}"
     r"|AIza[A-Za-z0-9_-]{35}|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,1000}"
-    r")(?![\w-])"
+    r")(?![\w-])",
+    re.ASCII,
 )
 _PEM = re.compile(
-    r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[A-Za-z0-9+/=\s]{32,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"
+    r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[A-Za-z0-9+/=\s]{32,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----",
+    re.ASCII,
 )
 _NAMED = re.compile(
-    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|bearer|authorization|credential)[A-Za-z_-]{0,20}[\"']?\s*(?:[:=]|\s)"
-    r"\s*[\"']?([A-Za-z0-9+/_=.~-]{16,512})"
+    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|bearer|authorization|credential)[A-Za-z_-]{0,20}[\"']?"
+    r"(?:\s*+[:=]\s*+|\s++)"  # possessive: blanks are read once, and not again for every place where they could end
+    r"[\"']?([A-Za-z0-9+/_=.~-]{16,512})",
+    re.ASCII,
 )
 _LEAST_BITS = 3.5
 """Of a string next to a word for a secret: names of variables and paths have less."""

@@ -5,6 +5,10 @@ of what was found loses its row at every hook point, in every attempt, and its t
 neighbours on either side lose their rows, because the next row still carries the token. The table `withheld` has each
 with its reason. What was computed and what was reused stays in the ledger as it is.
 
+A position whose token is not in the run is withheld too (`unknown`): nobody can say what it is. Those are the outputs
+of requests that were interrupted, discarded steps after the last token, and, in a segment of a server, all positions of
+requests that go on in the next segment or ended in the one before.
+
 Two requests with the same tokens up to a position have the same there: what is withheld of one is withheld of both, so
 that a prefix that requests share tells nobody's.
 """
@@ -12,9 +16,10 @@ that a prefix that requests share tells nobody's.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,8 @@ Array = np.ndarray[Any, Any]
 _ORACLE = "embedding.parquet"
 NEIGHBOUR = "neighbour"
 """Reason of a position whose own token is no part of what was found."""
+UNKNOWN = "unknown"
+"""Reason of a position whose token is not in the run."""
 _COPIED = ("interventions.json", "scores.safetensors", "probe.yaml", "fault.txt")
 """Files that hold no token ids, copied as they are. Cards and reports are not copied: they may quote the text."""
 
@@ -67,41 +74,46 @@ def found_in(ids: Sequence[int], vocabulary: Vocabulary, rule: Withhold) -> list
     text = [vocabulary.pieces[i] if 0 <= i < len(vocabulary) else b"\x00" for i in ids]
     ends = np.cumsum([len(piece) for piece in text])
     told = []
-    # A character a byte: patterns are of ASCII, and places in the text are places in the bytes.
-    for f in find(b"".join(text).decode("latin-1"), rule.pii, presidio=rule.presidio):
+    # A character a byte, so that places in the text are places in the bytes. Patterns are of ASCII, and every other
+    # byte is a character that is no letter: read as Latin-1, part of a curly quote is one, and hides what is beside it.
+    for f in find(b"".join(text).decode("ascii", errors="replace"), rule.pii, presidio=rule.presidio):
         first = int(np.searchsorted(ends, f.start, side="right"))
         last = int(np.searchsorted(ends, f.end - 1, side="right"))
         told.append((first, last + 1, f"pii:{f.kind}"))
     return told
 
 
-def reasons_of(requests: pd.DataFrame, vocabulary: Vocabulary, rule: Withhold) -> dict[str, Array]:
+def reasons_of(
+    requests: pd.DataFrame, vocabulary: Vocabulary, rule: Withhold, ends: Mapping[str, int] | None = None
+) -> dict[str, Array]:
     """By request the reason of each of its positions, object `[length]`; None: it is not withheld.
 
-    Raises:
-        ConfigError: the token ids of a request are not in the run.
+    Args:
+        ends: by request one past its last position in the ledger; of positions before it that have no token in
+            `requests` the reason is `unknown`.
     """
     found: dict[str, Array] = {}
     keys: dict[str, list[int]] = {}
     shared: dict[int, str] = {}
+    ends = ends or {}
+    for rid in ends.keys() - set(requests["rid"]):
+        found[rid], keys[rid] = np.full(ends[rid], UNKNOWN, dtype=object), []
     for r in requests.itertuples():
-        if r.prompt_ids is None:
-            raise ConfigError(
-                f"the token ids of request {r.rid} are not in this run, and what is in it cannot be found",
-                fix="record with `live: {privacy: ids}`",
-            )
-        ids = [int(i) for i in (*r.prompt_ids, *(() if r.output_ids is None else r.output_ids))]
-        reasons = np.full(len(ids), None, dtype=object)
+        ids = [] if r.prompt_ids is None else [*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)]
+        ids = [int(i) for i in ids]
+        reasons = np.full(max(len(ids), ends.get(r.rid, 0)), UNKNOWN, dtype=object)
+        reasons[: len(ids)] = [UNKNOWN if i < 0 else None for i in ids]
         for start, end, kind in found_in(ids, vocabulary, rule):
             reasons[start:end] = kind
         found[r.rid] = reasons
         keys[r.rid] = _prefix_keys(ids)
-        shared.update((keys[r.rid][p], reasons[p]) for p in np.flatnonzero(reasons.astype(bool)))
+        own = [p for p in range(len(ids)) if reasons[p] not in (None, UNKNOWN)]
+        shared.update((keys[r.rid][p], reasons[p]) for p in own)
     for rid, reasons in found.items():
         for p, key in enumerate(keys[rid]):
             if reasons[p] is None and key in shared:
                 reasons[p] = shared[key]
-        near = np.flatnonzero(reasons.astype(bool))
+        near = np.flatnonzero(reasons.astype(bool) & (reasons != UNKNOWN))
         for distance in range(1, rule.neighbours + 1):
             for beside in (near - distance, near + distance):
                 inside = beside[(beside >= 0) & (beside < len(reasons))]
@@ -117,7 +129,7 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
         model: folder with the tokenizer.
 
     Raises:
-        ConfigError: the folder exists, the run is not closed or was scrubbed before, or as `reasons_of`.
+        ConfigError: the folder exists; the run is not closed, has no token ids, or was scrubbed before.
     """
     if output.exists():
         raise ConfigError(f"{output} exists", fix="name another folder")
@@ -125,13 +137,19 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
         raise ConfigError(f"{run.path} is not closed", fix="finish it first (`--resume`, or `POST /probe/flush`)")
     if run.manifest.get("withheld"):
         raise ConfigError(f"{run.path} had positions withheld already", fix="begin with the run as it was recorded")
+    if run.manifest.get("privacy", "ids") != "ids":
+        raise ConfigError(
+            f"{run.path} has no token ids (`privacy: {run.manifest['privacy']}`), and what is in it cannot be found",
+            fix="record with `live: {privacy: ids}`",
+        )
     vocabulary = Vocabulary.load(model)
-    reasons = reasons_of(run.requests(interrupted=True), vocabulary, rule)
-    made = output.with_name(f".{output.name}.partial")
+    ends = run.spans().groupby("rid")["end"].max().to_dict()
+    reasons = reasons_of(run.requests(interrupted=True), vocabulary, rule, ends)
+    made = _unfinished(output)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     try:
-        counts = _copy(run, made, reasons, rule)
+        counts = _copy(run, made, reasons, vocabulary, rule)
         made.rename(output)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -140,15 +158,40 @@ def withhold(run: Run, output: Path, model: Path, rule: Withhold) -> dict[str, i
 
 
 def withhold_in_place(run: Run, model: Path, rule: Withhold) -> Run:
-    """Put the copy in the place of a run, which is deleted. Arguments and errors as of `withhold`."""
-    scrubbed, raw = (run.path.with_name(f".{run.path.name}.{what}") for what in ("scrubbed", "raw"))
-    for left in (scrubbed, raw):  # of a command that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    """Put the copy in the place of a run, which is deleted. Arguments and errors as of `withhold`.
+
+    A kill leaves one of these, and `settle_in_place` finishes it; `partial` is what `withhold` has not finished. The
+    caller holds the directory, of both.
+
+        step                                      run         beside it            `settle_in_place`
+        the copy is written                       raw         partial, scrubbed    deletes what is beside it
+        the run is renamed                        nothing     raw, scrubbed        puts the copy there, deletes the raw
+        the copy is renamed, the raw is deleted   scrubbed    raw, or some of it   deletes it
+    """
+    scrubbed, raw = (_beside(run.path, what) for what in ("scrubbed", "raw"))
+    settle_in_place(run.path)
     withhold(run, scrubbed, model, rule)
     run.path.rename(raw)
+    journal.sync_folder(raw.parent)
     scrubbed.rename(run.path)
+    journal.sync_folder(raw.parent)
     shutil.rmtree(raw)
     return load_run(run.path)
+
+
+def settle_in_place(path: Path) -> None:
+    """Finish what a killed `withhold_in_place` left beside the run directory `path`. The caller holds the directory.
+
+    Raises:
+        OSError: what it left cannot be deleted.
+    """
+    scrubbed, raw = (_beside(path, what) for what in ("scrubbed", "raw"))
+    if raw.exists() and not path.exists():
+        (scrubbed if scrubbed.exists() else raw).rename(path)
+        journal.sync_folder(path.parent)
+    for left in (raw, scrubbed, _unfinished(scrubbed)):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def is_scrubbed(path: Path) -> bool:
@@ -156,10 +199,19 @@ def is_scrubbed(path: Path) -> bool:
     return (path / MANIFEST).exists() and bool(load_run(path).manifest.get("withheld"))
 
 
-def _copy(run: Run, made: Path, reasons: Mapping[str, Array], rule: Withhold) -> dict[str, int]:
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _unfinished(output: Path) -> Path:
+    return _beside(output, "partial")
+
+
+def _copy(run: Run, made: Path, reasons: Mapping[str, Array], vocabulary: Vocabulary, rule: Withhold) -> dict[str, int]:
     table = _table(reasons)
     gone = _rows_gone(run, reasons)
     own = {rid: np.array([isinstance(x, str) and x != NEIGHBOUR for x in told]) for rid, told in reasons.items()}
+    secrets = _secrets(run.requests(interrupted=True), own, vocabulary, rule)
     first = True
     for part in run.parts():
         files: dict[str, str] = {}
@@ -182,14 +234,18 @@ def _copy(run: Run, made: Path, reasons: Mapping[str, Array], rule: Withhold) ->
             name = f"ledger/withheld-{part.stem}.parquet"
             files[name] = journal.write_durably(made / name, lambda p: pq.write_table(table, p, compression="zstd"))
         journal.append(made, replace(part, files=files))
-    _rewritten(run.path / REQUESTS_FILE, made / REQUESTS_FILE, lambda t: _ids(t, own, prompt=True))
+    _rewritten(run.path / REQUESTS_FILE, made / REQUESTS_FILE, lambda t: _told(_ids(t, own, prompt=True), secrets))
     for source in [*(run.path / name for name in _COPIED), *run.path.glob("kept*.safetensors")]:
         if source.exists():
             shutil.copyfile(source, made / source.name)
     _oracle(run, made)
     counts = pd.Series([x for told in reasons.values() for x in told if x is not None], dtype=object).value_counts()
     told = {str(k): int(v) for k, v in counts.items()}
-    copied = {**run.manifest, "withheld": {**rule.model_dump(mode="json"), "positions": told}, "columns_digest": None}
+    copied = {
+        **_manifest(run.manifest, secrets),
+        "withheld": {**rule.model_dump(mode="json"), "positions": told},
+        "columns_digest": None,
+    }
     _close(made, copied)
     return told
 
@@ -219,11 +275,15 @@ def _table(reasons: Mapping[str, Array]) -> pa.Table:
 def _rows_gone(run: Run, reasons: Mapping[str, Array]) -> Array:
     """Numbers of the rows of withheld positions, of every attempt, ascending."""
     spans = run.spans()
-    spans = spans[(spans["row_start"] >= 0) & spans["rid"].isin(reasons.keys())]
-    tokens = positions.expand(spans)
-    rid, position = tokens["rid"].to_numpy(), tokens["position"].to_numpy()
-    gone = [p < len(reasons[r]) and reasons[r][p] is not None for r, p in zip(rid, position, strict=True)]
+    tokens = positions.expand(spans[spans["row_start"] >= 0])
+    gone = [_is_withheld(reasons, r, p) for r, p in zip(tokens["rid"], tokens["position"], strict=True)]
     return np.unique(tokens["row"].to_numpy()[np.array(gone, dtype=bool)])
+
+
+def _is_withheld(reasons: Mapping[str, Array], rid: str, position: int) -> bool:
+    """Also where nothing is known of the position."""
+    told = reasons.get(rid)
+    return told is None or position >= len(told) or told[position] is not None
 
 
 def _shard(source: Path, target: Path, part: journal.Part, gone: Array) -> str:
@@ -249,31 +309,117 @@ def _rewritten(source: Path, target: Path, change: Any) -> str:
 
 
 def _ids(table: pa.Table, own: Mapping[str, Array], *, prompt: bool) -> pa.Table:
-    """With -1 in place of token ids that are part of what was found."""
+    """With -1 in place of token ids that are part of what was found, or that nobody can place."""
     rids = table["rid"].to_pylist()
-    lengths = dict.fromkeys(rids)
-    if "prompt_len" in table.column_names:
-        lengths = dict(zip(rids, table["prompt_len"].to_pylist(), strict=True))
+    lengths = table["prompt_len"].to_pylist() if "prompt_len" in table.column_names else [None] * len(rids)
     for name in ("prompt_ids", "output_ids"):
         if name not in table.column_names or (name == "prompt_ids" and not prompt):
             continue
         cleaned = []
-        for rid, ids in zip(rids, table[name].to_pylist(), strict=True):
-            told, first = own.get(rid), 0 if name == "prompt_ids" else lengths[rid]
-            if ids is None or told is None or first is None:
-                cleaned.append(ids)
-                continue
-            marked = told[first : first + len(ids)]
-            cleaned.append([-1 if k < len(marked) and marked[k] else i for k, i in enumerate(ids)])
+        for rid, ids, length in zip(rids, table[name].to_pylist(), lengths, strict=True):
+            first = 0 if name == "prompt_ids" else length
+            if ids is not None:
+                told = np.empty(0, bool) if first is None or rid not in own else own[rid][first : first + len(ids)]
+                ids = [i if k < len(told) and not told[k] else -1 for k, i in enumerate(ids)]
+            cleaned.append(ids)
         at = table.column_names.index(name)
         table = table.set_column(at, name, pa.array(cleaned, type=table.schema.field(name).type))
     return table
 
 
+@dataclass(frozen=True)
+class _Secret:
+    """What is withheld of a request, by which it is known in what else is said of it."""
+
+    ids: frozenset[int]
+    texts: tuple[str, ...]
+    vocabulary: Vocabulary
+    rule: Withhold
+
+    def in_ids(self, ids: Sequence[int] | None) -> bool:
+        """Whether a list of token ids holds one of them, or is itself text in which something is found."""
+        if ids is None:
+            return False
+        return not self.ids.isdisjoint(ids) or bool(found_in(ids, self.vocabulary, self.rule))
+
+    def in_value(self, value: Any) -> bool:
+        """The same of a value as JSON has it: text, a number in a list, a key."""
+        if isinstance(value, str):
+            plain = value.replace("\\", "")  # of a regular expression
+            known = len(plain.strip()) >= _LEAST_KNOWN and any(plain.strip() in t or t in plain for t in self.texts)
+            return known or bool(find(plain, self.rule.pii, presidio=self.rule.presidio))
+        if isinstance(value, dict):
+            keys = any(self.in_value(k) or (k.isdecimal() and int(k) in self.ids) for k in value)
+            return keys or any(self.in_value(v) for v in value.values())
+        if isinstance(value, list):
+            return self.in_ids([x for x in value if type(x) is int]) or any(self.in_value(v) for v in value)
+        return False
+
+    def left(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The sampling parameters that tell nothing of it; and `custom_params`, of which a run has what the probe was
+        asked that changes rows: places and names of vectors."""
+        return {k: v for k, v in values.items() if k == "custom_params" or not self.in_value(v)}
+
+
+_LEAST_KNOWN = 4
+"""Characters of a text that is taken for a part of what is withheld: shorter ones occur everywhere."""
+_SAID = "withheld"
+"""In place of a message that quoted what is withheld."""
+
+
+def _secrets(
+    requests: pd.DataFrame, own: Mapping[str, Array], vocabulary: Vocabulary, rule: Withhold
+) -> dict[str, _Secret]:
+    secrets = {}
+    for r in requests.itertuples():
+        ids = [] if r.prompt_ids is None else [*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)]
+        mine, texts = own[r.rid][: len(ids)], []
+        for away, span in itertools.groupby(range(len(ids)), key=lambda p: bool(mine[p])):
+            if away:
+                pieces = (vocabulary.pieces[ids[p]] for p in span if 0 <= ids[p] < len(vocabulary))
+                texts.append(b"".join(pieces).decode("utf-8", errors="replace").strip())
+        known = frozenset(int(i) for i, away in zip(ids, mine, strict=True) if away and i >= 0)
+        secrets[r.rid] = _Secret(known, tuple(t for t in texts if len(t) >= _LEAST_KNOWN), vocabulary, rule)
+    return secrets
+
+
+def _told(table: pa.Table, secrets: Mapping[str, _Secret]) -> pa.Table:
+    """`requests.parquet` without what its other columns tell: right answers, sampling parameters, refusals."""
+    rids = table["rid"].to_pylist()
+    for name in ("continuation_ids", "answer_ids", "sampling_params", "refusal"):
+        if name not in table.column_names:
+            continue
+        cleaned: list[Any] = []
+        for rid, value in zip(rids, table[name].to_pylist(), strict=True):
+            secret = secrets[rid]
+            if name == "sampling_params" and value is not None:
+                cleaned.append(json.dumps(secret.left(json.loads(value))))
+            elif name == "refusal":
+                cleaned.append(_SAID if secret.in_value(value) else value)
+            else:
+                cleaned.append(None if secret.in_ids(value) else value)
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pa.array(cleaned, type=table.schema.field(name).type))
+    return table
+
+
+def _manifest(manifest: Mapping[str, Any], secrets: Mapping[str, _Secret]) -> dict[str, Any]:
+    """The same of the manifest: sampling parameters of all requests, and refusals."""
+    told = dict(manifest)
+    if isinstance(told.get("sampling"), dict):
+        for secret in secrets.values():
+            told["sampling"] = secret.left(told["sampling"])
+    if told.get("refused"):
+        told["refused"] = {
+            rid: _SAID if rid in secrets and secrets[rid].in_value(why) else why for rid, why in told["refused"].items()
+        }
+    return told
+
+
 def _without(table: pa.Table, reasons: Mapping[str, Array]) -> pa.Table:
     """Without what a monitor read of withheld positions."""
     keep = [
-        rid not in reasons or p >= len(reasons[rid]) or reasons[rid][p] is None
+        not _is_withheld(reasons, rid, p)
         for rid, p in zip(table["rid"].to_pylist(), table["position"].to_pylist(), strict=True)
     ]
     return table.filter(pa.array(keep, type=pa.bool_()))

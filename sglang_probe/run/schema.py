@@ -128,7 +128,7 @@ WITHHELD = pa.schema(
         ("rid", pa.string()),
         ("start", pa.int32()),
         ("end", pa.int32()),
-        ("reason", pa.string()),  # pii:<kind> | neighbour
+        ("reason", pa.string()),  # pii:<kind> | neighbour | unknown
     ]
 )
 

@@ -1,4 +1,5 @@
-"""Withheld positions: neither their rows nor their token ids are in the run, and every gap has its reason."""
+"""Withheld positions: neither their rows nor their token ids are in the run, every gap has its reason, and no row is
+there whose token is not known."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from sglang_probe.run.run import Run
 from sglang_probe.verify.check import Check
 
 Array = np.ndarray[Any, Any]
-NEIGHBOUR = "neighbour"
+NEIGHBOUR, UNKNOWN = "neighbour", "unknown"
 
 
 def has_withheld(run: Run) -> bool:
@@ -42,8 +43,8 @@ def nothing_withheld_is_there(run: Run) -> Check:
     """No row and no token id of a withheld position is in the run, and no other token id is missing."""
     name = "withheld"
     claim = (
-        "of a withheld position no hook point holds a row; its token id is not there, and no other one is missing; the "
-        "manifest counts them"
+        "of a withheld position no hook point holds a row; its token id is not there, and no other one is missing; "
+        "every position without a known token is withheld; the manifest counts them"
     )
     table = run.withheld()
     covered = int((table["end"] - table["start"]).sum())
@@ -58,7 +59,7 @@ def _table(run: Run, table: pd.DataFrame) -> str | None:
     for s in table.itertuples():
         if not 0 <= s.start < s.end:
             return f"{s.rid} positions {s.start} to {s.end}: it holds no position"
-        if s.reason != NEIGHBOUR and not str(s.reason).startswith("pii:"):
+        if s.reason not in (NEIGHBOUR, UNKNOWN) and not str(s.reason).startswith("pii:"):
             return f"{s.rid} positions {s.start} to {s.end}: `{s.reason}` is no reason"
     ordered = table.sort_values(["rid", "start"], kind="stable")
     same = ordered["rid"].to_numpy()[1:] == ordered["rid"].to_numpy()[:-1]
@@ -76,6 +77,11 @@ def _rows(run: Run) -> str | None:
     spans = run.spans()
     tokens = positions.expand(spans[spans["row_start"] >= 0])
     away = withheld_positions(run, tokens["rid"].to_numpy(), tokens["position"].to_numpy()) != ""
+    known = {r.rid: len(_ids_of(r)) for r in run.requests(interrupted=True).itertuples()}
+    strange = ~away & (tokens["position"] >= tokens["rid"].map(known).fillna(0)).to_numpy()
+    if strange.any():
+        at = tokens.iloc[int(np.argmax(strange))]
+        return f"{at['rid']} position {at['position']} has no known token, and is not withheld"
     gone = tokens["row"].to_numpy()[away]
     for hook_point in run.hook_points:
         for numbers, _ in run.iter_shards(hook_point):
@@ -89,8 +95,10 @@ def _rows(run: Run) -> str | None:
 def _ids(run: Run) -> str | None:
     for r in run.requests(interrupted=True).itertuples():
         if r.prompt_ids is None:
+            if r.output_ids is not None and (np.asarray(r.output_ids) >= 0).any():
+                return f"{r.rid}: its prompt is not known, and token ids of its output are there"
             continue
-        ids = np.array([*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)], dtype=np.int64)
+        ids = _ids_of(r)
         reason = withheld_positions(run, np.full(len(ids), r.rid, dtype=object), np.arange(len(ids)))
         own = (reason != "") & (reason != NEIGHBOUR)
         if (bad := own != (ids < 0)).any():
@@ -99,3 +107,10 @@ def _ids(run: Run) -> str | None:
                 "it is withheld, and its token id is there" if own[p] else "its token id is missing without a reason"
             )
     return None
+
+
+def _ids_of(r: Any) -> Array:
+    """Token ids of a request whose place is known."""
+    if r.prompt_ids is None:
+        return np.empty(0, np.int64)
+    return np.array([*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)], dtype=np.int64)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from sglang_probe.axes.vocabulary import Vocabulary
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.harvest.directory import hold_directory
+from sglang_probe.harvest.withholding import settle_withheld, withhold_recorded
 from sglang_probe.privacy.withhold import (
     NEIGHBOUR,
     Withhold,
@@ -23,9 +29,11 @@ from sglang_probe.privacy.withhold import (
 )
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.schema import ENGINE_REQUESTS
 from sglang_probe.verify.verify import verify
 from sglang_probe.verify.withheld import withheld_positions
 from tests.declared import run_commands
+from tests.engine.live.conftest import FakeEngine
 from tests.verify.good_run import POINTS, SHARED, VOCABULARY, make_good_run
 
 MAIL = (6, 7, 8)
@@ -167,3 +175,261 @@ def test_a_harvest_that_withholds_puts_the_copy_in_the_place_of_the_run(tmp_path
     assert is_scrubbed(run.path)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert all(c.holds for c in verify(load_run(run.path)))
+
+
+class _Killed(BaseException):
+    """As nothing catches it: a kill."""
+
+
+def _kill_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Ends `withhold_in_place` at a step; a folder that is being deleted has lost its manifest then."""
+    from sglang_probe.privacy import withhold as module
+
+    rename, rmtree, copy = Path.rename, shutil.rmtree, module._copy
+
+    def renaming(path: Path, target: Path) -> Path:
+        if {"the run is renamed": "run", "the copy is renamed": ".run.scrubbed"}.get(step) == path.name:
+            raise _Killed
+        return rename(path, target)
+
+    def deleting(path: Path, **given: bool) -> None:
+        if step == "the copy is written" and path.name == "..run.scrubbed.partial":
+            return
+        if step == "the raw is deleted" and path.name == ".run.raw":
+            (path / "manifest.json").unlink()
+            raise _Killed
+        rmtree(path, **given)
+
+    def copying(*args: Any) -> dict[str, int]:
+        told = copy(*args)
+        if step == "the copy is written":
+            raise _Killed
+        return told
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(module.shutil, "rmtree", deleting)
+    monkeypatch.setattr(module, "_copy", copying)
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "scrubbed"),
+    [
+        ("the copy is written", {"run", "..run.scrubbed.partial"}, False),
+        ("the run is renamed", {"run", ".run.scrubbed"}, False),
+        ("the copy is renamed", {".run.raw", ".run.scrubbed"}, True),
+        ("the raw is deleted", {"run", ".run.raw"}, True),
+    ],
+)
+def test_what_a_kill_left_is_finished_by_the_next_command(
+    tmp_path: Path, tokenizer: Path, step: str, left: set[str], scrubbed: bool
+) -> None:
+    run = make_good_run(tmp_path / "run")
+    folder = run.path.parent
+    model = {"model", "kept.safetensors"} & {p.name for p in folder.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_at(patch, step)
+        with pytest.raises(_Killed):
+            withhold_recorded(run, tokenizer, Withhold())
+    assert {p.name for p in folder.iterdir()} - model == left
+    settle_withheld(run.path)
+    assert {p.name for p in folder.iterdir()} - model == {"run"}
+    assert is_scrubbed(run.path) == scrubbed
+    if not scrubbed:
+        withhold_recorded(run, tokenizer, Withhold())
+    assert {p.name for p in folder.iterdir()} - model == {"run"}
+    assert all(c.holds for c in verify(load_run(run.path)))
+
+
+def test_nobody_else_changes_the_run_meanwhile(tmp_path: Path, tokenizer: Path) -> None:
+    run = make_good_run(tmp_path / "run")
+    raw = run.path.with_name(".run.raw")
+    raw.mkdir()
+    with hold_directory(run.path):
+        with pytest.raises(RunDirectoryError, match="another process records"):
+            withhold_recorded(run, tokenizer, Withhold())
+        with pytest.raises(RunDirectoryError, match="another process records"):
+            settle_withheld(run.path)
+        assert raw.exists()
+    settle_withheld(tmp_path / "no such folder" / "run")
+    assert not (tmp_path / "no such folder").exists()
+
+
+def test_harvest_finishes_it_before_it_says_that_all_is_done(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
+) -> None:
+    run = make_good_run(tmp_path / "made")
+    _kill_at(monkeypatch, "the copy is renamed")
+    with pytest.raises(_Killed):
+        withhold_recorded(run, tokenizer, Withhold())
+    monkeypatch.undo()
+    (tmp_path / "mine.yaml").write_text("workload: {source: shared_prefix}\nwithhold: {pii: [email]}\n")
+    result = cli("harvest", tmp_path / "mine.yaml", "--output", run.path, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "positions are withheld already" in result.stdout
+    assert is_scrubbed(run.path)
+    assert not list(run.path.parent.glob(".run*"))
+
+
+@pytest.fixture
+def segments(tmp_path: Path) -> tuple[Run, Run]:
+    """Two segments of a server; a request is in flight at the border."""
+    engine = FakeEngine(tmp_path / "live", privacy="ids", rows=True)
+    engine.serve("a", [1, 6, 7, 8, 9], n=4)
+    engine.prefill("b", [1, 2, 3])
+    engine.decode("b", n=2)
+    first = engine.flush()
+    engine.decode("b", n=1)
+    engine.end("b")
+    second = engine.flush()
+    engine.live.close()
+    return load_run(first), load_run(second)
+
+
+def test_of_requests_at_the_border_of_a_segment_all_is_withheld(
+    segments: tuple[Run, Run], tokenizer: Path, tmp_path: Path, cli: Callable
+) -> None:
+    first, second = segments
+    going_on, ended = (r.requests(interrupted=True).set_index("finish_reason")["rid"] for r in segments)
+    said = cli("scrub", first.path, "--model", tokenizer, "--output", tmp_path / "first")
+    assert said.returncode == 0, said.stderr
+    assert "5\tunknown" in said.stdout
+    assert "goes on in the next segment" in said.stdout
+    after = load_run(tmp_path / "first")
+    told = after.withheld()
+    b = going_on["continues"]
+    assert told[told["rid"] == b][["start", "end", "reason"]].to_numpy().tolist() == [[0, 5, "unknown"]]
+    assert set(told[told["rid"] != b]["reason"]) == {"pii:email", NEIGHBOUR}
+    spans = after.spans()
+    rows = positions.expand(spans[spans["row_start"] >= 0])
+    held = after.holds("hook_embed", rows["row"].to_numpy())
+    assert set(rows["rid"][held]) == set(going_on) - {b}
+    assert [c.violation for c in verify(after) if not c.holds] == []
+    withhold(second, tmp_path / "second", tokenizer, Withhold())
+    assert load_run(tmp_path / "second").withheld().empty  # here all of its tokens are known
+    assert ended["length"] == b
+
+
+def test_verify_names_a_row_whose_token_is_not_known(
+    segments: tuple[Run, Run], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_probe.privacy import withhold as module
+
+    tell = module.reasons_of
+    monkeypatch.setattr(module, "reasons_of", lambda requests, vocabulary, rule, ends: tell(requests, vocabulary, rule))
+    withhold(segments[0], tmp_path / "ledger", tokenizer, Withhold())
+    monkeypatch.setattr(module, "_rows_gone", lambda *_a: np.empty(0, np.int64))
+    withhold(segments[0], tmp_path / "rows", tokenizer, Withhold())
+    for name in ("ledger", "rows"):
+        found = {c.name: c.violation for c in verify(load_run(tmp_path / name)) if not c.holds}
+        assert "position 0 has no known token, and is not withheld" in str(found["withheld"])
+
+
+def test_positions_without_a_known_token_have_their_own_reason(tokenizer: Path) -> None:
+    import pandas as pd
+
+    # An interrupted one, one with a discarded step after its last token, one that nothing is known of.
+    frame = pd.DataFrame({"rid": ["a", "b"], "prompt_ids": [[1, 2], [1, 6]], "output_ids": [None, [7, 8]]})
+    told = reasons_of(frame, Vocabulary.load(tokenizer), Withhold(neighbours=2), {"a": 5, "b": 5, "c": 2})
+    assert {rid: x.tolist() for rid, x in told.items()} == {
+        "a": [None, None, "unknown", "unknown", "unknown"],
+        "b": [NEIGHBOUR, *["pii:email"] * 3, "unknown"],
+        "c": ["unknown", "unknown"],
+    }
+
+
+def test_rows_of_an_interrupted_request_are_gone_where_its_tokens_are_not_known(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    run = make_good_run(tmp_path / "run")
+    path = run.path / "requests.parquet"
+    frame = pq.read_table(path)
+    outputs = [None if r["rid"] == "r000003" else r["output_ids"] for r in frame.to_pylist()]
+    at = frame.column_names.index("output_ids")
+    pq.write_table(frame.set_column(at, "output_ids", pa.array(outputs, frame.schema.field(at).type)), path)
+    withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+    after = load_run(tmp_path / "out")
+    spans = after.spans()
+    rows = positions.expand(spans[(spans["row_start"] >= 0) & (spans["rid"] == "r000003")])
+    held = after.holds("hook_embed", rows["row"].to_numpy())
+    assert set(rows["position"]) == set(range(11))
+    assert sorted(set(rows["position"][held])) == list(range(6))
+    ended = after.engine_requests().set_index("rid")["output_ids"]["r000003"]
+    assert set(ended) == {-1}
+
+
+def test_a_segment_without_token_ids_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    from sglang_probe.run import seal
+
+    run = make_good_run(tmp_path / "run")
+    seal.close(run.path, {**run.manifest, "privacy": "hashes"})
+    with pytest.raises(ConfigError, match=r"no token ids \(`privacy: hashes`\)"):
+        withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+
+
+def test_no_file_of_the_copy_tells_what_is_withheld(tmp_path: Path, tokenizer: Path) -> None:
+    """Everything that a request brings along: right answers, sampling parameters, a refusal; and the manifest."""
+    from sglang_probe.run import seal
+
+    run = make_good_run(tmp_path / "run")
+    path = run.path / "requests.parquet"
+    schema = pq.read_schema(path)
+    records = pq.read_table(path).to_pylist()
+    plain = {"max_new_tokens": 8, "stop_token_ids": [2], "stop": ["END"], "logit_bias": {"5": 1.0}}
+    by_rid = {r["rid"]: r for r in records}
+    by_rid["r000000"] |= {
+        "continuation_ids": [20, MAIL[2]],
+        "answer_ids": [MAIL[0]],
+        "sampling_params": json.dumps(
+            {
+                **plain,
+                "stop": ["END", "ann@example"],
+                "regex": r"(ann@example\\.org|x)",
+                "stop_token_ids": [2, MAIL[1]],
+                "logit_bias": {"5": 1.0, str(MAIL[1]): 2.0},
+            }
+        ),
+        "refusal": "cannot compile ann@example.org",
+    }
+    # Nothing of this one is withheld, and what it brings along is personal all the same.
+    by_rid["r000003"] |= {"continuation_ids": [1, *MAIL, 9], "answer_ids": [20, 21], "sampling_params": "{}"}
+    by_rid["r000001"] |= {"continuation_ids": [20, 21], "sampling_params": json.dumps(plain), "refusal": "too long"}
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), path)
+    manifest = {
+        **run.manifest,
+        "sampling": {**plain, "stop": "bob@example.org"},
+        "refused": {"r000000": "ann@example.org"},
+    }
+    seal.close(run.path, manifest)
+    withhold(load_run(run.path), tmp_path / "out", tokenizer, Withhold())
+    after = load_run(tmp_path / "out")
+    requests = after.requests(interrupted=True).set_index("rid")
+    assert json.loads(requests["sampling_params"]["r000000"]) == {"max_new_tokens": 8}
+    assert json.loads(requests["sampling_params"]["r000001"]) == plain
+    assert requests["refusal"][["r000000", "r000001"]].tolist() == ["withheld", "too long"]
+    assert requests["continuation_ids"][["r000000", "r000003"]].isna().all()
+    assert [list(x) for x in requests["continuation_ids"][["r000001"]]] == [[20, 21]]
+    assert requests["answer_ids"]["r000000"] is None
+    assert list(requests["answer_ids"]["r000003"]) == [20, 21]
+    assert after.manifest["sampling"] == {k: v for k, v in plain.items() if k != "stop"}
+    for file in (p for p in after.path.rglob("*") if p.is_file()):
+        if file.suffix != ".parquet":
+            assert b"example" not in file.read_bytes(), file
+            continue
+        table = pq.read_table(file)
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            assert "example" not in str(column.to_pylist()), (file, name)
+            if name.endswith("_ids") or name == "token_id":
+                there = {i for x in column.to_pylist() for i in ([x] if isinstance(x, int) else x or [])}
+                assert not there & set(MAIL), (file, name)
+    assert [c.violation for c in verify(after) if not c.holds] == []
+
+
+def test_ids_that_nobody_can_place_are_gone() -> None:
+    """Without a prompt's length, or of a request that nothing is known of."""
+    from sglang_probe.privacy.withhold import _ids
+
+    row = {"cached_tokens": 0, "retractions": 0, "finish_reason": "length", "output_len": 2, "output_ids": [8, 2]}
+    rows = [{"rid": rid, "prompt_len": length, **row} for rid, length in (("a", 3), ("a", None), ("b", 3))]
+    table = pa.Table.from_pylist(rows, schema=ENGINE_REQUESTS)
+    own = {"a": np.array([False, True, True, True, False])}
+    assert _ids(table, own, prompt=False)["output_ids"].to_pylist() == [[-1, 2], [-1, -1], [-1, -1]]

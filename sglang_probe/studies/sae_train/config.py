@@ -100,6 +100,12 @@ class SaeTrainConfig(Recipe):
             raise ValueError("`most_rows` is of recorded `runs`: with `harvest`, serve fewer requests")
         if self.harvest is not None and (given := {"hook_points", "name", "output"} & self.harvest.model_fields_set):
             raise ValueError(f"`harvest: {min(given)}` has no meaning here: rows are of `hook_point`, and are not kept")
+        if self.harvest is not None and self.harvest.withhold is not None:
+            raise ValueError(
+                "`harvest: {withhold}` cannot be had here: rows go into the training as they are computed, before "
+                "anything is taken out. Record a run with `sglang-probe harvest` and `withhold`, and give it under "
+                "`runs` in place of `harvest`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -172,6 +172,7 @@ def test_the_same_families_are_held_out_in_either_way(run: Run) -> None:
         ({"runs": ["x"]}, "give `runs`, or `harvest`"),
         ({"harvest": {"hook_points": ["hook_embed"]}}, "has no meaning here"),
         ({"harvest": {"name": "x"}}, "has no meaning here"),
+        ({"harvest": {"withhold": {"pii": ["email"]}}}, "`harvest: {withhold}` cannot be had here.* under `runs`"),
         ({"most_rows": 5}, "`most_rows` is of recorded"),
     ],
 )
