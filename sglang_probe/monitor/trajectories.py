@@ -127,7 +127,11 @@ def read_monitored(runs: Sequence[Run], *, rows: int | None = None) -> Trajector
             frames.append(frame.assign(began=frame["rid"].map(latest)))
     if not frames:
         raise ConfigError("no monitor read anything in these runs", fix="give segments of a server with `monitor`")
-    alike = [{k: t.get(k) for k in ("hook_point", "columns", "sampling", "vectors", "sae_sha256")} for t in told]
+    alike = [
+        {k: t.get(k) for k in ("hook_point", "columns", "sampling", "rows", "vectors", "sae_sha256")} for t in told
+    ]
+    if len({t.get("model_weight_hash") for t in told}) > 1:
+        raise ConfigError("the runs are of servers of several models", fix="make a profile of runs of one model")
     if any(t != alike[0] for t in alike):
         raise ConfigError("the runs were monitored by different rules", fix="make a profile of runs of one rule")
     table = pd.concat(frames, ignore_index=True)

@@ -6,15 +6,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from sglang_probe.engine.ledger.facts import Commit, ForwardPlan, Watched
 from sglang_probe.engine.live.monitor import DRIFT_LOG, LiveMonitor
 from sglang_probe.errors import ConfigError
+from sglang_probe.monitor import make
 from sglang_probe.monitor.alarms import alarms
 from sglang_probe.monitor.config import MonitorConfig
 from sglang_probe.monitor.make import from_monitored
@@ -47,8 +50,6 @@ def _rows(rng: np.random.Generator, n: int, level: np.ndarray) -> torch.Tensor:
 def _usual(requests: int, seed: int, rows: int = 2) -> Trajectories:
     rng = np.random.default_rng(seed)
     x = torch.cat([_rows(rng, rows, rng.standard_normal(WIDTH)) for _ in range(requests)])
-    import pandas as pd
-
     names = [f"u{i}" for i in range(requests)]
     frame = pd.DataFrame({"run": 0, "rid": names, "family": names, "rows": rows})
     of = np.repeat(np.arange(requests), rows)
@@ -197,7 +198,7 @@ def test_a_commit_that_was_lost_with_its_writer_is_not_waited_for_for_ever(
         assert monitor.requests == (0 if n < 6 else n)
         assert monitor.status()["waiting"] == (n if n < 6 else 0)
     assert monitor.status()["commits_lost"] == 1
-    assert [e["event"] for e in monitor.alerts()["events"]][0] == "gap"
+    assert monitor.alerts()["events"][0]["event"] == "gap"
 
 
 def test_a_fault_of_the_monitor_costs_the_monitor_and_nothing_else(
@@ -266,15 +267,15 @@ def test_a_slow_monitor_sheds_rows_and_the_ledger_loses_nothing(
         return _reading().columns(x_ND)
 
     monitor._reading = type("Slow", (), {"columns": staticmethod(slowly)})()  # type: ignore[assignment]
-    engine = make_engine(monitor=monitor, queue=32)
+    engine = make_engine(monitor=monitor, queue=128)
     _plant(engine, shift_from=None)
-    for n in range(25):
+    for n in range(40):
         _serve(engine, range(n, n + 1))
         time.sleep(0.03)  # each brings 7 commits, and 0.15 s of reading
     run, checks = checked(engine.flush())
     assert not violations(checks)
     assert engine.live.status()["positions"]["dropped"] == 0
-    assert len(run.requests()) == 25
+    assert len(run.requests()) == 40
     assert monitor.shed > 0
     assert monitor.off is None
 
@@ -324,6 +325,30 @@ def test_a_profile_of_what_a_monitor_read_is_sampled_by_its_rule(
     assert found.watch.sampling.entropy == ByEntropy(above=1.0)
     assert len(found.profile.reference) == 15
     assert "mahalanobis" not in found.profile.statistics
+
+
+def _recorded(weights: str, seed: int, **told: Any) -> Any:
+    """A run with 20 requests of which a monitor read 4 rows each."""
+    rng = np.random.default_rng(seed)
+    rows = [{"rid": f"r{i}", "probability": 0.5, "values": [float(rng.normal())]} for i in range(20) for _ in range(4)]
+    monitor = {**_watch(vectors={}, columns=["log norm"]).model_dump(mode="json"), "model_weight_hash": weights, **told}
+    return SimpleNamespace(monitored=lambda: pd.DataFrame(rows), manifest={"monitor": monitor})
+
+
+def test_a_profile_has_as_many_rows_of_a_request_as_the_monitor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "_facts", lambda _runs: [])
+    runs = [_recorded("a", seed, rows=2) for seed in range(2)]
+    found = from_monitored(runs)
+    assert found.watch.rows == 2
+    assert found.profile.quantiles["rows"].tolist() == [40 * 2]  # which is what a server judges by
+    assert from_monitored(runs, rows=3).profile.quantiles["rows"].tolist() == [40 * 3]
+    with pytest.raises(ConfigError, match="different rules"):
+        from_monitored([runs[0], _recorded("a", 2, rows=3)])
+
+
+def test_a_profile_is_of_one_model() -> None:
+    with pytest.raises(ConfigError, match="several models"):
+        from_monitored([_recorded("a", 0), _recorded("b", 1)])
 
 
 def test_weights_of_unequal_sampling_give_the_mean_of_all_rows() -> None:
