@@ -62,6 +62,25 @@ def test_a_prompt_that_sglang_cuts_waits_for_the_row_that_it_has_then(
     assert (plan.gates[0].position, plan.gates[0].opened) == (5, True)
 
 
+def test_a_plain_request_whose_gate_was_not_decided_in_time_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    schedule_batch: Any = ModuleType("schedule_batch")
+    schedule_batch.FINISH_ABORT = lambda message: ("abort", message)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_batch", schedule_batch)
+    engine = engine_of(monkeypatch, folder)
+    late = admitted()
+    asked = admitted(steer=[{**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}])
+    # The forward of the prompts' last rows was not prepared.
+    pieces = [(req, PROMPT, PROMPT + 1, 0.0) for req in (late, asked)]
+    plan, changed = engine.forward(*pieces)
+    assert (late.to_finish, steered_of(late), changed[0].item()) == (None, None, 0.0)
+    assert plan.gates == {}
+    assert asked.to_finish is not None  # half of what it asked is none
+    engine.forward((late, PROMPT + 1, PROMPT + 2, 0.0))
+    assert engine.steering.status()["clamps"]["missed"] == 1
+
+
 def test_what_a_request_asks_for_itself_is_done_beside_and_another_gate_is_refused(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
