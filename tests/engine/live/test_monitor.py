@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,12 +327,23 @@ def test_a_profile_of_what_a_monitor_read_is_sampled_by_its_rule(
     assert "mahalanobis" not in found.profile.statistics
 
 
-def _recorded(weights: str, seed: int, **told: Any) -> Any:
-    """A run with 20 requests of which a monitor read 4 rows each."""
+def _recorded(weights: str, seed: int, reused: Sequence[tuple[str, str, int]] = (), **told: Any) -> Any:
+    """A run with 20 requests of 100 tokens, of which a monitor read 4 rows each.
+
+    Args:
+        reused: who reused whose entries, to which position.
+    """
     rng = np.random.default_rng(seed)
     rows = [{"rid": f"r{i}", "probability": 0.5, "values": [float(rng.normal())]} for i in range(20) for _ in range(4)]
     monitor = {**_watch(vectors={}, columns=["log norm"]).model_dump(mode="json"), "model_weight_hash": weights, **told}
-    return SimpleNamespace(monitored=lambda: pd.DataFrame(rows), manifest={"monitor": monitor})
+    spans = pd.DataFrame(reused, columns=["rid", "origin_rid", "end"]).assign(status="reused")
+    requests = pd.DataFrame({"rid": [f"r{i}" for i in range(20)], "prompt_len": 100})
+    return SimpleNamespace(
+        monitored=lambda: pd.DataFrame(rows),
+        manifest={"monitor": monitor},
+        spans=lambda: spans,
+        engine_requests=lambda: requests,
+    )
 
 
 def test_a_profile_has_as_many_rows_of_a_request_as_the_monitor_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +355,17 @@ def test_a_profile_has_as_many_rows_of_a_request_as_the_monitor_read(monkeypatch
     assert from_monitored(runs, rows=3).profile.quantiles["rows"].tolist() == [40 * 3]
     with pytest.raises(ConfigError, match="different rules"):
         from_monitored([runs[0], _recorded("a", 2, rows=3)])
+
+
+def test_turns_of_a_conversation_are_one_family_and_a_common_system_prompt_is_none() -> None:
+    reused = [(f"r{i}", "r0", 40) for i in range(1, 20)]  # of all, the same first tokens
+    reused += [("r6", "r5", 105), ("r7", "r6", 120)]  # with what was generated
+    reused += [("r9", "r8", 99)]  # the same prompt
+    reused += [("r11", "r10", 98), ("r12", "before", 98)]
+    families = read_monitored([_recorded("a", 0, reused)]).frame.set_index("rid")["family"]
+    assert families["r5"] == families["r6"] == families["r7"]
+    assert families["r8"] == families["r9"]
+    assert families.nunique() == 20 - 3
 
 
 def test_a_profile_is_of_one_model() -> None:
