@@ -202,7 +202,7 @@ class LiveMonitor:
             self.rows += len(values)
             line.rows += len(values)
             known = ~np.isnan(values)
-            self._count_not_finite(watched, known.all(1), line)
+            self._count_not_finite(watched, np.asarray(known.all(1)), line)
             total = np.where(known, values, 0).sum(0)
             line.total_K = total if line.total_K is None else line.total_K + total
             line.known_K = known.sum(0) if line.known_K is None else line.known_K + known.sum(0)
