@@ -101,11 +101,11 @@ def choose_threshold(positive: Array, negative: Array, *, fpr: float) -> Gate:
     n, m = len(positive), len(negative)
     k = math.floor(fpr * (m + 1) + 1e-9)
     if k < 1 or not n:
-        need = math.ceil(1 / fpr - 1e-9) - 1
+        need, least = math.ceil(1 / fpr - 1e-9) - 1, math.ceil(1000 / (m + 1)) / 1000
         raise ConfigError(
             f"a false positive rate of {fpr:g} needs {need} held-out negative prompts and a positive one, and there "
             f"are {m} and {n}",
-            fix=f"give more prompts, twice as many as are held out, or a rate of {math.ceil(1000 / (m + 1)) / 1000:g} or more",
+            fix=f"give more prompts, twice as many as are held out, or a rate of {least:g} or more",
         )
     # The next float32 up, as the library stores it: rounding down would let the k-th itself through.
     threshold = _up(float(np.sort(negative)[m - k]))
