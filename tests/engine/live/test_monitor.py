@@ -304,6 +304,19 @@ def test_a_drift_log_that_cannot_be_written_holds_up_nothing_else(
     assert engine.live.write_errors > 0
 
 
+def test_a_segment_is_closed_also_if_its_monitor_cannot_say_what_it_read(
+    make_engine: Callable[..., FakeEngine], stored: StoredProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = _monitor(stored)
+    engine = make_engine(monitor=monitor)
+    _serve(engine, range(2))
+    monkeypatch.setattr(monitor, "line", lambda _segment: {}["planted"])
+    run, checks = checked(engine.flush())
+    assert not violations(checks)
+    assert (run.manifest["status"], len(run.requests())) == ("complete", 2)
+    assert engine.live.write_errors > 0
+
+
 def test_a_monitor_that_can_find_nothing_unusual_says_so(
     stored: StoredProfile, caplog: pytest.LogCaptureFixture
 ) -> None:
