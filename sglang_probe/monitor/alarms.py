@@ -67,6 +67,26 @@ class Judge:
         """Of each detector, as a share of what alarms."""
         self._begin()
 
+    @property
+    def references(self) -> int:
+        """Trajectories of the reference."""
+        return self._references
+
+    @property
+    def statistics(self) -> int:
+        """Statistics of a trajectory."""
+        return self._count
+
+    @property
+    def least(self) -> float:
+        """The least p that a trajectory can have."""
+        return min(1 / (self._references + 1) * self._count, 1.0)
+
+    @property
+    def can_alarm(self) -> bool:
+        """Whether a trajectory that is farther out than the whole reference alarms."""
+        return self.least <= self.share
+
     def _begin(self) -> None:
         self._earlier = [list(column) for column in self._reference]
         self._seen = 0

@@ -12,6 +12,25 @@ from sglang_probe.run.hook_points import RESID_POST, parse_hook_point
 _COLLECTS = ("hook_point", "features", "library", "vectors", "sampling", "rows")
 
 
+MOST_PROJECTIONS = 64
+"""Features and vectors that are recorded of a row where no token ids may be: enough of them say what a row was, and
+rows can be inverted to text."""
+
+
+def check_projections(count: int) -> None:
+    """Refuse to record so many numbers of each row where no token ids are recorded.
+
+    Raises:
+        ConfigError: they are too many.
+    """
+    if count > MOST_PROJECTIONS:
+        raise ConfigError(
+            f"`monitor`: {count:,} features and vectors of each row can be inverted to text like the row itself; "
+            f"without token ids at most {MOST_PROJECTIONS} are recorded",
+            fix="name fewer of them, or record token ids too: `live: {privacy: ids}`",
+        )
+
+
 class MonitorConfig(Config):
     """What is read of decode rows while a server serves, and judged.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.monitor.profile import profile
@@ -71,11 +72,15 @@ def from_rows(
 def from_monitored(runs: Sequence[Run], *, rows: int | None = None, library: Path | None = None) -> StoredProfile:
     """A profile of what a server's monitor read of its own traffic, by whatever rule it had.
 
+    Args:
+        rows: None: as many of each request as the monitor read at most.
+
     Raises:
         ConfigError: as `trajectories.read_monitored` and `profile.profile`; or its vectors are not in the library.
     """
+    told: dict[str, Any] = next((r.manifest["monitor"] for r in runs if r.manifest.get("monitor")), {})
+    rows = rows or told.get("rows")
     known = read_monitored(runs, rows=rows)
-    told = next(r.manifest["monitor"] for r in runs if r.manifest.get("monitor"))
     tensors = {}
     if told["vectors"]:
         if library is None:
@@ -86,7 +91,7 @@ def from_monitored(runs: Sequence[Run], *, rows: int | None = None, library: Pat
                 raise ConfigError(f"vector `{name}` of {library} is another one than the monitor read")
             tensors[name] = opened[name].vector
     names = ("hook_point", "sampling", "features", "sae_sha256", "vectors", "columns")
-    watch = Watch.model_validate({**{n: told[n] for n in names}, "rows": rows or told.get("rows")})
+    watch = Watch.model_validate({**{n: told[n] for n in names}, "rows": rows})
     usual, _, _ = profile(known)
     return StoredProfile(usual, watch, tensors, told.get("model"), told.get("model_weight_hash"), _facts(runs))
 

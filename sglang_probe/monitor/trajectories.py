@@ -111,6 +111,11 @@ def read_monitored(runs: Sequence[Run], *, rows: int | None = None) -> Trajector
     """The trajectories that a live monitor read, from the table `monitored` of its segments: a request that reaches
     into several is one.
 
+    Requests are of one family if one of them reused what another generated, as the turns of a conversation do, or found
+    its whole prompt in the cache. That much the ledger says. Turns that found nothing in the cache any more, or that
+    another data-parallel rank served, are of several families: then more of what is ranked against is like what was
+    fitted to than the split promises, and requests that are like neither alarm too often.
+
     Raises:
         ConfigError: nothing was read, or by several readings or rules.
     """
@@ -127,19 +132,48 @@ def read_monitored(runs: Sequence[Run], *, rows: int | None = None) -> Trajector
             frames.append(frame.assign(began=frame["rid"].map(latest)))
     if not frames:
         raise ConfigError("no monitor read anything in these runs", fix="give segments of a server with `monitor`")
-    alike = [{k: t.get(k) for k in ("hook_point", "columns", "sampling", "vectors", "sae_sha256")} for t in told]
+    alike = [
+        {k: t.get(k) for k in ("hook_point", "columns", "sampling", "rows", "vectors", "sae_sha256")} for t in told
+    ]
+    if len({t.get("model_weight_hash") for t in told}) > 1:
+        raise ConfigError("the runs are of servers of several models", fix="make a profile of runs of one model")
     if any(t != alike[0] for t in alike):
         raise ConfigError("the runs were monitored by different rules", fix="make a profile of runs of one rule")
     table = pd.concat(frames, ignore_index=True)
     of, keys = pd.factorize(pd.MultiIndex.from_frame(table[["began", "rid"]]))
     rids = [rid for _, rid in keys]
-    families = [f"{began} {rid}" for began, rid in keys]
+    family = _families(runs)
+    families = [family.get(rid, rid) for rid in rids]
     frame = pd.DataFrame({"run": 0, "rid": rids, "family": families}).assign(rows=np.bincount(of))
     values = np.array(table["values"].tolist(), dtype=np.float64)
     weight = 1 / table["probability"].to_numpy(np.float64)
     names = tuple(alike[0]["columns"] or ())
     alone = bool((weight == weight[0]).all())
     return _first_rows(Trajectories(names, values, of, frame, None, None if alone else weight), rows)
+
+
+def _families(runs: Sequence[Run]) -> dict[str, str]:
+    """Name of the family of each request that is in one with others (`read_monitored`)."""
+    lengths: dict[str, int] = {}
+    above: dict[str, str] = {}
+
+    def first(rid: str) -> str:
+        while rid in above:
+            rid = above[rid]
+        return rid
+
+    for run in runs:
+        lengths.update(run.engine_requests().set_index("rid")["prompt_len"].dropna())
+    for run in runs:
+        spans = run.spans()
+        spans = spans[(spans["status"] == schema.REUSED) & spans["origin_rid"].notna()]
+        own, origins = (spans[c].map(lengths).astype(np.float64) for c in ("rid", "origin_rid"))
+        generated = spans["end"] > origins
+        whole = spans["end"] >= own - 1  # the last position of a prompt is always computed
+        for rid, origin in spans.loc[generated | whole, ["rid", "origin_rid"]].itertuples(index=False):
+            if (a := first(rid)) != (b := first(origin)):
+                above[a] = b
+    return {rid: first(rid) for rid in above}
 
 
 def _first_rows(found: Trajectories, rows: int | None) -> Trajectories:

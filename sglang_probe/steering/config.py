@@ -63,6 +63,8 @@ class SteerConfig(Config):
             raise ValueError("`clamps` have a gate, which cannot be had beside a `deployment`: leave one out")
         if self.budget_ms is not None and self.deployment:
             raise ValueError("`budget_ms` is of what requests ask; a `deployment` is done to all, whatever it costs")
+        if self.budget_ms is not None and self.clamps:
+            raise ValueError("`budget_ms` is of what requests ask; `clamps` are the server's own, whatever they cost")
         return self
 
     @property

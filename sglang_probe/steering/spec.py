@@ -280,7 +280,8 @@ def joined(first: Spec | None, then: Spec | None) -> Spec | None:
 
 
 def merged(clamps: Spec, own: Spec | None) -> Spec:
-    """What a server's clamps do, then what a request asks of its own.
+    """What a request asks of its own, then within a layer what a server's clamps do: nothing that it adds there undoes
+    them.
 
     Raises:
         ConfigError: the request has a gate by another probe.
@@ -293,7 +294,7 @@ def merged(clamps: Spec, own: Spec | None) -> Spec:
             f"steer: a gate by the probe `{own.probe.name}` cannot be had of a server whose clamps have the gate "
             f"`{clamps.probe.name}`: a request has one probe"
         )
-    return Spec(tuple(sorted((*clamps.steps, *own.steps), key=lambda s: s.layer)))
+    return Spec(tuple(sorted((*own.steps, *clamps.steps), key=lambda s: s.layer)))
 
 
 def layer_of(hook_point: str) -> int:

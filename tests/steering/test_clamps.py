@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from sglang_probe.errors import ConfigError
+from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
 from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
+from sglang_probe.steering.spec import merged, spec_of
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 from tests.steering.clamped import FEATURE, make_clamp
 
@@ -60,3 +62,13 @@ def test_gates_are_probes_of_the_library_and_all_clamps_have_one(tmp_path: Path)
     with pytest.raises(ConfigError, match="a request has one probe"):
         spec_of_clamps([clamp, other], library)
     assert spec_of_clamps([], library) is None
+
+
+def test_within_a_layer_a_clamp_of_the_server_acts_after_what_the_request_asks(tmp_path: Path) -> None:
+    library = make_library(tmp_path / "library")
+    clamps = spec_of_clamps(read(tmp_path), library)
+    own = spec_of([Steer(vector="up", strength=6.0), Steer(vector="up", strength=2.0)], library, where="steer")
+    assert clamps is not None
+    assert own is not None
+    assert {s.layer for s in (*own.steps, *clamps.steps)} == {1}
+    assert merged(clamps, own).steps == (*own.steps, *clamps.steps)

@@ -12,7 +12,7 @@ from sglang_probe.ask import Ask
 from sglang_probe.config import Config, InputPath
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import ConfigError
-from sglang_probe.monitor.config import MonitorConfig
+from sglang_probe.monitor.config import MonitorConfig, check_projections
 from sglang_probe.policy.switches import Switches
 from sglang_probe.run.hook_points import has_patterns, parse_pattern
 from sglang_probe.run.selection import RowsConfig, check_selection, expanded
@@ -110,6 +110,11 @@ class EngineProbeConfig(Config):
     def _fits(self) -> EngineProbeConfig:
         if self.monitor is not None and self.live is None:
             raise ValueError("`monitor` watches a live server: it needs `live: {}`; `sglang-probe monitor` reads runs")
+        if self.monitor is not None and self.live is not None and self.live.privacy != "ids":
+            try:
+                check_projections(len(self.monitor.features) + len(self.monitor.vectors))
+            except ConfigError as e:
+                raise ValueError(str(e)) from None
         if self.kept is not None and "evict" not in self.asks:
             raise ValueError("`kept` has no effect without `asks: [evict]`")
         if self.kept is not None and self.telemetry is not None:

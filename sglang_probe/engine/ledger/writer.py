@@ -25,6 +25,9 @@ _RETRY_SECONDS = 1.0
 _LEAST_SECONDS = 0.005
 """Of a part: a thread that never waits would take the processor from the scheduler."""
 
+_READ_SECONDS = 5.0
+"""What `read` may take in one turn of the thread: what was handed over waits for the disk as long."""
+
 _OTHERS_CAN_MEND = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
 """What somebody may put right while we go on: a full disk, a quota, open files."""
 
@@ -46,7 +49,10 @@ class Writer:
             again before writing has failed. What comes meanwhile waits, within the bounds.
         bundle: commits that are worth waking the thread for.
         clock: seconds, monotonic.
-        read: called by the thread with every commit before it is written, once; it does not raise.
+        read: called by the thread with every commit before it is written, once, and whether it is late: then it costs
+            the ledger its time, and reads nothing. It does not raise.
+        room: commits that may wait; `read` is late while more than half of them do, or half of the bytes, or once it
+            took `_READ_SECONDS` of this turn.
 
     Raises (on construction):
         RunDirectoryError: another process writes there.
@@ -63,10 +69,11 @@ class Writer:
         patience: float = 0.0,
         bundle: int = 64,
         clock: Callable[[], float] = time.monotonic,
-        read: Callable[[Commit], None] | None = None,
+        read: Callable[[Commit, bool], None] | None = None,
+        room: int = _CAPACITY,
     ) -> None:
         self._run = run
-        self._read = read
+        self._read, self._room_to_read = read, min(room, _CAPACITY)
         self._lock = journal.lock(run, dp_rank)
         self.bytes = 0
         """Size of all durable parts."""
@@ -230,7 +237,7 @@ class Writer:
             while self._taken:
                 commit = self._taken.popleft()
                 if self._read is not None:
-                    self._read(commit)
+                    self._read(commit, self._late(began))
                 self._open.take(commit)
                 if self._open.full:
                     self._write_part()
@@ -246,6 +253,14 @@ class Writer:
                 return False
             self._error = e
         return True
+
+    def _late(self, began: float) -> bool:
+        """Whether reading commits would cost the ledger facts, or the scheduler a wait. Part of what waits may be
+        counted that does not any more: then less is read."""
+        waiting = self._handed_bytes + self._taken_bytes
+        if 2 * self.waiting > self._room_to_read or 2 * waiting > self._max_waiting_bytes:
+            return True
+        return self._clock() - began > _READ_SECONDS
 
     def _write_part(self) -> None:
         if self._open.empty:

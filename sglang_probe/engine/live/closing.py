@@ -60,7 +60,7 @@ def finish(
         writer.stop()
     try:
         told = {**told, **read(path)}
-    except OSError as e:
+    except Exception as e:  # a segment without these fields is one all the same
         error = error or e
     segments.close_segment(path, status, prompt_lens=lengths, fault=fault, told=told)
     if error is not None:

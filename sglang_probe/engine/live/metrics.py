@@ -16,6 +16,15 @@ from sglang_probe.run import schema
 if TYPE_CHECKING:
     from prometheus_client import Gauge
 
+_MONITORED = {
+    "monitored rows": "rows",
+    "shed rows": "shed",
+    "not finite rows": "not_finite",
+    "monitored requests": "requests",
+    "monitor alarms": "alarms",
+}
+"""Counters of a monitor, and the fields of its status."""
+
 
 class Metrics:
     """Counters and gauges; construct it in the scheduler process only, after SGLang set up its metrics.
@@ -62,10 +71,14 @@ class Metrics:
         if self._monitor is None:
             self._counters |= {
                 "monitored rows": counter("monitored_rows", "Decode rows that the monitor read."),
+                "shed rows": counter(
+                    "monitor_shed_rows", "Decode rows that the monitor left out, as the disk was behind."
+                ),
+                "not finite rows": counter("monitor_not_finite_rows", "Rows with a number that is not finite."),
                 "monitored requests": counter("monitored_requests", "Requests that the monitor judged."),
                 "monitor alarms": counter("monitor_alarms", "Requests that the monitor found unusual."),
             }
-            self._published |= dict.fromkeys(("monitored rows", "monitored requests", "monitor alarms"), 0)
+            self._published |= dict.fromkeys(_MONITORED, 0)
             self._monitor = {
                 "on": gauge("monitor_on", "1 while the monitor reads, 0 once it stopped."),
                 "drift": gauge("monitor_drift", "Statistics whose detector of drift has alarmed."),
@@ -82,8 +95,7 @@ class Metrics:
         for name, level in status.get("highest", {}).items():
             if self._detectors is not None:
                 self._detectors.labels(**labels, statistic=name).set(level)
-        names = {"monitored rows": "rows", "monitored requests": "requests", "monitor alarms": "alarms"}
-        return {name: int(status.get(of, 0)) for name, of in names.items()}
+        return {name: int(status.get(of, 0)) for name, of in _MONITORED.items()}
 
     def publish(
         self,

@@ -4,6 +4,8 @@ What is read of a row depends on the row alone, and is done as its commit is wri
 on all requests that ended before it: commits carry their place in the order in which they were handed over, and are
 judged in it, whichever segment's writer has them (at a change of segments there are two).
 
+The ledger comes first: while much waits to be written, rows are shed, and requests that had one of them are not judged.
+
 A fault here turns the monitor off and says so; the recording goes on. Requests under interventions of their own, and
 rows that are computed again, are not read (`engine/hooks/instruments/monitor.py`), so that what one client asks of the
 probe alarms nobody.
@@ -11,8 +13,10 @@ probe alarms nobody.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -44,6 +48,8 @@ _RID = schema.ENGINE_REQUESTS.get_field_index("rid")
 _FINISH = schema.ENGINE_REQUESTS.get_field_index("finish_reason")
 _EVIDENCE = 20
 """Latest requests whose p-values an event has."""
+_MOST_EVENTS = 100
+"""Latest events that `GET /probe/alerts` lists; the drift log has all."""
 _MOST_EARLY = 4096
 """Commits that wait for one before them: then that was lost with the writer that had it, and they are judged."""
 _MOST_ROWS = 4096
@@ -57,6 +63,7 @@ class _Trajectory:
     weight: list[Array] = field(default_factory=list)
     rows: int = 0
     judged: bool = False
+    """Nothing more is read of it."""
 
 
 @dataclass(slots=True)
@@ -68,6 +75,8 @@ class _Segment:
     level_S: Array | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
+    shed: int = 0
+    not_finite: int = 0
     total_K: Array | None = None
     known_K: Array | None = None
 
@@ -104,8 +113,22 @@ class LiveMonitor:
         """Requests that were judged."""
         self.rows = 0
         """Rows that were read."""
+        self.shed = 0
+        """Rows that were not read, because the ledger would have waited for it."""
+        self.not_finite = 0
+        """Rows that were read and had a number that is not finite."""
+        self.commits_lost = 0
+        """Commits that did not come, and are not waited for any more."""
+        self.cannot_alarm: str | None = None
+        """Why no request can be found unusual, however unusual it is."""
+        if self._judge is not None and not self._judge.can_alarm:
+            self.cannot_alarm = (
+                f"{self._judge.references} trajectories of the profile's reference and {self._judge.statistics} "
+                f"statistics: the least p of a request is {self._judge.least:.3g}, above the share of {config.share:g}"
+            )
+            logger.warning("sglang-probe: the monitor can find no request unusual: %s", self.cannot_alarm)
         self._alerts: deque[dict[str, Any]] = deque(maxlen=config.recent)
-        self._drifts: list[dict[str, Any]] = []
+        self._drifts: deque[dict[str, Any]] = deque(maxlen=_MOST_EVENTS)
         self._last: deque[dict[str, Any]] = deque(maxlen=_EVIDENCE)
         self._log: deque[dict[str, Any]] = deque()
         """Events that are not in the drift log's file yet."""
@@ -121,13 +144,17 @@ class LiveMonitor:
 
     # ---------------------------------------------------------------- a writer's thread
 
-    def read(self, commit: Commit, segment: str) -> None:
-        """Read the rows of a commit, and judge the requests that end with it. Does not raise."""
+    def read(self, commit: Commit, segment: str, *, late: bool = False) -> None:
+        """Read the rows of a commit, and judge the requests that end with it. Does not raise.
+
+        Args:
+            late: there is no time for it: shed the rows.
+        """
         if self.off is not None:
             commit.watched = None
             return
         try:
-            self._read(commit, segment)
+            self._read(commit, segment, late)
         except Exception as e:
             logger.exception("sglang-probe: the monitor stopped; the recording goes on")
             self.stop(f"it failed: {type(e).__name__}: {e}")
@@ -140,9 +167,9 @@ class LiveMonitor:
             self.off = why
             self._event("off", evidence=why)
 
-    def _read(self, commit: Commit, segment: str) -> None:
+    def _read(self, commit: Commit, segment: str, late: bool) -> None:
         watched, values, far = commit.watched, None, None
-        if watched is not None:
+        if watched is not None and not late and not watched.weights:
             values = self._reading.columns(watched.x_ND)
             if self._profile is not None and self._profile.profile.whitening is not None:
                 far = distances(watched.x_ND, self._profile.profile.whitening)
@@ -154,19 +181,28 @@ class LiveMonitor:
             kept = Commit(requests=commit.requests, lost=commit.lost, watched=rids, order=commit.order)
             self._early[commit.order] = (segment, kept, values, far)
             if len(self._early) > _MOST_EARLY:
-                self._next = min(self._early)
+                lost, self._next = min(self._early) - self._next, min(self._early)
+                self.commits_lost += lost
+                self._event("gap", place=self.requests, evidence=f"{lost} commits were lost before they were read")
             while (found := self._early.pop(self._next, None)) is not None:
                 self._next += 1
                 self._follow(*found)
 
     def _follow(self, segment: str, commit: Commit, values: Array | None, far: Array | None) -> None:
         line = self._segments.setdefault(segment, _Segment())
-        if (watched := commit.watched) is not None and values is not None:
-            if watched.weights and self._judge is not None:
-                self._weights_changed()
+        watched = commit.watched
+        if watched is not None and watched.weights:
+            self._weights_changed()
+        elif watched is not None and values is None:
+            self.shed += len(watched.rids)
+            line.shed += len(watched.rids)
+            for rid in watched.rids:  # a part of its rows would be compared with the whole of others
+                self._open[rid] = _Trajectory(judged=True)
+        elif watched is not None and values is not None:
             self.rows += len(values)
             line.rows += len(values)
             known = ~np.isnan(values)
+            self._count_not_finite(watched, np.asarray(known.all(1)), line)
             total = np.where(known, values, 0).sum(0)
             line.total_K = total if line.total_K is None else line.total_K + total
             line.known_K = known.sum(0) if line.known_K is None else line.known_K + known.sum(0)
@@ -233,10 +269,22 @@ class LiveMonitor:
         name = self._profile.profile.statistics[s]
         line.events.append(self._event("retrain", statistic=name, place=verdict.place, evidence=evidence))
 
+    def _count_not_finite(self, watched: Watched, finite_N: Array, line: _Segment) -> None:
+        """A number that is not finite is no evidence to a detector; the first row of a segment with one is an event."""
+        found = int((~finite_N).sum())
+        if found and not line.not_finite:
+            evidence = {"rid": watched.rids[int(finite_N.argmin())], "of": self.watch.hook_point}
+            line.events.append(self._event("not finite", place=self.requests, evidence=evidence))
+        self.not_finite += found
+        line.not_finite += found
+
     def _weights_changed(self) -> None:
-        why = "the engine's weights were updated, and the profile is of those before"
+        if self.off is not None:
+            return
+        of = "profile is" if self._judge is not None else "rows that were recorded are"
+        why = f"the engine's weights were updated, and the {of} of those before"
         self._event("retrain", statistic=None, place=self.requests, evidence=why)
-        self.stop(f"{why}: make a profile of the new ones")
+        self.stop(f"{why}: start the server again with the new ones")
 
     def _event(self, event: str, **fields: Any) -> dict[str, Any]:
         told = {"event": event, "at": time.time(), **fields}
@@ -250,7 +298,8 @@ class LiveMonitor:
         """The line of the drift log of a segment whose writer has ended; it is told once."""
         with self._lock:
             of = self._segments.pop(segment, _Segment())
-        told: dict[str, Any] = {"segment": segment, "rows": of.rows, "off": self.off}
+        told: dict[str, Any] = {"segment": segment, "rows": of.rows, "shed": of.shed, "not_finite": of.not_finite}
+        told["off"] = self.off
         if of.total_K is not None and of.known_K is not None:
             mean = np.where(of.known_K > 0, of.total_K / np.maximum(of.known_K, 1), np.nan)
             told["means"] = {n: _number(x) for n, x in zip(self.watch.columns, mean, strict=True)}
@@ -270,19 +319,24 @@ class LiveMonitor:
         return {**told, "drift": told["detector"] >= 1}
 
     def write_log(self, root: Path, line: dict[str, Any] | None = None) -> None:
-        """Append what is new to the drift log.
+        """Append what is new to the drift log. What it does not take is written the next time.
 
         Raises:
             OSError: the disk does not take it.
         """
-        told = []
-        while self._log:
-            told.append(self._log.popleft())
         if line is not None:
-            told.append(line)
-        if told:
-            with (root / DRIFT_LOG).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(x) + "\n" for x in told)
+            self._log.append(line)
+        told = [self._log[i] for i in range(len(self._log))]  # other threads append
+        if not told:
+            return
+        data = "".join(json.dumps(x) + "\n" for x in told).encode()
+        with (root / DRIFT_LOG).open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) != len(data):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root / DRIFT_LOG))
+        for _ in told:
+            self._log.popleft()
 
     def facts(self) -> dict[str, Any]:
         """For the manifest of a segment: what is read, and what judges it."""
@@ -291,13 +345,28 @@ class LiveMonitor:
 
     def status(self) -> dict[str, Any]:
         """For `GET /probe/status` and `/metrics`: counts, and how far each detector is from its alarm."""
-        found: dict[str, Any] = {"off": self.off, "rows": self.rows, "judging": self._judge is not None}
+        found: dict[str, Any] = {
+            "off": self.off,
+            "rows": self.rows,
+            "shed": self.shed,
+            "not_finite": self.not_finite,
+            "judging": self._judge is not None,
+            "waiting": len(self._early),
+            "commits_lost": self.commits_lost,
+        }
         if (judge := self._judge) is None or self._profile is None:
             return found
         names = self._profile.profile.statistics
         since = {n: int(at) for n, at in zip(names, judge.since_S, strict=True) if at >= 0}
         highest = {n: float(x) for n, x in zip(names, judge.highest_S, strict=True)}
-        return {**found, "requests": self.requests, "alarms": self.alarms, "drift": since, "highest": highest}
+        return {
+            **found,
+            "requests": self.requests,
+            "alarms": self.alarms,
+            "drift": since,
+            "highest": highest,
+            "cannot_alarm": self.cannot_alarm,
+        }
 
     def alerts(self) -> dict[str, Any]:
         """For `GET /probe/alerts`: requests that were unusual, latest first, and every event."""
@@ -306,7 +375,7 @@ class LiveMonitor:
     def _listed(self) -> dict[str, Any]:
         for _ in range(3):  # appended to by another thread, without a lock that the scheduler would wait for
             try:
-                return {"alerts": list(self._alerts)[::-1], "events": list(self._drifts)[-100:]}
+                return {"alerts": list(self._alerts)[::-1], "events": list(self._drifts)}
             except RuntimeError:
                 continue
         return {"alerts": [], "events": []}

@@ -315,7 +315,7 @@ class LiveRecording:
                 if late is not None:
                     self._hand(late)
         if self.monitor is not None:
-            self.monitor.write_log(self._root)
+            self._write_drift(None)
         if not self._carried_told:
             self._carried_told = True
             try:
@@ -415,8 +415,17 @@ class LiveRecording:
         if self.monitor is None:
             return {}
         line = self.monitor.line(path.name)
-        self.monitor.write_log(self._root, line)
+        self._write_drift(line)
         return {"monitor": {**self.monitor.facts(), "drift_log": line}}
+
+    def _write_drift(self, line: dict[str, Any] | None) -> None:
+        """Append to the drift log; what the disk does not take is tried again, and holds up nothing else."""
+        assert self.monitor is not None
+        try:
+            self.monitor.write_log(self._root, line)
+        except OSError as e:
+            self._keeper_errors += 1
+            logger.error("sglang-probe could not write the drift log of %s: %s", self._root, e)
 
     def _facts_now(self) -> dict[str, Any]:
         monitor = {} if self.monitor is None else {"monitor": self.monitor.facts()}
@@ -441,8 +450,15 @@ class LiveRecording:
         # Woken before the queue is full, however short: waiting is for the disk alone.
         bundle = max(1, min(64, self._config.queue // 2))
         monitor, segment = self.monitor, path.name
-        read = None if monitor is None else lambda commit: monitor.read(commit, segment)
-        return Writer(path, part_seconds=self._part_seconds, patience=_PATIENCE, bundle=bundle, read=read)
+        read = None if monitor is None else lambda commit, late: monitor.read(commit, segment, late=late)
+        return Writer(
+            path,
+            part_seconds=self._part_seconds,
+            patience=_PATIENCE,
+            bundle=bundle,
+            read=read,
+            room=self._config.queue,
+        )
 
     def _publish(self) -> None:
         if self._metrics is not None:

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import read_limit
@@ -61,6 +62,25 @@ def test_a_prompt_that_sglang_cuts_waits_for_the_row_that_it_has_then(
     assert (plan.gates[0].position, plan.gates[0].opened) == (5, True)
 
 
+def test_a_plain_request_whose_gate_was_not_decided_in_time_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    schedule_batch: Any = ModuleType("schedule_batch")
+    schedule_batch.FINISH_ABORT = lambda message: ("abort", message)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_batch", schedule_batch)
+    engine = engine_of(monkeypatch, folder)
+    late = admitted()
+    asked = admitted(steer=[{**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}])
+    # The forward of the prompts' last rows was not prepared.
+    pieces = [(req, PROMPT, PROMPT + 1, 0.0) for req in (late, asked)]
+    plan, changed = engine.forward(*pieces)
+    assert (late.to_finish, steered_of(late), changed[0].item()) == (None, None, 0.0)
+    assert plan.gates == {}
+    assert asked.to_finish is not None  # half of what it asked is none
+    engine.forward((late, PROMPT + 1, PROMPT + 2, 0.0))
+    assert engine.steering.status()["clamps"]["missed"] == 1
+
+
 def test_what_a_request_asks_for_itself_is_done_beside_and_another_gate_is_refused(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -74,17 +94,12 @@ def test_what_a_request_asks_for_itself_is_done_beside_and_another_gate_is_refus
     assert same.refused is None
 
 
-def test_over_budget_requests_are_served_without_or_refused_as_configured(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
+@pytest.mark.parametrize("action", ["refuse", "off"])
+def test_a_clamp_of_the_server_is_under_no_budget_that_one_client_could_use_up(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, action: str
 ) -> None:
-    engine = engine_of(monkeypatch, folder, budget_ms=1e-9, over_budget="off")
-    for _ in range(15):
-        engine.forward((admitted(), 0, PROMPT, 0.5))
-    req = admitted()
-    assert (req.refused, steered_of(req)) == (None, None)
-    plan, changed = engine.forward((req, 0, PROMPT, 0.5))
-    assert plan.gates == {}
-    assert changed.tolist() == [0.0] * PROMPT
+    with pytest.raises(ValidationError, match="`clamps` are the server's own, whatever they cost"):
+        engine_of(monkeypatch, folder, budget_ms=2.0, over_budget=action)
 
 
 def test_a_change_that_fails_ends_those_that_it_was_for_and_nobody_else(

@@ -16,7 +16,8 @@ from sglang_probe.engine.hooks.instruments import monitor as module
 from sglang_probe.engine.hooks.instruments.base import Forward
 from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.ledger.facts import ForwardPlan, Under, Watched
-from sglang_probe.errors import UnsupportedError
+from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.monitor.stored import Watch
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 from tests.engine.hooks.test_steer import Layer, Release
 from tests.engine.made_session import make_session
@@ -53,6 +54,7 @@ def forward(
     *,
     under: dict[int, Under] | None = None,
     logits: torch.Tensor | None = None,
+    reqs: list[Any] | None = None,
 ) -> tuple[Watched | None, torch.Tensor]:
     """A forward of `(rid, start, end, prompt_len)` each, one position past the prompt being a decode step."""
     rids, starts, ends, lengths = (list(x) for x in zip(*pieces, strict=True))
@@ -60,7 +62,7 @@ def forward(
     contexts = [None] * len(rids)
     plan = ForwardPlan(1, "mixed", rids, starts, ends, decoding, [0] * len(rids), lengths, contexts, 0)
     plan.under = dict(under or {})
-    watching.launch([], [], plan)
+    watching.launch(reqs or [SimpleNamespace() for _ in rids], [], plan)
     n = sum(ends) - sum(starts)
     x = torch.arange(n * WIDTH).float().reshape(n, WIDTH)
     layers[1](x, forward_batch=SimpleNamespace(residual=torch.ones_like(x), forward_mode=None))
@@ -85,6 +87,45 @@ def test_every_so_many_decode_steps_of_each_request_are_read_where_they_are_in_t
     assert found.probability_N.tolist() == [0.25, 0.25]
     nothing, _ = forward(watching, layers, [("c", 13, 14, 10), ("a", 5, 9, 9)])
     assert nothing is None
+
+
+@pytest.mark.parametrize("sampling", [{"every": 2}, {"entropy": {"above": 1.0, "high": 1, "low": 1}}])
+def test_no_more_rows_of_a_request_are_read_than_the_configuration_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    watching, layers = attached(monkeypatch, tmp_path, sampling=sampling, rows=2)
+    reqs = [SimpleNamespace(), SimpleNamespace()]
+    read: list[tuple[str, int]] = []
+    for step in range(10):
+        pieces = [("a", 10 + step, 11 + step, 10), ("b", 4 + step, 5 + step, 10)]
+        found, _ = forward(watching, layers, pieces, logits=torch.zeros(2, 50), reqs=reqs)
+        read += [] if found is None else zip(found.rids, found.positions, strict=True)
+    apart = 2 if "every" in sampling else 1
+    assert sorted(read) == [("a", 10), ("a", 10 + apart), ("b", 10), ("b", 10 + apart)]
+
+
+@pytest.mark.parametrize("privacy", ["none", "hashes", "ids"])
+def test_as_many_numbers_of_a_row_as_could_be_inverted_need_token_ids(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, privacy: str
+) -> None:
+    (tmp_path / "sae").mkdir()
+    given = {"hook_point": POINTS[1], "sae": str(tmp_path / "sae"), "features": list(range(64))}
+    config = {"run": "run", "live": {"privacy": privacy}, "monitor": given}
+    assert EngineProbeConfig.model_validate(config).monitor is not None
+    given["features"] = list(range(65))
+    if privacy == "ids":
+        assert EngineProbeConfig.model_validate(config).monitor is not None
+        return
+    with pytest.raises(ValidationError, match="65 features and vectors of each row can be inverted to text"):
+        EngineProbeConfig.model_validate(config)
+
+
+def test_a_profile_of_many_numbers_needs_token_ids_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sglang_probe.monitor.config.MOST_PROJECTIONS", 1)
+    many = Watch(hook_point=POINTS[1], features=[0, 1], columns=["log norm"])
+    monkeypatch.setattr(Watching, "_watched", lambda *_a, **_k: (many, None, {}))
+    with pytest.raises(ConfigError, match="2 features and vectors"):
+        attached(monkeypatch, tmp_path)
 
 
 def test_who_is_under_interventions_of_its_own_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

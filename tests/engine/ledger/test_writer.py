@@ -251,3 +251,27 @@ def eventually(happened: Callable[[], bool], seconds: float = 30) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_reads_commits_is_told_when_it_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    now, told = [0.0], []
+
+    def read(_commit: Commit, late: bool) -> None:
+        told.append(late)
+        now[0] += 0.0 if late else 2.0
+
+    def turn(n: int) -> list[bool]:
+        told.clear()
+        for f in range(n):
+            writer.put(commit(f))
+        writer.checkpoint()
+        writer._turn()
+        return list(told)
+
+    writer = Writer(tmp_path, clock=lambda: now[0], read=read, room=8, part_seconds=100)
+    assert turn(7) == [True, True, False, False, False, True, True]  # 6 and 5 wait behind two; then it took 6 s
+    (tmp_path / "b").mkdir()
+    writer = Writer(tmp_path / "b", clock=lambda: now[0], read=read, max_waiting_bytes=3 * 128)
+    assert turn(2) == [True, True]  # more than half of the bytes wait
+    assert turn(1) == [False]

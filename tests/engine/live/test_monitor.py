@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from sglang_probe.engine.ledger.facts import Commit, ForwardPlan, Watched
 from sglang_probe.engine.live.monitor import DRIFT_LOG, LiveMonitor
 from sglang_probe.errors import ConfigError
+from sglang_probe.monitor import make
 from sglang_probe.monitor.alarms import alarms
 from sglang_probe.monitor.config import MonitorConfig
 from sglang_probe.monitor.make import from_monitored
@@ -46,8 +50,6 @@ def _rows(rng: np.random.Generator, n: int, level: np.ndarray) -> torch.Tensor:
 def _usual(requests: int, seed: int, rows: int = 2) -> Trajectories:
     rng = np.random.default_rng(seed)
     x = torch.cat([_rows(rng, rows, rng.standard_normal(WIDTH)) for _ in range(requests)])
-    import pandas as pd
-
     names = [f"u{i}" for i in range(requests)]
     frame = pd.DataFrame({"run": 0, "rid": names, "family": names, "rows": rows})
     of = np.repeat(np.arange(requests), rows)
@@ -194,6 +196,9 @@ def test_a_commit_that_was_lost_with_its_writer_is_not_waited_for_for_ever(
         watched = Watched([f"r{n}"], [0], [5], np.ones(1), None, x, n, 0)
         monitor.read(Commit(watched=watched, requests=[end], order=n), "s")
         assert monitor.requests == (0 if n < 6 else n)
+        assert monitor.status()["waiting"] == (n if n < 6 else 0)
+    assert monitor.status()["commits_lost"] == 1
+    assert monitor.alerts()["events"][0]["event"] == "gap"
 
 
 def test_a_fault_of_the_monitor_costs_the_monitor_and_nothing_else(
@@ -211,16 +216,114 @@ def test_a_fault_of_the_monitor_costs_the_monitor_and_nothing_else(
     assert monitor.alerts()["events"][-1]["event"] == "off"
 
 
-def test_rows_that_are_not_finite_are_usual_and_updated_weights_are_not_judged(stored: StoredProfile) -> None:
+def _one(rid: str, order: int, x: torch.Tensor, *, weights: int = 0, ends: bool = True) -> Commit:
+    end = (rid, 4, 6, 0, 0, "length", None)
+    n = len(x)
+    watched = Watched([rid] * n, [0] * n, list(range(4, 4 + n)), np.ones(n), None, x, order, weights)
+    return Commit(watched=watched, requests=[end] if ends else [], order=order)
+
+
+def test_rows_that_are_not_finite_are_counted_and_an_event_of_their_segment(stored: StoredProfile) -> None:
     monitor = _monitor(stored)
-    x = torch.full((1, WIDTH), float("nan"))
-    end = ("r", 4, 6, 0, 0, "length", None)
-    monitor.read(Commit(watched=Watched(["r"], [0], [4], np.ones(1), None, x, 0, 0), requests=[end], order=0), "s")
-    assert (monitor.requests, monitor.alarms, monitor.off) == (1, 0, None)
-    x = torch.zeros((1, WIDTH))
-    monitor.read(Commit(watched=Watched(["q"], [0], [4], np.ones(1), None, x, 1, 1), order=1), "s")
+    for order in range(3):
+        monitor.read(_one(f"r{order}", order, torch.full((2, WIDTH), float("nan"))), "s")
+    assert (monitor.requests, monitor.alarms, monitor.off) == (3, 0, None)
+    told = monitor.alerts()
+    assert told["not_finite"] == 6
+    assert [(e["event"], e["evidence"]["rid"]) for e in told["events"]] == [("not finite", "r0")]
+    assert monitor.line("s")["not_finite"] == 6
+
+
+@pytest.mark.parametrize("judges", [True, False])
+def test_rows_of_updated_weights_are_neither_recorded_nor_judged(stored: StoredProfile, judges: bool) -> None:
+    monitor = _monitor(stored if judges else None)
+    commit = _one("q", 0, torch.zeros((1, WIDTH)), weights=1)
+    monitor.read(commit, "s")
+    assert (commit.monitored, monitor.rows) == ([], 0)
     assert "weights were updated" in str(monitor.off)
     assert monitor.alerts()["events"][0]["event"] == "retrain"
+
+
+def test_a_request_that_had_a_row_shed_is_not_judged_by_the_others(stored: StoredProfile) -> None:
+    monitor = _monitor(stored)
+    x = torch.full((1, WIDTH), 9.0)
+    shed = _one("r", 1, x, ends=False)
+    monitor.read(_one("r", 0, x, ends=False), "s")
+    monitor.read(shed, "s", late=True)
+    monitor.read(_one("r", 2, x), "s")
+    monitor.read(_one("q", 3, x), "s")
+    assert shed.monitored == []
+    assert (monitor.requests, monitor.rows, monitor.shed, monitor.status()["shed"]) == (1, 3, 1, 1)
+    assert monitor.line("s")["shed"] == 1
+
+
+def test_a_slow_monitor_sheds_rows_and_the_ledger_loses_nothing(
+    make_engine: Callable[..., FakeEngine], stored: StoredProfile
+) -> None:
+    monitor = _monitor(stored)
+
+    def slowly(x_ND: torch.Tensor) -> np.ndarray:
+        time.sleep(0.05)
+        return _reading().columns(x_ND)
+
+    monitor._reading = type("Slow", (), {"columns": staticmethod(slowly)})()  # type: ignore[assignment]
+    engine = make_engine(monitor=monitor, queue=128)
+    _plant(engine, shift_from=None)
+    for n in range(40):
+        _serve(engine, range(n, n + 1))
+        time.sleep(0.03)  # each brings 7 commits, and 0.15 s of reading
+    run, checks = checked(engine.flush())
+    assert not violations(checks)
+    assert engine.live.status()["positions"]["dropped"] == 0
+    assert len(run.requests()) == 40
+    assert monitor.shed > 0
+    assert monitor.off is None
+
+
+def test_what_the_drift_log_did_not_take_is_written_the_next_time(stored: StoredProfile, tmp_path: Path) -> None:
+    monitor = _monitor(stored)
+    monitor.stop("planted")
+    with pytest.raises(OSError, match="missing"):
+        monitor.write_log(tmp_path / "missing", monitor.line("s"))
+    monitor.write_log(tmp_path)
+    monitor.write_log(tmp_path)
+    log = [json.loads(x) for x in (tmp_path / DRIFT_LOG).read_text().splitlines()]
+    assert [x.get("event", x.get("segment")) for x in log] == ["off", "s"]
+
+
+def test_a_drift_log_that_cannot_be_written_holds_up_nothing_else(
+    make_engine: Callable[..., FakeEngine], stored: StoredProfile, tmp_path: Path
+) -> None:
+    (tmp_path / "live" / DRIFT_LOG).mkdir(parents=True)
+    engine = make_engine(monitor=_monitor(stored))
+    _plant(engine, shift_from=None)
+    _serve(engine, range(2))
+    run, checks = checked(engine.flush())
+    assert not violations(checks)
+    assert run.manifest["monitor"]["drift_log"]["requests"] == 2
+    assert engine.live.write_errors > 0
+
+
+def test_a_segment_is_closed_also_if_its_monitor_cannot_say_what_it_read(
+    make_engine: Callable[..., FakeEngine], stored: StoredProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = _monitor(stored)
+    engine = make_engine(monitor=monitor)
+    _serve(engine, range(2))
+    monkeypatch.setattr(monitor, "line", lambda _segment: {}["planted"])
+    run, checks = checked(engine.flush())
+    assert not violations(checks)
+    assert (run.manifest["status"], len(run.requests())) == ("complete", 2)
+    assert engine.live.write_errors > 0
+
+
+def test_a_monitor_that_can_find_nothing_unusual_says_so(
+    stored: StoredProfile, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _monitor(stored).alerts()["cannot_alarm"] is None  # 5 statistics, 100 references
+    found = _monitor(stored, share=0.01).alerts()["cannot_alarm"]
+    assert "100 trajectories of the profile's reference and 5 statistics" in found
+    assert found in caplog.text
 
 
 def test_a_profile_of_what_a_monitor_read_is_sampled_by_its_rule(
@@ -235,6 +338,52 @@ def test_a_profile_of_what_a_monitor_read_is_sampled_by_its_rule(
     assert found.watch.sampling.entropy == ByEntropy(above=1.0)
     assert len(found.profile.reference) == 15
     assert "mahalanobis" not in found.profile.statistics
+
+
+def _recorded(weights: str, seed: int, reused: Sequence[tuple[str, str, int]] = (), **told: Any) -> Any:
+    """A run with 20 requests of 100 tokens, of which a monitor read 4 rows each.
+
+    Args:
+        reused: who reused whose entries, to which position.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [{"rid": f"r{i}", "probability": 0.5, "values": [float(rng.normal())]} for i in range(20) for _ in range(4)]
+    monitor = {**_watch(vectors={}, columns=["log norm"]).model_dump(mode="json"), "model_weight_hash": weights, **told}
+    spans = pd.DataFrame(reused, columns=["rid", "origin_rid", "end"]).assign(status="reused")
+    requests = pd.DataFrame({"rid": [f"r{i}" for i in range(20)], "prompt_len": 100})
+    return SimpleNamespace(
+        monitored=lambda: pd.DataFrame(rows),
+        manifest={"monitor": monitor},
+        spans=lambda: spans,
+        engine_requests=lambda: requests,
+    )
+
+
+def test_a_profile_has_as_many_rows_of_a_request_as_the_monitor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "_facts", lambda _runs: [])
+    runs = [_recorded("a", seed, rows=2) for seed in range(2)]
+    found = from_monitored(runs)
+    assert found.watch.rows == 2
+    assert found.profile.quantiles["rows"].tolist() == [40 * 2]  # which is what a server judges by
+    assert from_monitored(runs, rows=3).profile.quantiles["rows"].tolist() == [40 * 3]
+    with pytest.raises(ConfigError, match="different rules"):
+        from_monitored([runs[0], _recorded("a", 2, rows=3)])
+
+
+def test_turns_of_a_conversation_are_one_family_and_a_common_system_prompt_is_none() -> None:
+    reused = [(f"r{i}", "r0", 40) for i in range(1, 20)]  # of all, the same first tokens
+    reused += [("r6", "r5", 105), ("r7", "r6", 120)]  # with what was generated
+    reused += [("r9", "r8", 99)]  # the same prompt
+    reused += [("r11", "r10", 98), ("r12", "before", 98)]
+    families = read_monitored([_recorded("a", 0, reused)]).frame.set_index("rid")["family"]
+    assert families["r5"] == families["r6"] == families["r7"]
+    assert families["r8"] == families["r9"]
+    assert families.nunique() == 20 - 3
+
+
+def test_a_profile_is_of_one_model() -> None:
+    with pytest.raises(ConfigError, match="several models"):
+        from_monitored([_recorded("a", 0), _recorded("b", 1)])
 
 
 def test_weights_of_unequal_sampling_give_the_mean_of_all_rows() -> None:

@@ -36,7 +36,7 @@ class Clamping:
         self._told = json.dumps(spec.to_json())
         self.off: str | None = None
         """Why new requests are not clamped any more."""
-        self._decided = self._opened = 0
+        self._decided = self._opened = self._missed = 0
 
     @classmethod
     def of(cls, given: Sequence[ClampConfig], library: Mapping[str, Vector], runner: Any) -> Clamping | None:
@@ -87,10 +87,18 @@ class Clamping:
         steered.of_server = True
         mark(req, steered)
 
+    def missed(self, req: Any) -> None:
+        """The gate of a request that asked for nothing was not decided when it should have been, by a fault of ours: it
+        goes on without."""
+        mark(req, None)
+        self._missed += 1
+        logger.error("sglang-probe did not decide the gate of the clamps for a request, which goes on without them")
+
     def status(self) -> dict[str, Any]:
         """For `GET /probe/status`."""
         told = [c.told() for c in self.clamps]
-        return {"of": told, "decided": self._decided, "opened": self._opened, "off": self.off}
+        counts = {"decided": self._decided, "opened": self._opened, "missed": self._missed}
+        return {"of": told, **counts, "off": self.off}
 
 
 def is_untouched(req: Any) -> bool:

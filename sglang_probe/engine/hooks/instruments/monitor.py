@@ -23,6 +23,7 @@ from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.ledger.facts import ForwardPlan, Watched
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.monitor.config import check_projections
 from sglang_probe.run.hook_points import check_architecture
 from sglang_probe.steering.library import Library, check_vector, weight_hash_of_folder
 from sglang_probe.steering.spec import layer_of
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from sglang_probe.monitor.stored import StoredProfile, Watch
 
 logger = logging.getLogger("sglang_probe")
+
+_READ = "_sglang_probe_monitored"
+"""Attribute of a `Req`: rows of it that were read."""
+
 Array = np.ndarray[Any, Any]
 
 
@@ -77,6 +82,9 @@ class Watching(Instrument):
         weights = weight_hash_of_folder(runner.server_args.model_path)
         layers, width = runner.model.model.layers, runner.model_config.hidden_size
         watch, profile, vectors = self._watched(weights, width=width, layers=len(layers))
+        assert self.config.live is not None
+        if self.config.live.privacy != "ids":
+            check_projections(len(watch.features) + len(watch.vectors))
         layer = layer_of(watch.hook_point)
         if layer >= len(layers):
             raise ConfigError(f"`monitor`: `{watch.hook_point}`, and this model has {len(layers)} layers, from 0")
@@ -154,11 +162,11 @@ class Watching(Instrument):
         if self._watch is None or self._live is None or self._live.off is not None or not any(plan.decoding):
             return
         try:
-            self._chosen = self._choose(plan)
+            self._chosen = self._choose(reqs, plan)
         except Exception as e:
             self._fail(e)
 
-    def _choose(self, plan: ForwardPlan) -> _Chosen | None:
+    def _choose(self, reqs: Sequence[Any], plan: ForwardPlan) -> _Chosen | None:
         assert self._watch is not None
         starts = np.array(plan.starts, dtype=np.int64)
         step = starts - np.array(plan.prompt_lens, dtype=np.int64)
@@ -168,12 +176,14 @@ class Watching(Instrument):
             deployed = None if (steering := guard.active().of(Steering)) is None else steering.deployed_id
             for i, under in plan.under.items():
                 wanted[i] &= under.id == deployed
+        if (most := self._watch.rows) is not None:
+            wanted &= np.array([getattr(req, _READ, 0) < most for req in reqs], dtype=bool)
         at = np.flatnonzero(wanted)
         if not len(at):
             return None
         lengths = np.array(plan.ends, dtype=np.int64) - starts
         rows = (np.cumsum(lengths) - lengths)[at]
-        return _Chosen(plan, at, rows, draw[at])
+        return _Chosen(plan, at, rows, draw[at], list(reqs) if most is not None else None)
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Copy the chosen rows of the layer. Inside the model."""
@@ -195,6 +205,8 @@ class Watching(Instrument):
             read, probability = self._watch.sampling.chosen(chosen.draw, entropy)
             if read.any():
                 of = chosen.at[read].tolist()
+                for req in () if chosen.reqs is None else (chosen.reqs[i] for i in of):
+                    setattr(req, _READ, getattr(req, _READ, 0) + 1)
                 plan.watched = Watched(
                     rids=[plan.rids[i] for i in of],
                     attempts=[plan.attempts[i] for i in of],
@@ -221,8 +233,8 @@ class Watching(Instrument):
 class _Chosen:
     """Rows of the forward at hand that may be read."""
 
-    def __init__(self, plan: ForwardPlan, at: Array, rows: Array, draw: Array) -> None:
-        self.plan, self.at, self.rows, self.draw = plan, at, rows, draw
+    def __init__(self, plan: ForwardPlan, at: Array, rows: Array, draw: Array, reqs: list[Any] | None) -> None:
+        self.plan, self.at, self.rows, self.draw, self.reqs = plan, at, rows, draw, reqs
 
 
 def _entropy(logits: Any, at: Array) -> Array:

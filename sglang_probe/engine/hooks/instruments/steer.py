@@ -247,7 +247,10 @@ class Steering(Instrument):
                 mark(req, steered[i])
         if self._gates is not None:
             for req in self._gates.expect(reqs, steered, starts, ends, plan):
-                self._end(req, "its gate was not decided before the tokens that wait for it")
+                if self._clamping is not None and is_untouched(req):
+                    self._clamping.missed(req)  # it asked for nothing
+                else:
+                    self._end(req, "its gate was not decided before the tokens that wait for it")
         lengths = [0 if s is None else s.prompt_len for s in steered]
         self.passes = rows_of(starts, ends, lengths, [None if s is None else s.spec for s in steered], self._numbers)
         self._spent(began)
