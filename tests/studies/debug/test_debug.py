@@ -97,13 +97,18 @@ def test_features_are_tested_in_families_that_they_were_not_found_in(found: Debu
 
 def test_few_families_give_effects_and_no_verdict(planted: tuple[Run, Path], tmp_path: Path) -> None:
     run, sae = planted
-    some = [r.rid for r in run.requests().itertuples() if r.output_ids[0] == WRONG][:4]
+    some = [r.rid for r in run.requests().itertuples() if r.output_ids[0] == WRONG][:11]
     file = tmp_path / "cases.jsonl"
     file.write_text("\n".join(json.dumps({"rid": r, "right": f"#{RIGHT}"}) for r in some))
     found = debug(run.path, [sae], cases=file, shortlist=2, random=2)
     assert not found.apart
     assert found.tests["latent"].iloc[0] == 0
     assert found.causal.empty
+    # Families enough for an interval that leaves zero out, and its prompts are those that it was found in.
+    assert found.tests["p_holm"].iloc[0] <= 0.05
+    told = json.loads(json.dumps(found.to_json()))
+    assert not any(row["causal"] for row in told["tests"])
+    assert not found.tables()["tests"]["causal"].any()
     assert "no feature is called causal" in " ".join(found.notes)
     assert "too few families" in answer(found)
 
