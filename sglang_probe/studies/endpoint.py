@@ -2,7 +2,8 @@
 
 Every question with its answer is a line of a file. What was answered is not asked again: a study that was interrupted,
 or that is run again with another setting, goes on from there. The key of an answer is a hash of everything that the
-answer depends on: model, hash of its weights where that is known, and the body of the request.
+answer depends on: model, hash of its weights (the address of the endpoint where that is not known), and the body of the
+request. An empty answer is kept in the file too, and is asked for again by the next run.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ class Endpoint:
         timeout: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isascii()
+        except ValueError:  # brackets without an address between them, or no number after the colon
+            valid = False
+        if not valid:
             raise ConfigError(f"`{url}` is no address of an endpoint", fix="give one as http://127.0.0.1:30000/v1")
         if parts.username or parts.password or parts.query:
             raise ConfigError(
@@ -84,7 +89,7 @@ class Endpoint:
                 fix=f"give the plain address, and the key in the environment variable {key_variable}",
             )
         self._url, self._variable, self._sleep, self._timeout = url.rstrip("/"), key_variable, sleep, timeout
-        self._key = os.environ.get(key_variable)
+        self._key = _key(key_variable)
         self._body = dict(body or {})
         self._concurrency = concurrency
         self._open = urllib.request.build_opener(_NoRedirect).open
@@ -130,7 +135,8 @@ class Endpoint:
         return {k: v for k, v in {**body, **self._body}.items() if v is not None}
 
     def _key_of(self, body: Mapping[str, Any]) -> str:
-        told = json.dumps([self.served.weights_sha256, body], sort_keys=True, ensure_ascii=False)
+        # The same name may be another model at another address.
+        told = json.dumps([self.served.weights_sha256 or self._url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(told.encode()).hexdigest()
 
     def _answer(self, key: str, body: Mapping[str, Any]) -> None:
@@ -147,6 +153,7 @@ class Endpoint:
             ) from e
         line = {
             "key": key,
+            "host": self.served.host,
             "weights_sha256": self.served.weights_sha256,
             "served_model": told.get("model"),
             "fingerprint": told.get("system_fingerprint"),
@@ -200,7 +207,8 @@ class Endpoint:
         for left in range(TRIES - 1, -1, -1):
             try:
                 with self._open(request, timeout=self._timeout) as answer:
-                    return json.loads(answer.read(_MOST_BYTES))
+                    raw = answer.read(_MOST_BYTES)
+                return self._json(path, raw)
             except urllib.error.HTTPError as e:
                 if e.code not in _AGAIN or not left:
                     raise self._refused(e) from e
@@ -214,12 +222,16 @@ class Endpoint:
                         "answered so far is kept: the same command goes on from there",
                     ) from e
                 pause = _pause(None, left)
-            except ValueError as e:
-                raise ConfigError(
-                    f"{self._url}{path} does not answer in JSON", fix="is it an OpenAI-compatible API?"
-                ) from e
             self._sleep(pause)
         raise AssertionError
+
+    def _json(self, path: str, raw: bytes) -> Any:
+        try:
+            return json.loads(raw)
+        except ValueError as e:
+            raise ConfigError(
+                f"{self._url}{path} does not answer in JSON", fix="is it an OpenAI-compatible API?"
+            ) from e
 
     def _refused(self, e: urllib.error.HTTPError) -> _Refused:
         said = _message(e)
@@ -240,6 +252,21 @@ class Endpoint:
         return refused
 
 
+def _key(variable: str) -> str | None:
+    """The key, without the end of the line that a file leaves on it.
+
+    Raises:
+        ConfigError: it cannot be sent.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"the key in the environment variable {variable} holds characters that cannot be sent in a header",
+            fix="keys are letters, digits and signs of ASCII, on one line: copy it again",
+        )
+    return key or None
+
+
 class _Refused(ConfigError):
     status = 0
 
@@ -258,7 +285,7 @@ def _name(model: str) -> str:
 
 
 def _read(file: Path) -> dict[str, str]:
-    """Answers by key. A last line that a kill cut short is passed over, and so is what is no answer."""
+    """Answers by key. A last line that a kill cut short is passed over, and so is what is no answer: an empty one."""
     found: dict[str, str] = {}
     if not file.exists():
         return found
@@ -272,7 +299,7 @@ def _read(file: Path) -> dict[str, str]:
             key, answer = told["key"], told["answer"]
         except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(key, str) and isinstance(answer, str):
+        if isinstance(key, str) and isinstance(answer, str) and answer.strip():
             found[key] = answer
     return found
 

@@ -134,3 +134,54 @@ def test_a_body_can_be_made_to_fit_what_the_endpoint_takes(tmp_path: Path) -> No
         Endpoint(judge.url, None, tmp_path / "a.jsonl", body=body).ask(QUESTIONS[:1], most_tokens=9)
         assert "max_tokens" not in judge.asked[0]
         assert judge.asked[0]["max_completion_tokens"] == 5
+
+
+def test_another_server_with_a_model_of_the_same_name_is_asked_itself(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    with StubJudge(lambda body: "one") as one, StubJudge(lambda body: "other") as other:
+        assert Endpoint(one.url, None, file).ask(QUESTIONS[:1], most_tokens=9) == ["one"]
+        assert Endpoint(other.url, None, file).ask(QUESTIONS[:1], most_tokens=9) == ["other"]
+        assert Endpoint(one.url, None, file).ask(QUESTIONS[:1], most_tokens=9) == ["one"]
+        assert (len(one.asked), len(other.asked)) == (1, 1)
+        hosts = [json.loads(line)["host"] for line in file.read_text().splitlines()]
+        assert hosts == [u.removeprefix("http://").removesuffix("/v1") for u in (one.url, other.url)]
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", None])
+def test_an_empty_answer_is_asked_for_again_by_the_next_run(nothing: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    with StubJudge(lambda body: nothing) as judge:  # type: ignore[arg-type, return-value]
+        first = Endpoint(judge.url, None, file)
+        assert first.ask(QUESTIONS[:1], most_tokens=9) == first.ask(QUESTIONS[:1], most_tokens=9) == [nothing or ""]
+        assert len(judge.asked) == 1
+        judge.answer = echo
+        assert "question 0" in Endpoint(judge.url, None, file).ask(QUESTIONS[:1], most_tokens=9)[0]
+
+
+def test_a_key_that_ends_with_its_line_is_sent_and_one_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StubJudge(echo) as judge:
+        monkeypatch.setenv(KEY_VARIABLE, "sesame\r\n")
+        Endpoint(judge.url, None, tmp_path / "a.jsonl").ask(QUESTIONS[:1], most_tokens=9)
+        assert judge.keys == ["Bearer sesame"]
+        for key in ("ключ", "open\nsesame", "sésame"):
+            monkeypatch.setenv(KEY_VARIABLE, key)
+            with pytest.raises(ConfigError, match=f"{KEY_VARIABLE} holds characters") as refused:
+                Endpoint(judge.url, None, tmp_path / "a.jsonl")
+            assert key not in str(refused.value)
+        assert len(judge.looked) == 1
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://127.0.0.1:x/v1", "http://127.0.0.1:99999/v1", "http://ü/v1"])
+def test_an_address_that_cannot_be_read_is_said_to_be_none(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no address of an endpoint"):
+        Endpoint(url, None, tmp_path / "a.jsonl")
+
+
+def test_what_is_no_json_is_said_to_be_none(tmp_path: Path) -> None:
+    with StubJudge(echo) as judge:
+        endpoint = Endpoint(judge.url, None, tmp_path / "a.jsonl")
+        judge.before = lambda path: (200, {}, "<html>")
+        with pytest.raises(ConfigError, match="does not answer in JSON"):
+            endpoint.ask(QUESTIONS[:1], most_tokens=9)

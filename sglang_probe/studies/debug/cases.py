@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.studies.lens.study import token_of
-from sglang_probe.studies.trace.setup import MOST_TOKENS, Setup
+from sglang_probe.studies.trace.setup import MOST_TOKENS, Setup, withheld
 
 _KEYS = ({"rid", "right"}, {"rid", "right", "wrong"}, {"rid", "right", "step"}, {"rid", "right", "wrong", "step"})
 _PAIR = {"wrong_rid", "right_rid"}
@@ -31,6 +31,7 @@ class Case:
 
 def answered(setup: Setup, right: str, wrong: str | None, step: int) -> list[Case]:
     """Every request whose token number `step` of the output, from 1, is `wrong` (None: anything but the right one).
+    Requests with a withheld token up to there are passed over.
 
     Raises:
         ConfigError: no such request or token.
@@ -40,9 +41,12 @@ def answered(setup: Setup, right: str, wrong: str | None, step: int) -> list[Cas
     if asked == known:
         raise ConfigError(f"the wrong and the right answer are the same token, `{setup.text(known)}`")
     under = set(setup.run.interventions()["rid"])
-    found = []
+    found, passed_over = [], 0
     for r in setup.run.requests().itertuples():
         if r.rid in under or r.prompt_ids is None or r.output_ids is None or len(r.output_ids) < step:
+            continue
+        if withheld(r, step):
+            passed_over += 1
             continue
         said = int(r.output_ids[step - 1])
         if said != known and asked in (None, said):
@@ -51,7 +55,8 @@ def answered(setup: Setup, right: str, wrong: str | None, step: int) -> list[Cas
     if not found:
         what = "answers otherwise" if asked is None else f"answers {setup.text(asked)!r}"
         raise ConfigError(
-            f"no request of {setup.run.path} {what} at step {step}",
+            f"no request of {setup.run.path} {what} at step {step}"
+            + (f"; {passed_over} with withheld tokens were passed over" if passed_over else ""),
             fix="see `run.requests()` for what was answered; --step counts output tokens from 1",
         )
     return _short(found)

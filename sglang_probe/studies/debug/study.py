@@ -46,7 +46,7 @@ class DebugResult(Measured):
     tests: pd.DataFrame
     """A row for each feature of the shortlist, by ablation where it was not found: `layer`, `latent`, `label`,
     `predicted`, the columns of `causal_tests`, `flips` and `random_flips` (share of cases in which the right answer
-    passes the wrong one), `cases`, `families`, `randoms`."""
+    passes the wrong one), `cases`, `families`, `randoms`. `causal` is false of all where they were not `apart`."""
     joint: Mapping[str, Any]
     """All features of the shortlist together: `features`, `loss` with ends, `random` (mean over random sets) with ends,
     `flips`, `random_flips`."""
@@ -57,7 +57,7 @@ class DebugResult(Measured):
     @property
     def causal(self) -> pd.DataFrame:
         """Features that the wrong answer was shown to hang on; none where they were tested where they were found."""
-        return self.tests[self.tests["causal"]] if self.apart and len(self.tests) else self.tests.iloc[:0]
+        return self.tests[self.tests["causal"].astype(bool)]
 
     def to_json(self) -> dict[str, Any]:
         """The numbers."""
@@ -138,6 +138,8 @@ def debug(
     metric = np.array([looked[i].metric for i in tested])
     features = _features(setup, support, looked, search, top, layers)
     tests = _tests(setup, loss, others, metric, family[test], chosen, groups, support["difference"], layers)
+    if half is None:
+        tests["causal"] = False
     joint = _joint(together, beside, metric, family[test], chosen, layers)
     notes = _notes(setup, found, half, tests)
     return DebugResult(

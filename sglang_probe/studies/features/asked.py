@@ -24,6 +24,8 @@ COLUMNS += ["windows", "answered", "questions"]
 _KINDS = ("detection", "fuzzing")
 _TOPS_OF = 2
 """One of so many examples is among the strongest, the others are drawn from all."""
+_NO_TOKEN = -2
+"""The id of no token: -1 is that of tokens that were withheld, which are there."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def chosen(asking: Asking, arm: Arm, seed: int) -> list[int]:
 def words_of(ids: Array, vocabulary: Vocabulary) -> dict[str, list[int]]:
     """Tokens of texts by what they say, without spaces around it and without regard to case."""
     found: dict[str, list[int]] = {}
-    for token in np.unique(ids).tolist():
+    for token in np.unique(ids[ids >= 0]).tolist():  # what was withheld says nothing
         found.setdefault(vocabulary.text(token).strip().casefold(), []).append(token)
     found.pop("", None)
     return found
@@ -194,9 +196,9 @@ def _by_words(
     width, words = arm.codes.shape[1], words_of(arm.coded.ids, vocabulary)
     tokens = [np.empty(0, np.int64)] * width
     for m, label in said.items():
-        # A label that names no token fits nowhere, which is chance; -1 is no token.
+        # A label that names no token fits nowhere, which is chance.
         named = named_tokens(label, words)
-        tokens[m] = named if len(named) else np.array([-1])
+        tokens[m] = named if len(named) else np.array([_NO_TOKEN])
     nothing = np.full(width, np.nan)
     rules = labels.Rules(tokens, nothing, nothing, nothing)
     scores = labels.score(arm.coded, labels.fired(arm.codes), rules, ~arm.first, seed=seed)

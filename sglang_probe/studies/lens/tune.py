@@ -39,8 +39,8 @@ class TuneResult(Measured):
     lens: TunedLens
     layers: pd.DataFrame
     """A row for each layer: `layer`, `how` (`identity`: the plain lens is kept), `plain` and `tuned` (mean KL on
-    held-out rows, nats), `saved` with ends (their difference, by family), `plain_agreement` and `tuned_agreement`
-    (share of rows whose likeliest token is the model's), `rows`."""
+    held-out rows, nats), `saved` with ends (their difference, by family; negative where the map is worse there),
+    `plain_agreement` and `tuned_agreement` (share of rows whose likeliest token is the model's), `rows`."""
     families: Mapping[str, int]
     rows: Mapping[str, int]
     """By use."""
@@ -121,8 +121,17 @@ def tune(
         "torch": torch.__version__,
     }
     notes = [f"{left} rows (first positions, and attention sinks by their norm) were left out."] if left else []
+    worse = [str(r["layer"]) for r in records if r["saved"] < 0]
+    if worse:
+        notes.append(
+            f"After layer {', '.join(worse)} the map is worse than the plain lens on held-out texts, although it was "
+            "better on those to choose by. It is in the folder all the same: what is held out chooses nothing."
+        )
     if kept := [str(r["layer"]) for r in records if r["how"] == "identity" and r["layer"] != last]:
-        notes.append(f"After layer {', '.join(kept)} no map did better than the plain lens, which is kept.")
+        notes.append(
+            f"After layer {', '.join(kept)} no map did better than the plain lens on the texts to choose by: the plain "
+            "one is kept."
+        )
     name = str((run.manifest.get("model") or {}).get("name") or folder.name)
     return TuneResult(
         run.path.name,
@@ -156,8 +165,6 @@ def _layers(
         tuned = fit(x[fitted], rows[last][fitted], x[judging], judge_log, head, steps=steps, seed=seed)
         with torch.no_grad():
             before, after = (mean_kl(x[held], held_log, t, head) for t in (plain, tuned))
-            if float(after.mean()) > float(before.mean()):
-                tuned, after = plain, before
             agreement = [float(_agrees(x[held], held_log, t, head)) for t in (plain, tuned)]
         translators[layer] = tuned
         by_family = pd.DataFrame({"f": family[at[HELD_OUT]], "saved": (before - after).numpy()})

@@ -62,8 +62,8 @@ def tune_page(result: TuneResult) -> Page:
         sections=[
             Section(
                 "By layer",
-                "A map is taken if it has the least KL on the texts to choose by, and kept if it is no worse than the "
-                "plain lens on those that were held out.",
+                "Of all maps and the plain lens the one with the least KL on the texts to choose by is taken. Those "
+                "that are held out choose nothing: there it may be worse than the plain lens.",
                 tables=[layer_table(result)],
                 notes=list(result.notes),
             )

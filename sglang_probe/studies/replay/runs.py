@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sglang_probe.ask import Ask
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest.config import Recording
@@ -59,7 +61,7 @@ def prepare(
 
     Raises:
         ConfigError: run or model have other weights than the manifest; the library is another one than the run's; the
-            run holds no token ids; or nothing in it was intervened on.
+            run holds no token ids, or of each request some are withheld; or nothing in it was intervened on.
     """
     told = stored.manifest
     mine = weight_hash((told.get("model") or {}).get("weights_sha256"))
@@ -69,11 +71,7 @@ def prepare(
     specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in stored.interventions().itertuples()}
     if not specs:
         raise ConfigError(f"nothing was intervened on in {stored.path}", fix="give a run whose requests were steered")
-    frame = stored.requests()
-    lacking = frame["prompt_ids"].isna() | frame["output_ids"].isna()
-    frame = frame[~lacking & (frame["output_len"] > 0) & (frame["prompt_len"] > 0)]
-    if frame.empty:
-        raise ConfigError(f"{stored.path} holds no token ids of a finished request", fix="record with `privacy: ids`")
+    frame = askable(stored)
     under = frame["rid"].isin(specs)
     chosen = frame[under].head(requests - min(requests // 2, int((~under).sum())))
     chosen = frame.loc[sorted([*chosen.index, *frame[~under].head(requests - len(chosen)).index])]
@@ -91,6 +89,27 @@ def prepare(
     prepared = check(config, {"arm": _arm(told)}, workload=Workload(tuple(asked)))
     manifest.check_weights(weight_hash(prepared.model.identity["weights_sha256"]), where=f"the model {config.model}")
     return Replay(prepared, manifest, stored, found, asked, list(chosen["rid"]), features, opened)
+
+
+def askable(stored: Run) -> pd.DataFrame:
+    """Requests of a run all of whose tokens are known.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    frame = stored.requests()
+    lacking = frame["prompt_ids"].isna() | frame["output_ids"].isna()
+    frame = frame[~lacking & (frame["output_len"] > 0) & (frame["prompt_len"] > 0)]
+    if frame.empty:
+        raise ConfigError(f"{stored.path} holds no token ids of a finished request", fix="record with `privacy: ids`")
+    whole = [min(*p, *o) >= 0 for p, o in zip(frame["prompt_ids"], frame["output_ids"], strict=True)]
+    frame = frame[whole]
+    if frame.empty:
+        raise ConfigError(
+            f"tokens of every request of {stored.path} were withheld: nothing can be served again",
+            fix="give the run that it is a scrubbed copy of",
+        )
+    return frame
 
 
 def run(

@@ -198,10 +198,16 @@ def _within_the_floor(rows: pd.DataFrame) -> Check:
     covered = int(rows["positions"].sum())
     if not covered:
         return Check("rows", claim, 0, "rows", "no row is held by both", None)
-    worst = rows.loc[(rows["largest"] / rows["limit"]).idxmax()]
+    finite = np.isfinite(rows[["largest", "floor", "limit"]].to_numpy(np.float64)).all(1)
+    worst = rows.loc[(rows["largest"] / rows["limit"]).idxmax()] if finite.all() else rows[~finite].iloc[0]
+    where = "under interventions" if worst["interventions"] else "under none"
     violation = None
-    if worst["largest"] > worst["limit"]:
-        where = "under interventions" if worst["interventions"] else "under none"
+    if not finite.all():
+        violation = (
+            f"{worst['hook_point']}, positions {where}: the distance of a stored row from the replay's, or of the two "
+            "replays from each other, is not a finite number"
+        )
+    elif worst["largest"] > worst["limit"]:
         violation = (
             f"{worst['hook_point']}, positions {where}: a stored row is {worst['largest']:.2e} from the replay's, and "
             f"two replays {worst['floor']:.2e} from each other (limit {worst['limit']:.2e})"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.errors import ConfigError, RunDirectoryError, UnsupportedError
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae import saelens
 from sglang_probe.sae.evaluation import Evaluation, Sinks, evaluate
@@ -62,7 +62,8 @@ def by_default(folder: Path, run: Run, checkpoint: Path, sinks: Sinks, texts: in
     """Texts of a run as SAELens evaluates by itself: every position, through a model of its own.
 
     Raises:
-        RunDirectoryError: no text has a row at each position.
+        RunDirectoryError: no text has a row at each position, or no token ids are known.
+        UnsupportedError: as `saelens.of_texts`.
     """
     sae = read_sae(folder)
     assert sae.hook_point is not None
@@ -91,12 +92,18 @@ def recovered(folder: Path, run: Run, points: pd.DataFrame, checkpoint: Path, te
 
     Args:
         run: its human text. points: its positions.
+
+    Raises:
+        RunDirectoryError: token ids of it are not known.
+        UnsupportedError: as `saelens.of_texts`.
     """
     hook_point = read_sae(folder).hook_point
     assert hook_point is not None
     start, end = int(points["position"].min()), int(points["position"].max()) + 1
     index, _ = where_of(run, start, end, intervened=False)
     requests = run.requests().set_index("index").loc[index[:texts]]
+    if any(p is None or min(p[:end]) < 0 for p in requests["prompt_ids"]):
+        raise RunDirectoryError(f"{run.path} lacks token ids of its texts", fix="make the results of `sae gap` again")
     ids = torch.from_numpy(np.array([list(p)[:end] for p in requests["prompt_ids"]], dtype=np.int64))
     some = points.iloc[: len(ids) * (end - start)].dropna(subset=["nll"])
     ours = some[["nll", "nll_sae", "nll_zero", "kl_sae", "kl_zero"]].mean()
@@ -149,7 +156,7 @@ def compared(
             tell("SAELens replaces rows")
             human = load_run(gap / HUMAN)
             tables.append(recovered(folder, human, points, checkpoint_of(human, model), texts))
-    except (ConfigError, RunDirectoryError) as e:
+    except (ConfigError, RunDirectoryError, UnsupportedError) as e:
         notes.append(f"not all was compared: {e}")
     return pd.concat(tables, ignore_index=True), notes
 
@@ -162,6 +169,9 @@ def _frame(rows: Sequence[tuple[str, str, Any, Any, str]]) -> pd.DataFrame:
 def _whole(run: Run, hook_point: str, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[texts, positions]` of the first texts that are long enough, and their rows, float32."""
     requests = run.requests()
+    requests = requests[requests["prompt_ids"].notna()]
+    if requests.empty:
+        raise RunDirectoryError(f"{run.path} has no token ids of prompts", fix="record with privacy level `ids`")
     lengths = requests["prompt_ids"].map(len)
     length = min(int(lengths.median()), MOST_TOKENS) if lengths.nunique() > 1 else int(lengths.iloc[0])
     ids, rows = [], []

@@ -219,7 +219,8 @@ def paired(runs: Sequence[Run], hook_point: str, where: tuple[str | None, str | 
 
 
 def _shared_tokens(runs: Sequence[Run]) -> dict[str, int]:
-    """Of each request how many tokens both runs have alike from the start; 0 where ids were not recorded."""
+    """Of each request how many tokens both runs have alike from the start; 0 where ids were not recorded. Of a token
+    that was withheld (-1) nobody knows."""
     ids = []
     for run in runs:
         frame = run.requests()
@@ -232,7 +233,7 @@ def _shared_tokens(runs: Sequence[Run]) -> dict[str, int]:
     for rid in ids[0].keys() & ids[1].keys():
         n = min(len(i[rid]) for i in ids)
         a, b = (np.asarray(i[rid][:n], np.int64) for i in ids)
-        differs = np.flatnonzero(a != b)
+        differs = np.flatnonzero((a != b) | (a < 0))
         shared[rid] = int(differs[0]) if len(differs) else n
     return shared
 

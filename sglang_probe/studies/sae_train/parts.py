@@ -155,7 +155,11 @@ class Recorder:
         self._counts = {name: Counter[str]() for name in ("positions_by_status", "positions_by_phase")}
 
     def __call__(self, requests: Sequence[Request], number: int) -> Harvested | None:
-        """Rows of the requests; None if nothing was computed."""
+        """Rows of the requests; None if nothing was computed.
+
+        Raises:
+            ConfigError: they are of other weights than those of the parts before.
+        """
         config, path = self._config, self._scratch / f"part-{number}"
         points = tuple(dict.fromkeys((EMBED, config.hook_point)))
         job = job_of(self._prepared, path.name, requests, arm=harvest_of(config).arm, hook_points=points)
@@ -166,13 +170,15 @@ class Recorder:
             job = replace(job, forced=forced, forced_from=NOT_KEPT, asks=job.asks | {"force"})
         run = record_job(job, path, self._engines, asks=("force",) if self.forces else (), overwrite=True)
         try:
+            model = model_of([run])
+            self._refuse_other(model)
             served = run.requests()
             self.outputs |= {
                 int(r.index): None if r.output_ids is None else [int(t) for t in r.output_ids]
                 for r in served[["index", "output_ids"]].itertuples(index=False)
             }
             if not again:
-                self._note(facts_of_run(run), model_of([run]))
+                self._note(facts_of_run(run), model)
             if not run.row_count():
                 return None
             how: dict[str, Any] = {"sinks": config.exclude.sinks(), "deduplicate": config.deduplicate}
@@ -203,6 +209,14 @@ class Recorder:
         """Go on counting from `state`."""
         self.model, self._facts, self._manifests = state["model"], state["facts"], list(state["manifests"])
         self._counts = {name: Counter(counted) for name, counted in state["counts"].items()}
+
+    def _refuse_other(self, model: Mapping[str, Any]) -> None:
+        theirs, ours = self.model.get("weights_sha256"), model.get("weights_sha256")
+        if theirs and ours and theirs != ours:
+            raise ConfigError(
+                f"the weights of `{model.get('name')}` are others than when the training began",
+                fix="put the files of the model back and use --resume, or train anew with --overwrite",
+            )
 
     def _note(self, facts: Mapping[str, Any], model: dict[str, Any]) -> None:
         self.model = self.model or model

@@ -86,6 +86,7 @@ def split_requests(config: SaeTrainConfig, requests: Sequence[Request]) -> tuple
 def stream_identity(config: SaeTrainConfig, prepared: Prepared) -> dict[str, Any]:
     """All that decides what is trained."""
     training, held_out = split_requests(config, prepared.workload.requests)
+    steer = harvest_of(config).steer
     identity: dict[str, Any] = plain(
         {
             "config": config.identity(),
@@ -94,11 +95,14 @@ def stream_identity(config: SaeTrainConfig, prepared: Prepared) -> dict[str, Any
             "harvest": {
                 "workload_digest": digest_of(prepared.workload.requests),
                 **harvest_of(config).model_dump(
-                    include={"dtype", "sampling", "arm", "requests", "buffer_rows", "server"}
+                    include={"dtype", "sampling", "arm", "requests", "buffer_rows", "server", "rows"}
                 ),
+                "steer": None if steer is None else steer.model_dump(mode="json", include={"deployment"}),
+                "library": None if prepared.library is None else prepared.library.hash,
             },
             "evaluate_on": [facts_of_run(load_run(p))["manifest_sha256"] for p in config.evaluate_on],
             "model": prepared.model.name,
+            "weights_sha256": prepared.model.identity["weights_sha256"],
             "hook_point": config.hook_point,
             "rows": {"requests": len(training), "requests_held_out": len(held_out)},
         }

@@ -102,6 +102,7 @@ def dose_page(result: SteerDoseResult) -> Page:
                 "effect first reaches it, by straight lines between doses. Intervals are over both kinds of texts. A "
                 "comparison that cannot be answered counts as not rejected.",
                 tables=[registered_table(result)],
+                notes=list(result.left_out),
             ),
             Section(
                 "All arms at equal side effect",

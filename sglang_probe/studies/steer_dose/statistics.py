@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sglang_probe.errors import ProbeError
 from sglang_probe.stats.intervals import LEAST_CLUSTERS, crossed_interval, mean_intervals
 from sglang_probe.stats.multiple import holm
 from sglang_probe.studies.steer_dose.config import Comparison
 from sglang_probe.studies.steer_dose.names import NEUTRAL, TEXT
 
 Array = np.ndarray[Any, Any]
+MEASURES = ("kl", "shift", "nll")
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,60 @@ def paths(families: pd.DataFrame) -> dict[str, Path]:
     """The path of each arm.
 
     Args:
-        families: as `per_family` gives; families that lack a dose take no part.
+        families: as `per_family` gives; a family that lacks a dose, or has no finite number there, takes no part in any
+            arm (`incomplete`).
     """
+    families = without(families, incomplete(families))
     found = {}
     for arm, mine in families.groupby("arm", sort=False):
         tables = []
         for scope, name in ((TEXT, "shift"), (NEUTRAL, "kl")):
             wide = mine[mine["scope"] == scope].pivot(index="family", columns="dose", values=name)
-            x = wide.sort_index(axis=1).dropna().to_numpy(np.float64)
+            x = wide.sort_index(axis=1).to_numpy(np.float64)
             tables.append(np.concatenate([np.zeros((len(x), 1)), x], axis=1))
         found[str(arm)] = Path(*tables)
     return found
 
 
-def per_family(steps: pd.DataFrame, names: Sequence[str] = ("kl", "shift", "nll")) -> pd.DataFrame:
-    """Means over steps, vectors and texts of each family: `scope, arm, dose, family` and the measures."""
-    return steps.groupby(["scope", "arm", "dose", "family"], sort=False)[list(names)].mean().reset_index()
+def incomplete(families: pd.DataFrame) -> list[tuple[str, str, str, int]]:
+    """Families without a finite number at some dose of some arm: scope, family, and the first such arm and dose."""
+    measures = [name for name in MEASURES if name in families]
+    finite = np.isfinite(families[measures].to_numpy(np.float64)).all(1)
+    found = []
+    for scope, mine in families.assign(finite=finite).groupby("scope", sort=False):
+        wide = mine.pivot(index="family", columns=["arm", "dose"], values="finite")
+        bad = (wide != True).to_numpy()  # noqa: E712
+        for i in np.flatnonzero(bad.any(1)):
+            arm, dose = wide.columns[int(bad[i].argmax())]
+            found.append((str(scope), str(wide.index[i]), str(arm), int(dose)))
+    return found
+
+
+def without(frame: pd.DataFrame, lacking: Sequence[tuple[str, str, str, int]]) -> pd.DataFrame:
+    """Rows of a frame with `scope` and `family` that are of none of the families that `incomplete` gave.
+
+    Raises:
+        ProbeError: no family of one kind of texts is left; names arm and dose.
+    """
+    out = {(scope, family) for scope, family, *_ in lacking}
+    kept = frame[[key not in out for key in zip(frame["scope"], frame["family"], strict=True)]]
+    for scope, _, arm, dose in lacking:
+        if not (kept["scope"] == scope).any():
+            raise ProbeError(
+                f"no family of {'texts' if scope == TEXT else 'neutral texts'} has a finite number at every dose: arm "
+                f"`{arm}`, dose {dose} is the first that lacks one",
+                fix="lower that dose, or leave the arm out, and record again with --overwrite",
+            )
+    return kept
+
+
+def per_family(steps: pd.DataFrame, names: Sequence[str] = MEASURES) -> pd.DataFrame:
+    """Means over steps, vectors and texts of each family: `scope, arm, dose, family` and the measures. A step that has
+    no number leaves its family without one."""
+    keys = ["scope", "arm", "dose", "family"]
+    means = steps.groupby(keys, sort=False)[list(names)].mean()
+    lacking = steps[list(names)].isna().groupby([steps[k] for k in keys], sort=False).any()
+    return means.mask(lacking).reset_index()
 
 
 def doses(families: pd.DataFrame, by: Sequence[str] = ("scope", "arm", "dose")) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from sglang_probe.stats.intervals import mean_intervals
 from sglang_probe.studies.base import records
 from sglang_probe.studies.steer_decay.target import token_ids
 from sglang_probe.studies.steer_dose.config import SteerDoseConfig
-from sglang_probe.studies.steer_dose.names import FORCED, FREE, PLAIN, SELECTION, Place
+from sglang_probe.studies.steer_dose.names import FORCED, FREE, NEUTRAL, PLAIN, SELECTION, Place
 from sglang_probe.studies.steer_dose.select import output_scores
-from sglang_probe.studies.steer_dose.statistics import at_levels, compare, doses, paths, per_family
+from sglang_probe.studies.steer_dose.statistics import at_levels, compare, doses, incomplete, paths, per_family, without
 from sglang_probe.studies.steer_dose.steps import measured, places, repetition
 from sglang_probe.verify.check import Check, all_hold
 from sglang_probe.verify.verify import verify
@@ -53,6 +53,8 @@ class SteerDoseResult:
     checks: dict[str, list[Check]]
     manifest: dict[str, Any]
     config: SteerDoseConfig
+    left_out: Sequence[str] = ()
+    """Of each family that is left out, why."""
 
     @property
     def ok(self) -> bool:
@@ -68,6 +70,7 @@ class SteerDoseResult:
             "texts": self.texts,
             "neutral_texts": self.neutral,
             "targets": dict(self.targets),
+            "left_out": list(self.left_out),
             **{k: records(frame) for k, frame in self.tables().items() if k != "steps"},
             "versions": self.manifest["versions"],
         }
@@ -84,7 +87,8 @@ def study_dose(
     """Measure every dose.
 
     Raises:
-        ProbeError: a step of a request has no row, or the model's unembedding cannot be read.
+        ProbeError: a step of a request has no row, no family has a finite number at every dose, or the model's
+            unembedding cannot be read.
     """
     checks = {}
     for run_name, run in runs.items():
@@ -97,6 +101,8 @@ def study_dose(
     at = places(forced, config.steps)
     at = at[at["arm"] != PLAIN].reset_index(drop=True)
     steps = measured(forced, at, load_unembedding(model), positive, negative)
+    lacking = incomplete(per_family(steps))
+    steps = without(steps, lacking)
     families = per_family(steps)
     found = paths(families)
     first = next(iter(found.values()))
@@ -115,6 +121,15 @@ def study_dose(
         checks=checks,
         manifest=forced.manifest,
         config=config,
+        left_out=[told(*one) for one in lacking],
+    )
+
+
+def told(scope: str, family: str, arm: str, dose: int) -> str:
+    """What is said of a family that is left out."""
+    kind = "neutral texts" if scope == NEUTRAL else "texts"
+    return (
+        f"Family `{family}` of {kind} is left out of every arm: arm `{arm}`, dose {dose} gave no finite number there."
     )
 
 

@@ -121,7 +121,7 @@ class Setup:
         """A request of the run.
 
         Raises:
-            ConfigError: there is none, its tokens are not known, or it ran under interventions.
+            ConfigError: there is none, its tokens are not known or withheld, or it ran under interventions.
         """
         requests = self.run.requests().set_index("rid")
         if rid not in requests.index:
@@ -129,6 +129,11 @@ class Setup:
         found = requests.loc[rid]
         if found["prompt_ids"] is None or found["output_ids"] is None:
             raise ConfigError(f"token ids of `{rid}` are not known", fix="record with privacy level `ids`")
+        if withheld(found):
+            raise ConfigError(
+                f"tokens of `{rid}` were withheld, and a prompt is traced with all of them",
+                fix="choose another request, or the run that this one is a scrubbed copy of",
+            )
         if rid in set(self.run.interventions()["rid"]):
             raise ConfigError(
                 f"`{rid}` ran under interventions, and what is traced is the model without them",
@@ -152,6 +157,12 @@ class Setup:
                 ours = prompt.rows[reader.layer][torch.tensor(held["position"].tolist())]
                 out[reader.layer] = float(row_distance(given, ours)[0].max())
         return out
+
+
+def withheld(request: Any, outputs: int | None = None) -> bool:
+    """Whether the id of a token of a request was taken out (-1): of its prompt, or of so many of its output."""
+    ids = np.concatenate([request.prompt_ids, request.output_ids[:outputs]])
+    return bool((ids < 0).any())
 
 
 def prepare(

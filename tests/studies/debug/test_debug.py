@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import shipped
 from sglang_probe.report.page import render
@@ -20,7 +21,7 @@ from sglang_probe.run.run import Run
 from sglang_probe.sae.causal import alike, causal_tests, halves, least_p
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.sae.sae import SAE
-from sglang_probe.studies.debug.cases import read_cases
+from sglang_probe.studies.debug.cases import answered, read_cases
 from sglang_probe.studies.debug.page import answer, debug_page
 from sglang_probe.studies.debug.study import DebugResult, _notes, debug
 from sglang_probe.studies.trace.setup import prepare
@@ -96,13 +97,18 @@ def test_features_are_tested_in_families_that_they_were_not_found_in(found: Debu
 
 def test_few_families_give_effects_and_no_verdict(planted: tuple[Run, Path], tmp_path: Path) -> None:
     run, sae = planted
-    some = [r.rid for r in run.requests().itertuples() if r.output_ids[0] == WRONG][:4]
+    some = [r.rid for r in run.requests().itertuples() if r.output_ids[0] == WRONG][:11]
     file = tmp_path / "cases.jsonl"
     file.write_text("\n".join(json.dumps({"rid": r, "right": f"#{RIGHT}"}) for r in some))
     found = debug(run.path, [sae], cases=file, shortlist=2, random=2)
     assert not found.apart
     assert found.tests["latent"].iloc[0] == 0
     assert found.causal.empty
+    # Families enough for an interval that leaves zero out, and its prompts are those that it was found in.
+    assert found.tests["p_holm"].iloc[0] <= 0.05
+    told = json.loads(json.dumps(found.to_json()))
+    assert not any(row["causal"] for row in told["tests"])
+    assert not found.tables()["tests"]["causal"].any()
     assert "no feature is called causal" in " ".join(found.notes)
     assert "too few families" in answer(found)
 
@@ -118,6 +124,19 @@ def test_families_too_few_for_the_length_of_the_list_are_told(found: DebugResult
     (said,) = _notes(setup, [SimpleNamespace(family=str(i)) for i in range(28)], np.ones(28, bool), few)  # type: ignore[misc]
     assert said.startswith("7 families to test 5 features in can call none of them causal: the smallest p there is, ")
     assert not _notes(setup, [SimpleNamespace(family=str(i)) for i in range(28)], np.ones(28, bool), few[:3])  # type: ignore[misc]
+
+
+def test_a_withheld_answer_is_no_wrong_one(planted: tuple[Run, Path]) -> None:
+    given = {"a": ([1, 2], [WRONG]), "b": ([1, 2], [-1]), "c": ([1, -1], [WRONG]), "d": ([1, 2], [WRONG, -1])}
+    names = ("prompt_ids", "output_ids")
+    columns = {n: [np.array(x[i]) for x in given.values()] for i, n in enumerate(names)}
+    requests = pd.DataFrame({"rid": list(given), "family": list(given), **columns})
+    nobody = pd.DataFrame({"rid": []})
+    run: Any = SimpleNamespace(path="run", requests=lambda: requests, interventions=lambda: nobody)
+    setup: Any = SimpleNamespace(run=run, vocabulary=Vocabulary.load(FOLDER), text=str)
+    assert [c.name for c in answered(setup, f"#{RIGHT}", None, 1)] == ["a", "d"]
+    with pytest.raises(ConfigError, match="answers otherwise at step 2; 1 with withheld tokens"):
+        answered(setup, f"#{RIGHT}", None, 2)
 
 
 def test_two_continuations_are_compared_where_they_part(planted: tuple[Run, Path], tmp_path: Path) -> None:

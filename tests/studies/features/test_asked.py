@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy.sparse import csr_array
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError
 from sglang_probe.report.page import render
+from sglang_probe.sae import labels
 from sglang_probe.studies.endpoint import Endpoint
 from sglang_probe.studies.features import prompts
-from sglang_probe.studies.features.asked import Asking, balanced_accuracy, named_tokens, words_of
+from sglang_probe.studies.features.asked import Asking, _by_words, balanced_accuracy, named_tokens, words_of
 from sglang_probe.studies.features.command import Features, _asking
 from sglang_probe.studies.features.dashboard import collect
 from sglang_probe.studies.features.page import features_page
@@ -130,6 +134,24 @@ def test_a_label_names_tokens_by_word_and_by_quotation() -> None:
     named = named_tokens('returns, and "):" after DEF or `return`', words)
     assert {vocabulary.text(int(t)) for t in named} == {"):", "def", " def", " return"}
     assert len(named_tokens("nothing of these", words)) == 0
+
+
+def test_a_label_that_names_no_token_does_not_fit_what_was_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, ids = Vocabulary.load(FOLDER), np.array([-1, 300, 301])
+    assert -1 not in {t for tokens in words_of(ids, vocabulary).values() for t in tokens}
+    judged: list[np.ndarray] = []
+
+    def score(coded: Any, fires: Any, rules: Any, *_: Any, **__: Any) -> Any:
+        judged.extend(rules.tokens)
+        nothing = np.full(1, np.nan)
+        return labels.Scores(nothing, nothing, nothing, nothing, np.zeros(1, np.int64))
+
+    monkeypatch.setattr(labels, "score", score)
+    arm: Any = SimpleNamespace(codes=csr_array(np.ones((1, 1))), coded=SimpleNamespace(ids=ids), first=np.ones(1, bool))
+    asking: Any = None
+    _by_words(asking, arm, {0: "nothing of these"}, vocabulary, 0, lambda done, of: None)
+    assert len(judged[0])  # so that it is judged, and has chance
+    assert not np.isin(ids, judged[0]).any()
 
 
 @pytest.mark.parametrize(

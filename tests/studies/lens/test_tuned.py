@@ -1,4 +1,4 @@
-"""The tuned lens: a planted map is recovered, it is never worse than the plain lens on held-out texts, and damaged or
+"""The tuned lens: a planted map is recovered, it is chosen by other texts than those held out, and damaged or
 foreign ones are refused."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.likelihood import load_unembedding
 from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run
+from sglang_probe.studies.lens import tune as tune_module
 from sglang_probe.studies.lens.study import lens
 from sglang_probe.studies.lens.translators import (
     MANIFEST,
@@ -119,7 +120,21 @@ def tuned(run: Run) -> TuneResult:
     return tune(run.path, steps=0)
 
 
-def test_on_held_out_texts_it_is_never_worse_than_the_plain_lens(tuned: TuneResult) -> None:
+def test_what_is_held_out_chooses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Better on what it is chosen by, for all that `tune` knows.
+    upside_down = Translator(-torch.eye(D), torch.zeros(D), "descent")
+    monkeypatch.setattr(tune_module, "fit", lambda *_, **__: upside_down)
+    found = tune(run.path, steps=0)
+    layers = found.layers.set_index("layer")
+    assert (layers["how"] == "descent").all()
+    assert found.lens.translators[1] is upside_down
+    assert layers.loc[1, "tuned"] > layers.loc[1, "plain"]
+    # By family, and families have as many rows each.
+    assert layers.loc[1, "saved"] == pytest.approx(layers.loc[1, "plain"] - layers.loc[1, "tuned"], rel=1e-5)
+    assert any("is worse than the plain lens on held-out texts" in note for note in found.notes)
+
+
+def test_a_planted_map_is_found_and_noise_gets_none_that_is_worse(tuned: TuneResult) -> None:
     layers = tuned.layers.set_index("layer")
     assert (layers["tuned"] <= layers["plain"]).all()
     assert layers.loc[1, "tuned"] < 0.5 * layers.loc[1, "plain"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from sglang_probe.errors import ConfigError
@@ -12,7 +15,9 @@ from sglang_probe.sae.features import Feature
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.library import Library
 from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.studies.replay.runs import askable
 from sglang_probe.studies.replay.stated import stated
+from sglang_probe.studies.replay.study import _within_the_floor
 from tests.end_to_end.steering import make_library
 
 EVIDENCE = {
@@ -93,3 +98,30 @@ def test_a_vector_that_the_library_lacks_is_refused(library: Library, tmp_path: 
     unknown = Spec((replace(done.steps[0], hash="0" * 64),))
     with pytest.raises(ConfigError, match="which the library does not have"):
         stated(unknown, {}, other)
+
+
+def test_a_request_of_which_tokens_were_withheld_is_not_served_again() -> None:
+    given = {"a": ([1, 2], [3]), "b": ([1, -1], [3]), "c": ([1, 2], [-1]), "d": ([1], [])}
+    prompts, outputs = ([x[i] for x in given.values()] for i in (0, 1))
+    lengths = {"prompt_len": list(map(len, prompts)), "output_len": list(map(len, outputs))}
+    frame = pd.DataFrame({"rid": list(given), "prompt_ids": prompts, "output_ids": outputs, **lengths})
+    run: Any = SimpleNamespace(path="run", requests=lambda: frame)
+    assert askable(run)["rid"].tolist() == ["a"]
+    frame = frame.iloc[1:]
+    with pytest.raises(ConfigError, match="tokens of every request of run were withheld"):
+        askable(run)
+
+
+def test_a_distance_that_is_no_number_is_a_violation() -> None:
+    names = ["hook_point", "interventions", "positions", "median", "largest", "floor", "limit"]
+
+    def check(*largest: float) -> str | None:
+        rows = [(f"p{i}", True, 3, x, x, 0.0, 1e-6) for i, x in enumerate(largest)]
+        return _within_the_floor(pd.DataFrame(rows, columns=names)).violation
+
+    assert check(0.0, 1e-7) is None
+    for largest in ([np.nan, 0.0], [0.0, np.nan], [np.nan], [np.nan, np.nan], [0.0, np.inf]):
+        violation = check(*largest)
+        assert violation is not None
+        assert "is not a finite number" in violation
+        assert f"p{int(np.argmin(np.isfinite(largest)))}, positions under interventions" in violation

@@ -6,19 +6,22 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError, UnsupportedError
 from sglang_probe.paths import shipped
 from sglang_probe.sae import saelens
 from sglang_probe.sae.evaluation import Sinks, evaluate
 from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
 from sglang_probe.sae.sae import ARCHITECTURES
-from sglang_probe.studies.sae_eval.against import compared
+from sglang_probe.studies.sae_eval import against
+from sglang_probe.studies.sae_eval.against import _whole, compared, recovered
 from tests.sae.lens import needs_sae_lens
 from tests.sae.made_rows import POINT, Text, make_run_of
 from tests.sae.small import random_sae
@@ -121,6 +124,46 @@ def test_results_of_another_sae_are_refused(tmp_path: Path) -> None:
     assert "of another SAE" in say()
     (gap / "summary.json").write_text(json.dumps({"sae": {"weights_sha256": weights_sha256(tmp_path / "sae")}}))
     assert "no human text whose rows were replaced" in say()
+
+
+def test_what_saelens_cannot_do_costs_a_note_and_not_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object, **__: object) -> None:
+        raise UnsupportedError("SAELens has no such hook point")
+
+    monkeypatch.setattr(against, "same_rows", lambda *_: pd.DataFrame([[1.0] * 6], columns=against.COLUMNS))
+    monkeypatch.setattr(against, "checkpoint_of", lambda *_: tmp_path)
+    monkeypatch.setattr(against, "by_default", cannot)
+    given = {"sinks": Sinks(), "gap": None, "model": None, "texts": 1}
+    table, notes = compared(tmp_path, [None], None, None, **given)  # type: ignore[arg-type,list-item]
+    assert len(table) == 1
+    assert notes == ["not all was compared: SAELens has no such hook point"]
+
+
+def test_prompts_whose_ids_were_not_recorded_are_passed_over() -> None:
+    rows = torch.ones(3, 2)
+    frame = pd.DataFrame({"rid": ["a", "b"], "prompt_ids": [None, [1, 2, 3]]})
+    run: Any = SimpleNamespace(path="run", requests=lambda: frame, activations=lambda *_, **__: rows)
+    ids, x = _whole(run, POINT, 5)
+    assert ids.tolist() == [[1, 2, 3]]
+    assert torch.equal(x, rows[None])
+    frame = frame.iloc[:1]
+    with pytest.raises(RunDirectoryError, match="run has no token ids of prompts"):
+        _whole(run, POINT, 5)
+
+
+@pytest.mark.parametrize("prompt", [None, [1, -1, 3]])
+def test_a_gap_without_token_ids_is_refused(
+    prompt: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sae(random_sae("jumprelu", metadata={"hook_name": POINT}), tmp_path)
+    monkeypatch.setattr(against, "where_of", lambda *_, **__: ([0], None))
+    run: Any = SimpleNamespace(
+        path="run", requests=lambda: pd.DataFrame({"index": [0], "prompt_ids": pd.Series([prompt], dtype=object)})
+    )
+    with pytest.raises(RunDirectoryError, match="run lacks token ids"):
+        recovered(tmp_path, run, pd.DataFrame({"position": [1, 2], "nll": [1.0, 1.0]}), tmp_path, 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is not None, reason="SAELens is installed")

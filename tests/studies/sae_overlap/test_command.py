@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.folder import write_sae
 from sglang_probe.sae.sae import SAE
 from sglang_probe.studies.sae_overlap.page import overlap_page
-from sglang_probe.studies.sae_overlap.study import paired, study_overlap
+from sglang_probe.studies.sae_overlap.study import _shared_tokens, paired, study_overlap
 from tests.sae.made_rows import POINT, Text, make_run_of
 
 FEATURES, WIDTH, TEXTS, PROMPT, OUTPUT = 60, 64, 16, 5, 81
@@ -136,3 +138,9 @@ def test_runs_that_share_nothing_or_too_few_texts_are_refused(runs: dict[str, Ru
     other = make_run_of(tmp_path / "other", texts(1), model={"name": "m", "weights_sha256": {"w": "1"}})
     with pytest.raises(ConfigError, match="different weights"):
         study_overlap(sae, (runs["human"].path, other.path))
+
+
+def test_tokens_that_were_withheld_in_both_runs_are_not_known_to_be_the_same() -> None:
+    frame = pd.DataFrame({"rid": ["a", "b"], "prompt_ids": [[1, 2], [1, -1]], "output_ids": [[3, -1], [3, 4]]})
+    run: Any = SimpleNamespace(requests=lambda: frame)
+    assert _shared_tokens([run, run]) == {"a": 3, "b": 1}

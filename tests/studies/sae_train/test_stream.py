@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -26,10 +27,11 @@ from sglang_probe.sae.harvested import Harvested, harvested
 from sglang_probe.sae.manifest import of
 from sglang_probe.sae.stream import Buffer
 from sglang_probe.sae.train import norm_scale
-from sglang_probe.studies.sae_train import checkpoint, stream
+from sglang_probe.studies.sae_train import checkpoint, parts, stream
 from sglang_probe.studies.sae_train.config import SaeTrainConfig
 from sglang_probe.studies.sae_train.parts import Parts, parts_of
 from sglang_probe.studies.sae_train.study import SERVED, prepare, read_results
+from sglang_probe.workload.request import Request, SegmentSpan
 from tests.sae.lens import needs_sae_lens
 from tests.sae.made_rows import POINT, Text, make_run_of
 from tests.sae.planted import Planted
@@ -151,6 +153,40 @@ def test_the_buffer_holds_no_more_rows_than_it_may_and_a_part(run: Run) -> None:
     for n in range(1, 10):
         next(batches)
         assert len(given) == 3 * ((n + 2) // 3)
+
+
+def test_other_weights_other_steering_and_other_rows_are_another_training(run: Run) -> None:
+    requests = [Request(i, f"r{i}", (1, 2, i), (SegmentSpan("prompt", 0, 3),), f"r{i}", {}) for i in range(4)]
+
+    def identity(weights: str = "a", library: str | None = None, **harvest: Any) -> dict[str, Any]:
+        prepared = SimpleNamespace(
+            model=SimpleNamespace(name="m", identity={"weights_sha256": {"model.safetensors": weights}}),
+            workload=SimpleNamespace(requests=requests),
+            library=None if library is None else SimpleNamespace(hash=library),
+        )
+        return stream.stream_identity(config(harvest=harvest), cast(Any, prepared))
+
+    def steered(strength: float) -> dict[str, Any]:
+        return {"steer": {"library": "/tmp", "deployment": [{"vector": "v", "strength": strength}]}}
+
+    assert identity() == identity()
+    told = [identity(), identity("b"), identity(rows={"window": 8})]
+    told += [identity(library=of, **steered(x)) for of, x in (("1", 5.0), ("2", 5.0), ("1", 6.0))]
+    assert all(a != b for i, a in enumerate(told) for b in told[:i])
+    assert "/tmp" not in json.dumps(told)
+
+
+def test_a_part_of_other_weights_ends_the_training(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "job_of", lambda *a, **k: None)
+    monkeypatch.setattr(parts, "record_job", lambda *a, **k: run)
+    monkeypatch.setattr(parts, "model_of", lambda runs: {"name": "m", "weights_sha256": {"a": "now"}})
+    of, prepared = config(), cast(Any, None)
+    recorder = parts.Recorder(of, prepared, prepared, tmp_path)
+    assert recorder([], 0) is not None
+    assert recorder([], 1) is not None
+    recorder.resume(recorder.state() | {"model": {"name": "m", "weights_sha256": {"a": "before"}}})
+    with pytest.raises(ConfigError, match="weights of `m` are others"):
+        recorder([], 2)
 
 
 def test_a_source_without_rows_ends_with_a_sentence() -> None:

@@ -7,9 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sglang_probe.errors import ProbeError
 from sglang_probe.studies.steer_dose.config import Comparison
 from sglang_probe.studies.steer_dose.names import NEUTRAL, TEXT, Place
-from sglang_probe.studies.steer_dose.statistics import Path, at_level, at_levels, compare, doses, paths, per_family
+from sglang_probe.studies.steer_dose.statistics import (
+    Path,
+    at_level,
+    at_levels,
+    compare,
+    doses,
+    incomplete,
+    paths,
+    per_family,
+    without,
+)
+from sglang_probe.studies.steer_dose.study import told
 
 TEXTS, DOSES = 14, np.array([0.0, 1.0, 2.0, 4.0])
 """The planted arm costs 0.02 a unit and gains 0.5 a unit; the random one costs as much and gains nothing."""
@@ -114,6 +126,32 @@ def test_vectors_of_an_arm_and_texts_of_a_family_are_averaged_first() -> None:
     assert path.effect_TK.tolist() == [[0.0, 2.0], [0.0, 5.0]]
     assert path.side_NK.tolist() == [[0.0, 0.4]]
     assert doses(families).set_index("scope").loc[TEXT, "shift"] == pytest.approx(3.5)
+
+
+def test_a_family_without_a_number_is_left_out_of_every_arm() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        (scope, arm, "v", dose, f"{scope}{family}", abs(rng.normal()) * dose, dose + rng.normal(), 0.0)
+        for scope in (TEXT, NEUTRAL)
+        for arm in ("x", "y")
+        for dose in (1, 2)
+        for family in range(8)
+        for _ in range(2)
+    ]
+    steps = pd.DataFrame(rows, columns=["scope", "arm", "what", "dose", "family", "kl", "shift", "nll"])
+    asked = [Comparison(arm="x", against="y")]
+    name = f"{NEUTRAL}3"
+    rest = compare(paths(per_family(steps[steps["family"] != name])), asked)
+    at = steps.index[(steps["arm"] == "y") & (steps["dose"] == 2) & (steps["family"] == name)]
+    steps.loc[at[0], "kl"] = np.nan  # one step of two
+    lacking = incomplete(per_family(steps))
+    assert lacking == [(NEUTRAL, name, "y", 2)]
+    pd.testing.assert_frame_equal(compare(paths(per_family(steps)), asked), rest)
+    assert set(steps["family"]) - set(without(steps, lacking)["family"]) == {name}
+    assert told(*lacking[0]).startswith(f"Family `{name}` of neutral texts is left out of every arm: arm `y`, dose 2")
+    steps.loc[(steps["arm"] == "y") & (steps["dose"] == 2) & (steps["scope"] == TEXT), "shift"] = np.inf
+    with pytest.raises(ProbeError, match="no family of texts has a finite number at every dose: arm `y`, dose 2"):
+        paths(per_family(steps))
 
 
 def test_a_place_is_read_back_from_the_id_of_its_request() -> None:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from sglang_probe.sae.attribution_check import Verdict
 from sglang_probe.sae.folder import read_sae, write_sae
 from sglang_probe.studies.trace.direct import direct
 from sglang_probe.studies.trace.page import answer, direct_page, trace_page
+from sglang_probe.studies.trace.setup import Setup
 from sglang_probe.studies.trace.study import TraceResult, trace
 from tests.rows_run import Text, write_run
 from tests.sae.small import random_sae
@@ -210,6 +213,15 @@ def test_direct_attribution_needs_the_recorded_rows(run: Run) -> None:
 def test_what_cannot_be_traced_is_refused(run: Run, given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         trace(run.path, [SAE], **given)
+
+
+@pytest.mark.parametrize(("prompt", "output"), [((1, -1, 3), (4, 5)), ((1, 2, 3), (-1, 5))])
+def test_what_was_withheld_is_no_token(prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
+    requests = pd.DataFrame({"rid": ["r"], "prompt_ids": [np.array(prompt)], "output_ids": [np.array(output)]})
+    scrubbed: Any = SimpleNamespace(path="run", requests=lambda: requests)
+    nothing: Any = None
+    with pytest.raises(ConfigError, match="tokens of `r` were withheld"):
+        Setup(scrubbed, nothing, nothing, [], nothing, "zero").recorded("r")
 
 
 def test_two_saes_of_a_layer_are_refused(run: Run) -> None:
