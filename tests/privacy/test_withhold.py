@@ -21,6 +21,7 @@ from sglang_probe.harvest.withholding import settle_withheld, withhold_recorded
 from sglang_probe.privacy.withhold import (
     NEIGHBOUR,
     Withhold,
+    _is_withheld,
     found_in,
     is_scrubbed,
     reasons_of,
@@ -335,6 +336,8 @@ def test_positions_without_a_known_token_have_their_own_reason(tokenizer: Path) 
         "b": [NEIGHBOUR, *["pii:email"] * 3, "unknown"],
         "c": ["unknown", "unknown"],
     }
+    asked = [("a", 1), ("a", 2), ("a", 5), ("d", 0)]  # the last two are beyond what the ledger has
+    assert [_is_withheld(told, rid, p) for rid, p in asked] == [False, True, True, True]
 
 
 def test_rows_of_an_interrupted_request_are_gone_where_its_tokens_are_not_known(
