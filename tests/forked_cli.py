@@ -62,14 +62,16 @@ class ForkedCli:
         assert self._parent.stdout is not None
         line = self._parent.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process that commands are forked from ended with {self._parent.wait()}")
+            raise RuntimeError("the process that commands are forked from has ended")
         code: int | None = json.loads(line)
         return code
 
     def close(self) -> None:
         if self._parent is not None:
             assert self._parent.stdin is not None
+            assert self._parent.stdout is not None
             self._parent.stdin.close()
+            self._parent.stdout.read()  # until it has ended
             self._parent.wait(30)
 
 
@@ -133,5 +135,7 @@ def _become(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():  # nobody's child: SGLang ends all children of the process that shuts an engine down
+        os._exit(0)
     _serve()
     runpy.run_module("sglang_probe", run_name="__main__", alter_sys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sglang_probe.studies.coverage.prompts import coverage_by_segment
 from sglang_probe.studies.coverage.study import Study, study_coverage
 from sglang_probe.studies.coverage.weights import write_weights
 from tests.conftest import Cli
-from tests.end_to_end.live_server import KEY, LiveServer
+from tests.end_to_end.live_server import ADMIN_KEY, KEY, LiveServer
 from tests.studies.coverage.naive import naive
 from tests.studies.coverage.test_study import bin_of, compare, segment_of
 
@@ -77,9 +78,19 @@ def test_the_card_has_the_paragraph(runs: dict[str, Run]) -> None:
     assert "is under-represented most" in (runs["cache_on"].path / "README.md").read_text()
 
 
-def test_roles_of_what_a_server_served_come_from_the_ids_alone(chunked_server: LiveServer, cli: Cli) -> None:
-    chunked_server.flush()  # what was served before
-    client = OpenAI(base_url=f"{chunked_server.url}/v1", api_key=KEY)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    started = LiveServer(tmp_path_factory.mktemp("live"), "--admin-api-key", ADMIN_KEY, privacy="ids")
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.kill()
+
+
+def test_roles_of_what_a_server_served_come_from_the_ids_alone(server: LiveServer, cli: Cli) -> None:
+    server.flush()  # the server's own warm-up
+    client = OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
     asked: dict[str, Any] = {"model": "m", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
     system = {"role": "system", "content": "You write Python. " * 20}
     said: list[Any] = [system]
@@ -88,7 +99,7 @@ def test_roles_of_what_a_server_served_come_from_the_ids_alone(chunked_server: L
         answer = client.chat.completions.create(messages=said, max_tokens=8, **asked)
         said.append({"role": "assistant", "content": answer.choices[0].message.content})
     client.completions.create(prompt="def is_empty(self):", max_tokens=4, **asked)
-    segment = chunked_server.flush()
+    segment = server.flush()
     done = cli("coverage", segment, "--axis", "role", "--axis", "segment", "--output", segment.parent / "study")
     assert done.returncode == 0, done.stdout + done.stderr
     found = study_coverage(Run(segment), ["role"])
