@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import typing
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +275,34 @@ class ProbedEngine:
         finally:
             self._in_flight.pop(rid, None)
         return Answer(rid, list(out["output_ids"]), int(out["meta_info"]["cached_tokens"]))
+
+    def ask(
+        self, rid: str, prompt_ids: Sequence[int], sampling_params: dict[str, Any], **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Send one request as SGLang's own server does: its answers as they come, in SGLang's form and with its errors.
+
+        Args:
+            options: further fields of SGLang's `GenerateReqInput`.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        fields = {"input_ids": list(prompt_ids), "sampling_params": dict(sampling_params), "rid": rid}
+        answers: AsyncGenerator[Any, None] = self.tokenizer_manager.generate_request(
+            GenerateReqInput(**fields, **options), None
+        )
+        return answers
+
+    async def pause(self, mode: str) -> None:
+        """Hold generation up; `mode` is one of SGLang's (`retract`, `in_place`)."""
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        await self.tokenizer_manager.pause_generation(PauseGenerationReqInput(mode=mode))
+
+    async def unpause(self) -> None:
+        """Go on with generation."""
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        await self.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
 
     async def serve(
         self, requests: Sequence[tuple[str, Sequence[int], dict[str, Any]]], concurrency: int

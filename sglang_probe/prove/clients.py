@@ -1,4 +1,4 @@
-"""Clients that send traffic to a running engine, leave, abort, pause and continue. SGLang is imported here, lazily."""
+"""Clients that send traffic to a running engine, leave, abort, pause and continue."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Clients:
         Raises:
             ProbeError: the engine ended, or the recording stopped.
         """
-        self.manager = engine.tokenizer_manager
+        self.engine, self.manager = engine, engine.tokenizer_manager
         rest = list(self.traffic)
         while rest:
             size = self.rng.randint(*self.habits.waves)
@@ -54,13 +54,11 @@ class Clients:
 
     async def _disturb(self) -> None:
         """Pause and go on, or abort everything, in the middle of a wave."""
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
-
         if self.habits.pauses:
             await asyncio.sleep(self.rng.random() * 0.5)
-            await self.manager.pause_generation(PauseGenerationReqInput(mode=self.rng.choice(["retract", "in_place"])))
+            await self.engine.pause(self.rng.choice(["retract", "in_place"]))
             await asyncio.sleep(0.05)
-            await self.manager.continue_generation(ContinueGenerationReqInput())
+            await self.engine.unpause()
             self.counts["paused"] += 1
         if self.rng.random() < 0.1:
             await asyncio.sleep(self.rng.random() * 0.5)
@@ -109,20 +107,11 @@ class Clients:
 
     async def _ask(self, request: Request, traffic: Traffic) -> list[dict[str, Any]]:
         """Send it and read the answer, one for each sample; none if the client went away."""
-        from sglang.srt.managers.io_struct import GenerateReqInput
-
         options = dict(traffic.options)
         stream = options.pop("stream", False) or traffic.reads is not None
-        asked = GenerateReqInput(
-            input_ids=list(request.prompt_ids),
-            sampling_params=dict(request.sampling_params),
-            rid=request.rid,
-            stream=stream,
-            **options,
-        )
         last: dict[str, dict[str, Any]] = {}
         pieces = 0
-        answer = self.manager.generate_request(asked, None)
+        answer = self.engine.ask(request.rid, request.prompt_ids, request.sampling_params, stream=stream, **options)
         async for said in answer:
             last |= {s["meta_info"]["id"]: s for s in (said if isinstance(said, list) else [said])}
             pieces += 1
