@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ class LiveServer:
         answer = self.http.post("/generate", json={"input_ids": prompt, "sampling_params": params, **fields})
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
+
+    @contextlib.contextmanager
+    def running(self, prompt: list[int], n: int, **fields: Any) -> Iterator[dict[str, Any]]:
+        """A request that has its first token when the block begins, however fast the machine is, and ends with it.
+
+        What is yielded is filled with the last answer of the stream when the block ends.
+        """
+        params = {"max_new_tokens": n, "temperature": 0.0, "ignore_eos": True, **fields.pop("sampling_params", {})}
+        body = {"input_ids": prompt, "sampling_params": params, "stream": True, **fields}
+        with (
+            httpx.Client(base_url=self.url, headers=self.http.headers, timeout=60) as client,
+            client.stream("POST", "/generate", json=body) as answer,
+        ):
+            assert answer.status_code == 200, answer.read()
+            lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
+            told = json.loads(next(lines).removeprefix("data: "))
+            yield told
+            for line in lines:
+                told.update(json.loads(line.removeprefix("data: ")))
 
     def status(self) -> dict[str, Any]:
         return dict(self.http.get("/probe/status").json())

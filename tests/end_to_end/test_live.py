@@ -195,15 +195,9 @@ def test_equal_prompts_have_equal_hashes_and_no_token_id_is_on_disk(server: Live
 def test_a_request_cut_by_a_flush_is_continued_and_both_halves_verify(server: LiveServer) -> None:
     shared = [33, *range(900, 960)]
     server.generate(shared, rid="owner")
-    answer: dict[str, Any] = {}
-    worker = threading.Thread(
-        target=lambda: answer.update(server.generate([*shared, 1], 400, rid="long", sampling_params=PROVENANCE))
-    )
-    worker.start()
-    time.sleep(0.8)
-    first = server.flush()
-    server.generate([*shared, 2], rid="later")
-    worker.join()
+    with server.running([*shared, 1], 400, rid="long", sampling_params=PROVENANCE) as answer:
+        first = server.flush()
+        server.generate([*shared, 2], rid="later")
     _settled(server)
     second = server.flush()
     halves = [load_run(first), load_run(second)]
@@ -233,11 +227,8 @@ def test_a_client_that_uses_an_id_again_breaks_nothing(server: LiveServer) -> No
 def test_ids_that_spell_names_of_the_probes_own_take_nobodys_place(server: LiveServer) -> None:
     """`k~1` is running while `k` comes again; ids may be empty, odd, huge, or in use (SGLang refuses those)."""
     server.generate([70, 71, 72], 3, rid="k")
-    slow = threading.Thread(target=lambda: server.generate([70, 71, 73], 200, rid="k~1"))
-    slow.start()
-    time.sleep(0.3)
-    server.generate([70, 71, 72], 10, rid="k")
-    slow.join()
+    with server.running([70, 71, 73], 200, rid="k~1"):
+        server.generate([70, 71, 72], 10, rid="k")
     odd = ["", "~1", "a/../b\n", "é", "x" * 100_000, "same", "same", "same"]
     codes: list[int] = []
     clients = [threading.Thread(target=_ask, args=(server, rid, i, codes)) for i, rid in enumerate(odd)]

@@ -198,12 +198,8 @@ def _abort(server: LiveServer, rid: str) -> None:
 
 
 def test_an_abort_in_decode_ends_the_spans_where_it_happened(server: LiveServer) -> None:
-    ids = prompt(40)
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(_ask, server, ids, 3000, rid="abort-decode")
-        time.sleep(0.5)
+    with server.running(prompt(40), 3000, rid="abort-decode"):
         _abort(server, "abort-decode")
-        asked.result()
     run = closed(server)
     spans = merged(spans_of(run, "abort-decode"))
     (end,) = run.requests().loc[lambda r: r["rid"] == "abort-decode", "finish_reason"]
@@ -214,13 +210,18 @@ def test_an_abort_in_decode_ends_the_spans_where_it_happened(server: LiveServer)
 
 
 def test_an_abort_in_a_prompt_leaves_the_rest_unrequested(server: LiveServer) -> None:
-    ids = prompt(2500)  # forty chunks
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(_ask, server, ids, 4, rid="abort-prefill")
-        time.sleep(0.25)
-        _abort(server, "abort-prefill")
-        asked.result()
-    spans = merged(spans_of(closed(server), "abort-prefill"))
+    wait = 0.25
+    for attempt in range(12):  # until the abort falls among the forty chunks, however fast they are computed
+        rid = f"abort-prefill-{attempt}"
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(_ask, server, prompt(2500), 4, rid=rid)
+            time.sleep(wait)
+            _abort(server, rid)
+            asked.result()
+        spans = merged(spans_of(closed(server), rid))
+        if spans[-1][2] == "unrequested" and len(spans) == 2:
+            break
+        wait *= 1.5 if spans == [(0, 2500, "unrequested", None, None)] else 0.5
     done = spans[0][1]
     assert spans == [computed(0, done), (done, 2500, "unrequested", None, None)]
     assert 0 < done < 2500
@@ -228,16 +229,16 @@ def test_an_abort_in_a_prompt_leaves_the_rest_unrequested(server: LiveServer) ->
 
 
 def test_an_abort_in_the_queue_leaves_everything_unrequested(server: LiveServer) -> None:
-    ids = prompt(60)
-    with ThreadPoolExecutor() as pool:
-        running = [pool.submit(_ask, server, prompt(30), 400, rid=f"busy-{i}") for i in range(2)]
-        time.sleep(0.2)
-        asked = pool.submit(_ask, server, ids, 4, rid="abort-queue")
+    with (
+        ThreadPoolExecutor() as pool,
+        server.running(prompt(30), 3000, rid="busy-0"),
+        server.running(prompt(30), 3000, rid="busy-1"),
+    ):
+        asked = pool.submit(_ask, server, prompt(60), 4, rid="abort-queue")
         time.sleep(0.1)
-        _abort(server, "abort-queue")
+        for rid in ("abort-queue", "busy-0", "busy-1"):
+            _abort(server, rid)
         asked.result()
-        for r in running:
-            r.result()
     assert spans_of(closed(server), "abort-queue") == [(0, 60, "unrequested", None, None)]
 
 
@@ -270,13 +271,11 @@ def test_duplicates_in_one_batch_are_both_computed_and_one_is_rebound(server: Li
 
 
 def test_a_preempted_request_is_retracted_and_computed_again(server: LiveServer) -> None:
-    with ThreadPoolExecutor() as pool:
-        low = [pool.submit(_ask, server, prompt(40), 300, rid=f"low-{i}", priority=0) for i in range(2)]
-        time.sleep(0.4)
-        high = pool.submit(_ask, server, prompt(40), 4, rid="high", priority=100)
-        assert high.result().status_code == 200
-        for r in low:
-            assert r.result().status_code == 200
+    with (
+        server.running(prompt(40), 300, rid="low-0", priority=0),
+        server.running(prompt(40), 300, rid="low-1", priority=0),
+    ):
+        assert _ask(server, prompt(40), 4, rid="high", priority=100).status_code == 200
     run = closed(server)
     assert spans_of(run, "high") == [computed(0, 40), computed(40, 43, "decode")]
     ended = run.engine_requests().set_index("rid")["retractions"]

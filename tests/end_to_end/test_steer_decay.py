@@ -32,7 +32,6 @@ from tests.end_to_end.steering import MODEL, Reference, make_library
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("steering")]
 PROMPT, ONSETS, WINDOW, AFTER, STRENGTH = 24, [1, 6], 3, 4, 40.0
 FEATURES = list(range(0, 1024, 4))
-FEATURES = list(range(0, 1024, 4))
 
 
 @contextmanager
@@ -180,7 +179,8 @@ def test_each_step_is_what_transformers_computes(cli: Callable, tmp_path: Path) 
     assert (found[0].judged["score"] == 0).all()
     # Two questions for every text of an arm, and for the plain model's text in the same window.
     assert len(asked_of_judge) == len({q["messages"][0]["content"] for q in asked_of_judge})
-    assert "ships" in asked_of_judge[0]["messages"][0]["content"]
+    about = [q["messages"][0]["content"] for q in asked_of_judge]  # in the order in which the judge's workers came
+    assert 2 * sum("ships" in q for q in about) == len(about)
 
     read = ["steer", "decay", str(config), "--output", str(folder), "--report-only"]
     assert list(run_commands([read]).values()) == [0]
