@@ -252,17 +252,14 @@ def _ask(server: LiveServer, rid: str, i: int, codes: list[int]) -> None:
 
 
 def test_beams_are_refused_by_name_and_the_others_are_recorded(server: LiveServer, openai: OpenAI) -> None:
-    answers: list[Any] = []
-    other = threading.Thread(target=lambda: answers.append(server.generate([90, 91, 92], 100, rid="beside")))
-    other.start()
-    refused = server.http.post(
-        "/generate", json={"input_ids": [*range(40, 60)], "sampling_params": {"max_new_tokens": 4, "beam_width": 2}}
-    )
-    assert refused.status_code == 400
-    assert "beam_width" in refused.text
-    several = openai.completions.create(model="m", prompt="x = ", max_tokens=4, n=3)
-    assert len(several.choices) == 3
-    other.join()
+    with server.running([90, 91, 92], 100, rid="beside"):
+        refused = server.http.post(
+            "/generate", json={"input_ids": [*range(40, 60)], "sampling_params": {"max_new_tokens": 4, "beam_width": 2}}
+        )
+        assert refused.status_code == 400
+        assert "beam_width" in refused.text
+        several = openai.completions.create(model="m", prompt="x = ", max_tokens=4, n=3)
+        assert len(several.choices) == 3
     status = _settled(server)
     assert (status["recording"], status["requests_unaccounted"]) == (True, 0)
     run = load_run(server.flush())

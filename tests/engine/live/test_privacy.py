@@ -29,7 +29,7 @@ def test_token_ids_are_not_written(level: str, make_engine: Callable[..., FakeEn
     engine = make_engine(privacy=level)
     engine.serve("a", SECRET)
     engine.flush()
-    assert _ids_on_disk(engine.live._root) == 0
+    assert _ids_on_disk(engine.live.root) == 0
 
 
 def test_token_ids_are_written_if_asked(make_engine: Callable[..., FakeEngine]) -> None:

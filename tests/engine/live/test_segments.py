@@ -39,7 +39,7 @@ def test_a_segment_is_closed_when_its_requests_are_many_enough(
     wait(lambda: engine.live.status()["segments_closed"] == 1)
     engine.serve("r2", A)
     assert engine.live.status()["segment"]["number"] == 1
-    assert violations(checked(segments.segment_path(engine.live._root, 0))[1]) == []
+    assert violations(checked(segments.segment_path(engine.live.root, 0))[1]) == []
 
 
 def test_a_due_segment_waits_for_a_moment_without_requests_but_not_for_ever(
@@ -52,12 +52,12 @@ def test_a_due_segment_waits_for_a_moment_without_requests_but_not_for_ever(
     assert patient.live.status()["segments_closed"] == 0
     patient.end("a", "b")
     wait(lambda: patient.live.status()["segments_closed"] == 1)
-    assert load_run(patient.live._root / "segment-00000").manifest["requests_by_finish"] == {"length": 2}
+    assert load_run(patient.live.root / "segment-00000").manifest["requests_by_finish"] == {"length": 2}
 
     hasty = make_engine("hasty", segments={"max_seconds": 0.01, "patience": 0})
     hasty.prefill("a", A)
     wait(lambda: hasty.live.status()["segments_closed"] == 1)
-    assert load_run(hasty.live._root / "segment-00000").manifest["requests_by_finish"] == {"continues": 1}
+    assert load_run(hasty.live.root / "segment-00000").manifest["requests_by_finish"] == {"continues": 1}
 
 
 def test_requests_and_origins_may_lie_across_a_border(make_engine: Callable[..., FakeEngine]) -> None:
@@ -134,13 +134,13 @@ def test_what_a_dead_server_left_is_interrupted_and_a_new_segment_begins(
     dead = make_engine()
     dead.serve("a", A)
     dead.prefill("b", [7, 8])
-    dead.live._writer.flush()
-    dead.live._handle.release()  # what the kernel does when a process dies
+    dead.live.segment.writer.flush()
+    dead.live._keeper._handle.release()  # what the kernel does when a process dies
 
     engine = make_engine()
     assert engine.live.status()["segments_interrupted_before"] == ["segment-00000"]
     assert engine.live.status()["segment"]["number"] == 1
-    run, checks = checked(engine.live._root / "segment-00000")
+    run, checks = checked(engine.live.root / "segment-00000")
     assert violations(checks) == []
     assert (run.manifest["status"], run.complete) == ("interrupted", False)
     assert run.manifest["requests_by_finish"] == {"length": 1, "interrupted": 1}
@@ -166,8 +166,8 @@ def test_closing_says_complete_and_a_fault_says_incomplete(make_engine: Callable
         engine.serve("a", A)
     good.live.close()
     bad.live.close(status="incomplete", fault="why")
-    assert load_run(good.live._root / "segment-00000").complete
-    manifest = load_run(bad.live._root / "segment-00000").manifest
+    assert load_run(good.live.root / "segment-00000").complete
+    manifest = load_run(bad.live.root / "segment-00000").manifest
     assert (manifest["status"], manifest["fault"]) == ("incomplete", "why")
 
 

@@ -84,7 +84,7 @@ def test_a_disk_that_fails_is_noticed_without_traffic_and_waited_for(
 ) -> None:
     engine = make_engine()
     engine.serve("a", A)
-    root, aside = engine.live._root, engine.live._root.with_name("aside")
+    root, aside = engine.live.root, engine.live._root.with_name("aside")
     root.rename(aside)
     root.write_text("no folder")
     engine.serve("b", [7, 8])
@@ -148,7 +148,7 @@ def test_flushes_that_come_too_soon_wait_and_share_one_segment(
     assert engine.live.status()["segments_closed"] == 1
     wait(lambda: engine.live.status()["flush"]["done"] >= asked)
     assert engine.live.status()["segments_closed"] == 2
-    assert len(load_run(engine.live._root / "segment-00001").requests()) == 5
+    assert len(load_run(engine.live.root / "segment-00001").requests()) == 5
 
 
 def test_a_flush_of_nothing_says_so(make_engine: Callable[..., FakeEngine]) -> None:
@@ -193,6 +193,6 @@ def test_reuse_across_an_update_within_a_segment_is_named(make_engine: Callable[
 def test_an_update_without_traffic_makes_no_empty_segment(make_engine: Callable[..., FakeEngine], wait: Wait) -> None:
     engine = make_engine()
     engine.update_weights("v2")
-    path = segments.segment_path(engine.live._root, 0)
+    path = segments.segment_path(engine.live.root, 0)
     wait(lambda: len(json.loads((path / MANIFEST).read_text())["weights"]) == 2)
     assert engine.live.status()["segments_closed"] == 0
