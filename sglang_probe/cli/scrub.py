@@ -39,7 +39,8 @@ def command(
     Example: `sglang-probe scrub runs/traffic --output runs/traffic-scrubbed`
     """
     from sglang_probe.errors import ConfigError
-    from sglang_probe.privacy.withhold import UNKNOWN, Withhold, withhold
+    from sglang_probe.privacy.rule import Withhold
+    from sglang_probe.privacy.withhold import UNKNOWN, withhold
     from sglang_probe.run.run import load_run
 
     opened = load_run(run)

@@ -12,7 +12,7 @@ from sglang_probe.config import Config, FolderName, InputPath, beside
 from sglang_probe.errors import ConfigError
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
-from sglang_probe.privacy.withhold import Withhold
+from sglang_probe.privacy.rule import Withhold
 from sglang_probe.run.hook_points import EMBED, parse_pattern
 from sglang_probe.run.selection import RowsConfig, Selected, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest.directory import hold_directory
-from sglang_probe.privacy.withhold import Withhold, settle_in_place, withhold_in_place
+from sglang_probe.privacy.rule import Withhold
+from sglang_probe.privacy.withhold import settle_in_place, withhold_in_place
 from sglang_probe.run.run import Run, load_run
 
 

@@ -16,10 +16,9 @@ that a prefix that requests share tells nobody's.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
 
 from sglang_probe.axes.vocabulary import Vocabulary
-from sglang_probe.config import Config
 from sglang_probe.errors import ConfigError
-from sglang_probe.privacy.detect import KINDS, Kind, find
+from sglang_probe.privacy.rule import Withhold, found_in
+from sglang_probe.privacy.secrets import manifest_without, secrets_of, told_without
 from sglang_probe.run import journal, schema, seal, shards
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.files import REQUESTS_FILE
@@ -47,40 +45,6 @@ UNKNOWN = "unknown"
 """Reason of a position whose token is not in the run."""
 _COPIED = ("interventions.json", "scores.safetensors", "probe.yaml", "fault.txt")
 """Files that hold no token ids, copied as they are. Cards and reports are not copied: they may quote the text."""
-
-
-class Withhold(Config):
-    """What is withheld of a run."""
-
-    pii: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1)
-    """Kinds of personal data; names and addresses are found by none of them."""
-    neighbours: int = Field(default=1, ge=0, le=64)
-    """Positions on either side whose rows are withheld too."""
-    presidio: bool = False
-    """Ask the pattern recognisers of presidio as well (the extra `pii`)."""
-
-    @field_validator("pii")
-    @classmethod
-    def _once(cls, kinds: list[Kind]) -> list[Kind]:
-        return list(dict.fromkeys(kinds))
-
-
-def found_in(ids: Sequence[int], vocabulary: Vocabulary, rule: Withhold) -> list[tuple[int, int, str]]:
-    """Positions `[start, end)` of what is found in a sequence of tokens, with its kind.
-
-    Args:
-        ids: those that are unknown (-1) end a piece of text.
-    """
-    text = [vocabulary.pieces[i] if 0 <= i < len(vocabulary) else b"\x00" for i in ids]
-    ends = np.cumsum([len(piece) for piece in text])
-    told = []
-    # A character a byte, so that places in the text are places in the bytes. Patterns are of ASCII, and every other
-    # byte is a character that is no letter: read as Latin-1, part of a curly quote is one, and hides what is beside it.
-    for f in find(b"".join(text).decode("ascii", errors="replace"), rule.pii, presidio=rule.presidio):
-        first = int(np.searchsorted(ends, f.start, side="right"))
-        last = int(np.searchsorted(ends, f.end - 1, side="right"))
-        told.append((first, last + 1, f"pii:{f.kind}"))
-    return told
 
 
 def reasons_of(
@@ -211,7 +175,7 @@ def _copy(run: Run, made: Path, reasons: Mapping[str, Array], vocabulary: Vocabu
     table = _table(reasons)
     gone = _rows_gone(run, reasons)
     own = {rid: np.array([isinstance(x, str) and x != NEIGHBOUR for x in told]) for rid, told in reasons.items()}
-    secrets = _secrets(run.requests(interrupted=True), own, vocabulary, rule)
+    secrets = secrets_of(run.requests(interrupted=True), own, vocabulary, rule)
     first = True
     for part in run.parts():
         files: dict[str, str] = {}
@@ -234,7 +198,9 @@ def _copy(run: Run, made: Path, reasons: Mapping[str, Array], vocabulary: Vocabu
             name = f"ledger/withheld-{part.stem}.parquet"
             files[name] = journal.write_durably(made / name, lambda p: pq.write_table(table, p, compression="zstd"))
         journal.append(made, replace(part, files=files))
-    _rewritten(run.path / REQUESTS_FILE, made / REQUESTS_FILE, lambda t: _told(_ids(t, own, prompt=True), secrets))
+    _rewritten(
+        run.path / REQUESTS_FILE, made / REQUESTS_FILE, lambda t: told_without(_ids(t, own, prompt=True), secrets)
+    )
     for source in [*(run.path / name for name in _COPIED), *run.path.glob("kept*.safetensors")]:
         if source.exists():
             shutil.copyfile(source, made / source.name)
@@ -242,7 +208,7 @@ def _copy(run: Run, made: Path, reasons: Mapping[str, Array], vocabulary: Vocabu
     counts = pd.Series([x for told in reasons.values() for x in told if x is not None], dtype=object).value_counts()
     told = {str(k): int(v) for k, v in counts.items()}
     copied = {
-        **_manifest(run.manifest, secrets),
+        **manifest_without(run.manifest, secrets),
         "withheld": {**rule.model_dump(mode="json"), "positions": told},
         "columns_digest": None,
     }
@@ -325,95 +291,6 @@ def _ids(table: pa.Table, own: Mapping[str, Array], *, prompt: bool) -> pa.Table
         at = table.column_names.index(name)
         table = table.set_column(at, name, pa.array(cleaned, type=table.schema.field(name).type))
     return table
-
-
-@dataclass(frozen=True)
-class _Secret:
-    """What is withheld of a request, by which it is known in what else is said of it."""
-
-    ids: frozenset[int]
-    texts: tuple[str, ...]
-    vocabulary: Vocabulary
-    rule: Withhold
-
-    def in_ids(self, ids: Sequence[int] | None) -> bool:
-        """Whether a list of token ids holds one of them, or is itself text in which something is found."""
-        if ids is None:
-            return False
-        return not self.ids.isdisjoint(ids) or bool(found_in(ids, self.vocabulary, self.rule))
-
-    def in_value(self, value: Any) -> bool:
-        """The same of a value as JSON has it: text, a number in a list, a key."""
-        if isinstance(value, str):
-            plain = value.replace("\\", "")  # of a regular expression
-            known = len(plain.strip()) >= _LEAST_KNOWN and any(plain.strip() in t or t in plain for t in self.texts)
-            return known or bool(find(plain, self.rule.pii, presidio=self.rule.presidio))
-        if isinstance(value, dict):
-            keys = any(self.in_value(k) or (k.isdecimal() and int(k) in self.ids) for k in value)
-            return keys or any(self.in_value(v) for v in value.values())
-        if isinstance(value, list):
-            return self.in_ids([x for x in value if type(x) is int]) or any(self.in_value(v) for v in value)
-        return False
-
-    def left(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The sampling parameters that tell nothing of it; and `custom_params`, of which a run has what the probe was
-        asked that changes rows: places and names of vectors."""
-        return {k: v for k, v in values.items() if k == "custom_params" or not self.in_value(v)}
-
-
-_LEAST_KNOWN = 4
-"""Characters of a text that is taken for a part of what is withheld: shorter ones occur everywhere."""
-_SAID = "withheld"
-"""In place of a message that quoted what is withheld."""
-
-
-def _secrets(
-    requests: pd.DataFrame, own: Mapping[str, Array], vocabulary: Vocabulary, rule: Withhold
-) -> dict[str, _Secret]:
-    secrets = {}
-    for r in requests.itertuples():
-        ids = [] if r.prompt_ids is None else [*r.prompt_ids, *(() if r.output_ids is None else r.output_ids)]
-        mine, texts = own[r.rid][: len(ids)], []
-        for away, span in itertools.groupby(range(len(ids)), key=lambda p: bool(mine[p])):
-            if away:
-                pieces = (vocabulary.pieces[ids[p]] for p in span if 0 <= ids[p] < len(vocabulary))
-                texts.append(b"".join(pieces).decode("utf-8", errors="replace").strip())
-        known = frozenset(int(i) for i, away in zip(ids, mine, strict=True) if away and i >= 0)
-        secrets[r.rid] = _Secret(known, tuple(t for t in texts if len(t) >= _LEAST_KNOWN), vocabulary, rule)
-    return secrets
-
-
-def _told(table: pa.Table, secrets: Mapping[str, _Secret]) -> pa.Table:
-    """`requests.parquet` without what its other columns tell: right answers, sampling parameters, refusals."""
-    rids = table["rid"].to_pylist()
-    for name in ("continuation_ids", "answer_ids", "sampling_params", "refusal"):
-        if name not in table.column_names:
-            continue
-        cleaned: list[Any] = []
-        for rid, value in zip(rids, table[name].to_pylist(), strict=True):
-            secret = secrets[rid]
-            if name == "sampling_params" and value is not None:
-                cleaned.append(json.dumps(secret.left(json.loads(value))))
-            elif name == "refusal":
-                cleaned.append(_SAID if secret.in_value(value) else value)
-            else:
-                cleaned.append(None if secret.in_ids(value) else value)
-        at = table.column_names.index(name)
-        table = table.set_column(at, name, pa.array(cleaned, type=table.schema.field(name).type))
-    return table
-
-
-def _manifest(manifest: Mapping[str, Any], secrets: Mapping[str, _Secret]) -> dict[str, Any]:
-    """The same of the manifest: sampling parameters of all requests, and refusals."""
-    told = dict(manifest)
-    if isinstance(told.get("sampling"), dict):
-        for secret in secrets.values():
-            told["sampling"] = secret.left(told["sampling"])
-    if told.get("refused"):
-        told["refused"] = {
-            rid: _SAID if rid in secrets and secrets[rid].in_value(why) else why for rid, why in told["refused"].items()
-        }
-    return told
 
 
 def _without(table: pa.Table, reasons: Mapping[str, Array]) -> pa.Table:

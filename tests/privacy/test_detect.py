@@ -13,7 +13,7 @@ import pytest
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.privacy.detect import KINDS, Found, Kind, entropy, find, luhn, mod97
-from sglang_probe.privacy.withhold import Withhold, found_in
+from sglang_probe.privacy.rule import Withhold, found_in
 
 PLANTED = {
     "email": ["ann.lee@example.org", "o'brien+list@mail.example.co.uk", "x_1%y@sub-domain.example.museum"],
