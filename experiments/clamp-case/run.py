@@ -47,7 +47,7 @@ from sglang_probe.steering.apply import Bank, intervene, parts_of
 from sglang_probe.steering.library import weight_hash_of_folder
 from sglang_probe.steering.make import Target, sae_feature
 from sglang_probe.steering.plan import rows_of
-from sglang_probe.steering.spec import spec_of
+from sglang_probe.steering.resolve import spec_of
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
 

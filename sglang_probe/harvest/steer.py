@@ -12,7 +12,7 @@ from sglang_probe.policy.arm import Arm
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.config import SteerConfig
 from sglang_probe.steering.library import Library, weight_hash
-from sglang_probe.steering.spec import spec_of
+from sglang_probe.steering.resolve import spec_of
 
 
 def open_library(config: SteerConfig | None, model: Model) -> Library | None:

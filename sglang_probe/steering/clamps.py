@@ -21,7 +21,8 @@ from sglang_probe.sae.folder import weights_sha256
 from sglang_probe.steering import library
 from sglang_probe.steering.card import Card, MadeBy
 from sglang_probe.steering.library import Vector
-from sglang_probe.steering.spec import Spec, Step, probe_of
+from sglang_probe.steering.resolve import probe_of
+from sglang_probe.steering.spec import Spec, Step
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.steer_ask import Steer
-from sglang_probe.steering.spec import Spec, joined, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Spec, joined
 from sglang_probe.verify.check import Check
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,7 @@ from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.apply import Bank, intervene, parts_of
 from sglang_probe.steering.library import Library, MadeBy, weight_hash_of_folder, write
 from sglang_probe.steering.plan import rows_of
-from sglang_probe.steering.spec import spec_of
+from sglang_probe.steering.resolve import spec_of
 
 MODEL = shipped("models/probe-text/checkpoint")
 WIDTH = 256

@@ -27,7 +27,7 @@ from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.card import Card, MadeBy
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.reference import Vectors, intervened
-from sglang_probe.steering.spec import spec_of
+from sglang_probe.steering.resolve import spec_of
 from tests.sae.linear import Linear, planted
 from tests.sae.small import random_sae
 

@@ -11,7 +11,8 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
 from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
-from sglang_probe.steering.spec import merged, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import merged
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 from tests.steering.clamped import FEATURE, make_clamp
 

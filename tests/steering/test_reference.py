@@ -15,7 +15,8 @@ from sglang_probe.steering.card import Card, MadeBy
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.plan import OPS, Rows, rows_of
 from sglang_probe.steering.reference import Close, Vectors, changed, intervened
-from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Spec
 
 D, LAYERS, PROMPT, LENGTH = 32, 3, 5, 12
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])

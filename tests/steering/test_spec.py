@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.steer_ask import Steer
-from sglang_probe.steering.spec import END, Spec, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import END, Spec
 from tests.steering.toy import LIBRARY, spec
 
 PROMPT = 100

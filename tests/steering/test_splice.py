@@ -21,7 +21,8 @@ from sglang_probe.steering.apply import bank_of, intervene
 from sglang_probe.steering.library import Library, listed, write_sae_entry
 from sglang_probe.steering.plan import Rows, rows_of
 from sglang_probe.steering.reference import Close
-from sglang_probe.steering.spec import MOST_SPLICES, Spec, spec_of
+from sglang_probe.steering.resolve import MOST_SPLICES, spec_of
+from sglang_probe.steering.spec import Spec
 from sglang_probe.steering.splice import directions, undecided
 from tests.sae.small import hand_made, random_sae, rows
 from tests.steering.conftest import MakeRun

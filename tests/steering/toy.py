@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_probe.steer_ask import Steer
-from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Spec
 
 
 @dataclass(frozen=True)

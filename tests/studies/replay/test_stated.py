@@ -14,7 +14,8 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.sae.features import Feature
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.library import Library
-from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.runs import askable
 from sglang_probe.studies.replay.stated import stated
 from sglang_probe.studies.replay.study import _within_the_floor

@@ -44,7 +44,8 @@ from sglang_probe.run.hook_points import check_architecture
 from sglang_probe.steering.config import told
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.plan import Rows, rows_of
-from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, merged, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, merged
 
 if TYPE_CHECKING:
     import torch
