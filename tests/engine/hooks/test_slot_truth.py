@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_probe.engine.hooks import instruments, inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Forward
 from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth, Truth
@@ -138,5 +139,12 @@ def test_it_is_there_for_proofs_alone(tmp_path: Path) -> None:
     plain = EngineProbeConfig(run=tmp_path)
     proof = plain.model_copy(update={"slot_truth": tmp_path / "slots"})
     assert (SlotTruth.wanted(plain), SlotTruth.wanted(proof)) == (False, True)
+    features = instruments.features(proof)
+    assert "slot truth" in features
+    assert "slot truth" not in instruments.features(plain)
+    targets = {
+        f.target.target.rpartition(".")[2]: f.state for f in inventory.examine(inventory.load_inventory(), features)
+    }
+    assert (targets["write"], targets["alloc_for_extend"]) == ("fine", "fine")
     assert SlotTruth.serves(proof, plain)
     assert not SlotTruth.serves(plain, proof)
