@@ -167,8 +167,9 @@ def test_a_graph_without_the_taps_refuses_the_engine(engine: Engine) -> None:
 
 
 def test_a_cache_that_is_not_by_slots_is_refused() -> None:
-    assert host_telemetry.check_keys(POOL[0]) is POOL[0]
+    by_slots = POOL[0]
+    assert host_telemetry.check_keys(by_slots) is by_slots
     with pytest.raises(UnsupportedError, match=r"shape \[10, 1, 4, 6\], which is not by slots"):
-        host_telemetry.check_keys(POOL[0].view(10, 4, 1, WIDTH).transpose(1, 2))
+        host_telemetry.check_keys(by_slots.view(10, 4, 1, WIDTH).transpose(1, 2))
     with pytest.raises(UnsupportedError, match="float8"):
-        host_telemetry.check_keys(POOL[0].to(torch.float8_e5m2))
+        host_telemetry.check_keys(by_slots.to(torch.float8_e5m2))
