@@ -116,16 +116,18 @@ def test_the_report_says_what_the_finished_run_must_say(monkeypatch: pytest.Monk
     recorder = SimpleNamespace(lineage=Believing(b=[origin("a", 0, 2)]))
     monkeypatch.setattr(running, "recorder", recorder)
 
-    def run(plan: Plan, pools: list[int], slots: list[int]) -> None:
+    def run(plan: Plan, pools: list[int], slots: list[int], physical: list[int] | None = None) -> None:
+        virtual = torch.tensor([*slots, 0], dtype=torch.int32)  # padded, as of a graph
         batch = SimpleNamespace(
             req_pool_indices=torch.tensor(pools, dtype=torch.int32),
-            out_cache_loc=torch.tensor([*slots, 0], dtype=torch.int32),  # padded, as of a graph
+            out_cache_loc=virtual if physical is None else torch.tensor(physical),
+            out_cache_loc_virtual=None if physical is None else virtual,
         )
         forward = Forward(runner, batch, plan)  # type: ignore[arg-type]
         instrument.before(forward)
         instrument.after(forward)
 
-    run(Plan(["a"], [0], [3]), [1], [4, 5, 6])
+    run(Plan(["a"], [0], [3]), [1], [4, 5, 6], physical=[1, 0, 2])  # translated for attention; the table is not
     run(Plan(["a", "b"], [3, 2], [4, 3], forward_id=1), [1, 2], [8, 7])
     instrument.close()
     found = read_owners(tmp_path / "slots")

@@ -66,7 +66,10 @@ class SlotTruth(Instrument):
         plan, truth = forward.plan, self.truth
         if plan is None or truth is None:
             return
-        truth.after(forward.batch.out_cache_loc[: plan.tokens].cpu().numpy().astype(np.int64), plan)
+        slots = getattr(forward.batch, "out_cache_loc_virtual", None)
+        if slots is None:  # else attention was given places of another pool; `req_to_token` has these
+            slots = forward.batch.out_cache_loc
+        truth.after(slots[: plan.tokens].cpu().numpy().astype(np.int64), plan)
         if truth.forwards % _EVERY == 0:
             self._report(truth.counts())
 
