@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -25,6 +28,22 @@ def test_without_a_gpu_it_says_so_in_a_sentence_and_runs_nothing(tmp_path: Path)
     assert done.stderr.startswith("bench-gpu needs an NVIDIA GPU that PyTorch can use, and this machine has none")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "gpu").exists()
+
+
+def test_top_positions_that_differ_are_told_by_whether_their_request_was_rebound() -> None:
+    found = runpy.run_path(str(ROOT / "bench/gpu_kit/telemetry.py"))["where_they_differ"]
+    places = [("a", 5, [3, 1, 0]), ("a", 1, [1, 3, 0]), ("b", 5, [3, 1, 0]), ("b", 5, [1, 3, 2])]
+    rows = [
+        {"rid": r, "layer": 0, "head": i, "step": 0, "forward_id": f, "top_positions": np.array(p)}
+        for i, (r, f, p) in enumerate(places)
+    ]
+    online = pd.DataFrame(rows)
+    weights = [np.array([0.5, 0.4, 0.1])] * 4
+    true = [np.array([1, 3, 0])] * 4  # the first and the third differ; the last in the last place alone
+    offline = online.drop(columns="forward_id").assign(top_positions=true, top_weights=weights)
+    rebinds = pd.DataFrame([{"rid": "a", "start": 3, "end": 4, "at_forward": 2}])
+    told = found(online.assign(top_weights=weights), offline, rebinds)
+    assert list(told.values()) == [4, 4, 2, 1, 3, 1, [0.2, 0.2, 0.2, 0.2]]
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "harvest": {"engine", "steering", "model", "verify", "privacy", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
     | {"monitor", "stats", "report", *GROUND},
-    "prove": {"harvest", "engine", "verify", "run", "workload", "policy", *GROUND},
+    "prove": {"harvest", "engine", "verify", "stats", "run", "workload", "policy", *GROUND},
     "export": {"studies", "sae", "run", *GROUND},
     "cli": {"export", "studies", "prove", "harvest", "monitor", "privacy", "steering", "sae", "model", "verify"}
     | {"engine", "run", "report", *GROUND},

@@ -29,7 +29,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 1,
     requests: Annotated[int, typer.Option(help="Of each of three recordings.")] = 40,
     transformers: Annotated[int, typer.Option(help="Requests that `transformers` computes again.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Of the measurement of what recording costs.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Of the measurement of what recording costs; 6 for an interval.")] = 8,
     keep: Annotated[Path | None, typer.Option(help="Leave the recordings in this folder, which must be new.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate instead of the table.")] = False,
 ) -> None:

@@ -70,13 +70,15 @@ def all_ended(run: Run, rids: Sequence[str], name: str) -> Check:
     return Check(f"ends, {name}", "every request has an end", len(rids), "requests", violation)
 
 
-def reached(runs: Iterable[Run], *, cached: bool) -> Check:
+def reached(runs: Iterable[Run], *, cached: bool, prefill_graphs: bool = False) -> Check:
     """What the traffic made the engine do: a proof in which nothing was reused proves nothing of reuse.
 
     Args:
         cached: whether the engine has a prefix cache.
+        prefill_graphs: whether forwards with prompts may be replayed.
     """
-    counts = dict.fromkeys(("reused", "rebound", "retracted", "aborted", "mixed", "chunked", "replayed"), 0)
+    names = ("reused", "rebound", "retracted", "aborted", "mixed", "chunked", "replayed", "replayed prefill")
+    counts = dict.fromkeys(names, 0)
     for run in runs:
         spans, forwards, requests = run.spans(), run.forwards(), run.engine_requests()
         counts["reused"] += int((spans["end"] - spans["start"])[spans["status"] == schema.REUSED].sum())
@@ -86,29 +88,37 @@ def reached(runs: Iterable[Run], *, cached: bool) -> Check:
         counts["mixed"] += int((forwards["mode"] == "mixed").sum())
         counts["chunked"] += int((spans["chunk"] > 0).sum())
         counts["replayed"] += int(forwards["graph"].sum())
+        counts["replayed prefill"] += int((forwards["graph"] & (forwards["mode"] != "decode")).sum())
     units = {"reused": "positions", "rebound": "spans", "chunked": "later chunks"}
     units |= {"retracted": "requests", "aborted": "requests", "mixed": "forwards", "replayed": "forwards"}
+    units |= {"replayed prefill": "forwards"}
     note = ", ".join(f"{name} {n:,} {units[name]}" for name, n in counts.items())
-    violation = (
-        "no position was reused, so that nothing is proved of reuse" if cached and not counts["reused"] else None
-    )
+    violation = None
+    if cached and not counts["reused"]:
+        violation = "no position was reused, so that nothing is proved of reuse"
+    elif prefill_graphs and not counts["replayed prefill"]:
+        violation = "prefill graphs are in force, and no forward with a prompt was replayed: nothing is proved of them"
     return Check("reached", "the traffic reused entries", counts["reused"], "positions", violation, note)
 
 
-def graphs(checked: dict[str, Any] | None, *, captured: bool) -> Asked:
-    """The check of every captured decode graph, which the engine made when it started and would not have started
-    without (`engine/hooks/instruments/graph_check.py`).
+def graphs(checked: dict[str, Any] | None, *, decode: bool, prefill: bool) -> Asked:
+    """The check of every captured graph, which the engine made when it started and would not have started without
+    (`engine/hooks/instruments/graph_check.py`).
 
     Args:
-        checked: what the manifest says of it. captured: whether there are graphs.
+        checked: what the manifest says of it. decode, prefill: whether there are graphs of that phase.
     """
     claim = "every captured graph writes every row, of its own token, and as the eager forward does"
+    sizes = {phase: (checked or {}).get(key, []) for phase, key in (("decode", "sizes"), ("prefill", "prefill_sizes"))}
+    unchecked = [phase for phase, there in (("decode", decode), ("prefill", prefill)) if there and not sizes[phase]]
+    violation = f"{' and '.join(unchecked)} graphs are in force, and none was checked" if unchecked else None
     if checked is None:
-        violation = "graphs are in force, and none was checked" if captured else None
-        return Asked("P1", Check("graphs", claim, 0, "graphs", violation, "no graphs" if not captured else None), 0.0)
+        return Asked("P1", Check("graphs", claim, 0, "graphs", violation, None if violation else "no graphs"), 0.0)
     worst = max(checked["worst"], key=lambda h: checked["worst"][h])
+    of = "; ".join(f"{phase}: {s[0]} to {s[-1]} tokens" for phase, s in sizes.items() if s)
     note = (
-        f"{checked['sizes'][0]} to {checked['sizes'][-1]} tokens; replay against eager: worst {worst}, "
+        f"{of}; replay against eager: worst {worst}, "
         f"{checked['worst'][worst]:.1e}; equal to the bit: {min(checked['equal'].values()):.0%} or more of the rows"
     )
-    return Asked("P1", Check("graphs", claim, len(checked["sizes"]), "graphs", None, note), checked["seconds"])
+    number = sum(map(len, sizes.values()))
+    return Asked("P1", Check("graphs", claim, number, "graphs", violation, note), checked["seconds"])

@@ -25,8 +25,8 @@ class ProofConfig(Config):
     """Of each of two recordings."""
     references: int = Field(default=4, ge=1)
     """Requests that `transformers` computes again."""
-    rounds: int = Field(default=5, ge=1)
-    """Of the measurement of overhead, each with one batch that is recorded and one that is not."""
+    rounds: int = Field(default=8, ge=1)
+    """Of the measurement of overhead, each of two batches that are recorded and two that are not."""
 
 
 def default_points(layers: int, tp_size: int = 1) -> list[str]:

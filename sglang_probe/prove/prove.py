@@ -65,7 +65,7 @@ class Proof:
     versions: dict[str, Any] = field(default_factory=dict)
     hook_points: list[str] = field(default_factory=list)
     graphs: dict[str, Any] = field(default_factory=dict)
-    """Sizes of decode graphs that were checked, and what was found (`GraphCheck.told`)."""
+    """Sizes of graphs that were checked, and what was found (`GraphCheck.told`)."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """What the clients did, by recording."""
     seconds: float = 0.0
@@ -97,15 +97,7 @@ class Proof:
                 "requests": config.requests,
                 "checks": [a.to_json() for a in self.asked],
                 "clients": self.counts,
-                "overhead": None
-                if cost is None
-                else {
-                    "ratio": round(cost.ratio, 4),
-                    "ratios": [round(r, 4) for r in cost.ratios],
-                    "seconds_recorded": cost.recorded,
-                    "seconds_plain": cost.plain,
-                    "tokens": cost.tokens,
-                },
+                "overhead": None if cost is None else cost.to_json(),
                 "seconds": round(self.seconds, 1),
             }
         )
@@ -179,7 +171,8 @@ class _Proving:
                 runs.append(self._recorded(name, self._habits(n), server))
         except _Failed:
             return
-        self._ask("P2", lambda: checks.reached(runs, cached=self.cached))
+        prefill_graphs = bool(self.proof.subject["prefill_graphs"])
+        self._ask("P2", lambda: checks.reached(runs, cached=self.cached, prefill_graphs=prefill_graphs))
         with self.reporter.stage("rows against transformers"):
             self._ask("P3", lambda: self._reference(runs[0]))
         with self.reporter.stage("recording against not recording"):
@@ -236,7 +229,8 @@ class _Proving:
         self._learn(run.manifest)
         if name == AS_CONFIGURED and self.proof.subject["device"] != "cpu":
             checked = run.manifest.get("graphs_checked")
-            self.proof.asked.append(checks.graphs(checked, captured=self.proof.subject["graphs"]))
+            there = {"decode": self.proof.subject["graphs"], "prefill": self.proof.subject["prefill_graphs"]}
+            self.proof.asked.append(checks.graphs(checked, **there))
             self.proof.graphs = checked or {}
         self.proof.counts[name] = clients.counts
         served = clients.counts["served"]
@@ -271,8 +265,7 @@ class _Proving:
         # As the engine was configured, whatever the recordings before switched.
         job = job_of(self.prepared, "overhead", self.prepared.workload.requests, arm=Arm())
         cost = measure(self.host, job, self.folder / "overhead", rounds=self.config.rounds)
-        note = f"throughput {cost.ratio:.2f} of that without recording ({', '.join(f'{r:.2f}' for r in cost.ratios)})"
-        check = Check("overhead", "measured, not judged", cost.tokens * len(cost.ratios), "tokens", None, note)
+        check = Check("overhead", "measured, not judged", 4 * cost.tokens * len(cost.ratios), "tokens", None, cost.note)
         self.proof.asked.append(Asked("P4", check, time.perf_counter() - began))
         self.proof.overhead = cost
 

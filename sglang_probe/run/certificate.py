@@ -23,7 +23,10 @@ SCHEMA = 1
 FOLDER = "certificates"
 """In the cache folder: where `prove` writes and `auto` looks."""
 
-_IN_THE_NAME = ("sglang", "inventory", "device", "config_sha256", "dtype", "attention_backend", "tp_size", "graphs")
+_IN_THE_NAME = (
+    *("sglang", "inventory", "device", "config_sha256", "dtype", "attention_backend", "tp_size"),
+    *("graphs", "prefill_graphs"),
+)
 
 
 def digest(value: Any) -> str:

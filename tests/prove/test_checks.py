@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,13 +73,31 @@ def test_traffic_that_reused_nothing_is_no_proof_of_reuse(make_run: MakeRun) -> 
     assert checks.reached([alone], cached=False).holds
 
 
+def test_prefill_graphs_of_which_none_was_replayed_are_not_proved(make_run: MakeRun) -> None:  # noqa: F811
+    run = make_run()
+    assert "no forward with a prompt was replayed" in str(
+        checks.reached([run], cached=True, prefill_graphs=True).violation
+    )
+    forwards = run.forwards().assign(graph=True)
+    replayed = SimpleNamespace(
+        spans=run.spans, forwards=lambda: forwards, engine_requests=run.engine_requests, rebinds=run.rebinds
+    )
+    assert checks.reached([replayed], cached=True, prefill_graphs=True).holds  # type: ignore[list-item]
+
+
 def test_graphs_that_were_captured_and_not_checked_are_no_proof() -> None:
-    told = {"sizes": [1, 2, 8], "worst": {"p": 1e-3, "q": 2e-2}, "equal": {"p": 1.0, "q": 0.5}, "seconds": 0.3}
-    found = checks.graphs(told, captured=True)
-    assert (found.level, found.check.holds, found.check.covered, found.seconds) == ("P1", True, 3, 0.3)
-    assert "1 to 8 tokens; replay against eager: worst q, 2.0e-02; equal to the bit: 50%" in str(found.check.note)
-    assert not checks.graphs(None, captured=True).check.holds
-    assert checks.graphs(None, captured=False).check.holds
+    told = {"sizes": [1, 2, 8], "prefill_sizes": [64], "worst": {"p": 1e-3, "q": 2e-2}}
+    told |= {"equal": {"p": 1.0, "q": 0.5}, "seconds": 0.3}
+    found = checks.graphs(told, decode=True, prefill=True)
+    assert (found.level, found.check.holds, found.check.covered, found.seconds) == ("P1", True, 4, 0.3)
+    assert "decode: 1 to 8 tokens; prefill: 64 to 64 tokens; replay against eager: worst q, 2.0e-02" in str(
+        found.check.note
+    )
+    assert "equal to the bit: 50%" in str(found.check.note)
+    decode_alone = checks.graphs({**told, "prefill_sizes": []}, decode=True, prefill=True).check
+    assert decode_alone.violation == "prefill graphs are in force, and none was checked"
+    assert not checks.graphs(None, decode=True, prefill=False).check.holds
+    assert checks.graphs(None, decode=False, prefill=False).check.holds
 
 
 @pytest.fixture
@@ -105,7 +124,7 @@ def engine(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 
     monkeypatch.setattr(module, "harvest", harvest)
     monkeypatch.setattr(checks, "unended", lambda run, rids: [])
-    monkeypatch.setattr(module, "measure", lambda *_, **__: Overhead([2.0], [1.0], 8))
+    monkeypatch.setattr(module, "measure", lambda *_, **__: Overhead([(2.0, 2.0)], [(1.0, 1.0)], 8))
     monkeypatch.setattr(
         module, "check_against_transformers", lambda *_, **__: Check("reference", "", 9, "rows", does["reference"])
     )

@@ -37,8 +37,9 @@ def certified(config: EngineProbeConfig, device: str, in_force: Callable[[], dic
     resolved = in_force()
     model_path = str(resolved["model_path"])
     subject = subject_in_force(resolved) | certificate.model_facts(_folder(model_path))
-    if not subject["graphs"]:
-        del subject["graphs"]  # a proof with graphs has eager forwards too, of prompts
+    for name in ("graphs", "prefill_graphs"):
+        if not subject[name]:
+            del subject[name]  # a proof with graphs covers eager forwards too
     return cite(config.certificate, subject, kinds, model_path, prove_arguments(resolved))
 
 
@@ -56,12 +57,14 @@ def subject_in_force(resolved: dict[str, Any]) -> dict[str, Any]:
         resolved: server arguments in force (`engine/hooks/resolved.py`).
     """
     device = resolved.get("device_name")
+    graphs = resolved.get("cuda_graphs") or {}
     return {
         **subject_installed(),
         "device": device or "cpu",
         "dtype": resolved.get("dtype"),
         "attention_backend": resolved.get("attention_backend"),
-        "graphs": bool(device) and not resolved.get("disable_cuda_graph"),
+        "graphs": bool(device) and graphs.get("decode", "disabled") != "disabled",
+        "prefill_graphs": bool(device) and graphs.get("prefill", "disabled") != "disabled",
         "tp_size": int(resolved.get("tp_size") or 1),
     }
 
@@ -108,6 +111,8 @@ def prove_arguments(resolved: dict[str, Any]) -> dict[str, Any]:
         arguments["tp_size"] = resolved["tp_size"]
     if resolved.get("disable_cuda_graph"):
         arguments["disable_cuda_graph"] = True
+    elif (resolved.get("cuda_graphs") or {}).get("prefill") == "disabled":
+        arguments["disable_prefill_cuda_graph"] = True
     if " " in str(arguments["attention_backend"]):  # one for prefill and another for decode
         prefill, decode = (part.split(" ")[0] for part in str(arguments.pop("attention_backend")).split(", "))
         arguments |= {"prefill_attention_backend": prefill, "decode_attention_backend": decode}

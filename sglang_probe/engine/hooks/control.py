@@ -15,6 +15,7 @@ from typing import Any
 from sglang_probe.config import load_config
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
+from sglang_probe.errors import ProbeError
 
 logger = logging.getLogger("sglang_probe")
 
@@ -44,6 +45,9 @@ def carry_out(key: str, value: Any) -> None:
         return
     try:
         guard.active().reopen(load_config(next_config(int(value)), EngineProbeConfig))
+    except ProbeError as e:  # the message is made for readers; the harvest asks again while requests are in flight
+        logger.error("sglang-probe could not begin another recording: %s", e)
+        raise Refused(str(e)) from e
     except Exception as e:
         logger.exception("sglang-probe could not begin another recording")
         raise Refused(str(e)) from e

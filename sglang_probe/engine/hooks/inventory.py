@@ -35,6 +35,7 @@ class Target(Config):
         "rows",
         "attention rows",
         "accelerator rows",
+        "slot truth",
         "telemetry",
         "forced decoding",
         "bypass",

@@ -75,7 +75,11 @@ def _device(device: str) -> dict[str, Any]:
     driver = Path("/proc/driver/nvidia/version")
     words = driver.read_text(encoding="utf-8").split() if driver.exists() else []
     number = next((w for w in words if w[:1].isdigit() and "." in w), None)
+    from sglang.srt.runtime_context import get_exec
+
+    graphs = get_exec().graph.cuda_graph_config
     return {
+        "cuda_graphs": {"decode": str(graphs.decode.backend), "prefill": str(graphs.prefill.backend)},
         "device_name": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "cuda": torch.version.cuda,

@@ -16,8 +16,14 @@ WIDTH = 6
 """Of the rows that a graph is given."""
 
 
-class _Noting(TorchDispatchMode):
-    def __init__(self, notes: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
+Note = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+"""An operation, its arguments, and what it gave."""
+
+
+class Noting(TorchDispatchMode):
+    """Notes what runs."""
+
+    def __init__(self, notes: list[Note]) -> None:
         super().__init__()
         self._notes = notes
 
@@ -32,15 +38,20 @@ class Graph:
 
     def __init__(self, run: Callable[[torch.Tensor], object], tokens: int) -> None:
         self.input = torch.zeros(tokens, WIDTH)
-        self._notes: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._notes: list[Note] = []
         self.python_runs = 0
-        with _Noting(self._notes):
+        with Noting(self._notes):
             run(self.input)
 
     def replay(self, x: torch.Tensor) -> None:
         self.input.fill_(-1)  # padding rows hold something, too
         self.input[: len(x)] = x
-        for op, args, kwargs, recorded in self._notes:
-            out = op(*args, **kwargs)
-            if isinstance(recorded, torch.Tensor) and out is not recorded and out.data_ptr() != recorded.data_ptr():
-                recorded.copy_(out)  # a graph writes its results where they were when it was captured
+        replay(self._notes)
+
+
+def replay(notes: list[Note]) -> None:
+    """Issue these operations again on the memory where they were."""
+    for op, args, kwargs, recorded in notes:
+        out = op(*args, **kwargs)
+        if isinstance(recorded, torch.Tensor) and out is not recorded and out.data_ptr() != recorded.data_ptr():
+            recorded.copy_(out)  # a graph writes its results where they were when it was captured

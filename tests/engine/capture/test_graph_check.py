@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from sglang_probe.engine.capture import graph_check
 from sglang_probe.engine.capture.graph_check import GraphFigures, check_graph
 from sglang_probe.engine.capture.graph_taps import GraphTaps
 from sglang_probe.errors import LedgerError
@@ -91,6 +92,24 @@ CONSTANT = torch.randn(TOKENS, WIDTH)
 def test_a_tap_that_is_wrong_in_the_graph_is_named(sabotage: Sabotage, said: str) -> None:
     with pytest.raises(LedgerError, match=f"{POINT} of the graph for 5 tokens: {said}"):
         found(sabotage)
+
+
+def test_rows_are_compared_in_parts_and_named_by_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_check, "_ROWS", 2)
+    assert found() == GraphFigures(TOKENS, {"hook_embed": 0.0, POINT: 0.0}, {"hook_embed": 1.0, POINT: 1.0})
+
+    def last(taps: GraphTaps, _x: torch.Tensor) -> None:
+        taps.columns[POINT].of(taps.buffer)[TOKENS - 1].mul_(2)
+
+    with pytest.raises(LedgerError, match=f"{POINT} of the graph for 5 tokens: row 4 is wrong"):
+        found(again=last)
+
+    def exchange(taps: GraphTaps, _x: torch.Tensor) -> None:
+        rows = taps.columns["hook_embed"].of(taps.buffer)
+        rows[3:5] = rows[3:5].flip(0)
+
+    with pytest.raises(LedgerError, match="row 3 is not the embedding"):
+        found(again=exchange)
 
 
 def test_rows_of_the_embedding_that_are_exchanged_are_named() -> None:

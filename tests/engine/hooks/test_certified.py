@@ -22,7 +22,7 @@ RESOLVED = {
     "device_name": "NVIDIA H100",
     "dtype": "bfloat16",
     "attention_backend": "triton",
-    "disable_cuda_graph": False,
+    "cuda_graphs": {"decode": "full", "prefill": "breakable"},
     "tp_size": 1,
 }
 POINTS = ["hook_embed", "blocks.1.hook_resid_post"]
@@ -80,12 +80,14 @@ def test_a_proof_of_something_else_is_none(field: str, value: Any) -> None:
         ask()
 
 
-def test_a_proof_without_graphs_is_none_of_graphs_and_one_with_them_is_one_of_eager_forwards() -> None:
-    prove(disable_cuda_graph=True)
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_proof_without_graphs_is_none_of_graphs_and_one_with_them_is_one_of_eager_forwards(phase: str) -> None:
+    eager = {"cuda_graphs": {**RESOLVED["cuda_graphs"], phase: "disabled"}}
+    prove(**eager)
     with pytest.raises(UnsupportedError, match="graphs"):
         ask()
     prove()
-    assert ask(resolved={**RESOLVED, "disable_cuda_graph": True}) is not None
+    assert ask(resolved={**RESOLVED, **eager}) is not None
 
 
 def test_a_cpu_the_ledger_alone_and_the_proof_itself_need_none() -> None:

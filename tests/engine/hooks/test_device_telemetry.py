@@ -18,7 +18,7 @@ from sglang_probe.engine.hooks.instruments import accelerator, host_telemetry
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
 from sglang_probe.engine.ledger.facts import ForwardPlan
-from sglang_probe.errors import LedgerError
+from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run.telemetry_options import TelemetryConfig
 from tests.engine.capture.graph import WIDTH, Graph
 from tests.engine.hooks.test_replay import LAYERS, LlamaForCausalLM, expected
@@ -164,3 +164,12 @@ def test_a_graph_without_the_taps_refuses_the_engine(engine: Engine) -> None:
     accelerator.check_captured(None, None, None, 8)
     assert engine.session.fault is not None
     assert "not part of the graph captured for 8 tokens" in engine.session.fault
+
+
+def test_a_cache_that_is_not_by_slots_is_refused() -> None:
+    by_slots = POOL[0]
+    assert host_telemetry.check_keys(by_slots) is by_slots
+    with pytest.raises(UnsupportedError, match=r"shape \[10, 1, 4, 6\], which is not by slots"):
+        host_telemetry.check_keys(by_slots.view(10, 4, 1, WIDTH).transpose(1, 2))
+    with pytest.raises(UnsupportedError, match="float8"):
+        host_telemetry.check_keys(by_slots.to(torch.float8_e5m2))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_probe.engine.hooks import instruments, inventory
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments.base import Forward
 from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth, Truth
@@ -115,16 +116,18 @@ def test_the_report_says_what_the_finished_run_must_say(monkeypatch: pytest.Monk
     recorder = SimpleNamespace(lineage=Believing(b=[origin("a", 0, 2)]))
     monkeypatch.setattr(running, "recorder", recorder)
 
-    def run(plan: Plan, pools: list[int], slots: list[int]) -> None:
+    def run(plan: Plan, pools: list[int], slots: list[int], physical: list[int] | None = None) -> None:
+        virtual = torch.tensor([*slots, 0], dtype=torch.int32)  # padded, as of a graph
         batch = SimpleNamespace(
             req_pool_indices=torch.tensor(pools, dtype=torch.int32),
-            out_cache_loc=torch.tensor([*slots, 0], dtype=torch.int32),  # padded, as of a graph
+            out_cache_loc=virtual if physical is None else torch.tensor(physical),
+            out_cache_loc_virtual=None if physical is None else virtual,
         )
         forward = Forward(runner, batch, plan)  # type: ignore[arg-type]
         instrument.before(forward)
         instrument.after(forward)
 
-    run(Plan(["a"], [0], [3]), [1], [4, 5, 6])
+    run(Plan(["a"], [0], [3]), [1], [4, 5, 6], physical=[1, 0, 2])  # translated for attention; the table is not
     run(Plan(["a", "b"], [3, 2], [4, 3], forward_id=1), [1, 2], [8, 7])
     instrument.close()
     found = read_owners(tmp_path / "slots")
@@ -138,5 +141,12 @@ def test_it_is_there_for_proofs_alone(tmp_path: Path) -> None:
     plain = EngineProbeConfig(run=tmp_path)
     proof = plain.model_copy(update={"slot_truth": tmp_path / "slots"})
     assert (SlotTruth.wanted(plain), SlotTruth.wanted(proof)) == (False, True)
+    features = instruments.features(proof)
+    assert "slot truth" in features
+    assert "slot truth" not in instruments.features(plain)
+    targets = {
+        f.target.target.rpartition(".")[2]: f.state for f in inventory.examine(inventory.load_inventory(), features)
+    }
+    assert (targets["write"], targets["alloc_for_extend"]) == ("fine", "fine")
     assert SlotTruth.serves(proof, plain)
     assert not SlotTruth.serves(plain, proof)

@@ -149,12 +149,12 @@ def test_provenance_is_added_to_what_others_return(monkeypatch: pytest.MonkeyPat
 
     asked: list[Any] = []
 
-    def provenance_of(rids: list[str], finished: list[bool]) -> list[Any]:
+    def provenance_by_id(rids: list[str], finished: list[bool]) -> list[Any]:
         asked.append((rids, finished))
         return [["span"] if done else [] for done in finished]
 
     monkeypatch.setattr(live, "anybody_asks", lambda: True)
-    monkeypatch.setattr(live, "provenance_of", provenance_of)
+    monkeypatch.setattr(live, "provenance_by_id", provenance_by_id)
     theirs = wrap_as_pickle({"theirs": [[1], [2]]})
     payload = SimpleNamespace(rids=["a", "b"], finished_reasons=[None, {"type": "stop"}], customized_info=theirs)
     adapter.to_payload(payload, SimpleNamespace(rust_server_mode=False))

@@ -156,13 +156,18 @@ def first_rows(plan: ForwardPlan) -> np.ndarray[Any, Any]:
 
 
 def check_keys(keys: torch.Tensor) -> torch.Tensor:
-    """The keys of a layer, if they are floats.
+    """The keys of a layer, `[slots, kv heads, head dim]`, if they are floats in that order.
 
     Raises:
-        UnsupportedError: they are not.
+        UnsupportedError: they are not. With `SGLANG_USE_HND_KVCACHE` SGLang lays them out by pages and heads.
     """
     if keys.dtype not in _FLOATS:
         raise UnsupportedError(f"telemetry of a KV cache in {keys.dtype}")
+    if keys.ndim != 3:
+        raise UnsupportedError(
+            f"telemetry of a KV cache of shape {list(keys.shape)}, which is not by slots",
+            fix="leave `SGLANG_USE_HND_KVCACHE` unset",
+        )
     return keys
 
 

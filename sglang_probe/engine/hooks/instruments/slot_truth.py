@@ -4,7 +4,7 @@ The truth is read from the device, which nothing else here does: every forward w
 attends to the slots in its rows of `req_to_token`. Each read waits for the device, so that a recording with this
 instrument is slow and its forwards hardly overlap; a proof makes another one without it.
 
-Nothing of it is in the inventory: where a release has none of these, the reads raise, and the proof fails.
+Where both come from is in the inventory (`slot truth`), so that a proof is refused where SGLang fills them otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class SlotTruth(Instrument):
     """See the module. Reports are `<slot_truth>.<data-parallel rank>.json`; `prove/owners.py` reads them."""
 
     name = "slot truth"
+    features = ("slot truth",)
     in_model = True
 
     @classmethod
@@ -65,7 +66,10 @@ class SlotTruth(Instrument):
         plan, truth = forward.plan, self.truth
         if plan is None or truth is None:
             return
-        truth.after(forward.batch.out_cache_loc[: plan.tokens].cpu().numpy().astype(np.int64), plan)
+        slots = getattr(forward.batch, "out_cache_loc_virtual", None)
+        if slots is None:  # else attention was given places of another pool; `req_to_token` has these
+            slots = forward.batch.out_cache_loc
+        truth.after(slots[: plan.tokens].cpu().numpy().astype(np.int64), plan)
         if truth.forwards % _EVERY == 0:
             self._report(truth.counts())
 
