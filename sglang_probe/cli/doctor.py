@@ -75,6 +75,11 @@ def _where(wheel: Path | None) -> str:
 def _print(console: Console, version: str, reference: Inventory, findings: list[Finding]) -> None:
     from rich.table import Table
 
+    from sglang_probe.engine.releases import drift
+
+    told = drift.accepted(version)
+    if told is not None and told.get("certificate"):
+        console.print(f"accepted on this machine as {told['as']}, by certificate {told['certificate'][:16]}")
     if reference.sglang != version:
         console.print(
             f"[bold yellow]{version} has not been reviewed[/]; compared with the inventory of {reference.sglang}"

@@ -16,6 +16,7 @@ import yaml
 
 from sglang_probe.config import Config, parse_config
 from sglang_probe.engine.hooks.fingerprint import INSTALLED, Source, absent, find, fingerprint
+from sglang_probe.engine.releases import drift
 from sglang_probe.errors import InventoryError
 from sglang_probe.paths import shipped
 
@@ -109,17 +110,20 @@ def nearest_inventory(version: str, source: Source = INSTALLED) -> Inventory:
 
 
 def load_inventory(version: str | None = None) -> Inventory:
-    """The inventory of a release, by default of the installed one.
+    """The inventory of a release, by default of the installed one: of one whose drift was accepted, what was found.
 
     Raises:
         InventoryError: there is none for that release; both sides are named.
     """
-    version = version or installed_version()
+    if version is None:
+        version = installed_version()
+        if (told := drift.accepted(version)) is not None:
+            return parse_config(told["inventory"], Inventory, where=f"accepted drift of SGLang {version}")
     path = shipped("patches") / f"sglang-{version}.yaml"
     if not path.exists():
         raise InventoryError(
             f"SGLang {version} is installed, but the probe has been reviewed only for {', '.join(known_versions())}",
-            fix="install one of these, or draft an inventory with `sglang-probe doctor --write` and review it",
+            fix="install one of these, or try this one with `sglang-probe prove --accept-drift`",
         )
     return parse_config(yaml.safe_load(path.read_text()), Inventory, where=str(path))
 
@@ -165,7 +169,7 @@ def require(features: Iterable[str]) -> Inventory:
         ]
         raise InventoryError(
             f"SGLang {inventory.sglang} differs from what was reviewed:\n  " + "\n  ".join(lines),
-            fix="reinstall the stock release, or review the change and update patches/ (`sglang-probe doctor --write`)",
+            fix="reinstall the stock release, or try what is installed with `sglang-probe prove --accept-drift`",
         )
     return inventory
 
