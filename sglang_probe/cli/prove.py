@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    from sglang_probe.prove.drift import Trial
     from sglang_probe.prove.prove import Proof
 
 
@@ -31,6 +33,10 @@ def command(
     transformers: Annotated[int, typer.Option(help="Requests that `transformers` computes again.")] = 4,
     rounds: Annotated[int, typer.Option(help="Of the measurement of what recording costs; 6 for an interval.")] = 8,
     keep: Annotated[Path | None, typer.Option(help="Leave the recordings in this folder, which must be new.")] = None,
+    accept_drift: Annotated[
+        bool,
+        typer.Option(help="Try a release of SGLang that was not reviewed, and accept it on this machine if proved."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate instead of the table.")] = False,
 ) -> None:
     """Prove that what the probe records is right on this machine: this SGLang, device, model and server arguments.
@@ -49,8 +55,9 @@ def command(
     from rich.console import Console
 
     from sglang_probe.config import parse_config
-    from sglang_probe.errors import ConfigError
+    from sglang_probe.errors import ConfigError, ProbeError
     from sglang_probe.harvest.progress import Quiet, Terminal
+    from sglang_probe.prove import drift
     from sglang_probe.prove.config import ProofConfig
     from sglang_probe.prove.prove import prove
     from sglang_probe.run.certificate import default_path, write_certificate
@@ -67,8 +74,19 @@ def command(
     given |= {"seed": seed, "requests": requests, "references": transformers, "rounds": rounds}
     config = parse_config(given, ProofConfig, where="prove")
     console = Console(stderr=as_json)
-    proof = prove(config, reporter=Quiet() if as_json else Terminal(console), folder=keep)
-    made = proof.certificate(config)
+    trial = _on_trial(console) if accept_drift else None
+    try:
+        proof = prove(config, reporter=Quiet() if as_json else Terminal(console), folder=keep)
+        made = proof.certificate(config)
+        if trial is not None and proof.passed:
+            console.print(f"accepted as {trial.told['as']}: {trial.accept(made['sha256'])}", soft_wrap=True)
+    except ProbeError:
+        for finding in [] if trial is None else trial.drifted:
+            console.print(f"  changed: {drift.said(finding)}", markup=False, highlight=False, soft_wrap=True)
+        raise
+    finally:
+        if trial is not None:
+            trial.drop()
     written = [default_path(proof.subject), *([output] if output is not None else [])]
     for path in written:
         write_certificate(path, made)
@@ -80,11 +98,28 @@ def command(
             if a.check.violation:
                 console.print("[bold red]FAILED[/]", end=" ")
                 console.print(f"{a.check.name}: {a.check.violation}", markup=False, highlight=False)
+                for place in [] if trial is None else trial.suspects(a.check.name):
+                    console.print(f"  changed: {place}", markup=False, highlight=False, soft_wrap=True)
         verdict = "[bold green]proved[/]" if proof.passed else "[bold red]NOT PROVED[/]"
         console.print(f"{verdict} in {proof.seconds:.0f} s; certificate {made['sha256'][:16]}:", highlight=False)
         for path in written:
             console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if proof.passed else 1)
+
+
+def _on_trial(console: Console) -> Trial | None:
+    from sglang_probe.engine.platform.environment import accelerator_present
+    from sglang_probe.prove import drift
+
+    trial = drift.begin(accelerator=accelerator_present())
+    if trial is None:
+        console.print("nothing drifted: this release was reviewed, and is as it was")
+        return None
+    told = trial.told
+    console.print(f"SGLang {told['sglang']} is tried as {told['as']}; {len(trial.drifted)} places are not as reviewed")
+    for feature, why in told["left_out"].items():
+        console.print(f"  left out: {feature}, because a proof does not show it: {why}", soft_wrap=True)
+    return trial
 
 
 def _table(proof: Proof) -> Table:

@@ -1,17 +1,12 @@
 """The patch inventory: which places in SGLang the probe touches or relies on, and whether they are as reviewed.
 
-`patches/sglang-<version>.yaml` lists every target with a fingerprint of its source. The fingerprint hashes the
-syntax tree without docstrings, comments and formatting, and is taken from the source file, so checking one costs no
-import of SGLang.
+`patches/sglang-<version>.yaml` lists every target with a fingerprint of its source (`engine/hooks/fingerprint.py`).
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +15,8 @@ from typing import Literal
 import yaml
 
 from sglang_probe.config import Config, parse_config
+from sglang_probe.engine.hooks.fingerprint import INSTALLED, Source, absent, find, fingerprint
+from sglang_probe.engine.releases import drift
 from sglang_probe.errors import InventoryError
 from sglang_probe.paths import shipped
 
@@ -47,7 +44,13 @@ class Target(Config):
         "platform",
     ]
     why: str
+    relies_on: list[str] | None = None
+    """Names: what is relied on is the parameters, and the statements that mention one of these. None: all of it."""
     fingerprint: str
+
+    def found(self, source: Source = INSTALLED) -> str | None:
+        """The fingerprint of what is there; None: it is missing, or one of the names is."""
+        return fingerprint(self.target, self.relies_on, source)
 
 
 class Inventory(Config):
@@ -60,11 +63,13 @@ class Inventory(Config):
 
 @dataclass(frozen=True)
 class Finding:
-    """The state of one target in the installed SGLang."""
+    """The state of one target in a release of SGLang."""
 
     target: Target
     state: Literal["fine", "changed", "missing"]
     found: str | None
+    absent: tuple[str, ...] = ()
+    """Of a target that is there: names that it was relied on for, and mentions nowhere."""
 
 
 def installed_version() -> str:
@@ -94,38 +99,51 @@ def _version_order(version: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(p), "") if p.isdigit() else (-1, p) for p in parts if p)
 
 
-def nearest_inventory(version: str) -> Inventory:
-    """The inventory of `version`, or of the newest reviewed release."""
-    return load_inventory(version if version in known_versions() else known_versions()[-1])
+def nearest_inventory(version: str, source: Source = INSTALLED) -> Inventory:
+    """The inventory of `version`, or that of the reviewed release of which `source` has the most targets unchanged.
+
+    Of equals, the newest.
+    """
+    if version in known_versions():
+        return load_inventory(version)
+    every = [load_inventory(known) for known in reversed(known_versions())]
+    return max(every, key=lambda reviewed: sum(f.state == "fine" for f in examine(reviewed, source=source)))
 
 
 def load_inventory(version: str | None = None) -> Inventory:
-    """The inventory of a release, by default of the installed one.
+    """The inventory of a release, by default of the installed one: of one whose drift was accepted, what was found.
 
     Raises:
         InventoryError: there is none for that release; both sides are named.
     """
-    version = version or installed_version()
+    if version is None:
+        version = installed_version()
+        if (told := drift.accepted(version)) is not None:
+            return parse_config(told["inventory"], Inventory, where=f"accepted drift of SGLang {version}")
     path = shipped("patches") / f"sglang-{version}.yaml"
     if not path.exists():
         raise InventoryError(
             f"SGLang {version} is installed, but the probe has been reviewed only for {', '.join(known_versions())}",
-            fix="install one of these, or draft an inventory with `sglang-probe doctor --write` and review it",
+            fix="install one of these, or try this one with `sglang-probe prove --accept-drift`",
         )
     return parse_config(yaml.safe_load(path.read_text()), Inventory, where=str(path))
 
 
-def examine(inventory: Inventory, features: Iterable[str] | None = None) -> Iterator[Finding]:
-    """Compare targets with the installed source; `features` limits which."""
+def examine(
+    inventory: Inventory, features: Iterable[str] | None = None, source: Source = INSTALLED
+) -> Iterator[Finding]:
+    """Compare targets with a source; `features` limits which."""
     wanted = None if features is None else set(features)
     for target in inventory.targets:
         if wanted is not None and target.feature not in wanted:
             continue
-        found = fingerprint(target.target)
+        found = target.found(source)
+        node = find(target.target, source) if found is None else None
+        gone = tuple(absent(node, target.relies_on or ())) if node is not None else ()
         state: Literal["fine", "changed", "missing"] = (
             "missing" if found is None else "fine" if found == target.fingerprint else "changed"
         )
-        yield Finding(target, state, found)
+        yield Finding(target, state, found, gone)
 
 
 def require(features: Iterable[str]) -> Inventory:
@@ -152,7 +170,7 @@ def require(features: Iterable[str]) -> Inventory:
         ]
         raise InventoryError(
             f"SGLang {inventory.sglang} differs from what was reviewed:\n  " + "\n  ".join(lines),
-            fix="reinstall the stock release, or review the change and update patches/ (`sglang-probe doctor --write`)",
+            fix="reinstall the stock release, or try what is installed with `sglang-probe prove --accept-drift`",
         )
     return inventory
 
@@ -162,80 +180,11 @@ def digest(inventory: Inventory) -> str:
     return hashlib.sha256(inventory.model_dump_json().encode()).hexdigest()
 
 
-def fingerprint(dotted: str) -> str | None:
-    """First 16 hex digits of the SHA-256 of a target's normalised syntax tree; None if it does not exist."""
-    file, inside = _locate(dotted)
-    if file is None:
-        return None
-    node: ast.AST | None = _parse(file)
-    for name in inside:
-        node = next(
-            (
-                child
-                for child in getattr(node, "body", [])
-                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name == name
-            ),
-            None,
-        )
-        if node is None:
-            return None
-    return hashlib.sha256(_normalised(node).encode()).hexdigest()[:16]
-
-
-def draft(folder: Path, version: str) -> Path:
-    """Write `sglang-<version>.draft.yaml`: the targets of the newest inventory with the installed fingerprints."""
-    newest = nearest_inventory(version)
-    targets = [t.model_copy(update={"fingerprint": fingerprint(t.target) or "missing"}) for t in newest.targets]
-    data = Inventory(sglang=version, version=newest.version, targets=targets).model_dump()
+def draft(folder: Path, version: str, source: Source = INSTALLED) -> Path:
+    """Write `sglang-<version>.draft.yaml`: the targets of the nearest inventory with the fingerprints of `source`."""
+    near = nearest_inventory(version, source)
+    targets = [t.model_copy(update={"fingerprint": t.found(source) or "missing"}) for t in near.targets]
+    data = Inventory(sglang=version, version=near.version, targets=targets).model_dump(exclude_none=True)
     path = folder / f"sglang-{version}.draft.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False, width=1000), encoding="utf-8")
     return path
-
-
-@functools.cache
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def _locate(dotted: str) -> tuple[Path | None, list[str]]:
-    """Split a dotted path into the module's file and the names inside it, without importing anything."""
-    parts = dotted.split(".")
-    spec = importlib.util.find_spec(parts[0])
-    if spec is None or not spec.submodule_search_locations:
-        return None, []
-    here = Path(spec.submodule_search_locations[0])
-    for i, part in enumerate(parts[1:], start=1):
-        if (here / part).is_dir():
-            here = here / part
-        elif (here / f"{part}.py").is_file():
-            return here / f"{part}.py", parts[i + 1 :]
-        else:
-            return None, []
-    return here / "__init__.py", []
-
-
-def _normalised(node: object) -> str:
-    """A dump of a syntax tree that does not depend on formatting, docstrings or the Python minor version.
-
-    `ast.dump` prints fields that newer Pythons add, so empty fields are left out here.
-    """
-    if isinstance(node, ast.AST):
-        fields = []
-        for name, value in ast.iter_fields(node):
-            if name in ("ctx", "type_comment", "kind") or value is None or value == []:
-                continue
-            if name == "body" and isinstance(value, list) and _is_docstring(value[0]):
-                value = value[1:]
-            fields.append(f"{name}={_normalised(value)}")
-        return f"{type(node).__name__}({','.join(fields)})"
-    if isinstance(node, list):
-        return "[" + ",".join(_normalised(x) for x in node) + "]"
-    return repr(node)
-
-
-def _is_docstring(statement: object) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )

@@ -10,12 +10,13 @@ import functools
 import importlib
 import importlib.metadata
 
+from sglang_probe.engine.releases import drift
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import InventoryError
 
 __all__ = ["MODULES", "Hook", "Release", "release"]
 
-MODULES = {"0.5.17": "release_0_5_17", "0.5.23": "release_0_5_23"}
+MODULES = {"0.5.17": "release_0_5_17", "0.5.22": "release_0_5_22", "0.5.23": "release_0_5_23"}
 """File of each reviewed release; its class is `Adapter`. Each has an inventory in `patches/`."""
 
 
@@ -33,12 +34,13 @@ def release() -> Release:
         raise InventoryError(
             "SGLang is not installed in this environment", fix=f"install one of these releases: {reviewed}"
         ) from None
-    if version not in MODULES:
+    adapter = drift.serving(version) or version
+    if adapter not in MODULES:
         raise InventoryError(
             f"SGLang {version} is installed, but the probe has been reviewed only for {reviewed}",
-            fix="install one of these",
+            fix="install one of these, or try this one with `sglang-probe prove --accept-drift`",
         )
-    return load(version)
+    return load(adapter)
 
 
 def load(version: str) -> Release:

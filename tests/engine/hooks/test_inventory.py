@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,54 +14,6 @@ from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.releases import MODULES, load
 from sglang_probe.errors import InventoryError
 from tests.test_imports import PACKAGE
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An importable package `fakepkg` with one module to be changed."""
-    (tmp_path / "fakepkg").mkdir()
-    (tmp_path / "fakepkg" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    inventory._parse.cache_clear()
-    return tmp_path / "fakepkg" / "mod.py"
-
-
-def _print(package: Path, source: str) -> str | None:
-    package.write_text(textwrap.dedent(source))
-    inventory._parse.cache_clear()
-    return inventory.fingerprint("fakepkg.mod.C.f")
-
-
-def test_formatting_comments_and_docstrings_do_not_change_a_fingerprint(package: Path) -> None:
-    plain = _print(package, "class C:\n    def f(self, x=1):\n        return x + 1\n")
-    dressed = _print(
-        package,
-        '''
-        class C:
-            """Doc."""
-            def f(self,
-                  x = 1):
-                """Doc."""
-                # why
-                return (x
-                        + 1)
-        ''',
-    )
-    assert plain == dressed is not None
-
-
-def test_any_change_of_code_changes_it(package: Path) -> None:
-    prints = {
-        _print(package, f"class C:\n    def f(self, x=1):\n        {body}\n")
-        for body in ("return x + 1", "return x + 2", "return x - 1", "return x", "return self.x + 1")
-    }
-    assert len(prints) == 5
-
-
-def test_a_target_that_is_gone_is_missing(package: Path) -> None:
-    assert _print(package, "class C:\n    def g(self): pass\n") is None
-    assert inventory.fingerprint("fakepkg.nowhere.f") is None
-    assert inventory.fingerprint("no_such_package.f") is None
 
 
 def test_every_target_is_as_reviewed_in_the_installed_release() -> None:
@@ -126,7 +77,7 @@ def test_nothing_but_the_adapters_looks_at_the_version() -> None:
 def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     real = inventory.fingerprint
     changed = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-    monkeypatch.setattr(inventory, "fingerprint", lambda t: "0" * 16 if t == changed else real(t))
+    monkeypatch.setattr(inventory, "fingerprint", lambda t, *of: "0" * 16 if t == changed else real(t, *of))
     with pytest.raises(InventoryError, match=r"run_batch.*changed; reviewed \w{16}, installed 0{16}"):
         inventory.require(["accounting"])
     inventory.require(["platform"])  # a feature that does not need the target is not refused
@@ -135,9 +86,9 @@ def test_a_changed_target_is_refused_with_both_fingerprints(monkeypatch: pytest.
 def test_a_feature_that_was_reviewed_elsewhere_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real = inventory.load_inventory
     installed = real()
-    older, newer = MODULES
+    newer = list(MODULES)[-1]
     without = installed.model_copy(update={"targets": [t for t in installed.targets if t.feature != "live"]})
-    known = {None: without, older: without, newer: real(newer)}
+    known = {None: without} | dict.fromkeys(MODULES, without) | {newer: real(newer)}
     monkeypatch.setattr(inventory, "load_inventory", lambda version=None: known[version])
     inventory.require(["accounting"])
     with pytest.raises(InventoryError, match=rf"live: not reviewed on SGLang {installed.sglang}") as e:
