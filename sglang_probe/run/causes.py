@@ -14,6 +14,7 @@ tree had at any earlier moment, both before the request asked:
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,7 +113,19 @@ def autopsy(run: Run) -> Autopsy:
         events = tree[tree["dp_rank"] == rank]
         known = _Known(names, ids, hashes, offsets, lengths, events)
         pieces += list(_of_rank(known, of_rank, int(str(rank)), page))
-    columns = ["dp_rank", "rid", "attempt", "start", "end", "forward_id", "cause", "nearest", "common", "since", "until"]
+    columns = [
+        "dp_rank",
+        "rid",
+        "attempt",
+        "start",
+        "end",
+        "forward_id",
+        "cause",
+        "nearest",
+        "common",
+        "since",
+        "until",
+    ]
     return Autopsy(pd.DataFrame(pieces, columns=columns), ids is not None)
 
 
@@ -338,7 +351,7 @@ def _of_rank(known: _Known, spans: pd.DataFrame, rank: int, page: int) -> Iterat
         for span in own.itertuples():
             codes = table.codes[int(span.start) : int(span.end)]
             cuts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-            for a, b in zip(cuts, cuts[1:], strict=False):
+            for a, b in itertools.pairwise(cuts):
                 cause = CAUSES[codes[a]]
                 lost = (table.since, table.until) if cause in (Cause.EVICTED, Cause.FLUSHED) else (-1, table.until)
                 where = (int(span.start) + a, int(span.start) + b, int(span.forward_id))
@@ -362,7 +375,7 @@ def _causes_of(known: _Known, rid: str, attempt: int, n: int, computed_before: i
     if match is not None and i >= 0 and known.lengths[i] >= n:
         until = int(match.order)
         limit = n - 1 if pd.isna(match.limit) else int(match.limit)
-        why = Cause.LAST_TOKEN if match.limited_by is None else Cause(match.limited_by)
+        why = Cause(match.limited_by) if isinstance(match.limited_by, str) else Cause.LAST_TOKEN
         first = int(known.asked[i])
         seen, held = known.seen(i, n, first), known.held(i, n, until)
         elsewhere = known.seen_anywhere(i, n, first)
@@ -397,18 +410,20 @@ def _below(
     """Causes of what was seen. Returns the last event at which the tree had what was lost, -1: nothing was."""
     given, until, since = int(match.end), int(match.order), -1
     whole = limit // page * page
-    could = min(held, whole)
+    could = min(held // page * page, whole)  # a page that begins alike is another page
     shared = min(seen // page * page, whole)
     codes[given:seen] = _CODE[Cause.PAGE_ROUNDING]
     if could > given:
-        since = known.last_had(i, given, until)
+        since = known.last_had(i, given + page - 1, until)
         lost = Cause.FLUSHED if known.flushed(since, until) else Cause.EVICTED
         codes[given:could] = _CODE[lost]
     at = max(could, given)
     if shared > at:
         codes[at:shared] = _CODE[Cause.NEVER_PUBLISHED]
         pages = (shared - at) // page  # whoever publishes a page later publishes those before it
-        low = bisect_left(range(pages), True, key=lambda k: not known.published_after(i, at + (k + 1) * page - 1, until))
+        low = bisect_left(
+            range(pages), True, key=lambda k: not known.published_after(i, at + (k + 1) * page - 1, until)
+        )
         codes[at : at + low * page] = _CODE[Cause.NOT_YET_PUBLISHED]
     if limit < seen:
         codes[max(limit, given) : seen] = _CODE[why]

@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 6
-"""6: the table `tree` tells what the radix tree took, gave and lost. 5: a closed run has a seal (`run.seal`), its manifest counts the ledger's facts, and the embedding oracle names its
-weights. 4: the manifest has `starts` (`sessions` before), and digests of forced outputs and kept sets. 3: a shard may
-hold some rows of its part only, and says which (`run.shards.INDEX_KEY`)."""
+"""6: the table `tree` tells what the radix tree took, gave and lost. 5: a closed run has a seal (`run.seal`), its
+manifest counts the ledger's facts, and the embedding oracle names its weights. 4: the manifest has `starts`
+(`sessions` before), and digests of forced outputs and kept sets. 3: a shard may hold some rows of its part only, and
+says which (`run.shards.INDEX_KEY`)."""
 
 
 def starts_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

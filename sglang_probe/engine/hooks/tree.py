@@ -18,7 +18,6 @@ from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run import schema
 
-
 MATCHED = "_sglang_probe_matched"
 """Attribute of a `Req`: `Matched`."""
 
