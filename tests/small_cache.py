@@ -125,7 +125,7 @@ class SmallCache:
             "status": "complete",
             "hook_points": {},
             "requests_expected": len(self._records),
-            "server_resolved": {"page_size": self._page},
+            "server_resolved": {"page_size": self._page, "max_total_tokens": 100_000},
             "model_path": model,
         }
         (self.path / MANIFEST).write_text(json.dumps(manifest))
