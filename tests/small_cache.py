@@ -37,7 +37,15 @@ class SmallCache:
         self._matched: dict[str, tuple[Context, int]] = {}
         self._segments: dict[str, list[dict[str, Any]]] = {}
 
-    def ask(self, rid: str, ids: Sequence[int], *, space: str | None = None, limit: int | None = None) -> int:
+    def ask(
+        self,
+        rid: str,
+        ids: Sequence[int],
+        *,
+        space: str | None = None,
+        limit: int | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> int:
         """The tree is asked for a request's prefix; how much it gives."""
         most = len(ids) - 1 if limit is None else limit
         why = schema.LAST_TOKEN if limit is None else schema.LOGPROBS
@@ -45,7 +53,7 @@ class SmallCache:
         given = 0
         while given + self._page <= most and (space, *ids[: given + self._page]) in self._held:
             given += self._page
-        context = Context(np.array(ids, dtype=np.int64), (space, None), matched)
+        context = Context(np.array(ids, dtype=np.int64), (space, None), matched, json.dumps(labels) if labels else None)
         self._matched[rid] = (context, given)
         return given
 

@@ -166,6 +166,7 @@ TREE = pa.schema(
         ("limit", pa.int32()),  # matched: no more positions than these could be given; null: not known
         ("limited_by", pa.string()),  # matched: why so: last token | logprob_start | asked | cache off
         ("tokens", pa.int32()),  # evicted: KV slots that were freed
+        ("labels", pa.string()),  # matched: JSON of what the request says that it belongs to; null: nothing
     ]
 )
 

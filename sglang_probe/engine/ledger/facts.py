@@ -19,6 +19,8 @@ class Context:
     namespace: object
     matched: Matched | None = None
     """Of a request at its launch: when the tree was asked for its prefix; None: nobody saw it."""
+    labels: str | None = None
+    """What the request belongs to, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,12 @@ class Why(Study):
         return [
             Parameter("run", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, run]),
             Parameter("rid", Parameter.KEYWORD_ONLY, annotation=optional, default=None),
-            option("by", str, "family", "What requests are grouped by: `family`, `rid`, or an axis of the workload."),
+            option(
+                "by",
+                str,
+                "family",
+                "What requests are grouped by: `family`, `rid`, a label that they carry such as `session`, or an axis.",
+            ),
             option("model", Path | None, None, "Folder of the tokenizer; default: the one that the run names."),
             output_option("Folder of the results; default: `why` in the run directory."),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     """Study a run, or one request of it.
 
     Args:
-        by: what requests are grouped by: `family`, `rid`, or an axis that the workload labelled.
+        by: what requests are grouped by: `family`, `rid`, a label that they carry (`session`, `tenant`, ...), or an
+            axis that the workload labelled.
         model: folder of the tokenizer; default: the one that the run names.
 
     Raises:
@@ -131,7 +133,7 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     what = np.where(
         pieces["difference"].notna(), pieces["cause"] + ": " + pieces["difference"].fillna(""), pieces["cause"]
     )
-    group = _groups(requests, by, path)
+    group = _groups(requests, run.tree(), by, path)
     spans = run.spans()
     spans = spans if rid is None else spans[spans["rid"] == rid]
     reused = spans[spans["status"] == "reused"]
@@ -201,14 +203,19 @@ def _by_segment(pieces: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(["segment", "tokens"], ascending=[True, False], ignore_index=True)
 
 
-def _groups(requests: pd.DataFrame, by: str, path: Path) -> pd.Series:
+def _groups(requests: pd.DataFrame, tree: pd.DataFrame, by: str, path: Path) -> pd.Series:
     if by == "rid":
         return pd.Series(requests["rid"].to_numpy(), index=requests["rid"])
     if by == "family":
         return pd.Series(requests["family"].fillna("(none)").to_numpy(), index=requests["rid"])
+    told = tree[tree["labels"].notna()].drop_duplicates("rid")
+    own = {r.rid: json.loads(r.labels) for r in told.itertuples()}
+    asked = {axis for labels in own.values() for axis in labels}
+    if by in asked:
+        return pd.Series([own.get(rid, {}).get(by, "(none)") for rid in requests["rid"]], index=requests["rid"])
     axes = {label["axis"] for labels in requests["labels"] if labels is not None for label in labels}
     if by not in axes:
-        named = ", ".join(f"`{a}`" for a in ["family", "rid", *sorted(axes)])
+        named = ", ".join(f"`{a}`" for a in ["family", "rid", *sorted(asked | axes)])
         raise RunDirectoryError(f"{path} has no axis `{by}`", fix=f"group by one of {named}")
     names = [
         next((label["name"] for label in labels if label["axis"] == by), "(none)") if labels is not None else "(none)"

@@ -64,3 +64,15 @@ def test_the_command_writes_page_and_json(tmp_path: Path) -> None:
 def test_an_axis_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="no axis `client`"):
         why(planted(tmp_path / "run"), by="client")
+
+
+def test_requests_are_grouped_by_the_labels_that_they_carry(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run")
+    cache.serve("a", A, labels={"session": "one"})
+    cache.evict(A, 50)
+    cache.serve("b", A, labels={"session": "two", "tenant": "acme"})
+    cache.close()
+    groups = why(tmp_path / "run", by="session").by_group.set_index("group")
+    assert groups.loc["two", "avoidable"] == 49
+    assert groups.loc["one", "avoidable"] == 0
+    assert set(why(tmp_path / "run", by="tenant").by_group["group"]) == {"acme", "(none)"}
