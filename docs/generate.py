@@ -42,6 +42,7 @@ TABLES = {
     "spans": schema.SPANS,
     "forwards": schema.FORWARDS,
     "rebinds": schema.REBINDS,
+    "tree": schema.TREE,
     "interventions": schema.INTERVENTIONS,
     "gates": schema.GATES,
     "budget": schema.BUDGET,

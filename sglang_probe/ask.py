@@ -20,6 +20,9 @@ WHERE = "custom_params.probe"
 _MOST_RANGES = 64
 """Ranges of one system prompt; each costs telemetry a mask over all keys of the batch."""
 
+_Name = Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+_Value = Annotated[StrictStr, Field(min_length=1, max_length=200)]
+
 CacheUse = Literal["read_only", "write_only", "off"]
 
 
@@ -60,6 +63,9 @@ class Ask(Config):
     (`sglang_probe.steer_ask`)."""
     system: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, max_length=_MOST_RANGES)
     """Ranges `[start, end]` of prompt positions that telemetry counts as the system prompt."""
+    labels: dict[_Name, _Value] | None = Field(default=None, max_length=8)
+    """What the request belongs to, such as `{session: s-17, tenant: acme}`: axes by which `sglang-probe why` groups.
+    Written as it is given."""
     provenance: StrictBool | None = None
     """Put the spans of the request into `meta_info["probe"]` of its answer. A live server only."""
 

@@ -1,4 +1,4 @@
-"""`sglang-probe export hf`, `saelens`, `neuronpedia` and `delphi`."""
+"""`sglang-probe export hf`, `perfetto`, `saelens`, `neuronpedia` and `delphi`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,24 @@ def hf(
     with _bar("rows") as tell:
         n = export_hf(load_run(run), output, hook_points=hook_point, where=where, overwrite=overwrite, tell=tell)
     _say(f"{n:,} rows in {output}; open it with datasets.load_dataset({str(output)!r}, split='train')")
+
+
+@app.command("perfetto")
+def perfetto(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option(help="File to write, e.g. `trace.json`.")],
+    first: Annotated[float, typer.Option(help="Seconds after the first launch at which it begins.", min=0)] = 0.0,
+    seconds: Annotated[float, typer.Option(help="How long it is; 0: until the end.", min=0)] = 60.0,
+) -> None:
+    """A minute of a server as a trace: forward passes, and of each request what was computed when, reused, and why.
+
+    Example: `sglang-probe export perfetto runs/mine --output trace.json`, then open it on https://ui.perfetto.dev
+    """
+    from sglang_probe.export.perfetto import export_perfetto
+    from sglang_probe.run.run import load_run
+
+    n = export_perfetto(load_run(run), output, first=first, seconds=seconds or None)
+    _say(f"{n:,} events in {output}; open it on https://ui.perfetto.dev")
 
 
 @app.command("saelens")

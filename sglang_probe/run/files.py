@@ -100,6 +100,15 @@ class RunFiles:
         (`schema.REBINDS`)."""
         return self._table("rebinds", schema.REBINDS)
 
+    def tree(self) -> pd.DataFrame:
+        """What the radix tree took, gave and lost (`schema.TREE`); empty in runs of a schema version below 6."""
+        return self._table("tree", schema.TREE)
+
+    def prompts(self) -> pd.DataFrame:
+        """Prompts of a live recording as its privacy level allows (`schema.PROMPTS`); empty under `none`, and of a
+        harvest."""
+        return self._table("prompts", schema.PROMPTS)
+
     def interventions(self) -> pd.DataFrame:
         """Requests that ran under interventions, and which (`schema.INTERVENTIONS`); one row per request."""
         return self._table("interventions", schema.INTERVENTIONS).drop_duplicates("rid", ignore_index=True)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 5
-"""5: a closed run has a seal (`run.seal`), its manifest counts the ledger's facts, and the embedding oracle names its
-weights. 4: the manifest has `starts` (`sessions` before), and digests of forced outputs and kept sets. 3: a shard may
-hold some rows of its part only, and says which (`run.shards.INDEX_KEY`)."""
+SCHEMA_VERSION = 6
+"""6: the table `tree` tells what the radix tree took, gave and lost. 5: a closed run has a seal (`run.seal`), its
+manifest counts the ledger's facts, and the embedding oracle names its weights. 4: the manifest has `starts`
+(`sessions` before), and digests of forced outputs and kept sets. 3: a shard may hold some rows of its part only, and
+says which (`run.shards.INDEX_KEY`)."""
 
 
 def starts_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -145,6 +146,30 @@ REBINDS = pa.schema(
     ]
 )
 
+PUBLISHED, MATCHED, EVICTED, FLUSHED, OPENED = "published", "matched", "evicted", "flushed", "opened"
+
+LAST_TOKEN, LOGPROBS, ASKED, CACHE_OFF = "last token", "logprob_start", "asked", "cache off"
+
+TREE = pa.schema(
+    [
+        # What the radix tree took, gave and lost, as the engine's process saw it.
+        ("order", pa.int64()),  # of all events since `opened`
+        ("at_forward", pa.int64()),  # the first forward that is launched after it; matched: the forward that used it
+        # opened: a recording begins, with order 0. published: the tree holds positions [0, end) of the request, of
+        # which [start, end) are new to it. matched: the tree gave [0, end). evicted, flushed: it lost entries.
+        ("event", pa.string()),
+        ("rid", pa.string()),  # published and matched; null: of a request that this recording does not know
+        ("attempt", pa.int32()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("namespace", pa.string()),  # keyed hash of what separates prefixes beside tokens; null: nothing does
+        ("limit", pa.int32()),  # matched: no more positions than these could be given; null: not known
+        ("limited_by", pa.string()),  # matched: why so: last token | logprob_start | asked | cache off
+        ("tokens", pa.int32()),  # evicted: KV slots that were freed
+        ("labels", pa.string()),  # matched: JSON of what the request says that it belongs to; null: nothing
+    ]
+)
+
 FORWARDS = pa.schema(
     [
         ("forward_id", pa.int64()),
@@ -184,6 +209,8 @@ PROMPTS = pa.schema(
         ("rid", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("prompt_hash", pa.string()),  # keyed: equal prompts have equal hashes within one server process
+        # Keyed hash of the first i + 1 tokens of prompt and output: equal prefixes have equal hashes, as above.
+        ("prefix_hashes", pa.list_(pa.uint64())),
     ]
 )
 
@@ -253,7 +280,7 @@ REQUESTS = pa.schema(
 LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
 """`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
 
-ADDED = {"forwards": ("unaccounted", "weights"), "spans": ("intervention",)}
+ADDED = {"forwards": ("unaccounted", "weights"), "spans": ("intervention",), "prompts": ("prefix_hashes",)}
 """Columns of the ledger's tables that runs of earlier releases do not have, by table; they are read as null."""
 
 NEVER_NULL = {
@@ -262,6 +289,7 @@ NEVER_NULL = {
     "rebinds": ("rid", "attempt", "start", "end", "at_forward"),
     "requests": tuple(name for name in ENGINE_REQUESTS.names if name != "output_ids"),  # as privacy allows
     "prompts": ("rid",),
+    "tree": ("order", "at_forward", "event"),
     "interventions": tuple(INTERVENTIONS.names),
     "gates": tuple(GATES.names),
     "budget": ("forward_id", "at", "event", "milliseconds", "budget_ms"),

@@ -27,10 +27,14 @@ from sglang_probe.studies.sae_train.command import SaeTrain
 from sglang_probe.studies.steer_decay.command import SteerDecay
 from sglang_probe.studies.steer_dose.command import SteerDose
 from sglang_probe.studies.trace.command import Trace
+from sglang_probe.studies.what_if.command import WhatIf
+from sglang_probe.studies.why.command import Why
 
 STUDIES: tuple[Study, ...] = (
     Ab(),
     CoverageStudy(),
+    Why(),
+    WhatIf(),
     Lossless(),
     RowCounts(),
     Phase(),

@@ -16,6 +16,7 @@ from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.hook_points import EMBED, score_points
 from sglang_probe.run.run import Run
 from sglang_probe.verify.budget import budget_holds, has_budget
+from sglang_probe.verify.causes import causes_add_up, has_causes
 from sglang_probe.verify.check import Check
 from sglang_probe.verify.files import Progress, files_intact, nothing
 from sglang_probe.verify.forwards import forwards_add_up
@@ -80,6 +81,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         holds("requests", requests_are_the_engines)
         return results
     checks = dict(LEDGER)
+    if _true(has_causes, run):
+        checks["causes"] = causes_add_up
     if _true(has_kept_sets, run):
         checks["kept sets"] = kept_sets_stay_private
     if _true(has_interventions, run):

@@ -13,6 +13,7 @@ from typing import Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import ONE_RANK
+from sglang_probe.engine.hooks.instruments.labels import Labels
 from sglang_probe.errors import ConfigError
 
 logger = logging.getLogger("sglang_probe")
@@ -47,7 +48,8 @@ def _admitted(session: Any, req: Any, model: Any) -> Ask:
         raise ConfigError("the prompt has no tokens, and a forward of no rows would end the engine for everybody")
     ask = Ask.of(req.sampling_params)
     if ask.fields:
-        if session.fault is not None and session.tp_size == 1:  # other ranks have not heard of it
+        # Other ranks have not heard of it. Labels change nothing: a request goes on without their being written.
+        if session.fault is not None and session.tp_size == 1 and ask.fields != {Labels.field}:
             raise ConfigError(f"the recording has stopped, and what it would do for a request with it: {session.fault}")
         ask.refuse_beyond(session.honoured)
         if session.tp_size > 1:

@@ -7,14 +7,21 @@ had already.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks import guard, requests
 from sglang_probe.engine.hooks.instruments import live as live_server
 from sglang_probe.engine.ledger.facts import Context
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
+from sglang_probe.run import schema
+
+MATCHED = "_sglang_probe_matched"
+"""Attribute of a `Req`: `Matched`."""
+
+_MISSES = os.environ.get("SGLANG_RADIX_FORCE_MISS", "").lower() in ("1", "true", "yes", "y")
 
 
 def refuse_other_trees(tree: Any) -> None:
@@ -47,6 +54,17 @@ def insert(result: Any, _tree: Any, params: Any, *_args: Any, **_kwargs: Any) ->
     _published(result, params)
 
 
+def match(result: Any, req: Any, _tree: Any, *_args: Any, max_prefix_len: int | None = None, **_kwargs: Any) -> None:
+    """AFTER the tree was asked for a request's prefix: when, and how much of it could have been given. The last time
+    before the launch counts; the scheduler asks for requests that wait, too."""
+    _matched(req, _tree, max_prefix_len)
+
+
+def evict(result: Any, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER the tree was asked to make room."""
+    _evicted(int(result.num_tokens_evicted))
+
+
 def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER the tree's `reset`: the tree is empty."""
     _forget()
@@ -77,7 +95,31 @@ def _published(result: Any, params: Any) -> None:
 
 
 @guard.guarded
+def _matched(req: Any, tree: Any, max_prefix_len: int | None) -> None:
+    recorder = guard.active().recorder
+    if recorder is None:
+        return
+    whole = len(req.origin_input_ids) + len(req.output_ids)
+    limit = whole - 1 if max_prefix_len is None else max_prefix_len
+    asked = requests.read_limit(req)
+    if tree.disable or _MISSES:
+        limit, why = 0, schema.CACHE_OFF
+    elif asked is not None and asked <= limit and asked < whole - 1:
+        limit, why = asked, schema.ASKED
+    else:
+        why = schema.LAST_TOKEN if limit >= whole - 1 else schema.LOGPROBS
+    setattr(req, MATCHED, recorder.matching(limit, why))
+
+
+@guard.guarded
+def _evicted(tokens: int) -> None:
+    recorder = guard.active().recorder
+    if recorder is not None and tokens:
+        recorder.evicted(tokens)
+
+
+@guard.guarded
 def _forget() -> None:
     recorder = guard.active().recorder
-    if recorder is not None and recorder.lineage is not None:
-        recorder.lineage.forget_tree()
+    if recorder is not None:
+        recorder.flushed()

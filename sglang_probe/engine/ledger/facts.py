@@ -17,6 +17,20 @@ class Context:
 
     tokens: Any
     namespace: object
+    matched: Matched | None = None
+    """Of a request at its launch: when the tree was asked for its prefix; None: nobody saw it."""
+    labels: str | None = None
+    """What the request belongs to, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The radix tree was asked for a request's prefix."""
+
+    recorder: object  # which numbered it
+    order: int  # among the tree's events (`schema.TREE`)
+    limit: int  # positions that could be given at most
+    limited_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,7 @@ class ForwardPlan:
     telemetry: Any = None
     # What is still on its way from the device, by the field that it fills at commit (engine/capture/transfer.py).
     travelling: dict[str, Any] = field(default_factory=dict)
+    matched: list[tuple[Any, ...]] = field(default_factory=list)  # rows of `schema.TREE`, of requests that begin here
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of what each row reuses, by batch index
     under: dict[int, Under] = field(default_factory=dict)  # interventions of each row's request, by batch index
     gates: dict[int, Decision] = field(default_factory=dict)  # of requests with a gate that is decided, by batch index
@@ -160,6 +175,7 @@ class Commit:
     telemetry: Any = None  # capture.telemetry.Measured of its decode steps
     spans: list[tuple[Any, ...]] = field(default_factory=list)
     rebinds: list[tuple[Any, ...]] = field(default_factory=list)
+    tree: list[tuple[Any, ...]] = field(default_factory=list)  # `schema.TREE`
     requests: list[tuple[Any, ...]] = field(default_factory=list)
     interventions: dict[str, Under] = field(default_factory=dict)  # of its requests that run under any
     gates: dict[str, Decision] = field(default_factory=dict)  # of its requests whose gate is decided

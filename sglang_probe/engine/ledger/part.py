@@ -34,6 +34,7 @@ class OpenPart:
         self._forwards: list[tuple[Any, ...]] = []
         self._spans: list[tuple[Any, ...]] = []
         self._rebinds: list[tuple[Any, ...]] = []
+        self._tree: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
         self._prompts: list[tuple[Any, ...]] = []
         self._interventions: dict[str, Under] = {}
@@ -68,6 +69,7 @@ class OpenPart:
             self._forwards.append(commit.forward)
         self._spans += commit.spans
         self._rebinds += commit.rebinds
+        self._tree += commit.tree
         self._requests += commit.requests
         self._prompts += commit.prompts
         self._interventions |= commit.interventions
@@ -104,6 +106,7 @@ class OpenPart:
                 ("spans", schema.SPANS, self._spans),
                 ("forwards", schema.FORWARDS, self._forwards),
                 ("rebinds", schema.REBINDS, self._rebinds),
+                ("tree", schema.TREE, self._tree),
                 ("requests", schema.ENGINE_REQUESTS, self._requests),
                 ("prompts", schema.PROMPTS, self._prompts),
                 ("interventions", schema.INTERVENTIONS, _interventions(self._interventions)),

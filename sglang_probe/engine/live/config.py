@@ -35,8 +35,9 @@ class LiveConfig(Config):
     """How a live server is recorded."""
 
     privacy: Privacy = "none"
-    """What is written of prompts and outputs. `ids`: token ids. `hashes`: one keyed hash a prompt, so that equal
-    prompts can be recognised within one server process. `none`: nothing. Text is never written."""
+    """What is written of prompts and outputs. `ids`: token ids. `hashes`: one keyed hash a prompt, and one of each of
+    its prefixes with the output, so that equal beginnings can be recognised within one server process. `none`:
+    nothing. Text is never written."""
     segments: SegmentLimits = SegmentLimits()
     """When a segment is closed and the next one begun."""
     queue: int = Field(default=1024, ge=1)

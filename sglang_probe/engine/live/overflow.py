@@ -51,14 +51,20 @@ class Overflow:
                 self._open[key] = span
                 self._waiting.spans.append(span)  # type: ignore[arg-type]
         self._waiting.rebinds += commit.rebinds
+        self._waiting.tree += commit.tree
         self._waiting.requests += commit.requests
         self._waiting.prompts += commit.prompts
         self._waiting.budget += commit.budget
-        if len(self._waiting.spans) + len(self._waiting.rebinds) + len(self._waiting.requests) > _LIMIT:
+        if self._facts > _LIMIT:
             raise DiskTooSlow(f"the disk did not take anything while {_LIMIT} facts had to be dropped")
+
+    @property
+    def _facts(self) -> int:
+        w = self._waiting
+        return len(w.spans) + len(w.rebinds) + len(w.tree) + len(w.requests)
 
     def release(self) -> Commit | None:
         """What is waiting, to be written; None if nothing is."""
         waiting, self._waiting, self._open = self._waiting, Commit(), {}
         waiting.spans = [tuple(s) for s in waiting.spans]
-        return waiting if waiting.spans or waiting.requests or waiting.rebinds else None
+        return waiting if waiting.spans or waiting.requests or waiting.rebinds or waiting.tree else None

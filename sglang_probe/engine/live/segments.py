@@ -170,7 +170,8 @@ def _write_requests(
             prompts = {r["rid"]: r for _, t in _numbered(run, "prompts", schema.PROMPTS, part) for r in t.to_pylist()}
             records = []
             for end in table.to_pylist():
-                prompt = prompts.get(end["rid"], {"prompt_ids": None, "prompt_hash": None})
+                told = prompts.get(end["rid"], {})
+                prompt = {name: told.get(name) for name in ("prompt_ids", "prompt_hash")}
                 records.append({**_unknown(finish.total(), end["prompt_len"]), **end, **prompt})
                 finish[end["finish_reason"]] += 1
                 seen.discard(end["rid"])

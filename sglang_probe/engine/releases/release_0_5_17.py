@@ -43,6 +43,8 @@ class Adapter(Release):
             (f"{_TREE}.cache_finished_req", lineage.publication, "AROUND"),
             (f"{_TREE}.insert", lineage.insert, "AFTER"),
             (f"{_TREE}.reset", reset, "AFTER"),
+            (f"{_TREE}.evict", lineage.evict, "AFTER"),
+            (f"{_TREE}.match_prefix", matched, "AFTER"),
         ]
 
     def is_plain_tree(self, tree: Any) -> bool:
@@ -146,6 +148,15 @@ def reset(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
 
     if tree.token_to_kv_pool_allocator is not None:
         lineage.reset(None, tree)
+
+
+def matched(result: Any, tree: Any, params: Any, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER `RadixCache.match_prefix`: the scheduler asked for a request's prefix. `lpm` asks a tree of its own, of the
+    prompts that wait, too."""
+    from sglang_probe.engine.hooks import tree as lineage
+
+    if params.req is not None and tree.token_to_kv_pool_allocator is not None:
+        lineage.match(result, params.req, tree, max_prefix_len=params.key.limit)
 
 
 def match_prefix(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

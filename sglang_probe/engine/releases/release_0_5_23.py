@@ -39,6 +39,8 @@ class Adapter(Release):
             (f"{_TREE}.checkpoint_into_tree", lineage.publication, "AROUND"),
             (f"{_TREE}.insert", lineage.insert, "AFTER"),
             (f"{_TREE}.reset", lineage.reset, "AFTER"),
+            (f"{_TREE}._evict", lineage.evict, "AFTER"),
+            ("sglang.srt.mem_cache.common.match_kv_cache", lineage.match, "AFTER"),
         ]
 
     def is_plain_tree(self, tree: Any) -> bool:

@@ -35,10 +35,9 @@ def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
         asks=["force", "cache", *(["positions"] if "positions" in features else [])],
         live=LiveConfig(privacy="ids"),
     )
-    listed = {t.target: t for t in reviewed.targets}
+    listed = {(t.target, t.hook): t for t in reviewed.targets}
     for target, _hook, kind in all_hooks(config):
-        assert listed[target].hook == kind.lower()
-        assert listed[target].feature in instruments.features(config)
+        assert listed[target, kind.lower()].feature in instruments.features(config)
     patched = {t.target for t in listed.values() if t.hook in ("around", "after", "before")}
     elsewhere = {"sglang.srt.managers.scheduler.Scheduler.__init__", http.TARGET}
     assert patched == {t for t, _, _ in all_hooks(config)} | elsewhere

@@ -29,7 +29,10 @@ def running(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
         ({"force": [100]}, "token 100 is not within the vocabulary of 100"),
         ({"positions": {"from": 8, "to": 60}}, "not within a prompt of 16 tokens and a context of 64"),
         ({"evict": "k"}, "no kept set of this recording, which has none"),
-        ({"provenance": True}, "not started for `provenance`; it honours `cache`, `evict`, `force`, `positions`"),
+        (
+            {"provenance": True},
+            "not started for `provenance`; it honours `cache`, `evict`, `force`, `labels`, `positions`",
+        ),
         ({"system": [[0, 3]]}, "not started for `system`"),
     ],
 )

@@ -11,8 +11,10 @@ import pytest
 
 from sglang_probe.config import load_config
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.run.causes import autopsy
 from sglang_probe.run.run import load_run
+from sglang_probe.verify.causes import causes_add_up
 from tests.engine.live.conftest import FakeEngine
 
 SECRET = [41, 42, 43, 44]
@@ -61,3 +63,26 @@ def test_rows_need_the_level_ids(tmp_path: Path) -> None:
     file.write_text("{run: x, hook_points: [hook_embed], live: {privacy: ids, when_full: drop}}")
     with pytest.raises(ConfigError, match="cannot be dropped"):
         load_config(file, EngineProbeConfig)
+
+
+def test_hashes_of_prefixes_say_why_a_prompt_was_not_reused(make_engine: Callable[..., FakeEngine]) -> None:
+    found = {}
+    for level in ("ids", "hashes"):
+        engine = make_engine(level, privacy=level)
+        engine.serve("a", list(range(40)))
+        engine.serve("b", [*range(20), *range(50, 70)], reused=20)
+        engine.serve("c", [*range(40), 99, 98], reused=41)
+        run = load_run(engine.flush())
+        assert causes_add_up(run).holds
+        found[level] = autopsy(run).pieces.set_index("rid")
+    assert found["hashes"]["common"].to_dict() == found["ids"]["common"].to_dict() == {"a": 0, "b": 20, "c": 42}
+    assert found["hashes"]["nearest"].to_dict() == found["ids"]["nearest"].to_dict()
+    assert found["hashes"]["cause"].to_dict() == {"a": "never seen", "b": "diverged", "c": "last token"}
+    assert found["ids"].loc["b", "cause"] == "never seen"  # the text is known to be new
+
+
+def test_without_prompts_causes_are_refused_with_what_to_do(make_engine: Callable[..., FakeEngine]) -> None:
+    engine = make_engine(privacy="none")
+    engine.serve("a", SECRET)
+    with pytest.raises(RunDirectoryError, match="hashes"):
+        autopsy(load_run(engine.flush()))

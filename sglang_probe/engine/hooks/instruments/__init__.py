@@ -11,6 +11,7 @@ from sglang_probe.engine.hooks.instruments.cache import CacheUse
 from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
 from sglang_probe.engine.hooks.instruments.graph_check import GraphCheck
 from sglang_probe.engine.hooks.instruments.kept_sets import KeptSets
+from sglang_probe.engine.hooks.instruments.labels import Labels
 from sglang_probe.engine.hooks.instruments.live import LiveServer
 from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.hooks.instruments.positions import Positions
@@ -35,6 +36,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     AttentionTelemetry,
     ForcedOutputs,
     CacheUse,
+    Labels,
     Positions,
     KeptSets,
     SlotTruth,

@@ -1,0 +1,448 @@
+"""Why a prefill computed each of its tokens: every position has exactly one cause (`Cause`).
+
+Everything is told from the tables of the run and the prompts, after the fact. The table `tree` says in one order when
+each request asked the radix tree for its prefix, what the tree held at which moment, and when it lost entries. With
+`seen` = the longest prefix that an earlier request of the same namespace has, and `held` = the longest prefix that the
+tree had at any earlier moment, both before the request asked:
+
+* a position below `held` could have been given: it was evicted or flushed, or lies past what the request could take;
+* a position below `seen` and not below `held` was in no whole page of the tree: not published yet, never published, or
+  part of a page that is not shared whole;
+* a position from `seen` on is new: another namespace has the same prefix, or its text was computed after another
+  prefix (diverged), or nobody asked it before (never seen).
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sglang_probe.errors import RunDirectoryError
+from sglang_probe.hashing import GOLDEN, mix64
+from sglang_probe.run import schema
+from sglang_probe.run.run import Run
+
+Array = np.ndarray[Any, Any]
+
+WINDOW = 16
+"""Tokens in a row that an earlier request must hold, anywhere, for a text to count as computed before."""
+
+
+class Cause(StrEnum):
+    """Why a position was computed."""
+
+    NEVER_SEEN = "never seen"
+    """No earlier request holds these tokens."""
+    DIVERGED = "diverged"
+    """An earlier request holds this text, after another prefix."""
+    EVICTED = "evicted"
+    FLUSHED = "flushed"
+    """The cache was emptied on demand or with an update of the weights, or the recording began again."""
+    PAGE_ROUNDING = "page rounding"
+    """The tokens are shared, and the page that they are in is not shared whole."""
+    NOT_YET_PUBLISHED = "not yet published"
+    """The request that has the same prefix was still in flight."""
+    NEVER_PUBLISHED = "never published"
+    """The request that has the same prefix did not give its entries to the tree: it asked so, or it was aborted or
+    retracted, or the recording ended before."""
+    NAMESPACE = "namespace"
+    """The same prefix was computed under another salt, key, adapter or steering."""
+    LAST_TOKEN = schema.LAST_TOKEN
+    """The last token of a prompt is always computed."""
+    LOGPROB_START = schema.LOGPROBS
+    """Log-probabilities were asked from here on."""
+    ASKED = schema.ASKED
+    """The request asked to read no more from the cache (`probe: {cache: ...}`)."""
+    CACHE_OFF = schema.CACHE_OFF
+    RETRACTION = "retraction"
+    """Computed before in an earlier attempt of the same request."""
+    UNKNOWN = "not known"
+    """The request asked the tree before this recording, or segment, began; or its prompt is not in the run."""
+
+
+CAUSES = tuple(Cause)
+
+
+@dataclass(frozen=True)
+class Autopsy:
+    """Causes of all positions that prefills computed."""
+
+    pieces: pd.DataFrame
+    """One row per run of positions: dp_rank, rid, attempt, start, end, forward_id, cause, nearest (the earlier request
+    with the longest common prefix, the latest of these; null: none), common (tokens of that prefix), and of evicted
+    ones since (order of the last event of `tree` at which the tree had the position) and until (order of the match)."""
+    text_known: bool
+    """Whether token ids were there: without them whatever follows a divergence counts as diverged, as far as the
+    nearest request is long."""
+
+    def by_cause(self) -> dict[str, int]:
+        """Positions of each cause that occurs, most first."""
+        counts = (self.pieces["end"] - self.pieces["start"]).groupby(self.pieces["cause"]).sum()
+        return {str(k): int(v) for k, v in counts.sort_values(ascending=False, kind="stable").items()}
+
+
+def causes_known(run: Run) -> bool:
+    """Whether the run holds what `autopsy` needs."""
+    try:
+        _tree_of(run)
+        _sequences(run)
+    except RunDirectoryError:
+        return False
+    return True
+
+
+def autopsy(run: Run) -> Autopsy:
+    """The cause of every position that a prefill of this run computed.
+
+    Raises:
+        RunDirectoryError: the run does not say: it was recorded before there was the table `tree`, or without prompts.
+    """
+    tree = _tree_of(run)
+    names, ids, hashes, offsets, lengths = _sequences(run)
+    spans = run.spans()
+    page = page_size(run)
+    pieces = []
+    for rank, of_rank in spans.groupby("dp_rank", sort=True):
+        events = tree[tree["dp_rank"] == rank]
+        known = _Known(names, ids, hashes, offsets, lengths, events)
+        pieces += list(_of_rank(known, of_rank, int(str(rank)), page))
+    columns = [
+        "dp_rank",
+        "rid",
+        "attempt",
+        "start",
+        "end",
+        "forward_id",
+        "cause",
+        "nearest",
+        "common",
+        "since",
+        "until",
+    ]
+    return Autopsy(pd.DataFrame(pieces, columns=columns), ids is not None)
+
+
+def page_size(run: Run) -> int:
+    """SGLang's page size, as the manifest says.
+
+    Raises:
+        RunDirectoryError: it does not say.
+    """
+    for key in ("server_resolved", "server"):
+        size = (run.manifest.get(key) or {}).get("page_size")
+        if isinstance(size, int) and size > 0:
+            return size
+    if "server_resolved" not in run.manifest:
+        return 1
+    raise RunDirectoryError(f"{run.path}: the manifest does not say the page size", fix="record the run again")
+
+
+def _tree_of(run: Run) -> pd.DataFrame:
+    tree = run.tree()
+    if tree.empty:
+        raise RunDirectoryError(
+            f"{run.path}: not recorded: what the radix tree took, gave and lost (schema version "
+            f"{run.manifest['schema_version']}; such runs tell what was computed, and not why)",
+            fix="record it again with this release",
+        )
+    return tree
+
+
+def _sequences(run: Run) -> tuple[pd.Index, Array | None, Array, Array, Array]:
+    """Names; token ids end to end, or None; prefix hashes end to end; where each sequence begins; its length."""
+    requests = run.requests(interrupted=True)
+    asked = requests[(requests["prompt_len"].fillna(0) > 0) & (requests["finish_reason"] != schema.REFUSED)]
+    with_ids = asked[asked["prompt_ids"].notna()]
+    if len(with_ids) or asked.empty:
+        sequences = [
+            np.concatenate([np.asarray(p, np.int64), np.asarray([] if o is None else o, np.int64)])
+            for p, o in zip(with_ids["prompt_ids"], with_ids["output_ids"], strict=True)
+        ]
+        names = pd.Index(with_ids["rid"])
+        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+        ids = np.concatenate([*sequences, np.empty(0, np.int64)])
+        offsets = np.cumsum(lengths) - lengths
+        return names, ids, prefix_hashes(ids, offsets, lengths), offsets, lengths
+    prompts = run.prompts()
+    prompts = prompts[prompts["prefix_hashes"].notna()].drop_duplicates("rid")
+    if prompts.empty:
+        raise RunDirectoryError(
+            f"{run.path}: prompts were not recorded (privacy `{run.manifest.get('privacy', 'none')}`), so nobody can "
+            "say which requests began alike",
+            fix="record with `live: {privacy: hashes}`, which writes keyed hashes and no text, or with `ids`",
+        )
+    lengths = prompts["prefix_hashes"].map(len).to_numpy(np.int64)
+    hashes = np.concatenate([np.asarray(h, np.uint64) for h in prompts["prefix_hashes"]])
+    return pd.Index(prompts["rid"]), None, hashes, np.cumsum(lengths) - lengths, lengths
+
+
+def prefix_hashes(ids: Array, offsets: Array, lengths: Array) -> Array:
+    """A hash of every prefix of sequences that lie end to end, uint64 `[len(ids)]`: sums of `mix64` words of token and
+    position (`sglang_probe.hashing`)."""
+    inside = np.arange(len(ids)) - np.repeat(offsets, lengths)
+    with np.errstate(over="ignore"):
+        words = mix64(ids.astype(np.uint64) + (inside.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(words, dtype=np.uint64)])
+        return np.asarray(sums[1:] - np.repeat(sums[offsets], lengths))
+
+
+class _Known:
+    """What one rank's requests have in common, and when."""
+
+    def __init__(
+        self, names: pd.Index, ids: Array | None, hashes: Array, offsets: Array, lengths: Array, tree: pd.DataFrame
+    ) -> None:
+        # Orders begin again with each recording (`opened`), and the tree is empty then; and so do orders here.
+        epoch = (tree["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
+        # A match is written with its forward, which may be after events that came later.
+        tree = tree.assign(order=tree["order"] + (epoch << 40)).sort_values("order", kind="stable")
+        self.ids, self.names, self.lengths = ids, names, lengths
+        self._hashes, self._offsets = hashes, offsets
+        matched = tree[(tree["event"] == schema.MATCHED)]
+        self.matches = {(str(r.rid), int(r.attempt)): r for r in matched.itertuples()}
+        first = matched.drop_duplicates("rid")
+        self._n = len(names)
+        self.asked = np.full(self._n, _NEVER, dtype=np.int64)
+        self.space = np.zeros(self._n, dtype=np.uint64)
+        at = names.get_indexer(first["rid"])
+        self.asked[at[at >= 0]] = first["order"].to_numpy(np.int64)[at >= 0]
+        spaces = first["namespace"].map(_seed).to_numpy(np.uint64)
+        self.space[at[at >= 0]] = spaces[at >= 0]
+        owner = np.repeat(np.arange(self._n), lengths)
+        with np.errstate(over="ignore"):
+            own = hashes ^ mix64(self.space + GOLDEN)[owner]
+        self._group, groups = _grouped(own)
+        # In order of time within each group: who has this prefix.
+        sort = np.lexsort((self.asked[owner], self._group))
+        self._members, self._first = owner[sort], np.searchsorted(self._group[sort], np.arange(groups + 1))
+        self._seen = np.full(groups, _NEVER, dtype=np.int64)
+        np.minimum.at(self._seen, self._group, self.asked[owner])
+        self._any, every = _grouped(hashes)
+        self._seen_any = np.full(every, _NEVER, dtype=np.int64)
+        np.minimum.at(self._seen_any, self._any, self.asked[owner])
+        self._hold(tree, groups)
+        lost = tree[tree["event"].isin([schema.FLUSHED, schema.OPENED])]
+        self._flushes = lost["order"].to_numpy(np.int64)
+        self._text = None if ids is None else self._windows(ids, owner)
+
+    def _hold(self, tree: pd.DataFrame, groups: int) -> None:
+        """When the tree first had each prefix; and of each request, when it is known to have had how much."""
+        held = tree[tree["event"].isin([schema.PUBLISHED, schema.MATCHED]) & tree["rid"].notna()]
+        at = self.names.get_indexer(held["rid"])
+        held, at = held[at >= 0], at[at >= 0]
+        self._had = np.full(groups, _NEVER, dtype=np.int64)
+        self._events: dict[int, tuple[Array, Array]] = {}
+        ends = np.minimum(held["end"].to_numpy(np.int64), self.lengths[at])
+        # What is not new to the tree was published by somebody else, or before the recording.
+        told = ~held["rid"].duplicated().to_numpy() | (held["event"] == schema.MATCHED).to_numpy()
+        starts = np.where(told, 0, np.minimum(held["start"].to_numpy(np.int64), ends))
+        orders = held["order"].to_numpy(np.int64)
+        for i, start, end, order in zip(at.tolist(), starts.tolist(), ends.tolist(), orders.tolist(), strict=True):
+            where = self._group[self._offsets[i] + start : self._offsets[i] + end]
+            self._had[where] = np.minimum(self._had[where], order)
+        for i in np.unique(at).tolist():
+            mine = at == i
+            self._events[i] = (orders[mine], ends[mine])
+        """`orders` ascending"""
+
+    def _windows(self, ids: Array, owner: Array) -> Array:
+        """When the `WINDOW` tokens from each position on were first asked by anybody; `_NEVER` at the end."""
+        out = np.full(len(ids), _NEVER, dtype=np.int64)
+        if len(ids) < WINDOW:
+            return out
+        with np.errstate(over="ignore"):
+            words = np.zeros(len(ids) - WINDOW + 1, dtype=np.uint64)
+            for k in range(WINDOW):
+                words = mix64(words + ids[k : k + len(words)].astype(np.uint64) + GOLDEN)
+        whole = owner[: len(words)] == owner[WINDOW - 1 :]
+        group, n = _grouped(words[whole])
+        first = np.full(n, _NEVER, dtype=np.int64)
+        np.minimum.at(first, group, self.asked[owner[: len(words)][whole]])
+        out[: len(words)][whole] = first[group]
+        return out
+
+    def slice_of(self, i: int, n: int) -> slice:
+        """Of the first `n` positions of a request."""
+        return slice(self._offsets[i], self._offsets[i] + n)
+
+    def seen(self, i: int, n: int, before: int) -> int:
+        """The longest prefix of request `i` that an earlier one of its namespace has, up to `n`."""
+        return _leading(self._seen[self._group[self.slice_of(i, n)]] < before)
+
+    def seen_anywhere(self, i: int, n: int, before: int) -> int:
+        """The same in any namespace."""
+        return _leading(self._seen_any[self._any[self.slice_of(i, n)]] < before)
+
+    def held(self, i: int, n: int, before: int) -> int:
+        """The longest prefix that the tree is known to have had at some earlier moment."""
+        return _leading(self._had[self._group[self.slice_of(i, n)]] < before)
+
+    def sharing(self, i: int, position: int) -> Array:
+        """Requests that have the same prefix up to and with `position`, in the order in which they asked."""
+        group = self._group[self._offsets[i] + position]
+        return self._members[self._first[group] : self._first[group + 1]]
+
+    def last_had(self, i: int, position: int, before: int) -> int:
+        """The last event before `before` at which the tree had the prefix up to and with `position`."""
+        last = -1
+        for other in self.sharing(i, position).tolist():
+            orders, ends = self._events.get(other, _NO_EVENTS)
+            good = orders[(ends > position) & (orders < before)]
+            last = max(last, int(good[-1])) if len(good) else last
+        return last
+
+    def published_after(self, i: int, position: int, after: int) -> bool:
+        """Whether the tree gets the prefix up to and with `position` later, from a request that had asked before."""
+        for other in self.sharing(i, position).tolist():
+            if other == i or self.asked[other] >= after:
+                continue
+            orders, ends = self._events.get(other, _NO_EVENTS)
+            if ((ends > position) & (orders > after)).any():
+                return True
+        return False
+
+    def nearest(self, i: int, common: int, before: int) -> int:
+        """The latest earlier request with `common` tokens in common; -1: none."""
+        if common == 0:
+            return -1
+        members = self.sharing(i, common - 1)
+        at = int(np.searchsorted(self.asked[members], before)) - 1
+        return int(members[at]) if at >= 0 else -1
+
+    def flushed(self, since: int, until: int) -> bool:
+        """Whether the tree was emptied between two events."""
+        return bool(((self._flushes > since) & (self._flushes < until)).any())
+
+    def text_before(self, i: int, start: int, end: int, before: int) -> Array:
+        """Which positions `[start, end)` lie in `WINDOW` tokens, all of them from `start` on, that an earlier request
+        holds; bool."""
+        assert self._text is not None
+        hit = self._text[self._offsets[i] + start : self._offsets[i] + max(end - WINDOW + 1, start)] < before
+        covered = np.zeros(end - start + 1, dtype=np.int64)
+        begins = np.flatnonzero(hit)
+        np.add.at(covered, begins, 1)
+        np.add.at(covered, begins + WINDOW, -1)
+        return np.asarray(np.cumsum(covered)[:-1] > 0)
+
+
+_NEVER = np.iinfo(np.int64).max
+_NO_EVENTS: tuple[Array, Array] = (np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _of_rank(known: _Known, spans: pd.DataFrame, rank: int, page: int) -> Iterator[tuple[Any, ...]]:
+    prefills = spans[(spans["status"] == schema.COMPUTED) & spans["phase"].isin([schema.PREFILL, schema.RECOMPUTE])]
+    done = spans[spans["status"] == schema.COMPUTED].groupby(["rid", "attempt"])["end"].max()
+    earlier: dict[tuple[str, int], int] = {}
+    furthest: dict[str, int] = {}
+    for (rid, attempt), end in done.sort_index().items():
+        earlier[rid, attempt] = furthest.get(rid, 0)
+        furthest[rid] = max(furthest.get(rid, 0), int(end))
+    for (rid, attempt), own in prefills.groupby(["rid", "attempt"], sort=False):
+        own = own.sort_values("start")
+        end = int(own["end"].max())
+        table = _causes_of(known, str(rid), int(attempt), end, earlier.get((rid, attempt), 0), page)
+        for span in own.itertuples():
+            codes = table.codes[int(span.start) : int(span.end)]
+            cuts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
+            for a, b in itertools.pairwise(cuts):
+                cause = CAUSES[codes[a]]
+                lost = (table.since, table.until) if cause in (Cause.EVICTED, Cause.FLUSHED) else (-1, table.until)
+                where = (int(span.start) + a, int(span.start) + b, int(span.forward_id))
+                yield (rank, rid, attempt, *where, str(cause), table.nearest, table.common, *lost)
+
+
+@dataclass(frozen=True)
+class _Table:
+    codes: Array
+    nearest: str | None
+    common: int
+    since: int
+    until: int
+
+
+def _causes_of(known: _Known, rid: str, attempt: int, n: int, computed_before: int, page: int) -> _Table:
+    """The causes of positions `[0, n)` of an attempt, if they are computed."""
+    codes = np.full(n, _CODE[Cause.UNKNOWN], dtype=np.int8)
+    match, i = known.matches.get((rid, attempt)), int(known.names.get_indexer([rid])[0])
+    nearest, common, since, until = None, 0, -1, -1
+    if match is not None and i >= 0 and known.lengths[i] >= n:
+        until = int(match.order)
+        limit = n - 1 if pd.isna(match.limit) else int(match.limit)
+        why = Cause(match.limited_by) if isinstance(match.limited_by, str) else Cause.LAST_TOKEN
+        first = int(known.asked[i])
+        seen, held = known.seen(i, n, first), known.held(i, n, until)
+        elsewhere = known.seen_anywhere(i, n, first)
+        seen = max(seen, held)
+        _past(known, codes, i, seen, elsewhere, first)
+        common = known.seen(i, known.lengths[i], first)
+        r = known.nearest(i, common, first)
+        nearest = None if r < 0 else str(known.names[r])
+        if known.ids is None:
+            longer = seen > 0 and r >= 0 and known.lengths[r] > seen
+            codes[max(seen, elsewhere) :] = _CODE[Cause.NEVER_SEEN]
+            if longer:
+                codes[max(seen, elsewhere) : int(known.lengths[r])] = _CODE[Cause.DIVERGED]
+        since = _below(known, codes, i, match, seen, held, limit, why, page)
+    codes[:computed_before] = _CODE[Cause.RETRACTION]
+    return _Table(codes, nearest, common, since, until)
+
+
+def _past(known: _Known, codes: Array, i: int, seen: int, elsewhere: int, before: int) -> None:
+    """Causes from the end of what was seen on."""
+    codes[seen:] = _CODE[Cause.NEVER_SEEN]
+    new = max(seen, elsewhere)
+    if known.ids is not None and len(codes) > new:
+        text = known.text_before(i, new, len(codes), before)
+        codes[new:] = np.where(text, _CODE[Cause.DIVERGED], _CODE[Cause.NEVER_SEEN])
+    codes[seen:new] = _CODE[Cause.NAMESPACE]
+
+
+def _below(
+    known: _Known, codes: Array, i: int, match: Any, seen: int, held: int, limit: int, why: Cause, page: int
+) -> int:
+    """Causes of what was seen. Returns the last event at which the tree had what was lost, -1: nothing was."""
+    given, until, since = int(match.end), int(match.order), -1
+    whole = limit // page * page
+    could = min(held // page * page, whole)  # a page that begins alike is another page
+    shared = min(seen // page * page, whole)
+    codes[given:seen] = _CODE[Cause.PAGE_ROUNDING]
+    if could > given:
+        since = known.last_had(i, given + page - 1, until)
+        lost = Cause.FLUSHED if known.flushed(since, until) else Cause.EVICTED
+        codes[given:could] = _CODE[lost]
+    at = max(could, given)
+    if shared > at:
+        codes[at:shared] = _CODE[Cause.NEVER_PUBLISHED]
+        pages = (shared - at) // page  # whoever publishes a page later publishes those before it
+        low = bisect_left(
+            range(pages), True, key=lambda k: not known.published_after(i, at + (k + 1) * page - 1, until)
+        )
+        codes[at : at + low * page] = _CODE[Cause.NOT_YET_PUBLISHED]
+    if limit < seen:
+        codes[max(limit, given) : seen] = _CODE[why]
+    return since
+
+
+_CODE = {cause: i for i, cause in enumerate(CAUSES)}
+
+
+def _seed(namespace: Any) -> int:
+    return int(namespace, 16) if isinstance(namespace, str) else 0
+
+
+def _grouped(hashes: Array) -> tuple[Array, int]:
+    """Number of the group of equal hashes of each entry, and how many groups there are."""
+    unique, group = np.unique(hashes, return_inverse=True)
+    return group.astype(np.int64), len(unique)
+
+
+def _leading(true: Array) -> int:
+    """How many entries come before the first false one."""
+    return int(len(true) if true.all() else np.argmin(true))
