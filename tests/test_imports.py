@@ -67,6 +67,7 @@ LAZY = {
     "sae/saelens.py": {"sae_lens", "transformers"},
     "sae/train.py": {"sae_lens"},
     "studies/trace/setup.py": {"transformers"},
+    "verify/listen.py": {"msgspec", "zmq"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, export, gate, harvest, live, manifest, model, profile, prove, scrub, vector, verify
+from sglang_probe.cli import (
+    doctor,
+    export,
+    gate,
+    harvest,
+    live,
+    manifest,
+    model,
+    profile,
+    prove,
+    scrub,
+    vector,
+    verify,
+    witness,
+)
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -37,6 +51,7 @@ app.add_typer(steer, name="steer")
 app.command("live")(live.command)
 app.command("profile")(profile.command)
 app.command("verify")(verify.command)
+app.command("witness")(witness.command)
 app.command("scrub")(scrub.command)
 app.command("prove")(prove.command)
 app.command("gate")(gate.command)

@@ -7,12 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sglang_probe.studies.base import example_option, schema_option
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sglang_probe.gate.gate import Result
+    from sglang_probe.gate.launch import ServerConfig
 
 REPORT, SUMMARY = "report.html", "summary.json"
+EXAMPLE = """
+# sglang-probe gate server.yaml
+model: probe-text                                       # a name of `sglang-probe model list`, a folder, or a hub id
+dtype: bfloat16
+server: {chunked_prefill_size: 128, page_size: 16}      # SGLang server arguments
+"""
+
+
+def _config() -> type[ServerConfig]:
+    from sglang_probe.gate.launch import ServerConfig
+
+    return ServerConfig
 
 
 def command(
@@ -47,6 +62,8 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default: `gate-HOST-PORT`.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier report in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    example: Annotated[bool, example_option(EXAMPLE)] = False,
+    schema: Annotated[bool, schema_option(_config)] = False,
 ) -> None:
     """Is what this server reuses right? The same requests cold, warm and cold again, and one verdict.
 
@@ -84,7 +101,7 @@ def command(
     folder = output or Path("gate-" + "".join(c if c.isalnum() else "-" for c in server.split("//")[-1]).strip("-"))
     if (folder / REPORT).exists() and not overwrite:
         raise ConfigError(f"{folder} has a report already", fix="give another --output, or --overwrite")
-    with console.status("asking the server") as status, served(server, status.update) as url:
+    with console.status("asking the server") as status, served(server, status.update, _folder) as url:
         result = gate(
             Client(url),
             config,
@@ -98,6 +115,12 @@ def command(
     else:
         _tell(result, folder, Console())
     raise typer.Exit(0 if verdict in accepted[accept] else verdict.exit_code)
+
+
+def _folder(model: str) -> str:
+    from sglang_probe.harvest.model import model_folder
+
+    return model_folder(model)
 
 
 def _write(result: Result, folder: Path) -> None:

@@ -285,7 +285,7 @@ def _verdict(
         w = max(wrong, key=lambda w: w.moved)
         named = f", whose entries are of {w.origin[0]}" if w.origin else ""
         return Verdict.WRONG, (
-            f"{len(wrong)} warm answers differ from both of their cold ones by more than rounding can: on the path "
+            f"{_differ(len(wrong))} cold ones by more than rounding can: on the path "
             f"`{w.path}`, {cases[w.case].name}, by {w.moved:.3g} nats at half of the positions after {w.border} reused "
             f"tokens{named}; cold answers differ by {yardstick:.2g} at most, and the threshold is {threshold:.2g}."
         )
@@ -333,6 +333,10 @@ def _verdict(
         f"{paths['most'].max():.2g}), no more than cold runs differ among themselves; {paths['flips'].max():.0%} "
         f"greedy flips on the worst path against {paths['floor_flips'].max():.0%} in the floor."
     )
+
+
+def _differ(n: int) -> str:
+    return "One warm answer differs from both of its" if n == 1 else f"{n} warm answers differ from both of their"
 
 
 def _dtype(facts: Facts) -> str:

@@ -34,11 +34,12 @@ class ServerConfig(Config):
 
 
 @contextlib.contextmanager
-def served(named: str, tell: Callable[[str], object]) -> Iterator[str]:
+def served(named: str, tell: Callable[[str], object], folder: Callable[[str], str]) -> Iterator[str]:
     """The address of the server that is named.
 
     Args:
         named: an address, or the path of a YAML (`ServerConfig`).
+        folder: the folder of a model that is named.
 
     Raises:
         ConfigError: it is neither.
@@ -56,7 +57,7 @@ def served(named: str, tell: Callable[[str], object]) -> Iterator[str]:
     with tempfile.TemporaryFile() as log:
         url = f"http://127.0.0.1:{(port := _free_port())}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *_arguments(config, port)],
+            [sys.executable, "-m", "sglang.launch_server", *_arguments(config, folder(config.model), port)],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -76,8 +77,8 @@ def served(named: str, tell: Callable[[str], object]) -> Iterator[str]:
                 process.wait(10)
 
 
-def _arguments(config: ServerConfig, port: int) -> list[str]:
-    found = ["--model-path", _folder(config.model), "--host", "127.0.0.1", "--port", str(port)]
+def _arguments(config: ServerConfig, model: str, port: int) -> list[str]:
+    found = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
     found += ["--dtype", config.dtype, "--log-level", "warning"]
     for name, value in config.server.items():
         flag = f"--{name.replace('_', '-')}"
@@ -86,12 +87,6 @@ def _arguments(config: ServerConfig, port: int) -> list[str]:
         elif value is not False and value is not None:
             found += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
     return found
-
-
-def _folder(model: str) -> str:
-    from sglang_probe.paths import BUILT_IN_MODELS, shipped
-
-    return str(shipped(f"models/{model}/checkpoint")) if model in BUILT_IN_MODELS else model
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, seconds: float, log: Any) -> None:

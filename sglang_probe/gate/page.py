@@ -51,7 +51,7 @@ def gate_page(result: Result) -> Page:
     """The whole page."""
     j = result.judgement
     return Page(
-        title=f"{j.verdict.value}: is reuse right on this server?",
+        title=f"Is reuse right on this server? {j.verdict.value}",
         answer=j.sentence,
         picture=_figure(j.paths),
         lead="The same requests were sent cold, warm, and cold again, greedily and with log-probabilities, to "
