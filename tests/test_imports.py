@@ -24,7 +24,7 @@ MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),
     "stats": {"errors"},
-    "gate": {"stats", "report", *GROUND},
+    "gate": {"run", "stats", "report", *GROUND},
     "policy": GROUND,
     "axes": GROUND,
     "workload": {"axes", *GROUND},
@@ -67,7 +67,7 @@ LAZY = {
     "sae/saelens.py": {"sae_lens", "transformers"},
     "sae/train.py": {"sae_lens"},
     "studies/trace/setup.py": {"transformers"},
-    "verify/listen.py": {"msgspec", "zmq"},
+    "verify/listen.py": {"msgspec"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from sglang_probe.cli import (
+    audit,
     doctor,
     export,
     gate,
@@ -55,6 +56,7 @@ app.command("witness")(witness.command)
 app.command("scrub")(scrub.command)
 app.command("prove")(prove.command)
 app.command("gate")(gate.command)
+app.command("audit")(audit.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
 app.add_typer(export.app, name="export")

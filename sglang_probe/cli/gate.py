@@ -44,7 +44,9 @@ def command(
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 16,
     path: Annotated[
         list[str] | None,
-        typer.Option(help="Ways of reuse, several times: branch, repeat, staged, turns, company; default: all."),
+        typer.Option(
+            help="Ways of reuse, several times: branch, repeat, staged, turns, company, cancelled; default: all."
+        ),
     ] = None,
     company: Annotated[int, typer.Option(help="Requests at a time on the path `company`.")] = 4,
     cold: Annotated[
@@ -67,7 +69,7 @@ def command(
 ) -> None:
     """Is what this server reuses right? The same requests cold, warm and cold again, and one verdict.
 
-    Needs the server's public API alone, no plugin on it, and neither SGLang nor torch here. Sends about 330 short
+    Needs the server's public API alone, no plugin on it, and neither SGLang nor torch here. Sends about 370 short
     greedy requests; with `auto` they touch nobody else's cache entries. A key is read from `SGLANG_PROBE_GATE_KEY`.
 
     Verdicts and exit codes: `EQUAL` 0, to the last bit; `WITHIN FLOOR` 10, no further apart than cold runs among

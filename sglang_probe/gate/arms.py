@@ -8,6 +8,7 @@
 | staged | the same, after the prefix was computed in three requests, each a part longer | the prefix |
 | turns | prefix, tail, the answer to it, and a further turn | also what the model generated |
 | company | cold and branch, several at a time, of different prefixes | the prefix |
+| cancelled | company, after and among requests whose clients went away in the middle of the answer | the prefix |
 | extended | cold, with more tokens after the tail: other shapes, the same tokens before | nothing |
 | control | cold, with wrong tokens in the prefix: what a wrong entry would do | nothing |
 
@@ -104,17 +105,18 @@ def send(
 
     Args:
         new: tokens that are generated for each request.
-        paths: of `branch`, `repeat`, `staged`, `turns`, `company`.
+        paths: of `branch`, `repeat`, `staged`, `turns`, `company`, `cancelled`.
         company: requests at a time in `company`.
         tell: hears which arm comes next, how many are done, and of how many.
         early: hears what there is after `branch`, which is enough for a first verdict.
     """
     sender = _Sender(client, cases, cold, new, company, random.Random(seed), origin)
     alone = ["cold", *(p for p in paths if p == "branch")]
-    later = [p for p in ("repeat", "staged", "turns", "company") if p in paths]
-    if cold == "flush" and "company" in later:  # what all prompts begin with would be reused among those of a wave
-        later.remove("company")
-        sender.sent.failures.append("company: left out, because cold requests at a time need a salt each")
+    later = [p for p in ("repeat", "staged", "turns", "company", "cancelled") if p in paths]
+    if cold == "flush" and (alike := [p for p in later if p in ("company", "cancelled")]):
+        # What all prompts begin with would be reused among those of a wave.
+        later = [p for p in later if p not in alike]
+        sender.sent.failures.append(f"{', '.join(alike)}: left out, because requests at a time need a salt each")
     steps = [(arm, k) for k in (1, 2) for arm in alone] + [("extended", 0), ("control", 0)]
     first = len(steps)
     steps += [(arm, k) for arm in later for k in (1, 2)]
@@ -188,6 +190,25 @@ class _Sender:
             salts = [self._salt() for _ in wave]
             self._together(wave, None, salts, reuses=False)
             self._together(wave, f"company-{k}", salts, reuses=True)
+
+    def cancelled(self, k: int) -> None:
+        order = self._order()
+        for at in range(0, len(order), self.size):
+            wave = order[at : at + self.size]
+            salts = [self._salt() for _ in wave]
+            with ThreadPoolExecutor(len(wave)) as pool:
+                leaving = [lambda i=i, s=s: self._leave(i, s) for i, s in zip(wave, salts, strict=True)]  # type: ignore[misc]
+                list(pool.map(lambda leave: leave(), leaving))
+                still = [pool.submit(leave) for leave in leaving]
+                self._together(wave, f"cancelled-{k}", salts, reuses=True)
+                for one in still:
+                    one.result()
+
+    def _leave(self, i: int, salt: dict[str, str]) -> None:
+        try:
+            self.client.give_up(self.cases[i].prefix + self.cases[i].seed, salt=salt)
+        except RefusedError as e:
+            self.sent.failures.append(e.message)
 
     def _together(self, wave: Sequence[int], arm: str | None, salts: Sequence[dict[str, str]], *, reuses: bool) -> None:
         """Ask a wave at once; without an arm, what computes the prefixes."""

@@ -7,12 +7,13 @@ every token after it has a log-probability that was computed over reused entries
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -106,7 +107,8 @@ class Client:
         info = self._first("/server_info", "/get_server_info")
         model = self._first("/model_info", "/get_model_info")
         status = self._first("/probe/status")
-        args = info.get("server_args") if isinstance(info.get("server_args"), dict) else info
+        inner = info.get("server_args")
+        args = inner if isinstance(inner, dict) else info
         state = (info.get("internal_states") or [{}])[0] if isinstance(info.get("internal_states"), list) else {}
 
         def told(name: str, kind: type) -> Any:
@@ -151,6 +153,7 @@ class Client:
         start: int = -1,
         salt: Mapping[str, str] | None = None,
         origin: bool = False,
+        rid: str | None = None,
     ) -> Answer:
         """One greedy request.
 
@@ -158,6 +161,7 @@ class Client:
             start: position of the prompt from which log-probabilities are asked for; -1: of generated tokens only.
             salt: fields of the request that separate its cache entries from others'.
             origin: also ask the probe which request's entries were reused.
+            rid: name of the request; default: the server gives one.
 
         Raises:
             RefusedError: the server refuses it, or answers without log-probabilities.
@@ -167,8 +171,20 @@ class Client:
             params["custom_params"] = {"probe": {"provenance": True}}
         body = {"input_ids": list(ids), "sampling_params": params, "return_logprob": True, **(salt or {})}
         body |= {"logprob_start_len": start, "top_logprobs_num": TOP}
-        told = self.call("/generate", body)
+        told = self.call("/generate", body if rid is None else {**body, "rid": rid})
         return read_answer(told, ids, 0 if start < 0 else len(ids) - start)
+
+    def give_up(self, ids: Sequence[int], *, salt: Mapping[str, str] | None = None) -> None:
+        """A request whose client goes away once it has the first piece of a long answer.
+
+        Raises:
+            ConfigError: nobody answers.
+            RefusedError: the server refuses it.
+        """
+        params = {"temperature": 0, "max_new_tokens": 512, "ignore_eos": True}
+        body = {"input_ids": list(ids), "sampling_params": params, "stream": True, **(salt or {})}
+        with self._send("/generate", body) as answer:
+            answer.readline()
 
     def flush(self) -> bool:
         """Empty the cache; whether the server did."""
@@ -185,12 +201,23 @@ class Client:
             ConfigError: nobody answers, or not in JSON.
             RefusedError: the server refuses.
         """
+        with self._send(path, body) as answer:
+            raw = answer.read()
+        if plain:
+            return None
+        try:
+            return json.loads(raw)
+        except ValueError as e:
+            raise ConfigError(f"{self.url}{path} does not answer in JSON", fix="is it an SGLang server?") from e
+
+    @contextlib.contextmanager
+    def _send(self, path: str, body: Mapping[str, Any] | None) -> Iterator[Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode()
         self.asked += 1
         try:
             with self._open(urllib.request.Request(self.url + path, data, headers), timeout=self._timeout) as answer:
-                raw = answer.read()
+                yield answer
         except urllib.error.HTTPError as e:
             said = " ".join(e.read(2_000).decode("utf-8", "replace").split())[:300]
             fix = f"set the environment variable {self._variable} to its API key" if e.code in (401, 403) else None
@@ -202,12 +229,6 @@ class Client:
                 f"no answer from {self.url}: {getattr(e, 'reason', e)}",
                 fix="is the server up, and is this its address?",
             ) from e
-        if plain:
-            return None
-        try:
-            return json.loads(raw)
-        except ValueError as e:
-            raise ConfigError(f"{self.url}{path} does not answer in JSON", fix="is it an SGLang server?") from e
 
     def _first(self, *paths: str) -> dict[str, Any]:
         for path in paths:

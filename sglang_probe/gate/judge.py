@@ -21,7 +21,7 @@ largest such median among all comparisons of cold with cold: other order, in com
 asks for many positions, so that one near-tie (an expert of a mixture, a rare token) does not raise it; both cold
 answers, so that a fault of one cold request does not. `LEAST` is there because a server may be exactly repeatable
 (Y = 0) and yet round differently at a border.
-The rate of false alarms of a whole gate (10 cases, 5 paths, 2 orders) where rounding is lognormal and `r` times as
+The rate of false alarms of a whole gate (10 cases, 6 paths, 2 orders) where rounding is lognormal and `r` times as
 large at a border as elsewhere, and the power by the size of what is wrong: `python bench/gate.py`, in
 `docs/evidence/gate.md`. How much a wrong token in the prefix moves this model on these prompts is measured each time
 (`seen`).
@@ -50,7 +50,14 @@ LEAST = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 """And how large at least, nats: by the rounding of the model's numbers; of an unknown dtype as of the coarsest."""
 DISAGREE = 0.5
 """Cold answers whose median difference is larger, nats, are no yardstick for anything."""
-PATHS = {"branch": "cold", "repeat": "cold", "staged": "cold", "turns": "turns-cold", "company": "company-cold"}
+PATHS = {
+    "branch": "cold",
+    "repeat": "cold",
+    "staged": "cold",
+    "turns": "turns-cold",
+    "company": "company-cold",
+    "cancelled": "company-cold",
+}
 """Each path of reuse, and the arm that it is compared with."""
 UNKNOWN_PAGE = 64
 

@@ -25,6 +25,7 @@ PATHS = {
     "staged": "after its prefix was computed in three requests, each a part longer",
     "turns": "a further turn: the answer of the turn before is reused too",
     "company": "as branch, several at a time",
+    "cancelled": "in company, after and among requests that were cancelled in the middle",
 }
 
 
@@ -116,7 +117,7 @@ def _paths_text() -> str:
     return "\n\n".join(f"**{name}**: {what}." for name, what in PATHS.items()) + (
         "\n\nThe effect pairs cold of one order with warm of the other; the floor pairs cold with cold and warm with "
         "warm across the same two orders. p: that the effect is no larger than floor and yardstick, and that flips are "
-        "no more frequent; five paths and two measures are judged together (Holm, 5 %)."
+        "no more frequent; all paths and both measures are judged together (Holm, 5 %)."
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_probe.gate import audit
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.listen import AFTER, BEFORE, EVENTS, listen
 from sglang_probe.verify.witness import ask, read_witnesses
@@ -86,6 +87,39 @@ def test_wrong_slots_are_wrong_reuse_and_the_request_that_they_came_from_is_name
     known = {rid for path in server.run.glob("*/manifest.json") for rid in load_run(path.parent).requests()["rid"]}
     assert origins
     assert origins <= known
+
+
+def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_planted(
+    server: LiveServer, wrong_slots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PROBE_GATE_KEY", KEY)
+    server.flush()
+    known = set(server.run.glob("*/manifest.json"))
+    prefix = [*range(300, 420)]
+    for n in range(audit.WARM_UP + 4):
+        server.generate([*prefix, *range(50 + 20 * n, 70 + 20 * n)], n=1, rid=f"asked-{n}")
+    server.flush()
+    runs = tmp_path / "runs"  # of these requests alone
+    runs.mkdir()
+    for manifest in set(server.run.glob("*/manifest.json")) - known:
+        (runs / manifest.parent.name).symlink_to(manifest.parent)
+    found = {}
+    for what in ("as it is", "planted"):
+        file = tmp_path / f"{what}.jsonl"
+        words = ["audit", server.url, str(runs), "--output", str(file), "--share", "1", "--once"]
+        if what == "planted":
+            wrong_slots.write_text("8 1.0")
+        try:
+            code = run_commands([words])[" ".join(words)]
+        finally:
+            wrong_slots.unlink(missing_ok=True)
+        found[what] = code, [json.loads(line) for line in file.read_text().splitlines()]
+    code, lines = found["as it is"]
+    assert (code, {line["found"] for line in lines}) == (0, {"right", "too early"}), lines
+    code, lines = found["planted"]
+    wrong = [line for line in lines if line["found"] == "wrong"]
+    assert (code, len(wrong)) == (12, len(lines) - audit.WARM_UP + 1), lines
+    assert {o for line in wrong for o in line["origins"]} == {f"asked-0 [0, {len(prefix)})"}
 
 
 def test_kv_events_and_metrics_testify_to_the_ledger_and_false_testimony_is_named(
