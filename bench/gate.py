@@ -15,9 +15,11 @@ import numpy as np
 from sglang_probe.gate.judge import Verdict, judge
 from sglang_probe.report import markdown
 from tests.gate.made import FACTS, made, rounding
+from tests.gate.test_audit import WARM_UP, Server, auditor, candidate
 
 GATES = int(sys.argv[1]) if len(sys.argv) > 1 else 400
 SCALE = 5e-3
+AUDITS = 2000
 
 
 def rates(seed: int, plant: float = 0.0, **given: Any) -> dict[Verdict, float]:
@@ -55,12 +57,30 @@ def power() -> Iterator[list[str]]:
         yield row(f"{size} nats", rates(4, plant=size, cold=noise, warm=noise))
 
 
+def audits() -> Iterator[list[str]]:
+    """Share of alarms among requests that are right, and among those whose entries are wrong, in one stream of which a
+    twentieth is wrong."""
+    for sigma in (0.3, 0.6, 1.0):
+        for size in (0.01, 0.02, 0.05, 0.2):
+            one = auditor(Server(lambda prompt, n, size=size: size * (prompt[0] % 20 == 19), sigma=sigma))  # type: ignore[misc]
+            found = [one.audit(candidate(i)) for i in range(AUDITS)][WARM_UP:]
+            alarm = {
+                wrong: [a.found == "wrong" for a in found if (int(a.rid[1:]) % 20 == 19) == wrong] for wrong in (0, 1)
+            }
+            shares = [f"{np.mean(alarm[wrong]):.4f} of {len(alarm[wrong])}" for wrong in (0, 1)]
+            yield [f"sigma {sigma}, wrong by {size} nats", *shares, f"{one.threshold:.3f}"]
+
+
 def main() -> None:
     head = ["", "WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
     print(f"Share of {GATES} gates of 10 cases, 6 paths, 2 orders; rounding of 0.005 nats (median of its sizes).\n")
     print(markdown.table([f"warm answers{head[0]}", *head[1:]], list(level())))
     print("\nOne warm answer of the hundred is wrong: its tail moves by a normal of so many nats.\n")
     print(markdown.table(["moved by", *head[1:]], list(power())))
+    print("\nAudits of a server in fp32 whose rounding is 0.001 nats (median of its sizes), lognormal.\n")
+    print(
+        markdown.table(["", "alarms, entries right", "alarms, entries wrong", "threshold at the end"], list(audits()))
+    )
 
 
 if __name__ == "__main__":

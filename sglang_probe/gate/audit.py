@@ -123,7 +123,7 @@ class Auditor:
         self._client, self._cold, self._room = client, cold, room
         self._rate, self._clock, self._sleep = tokens_per_minute / 60, clock, sleep
         self._least = LEAST.get((facts.dtype or "").removeprefix("torch."), LEAST["bfloat16"])
-        self._yardstick: list[float] = []
+        self._pairs, self._yardstick = 0, 0.0
         self._free_at = clock()
         self.computed = 0
         """Tokens that twins may have computed so far."""
@@ -131,7 +131,7 @@ class Auditor:
     @property
     def threshold(self) -> float:
         """T as of now, nats."""
-        return max(FACTOR * max(self._yardstick, default=0.0), self._least)
+        return max(FACTOR * self._yardstick, self._least)
 
     def audit(self, candidate: Candidate) -> Audited:
         """Ask the twins of one request, as soon as there is room and budget."""
@@ -139,7 +139,7 @@ class Auditor:
             moved = self._moved(candidate)
             if moved is None:
                 return Audited(candidate.rid, "gone", candidate.border, float("nan"), self.threshold)
-            if len(self._yardstick) < WARM_UP:
+            if self._pairs < WARM_UP:
                 return Audited(candidate.rid, "too early", candidate.border, moved, self.threshold)
             if moved <= self.threshold:
                 return Audited(candidate.rid, "right", candidate.border, moved, self.threshold)
@@ -161,7 +161,8 @@ class Auditor:
         colds = [self._ask(c, {self._cold: f"{PREFIX}{uuid.uuid4().hex}"}) for _ in range(2)]
         if any(a.cached for a in colds):
             return None
-        self._yardstick.append(compare(*colds, outputs=False).typical)
+        self._pairs += 1
+        self._yardstick = max(self._yardstick, compare(*colds, outputs=False).typical)
         return float(min(compare(a, warm, outputs=False).typical for a in colds))
 
     def _ask(self, c: Candidate, salt: dict[str, str]) -> Answer:
