@@ -42,10 +42,12 @@ for name in [n for n in sys.modules if n.partition(".")[0] not in modules and n 
 """
 
 
-def declared_packages() -> set[str]:
-    """Normalised names of what `pyproject.toml` declares and of everything that these require in turn."""
+def declared_packages(*extras: str) -> set[str]:
+    """Normalised names of what `pyproject.toml` declares, with these extras, and of everything that these require."""
     found: set[str] = {"sglang-probe"}
-    todo = [Requirement(r) for r in tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]]
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    further = [r for extra in extras for r in project["optional-dependencies"][extra]]
+    todo = [Requirement(r) for r in (*project["dependencies"], *further)]
     while todo:
         requirement = todo.pop()
         name = _normalised(requirement.name)
@@ -60,23 +62,23 @@ def declared_packages() -> set[str]:
     return found
 
 
-def declared_modules() -> set[str]:
+def declared_modules(*extras: str) -> set[str]:
     """Top-level modules of the standard library, of the declared packages and of this one."""
-    packages = declared_packages()
+    packages = declared_packages(*extras)
     installed = metadata.packages_distributions().items()
     theirs = {module for module, names in installed if any(_normalised(n) in packages for n in names)}
     return theirs | set(sys.stdlib_module_names) | {"sglang_probe"}
 
 
-def run_declared(code: str, **given: Any) -> subprocess.CompletedProcess[str]:
+def run_declared(code: str, *, extras: Sequence[str] = ("runs",), **given: Any) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process in which nothing undeclared can be imported; it finds `given` in `told`."""
-    told = {"modules": sorted(declared_modules()), "packages": sorted(declared_packages()), **given}
+    told = {"modules": sorted(declared_modules(*extras)), "packages": sorted(declared_packages(*extras)), **given}
     return subprocess.run(
         [sys.executable, "-c", _BLOCK + code], input=json.dumps(told), capture_output=True, text=True, check=False
     )
 
 
-def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
+def run_commands(commands: Sequence[Sequence[str]], *, extras: Sequence[str] = ("runs",)) -> dict[str, Any]:
     """Run commands of `sglang-probe` one after another in such a process. Returns the exit code of each by its words,
     or what it died of; commands that were not reached are missing."""
     done = run_declared(
@@ -94,6 +96,7 @@ for words in told["commands"]:
         exits[" ".join(words)] = traceback.format_exc()
 print("\\n" + json.dumps(exits))
 """,
+        extras=extras,
         commands=commands,
     )
     assert done.returncode == 0, done.stderr

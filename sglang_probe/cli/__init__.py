@@ -7,7 +7,22 @@ import sys
 
 import typer
 
-from sglang_probe.cli import doctor, export, harvest, live, manifest, model, profile, prove, scrub, vector, verify
+from sglang_probe.cli import (
+    audit,
+    doctor,
+    export,
+    gate,
+    harvest,
+    live,
+    manifest,
+    model,
+    profile,
+    prove,
+    scrub,
+    vector,
+    verify,
+    witness,
+)
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
@@ -37,13 +52,20 @@ app.add_typer(steer, name="steer")
 app.command("live")(live.command)
 app.command("profile")(profile.command)
 app.command("verify")(verify.command)
+app.command("witness")(witness.command)
 app.command("scrub")(scrub.command)
 app.command("prove")(prove.command)
+app.command("gate")(gate.command)
+app.command("audit")(audit.command)
 app.add_typer(model.app, name="model")
 app.add_typer(vector.app, name="vector")
 app.add_typer(export.app, name="export")
 app.add_typer(manifest.app, name="manifest")
 app.command("doctor")(doctor.command)
+
+
+_EXTRAS = {"torch": "runs", "sglang": "engine"}
+"""What `gate` does without, by the extra that brings it."""
 
 
 def main() -> None:
@@ -65,6 +87,15 @@ def main() -> None:
         console = Console(stderr=True)
         console.print("[bold red]error[/]", end=" ")
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except ModuleNotFoundError as e:
+        if e.name not in _EXTRAS:
+            raise
+        typer.echo(
+            f"error {e.name} is not installed, and this command needs it\n"
+            f"  to fix: pip install 'sglang-probe[{_EXTRAS[e.name]}]'",
+            err=True,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + (signals.received() or signal.SIGINT))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,13 @@ def command(
             "under their interventions. Without it they are left out."
         ),
     ] = None,
+    witness: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What others saw of the same server, several times: a JSONL of answers or of KV events, "
+            "`before=FILE` and `after=FILE` with scrapes of /metrics, or a log of SGLang's kv_canary."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check that a run directory holds what it claims. Exit code 0 if all checks hold, 1 if not.
@@ -52,7 +59,7 @@ def command(
     console, errors = Console(), Console(stderr=True)
     try:
         with errors.status("reading") as status:
-            checks, complete, why = _checked(run, model, transformers, library, _shown(status.update))
+            checks, complete, why = _checked(run, model, transformers, library, witness or (), _shown(status.update))
     except ProbeError as e:
         if as_json:
             _print_json(run, None, False, [], error=e.message, fix=e.fix)
@@ -80,12 +87,13 @@ def _checked(
     model: Path | None,
     transformers: int,
     library: Path | None,
+    witness: Sequence[str],
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[Check], bool, str | None]:
     """Checks; whether the run is complete, and if not why. A run that cannot be opened is one violated check.
 
     Raises:
-        ProbeError: the folder is no run directory, `model` has no embedding, or `library` cannot be read.
+        ProbeError: the folder is no run directory, `model` has no embedding, `library` or a witness cannot be read.
     """
     from sglang_probe.errors import ConfigError, RunDirectoryError
     from sglang_probe.run.run import load_run
@@ -93,7 +101,9 @@ def _checked(
     from sglang_probe.verify.check import Check
     from sglang_probe.verify.files import readable
     from sglang_probe.verify.verify import verify
+    from sglang_probe.verify.witness import ask, read_witnesses
 
+    witnesses = read_witnesses(witness)
     vectors: list[Vector] = []
     if library is not None:
         if not transformers:
@@ -115,6 +125,8 @@ def _checked(
 
         told = model or opened.manifest["model_path"]
         checks.append(check_against_transformers(opened, str(told), requests=transformers, vectors=vectors))
+    if all(c.holds for c in checks):
+        checks += ask(opened, witnesses)
     why = opened.manifest.get("fault") or "the run was interrupted; finish it with --resume"
     return checks, opened.complete, str(why)
 

@@ -1,0 +1,87 @@
+"""Level and power of the verdicts of `sglang-probe gate`, by its own functions on made answers.
+
+python bench/gate.py [GATES]     # about three minutes for 400, no engine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sglang_probe.gate.judge import Verdict, judge
+from sglang_probe.report import markdown
+from tests.gate.made import FACTS, made, rounding
+from tests.gate.test_audit import WARM_UP, Server, auditor, candidate
+
+GATES = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+SCALE = 5e-3
+AUDITS = 2000
+
+
+def rates(seed: int, plant: float = 0.0, **given: Any) -> dict[Verdict, float]:
+    """Share of gates with each verdict; `plant` moves one warm answer of one case by so many nats."""
+    found: dict[Verdict, float] = dict.fromkeys(Verdict, 0.0)
+    for gate in range(GATES):
+        rng = np.random.default_rng([seed, gate])
+        cases, arms = made(rng, **given)
+        if plant:
+            one = arms["branch-2"][3]
+            moved = one.prompt + plant * rng.standard_normal(len(one.prompt))
+            arms["branch-2"][3] = dataclasses.replace(one, prompt=moved)
+        found[judge(cases, arms, FACTS).verdict] += 1 / GATES
+    return found
+
+
+def row(what: str, found: dict[Verdict, float]) -> list[str]:
+    return [what, *(f"{found[v]:.3f}" for v in (Verdict.WITHIN_FLOOR, Verdict.CHANGES, Verdict.WRONG))]
+
+
+def level() -> Iterator[list[str]]:
+    for sigma in (0.3, 0.6, 1.0):
+        noise = rounding(SCALE, sigma)
+        yield row(f"as cold, sigma {sigma}", rates(1, cold=noise, warm=noise))
+    for ratio in (1, 2, 4, 8):
+        noise = rounding(SCALE, 0.6)
+        found = rates(2, cold=noise, warm=noise, shift=rounding(ratio * SCALE, 0.6))
+        yield row(f"and moved alike each time, {ratio} times as far, sigma 0.6", found)
+    yield row("cold exactly repeatable, a border moves by 0.005", rates(3, shift=rounding(SCALE, 0.6)))
+
+
+def power() -> Iterator[list[str]]:
+    noise = rounding(SCALE, 0.6)
+    for size in (0.1, 0.2, 0.4, 0.8, 1.6):
+        yield row(f"{size} nats", rates(4, plant=size, cold=noise, warm=noise))
+
+
+def audits() -> Iterator[list[str]]:
+    """Share of alarms among requests that are right, and among those whose entries are wrong, in one stream of which a
+    twentieth is wrong."""
+    for sigma in (0.3, 0.6, 1.0):
+        for size in (0.01, 0.02, 0.05, 0.2):
+            one = auditor(Server(lambda prompt, n, size=size: size * (prompt[0] % 20 == 19), sigma=sigma))  # type: ignore[misc]
+            found = [one.audit(candidate(i)) for i in range(AUDITS)][WARM_UP:]
+            alarm = {
+                wrong: [a.found == "wrong" for a in found if (int(a.rid[1:]) % 20 == 19) == wrong] for wrong in (0, 1)
+            }
+            shares = [f"{np.mean(alarm[wrong]):.4f} of {len(alarm[wrong])}" for wrong in (0, 1)]
+            yield [f"sigma {sigma}, wrong by {size} nats", *shares, f"{one.threshold:.3f}"]
+
+
+def main() -> None:
+    head = ["", "WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
+    print(f"Share of {GATES} gates of 10 cases, 6 paths, 2 orders; rounding of 0.005 nats (median of its sizes).\n")
+    print(markdown.table([f"warm answers{head[0]}", *head[1:]], list(level())))
+    print("\nOne warm answer of the hundred is wrong: its tail moves by a normal of so many nats.\n")
+    print(markdown.table(["moved by", *head[1:]], list(power())))
+    print("\nAudits of a server in fp32 whose rounding is 0.001 nats (median of its sizes), lognormal.\n")
+    print(
+        markdown.table(["", "alarms, entries right", "alarms, entries wrong", "threshold at the end"], list(audits()))
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The gate and the witnesses on one real server: as it always is, and while it reuses wrongly on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_probe.gate import audit
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.listen import AFTER, BEFORE, EVENTS, listen
+from sglang_probe.verify.witness import ask, read_witnesses
+from tests.declared import run_commands
+from tests.end_to_end.live_server import KEY, LiveServer, _free_port
+
+pytestmark = [pytest.mark.engine, pytest.mark.reviewed("ledger")]
+PLUGIN = Path(__file__).parent.parent / "gate" / "plugin"
+SHORT = ["--cases", "7", "--new-tokens", "8", "--path", "branch"]
+
+
+@pytest.fixture(scope="module")
+def wrong_slots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server looks whether it should reuse wrongly."""
+    return tmp_path_factory.mktemp("planted") / "slots"
+
+
+@pytest.fixture(scope="module")
+def events_port() -> int:
+    return _free_port()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, wrong_slots: Path, events_port: int) -> Iterator[LiveServer]:
+    publisher = {"publisher": "zmq", "endpoint": f"tcp://*:{events_port}", "topic": "kv"}
+    search = os.pathsep.join([str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])])
+    started = LiveServer(
+        tmp_path_factory.mktemp("gate"),
+        *["--dtype", "float32", "--kv-events-config", json.dumps(publisher)],
+        environment={"PLANTED_WRONG_SLOTS": str(wrong_slots), "PYTHONPATH": search},
+        privacy="ids",
+        segments={"min_seconds": 0.2},
+    )
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.kill()
+
+
+def gate(server: LiveServer, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, dict]:
+    """Exit code and summary, of a process that can import neither SGLang nor torch."""
+    monkeypatch.setenv("SGLANG_PROBE_GATE_KEY", KEY)
+    words = ["gate", server.url, *SHORT, "--output", str(folder), *more]
+    code = run_commands([words], extras=())[" ".join(words)]
+    return code, json.loads((folder / "summary.json").read_text())
+
+
+def test_a_server_as_it_is_reuses_no_worse_than_its_floor(
+    server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, told = gate(server, tmp_path, monkeypatch)
+    assert told["verdict"] in ("EQUAL", "WITHIN FLOOR"), told["sentence"]
+    assert code == told["exit_code"] in (0, 10)
+    assert told["cold"]["by"] in ("cache_salt", "extra_key")
+    assert told["wrong"] == []
+    assert told["failures"] == []
+    assert told["wrong_tokens_seen"]["16"] == 1.0
+    assert "Is reuse right on this server?" in (tmp_path / "report.html").read_text()
+
+
+def test_wrong_slots_are_wrong_reuse_and_the_request_that_they_came_from_is_named(
+    server: LiveServer, wrong_slots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_slots.write_text("8 1.0")
+    try:
+        code, told = gate(server, tmp_path, monkeypatch)
+    finally:
+        wrong_slots.unlink()
+    assert (code, told["verdict"]) == (12, "WRONG REUSE"), told["sentence"]
+    assert len(told["wrong"]) >= 12  # of 14 warm answers
+    origins = {o.split(" [")[0] for w in told["wrong"] for o in w["origin"]}
+    server.flush()
+    known = {rid for path in server.run.glob("*/manifest.json") for rid in load_run(path.parent).requests()["rid"]}
+    assert origins
+    assert origins <= known
+
+
+def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_planted(
+    server: LiveServer, wrong_slots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PROBE_GATE_KEY", KEY)
+    server.flush()
+    known = set(server.run.glob("*/manifest.json"))
+    prefix = [*range(300, 420)]
+    for n in range(audit.WARM_UP + 4):
+        server.generate([*prefix, *range(50 + 20 * n, 70 + 20 * n)], n=1, rid=f"asked-{n}")
+    server.flush()
+    runs = tmp_path / "runs"  # of these requests alone
+    runs.mkdir()
+    for manifest in set(server.run.glob("*/manifest.json")) - known:
+        (runs / manifest.parent.name).symlink_to(manifest.parent)
+    found = {}
+    for what in ("as it is", "planted"):
+        file = tmp_path / f"{what}.jsonl"
+        words = ["audit", server.url, str(runs), "--output", str(file), "--share", "1", "--once"]
+        if what == "planted":
+            wrong_slots.write_text("8 1.0")
+        try:
+            code = run_commands([words])[" ".join(words)]
+        finally:
+            wrong_slots.unlink(missing_ok=True)
+        found[what] = code, [json.loads(line) for line in file.read_text().splitlines()]
+    code, lines = found["as it is"]
+    assert (code, {line["found"] for line in lines}) == (0, {"right", "too early"}), lines
+    code, lines = found["planted"]
+    wrong = [line for line in lines if line["found"] == "wrong"]
+    assert (code, len(wrong)) == (12, len(lines) - audit.WARM_UP + 1), lines
+    assert {o for line in wrong for o in line["origins"]} == {f"asked-0 [0, {len(prefix)})"}
+
+
+def test_kv_events_and_metrics_testify_to_the_ledger_and_false_testimony_is_named(
+    server: LiveServer, events_port: int, tmp_path: Path
+) -> None:
+    server.flush()  # what was recorded before is in other segments
+    over, ready = threading.Event(), threading.Event()
+    # /metrics asks for no key where the server has no admin key for it.
+    thread = threading.Thread(
+        target=listen,
+        args=(f"tcp://127.0.0.1:{events_port}", tmp_path),
+        kwargs={"until": over.is_set, "ready": ready.set},
+    )
+    thread.start()
+    assert ready.wait(60)
+    (tmp_path / BEFORE).write_text(server.anybody.get("/metrics").text)
+    answers = []
+    for n in range(6):
+        prompt = [*range(40 + n % 2, 140), *range(200 + n, 230)]
+        answers.append(server.generate(prompt, n=4))
+    (tmp_path / AFTER).write_text(server.anybody.get("/metrics").text)
+    over.set()
+    thread.join(60)
+    run = load_run(server.flush())
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(a) + "\n" for a in answers))
+    scrapes = [f"before={tmp_path / BEFORE}", f"after={tmp_path / AFTER}"]
+    true = ask(run, read_witnesses([str(tmp_path / EVENTS), str(file), *scrapes]))
+    assert [c.violation for c in true] == [None, None, None]
+    assert min(c.covered for c in true) >= 4
+
+    lines = (tmp_path / EVENTS).read_text().splitlines()
+    (tmp_path / EVENTS).write_text("\n".join(lines[len(lines) // 2 :]))
+    file.write_text(file.read_text().replace('"cached_tokens": ', '"cached_tokens": 1'))
+    (tmp_path / AFTER).write_text((tmp_path / BEFORE).read_text())
+    false = ask(run, read_witnesses([str(tmp_path / EVENTS), str(file), *scrapes]))
+    assert all(not c.holds for c in false), [c.violation for c in false]

@@ -1,0 +1,39 @@
+"""A second SGLang plugin, for tests: a server that reuses wrongly while a file says so.
+
+The file that `PLANTED_WRONG_SLOTS` names holds `SLOTS SHARE`: in that share of the reusing requests so many positions
+of the cached prefix get the KV slots of other positions of it. Without the file the server is as it always is.
+Loaded through `PYTHONPATH`, without being installed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def register() -> None:
+    named = os.environ.get("PLANTED_WRONG_SLOTS")
+    if not named or "sglang.srt.managers.scheduler" not in sys.modules:
+        return
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    right = UnifiedRadixCache.prefix_device_indices
+    rng = random.Random(0)
+
+    def planted(self: Any, req: Any) -> Any:
+        slots = right(self, req)
+        try:
+            wrong, share = Path(named).read_text().split()
+        except (OSError, ValueError):
+            return slots
+        n = len(slots)
+        if n > 32 and rng.random() < float(share):
+            slots = slots.clone()
+            at = rng.sample(range(1, n), int(wrong))
+            slots[at] = slots[[(i + n // 2) % n for i in at]]
+        return slots
+
+    UnifiedRadixCache.prefix_device_indices = planted

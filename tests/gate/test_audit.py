@@ -1,0 +1,115 @@
+"""The audit against a server that answers as it is told: what it finds, how seldom it is wrong, what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_probe.gate import audit
+from sglang_probe.gate.audit import WARM_UP, Auditor, Candidate, candidates
+from sglang_probe.gate.client import Answer, Facts, Ids
+from sglang_probe.run.run import Run
+
+BORDER, TAIL = 60, 30
+
+
+class Server:
+    """Rounds as a lognormal of `sigma`; warm answers are moved by `wrong(prompt, how often it was asked warm)`."""
+
+    def __init__(
+        self, wrong: Callable[[Ids, int], float] = lambda prompt, n: 0.0, *, sigma: float = 0.6, cached: int = BORDER
+    ) -> None:
+        self.rng, self.wrong, self.sigma, self.cached = np.random.default_rng(0), wrong, sigma, cached
+        self.asked: list[tuple[Ids, Mapping[str, str]]] = []
+        self.warm: Counter[Ids] = Counter()
+
+    def ask(self, ids: Sequence[int], *, salt: Mapping[str, str], start: int, **_: Any) -> Answer:
+        prompt = tuple(ids)
+        self.asked.append((prompt, salt))
+        warm = self.warm[prompt]
+        self.warm[prompt] += not salt
+        true = -np.random.default_rng(prompt[0]).gamma(2.0, 0.7, len(prompt) - start - 1)
+        size = 1e-3 * np.exp(self.sigma * self.rng.standard_normal())
+        values = true + size * self.rng.standard_normal(len(true))
+        if not salt:
+            values += self.wrong(prompt, warm) * self.rng.standard_normal(len(true))
+        return Answer("r", 0 if salt else self.cached, values, (1,), np.array([-0.1]))
+
+
+def candidate(i: int) -> Candidate:
+    return Candidate(f"r{i}", tuple(range(i, i + BORDER + TAIL)), BORDER, (f"o{i} [0, {BORDER})",))
+
+
+def auditor(server: Server, **more: Any) -> Auditor:
+    given = {"room": lambda: True, "tokens_per_minute": 1e12, **more}
+    return Auditor(server, Facts(dtype="float32"), "cache_salt", **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 1.0])
+def test_four_hundred_right_requests_raise_no_alarm(sigma: float) -> None:
+    one = auditor(Server(sigma=sigma))
+    found = [one.audit(candidate(i)).found for i in range(400)]
+    assert found[: WARM_UP - 1] == ["too early"] * (WARM_UP - 1)
+    assert found.count("wrong") == 0
+    assert found.count("right") >= 385
+
+
+def test_a_wrong_entry_is_found_and_the_request_that_computed_it_is_named() -> None:
+    one = auditor(Server(lambda prompt, n: 0.5 if prompt[0] % 40 == 39 else 0.0))
+    found = [one.audit(candidate(i)) for i in range(400)]
+    alarms = [a for a in found if a.found == "wrong"]
+    assert [a.rid for a in alarms] == [f"r{i}" for i in range(39, 400, 40)]
+    assert alarms[0].origins == (f"o39 [0, {BORDER})",)
+    assert all(not a.origins for a in found if a.found != "wrong")
+
+
+def test_what_is_wrong_once_is_not_confirmed() -> None:
+    one = auditor(Server(lambda prompt, n: 0.5 if prompt[0] == 50 and n == 0 else 0.0))
+    found = {a.rid: a.found for a in (one.audit(candidate(i)) for i in range(60))}
+    assert found["r50"] == "not confirmed"
+    assert "wrong" not in found.values()
+
+
+def test_entries_that_have_gone_say_nothing_and_are_not_computed_anew() -> None:
+    server = Server(cached=BORDER - 1)
+    assert auditor(server).audit(candidate(0)).found == "gone"
+    assert [bool(salt) for _, salt in server.asked] == [False]
+
+
+def test_twins_wait_for_room_and_keep_to_their_budget() -> None:
+    now, busy = [0.0], [3]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        busy[0] -= 1
+
+    server = Server()
+    one = auditor(server, room=lambda: busy[0] <= 0, tokens_per_minute=6000, clock=lambda: now[0], sleep=sleep)
+    one.audit(candidate(0))
+    assert now[0] == pytest.approx(0.6)  # three looks
+    for i in range(1, 50):
+        one.audit(candidate(i))
+        assert one.computed - candidate(i).cost <= 100 * now[0]  # tokens a second; the last may have just begun
+
+
+def test_an_audit_never_flushes() -> None:
+    with pytest.raises(ValueError, match="flushes"):
+        Auditor(Server(), Facts(), "flush", room=lambda: True)  # type: ignore[arg-type]
+
+
+def test_candidates_are_those_that_reused_with_the_origin_of_every_span(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    assert candidates(run) == []  # four tokens are too few to say anything
+    monkeypatch.setattr(audit, "LEAST_REUSED", 1)
+    monkeypatch.setattr(audit, "LEAST_TAIL", 1)
+    (one,) = candidates(run)
+    assert (one.rid, one.border, one.origins) == ("b", 4, ("a [0, 4)",))
+    assert one.prompt == (3, 4, 5, 6, 9, 10)
+    monkeypatch.setattr(audit, "PREFIX", "b")
+    assert candidates(run) == []  # a twin of an audit is none

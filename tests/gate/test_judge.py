@@ -1,0 +1,138 @@
+"""The verdict of made answers, where the truth is known; its level and its power."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from sglang_probe.gate.compare import compare
+from sglang_probe.gate.judge import Verdict, enough, holm, judge
+from tests.gate.made import FACTS, answer, made, rounding
+
+SEEDS = range(16)
+
+
+def verdicts(**given: object) -> list[Verdict]:
+    found = []
+    for seed in SEEDS:
+        cases, arms = made(np.random.default_rng(seed), **given)  # type: ignore[arg-type]
+        found.append(judge(cases, arms, FACTS).verdict)
+    return found
+
+
+def test_where_tokens_part_the_other_answers_list_says_how_far_apart_they_are() -> None:
+    a, b = answer(), answer(output=(5, 8), chosen=np.array([-0.1, -0.15]), top=({5: -0.1}, {8: -0.15, 6: -0.9}))
+    pair = compare(a, b)
+    assert pair.parted == 1
+    np.testing.assert_allclose(pair.output, [0.0, 1.75])  # 8: -1.9 against -0.15; 6: -0.2 against -0.9
+    assert not pair.equal
+
+
+def test_a_token_that_the_other_list_lacks_is_at_least_as_far_as_its_last_entry() -> None:
+    a = answer(output=(9, 6), chosen=np.array([-0.05, -0.2]), top=({9: -0.05, 7: -3.5}, {6: -0.2}))
+    pair = compare(a, answer())
+    np.testing.assert_allclose(pair.output, [3.4])  # 9 is below -2.5 there, and 5, which is -0.1 there, below -3.5 here
+    assert not compare(a, answer(), outputs=False).output.size
+
+
+def test_what_is_equal_to_the_last_bit_is_equal_and_the_last_bit_is_enough_not_to_be() -> None:
+    cases, arms = made(np.random.default_rng(0))
+    assert judge(cases, arms, FACTS).verdict is Verdict.EQUAL
+    one = arms["staged-2"][3]
+    arms["staged-2"][3] = dataclasses.replace(one, prompt=np.nextafter(one.prompt, 0))
+    assert judge(cases, arms, FACTS).verdict is not Verdict.EQUAL
+
+
+def test_reuse_that_rounds_as_everything_else_does_is_within_the_floor() -> None:
+    found = verdicts(cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
+    assert found.count(Verdict.WITHIN_FLOOR) >= len(found) - 3  # 5 % of 16 are 1
+    assert Verdict.WRONG not in found
+
+
+def test_reuse_that_rounds_five_times_as_much_each_time_changes_outputs_and_is_not_wrong() -> None:
+    rounds = rounding(1e-3, 0.3)
+    assert set(verdicts(cold=rounds, warm=rounds, shift=rounding(5e-3, 0.3))) == {Verdict.CHANGES}
+
+
+def test_flips_alone_change_outputs() -> None:
+    warm = ("branch", "repeat", "staged", "turns-1", "turns-2", "company-1", "company-2", "cancelled")
+    cases, arms = made(np.random.default_rng(1), cases=12, flip=lambda _rng, arm: arm.startswith(warm))
+    found = judge(cases, arms, FACTS)
+    assert (found.verdict, set(found.paths["flips"])) == (Verdict.CHANGES, {1.0})
+
+
+@pytest.mark.parametrize(("sigma", "ratio"), [(0.5, 1.0), (1.0, 1.0), (0.5, 4.0)])
+def test_rounding_is_not_called_wrong(sigma: float, ratio: float) -> None:
+    found = verdicts(cold=rounding(5e-3, sigma), warm=rounding(5e-3, sigma), shift=rounding(5e-3 * ratio, sigma))
+    assert found.count(Verdict.WRONG) == 0
+
+
+def test_one_wrong_answer_of_one_case_is_found_and_named() -> None:
+    for seed in SEEDS:
+        cases, arms = made(np.random.default_rng(seed), cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
+        one = arms["company-2"][5]
+        arms["company-2"][5] = dataclasses.replace(one, prompt=one.prompt - 0.3)
+        found = judge(cases, arms, FACTS)
+        assert found.verdict is Verdict.WRONG
+        assert [(w.arm, w.case) for w in found.wrong] == [("company-2", 5)]
+
+
+def test_a_cold_answer_that_is_wrong_by_itself_blames_no_reuse() -> None:
+    cases, arms = made(np.random.default_rng(2), cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
+    arms["cold-2"][5] = dataclasses.replace(arms["cold-2"][5], prompt=arms["cold-2"][5].prompt - 0.3)
+    found = judge(cases, arms, FACTS)
+    assert found.wrong == ()
+    assert found.yardstick > 0.2
+
+
+def test_cold_answers_that_disagree_are_no_yardstick() -> None:
+    assert set(verdicts(cold=rounding(2.0, 0.2), warm=rounding(2.0, 0.2))) == {Verdict.INCONCLUSIVE}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"warm_cached": 0}, "warm was not warm"),
+        ({"cold_cached": 7}, "cold was not cold"),
+        ({"cold_cached": None}, "reports no cached tokens"),
+    ],
+)
+def test_what_was_not_as_asked_is_inconclusive_and_says_so(given: dict[str, int | None], why: str) -> None:
+    cases, arms = made(np.random.default_rng(0), **given)  # type: ignore[arg-type]
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert all(why in r for r in found.reasons)
+    assert found.reasons
+
+
+def test_prompts_that_do_not_look_back_show_nothing() -> None:
+    given = {"cold": rounding(1e-3, 0.3), "warm": rounding(1e-3, 0.3), "control": 1e-3}
+    assert Verdict.WITHIN_FLOOR not in verdicts(**given)
+
+
+def test_too_few_cases_are_no_test() -> None:
+    cases, arms = made(np.random.default_rng(0), cases=8, cold=rounding(1e-3, 0.3), warm=rounding(3e-3, 0.3))
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "8 cases are too few" in found.sentence
+
+
+def test_every_verdict_has_an_exit_code_of_its_own_that_no_error_has() -> None:
+    codes = [v.exit_code for v in Verdict]
+    assert len(set(codes)) == len(codes)
+    assert not {1, 2} & set(codes)
+
+
+def test_with_so_many_cases_the_smallest_p_is_small_enough_for_holm_and_with_one_less_it_is_not() -> None:
+    for paths in (2, 5):
+        n = enough(paths)
+        assert 2.0 ** (1 - n) <= 0.05 / (2 * paths) < 2.0 ** (2 - n)
+
+
+def test_holm_rejects_in_order_and_stops() -> None:
+    assert holm([0.012, 0.04, 0.011, math.nan]) == [True, False, True, False]
+    assert holm([0.04, 0.001]) == [True, True]
+    assert holm([0.06]) == [False]
