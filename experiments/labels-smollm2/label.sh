@@ -11,6 +11,7 @@ python -m sglang.launch_server --model-path "$MODEL" --dtype float32 --host 127.
   --max-total-tokens 32768 --max-running-requests 8 --log-level warning > "$out/server.log" 2>&1 &
 server=$!
 trap 'kill $server' EXIT
+trap 'exit 143' INT TERM
 until curl -sf "http://127.0.0.1:$port/health" > "$out/health"; do
   kill -0 $server
   sleep 1
