@@ -18,6 +18,8 @@ BATCH = 5
 """Texts of a question."""
 LABEL_TOKENS, VERDICT_TOKENS = 400, 200
 MOST_LABEL = 300
+LABEL_FORM = r"LABEL: [^\n]{3,120}"
+"""What an answer looks like that is held to a form: no more than the phrase."""
 _TEXTS = f"Texts are JSON strings, cut out of longer texts. {LEFT} and {RIGHT} are ours: they stand around tokens"
 EXPLAIN = (
     "You find out what one feature of a language model is about. You see excerpts of texts. "
@@ -93,6 +95,11 @@ def verdicts_of(answer: str, n: int) -> list[int] | None:
         if len(numbers) == n and re.fullmatch(r"\[\s*[01](\s*,\s*[01])*\s*\]", found):
             return [int(x) for x in numbers]
     return None
+
+
+def verdicts_form(n: int) -> str:
+    """The form of n verdicts, as a regular expression."""
+    return rf"\[[01](, [01]){{{n - 1}}}\]"
 
 
 def _said(answer: str) -> str:
