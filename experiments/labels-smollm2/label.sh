@@ -1,5 +1,5 @@
 #!/bin/sh
-# From the head of a checkout, after what experiments/diff-smollm2 makes of the untrained model.
+# From the head of a checkout, with the run and the dictionary of models/sae-smollm2.
 #   MODEL=folder-of-SmolLM2-135M-Instruct sh experiments/labels-smollm2/label.sh OUTPUT
 # Serves SmolLM2 by SGLang on 127.0.0.1, asks it for labels in three ways, and stops it. What was answered is kept: after
 # an interruption it goes on from there. `sglang-probe model list` says where the model lies.
@@ -19,10 +19,9 @@ done
 
 ask() {
   sglang-probe features "$runs/sae-smollm2" --sae "$saes/sae-smollm2/batchtopk-2304-seed0" --most 40000 \
-    --random-run "$runs/sae-smollm2-random" --random-sae "$saes/sae-smollm2-random/batchtopk-2304-seed0" \
-    --label-with "http://127.0.0.1:$port/v1" --label-most 20 --label-nulls 12 --label-at-once 8 "$@"
+    --label-with "http://127.0.0.1:$port/v1" --label-most 20 --label-nulls 10 --label-windows 5 --label-at-once 8 "$@"
 }
 ask --label-grammar --output "$out/held"
 cp "$out/held/answers.jsonl" "$out/held-words/"
 ask --label-grammar --label-judge words --output "$out/held-words"
-ask --label-judge words --output "$out/free"
+ask --label-judge words --label-body '{"max_tokens": 120}' --output "$out/free"

@@ -25,8 +25,10 @@ EXPLAIN = (
     "You find out what one feature of a language model is about. You see excerpts of texts. "
     f"{_TEXTS} on which the feature is active, and the number after each text is how strongly it is at its strongest. "
     "Say in one short phrase what these tokens, or what comes before them, have in common. Be specific: a phrase that "
-    "would fit most texts is no use. Do not mention the marks. End with one line of this form:\nLABEL: your phrase"
+    "would fit most texts is no use. Do not mention the marks. The last line of your answer begins with LABEL: and "
+    "goes on with the phrase."
 )
+"""Has no phrase where the label is to stand: a small model gave `your phrase` as the label of every latent."""
 DETECT = (
     "You are given a phrase that says on what one feature of a language model is active, and numbered excerpts. "
     "Texts are JSON strings, cut out of longer texts. For each text decide whether the feature is active anywhere in "

@@ -108,6 +108,15 @@ def test_a_judge_that_says_yes_to_all_is_at_chance(planted: tuple[Path, Path], t
     assert "verdicts are the same list" in " ".join(result.notes)
 
 
+def test_one_label_for_all_latents_is_said(planted: tuple[Path, Path], found: FeaturesResult, tmp_path: Path) -> None:
+    with StubJudge(lambda body: "LABEL: Your phrase") as judge:
+        asking = Asking(Endpoint(judge.url, None, tmp_path / "a.jsonl"), latents=[0, 3, 5], nulls=2, judge="words")
+        result = study(*planted, asking=asking)
+    assert result.to_json()["labels_asked"]["labels_alike"] == 3
+    assert "3 of 3 latents have the same label" in " ".join(result.notes)
+    assert "the same label" not in " ".join(found.notes)
+
+
 def test_nonsense_is_no_label_and_no_verdict(planted: tuple[Path, Path], tmp_path: Path) -> None:
     def label_alone(body: dict) -> str:
         return "LABEL: x" if "LABEL:" in body["messages"][0]["content"] and len(judge.asked) % 2 else "er"
