@@ -90,22 +90,35 @@ def neuronpedia(
     name: Annotated[str, typer.Option(help="Of the set of dictionaries, without the layer, e.g. `res-2k`.")],
     creator: Annotated[str, typer.Option(help="Who made it.")],
     creator_id: Annotated[str, typer.Option(help="Of the user on the server that imports it.")] = "",
+    labels: Annotated[
+        Path | None, typer.Option(help="Results of `sglang-probe features --label-with` of this SAE: their labels too.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of the checkpoint; default: the run's.")] = None,
     most: Most = 200_000,
     overwrite: Overwrite = False,
 ) -> None:
-    """Features as the folder that a Neuronpedia server imports: examples, tokens, decoder rows, heuristic labels.
+    """Features as the folder that a Neuronpedia server imports: examples, tokens, decoder rows, labels.
+
+    Labels are heuristic, and with `--labels` those of a model too, under its name. Scores of all of them, with their
+    nulls, are in a file beside the folder, because its import takes none.
 
     Example: `sglang-probe export neuronpedia runs/mine --sae saes/mine --name res-2k --creator me --output np`
     """
     from sglang_probe.export.neuronpedia import export_neuronpedia
+    from sglang_probe.sae.folder import read_sae, weights_sha256
+    from sglang_probe.studies.features.labelled import read_labelled
     from sglang_probe.studies.features.study import study
 
+    labelled = None
+    if labels is not None:
+        labelled = read_labelled(labels, weights_sha256(sae), str(read_sae(sae).hook_point))
     with _bar("rows") as tell:
         result = study(run, sae, model=model, most=most, tell=tell)
         how = {"name": name, "creator": creator, "creator_id": creator_id, "overwrite": overwrite}
-        place = export_neuronpedia(result, sae, output, **how)  # type: ignore[arg-type]
-    _say(f"{int((result.latents['rate'] > 0).sum()):,} features in {place}; labels are heuristic")
+        place = export_neuronpedia(result, sae, output, labelled=labelled, **how)  # type: ignore[arg-type]
+    by = "" if labelled is None else f", and {len(labelled.labels):,} by {labelled.model}"
+    _say(f"{int((result.latents['rate'] > 0).sum()):,} features in {place}; labels are heuristic{by}")
+    _say(f"scores of the labels, which its import does not take: {place}.scores.jsonl")
 
 
 @app.command("delphi")

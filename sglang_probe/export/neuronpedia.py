@@ -2,9 +2,14 @@
 
     <model>/<layer>-<set>/{release,model,sourceset,source}.jsonl
     <model>/<layer>-<set>/{features,activations,explanations}/batch-N.jsonl.gz
+    <model>/<layer>-<set>.scores.jsonl
 
 Fields as in its own converter (`neuronpedia-utils`, `convert-llamascope-arrow-to-neuronpedia-export.py`); lists for
-what is not known here are empty. Floats are cut to four places. Explanations are the heuristic labels, and say so.
+what is not known here are empty. Floats are cut to four places. Explanations are the heuristic labels, and say so, and
+those that a model gave, with its name.
+
+Its import takes explanations without scores (so does its own `export-data.py`). They are beside the folder, with the
+fields of its table `ExplanationScore` and its names of delphi's two scores; `jsonDetails` has the nulls.
 """
 
 from __future__ import annotations
@@ -24,9 +29,13 @@ from sglang_probe.export.folder import model_name, new_folder
 from sglang_probe.run.hook_points import parse_hook_point
 from sglang_probe.sae.folder import read_sae
 from sglang_probe.sae.labels import AFTER, BEFORE
-from sglang_probe.studies.features.study import FeaturesResult
+from sglang_probe.studies.features.labelled import Labelled
+from sglang_probe.studies.features.study import HEURISTIC, FeaturesResult
 
 PER_FILE = 2048
+NO_MODEL = "heuristic (no model)"
+SCORES = {"detection": "eleuther_recall", "fuzzing": "eleuther_fuzz"}
+"""Names that a Neuronpedia server gives the scores."""
 _EMPTY = [
     "topkCosSimIndices",
     "topkCosSimValues",
@@ -64,6 +73,7 @@ def export_neuronpedia(
     name: str,
     creator: str,
     creator_id: str = "",
+    labelled: Labelled | None = None,
     per_file: int = PER_FILE,
     overwrite: bool = False,
 ) -> Path:
@@ -74,6 +84,7 @@ def export_neuronpedia(
         name: of the set of dictionaries, without the layer.
         creator: who made it.
         creator_id: of the user on that server; its import sets its own where this is empty.
+        labelled: labels of the same SAE by a model, beside the heuristic ones.
 
     Raises:
         ConfigError: the folder is there.
@@ -107,6 +118,8 @@ def export_neuronpedia(
             | {"hfFolderId": None, "creatorId": creator_id},
         )
         alive = result.latents[result.latents["rate"] > 0]
+        by_model = {} if labelled is None else {int(r["latent"]): r for r in labelled.labels.to_dict("records")}
+        scores: list[dict[str, Any]] = []
         examples = dict(iter(result.examples[result.examples["bin"] == "top"].groupby("latent")))
         for number, at in enumerate(range(0, len(alive), per_file)):
             part = alive.iloc[at : at + per_file].to_dict("records")
@@ -119,8 +132,18 @@ def export_neuronpedia(
                 for a in _activations(result, examples[int(r["latent"])])
             ]
             _many(place / "activations" / file, activations)
-            explanations = [{**shared, "createdAt": now, **_explanation(result, r, creator_id)} for r in part]
+            explanations = []
+            for r in part:
+                given = [(NO_MODEL, r, _means(result, HEURISTIC))]
+                if labelled is not None and (theirs := by_model.get(int(r["latent"]))) is not None:
+                    given.append((labelled.model, theirs, {s: labelled.nulls(s) for s in SCORES}))
+                for who, label, means in given:
+                    explained = _explanation(result, label, who, creator_id)
+                    explanations.append({**shared, "createdAt": now, **explained})
+                    scores += _scores(explained["id"], label, who, means, creator_id, now)
             _many(place / "explanations" / file, explanations)
+        lines = "".join(json.dumps(s, allow_nan=False) + "\n" for s in scores)
+        place.with_name(f"{source}.scores.jsonl").write_text(lines, encoding="utf-8")
     return folder / model / source
 
 
@@ -173,15 +196,42 @@ def _activations(result: FeaturesResult, examples: Any) -> Iterable[dict[str, An
         }
 
 
-def _explanation(result: FeaturesResult, r: dict[str, Any], author: str) -> dict[str, Any]:
+def _explanation(result: FeaturesResult, r: dict[str, Any], who: str, author: str) -> dict[str, Any]:
+    heuristic = who == NO_MODEL
     return {
-        "id": _id(result.weights, r["latent"], "explanation", 0),
+        "id": _id(result.weights, r["latent"], "explanation", 0 if heuristic else who),
         "index": int(r["latent"]),
-        "description": str(r["label"]).replace("`", ""),
+        "description": str(r["label"]).replace("`", "") if heuristic else str(r["label"]),
         "authorId": author,
-        "typeName": "sglang-probe_token-set",
-        "explanationModelName": "heuristic (no model)",
+        "typeName": "sglang-probe_token-set" if heuristic else "sglang-probe_label",
+        "explanationModelName": who,
     }
+
+
+def _means(result: FeaturesResult, label: str) -> dict[str, dict[str, float]]:
+    """What all labels of a kind score in the mean, beside the nulls, by score."""
+    rows = result.scores[result.scores["label"] == label].set_index("score").drop(columns="label")
+    return {name: {k: float(v) for k, v in row.items() if v == v} for name, row in rows.iterrows()}
+
+
+def _scores(
+    explanation: str, r: dict[str, Any], who: str, means: dict[str, dict[str, float]], user: str, now: str
+) -> Iterable[dict[str, Any]]:
+    for name, theirs in SCORES.items():
+        value, other = float(r[name]), float(r[f"{name}_shuffled"])
+        if not math.isnan(value):
+            details = {"score": f"balanced accuracy of {name}", "windows": int(r["windows"])}
+            details |= {"by_the_label_of_another_feature": None if math.isnan(other) else other, "means": means[name]}
+            yield {
+                "id": _id(explanation, name),
+                "value": value,
+                "explanationId": explanation,
+                "explanationScoreTypeName": theirs,
+                "explanationScoreModelName": who,
+                "initiatedByUserId": user,
+                "jsonDetails": json.dumps(details),
+                "createdAt": now,
+            }
 
 
 def _id(*of: Any) -> str:

@@ -244,7 +244,8 @@ class RecordedStudy(Study):
             how = {k: given[k] for k in ("overwrite", "resume")}
             with hold_directory(folder):
                 found = self.runs().run(prepared, config, folder, **how, reporter=terminal)
-                write_cards(self.recorded(found))
+                # Runs that were there, and lie elsewhere, keep the card they have.
+                write_cards(r for r in self.recorded(found) if folder.resolve() in r.path.resolve().parents)
         with console.status("studying") as status:
             return self.study(found, config, folder, name, status.update), folder
 

@@ -105,14 +105,20 @@ class Endpoint:
         questions: Sequence[Messages],
         *,
         most_tokens: int,
+        forms: Sequence[str] | None = None,
         tell: Callable[[int, int], None] = lambda done, of: None,
     ) -> list[str]:
         """Answers to all of the questions, in their order.
+
+        Args:
+            forms: a regular expression for each, to which the server holds its answer (`regex`, as SGLang takes it).
 
         Raises:
             ConfigError: the endpoint refuses, or does not answer. What was answered before is kept.
         """
         bodies = [self._request(q, most_tokens) for q in questions]
+        if forms is not None:
+            bodies = [{**b, "regex": form} for b, form in zip(bodies, forms, strict=True)]
         keys = [self._key_of(b) for b in bodies]
         missing = list({k: b for k, b in zip(keys, bodies, strict=True) if k not in self._known}.items())
         done = len(set(keys)) - len(missing)

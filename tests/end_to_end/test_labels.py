@@ -28,23 +28,22 @@ def test_our_own_server_labels_features_and_is_known_by_its_weights(
         Endpoint(url, None, file)
     assert KEY_VARIABLE in str(refused.value.fix)
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    # The model writes nonsense. A grammar makes it a label that can be read, and never a verdict.
-    body = {"regex": "LABEL: [a-z]{2,12}", "max_tokens": 24}
-    first = Endpoint(url, None, file, body=body)
+    # The model writes nonsense. Held to a form it is a label and verdicts that can be read.
+    first = Endpoint(url, None, file)
     assert first.served.weights_sha256 == weight_hash_of_folder(MODEL)
-    result = study(run, sae, asking=Asking(first, latents=LATENTS, nulls=2, windows=5))
+    result = study(run, sae, asking=Asking(first, latents=LATENTS, nulls=2, windows=5, grammar=True))
     assert result.asked is not None
     assert result.asked["label"].notna().all()
-    assert result.asked["answered"].sum() == 0 < result.asked["questions"].sum()
-    assert result.asked["detection"].isna().all()
+    assert (result.asked["answered"] == result.asked["questions"]).all()
+    assert result.asked[["detection", "fuzzing"]].notna().all(axis=None)
     told = result.to_json()["labels_asked"]
     assert (told["model"], told["weights_sha256"]) == ("probe-text", first.served.weights_sha256)
     kept = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(kept) == first.asked
     assert KEY not in file.read_text()
     # The same labels from the file, judged by the words that they name: nonsense is at chance.
-    again = Endpoint(url, None, file, body=body)
-    words = study(run, sae, asking=Asking(again, latents=LATENTS, nulls=2, judge="words"))
+    again = Endpoint(url, None, file)
+    words = study(run, sae, asking=Asking(again, latents=LATENTS, nulls=2, judge="words", grammar=True))
     assert again.asked == 0
     assert words.asked is not None
     assert words.asked["label"].tolist() == result.asked["label"].tolist()

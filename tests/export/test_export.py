@@ -22,10 +22,15 @@ from sglang_probe.export.saelens import export_saelens
 from sglang_probe.run.run import Run
 from sglang_probe.sae.coded_run import code_run
 from sglang_probe.sae.folder import read_sae
+from sglang_probe.studies.endpoint import Endpoint
+from sglang_probe.studies.features.asked import Asking
+from sglang_probe.studies.features.command import Features
+from sglang_probe.studies.features.labelled import read_labelled
 from sglang_probe.studies.features.study import study
 from tests.export.readers import delphi_latents, neuronpedia
 from tests.sae.lens import needs_sae_lens
 from tests.studies.features.planted import FOLDER, LENGTH, POINT, WIDTH, planted_run, planted_sae
+from tests.studies.features.stub_judge import StubJudge
 
 datasets = pytest.importorskip("datasets")
 
@@ -174,6 +179,49 @@ def test_neuronpedia_gets_features_examples_and_labels(run: Run, sae: Path, tmp_
     assert example["tokens"][example["maxValueTokenIndex"]] == result.vocabulary.text(
         int(result.coded.ids[int(top["flat"])])
     )
+
+
+def test_labels_of_a_model_go_along_with_their_scores_and_the_nulls(run: Run, sae: Path, tmp_path: Path) -> None:
+    with StubJudge() as judge:
+        endpoint = Endpoint(judge.url, None, tmp_path / "answers.jsonl")
+        asked = study(run.path, sae, asking=Asking(endpoint, latents=[0, 3, 5], nulls=2, windows=5))
+    Features().write(asked, tmp_path / "features")
+    labelled = read_labelled(tmp_path / "features", asked.weights, POINT)
+    how = {"name": "planted", "creator": "me", "labelled": labelled}
+    place = export_neuronpedia(study(run.path, sae), sae, tmp_path / "out", **how)  # type: ignore[arg-type]
+    told = {e["id"]: e for e in neuronpedia(place)["explanations"]}
+    own = asked.asked[asked.asked["arm"] == "labels"].set_index("latent")  # type: ignore[index]
+    given = {e["index"]: e for e in told.values() if e["explanationModelName"] == "stub"}
+    assert {m: e["description"] for m, e in given.items()} == own["label"].to_dict()
+    lines = [json.loads(line) for line in place.with_name("2-planted.scores.jsonl").read_text().splitlines()]
+    by_model = {
+        (told[s["explanationId"]]["index"], s["explanationScoreTypeName"]): s
+        for s in lines
+        if s["explanationScoreModelName"] == "stub"
+    }
+    assert {k: s["value"] for k, s in by_model.items()} == {
+        (m, name): own.loc[m, score]
+        for score, name in (("detection", "eleuther_recall"), ("fuzzing", "eleuther_fuzz"))
+        for m in own.index
+    }
+    details = json.loads(by_model[3, "eleuther_fuzz"]["jsonDetails"])
+    assert details["by_the_label_of_another_feature"] == own.loc[3, "fuzzing_shuffled"]
+    means = asked.scores.set_index(["label", "score"]).loc[("stub", "fuzzing")]
+    assert details["means"]["random_directions"] == pytest.approx(means["random_directions"])
+    rule = next(
+        s
+        for s in lines
+        if told[s["explanationId"]]["index"] == 7 and s["explanationScoreTypeName"] == "eleuther_recall"
+    )
+    assert (rule["explanationScoreModelName"], rule["value"]) == (
+        "heuristic (no model)",
+        asked.latents.loc[7, "detection"],
+    )
+    with pytest.raises(ConfigError, match="of another SAE"):
+        read_labelled(tmp_path / "features", "0" * 64, POINT)
+    Features().write(replace(asked, asked=None, asked_of={}), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="no labels by a model"):
+        read_labelled(tmp_path / "plain", asked.weights, POINT)
 
 
 @pytest.mark.parametrize("model", ["/models/mine", "../mine", "org/mine"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from sglang_probe.studies.features.arms import OWN, Arm
 Array = np.ndarray[Any, Any]
 Tell = Callable[[int, int], None]
 COLUMNS = ["arm", "latent", "label", "detection", "detection_shuffled", "fuzzing", "fuzzing_shuffled"]
-COLUMNS += ["windows", "answered", "questions"]
+COLUMNS += ["windows", "answered", "questions", "alike"]
 _KINDS = ("detection", "fuzzing")
 _TOPS_OF = 2
 """One of so many examples is among the strongest, the others are drawn from all."""
@@ -45,13 +46,16 @@ class Asking:
     """In which a latent fires, and as many in which it does not, that a label is judged by."""
     judge: Literal["endpoint", "words"] = "endpoint"
     """`words`: a label fits where one of the words that it names stands, without asking."""
+    grammar: bool = False
+    """Have the server hold answers to their form (SGLang's `regex`): small models do not keep it by themselves."""
 
 
 def ask(asking: Asking, arms: Sequence[Arm], vocabulary: Vocabulary, seed: int, tell: Tell) -> pd.DataFrame:
     """Label latents of every arm and judge the labels: a row for each, columns as `COLUMNS`.
 
     Labels are found on the texts of the first half, and judged on the others. NaN where too few windows are there, or
-    where no answer could be read; `answered` of `questions` could.
+    where no answer could be read; `answered` of `questions` could, and `alike` of these are one and the same list, the
+    commonest of the arm: of a judge that reads the texts, few.
 
     Raises:
         ConfigError: the endpoint refuses or is not there; a latent that was named cannot be judged.
@@ -98,7 +102,8 @@ def named_tokens(label: str, words: Mapping[str, list[int]]) -> Array:
 def _ask(asking: Asking, arm: Arm, vocabulary: Vocabulary, seed: int, tell: Tell) -> pd.DataFrame:
     latents = chosen(asking, arm, seed)
     questions = [prompts.explain(e) for e in _examples(arm, latents, asking.examples, vocabulary, seed)]
-    answers = asking.endpoint.ask(questions, most_tokens=prompts.LABEL_TOKENS, tell=tell)
+    forms = [prompts.LABEL_FORM] * len(questions) if asking.grammar else None
+    answers = asking.endpoint.ask(questions, most_tokens=prompts.LABEL_TOKENS, forms=forms, tell=tell)
     said = {m: label for m, a in zip(latents, answers, strict=True) if (label := prompts.label_of(a)) is not None}
     scores = (_by_words if asking.judge == "words" else _by_endpoint)(asking, arm, said, vocabulary, seed, tell)
     frame = pd.DataFrame({"arm": arm.name, "latent": latents, "label": [said.get(m) for m in latents]})
@@ -164,23 +169,28 @@ def _by_endpoint(
                         make = prompts.detect if kind == "detection" else prompts.fuzz
                         questions.append(make(said[label], [text for text, _ in batch]))
                         asked.append((w.latent, kind + suffix, [truth for _, truth in batch]))
-    answers = asking.endpoint.ask(questions, most_tokens=prompts.VERDICT_TOKENS, tell=tell)
+    forms = [prompts.verdicts_form(len(truths)) for *_, truths in asked] if asking.grammar else None
+    answers = asking.endpoint.ask(questions, most_tokens=prompts.VERDICT_TOKENS, forms=forms, tell=tell)
     verdicts: dict[tuple[int, str], list[tuple[int, int]]] = {}
     answered = dict.fromkeys(windows, 0)
     total = dict.fromkeys(windows, 0)
+    lists: list[tuple[int, tuple[int, ...]]] = []
     for (m, column, truths), answer in zip(asked, answers, strict=True):
         total[m] += 1
         if (told := prompts.verdicts_of(answer, len(truths))) is not None:
             answered[m] += 1
+            lists.append((m, tuple(told)))
             verdicts.setdefault((m, column), []).extend(zip(truths, told, strict=True))
     names = [kind + suffix for kind in _KINDS for suffix in ("", "_shuffled")]
+    commonest = Counter(told for _, told in lists).most_common(1)
+    alike = Counter(m for m, told in lists if told == commonest[0][0])
     return pd.DataFrame(
         [
-            {"latent": m, "windows": n, "answered": answered[m], "questions": total[m]}
+            {"latent": m, "windows": n, "answered": answered[m], "questions": total[m], "alike": alike[m]}
             | {name: balanced_accuracy(verdicts.get((m, name), [])) for name in names}
             for m, n in windows.items()
         ],
-        columns=["latent", *names, "windows", "answered", "questions"],
+        columns=["latent", *names, "windows", "answered", "questions", "alike"],
     )
 
 
@@ -205,7 +215,7 @@ def _by_words(
     at = np.array(sorted(said), dtype=np.int64)
     names = [kind + suffix for kind in _KINDS for suffix in ("", "_shuffled")]
     frame = pd.DataFrame({"latent": at, **{name: getattr(scores, name)[at] for name in names}})
-    return frame.assign(windows=scores.windows[at], answered=0, questions=0)
+    return frame.assign(windows=scores.windows[at], answered=0, questions=0, alike=0)
 
 
 def _texts(ids: Array, vocabulary: Vocabulary) -> list[str]:

@@ -65,6 +65,12 @@ class Features(Study):
             ),
             option("label_key", str, "SGLANG_PROBE_LABEL_KEY", "Environment variable with the key, if one is needed."),
             option("label_body", str | None, None, "JSON: further keys of each request; null takes one out."),
+            option(
+                "label_grammar",
+                bool,
+                False,
+                "Have the server hold answers to their form, by SGLang's `regex`: for small models, which do not.",
+            ),
             option("label_at_once", int, 4, "Requests at a time."),
             option("seed", int, 0, "Of all draws."),
             output_option("Folder of the results; default: `features` in the run directory."),
@@ -147,5 +153,5 @@ def _asking(given: Mapping[str, Any], folder: Path) -> Asking | None:
         body=body,
         concurrency=given["label_at_once"],
     )
-    names = {n: given[f"label_{n}"] for n in ("most", "nulls", "examples", "windows", "judge")}
+    names = {n: given[f"label_{n}"] for n in ("most", "nulls", "examples", "windows", "judge", "grammar")}
     return Asking(endpoint, latents=latents, **names)

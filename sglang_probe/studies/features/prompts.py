@@ -18,24 +18,29 @@ BATCH = 5
 """Texts of a question."""
 LABEL_TOKENS, VERDICT_TOKENS = 400, 200
 MOST_LABEL = 300
+LABEL_FORM = r"LABEL: [^\n]{3,120}"
+"""What an answer looks like that is held to a form: no more than the phrase."""
 _TEXTS = f"Texts are JSON strings, cut out of longer texts. {LEFT} and {RIGHT} are ours: they stand around tokens"
 EXPLAIN = (
     "You find out what one feature of a language model is about. You see excerpts of texts. "
     f"{_TEXTS} on which the feature is active, and the number after each text is how strongly it is at its strongest. "
     "Say in one short phrase what these tokens, or what comes before them, have in common. Be specific: a phrase that "
-    "would fit most texts is no use. Do not mention the marks. End with one line of this form:\nLABEL: your phrase"
+    "would fit most texts is no use. Do not mention the marks. The last line of your answer begins with LABEL: and "
+    "goes on with the phrase."
 )
+"""Neither this nor what follows has an example of an answer. A small model gave `your phrase`, which stood here for
+the label, as the label of every latent, and the example of verdicts as its verdicts."""
 DETECT = (
     "You are given a phrase that says on what one feature of a language model is active, and numbered excerpts. "
     "Texts are JSON strings, cut out of longer texts. For each text decide whether the feature is active anywhere in "
-    "it: 1 if so, 0 if not. It may be all, some or none of them. Answer with a JSON list of {n} numbers and nothing "
-    "else, e.g. {example}"
+    "it: 1 if so, 0 if not. It may be all, some or none of them. Answer with a JSON list of {n} numbers in square "
+    "brackets, with commas between them, and nothing else."
 )
 FUZZ = (
     "You are given a phrase that says on what one feature of a language model is active, and numbered excerpts. "
     f"{_TEXTS} that may be, or may not be, those on which the feature is active. For each text decide whether the "
     "marks are in the right places: 1 if so, 0 if not. It may be all, some or none of them. Answer with a JSON list of "
-    "{n} numbers and nothing else, e.g. {example}"
+    "{n} numbers in square brackets, with commas between them, and nothing else."
 )
 PROMPTS = {"label": EXPLAIN, "detection": DETECT, "fuzzing": FUZZ}
 Messages = list[dict[str, str]]
@@ -71,12 +76,12 @@ def explain(examples: Sequence[tuple[str, float]]) -> Messages:
 
 def detect(label: str, texts: Sequence[str]) -> Messages:
     """Which of these does the label fit?"""
-    return _messages(_filled(DETECT, len(texts)), _numbered(label, texts))
+    return _messages(DETECT.replace("{n}", str(len(texts))), _numbered(label, texts))
 
 
 def fuzz(label: str, texts: Sequence[str]) -> Messages:
     """In which of these are the tokens of the label marked?"""
-    return _messages(_filled(FUZZ, len(texts)), _numbered(label, texts))
+    return _messages(FUZZ.replace("{n}", str(len(texts))), _numbered(label, texts))
 
 
 def label_of(answer: str) -> str | None:
@@ -95,6 +100,11 @@ def verdicts_of(answer: str, n: int) -> list[int] | None:
     return None
 
 
+def verdicts_form(n: int) -> str:
+    """The form of n verdicts, as a regular expression."""
+    return rf"\[[01](, [01]){{{n - 1}}}\]"
+
+
 def _said(answer: str) -> str:
     """Without what a reasoning model thought first; nothing where it never came to an end."""
     if "<think>" in answer and "</think>" not in answer:
@@ -109,10 +119,6 @@ def _quoted(text: str) -> str:
 def _numbered(label: str, texts: Sequence[str]) -> str:
     lines = [f"{i}. {_quoted(text)}" for i, text in enumerate(texts, start=1)]
     return "\n".join([f"Phrase: {_quoted(label)}", *lines])
-
-
-def _filled(template: str, n: int) -> str:
-    return template.replace("{n}", str(n)).replace("{example}", json.dumps([(i + 1) % 2 for i in range(n)]))
 
 
 def _messages(system: str, user: str) -> Messages:

@@ -268,23 +268,40 @@ def _asked_of(asking: Asking, asked: pd.DataFrame) -> dict[str, Any]:
         "weights_sha256": served.weights_sha256,
         "server": served.server,
         "judge": asking.judge,
+        "held_to_a_form": asking.grammar,
         "latents": int((asked["arm"] == OWN).sum()),
         "without_label": int(asked["label"].isna().sum()),
+        "labels_alike": _alike(asked),
         "questions": int(asked["questions"].sum()),
         "answered": int(asked["answered"].sum()),
+        "alike": int(asked["alike"].sum()),
         "prompts": {n: p for n, p in prompts.PROMPTS.items() if n == "label" or n in judged_by},
         "prompts_sha256": {n: prompts.sha256(n) for n in prompts.PROMPTS if n == "label" or n in judged_by},
     }
+
+
+def _alike(asked: pd.DataFrame) -> int:
+    """How many latents have the commonest label."""
+    labels_ = asked.loc[asked["arm"] == OWN, "label"].dropna().str.casefold()
+    return int(labels_.value_counts().max()) if len(labels_) else 0
 
 
 def _notes_of(asking: Asking, asked: pd.DataFrame, has_random: bool) -> list[str]:
     notes = []
     if bare := int(asked["label"].isna().sum()):
         notes.append(f"{bare} of {len(asked)} answers have no line `LABEL: ...`: these latents have no label")
+    own = int((asked["arm"] == OWN).sum())
+    if _alike(asked) > max(2, own / 2):
+        notes.append(f"{_alike(asked)} of {own} latents have the same label: it says nothing of any of them")
     total, answered = int(asked["questions"].sum()), int(asked["answered"].sum())
     if answered < total:
         notes.append(
             f"{total - answered} of {total} verdicts are no list of zeros and ones, and are left out of the scores"
+        )
+    if answered and (alike := int(asked["alike"].sum())) > answered / 2:
+        notes.append(
+            f"{alike} of {answered} verdicts are the same list, whatever the texts: such a judge reads nothing, and "
+            "what it says of labels is worth nothing"
         )
     if not has_random:
         notes.append("no random model stands beside the labels: --random-run and --random-sae give one")

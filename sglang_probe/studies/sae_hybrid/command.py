@@ -22,7 +22,8 @@ class SaeHybrid(RecordedStudy):
 
     Every text is cut to a prompt and a continuation, which is recorded three times: human text prefilled, the model's
     own text decoded, and that text prefilled again. Dictionaries are trained on a share of 0, 1/4, 1/2 and 1 of decoded
-    rows, and, as a control, of the same rows prefilled again; judged on human and on decoded rows of other texts.
+    rows, and, as a control, of the same rows prefilled again; judged on human and on decoded rows of other texts. Runs
+    that are there (of `sae gap` or `phase`) are named by `runs` in the YAML, and are not recorded again.
 
     Needs SAELens for training: `pip install 'sglang-probe[sae]'`. `--report-only` does not.
 
@@ -51,15 +52,18 @@ seeds: [0, 1, 2]
 
         return SaeHybridConfig
 
-    def plan(self, prepared: Prepared, config: SaeHybridConfig) -> Plan:
-        """Three runs, and dictionaries after them."""
+    def plan(self, prepared: Prepared | dict[str, Run], config: SaeHybridConfig) -> Plan:
+        """Three runs, unless they are there, and dictionaries after them."""
         import pandas as pd
 
         from sglang_probe.report.tables import Table
         from sglang_probe.studies.sae_hybrid.runs import ARMS, wanted
 
-        frame = pd.DataFrame({"run": list(ARMS), "requests": len(prepared.workload.requests)})
         trained = f"dictionaries to train: {len(wanted(config))}, one after another"
+        if isinstance(prepared, dict):
+            frame = pd.DataFrame({"run": list(ARMS), "requests": [len(r.requests()) for r in prepared.values()]})
+            return Plan(Table(frame, f"plan: the runs of {config.runs}"), 0, [trained])
+        frame = pd.DataFrame({"run": list(ARMS), "requests": len(prepared.workload.requests)})
         return Plan(Table(frame, "plan: 3 runs"), 1, ["texts that are too short are left out", trained])
 
     def study(

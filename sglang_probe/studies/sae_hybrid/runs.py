@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.prepare import Prepared
 from sglang_probe.harvest.progress import Quiet, Reporter
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.harvested import harvested, seen_before
 from sglang_probe.sae.keys import KEY, Keyed, KeySchedule, mixed, places
 from sglang_probe.sae.manifest import facts_of_run, model_of
@@ -46,17 +46,17 @@ class Rows:
     """Share of the rows of each arm whose last 8 tokens, all in the continuation, were seen before in it."""
 
 
-def prepare(config: SaeHybridConfig) -> Prepared:
-    """Check model and texts; starts no engine.
+def prepare(config: SaeHybridConfig) -> Prepared | dict[str, Run]:
+    """Check model and texts, or the runs that are there; starts no engine.
 
     Raises:
-        ProbeError: as `sglang_probe.studies.phase.runs.prepare`.
+        ProbeError: as `sglang_probe.studies.phase.runs.prepare`, or as `taken`.
     """
-    return phase.prepare(config.phase)
+    return phase.prepare(config.phase) if config.runs is None else taken(config)
 
 
 def run(
-    prepared: Prepared,
+    prepared: Prepared | dict[str, Run],
     config: SaeHybridConfig,
     folder: Path,
     *,
@@ -64,7 +64,7 @@ def run(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Run]:
-    """Record the three runs in one engine, and train every dictionary; runs by name.
+    """Record the three runs in one engine, unless they are there, and train every dictionary; runs by name.
 
     Raises:
         RunDirectoryError: a run exists and neither `overwrite` nor `resume` was asked; or it is of something else.
@@ -74,7 +74,10 @@ def run(
     require_sae_lens()
     reporter = reporter or Quiet()
     again: Any = {"overwrite": overwrite, "resume": resume, "reporter": reporter}
-    found = {kind: runs[0] for kind, runs in phase.run(prepared, config.phase, folder, **again).items()}
+    if isinstance(prepared, dict):
+        found = prepared
+    else:
+        found = {kind: runs[0] for kind, runs in phase.run(prepared, config.phase, folder, **again).items()}
     with reporter.stage("reading rows"):
         rows = read_rows(config, found)
     human = rows.held_out[HUMAN]
@@ -93,13 +96,61 @@ def run(
 
 
 def read(config: SaeHybridConfig, folder: Path) -> dict[str, Run]:
-    """The runs that are in `folder`, by name.
+    """The runs that are in `folder`, or that the configuration names, by name.
 
     Raises:
         RunDirectoryError: one is missing, or a dictionary.
     """
     read_lessons(folder, [name for name, *_ in wanted(config)])
+    if config.runs is not None:
+        return taken(config)
     return {kind: runs[0] for kind, runs in phase.read(config.phase, folder).items()}
+
+
+def taken(config: SaeHybridConfig) -> dict[str, Run]:
+    """The runs that the configuration names, by name.
+
+    Raises:
+        RunDirectoryError: one is missing or incomplete, lacks the hook point or token ids, or they are not of one
+            model and the same texts.
+        ConfigError: they were not cut as the configuration says.
+    """
+    assert config.runs is not None
+    found = {arm: load_run(config.runs / arm) for arm in ARMS}
+    for arm, run in found.items():
+        if run.manifest.get("status") != "complete" or config.hook_point not in run.hook_points:
+            raise RunDirectoryError(f"{run.path} is not complete, or has no rows of `{config.hook_point}`")
+        if run.manifest.get("model") != found[HUMAN].manifest.get("model"):
+            raise RunDirectoryError(f"{run.path} is of another model than the run `{HUMAN}` beside it")
+        if arm != DECODED and run.manifest.get("dtype") != found[DECODED].manifest.get("dtype"):
+            raise RunDirectoryError(f"{run.path} was recorded in another dtype than the run `{DECODED}` beside it")
+    _refuse_other_texts({arm: run.requests().set_index("rid") for arm, run in found.items()}, config)
+    return found
+
+
+def _refuse_other_texts(requests: Mapping[str, pd.DataFrame], config: SaeHybridConfig) -> None:
+    """Positions are paired by number, so that all three must be of one text up to the prompt, and two of one after."""
+    start, end = config.prompt_tokens, config.prompt_tokens + config.continuation_tokens
+    human, decoded, again = (requests[arm] for arm in (HUMAN, DECODED, REFORWARD))
+    for rid, own in decoded.iterrows():
+        where = f"{config.runs}: request {rid}"
+        if rid not in human.index or rid not in again.index:
+            raise RunDirectoryError(f"{where} is in `{DECODED}` and not in all three runs")
+        prompts = [human.loc[rid, "prompt_ids"], own["prompt_ids"], again.loc[rid, "prompt_ids"]]
+        if any(p is None for p in prompts):
+            raise RunDirectoryError(f"{where} has no token ids", fix="record with privacy level `ids`")
+        text, prompt, same = (list(p) for p in prompts)
+        whole = [*prompt, *own["output_ids"]]
+        # The last token that was sampled never runs through the model, and has no row.
+        least = min(len(whole) - 1, len(text), len(same))
+        if len(prompt) > start or least < end:
+            raise ConfigError(
+                f"{where} was recorded with {len(prompt)} prompt tokens and {least - len(prompt)} after them, and the "
+                f"YAML says {start} and {end - start}",
+                fix="give `prompt_tokens` and `continuation_tokens` of that recording",
+            )
+        if text[: len(prompt)] != prompt or same[:end] != whole[:end]:
+            raise RunDirectoryError(f"{where} is not the same text in all three runs")
 
 
 def wanted(config: SaeHybridConfig) -> list[tuple[str, str, float, int]]:

@@ -92,9 +92,10 @@ def study_hybrid(
     families = rows.held_out_keys["family"].to_numpy()
     tell("matching")
     model = runs[HUMAN].manifest["model"]
+    sampling = runs[DECODED].manifest.get("sampling") or {}
     of = {
         "model": {k: model.get(k) for k in ("name", "architecture", "layers")},
-        "config": {**config.trained(), "shares": config.shares, "sampling": dict(config.sampling)},
+        "config": {**config.trained(), "shares": config.shares, "sampling": sampling},
         "runs": {n: facts_of_run(r)["manifest_sha256"] for n, r in runs.items()},
         "keys": len(rows.keys),
         "rows_held_out": len(rows.held_out_keys),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,8 @@ def test_planted_features_are_labelled_by_what_is_marked_and_the_labels_hold_on_
     assert planted["detection"].mean() > 0.9  # a token's text may be part of another's
     assert planted["fuzzing"].mean() > 0.9
     assert (own["answered"] == own["questions"]).all()
+    assert 0 < own["alike"].sum() < own["answered"].sum() / 2
+    assert "the same list" not in " ".join(found.notes)
 
 
 def test_labels_of_other_latents_and_of_random_directions_are_at_chance(found: FeaturesResult) -> None:
@@ -101,6 +104,17 @@ def test_a_judge_that_says_yes_to_all_is_at_chance(planted: tuple[Path, Path], t
     assert result.asked is not None
     assert result.asked.loc[result.asked["arm"] == "labels", "latent"].tolist() == [0, 3]
     assert (result.asked[["detection", "fuzzing", "detection_shuffled"]].dropna() == 0.5).all(axis=None)
+    assert (result.asked["alike"] == result.asked["answered"]).all()
+    assert "verdicts are the same list" in " ".join(result.notes)
+
+
+def test_one_label_for_all_latents_is_said(planted: tuple[Path, Path], found: FeaturesResult, tmp_path: Path) -> None:
+    with StubJudge(lambda body: "LABEL: Your phrase") as judge:
+        asking = Asking(Endpoint(judge.url, None, tmp_path / "a.jsonl"), latents=[0, 3, 5], nulls=2, judge="words")
+        result = study(*planted, asking=asking)
+    assert result.to_json()["labels_asked"]["labels_alike"] == 3
+    assert "3 of 3 latents have the same label" in " ".join(result.notes)
+    assert "the same label" not in " ".join(found.notes)
 
 
 def test_nonsense_is_no_label_and_no_verdict(planted: tuple[Path, Path], tmp_path: Path) -> None:
@@ -115,6 +129,23 @@ def test_nonsense_is_no_label_and_no_verdict(planted: tuple[Path, Path], tmp_pat
     assert result.asked[["detection", "fuzzing"]].isna().all(axis=None)
     assert "have no line `LABEL: ...`" in " ".join(result.notes)
     assert "are no list of zeros and ones" in " ".join(result.notes)
+
+
+def test_a_server_can_be_told_the_form_of_every_answer(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    def held(body: dict) -> str:
+        """The first answer that fits the form, as a server that knows the key would give it."""
+        n = body["messages"][1]["content"].count("\n")
+        said = "LABEL: them" if "LABEL:" in body["messages"][0]["content"] else str([0] * n)
+        assert re.fullmatch(body["regex"], said)
+        return said
+
+    with StubJudge(held) as judge:
+        asking = Asking(Endpoint(judge.url, None, tmp_path / "a.jsonl"), latents=[0, 3], windows=6, grammar=True)
+        result = study(*planted, asking=asking)
+        assert {"[01]" in q["regex"] for q in judge.asked} == {True, False}
+    assert result.asked is not None
+    assert (result.asked["answered"] == result.asked["questions"]).all()
+    assert result.to_json()["labels_asked"]["held_to_a_form"] is True
 
 
 def test_labels_can_be_judged_by_the_words_that_they_name(planted: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from rich.console import Console
 
 from sglang_probe.config import parse_config
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.progress import Quiet
 from sglang_probe.report.page import render
 from sglang_probe.run.run import Run
@@ -62,7 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         return [Text(t, [1], x) for t, x in zip(tokens, rows, strict=True)]
 
     decoded = [Text(t[:PROMPT], [5] * (LENGTH + 1), x) for t, x in zip(tokens, own, strict=True)]
-    made = {"human": prefilled(human), "decoded": decoded, "reforward": prefilled(own)}
+    again = [Text([*t[:PROMPT], *[5] * LENGTH], [1], x) for t, x in zip(tokens, own, strict=True)]
+    made = {"human": prefilled(human), "decoded": decoded, "reforward": again}
     return {name: make_run_of(folder / name, texts) for name, texts in made.items()}
 
 
@@ -129,6 +132,67 @@ def test_what_is_recorded_is_a_phase_study_of_one_replicate() -> None:
     plan = SaeHybrid().plan(prepared, config())
     assert plan.table.frame["run"].tolist() == ["human", "decoded", "reforward"]
     assert "10, one after another" in plan.notes[1]
+
+
+TAKING = {k: v for k, v in CONFIG.items() if k != "model"}
+
+
+def test_runs_that_are_there_are_taken_and_not_recorded(runs: dict[str, Run]) -> None:
+    folder = runs["human"].path.parent
+    taking = parse_config({**TAKING, "runs": str(folder)}, SaeHybridConfig, where="test")
+    prepared = hybrid_runs.prepare(taking)
+    assert isinstance(prepared, dict)
+    assert {n: r.path for n, r in prepared.items()} == {n: r.path for n, r in runs.items()}
+    plan = SaeHybrid().plan(prepared, taking)
+    assert (plan.starts, plan.table.frame["requests"].tolist()) == (0, [TEXTS] * 3)
+    with pytest.raises(ConfigError, match="`sampling` was decided when `runs` were recorded"):
+        parse_config({**TAKING, "runs": str(folder), "sampling": {}}, SaeHybridConfig, where="test")
+
+
+def test_runs_that_are_there_stay_as_they_are(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs["human"].path.parent
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    trained: list[Any] = []
+    monkeypatch.setattr(hybrid_runs, "require_sae_lens", lambda: None)
+    monkeypatch.setattr(hybrid_runs, "train_missing", lambda lessons, *_, **__: trained.extend(lessons))
+    monkeypatch.setattr(SaeHybrid, "study", lambda self, found, *_: found)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**TAKING, "runs": str(folder)}))
+    command = SaeHybrid()
+    given = {p.name: p.default for p in command.parameters()}
+    given |= {"experiment": tmp_path / "mine.yaml", "output": tmp_path / "out"}
+    found, _ = command.obtain(given, Console(quiet=True))
+    assert (len(trained), list(found)) == (10, ["human", "decoded", "reforward"])
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("prompt", "length"), [(PROMPT - 1, LENGTH), (PROMPT, LENGTH + 1)])
+def test_runs_that_were_cut_otherwise_are_refused(runs: dict[str, Run], prompt: int, length: int) -> None:
+    keys = {"runs": str(runs["human"].path.parent), "prompt_tokens": prompt, "continuation_tokens": length}
+    with pytest.raises(ConfigError, match=f"4 prompt tokens and 40 after them, and the YAML says {prompt} and"):
+        hybrid_runs.prepare(parse_config({**TAKING, **keys}, SaeHybridConfig, where="test"))
+
+
+def test_runs_of_other_texts_or_models_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def text(prompt: list[int], output: list[int]) -> list[Text]:
+        return [Text(prompt, output, rng.normal(size=(len(prompt) + len(output) - 1, 4)))]
+
+    def refused(said: str, *, again: list[int], human: list[int], weights: str = "0") -> None:
+        folder = tmp_path / said[:5]
+        model = {"name": "m", "weights_sha256": {"w": "0"}}
+        make_run_of(folder / "human", text(human, [9]), model=model)
+        make_run_of(folder / "decoded", text([1, 2], [3, 4, 5]), model=model)
+        make_run_of(folder / "reforward", text(again, [9]), model={**model, "weights_sha256": {"w": weights}})
+        keys = {"runs": str(folder), "prompt_tokens": 2, "continuation_tokens": 2}
+        with pytest.raises(RunDirectoryError, match=said):
+            hybrid_runs.prepare(parse_config({**TAKING, **keys}, SaeHybridConfig, where="test"))
+
+    refused("is not the same text", again=[1, 2, 3, 5], human=[1, 2, 6, 6])
+    refused("not the same text in all", again=[1, 2, 3, 4], human=[1, 3, 6, 6])
+    refused("of another model", again=[1, 2, 3, 4], human=[1, 2, 6, 6], weights="1")
 
 
 @needs_sae_lens
