@@ -218,7 +218,7 @@ def manifest(run: Run, value: float, **fields: Any) -> FeatureManifest:
 
 def replayed(planted: tuple, served: Run, value: float, name: str) -> ReplayResult:
     made = planted[3]
-    prepared = replaying.prepare(manifest(served, value), served, made["folder"] / "vectors")
+    prepared = replaying.prepare(manifest(served, value), served, made["folder"] / "vectors", made["folder"] / name)
     found = replaying.run(prepared, made["folder"] / name, host=made["host"])
     result = study_replay(prepared, found)
     Replay().write(result, made["folder"] / name)
@@ -250,5 +250,6 @@ def test_a_changed_strength_is_found_in_the_rows_and_in_the_ledger(planted: tupl
 
 
 def test_other_weights_are_refused_before_an_engine_is_asked(planted: tuple, served: Run) -> None:
+    wrong = manifest(served, CLAMP, model_weight_hash="c" * 64)
     with pytest.raises(ConfigError, match="with weights cccccccccccc, and those of"):
-        replaying.prepare(manifest(served, CLAMP, model_weight_hash="c" * 64), served, planted[3]["folder"] / "vectors")
+        replaying.prepare(wrong, served, planted[3]["folder"] / "vectors", planted[3]["folder"] / "refused")
