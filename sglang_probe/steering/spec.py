@@ -327,7 +327,7 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         raise ConfigError(
             f"{at}.op: `{entry.op}` needs {' or '.join(map(_a, _KINDS[entry.op]))}; `{entry.vector}` is {_a(card.kind)}"
         )
-    if entry.gate is not None and entry.gate.by == "feature" and card.kind != "feature":
+    if entry.gate is not None and entry.gate.by_feature and card.kind != "feature":
         raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
     amount = entry.fraction if entry.strength is None else float(entry.strength)
     if entry.op in ("clamp", "cap") and card.kind == "feature" and amount < 0:
@@ -339,7 +339,7 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         hook_point=f"blocks.{layer_of(card.hook_point)}.hook_resid_post",
         op=entry.op,
         amount=amount + 0.0,  # -0.0 and 0.0 are one
-        gated=entry.gate is not None and entry.gate.by == "feature",
+        gated=entry.gate is not None and entry.gate.by_feature,
         prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),

@@ -118,7 +118,7 @@ def _asked(step: Step, name: str, probe: str | None) -> Steer:
     if step.generation not in (None, (1, None)):
         told["generation_window"] = step.generation
     if probe is not None:
-        told["gate"] = Gate(by="probe", probe=probe)
+        told["gate"] = Gate(by="probe", probe=probe, active=step.gated)
     elif step.gated:
         told["gate"] = Gate(by="feature")
     if step.random_error is not None:
