@@ -40,8 +40,8 @@ class Server:
     """`python -m sglang.launch_server` with the probe, on 127.0.0.1."""
 
     def __init__(self, folder: Path, model: Path, probe: dict[str, Any]) -> None:
+        self.folder = folder = folder.resolve()
         folder.mkdir(parents=True)
-        self.folder = folder
         config = folder / "probe.yaml"
         told = {"run": str(folder / "run"), "live": {"privacy": "ids"}, "checkpoint_seconds": 2.0, **probe}
         config.write_text(yaml.safe_dump(told))
@@ -49,7 +49,15 @@ class Server:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "float32"]
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(model.resolve()),
+            "--dtype",
+            "float32",
+        ]
         command += ["--host", "127.0.0.1", "--port", str(port), "--max-total-tokens", "8192", "--api-key", KEY]
         command += ["--log-level", "warning"]
         env = {**os.environ, "SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1"}
