@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from sglang_probe.config import Config
 
@@ -43,12 +43,21 @@ class Gate(Config):
     or none, as the score of the prompt's last row says."""
     probe: StrictStr | None = Field(default=None, min_length=1)
     """`by: probe`: name of a probe of the library. The gate opens above its threshold. One probe for a request."""
+    active: StrictBool = False
+    """`by: probe`: of these tokens only those on which the feature itself is active, as `by: feature` has it."""
 
     @model_validator(mode="after")
     def _named(self) -> Gate:
         if (self.by == "probe") != (self.probe is not None):
             raise ValueError("`probe` names the probe of a gate `by: probe`, and of no other")
+        if self.active and self.by != "probe":
+            raise ValueError("`active` adds to a gate `by: probe` what `by: feature` says already")
         return self
+
+    @property
+    def by_feature(self) -> bool:
+        """Whether rows are left alone on which the feature is not active."""
+        return self.by == "feature" or self.active
 
 
 class Steer(Config):
@@ -91,7 +100,7 @@ class Steer(Config):
                 raise ValueError(f"the strength of `{self.op}` is a fraction from 0 to 2")
         if self.random_error is not None and self.op != "splice":
             raise ValueError(f"`random_error` has no meaning for `{self.op}`")
-        if self.gate is not None and self.gate.by == "feature" and self.op not in ("add", "clamp"):
+        if self.gate is not None and self.gate.by_feature and self.op not in ("add", "clamp"):
             raise ValueError(f"a gate by the feature has no meaning for `{self.op}`")
         if self.gate is not None and self.gate.by == "probe" and set(self.phases) != {"decode"}:
             raise ValueError(

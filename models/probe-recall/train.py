@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sglang_probe.workload.facts import KEYS, SEPARATOR, SPECIAL_WORDS, TASKS, VALUES, WORDS, Puzzle, Task, draw_puzzle
+from sglang_probe.model import tiny
+from sglang_probe.workload.facts import KEYS, SEPARATOR, TASKS, VALUES, WORDS, Puzzle, Task, draw_puzzle
 
 IDS = {word: i for i, word in enumerate(WORDS)}
 CONTEXT = 1024
@@ -56,42 +56,11 @@ PASS = 0.97
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; `<bos>` is put before every prompt."""
-    words = Tokenizer(models.WordLevel(IDS, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", IDS["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token=SPECIAL_WORDS[0],
-        bos_token=SPECIAL_WORDS[1],
-        eos_token=SPECIAL_WORDS[2],
-        clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT,
-    )
+    return tiny.tokenizer(IDS, context=CONTEXT, bos=True)
 
 
 def build_model() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=CONTEXT,
-            rope_theta=10000.0,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            initializer_range=0.04,
-            bos_token_id=IDS["<bos>"],
-            eos_token_id=IDS["<eos>"],
-            pad_token_id=IDS["<pad>"],
-            attn_implementation="sdpa",
-        )
-    )
+    return tiny.llama(IDS, layers=2, context=CONTEXT, rope_theta=10000.0, rms_norm_eps=1e-5)
 
 
 def prompt_ids(puzzle: Puzzle) -> list[int]:
@@ -138,24 +107,21 @@ def collate(puzzles: list[Puzzle]) -> Batch:
     for p in puzzles:
         prompt = prompt_ids(p)
         rows.append(prompt + [IDS[w] for w in p.continuation[:-1]])
-        target = [-100] * len(rows[-1])
+        target = [tiny.UNGRADED] * len(rows[-1])
         for step, answer in zip(p.answer_steps, p.answers, strict=True):
             target[len(prompt) - 1 + step] = IDS[answer]
         targets.append(target)
-    width = max(map(len, rows))
     return Batch(
-        torch.tensor([r + [IDS["<pad>"]] * (width - len(r)) for r in rows]),
-        torch.tensor([t + [-100] * (width - len(t)) for t in targets]),
+        tiny.padded(rows, IDS[tiny.PAD]),
+        tiny.padded(targets, tiny.UNGRADED),
         torch.tensor([TASKS.index(p.task) for p in puzzles]),
     )
 
 
 def answer_logits(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits `[m, vocab]` at the `m` answers of the batch, their targets `[m]` and their tasks `[m]`."""
-    # Padding stands on the right, where no answer of a causal model can see it.
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    graded = batch.targets >= 0
-    return model.lm_head(hidden[graded]), batch.targets[graded], batch.task[:, None].expand_as(graded)[graded]
+    logits, targets, graded = tiny.graded_logits(model, batch.ids, batch.targets)
+    return logits, targets, batch.task[:, None].expand_as(graded)[graded]
 
 
 @dataclass
@@ -181,7 +147,7 @@ class Run:
 
 
 def train(model: LlamaForCausalLM, seed: int, tasks: list[Task], state: Path | None, stop_seconds: float) -> Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = tiny.optimizer(model, PEAK_LR)
     run = Run(tasks=tasks, accuracy=dict.fromkeys(tasks, 0.0))
     if state is not None and state.exists():
         saved = torch.load(state, weights_only=True)
@@ -211,15 +177,10 @@ def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, run: Run, r
     stage = STAGES[rng.randrange(run.stage + 1) if rng.random() < 0.2 else run.stage]
     count = max(2, round(TOKENS_PER_STEP / len(run.tasks) / (stage.body + 2 * stage.answers)))
     batch = collate([draw(task, rng, stage) for task in run.tasks for _ in range(count)])
-    for group in optimizer.param_groups:
-        group["lr"] = run.learning_rate()
     logits, targets, tasks = answer_logits(model, batch)
     losses = F.cross_entropy(logits, targets, reduction="none")
     loss = torch.stack([losses[tasks == TASKS.index(task)].mean() for task in run.tasks]).mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    tiny.descend(model, optimizer, loss, run.learning_rate())
     run.step += 1
     run.tokens += batch.ids.numel()
     right = logits.detach().argmax(-1) == targets

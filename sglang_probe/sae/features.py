@@ -75,8 +75,9 @@ class Clamp(Config):
     model_config = ConfigDict(allow_inf_nan=False)
 
     mode: Literal["clamp", "cap", "ablate_feature"]
-    value: float | None = Field(default=None, ge=0)
-    """The activation that `clamp` sets and `cap` does not pass; `ablate_feature` has none."""
+    value: float | None = None
+    """The activation that `clamp` sets, where below zero is past taking the feature out, and that `cap` does not pass;
+    `ablate_feature` has none."""
     threshold: float = Field(default=0.0, ge=0)
     """Activations up to it are left alone."""
 
@@ -84,6 +85,8 @@ class Clamp(Config):
     def _has_its_value(self) -> Clamp:
         if (self.value is None) != (self.mode == "ablate_feature"):
             raise ValueError("`clamp` and `cap` need a `value`, and `ablate_feature` has none")
+        if self.mode == "cap" and self.value is not None and self.value < 0:
+            raise ValueError("a `cap` below zero would change rows in which the feature is not active: use `clamp`")
         return self
 
 

@@ -144,17 +144,22 @@ def _read(given: ClampConfig, *, width: int, layers: int, weight_hash: str | Non
     found = read_sae_feature(given.sae, given.feature, hook_point=manifest.hook_point)
     if found.hook_point != manifest.hook_point:
         raise ConfigError(f"{where} is of `{manifest.hook_point}`, and {given.sae} of `{found.hook_point}`")
-    vector = _vector(manifest, feature, dict(found.tensors))
+    vector = vector_of(manifest, feature, found.tensors)
     library.check_vector(vector, width=width, layers=layers, weight_hash=weight_hash)
     return Clamp(given, manifest, feature, vector)
 
 
-def _vector(manifest: FeatureManifest, feature: Feature, tensors: dict[str, torch.Tensor]) -> Vector:
-    """An entry as a library would have it, in memory alone: no client can name it."""
+def vector_of(manifest: FeatureManifest, feature: Feature, read: Mapping[str, torch.Tensor]) -> Vector:
+    """The feature as a library would have it, with the threshold of its clamp; in memory alone: no client can name it.
+
+    Args:
+        read: its tensors (`make.read_sae_feature`).
+    """
     import torch
     from safetensors.torch import save
 
     assert feature.clamp is not None
+    tensors = dict(read)
     own = tensors[library.THRESHOLD]
     tensors[library.THRESHOLD] = torch.maximum(own.float(), torch.tensor(feature.clamp.threshold))
     tensors = {n: t.detach().to("cpu", torch.float32).contiguous().clone() for n, t in tensors.items()}

@@ -97,11 +97,15 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         raise ConfigError(
             f"{at}.op: `{entry.op}` needs {' or '.join(map(_a, _KINDS[entry.op]))}; `{entry.vector}` is {_a(card.kind)}"
         )
-    if entry.gate is not None and entry.gate.by == "feature" and card.kind != "feature":
+    if entry.gate is not None and entry.gate.by_feature and card.kind != "feature":
         raise ConfigError(f"{at}.gate: `{entry.vector}` is a {card.kind}, and only a feature has a threshold")
     amount = entry.fraction if entry.strength is None else float(entry.strength)
-    if entry.op in ("clamp", "cap") and card.kind == "feature" and amount < 0:
-        raise ConfigError(f"{at}.strength: an activation is never below 0 (got {amount:g})")
+    only_active = entry.gate is not None and entry.gate.by_feature
+    if entry.op in ("clamp", "cap") and card.kind == "feature" and amount < 0 and not only_active:
+        also = ""
+        if entry.op == "clamp":
+            also = "; to go past taking the feature out, clamp it where it is active alone, `gate: {by: feature}`"
+        raise ConfigError(f"{at}.strength: an activation is never below 0 (got {amount:g}){also}")
     amount *= _unit(entry, card, at)
     return Step(
         vector=entry.vector,
@@ -109,7 +113,7 @@ def _step(entry: Steer, library: Mapping[str, Source], at: str) -> Step:
         hook_point=f"blocks.{layer_of(card.hook_point)}.hook_resid_post",
         op=entry.op,
         amount=amount + 0.0,  # -0.0 and 0.0 are one
-        gated=entry.gate is not None and entry.gate.by == "feature",
+        gated=only_active,
         prompt=(entry.prompt_window or (0, None)) if "prefill" in entry.phases else None,
         generation=(entry.generation_window or (1, None)) if "decode" in entry.phases else None,
         exclude=tuple(sorted(set(entry.exclude))),

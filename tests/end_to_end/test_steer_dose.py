@@ -60,12 +60,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SteerDos
             "threshold": torch.tensor(0.1),
         },
     }
-    for name, t in tensors.items():
+    # Probes whose gates open for everybody and for nobody, whatever the prompt.
+    probes = {n: {"vector": towards, "threshold": torch.tensor(t)} for n, t in (("anybody", -1e6), ("nobody", 1e6))}
+    for name, t in {**tensors, **probes}.items():
         write(
             folder / "vectors",
             t,
             name=name,
-            kind="feature" if "encoder" in t else "direction",
+            kind="feature" if "encoder" in t else "probe" if "threshold" in t else "direction",
             hook_point=LAST,
             model="probe-text",
             model_weight_hash=weight_hash_of_folder(MODEL),
@@ -168,15 +170,17 @@ CLAMP = 3.0
 
 @pytest.fixture(scope="module")
 def served(planted: tuple) -> Run:
-    """Six requests under a clamp of generated tokens and two plain ones, sampled."""
+    """Sampled requests: six that ask for a clamp of generated tokens, of which one waits for a gate that opens and one
+    for a gate that stays closed; and a plain one."""
     _, _, _, made = planted
     prepared = made["prepared"]
     entry = {"vector": "feature", "op": "clamp", "strength": CLAMP, "phases": ["decode"]}
     requests = []
     for i, r in enumerate(prepared.workload.requests[:7]):
         params: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "ignore_eos": True}
+        gate = {5: {"gate": {"by": "probe", "probe": "nobody"}}, 6: {"gate": {"by": "probe", "probe": "anybody"}}}
         if i != 3:
-            params["custom_params"] = {"probe": {"steer": [entry]}}
+            params["custom_params"] = {"probe": {"steer": [{**entry, **gate.get(i, {})}]}}
         requests.append(replace(r, index=i, sampling_params=params))
     spec = RunSpec("served", requests, hook_points=["hook_embed", LAST])
     return record([spec], prepared, made["folder"], asks=("force", "steer"), host=made["host"])["served"]
@@ -218,7 +222,7 @@ def manifest(run: Run, value: float, **fields: Any) -> FeatureManifest:
 
 def replayed(planted: tuple, served: Run, value: float, name: str) -> ReplayResult:
     made = planted[3]
-    prepared = replaying.prepare(manifest(served, value), served, made["folder"] / "vectors")
+    prepared = replaying.prepare(manifest(served, value), served, made["folder"] / "vectors", made["folder"] / name)
     found = replaying.run(prepared, made["folder"] / name, host=made["host"])
     result = study_replay(prepared, found)
     Replay().write(result, made["folder"] / name)
@@ -228,10 +232,12 @@ def replayed(planted: tuple, served: Run, value: float, name: str) -> ReplayResu
 def test_a_run_under_its_manifest_passes_the_audit(planted: tuple, served: Run) -> None:
     result = replayed(planted, served, CLAMP, "passes")
     assert result.ok, result.checks["replay"]
-    assert (result.requests, result.under) == (7, 6)
+    assert (result.requests, result.under) == (7, 5)
     assert set(result.rows["interventions"]) == {True, False}
     told = result.activations.iloc[0]
-    assert told["positions"] == 6 * 7
+    assert told["positions"] == 5 * 7
+    gates = next(c for c in result.checks["replay"] if c.name == "gates")
+    assert (gates.covered, gates.holds) == (2, True)
     assert told["stored"] == pytest.approx(told["replayed"], rel=1e-4)
     assert planted[3]["host"].starts == 1
 
@@ -250,5 +256,6 @@ def test_a_changed_strength_is_found_in_the_rows_and_in_the_ledger(planted: tupl
 
 
 def test_other_weights_are_refused_before_an_engine_is_asked(planted: tuple, served: Run) -> None:
+    wrong = manifest(served, CLAMP, model_weight_hash="c" * 64)
     with pytest.raises(ConfigError, match="with weights cccccccccccc, and those of"):
-        replaying.prepare(manifest(served, CLAMP, model_weight_hash="c" * 64), served, planted[3]["folder"] / "vectors")
+        replaying.prepare(wrong, served, planted[3]["folder"] / "vectors", planted[3]["folder"] / "refused")

@@ -43,6 +43,12 @@ def made(status: str = "hypothesis", *, weights: str = "b" * 64, **feature: Any)
     return parse_config({**told, "features": [{**one, "status": status, **feature}]}, FeatureManifest, where="made")
 
 
+def test_a_clamp_may_go_past_taking_the_feature_out_and_a_cap_may_not() -> None:
+    assert made(clamp={"mode": "clamp", "value": -9.0}).feature(17).clamp is not None
+    with pytest.raises(ConfigError, match="a `cap` below zero"):
+        made(clamp={"mode": "cap", "value": -9.0})
+
+
 def test_what_is_written_is_read_and_a_change_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "features.json"
     write_features(made(clamp=CLAMP), path)

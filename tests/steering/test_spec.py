@@ -164,6 +164,7 @@ def test_a_spec_is_read_back_from_json() -> None:
         ({"vector": "late", "unit": "mean_norm"}, "does not say its `mean_norm`"),
         ({"vector": "f7", "op": "clamp", "unit": "mean_norm"}, "not measured in `mean_norm`"),
         ({"vector": "f7", "op": "cap", "strength": -1}, "never below 0"),
+        ({"vector": "f7", "op": "clamp", "strength": -1}, "clamp it where it is active alone"),
     ],
 )
 def test_what_a_vector_cannot_do_is_refused_by_name(entry: dict[str, Any], message: str) -> None:

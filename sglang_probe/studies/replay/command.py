@@ -40,6 +40,9 @@ class Replay(Study):
             Parameter("manifest", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, manifest]),
             Parameter("run", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, run]),
             Parameter("library", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, library]),
+            option(
+                "sae", Path | None, None, "Folder of the manifest's SAE, for a run whose server has `steer: clamps`."
+            ),
             option("model", str | None, None, "Where the model is; default: where the run says."),
             option("requests", int, 32, "How many at most; half of them plain ones, if there are."),
             option("overwrite", bool, False, "Delete an earlier replay in the folder, and serve again."),
@@ -59,17 +62,19 @@ class Replay(Study):
         if given["requests"] < 1:
             raise ConfigError("`--requests` is at least 1")
         terminal = Terminal(console)
-        with terminal.stage("checking manifest, run and library"):
-            stored = load_run(given["run"])
-            prepared = runs.prepare(
-                read_features(given["manifest"]),
-                stored,
-                given["library"],
-                model=given["model"],
-                requests=given["requests"],
-            )
+        stored = load_run(given["run"])
         folder = given["output"] or Path("runs") / "replay" / stored.path.name
         with hold_directory(folder):
+            with terminal.stage("checking manifest, run and library"):
+                prepared = runs.prepare(
+                    read_features(given["manifest"]),
+                    stored,
+                    given["library"],
+                    folder,
+                    sae=given["sae"],
+                    model=given["model"],
+                    requests=given["requests"],
+                )
             found = runs.run(prepared, folder, overwrite=given["overwrite"], reporter=terminal)
         with console.status("comparing") as status:
             return study_replay(prepared, found, tell=status.update), folder

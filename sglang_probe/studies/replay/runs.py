@@ -25,7 +25,8 @@ from sglang_probe.sae.features import Feature, FeatureManifest
 from sglang_probe.steering.config import SteerConfig
 from sglang_probe.steering.library import Library, weight_hash
 from sglang_probe.steering.spec import Spec
-from sglang_probe.studies.replay.stated import Stated, features_of, stated
+from sglang_probe.studies.replay.clamped import clamped, clamps_of
+from sglang_probe.studies.replay.stated import NONE, Stated, features_of, stated
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
 
@@ -41,21 +42,35 @@ class Replay:
     manifest: FeatureManifest
     stored: Run
     stated: Mapping[str, Stated]
-    """By the stored request's id; one without is plain."""
+    """By the stored request's id; one without asked for nothing."""
     requests: Sequence[Request]
     """The first of each is `names[0]`, and so on."""
     names: Sequence[str]
     """Stored ids of the requests."""
     features: Mapping[str, Feature]
+    """By the hash that the ledger has of each."""
     library: Library
+    under: int
+    """Requests that ran under interventions: a gate that stayed closed leaves a request plain."""
+    differences: tuple[str, ...] = ()
+    """Where the clamps of the server are not the manifest's, whatever was done to single requests."""
 
 
 def prepare(
-    manifest: FeatureManifest, stored: Run, library: Path, *, model: str | None = None, requests: int = 32
+    manifest: FeatureManifest,
+    stored: Run,
+    library: Path,
+    folder: Path,
+    *,
+    sae: Path | None = None,
+    model: str | None = None,
+    requests: int = 32,
 ) -> Replay:
     """Check that the run can be replayed under the manifest; starts no engine.
 
     Args:
+        folder: of the replay, where the library is made of a run whose server clamped features of itself.
+        sae: folder of the manifest's SAE, which such a run needs.
         model: where the model is now, if not where the run says.
         requests: so many at most; half of them under interventions while there are such.
 
@@ -67,28 +82,50 @@ def prepare(
     mine = weight_hash((told.get("model") or {}).get("weights_sha256"))
     manifest.check_weights(mine, where=str(stored.path))
     opened = Library.open(library)
-    features = features_of(opened, manifest)
-    specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in stored.interventions().itertuples()}
-    if not specs:
+    clamps = clamps_of(told)
+    of_server = clamped(clamps, manifest, opened, sae, folder / "library") if clamps else None
+    features = features_of(opened, manifest, needed=of_server is None)
+    served = NONE
+    if of_server is not None:
+        opened, served = of_server.library, of_server.served
+        features |= of_server.features
+    under_any = set(stored.interventions()["rid"])
+    if not under_any:
         raise ConfigError(f"nothing was intervened on in {stored.path}", fix="give a run whose requests were steered")
+    # A gate that stayed closed is asked again too: whether it would is part of what is audited.
+    asked_for = pd.concat([stored.gates()[["rid", "spec"]], stored.interventions()[["rid", "spec"]]])
+    specs = {r.rid: Spec.from_json(json.loads(r.spec)) for r in asked_for.itertuples()}
     frame = askable(stored)
-    under = frame["rid"].isin(specs)
+    under = frame["rid"].isin(under_any)
     chosen = frame[under].head(requests - min(requests // 2, int((~under).sum())))
     chosen = frame.loc[sorted([*chosen.index, *frame[~under].head(requests - len(chosen)).index])]
-    found = {rid: stated(specs[rid], features, opened) for rid in chosen["rid"] if rid in specs}
+    found = {rid: stated(specs[rid], features, opened, served) for rid in chosen["rid"] if rid in specs}
     asked = [_request(i, r, found.get(r.rid)) for i, r in enumerate(chosen.itertuples())]
     config = Recording(
         model=model or str(told["model_path"]),
         dtype=told["dtype"],
         sampling={"max_new_tokens": 1, "temperature": 0.0},
         hook_points=[p for p in stored.hook_points if p not in score_points(stored.hook_points)],
-        steer=SteerConfig(library=library),
+        steer=SteerConfig(library=opened.folder),
         server={k: v for k, v in (told.get("server_given") or {}).items() if k != "dtype"},
         concurrency=int(told.get("concurrency") or 16),
     )
     prepared = check(config, {"arm": _arm(told)}, workload=Workload(tuple(asked)))
     manifest.check_weights(weight_hash(prepared.model.identity["weights_sha256"]), where=f"the model {config.model}")
-    return Replay(prepared, manifest, stored, found, asked, list(chosen["rid"]), features, opened)
+    differences = () if of_server is None else of_server.differences
+    names = list(chosen["rid"])
+    return Replay(
+        prepared,
+        manifest,
+        stored,
+        found,
+        asked,
+        names,
+        features,
+        opened,
+        sum(n in under_any for n in names),
+        differences,
+    )
 
 
 def askable(stored: Run) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from sglang_probe.errors import ConfigError
@@ -18,6 +19,7 @@ from sglang_probe.steering.spec import Spec, Step
 
 ACTING = ("validated", "deployed")
 """What a feature must be to act."""
+NONE: Mapping[str, Vector] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Stated:
     """Where the ledger says something else."""
 
 
-def features_of(library: Library, manifest: FeatureManifest) -> dict[str, Feature]:
+def features_of(library: Library, manifest: FeatureManifest, *, needed: bool = True) -> dict[str, Feature]:
     """The manifest's features by the hash of the library's entry for each.
 
     Raises:
-        ConfigError: the library has no entry of any feature that the manifest lists.
+        ConfigError: the library has no entry of any feature that the manifest lists, and one is `needed`.
     """
     found = {}
     for vector in library.values():
@@ -41,7 +43,7 @@ def features_of(library: Library, manifest: FeatureManifest) -> dict[str, Featur
         listed = [f for f in manifest.features if f.index == index]
         if listed and vector.card.hook_point == manifest.hook_point:
             found[vector.hash] = listed[0]
-    if not found:
+    if needed and not found:
         raise ConfigError(
             f"the library has no feature of the manifest's SAE {manifest.sae_sha256[:12]}",
             fix="give the library that the run was steered by (`--library`)",
@@ -49,13 +51,19 @@ def features_of(library: Library, manifest: FeatureManifest) -> dict[str, Featur
     return found
 
 
-def stated(spec: Spec, features: Mapping[str, Feature], library: Library) -> Stated:
+def stated(
+    spec: Spec, features: Mapping[str, Feature], library: Library, served: Mapping[str, Vector] = NONE
+) -> Stated:
     """What should have been done to a request that ran under `spec`.
+
+    Args:
+        served: by the hash that the ledger has of it, the library's entry for a feature that the server clamped of
+            itself (`clamped.py`).
 
     Raises:
         ConfigError: it was done by a vector that the library does not have.
     """
-    names = {v.hash: v for v in library.values()}
+    names = {**{v.hash: v for v in library.values()}, **served}
     steer, differences = [], []
     for step in spec.steps:
         if step.hash not in names or (step.probe is not None and step.probe.hash not in names):
@@ -63,15 +71,19 @@ def stated(spec: Spec, features: Mapping[str, Feature], library: Library) -> Sta
                 f"the run was steered by `{step.vector}` ({step.hash[:12]}), which the library does not have",
                 fix="give the library that it was steered by (`--library`)",
             )
-        should, wrong = _should(step, features.get(step.hash), names[step.hash])
+        should, wrong = _should(step, features.get(step.hash), None if step.hash in served else names[step.hash])
         differences += wrong
         probe = None if step.probe is None else names[step.probe.hash].name
         steer.append(_asked(should, names[step.hash].name, probe))
     return Stated(tuple(steer), tuple(differences))
 
 
-def _should(step: Step, feature: Feature | None, vector: Vector) -> tuple[Step, list[str]]:
-    """The step as the manifest states it, and what the ledger says otherwise."""
+def _should(step: Step, feature: Feature | None, vector: Vector | None) -> tuple[Step, list[str]]:
+    """The step as the manifest states it, and what the ledger says otherwise.
+
+    Args:
+        vector: the library's; None: it was made as the manifest states.
+    """
     if feature is None:
         return step, [f"`{step.vector}` acted, which is no feature of the manifest"]
     name = f"feature {feature.index}"
@@ -86,7 +98,7 @@ def _should(step: Step, feature: Feature | None, vector: Vector) -> tuple[Step, 
         wrong.append(f"{name}: `{step.op}` {step.amount:g} was done, and the manifest states `{clamp.mode}` {amount:g}")
     gated = step.gated
     if clamp.threshold:
-        own = vector.threshold or 0.0
+        own = clamp.threshold if vector is None else vector.threshold or 0.0
         if abs(own - clamp.threshold) > 1e-6 * max(1.0, clamp.threshold):
             wrong.append(f"{name}: its threshold in the library is {own:g}, and the manifest's {clamp.threshold:g}")
         # `cap` and `ablate_feature` leave what is not active alone by themselves.
@@ -106,7 +118,7 @@ def _asked(step: Step, name: str, probe: str | None) -> Steer:
     if step.generation not in (None, (1, None)):
         told["generation_window"] = step.generation
     if probe is not None:
-        told["gate"] = Gate(by="probe", probe=probe)
+        told["gate"] = Gate(by="probe", probe=probe, active=step.gated)
     elif step.gated:
         told["gate"] = Gate(by="feature")
     if step.random_error is not None:

@@ -95,7 +95,7 @@ def study_replay(
         activations=_activations(replay, runs[AGAIN], at),
         differences=differences,
         requests=len(replay.requests),
-        under=len(replay.stated),
+        under=replay.under,
         checks={**checks, "replay": found},
         revision=replay.manifest.revision,
         sha256=replay.manifest.sha256,
@@ -180,6 +180,7 @@ def _activations(replay: Replay, again: Run, at: pd.DataFrame) -> pd.DataFrame:
 
 def _differences(replay: Replay) -> pd.DataFrame:
     told = [d for s in replay.stated.values() for d in dict.fromkeys(s.differences)]
+    told += [d for d in replay.differences for _ in range(replay.under)]
     counts = pd.Series(told, dtype=object).value_counts()
     return pd.DataFrame({"difference": list(counts.index), "requests": counts.to_numpy(dtype=np.int64)})
 

@@ -61,6 +61,7 @@ def spec(library: Library, **fields: Any) -> Spec:
         {"phases": ["prefill"], "prompt_window": [-4, None], "exclude": [0, 2]},
         {"gate": {"by": "feature"}},
         {"phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}},
+        {"phases": ["decode"], "gate": {"by": "probe", "probe": "fires", "active": True}},
         {"op": "ablate_feature", "strength": None},
         {"op": "cap", "strength": 0.5, "exclude": [1]},
     ],
