@@ -102,8 +102,8 @@ def main() -> None:
         print(f"| {n} | " + " | ".join(" / ".join(pair) for pair in both) + " |", flush=True)
     shifts = (1.0, 2.0, 3.0)
     print(
-        "\nRequests until a server's monitor alarms (rate 0.001 over 14 statistics, of which one has shifted before the "
-        f"first request): median (share of 2,000 streams that alarm within {LENGTH}).\n"
+        "\nRequests until a server's monitor alarms (rate 0.001 over 14 statistics, of which one has shifted before "
+        f"the first request): median (share of 2,000 streams that alarm within {LENGTH}).\n"
     )
     print("| references | " + " | ".join(f"{s:g} SD" for s in shifts) + " |\n|---|" + "---|" * len(shifts))
     for n in (80, 200, 400, 1000):
