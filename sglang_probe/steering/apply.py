@@ -23,9 +23,9 @@ Shapes: N rows of a forward, R of them changed, D width of the model, M vectors 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from sglang_probe.steering.library import Vector
 
 ADD, PROJECT_OUT, ABLATE, CLAMP, CAP, SPLICE = range(len(OPS))
+_ON_ROWS = (PROJECT_OUT, ADD, ABLATE, CLAMP, CAP)
+"""Operations that `change` makes."""
+_FREE = frozenset((ADD, PROJECT_OUT))
+"""Those that no activation is read for."""
 
 
 @dataclass(frozen=True)
@@ -152,22 +156,47 @@ def bank_of(vectors: Iterable[Vector], *, device: torch.device | str = "cpu") ->
     return Bank.of([parts_of(v.tensors) for v in usable], saes=[s for _, s in saes], device=device), numbers
 
 
-def change(x_ND: Tensor, vector_N: Tensor, op_N: Tensor, amount_N: Tensor, gated_N: Tensor, bank: Bank) -> Tensor:
+def change(
+    x_ND: Tensor,
+    vector_N: Tensor,
+    op_N: Tensor | None,
+    amount_N: Tensor,
+    gated_N: Tensor | None,
+    bank: Bank,
+    ops: Collection[int] = _ON_ROWS,
+) -> Tensor:
     """What one pass adds to rows `x_ND`, fp32 `[N, D]`.
 
     Args:
-        vector_N: row of the bank. op_N: number in `plan.OPS`. amount_N: float32. gated_N: bool; only where the feature
-            is active.
+        vector_N: row of the bank. op_N: number in `plan.OPS`; None: there is one in `ops`. amount_N: float32. gated_N:
+            bool; only where the feature is active; None: nowhere.
+        ops: numbers that `op_N` can have: what others need is not computed, and no bit depends on it.
     """
     write_ND = bank.write_MD[vector_N]
-    z, active = bank.activation(x_ND, vector_N)
-    projection = (x_ND.float() * write_ND).sum(-1)
-    scale = bank.scale_M[vector_N]
-    along = torch.where(op_N == ADD, amount_N, -amount_N * projection)
-    along = torch.where(op_N == ABLATE, -amount_N * z * scale, along)
-    along = torch.where(op_N == CLAMP, (amount_N - z) * scale, along)
-    along = torch.where(op_N == CAP, (amount_N - z).clamp(max=0) * scale, along)
-    along = torch.where(active | ~gated_N, along, torch.zeros_like(along))
+    z = active = scale = None
+    if gated_N is not None or not _FREE.issuperset(ops):
+        z, active = bank.activation(x_ND, vector_N)
+        scale = bank.scale_M[vector_N]
+
+    def along_of(op: int) -> Tensor:
+        if op == PROJECT_OUT:
+            return -amount_N * (x_ND.float() * write_ND).sum(-1)
+        if op == ADD:
+            return amount_N
+        assert z is not None
+        assert scale is not None
+        if op == ABLATE:
+            return -amount_N * z * scale
+        return (amount_N - z) * scale if op == CLAMP else (amount_N - z).clamp(max=0) * scale
+
+    first, *others = [op for op in _ON_ROWS if op in ops]
+    along = along_of(first)
+    for op in others:
+        assert op_N is not None
+        along = torch.where(op_N == op, along_of(op), along)
+    if gated_N is not None:
+        assert active is not None
+        along = torch.where(active | ~gated_N, along, torch.zeros_like(along))
     return along[:, None] * write_ND
 
 
@@ -203,8 +232,14 @@ def _pass(x_RD: Tensor, p: Rows, bank: Bank) -> Tensor:
 
 
 def _changed(x_RD: Tensor, p: Rows, bank: Bank) -> Tensor:
-    vector, op, amount, gated = (torch.from_numpy(t).to(x_RD.device) for t in (p.vector, p.op, p.amount, p.gated))
-    return change(x_RD, vector, op, amount, gated, bank)
+    def tensor(t: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(t).to(x_RD.device)
+
+    # The host knows which operations there are: each saves a step of every steered decode row.
+    ops = set(p.op.tolist())
+    op = None if len(ops) == 1 else tensor(p.op)
+    gated = tensor(p.gated) if p.gated.any() else None
+    return change(x_RD, tensor(p.vector), op, tensor(p.amount), gated, bank, ops)
 
 
 def add_rows(x_ND: Tensor, rows_R: Tensor, change_RD: Tensor) -> None:

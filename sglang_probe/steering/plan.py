@@ -95,6 +95,16 @@ class _Pass:
     def rows(self) -> Rows:
         columns = (np.array(x) for x in zip(*self._ranges, strict=True))
         first, end, position, number, op, amount, gated, random = columns
+        if (end - first == 1).all():  # a decode step: nothing is spread over rows
+            return Rows(
+                row=first.astype(np.int64),
+                vector=number.astype(np.int64),
+                op=op.astype(np.int64),
+                amount=amount.astype(np.float32),
+                gated=gated.astype(bool),
+                position=position.astype(np.int64),
+                random=random.astype(np.int64),
+            )
         lengths = end - first
         before = np.cumsum(lengths) - lengths
         counted = np.arange(int(lengths.sum()), dtype=np.int64)

@@ -103,6 +103,10 @@ class Isolation:
     """Positions that it may reuse at most; None: as SGLang decides."""
 
 
+_SCHEDULES = 512
+"""Prompt lengths whose schedule a specification remembers."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """The interventions of one request, layer by layer, in the order in which they act."""
@@ -160,10 +164,20 @@ class Spec:
         left = tuple(s for s in self.steps if s.probe is None)
         return Spec(left) if left else None
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019 (specs are few and live as long as the engine)
     def schedule(self, prompt_len: int) -> tuple[tuple[Step, tuple[tuple[int, int], ...]], ...]:
         """Each step with the positions that it acts on; a step that acts on none is left out."""
-        return tuple((s, tuple(where)) for s in self.steps if (where := s.intervals(prompt_len)))
+        # Asked for every row of every decode step: a cache by equality would hash all steps each time.
+        found = self._schedules.get(prompt_len)
+        if found is None:
+            if len(self._schedules) >= _SCHEDULES:
+                self._schedules.clear()
+            found = tuple((s, tuple(where)) for s in self.steps if (where := s.intervals(prompt_len)))
+            self._schedules[prompt_len] = found
+        return found
+
+    @functools.cached_property
+    def _schedules(self) -> dict[int, tuple[tuple[Step, tuple[tuple[int, int], ...]], ...]]:
+        return {}
 
     def onset(self, prompt_len: int) -> int | None:
         """First position that is changed; None: none. From here on the entries are those of another model."""
@@ -227,6 +241,7 @@ def merged(clamps: Spec, own: Spec | None) -> Spec:
     return Spec(tuple(sorted((*own.steps, *clamps.steps), key=lambda s: s.layer)))
 
 
+@functools.lru_cache(maxsize=1024)
 def layer_of(hook_point: str) -> int:
     """Number of the layer in `blocks.N.hook_resid_post`.
 

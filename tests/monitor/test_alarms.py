@@ -51,6 +51,20 @@ def test_single_trajectories_alarm_falsely_at_most_at_their_share() -> None:
     assert np.mean(hits) >= 0.03
 
 
+def test_sequential_p_values_are_independent_and_those_of_a_fixed_reference_are_not() -> None:
+    """What the level of the detector rests on. The mean of T independent uniform ranks varies by 1/(12 T); ranks in one
+    reference of n share its position, and vary by 1/(12 n) more."""
+    rng = np.random.default_rng(2)
+    n, streams = 20, 4000
+    stream, reference = rng.standard_normal((streams, LENGTH)), rng.standard_normal((streams, n))
+    alone = 1 / (12 * LENGTH)
+    sequential = sequential_p_values(stream, reference).mean(1)
+    fixed = np.array([p_values(x, r).mean() for x, r in zip(stream, reference, strict=True)])
+    assert sequential.var() == pytest.approx(alone, rel=0.1)
+    assert fixed.var() == pytest.approx(alone + 1 / (12 * n), rel=0.15)
+    assert (sequential_p_values(stream, reference) <= 0.1).mean() == pytest.approx(0.1, abs=0.01)
+
+
 @pytest.mark.parametrize("n", [20, 100])
 def test_ten_thousand_streams_without_a_change_alarm_falsely_at_most_at_the_nominal_rate(n: int) -> None:
     rng = np.random.default_rng(1)
