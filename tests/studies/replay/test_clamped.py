@@ -13,7 +13,8 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.sae.features import FeatureManifest, read_features, write_features
 from sglang_probe.steering.clamps import Clamp, ClampConfig, read_clamps, spec_of_clamps
 from sglang_probe.steering.library import Library, weight_hash_of_folder
-from sglang_probe.steering.spec import Spec, spec_of
+from sglang_probe.steering.resolve import spec_of
+from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.clamped import Clamped, clamped, clamps_of
 from sglang_probe.studies.replay.stated import stated
 from tests.end_to_end.steering import MODEL, WIDTH, make_library
