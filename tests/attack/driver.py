@@ -70,6 +70,7 @@ def main() -> None:
     config = HarvestConfig.model_validate(
         {
             "workload": _PLACEHOLDER,
+            **({} if plan.model is None else {"model": plan.model}),
             "concurrency": plan.concurrency,
             "server": plan.server,
             "hook_points": plan.hook_points,

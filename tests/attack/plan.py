@@ -23,7 +23,7 @@ HOOK_POINTS = ([EMBED], [EMBED], [EMBED, "blocks.1.hook_resid_post"], [])
 REFUSED = (
     {"pp_size": 2},
     {"enable_hierarchical_cache": True},
-    {"enable_lora": True},
+    {"enable_lmcache": True},
     {"speculative_algorithm": "NGRAM"},
     {"enable_session_radix_cache": True},
 )
@@ -44,6 +44,8 @@ TIGHT = {
 class Plan(Habits):
     """Engine options and client habits."""
 
+    model: str | None = None
+    """A folder; None: the built-in one."""
     server: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     cache: str = "on"

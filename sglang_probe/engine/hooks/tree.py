@@ -25,18 +25,32 @@ _MISSES = os.environ.get("SGLANG_RADIX_FORCE_MISS", "").lower() in ("1", "true",
 
 
 def refuse_other_trees(tree: Any) -> None:
-    """Refuse every cache but SGLang's radix tree of full attention: sliding windows and recurrent states live in
-    components of their own, whose entries can be dropped while the prefix stays matched.
+    """Refuse every cache but SGLang's radix trees that were attacked: of full attention, and on releases whose adapter
+    says so with a component of sliding windows. Recurrent states live in components that are copied, not matched.
 
     Raises:
         UnsupportedError: names the cache and its components.
     """
-    if not release().is_plain_tree(tree):
-        named = ", ".join(sorted(str(getattr(c, "value", c)) for c in getattr(tree, "components", ()))) or "none"
+    if not release().is_handled_tree(tree):
+        named = ", ".join(sorted(str(getattr(c, "name", c)).lower() for c in getattr(tree, "components", ()))) or "none"
         raise UnsupportedError(
-            f"the accounting is proved for the radix tree of full attention only; this model's cache is "
+            f"the accounting is proved for {release().trees} only; this model's cache is "
             f"{type(tree).__name__} with components: {named} (sliding-window, mamba or hybrid attention)",
-            fix="use a model whose layers all have full attention, or run without the probe",
+            fix="use a model whose layers all have such attention, or run without the probe",
+        )
+
+
+def refuse_rows_of(tree: Any) -> None:
+    """Refuse rows, telemetry, interventions and kept sets where a slot is not the entry of every layer.
+
+    Raises:
+        UnsupportedError: the cache has a component beside that of full attention.
+    """
+    if len(getattr(tree, "components", ())) > 1:
+        raise UnsupportedError(
+            "rows, telemetry, interventions and kept sets are not proved for models whose sliding layers keep their "
+            "entries in a pool of their own: a position's slot is that of the other layers alone",
+            fix="record the ledger alone (`hook_points: []`, no `telemetry`, `steer`, `monitor` or `kept`)",
         )
 
 
@@ -65,6 +79,14 @@ def evict(result: Any, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
     _evicted(int(result.num_tokens_evicted))
 
 
+def insert_asked(original: Callable[..., Any], tree: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND the tree's `insert`, where the tree can also take entries below what is new to it: it is asked which."""
+    _ask(tree, params)
+    result = original(tree, params, *args, **kwargs)
+    _published(result, params)
+    return result
+
+
 def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
     """AFTER the tree's `reset`: the tree is empty."""
     _forget()
@@ -73,6 +95,12 @@ def reset(_result: None, _tree: Any, *_args: Any, **_kwargs: Any) -> None:
 @guard.guarded
 def _publishing(req: Any) -> None:
     guard.active().publishing = req
+
+
+@guard.guarded
+def _ask(tree: Any, params: Any) -> None:
+    if len(tree.components) > 1:
+        params.track_adopted_ranges = True
 
 
 @guard.guarded
@@ -91,6 +119,7 @@ def _published(result: Any, params: Any) -> None:
         length=len(key),
         first_new=result.prefix_len,
         protected=release().protected_len(params, req),
+        taken=release().taken(result),
     )
 
 

@@ -90,39 +90,52 @@ class Lineage:
         own.extend(np.full(length, BEFORE, dtype=np.int64))
 
     def publish(
-        self, rid: str, tokens: Any, length: int, first_new: int, protected: int, namespace: object
+        self,
+        rid: str,
+        tokens: Any,
+        length: int,
+        first_new: int,
+        protected: int,
+        namespace: object,
+        taken: Sequence[tuple[int, int]] = (),
     ) -> list[Origin]:
         """The tree took `rid`'s entries `[first_new, length)` and repointed `[protected, first_new)` to its own.
+
+        Args:
+            taken: ranges below `first_new`, in order, of which the tree took `rid`'s entries in the place of those it
+                had. Whole pages.
 
         Returns the origins of the positions whose owner changed.
         """
         own = self._running.get(rid)
         if own is None:  # of nobody whom the recording follows: whoever reuses it must not be told another owner
             hashes = self._page_hashes(_token_array(tokens, length), namespace)
-            keys = hashes[first_new // self._page : length // self._page].tolist()
             unknown = BEFORE if self._page == 1 else np.full(self._page, BEFORE, dtype=np.int64)
-            self._remember(keys, [unknown] * len(keys))
+            for start, end in (*taken, (first_new, length)):
+                keys = hashes[start // self._page : end // self._page].tolist()
+                self._remember(keys, [unknown] * len(keys))
             return []
         own.fill(length)  # decode steps are not launched one by one: what is not known otherwise is the request's own
         ids = _token_array(tokens, length)
         rebound: list[Origin] = []
-        if first_new > protected:
-            before = own.codes[protected:first_new].copy()
-            after = self._owners_of(ids, namespace, protected, first_new)
-            own.codes[protected:first_new] = after
+        for start, end in _between(taken, protected, first_new):
+            before = own.codes[start:end].copy()
+            after = self._owners_of(ids, namespace, start, end)
+            own.codes[start:end] = after
             changed = np.flatnonzero(before != after)
             for run in np.split(changed, np.flatnonzero(np.diff(changed) > 1) + 1):
                 if len(run):
-                    rebound += self._origins(after[run[0] : run[-1] + 1], protected + int(run[0]))
-        first_page, pages = first_new // self._page, length // self._page
-        if pages > first_page:
-            keys = self._page_hashes(ids, namespace)[first_page:pages]
-            codes = own.codes[first_page * self._page : pages * self._page]
-            self._names.keep(codes)
-            own.published = True
-            self._remember(
-                keys.tolist(), codes.tolist() if self._page == 1 else list(codes.reshape(-1, self._page).copy())
-            )
+                    rebound += self._origins(after[run[0] : run[-1] + 1], start + int(run[0]))
+        for start, end in (*taken, (first_new, length)):
+            first_page, pages = start // self._page, end // self._page
+            if pages > first_page:
+                keys = self._page_hashes(ids, namespace)[first_page:pages]
+                codes = own.codes[first_page * self._page : pages * self._page]
+                self._names.keep(codes)
+                own.published = True
+                self._remember(
+                    keys.tolist(), codes.tolist() if self._page == 1 else list(codes.reshape(-1, self._page).copy())
+                )
         return rebound
 
     def owners(self, rid: str) -> list[Origin]:
@@ -271,6 +284,16 @@ class _Owners:
             grown[: self.length] = self.codes[: self.length]
             self.codes = grown
         self.length = length
+
+
+def _between(taken: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of `[start, end)` lies in none of these ranges, which are in order."""
+    for first, last in taken:
+        if first > start:
+            yield start, min(first, end)
+        start = max(start, last)
+    if end > start:
+        yield start, end
 
 
 def _token_array(tokens: Any, length: int) -> Any:

@@ -178,14 +178,23 @@ class Recorder:
         """Whether a request was launched in this recording and is not over."""
         return rid in self._progress
 
-    def publish(self, rid: str, attempt: int, context: Context, length: int, first_new: int, protected: int) -> None:
+    def publish(
+        self,
+        rid: str,
+        attempt: int,
+        context: Context,
+        length: int,
+        first_new: int,
+        protected: int,
+        taken: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """The tree took a request's entries and perhaps repointed some (`Lineage.publish`).
 
         The row is rewritten on the device after the forwards already launched, so the next one is the first to see it.
         """
         if self.lineage is None:
             return
-        entries = (context.tokens, length, first_new, protected, context.namespace)
+        entries = (context.tokens, length, first_new, protected, context.namespace, taken)
         try:
             rebound = self.lineage.publish(rid, *entries)
         except LedgerError as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from sglang_probe.errors import UnsupportedError
@@ -20,6 +20,9 @@ class Release(ABC):
 
     tree: ClassVar[str]
     """Dotted path of the class of the radix tree of full attention."""
+
+    trees: ClassVar[str] = "the radix tree of full attention"
+    """What `is_handled_tree` accepts, in words."""
 
     cpu_platform: ClassVar[str]
     """Dotted path of the CPU reference platform."""
@@ -53,8 +56,13 @@ class Release(ABC):
         """Where a request's entries enter the tree, and where the tree is emptied (`engine/hooks/tree.py`)."""
 
     @abstractmethod
-    def is_plain_tree(self, tree: Any) -> bool:
-        """Whether this is SGLang's radix tree of full attention, or no tree at all."""
+    def is_handled_tree(self, tree: Any) -> bool:
+        """Whether this is one of `trees`, or no tree at all."""
+
+    def taken(self, result: Any) -> Sequence[tuple[int, int]]:
+        """Of an insertion: ranges of positions below what was new to the tree, of which it took the request's entries
+        in the place of its own."""
+        return ()
 
     def namespace(self, of: Any) -> tuple[Any, ...]:
         """What separates prefixes besides tokens, of a `Req` or a `RadixKey`."""

@@ -47,7 +47,7 @@ class Adapter(Release):
             (f"{_TREE}.match_prefix", matched, "AFTER"),
         ]
 
-    def is_plain_tree(self, tree: Any) -> bool:
+    def is_handled_tree(self, tree: Any) -> bool:
         from sglang.srt.mem_cache.chunk_cache import ChunkCache
         from sglang.srt.mem_cache.radix_cache import RadixCache
 

@@ -23,6 +23,7 @@ class Adapter(Release):
 
     version = "0.5.23"
     tree = _TREE
+    trees = "the radix tree of full attention, alone or with sliding windows,"
     cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
     cpu_attention = ("probe_torch", "torch_native")
     cpu_widens = True
@@ -37,17 +38,28 @@ class Adapter(Release):
 
         return [
             (f"{_TREE}.checkpoint_into_tree", lineage.publication, "AROUND"),
-            (f"{_TREE}.insert", lineage.insert, "AFTER"),
+            (f"{_TREE}.insert", lineage.insert_asked, "AROUND"),
             (f"{_TREE}.reset", lineage.reset, "AFTER"),
             (f"{_TREE}._evict", lineage.evict, "AFTER"),
             ("sglang.srt.mem_cache.common.match_kv_cache", lineage.match, "AFTER"),
         ]
 
-    def is_plain_tree(self, tree: Any) -> bool:
+    def is_handled_tree(self, tree: Any) -> bool:
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        return type(tree) is UnifiedRadixCache and set(tree.components) == {ComponentType.FULL}
+        components = set(getattr(tree, "components", ()))
+        handled = ({ComponentType.FULL}, {ComponentType.FULL, ComponentType.SWA})
+        return type(tree) is UnifiedRadixCache and components in handled
+
+    def taken(self, result: Any) -> list[tuple[int, int]]:
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+        if not result.adopted_ranges:
+            return []
+        new = result.prefix_len
+        ranges = result.adopted_ranges.get(ComponentType.FULL, ())
+        return [(start, min(end, new)) for start, end in sorted(ranges) if start < new]
 
     def protected_len(self, params: Any, req: Any) -> int:
         return int(params.prev_prefix_len)

@@ -24,8 +24,17 @@ from sglang_probe.engine.ledger.recorder import Recorder
 def ignore_rebinds() -> None:
     publish = Lineage.publish
 
-    def without(self: Any, rid: str, tokens: Any, length: int, first_new: int, _protected: int, ns: Any) -> Any:
-        return publish(self, rid, tokens, length, first_new, first_new, ns)
+    def without(self: Any, rid: str, tokens: Any, length: int, first_new: int, _protected: int, *more: Any) -> Any:
+        return publish(self, rid, tokens, length, first_new, first_new, *more)
+
+    Lineage.publish = without  # type: ignore[method-assign]
+
+
+def ignore_what_the_tree_takes_anew() -> None:
+    publish = Lineage.publish
+
+    def without(self: Any, *args: Any) -> Any:
+        return publish(self, *args[:6])
 
     Lineage.publish = without  # type: ignore[method-assign]
 
@@ -369,6 +378,7 @@ SABOTAGES = {
     f.__name__.replace("_", " "): f
     for f in (
         ignore_rebinds,
+        ignore_what_the_tree_takes_anew,
         ignore_publications,
         ignore_the_end_of_decode,
         token_keys_in_pages,

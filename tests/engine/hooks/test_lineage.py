@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_probe.engine.hooks.tree import refuse_other_trees
+from sglang_probe.engine.hooks.tree import refuse_other_trees, refuse_rows_of
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 
@@ -27,9 +27,22 @@ def test_full_attention_is_proved() -> None:
     refuse_other_trees(radix_tree(release().tree, ComponentType.FULL))
 
 
-@pytest.mark.parametrize("other", [c for c in ComponentType if c is not ComponentType.FULL])
+@pytest.mark.skipif(release().tree != UNIFIED, reason="this release keeps sliding windows in a tree of another class")
+def test_sliding_windows_beside_it_are_proved_and_alone_are_not() -> None:
+    refuse_other_trees(radix_tree(UNIFIED, ComponentType.FULL, ComponentType.SWA))
+    with pytest.raises(UnsupportedError, match="pool of their own"):
+        refuse_rows_of(radix_tree(UNIFIED, ComponentType.FULL, ComponentType.SWA))
+    refuse_rows_of(radix_tree(UNIFIED, ComponentType.FULL))
+    with pytest.raises(UnsupportedError, match="components: swa"):
+        refuse_other_trees(radix_tree(UNIFIED, ComponentType.SWA))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [c for c in ComponentType if c not in (ComponentType.FULL, *([ComponentType.SWA] * (release().tree == UNIFIED)))],
+)
 def test_other_components_are_refused_by_name(other: Any) -> None:
-    with pytest.raises(UnsupportedError, match=f"UnifiedRadixCache with components: .*{other.value}"):
+    with pytest.raises(UnsupportedError, match=f"UnifiedRadixCache with components: .*{other.name.lower()}"):
         refuse_other_trees(radix_tree(UNIFIED, ComponentType.FULL, other))
 
 

@@ -47,6 +47,32 @@ def test_a_request_repointed_to_the_tree_changes_owner_and_passes_it_on() -> Non
     assert [(o.start, o.end, o.rid) for o in lineage.launch("c", 0, 60, 64, B, None)] == [(0, 32, "a"), (32, 60, "b")]
 
 
+@pytest.mark.parametrize("page", [1, 16])
+def test_entries_that_the_tree_takes_in_the_place_of_its_own_belong_to_who_brought_them(page: int) -> None:
+    """`b` computed all of `a`'s prefix too. The tree keeps `a`'s first page, takes `b`'s second and keeps the rest."""
+    lineage = Lineage(page, 1000)
+    lineage.launch("a", 0, 0, 64, A, None)
+    lineage.launch("b", 0, 0, 64, A, None)
+    lineage.publish("a", A, 64, 0, 0, None)
+    rebound = lineage.publish("b", A, 64, 64, 0, None, [(16, 32)])
+    assert [(o.start, o.end, o.rid) for o in rebound] == [(0, 16, "a"), (32, 64, "a")]
+    assert owners(lineage, "b") == [(0, 16, "a", 0), (16, 32, "b", 0), (32, 64, "a", 0)]
+    assert [(o.start, o.end, o.rid) for o in lineage.launch("c", 0, 48, 64, A, None)] == [
+        (0, 16, "a"),
+        (16, 32, "b"),
+        (32, 48, "a"),
+    ]
+
+
+def test_entries_taken_of_somebody_unknown_are_nobodys() -> None:
+    lineage = Lineage(1, 1000)
+    lineage.launch("a", 0, 0, 64, A, None)
+    lineage.publish("a", A, 64, 0, 0, None)
+    lineage.publish("", A, 64, 64, 0, None, [(16, 32)])
+    reused = lineage.launch("c", 0, 48, 64, A, None)
+    assert [(o.start, o.end, o.rid) for o in reused] == [(0, 16, "a"), (16, 32, None), (32, 48, "a")]
+
+
 def test_being_repointed_to_ones_own_entry_is_no_rebind() -> None:
     lineage = Lineage(1, 1000)
     lineage.launch("a", 0, 0, 32, A, None)
