@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run.causes import WINDOW, autopsy, causes_known
+from sglang_probe.run.causes import autopsy, causes_known
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.shared_prefixes import WINDOW
 from sglang_probe.verify.causes import causes_add_up
 from tests.made_run import make_run  # noqa: F401
 from tests.small_cache import SmallCache

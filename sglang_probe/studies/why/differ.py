@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sglang_probe.run.causes import WINDOW
+from sglang_probe.run.shared_prefixes import WINDOW
 
 Text = Callable[[Sequence[int]], str]
 
