@@ -157,6 +157,11 @@ def _sequences(run: Run) -> tuple[pd.Index, Array | None, Array, Array, Array]:
     requests = run.requests(interrupted=True)
     asked = requests[(requests["prompt_len"].fillna(0) > 0) & (requests["finish_reason"] != schema.REFUSED)]
     with_ids = asked[asked["prompt_ids"].notna()]
+    if any((np.asarray(ids) < 0).any() for ids in with_ids["prompt_ids"]):
+        raise RunDirectoryError(
+            f"{run.path}: token ids were withheld, so that which requests began alike is not known any more",
+            fix="ask before `sglang-probe scrub`, of a copy",
+        )
     if len(with_ids) or asked.empty:
         sequences = [
             np.concatenate([np.asarray(p, np.int64), np.asarray([] if o is None else o, np.int64)])
