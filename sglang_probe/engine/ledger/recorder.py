@@ -135,7 +135,13 @@ class Recorder:
         else:
             order, limit, why = m.order, m.limit, m.limited_by
         whose = {"rid": plan.rids[i], "attempt": plan.attempts[i], "namespace": self._namespace(context)}
-        what = {"start": 0, "end": plan.starts[i], "limit": limit, "limited_by": why, "labels": context.labels}
+        what: dict[str, Any] = {
+            "start": 0,
+            "end": plan.starts[i],
+            "limit": limit,
+            "limited_by": why,
+            "labels": context.labels,
+        }
         return _event(order, plan.forward_id, schema.MATCHED, **whose, **what)
 
     def _namespace(self, context: Context) -> str | None:
