@@ -280,7 +280,12 @@ REQUESTS = pa.schema(
 LIVE_REQUESTS = REQUESTS.append(pa.field("prompt_hash", pa.string()))
 """`requests.parquet` of a segment of a live recording; token ids are null unless its privacy level is `ids`."""
 
-ADDED = {"forwards": ("unaccounted", "weights"), "spans": ("intervention",), "prompts": ("prefix_hashes",)}
+ADDED = {
+    "forwards": ("unaccounted", "weights"),
+    "spans": ("intervention",),
+    "prompts": ("prefix_hashes",),
+    "tree": ("labels",),
+}
 """Columns of the ledger's tables that runs of earlier releases do not have, by table; they are read as null."""
 
 NEVER_NULL = {

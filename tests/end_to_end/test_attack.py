@@ -132,6 +132,7 @@ SLOW = pytest.mark.slow
                 "write no rebinds": tight(),
                 "write the first origin for all": tight(),
                 "shift the rows": tight(),
+                "tell no evictions": tight(),
             }.items()
         ),
     ],

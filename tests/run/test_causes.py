@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run.causes import WINDOW, autopsy, causes_known
+from sglang_probe.run.causes import autopsy, causes_known
+from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.shared_prefixes import WINDOW
 from sglang_probe.verify.causes import causes_add_up
 from tests.made_run import make_run  # noqa: F401
 from tests.small_cache import SmallCache
@@ -157,8 +162,6 @@ def test_an_older_run_says_that_nothing_of_it_was_recorded(make_run) -> None:  #
     for file in (run.path / "ledger").glob("tree-*"):
         file.unlink()
     journal = run.path / "journal.jsonl"
-    import json
-
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     for line in lines:
         line["files"] = {k: v for k, v in line["files"].items() if "tree-" not in k}
@@ -167,3 +170,17 @@ def test_an_older_run_says_that_nothing_of_it_was_recorded(make_run) -> None:  #
     assert not causes_known(run)
     with pytest.raises(RunDirectoryError, match="not recorded"):
         autopsy(run)
+
+
+def test_withheld_token_ids_are_no_tokens_in_common(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run")
+    cache.serve("a", A)
+    run = cache.close()
+    table = pq.read_table(run.path / REQUESTS_FILE)
+    ids = [[-1, *row[1:]] for row in table["prompt_ids"].to_pylist()]
+    column = pa.array(ids, type=table.schema.field("prompt_ids").type)
+    table = table.set_column(table.column_names.index("prompt_ids"), "prompt_ids", column)
+    pq.write_table(table, run.path / REQUESTS_FILE)
+    assert not causes_known(load_run(run.path))
+    with pytest.raises(RunDirectoryError, match="withheld"):
+        autopsy(load_run(run.path))

@@ -27,10 +27,10 @@ class Context:
 class Matched:
     """The radix tree was asked for a request's prefix."""
 
-    recorder: object  # which numbered it
-    order: int  # among the tree's events (`schema.TREE`)
-    limit: int  # positions that could be given at most
-    limited_by: str
+    recording: object  # whose events it is numbered among (`TreeEvents`)
+    order: int
+    limit: int | None  # positions that could be given at most; None: not known
+    limited_by: str | None
 
 
 @dataclass(frozen=True, slots=True)

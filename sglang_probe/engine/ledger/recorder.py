@@ -16,9 +16,7 @@ are not written, it ends as `unaccounted`, and everybody else is recorded as eve
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,6 +25,7 @@ from typing import Any
 
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, Matched, RequestEnd, Sink, Under, cut
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
+from sglang_probe.engine.ledger.tree_events import TreeEvents
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
 
@@ -72,10 +71,7 @@ class Recorder:
         self._pending: deque[ForwardPlan] = deque()
         self._progress: dict[str, _Progress] = {}
         self._rebinds: list[tuple[Any, ...]] = []
-        self._tree: list[tuple[Any, ...]] = [_event(0, first_forward, schema.OPENED)]
-        self._order = 0
-        """Of the last event of the tree."""
-        self._key = secrets.token_bytes(16)
+        self._tree = TreeEvents(first_forward)
         self._ended: list[RequestEnd] = []
         self._gone: list[str] = []
         self._under: dict[str, Under] = {}
@@ -120,31 +116,12 @@ class Recorder:
         elif p is None or p.attempt != attempt:
             p = self._progress[rid] = _Progress(attempt)
             if context is not None:
-                plan.matched.append(self._match(plan, i, context))
+                plan.matched.append(self._tree.match(plan, i, context))
         if context is not None and self.lineage is not None and rid not in self._lost:
             origins = self.lineage.launch(rid, attempt, start, plan.ends[i], context.tokens, context.namespace)
             if origins:
                 plan.origins[i] = origins
         p.launched = plan.ends[i]
-
-    def _match(self, plan: ForwardPlan, i: int, context: Context) -> tuple[Any, ...]:
-        m = context.matched
-        if m is None or m.recorder is not self:
-            self._order += 1
-            order, limit, why = self._order, None, None
-        else:
-            order, limit, why = m.order, m.limit, m.limited_by
-        whose = {"rid": plan.rids[i], "attempt": plan.attempts[i], "namespace": self._namespace(context)}
-        what = {"start": 0, "end": plan.starts[i], "limit": limit, "limited_by": why, "labels": context.labels}
-        return _event(order, plan.forward_id, schema.MATCHED, **whose, **what)
-
-    def _namespace(self, context: Context) -> str | None:
-        """A name for what separates prefixes beside tokens; clients' salts are not written."""
-        of = context.namespace
-        if of is None or (isinstance(of, tuple) and all(part is None for part in of)):
-            return None
-        told = repr(of).encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(told, key=self._key, digest_size=8).hexdigest()
 
     def _lose(self, rid: str, reason: str) -> None:
         """Give up a request. What it has in the cache is of no known owner from now on."""
@@ -157,20 +134,16 @@ class Recorder:
             self.lineage.end(rid)
 
     def matching(self, limit: int, limited_by: str) -> Matched:
-        """The tree is asked for a request's prefix, of no more than `limit` positions; for the `Context` with which the
-        request is launched. Asked again, the last one counts."""
-        self._order += 1
-        return Matched(self, self._order, limit, limited_by)
+        """The tree is asked for a request's prefix (`TreeEvents.matching`)."""
+        return self._tree.matching(limit, limited_by)
 
     def evicted(self, tokens: int) -> None:
         """The tree lost entries in so many slots, for what the next forward needs."""
-        self._order += 1
-        self._tree.append(_event(self._order, self._next_forward, schema.EVICTED, tokens=tokens))
+        self._tree.evicted(self._next_forward, tokens)
 
     def flushed(self) -> None:
         """The tree lost everything."""
-        self._order += 1
-        self._tree.append(_event(self._order, self._next_forward, schema.FLUSHED))
+        self._tree.flushed(self._next_forward)
         if self.lineage is not None:
             self.lineage.forget_tree()
 
@@ -202,10 +175,7 @@ class Recorder:
                 raise
             self._lose(rid, e.message)
             rebound = self.lineage.publish(rid, *entries)  # of an unknown owner now
-        self._order += 1
-        whose = {"rid": rid or None, "attempt": attempt, "namespace": self._namespace(context)}
-        event = (self._order, self._next_forward, schema.PUBLISHED)
-        self._tree.append(_event(*event, **whose, start=min(first_new, length), end=length))
+        self._tree.published(self._next_forward, rid, attempt, context, first_new, length)
         for o in rebound:
             self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
 
@@ -302,7 +272,7 @@ class Recorder:
             plan.weights,
         )
         commit.rebinds, self._rebinds = self._rebinds, []
-        commit.tree, self._tree = [*self._tree, *plan.matched], []
+        commit.tree = [*self._tree.take(), *plan.matched]
         commit.budget = [(plan.forward_id, *astuple(event)) for event in plan.budget]
         self._sink.put(commit)
 
@@ -318,8 +288,8 @@ class Recorder:
         self._put_ended()
 
     def _put_ended(self) -> None:
-        commit = Commit(rebinds=self._rebinds, tree=self._tree)
-        self._rebinds, self._tree = [], []
+        commit = Commit(rebinds=self._rebinds, tree=self._tree.take())
+        self._rebinds = []
         self._close_ended(commit)
         self._sink.put(commit)
 
@@ -433,13 +403,6 @@ def _reused(plan: ForwardPlan, i: int, p: _Progress, written_under: Mapping[str,
         for a, b, mark in [(o.start, o.end, None)] if under is None else under.cut(o.start, o.end):
             spans.append((rid, p.attempt, a, b, *fate, o.rid, _or_none(o), mark))
     return spans
-
-
-_TREE = tuple(schema.TREE.names[3:])
-
-
-def _event(order: int, at_forward: int, event: str, **fields: Any) -> tuple[Any, ...]:
-    return (order, at_forward, event, *(fields.get(name) for name in _TREE))
 
 
 def _or_none(origin: Origin) -> int | None:

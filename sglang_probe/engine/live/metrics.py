@@ -51,6 +51,7 @@ class Metrics:
             "computed": counter("computed_tokens", "Positions that a forward pass computed: prompts and decode steps."),
             "reused": counter("reused_tokens", "Positions whose entries came from the prefix cache."),
             "recomputed": counter("recomputed_tokens", "Computed positions that a retraction had thrown away."),
+            "evicted": counter("evicted_tokens", "Positions that the prefix cache gave up for others."),
             "dropped": counter("dropped_tokens", "Positions whose facts were lost because the disk was too slow."),
             "errors": counter("write_errors", "Failures to write the recording, those that stopped it among them."),
         }
@@ -117,6 +118,7 @@ class Metrics:
             "computed": p["computed"] + p[schema.DECODE] + p[schema.OVERSHOOT] + p[schema.RECOMPUTE],
             "reused": p["reused"],
             "recomputed": p[schema.RECOMPUTE],
+            "evicted": totals.evicted,
             "dropped": p[schema.DROPPED],
             "errors": write_errors,
             **{f"stop: {reason}": n for reason, n in stops.counts.items()},

@@ -14,6 +14,7 @@ from sglang_probe.run import schema
 _RID, _ATTEMPT, _START, _END, _STATUS, _PHASE = (
     schema.SPANS.get_field_index(name) for name in ("rid", "attempt", "start", "end", "status", "phase")
 )
+_EVENT, _TOKENS = schema.TREE.get_field_index("event"), schema.TREE.get_field_index("tokens")
 _REQUEST_RID = schema.ENGINE_REQUESTS.get_field_index("rid")
 _FINISH = schema.ENGINE_REQUESTS.get_field_index("finish_reason")
 
@@ -55,6 +56,8 @@ class Totals:
         """Requests that could not be accounted for."""
         self.forwards = 0
         self.rows = 0
+        self.evicted = 0
+        """KV slots that the prefix cache had to give up."""
         self.active: dict[str, Entry] = {}
         self.asking = 0
         """Active requests that asked for their provenance."""
@@ -81,6 +84,7 @@ class Totals:
             if self.pending:
                 self.pending.popleft()
         self.rows += commit.numbered
+        self.evicted += sum(event[_TOKENS] for event in commit.tree if event[_EVENT] == schema.EVICTED)
         for span in commit.spans:
             n = span[_END] - span[_START]
             fate = _fate(span[_STATUS], span[_PHASE])

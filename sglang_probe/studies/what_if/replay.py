@@ -7,6 +7,7 @@ all the same and counted (`did_not_fit`): the engine would have let it wait or r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,11 @@ class Cache:
             self.tree.unlock(h.lock)
             self.tree.give_back(h.slots[h.protected :])
 
+    def retract(self, key: tuple[str, int], others: int) -> None:
+        """A request gives up its slots for the others that decode, and SGLang makes room for some steps of theirs."""
+        self.end(key)
+        self.tree.make_room(others * RETRACT_STEPS)
+
     def flush(self) -> None:
         """The tree is emptied, which SGLang does of an idle engine alone."""
         self._running.clear()
@@ -142,7 +148,11 @@ def as_recorded(run: Run, requests: pd.DataFrame, make: Callable[[], Tree]) -> O
             while at < len(rows) and rows[at].at_forward <= forward:
                 _event(cache, rows[at], ids, spaces, last, outcome)
                 at += 1
-            cache.compute(computing.get(forward, []))
+            computes = computing.get(forward, [])
+            retracted = last.get(("before", forward), [])
+            for i, key in enumerate(retracted):
+                cache.retract(key, len(computes) + len(retracted) - 1 - i)
+            cache.compute(computes)
             for key in last.get(("forward", forward), []):
                 cache.end(key)
         outcome.did_not_fit += cache.did_not_fit
@@ -191,7 +201,12 @@ def _last(tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], i
     )
     after = {(str(e.rid), int(e.attempt)): (int(e.at_forward), int(e.order)) for e in published.itertuples()}
     out: dict[Any, Any] = {}
+    forwards = sorted(computing)
+    follows = dict(itertools.pairwise(forwards))
     for key, forward in used.items():
+        if (key[0], key[1] + 1) in used and forward in follows:  # when the next forward was made up
+            out.setdefault(("before", follows[forward]), []).append(key)
+            continue
         at, order = after.get(key, (-1, -1))
         if at > forward:  # its end published it
             out["order", order] = key
@@ -252,6 +267,9 @@ def routed(asked: Sequence[Asked], router: str) -> tuple[list[Asked], int]:
     ]  # of integers: the same in every process
     return [Asked(**{**a.__dict__, "replica": c}) for a, c in zip(asked, chosen, strict=True)], n
 
+
+RETRACT_STEPS = 20
+"""`SGLANG_RETRACT_DECODE_STEPS`."""
 
 PREFIX = 64
 """Tokens by which `prefix:N` routes."""

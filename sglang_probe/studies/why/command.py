@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,7 @@ class Why(Study):
                 "What requests are grouped by: `family`, `rid`, a label that they carry such as `session`, or an axis.",
             ),
             option("model", Path | None, None, "Folder of the tokenizer; default: the one that the run names."),
-            output_option("Folder of the results; default: `why` in the run directory."),
+            output_option("Folder of the results; default: `why` in the run directory, of one request a folder in it."),
         ]
 
     def obtain(self, given: Mapping[str, Any], console: Console) -> tuple[WhyResult, Path]:
@@ -55,7 +56,10 @@ class Why(Study):
 
         with console.status("finding causes"):
             result = why(given["run"], rid=given["rid"], by=given["by"], model=given["model"])
-        return result, given["output"] or given["run"] / "why"
+        folder = given["run"] / "why"
+        if given["rid"] is not None:
+            folder = folder / re.sub(r"[^\w.-]", "_", given["rid"]).lstrip(".")[:80]
+        return result, given["output"] or folder
 
     def page(self, result: WhyResult) -> Page:
         """The report."""
@@ -69,7 +73,7 @@ class Why(Study):
 
         from sglang_probe.studies.why.page import answer, causes_table, pieces_table
 
-        yield escape(answer(result).replace("`", ""))
+        yield escape(answer(result).replace("`", "").replace("**", ""))
         yield causes_table(result)
         if result.rid is not None:
             yield pieces_table(result)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sglang_probe.run.causes import WINDOW
+from sglang_probe.run.shared_prefixes import WINDOW
 
 Text = Callable[[Sequence[int]], str]
 
@@ -77,10 +77,11 @@ def _again(a: Sequence[int], b: Sequence[int]) -> tuple[int, int] | None:
     for j in range(len(b) - WINDOW, -1, -1):
         where[tuple(b[j : j + WINDOW])] = j
     for i in range(len(a) - WINDOW + 1):
-        if (j := where.get(tuple(a[i : i + WINDOW]))) is not None:
-            while i and j and a[i - 1] == b[j - 1]:
-                i, j = i - 1, j - 1
-            return i, j
+        if (found := where.get(tuple(a[i : i + WINDOW]))) is not None:
+            back = 0
+            while back < min(i, found) and a[i - back - 1] == b[found - back - 1]:
+                back += 1
+            return i - back, found - back
     return None
 
 

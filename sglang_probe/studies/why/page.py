@@ -53,7 +53,8 @@ def remedies_table(result: WhyResult) -> Table:
         Column("remedy", "what to do"),
         Column("example"),
     ]
-    return Table(result.remedies, "what to do", columns=columns, file="remedies")
+    frame = result.remedies.assign(**{n: result.remedies[n].str.replace("`", "") for n in ("remedy", "example")})
+    return Table(frame, "what to do", columns=columns, file="remedies")
 
 
 def pieces_table(result: WhyResult) -> Table:

@@ -121,6 +121,11 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
             "follows is an old text after a new prefix is not known; it counts as diverged as far as the nearest "
             "request is long."
         )
+    if (run.manifest.get("segment") or {}).get("number", 0):
+        notes.append(
+            "Earlier segments are not looked at: what only they hold counts as never seen. Longer segments "
+            "(`live: {segments: {max_seconds: ...}}`) know more."
+        )
     pieces = pieces.assign(tokens=pieces["end"] - pieces["start"])
     prompts = _prompts(requests) if found.text_known else {}
     differences, left = _differences(pieces, prompts, text)

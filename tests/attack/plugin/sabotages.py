@@ -121,7 +121,8 @@ def forget_published_names() -> None:
 
 
 def ignore_flushes() -> None:
-    lineage._forget = lambda: None
+    """Of owners; that the tree was flushed is told, because causes ask for it."""
+    Lineage.forget_tree = lambda self: None  # type: ignore[method-assign]
 
 
 def take_both_insertions() -> None:
@@ -374,6 +375,10 @@ def attend_by_lists() -> None:
     ProbeTorchBackend._decode_kept = decode_kept  # type: ignore[method-assign]
 
 
+def tell_no_evictions() -> None:
+    Recorder.evicted = lambda self, tokens: None  # type: ignore[method-assign]
+
+
 SABOTAGES = {
     f.__name__.replace("_", " "): f
     for f in (
@@ -410,5 +415,6 @@ SABOTAGES = {
         steered_publish_what_is_private,
         steered_read_past_their_onset,
         one_history_for_all_lengths,
+        tell_no_evictions,
     )
 }

@@ -1,0 +1,96 @@
+"""What the radix tree took, gave and lost, in one order (`schema.TREE`); host integers only, no tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Any
+
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, Matched
+from sglang_probe.run import schema
+
+Event = tuple[Any, ...]
+"""A row of `schema.TREE`."""
+
+
+class TreeEvents:
+    """The events of one recording.
+
+    Args:
+        forward: the first forward pass of the recording.
+    """
+
+    def __init__(self, forward: int) -> None:
+        self._order = 0
+        self._key = secrets.token_bytes(16)
+        self._waiting = [_event(0, forward, schema.OPENED)]
+
+    def matching(self, limit: int, limited_by: str) -> Matched:
+        """The tree is asked for a request's prefix, of no more than `limit` positions; for the `Context` with which the
+        request is launched. Asked again, the last one counts."""
+        self._order += 1
+        return Matched(self, self._order, limit, limited_by)
+
+    def match(self, plan: ForwardPlan, i: int, context: Context) -> Event:
+        """Request `i` of a forward begins; the event belongs to that forward, which may be committed later."""
+        m = context.matched
+        if m is None or m.recording is not self:
+            self._order += 1
+            m = Matched(self, self._order, None, None)
+        return _event(
+            m.order,
+            plan.forward_id,
+            schema.MATCHED,
+            rid=plan.rids[i],
+            attempt=plan.attempts[i],
+            start=0,
+            end=plan.starts[i],
+            namespace=self._namespace(context),
+            limit=m.limit,
+            limited_by=m.limited_by,
+            labels=context.labels,
+        )
+
+    def published(self, forward: int, rid: str, attempt: int, context: Context, first_new: int, length: int) -> None:
+        """The tree holds `[0, length)` of a request, and had `[0, first_new)` before."""
+        self._add(
+            forward,
+            schema.PUBLISHED,
+            rid=rid or None,
+            attempt=attempt,
+            start=min(first_new, length),
+            end=length,
+            namespace=self._namespace(context),
+        )
+
+    def evicted(self, forward: int, tokens: int) -> None:
+        """The tree lost entries in so many slots, for what `forward` needs."""
+        self._add(forward, schema.EVICTED, tokens=tokens)
+
+    def flushed(self, forward: int) -> None:
+        """The tree lost everything."""
+        self._add(forward, schema.FLUSHED)
+
+    def take(self) -> list[Event]:
+        """Events since the last time, but those of matches."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def _add(self, forward: int, event: str, **fields: Any) -> None:
+        self._order += 1
+        self._waiting.append(_event(self._order, forward, event, **fields))
+
+    def _namespace(self, context: Context) -> str | None:
+        """A name for what separates prefixes beside tokens; clients' salts are not written."""
+        of = context.namespace
+        if of is None or (isinstance(of, tuple) and all(part is None for part in of)):
+            return None
+        told = repr(of).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(told, key=self._key, digest_size=8).hexdigest()
+
+
+_FIELDS = tuple(schema.TREE.names[3:])
+
+
+def _event(order: int, at_forward: int, event: str, **fields: Any) -> Event:
+    return (order, at_forward, event, *(fields.get(name) for name in _FIELDS))
