@@ -75,7 +75,7 @@ def main() -> None:
     head = ["", "WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
     print(f"Share of {GATES} gates of 10 cases, 6 paths, 2 orders; rounding of 0.005 nats (median of its sizes).\n")
     print(markdown.table([f"warm answers{head[0]}", *head[1:]], list(level())))
-    print("\nOne warm answer of the hundred is wrong: its tail moves by a normal of so many nats.\n")
+    print("\nOne warm answer of the hundred and twenty is wrong: its tail moves by a normal of so many nats.\n")
     print(markdown.table(["moved by", *head[1:]], list(power())))
     print("\nAudits of a server in fp32 whose rounding is 0.001 nats (median of its sizes), lognormal.\n")
     print(

@@ -10,7 +10,7 @@ import typer
 
 def command(
     server: Annotated[str, typer.Argument(help="Address of a server that records with `privacy: ids`.")],
-    run: Annotated[Path, typer.Argument(help="The folder that it records into (`run:` of its YAML).")],
+    run: Annotated[Path, typer.Argument(help="The folder that it records into (`run:` of its configuration).")],
     output: Annotated[Path, typer.Option(help="JSONL: a line an audit, without anything of a prompt.")],
     share: Annotated[float, typer.Option(help="Of the requests that reused something.")] = 0.02,
     tokens_per_minute: Annotated[float, typer.Option(help="What twins may compute.")] = 20_000,

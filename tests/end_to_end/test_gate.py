@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from sglang_probe.engine.hooks.inventory import installed_version
 from sglang_probe.gate import audit
+from sglang_probe.run import seal
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.listen import AFTER, BEFORE, EVENTS, listen
 from sglang_probe.verify.witness import ask, read_witnesses
 from tests.declared import run_commands
 from tests.end_to_end.live_server import KEY, LiveServer, _free_port
 
-pytestmark = [pytest.mark.engine, pytest.mark.reviewed("ledger")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(installed_version() != "0.5.23", reason="what is planted patches the cache of that release"),
+]
 PLUGIN = Path(__file__).parent.parent / "gate" / "plugin"
 SHORT = ["--cases", "7", "--new-tokens", "8", "--path", "branch"]
 
@@ -84,7 +89,9 @@ def test_wrong_slots_are_wrong_reuse_and_the_request_that_they_came_from_is_name
     assert len(told["wrong"]) >= 12  # of 14 warm answers
     origins = {o.split(" [")[0] for w in told["wrong"] for o in w["origin"]}
     server.flush()
-    known = {rid for path in server.run.glob("*/manifest.json") for rid in load_run(path.parent).requests()["rid"]}
+    segments = [path.parent for path in server.run.glob("*/manifest.json")]
+    closed = [run for run in map(load_run, segments) if seal.closed(run.manifest)]
+    known = {rid for run in closed for rid in run.requests()["rid"]}
     assert origins
     assert origins <= known
 
@@ -93,16 +100,13 @@ def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_p
     server: LiveServer, wrong_slots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_PROBE_GATE_KEY", KEY)
-    server.flush()
-    known = set(server.run.glob("*/manifest.json"))
+    server.admin.post("/probe/flush")
     prefix = [*range(300, 420)]
     for n in range(audit.WARM_UP + 4):
         server.generate([*prefix, *range(50 + 20 * n, 70 + 20 * n)], n=1, rid=f"asked-{n}")
-    server.flush()
     runs = tmp_path / "runs"  # of these requests alone
     runs.mkdir()
-    for manifest in set(server.run.glob("*/manifest.json")) - known:
-        (runs / manifest.parent.name).symlink_to(manifest.parent)
+    (runs / "segment").symlink_to(server.flush())
     found = {}
     for what in ("as it is", "planted"):
         file = tmp_path / f"{what}.jsonl"
@@ -125,7 +129,7 @@ def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_p
 def test_kv_events_and_metrics_testify_to_the_ledger_and_false_testimony_is_named(
     server: LiveServer, events_port: int, tmp_path: Path
 ) -> None:
-    server.flush()  # what was recorded before is in other segments
+    server.admin.post("/probe/flush")  # what was recorded before is in other segments
     over, ready = threading.Event(), threading.Event()
     # /metrics asks for no key where the server has no admin key for it.
     thread = threading.Thread(

@@ -86,10 +86,25 @@ def test_a_cold_answer_that_is_wrong_by_itself_blames_no_reuse() -> None:
     found = judge(cases, arms, FACTS)
     assert found.wrong == ()
     assert found.yardstick > 0.2
+    cases, arms = made(np.random.default_rng(2), cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
+    one = arms["turns-cold-2"][5]  # of other tokens than the yardstick's
+    arms["turns-cold-2"][5] = dataclasses.replace(one, prompt=one.prompt - 0.3)
+    assert judge(cases, arms, FACTS).wrong == ()
 
 
 def test_cold_answers_that_disagree_are_no_yardstick() -> None:
-    assert set(verdicts(cold=rounding(2.0, 0.2), warm=rounding(2.0, 0.2))) == {Verdict.INCONCLUSIVE}
+    cases, arms = made(np.random.default_rng(0), cold=rounding(2.0, 0.2), warm=rounding(2.0, 0.2), control=1e3)
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "something other than reuse changes this server's answers" in found.sentence
+
+
+def test_what_more_tokens_after_move_as_much_is_within_the_floor_of_a_server_that_repeats_exactly() -> None:
+    cases, arms = made(np.random.default_rng(3), shift=rounding(1e-3, 0.2))
+    assert judge(cases, arms, FACTS).verdict is Verdict.CHANGES
+    for i, one in arms["extended"].items():
+        arms["extended"][i] = dataclasses.replace(one, prompt=one.prompt + 2e-3)
+    assert judge(cases, arms, FACTS).verdict is Verdict.WITHIN_FLOOR
 
 
 @pytest.mark.parametrize(
