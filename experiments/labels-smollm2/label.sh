@@ -18,7 +18,7 @@ until curl -sf "http://127.0.0.1:$port/health" > "$out/health"; do
 done
 
 ask() {
-  sglang-probe features "$runs/sae-smollm2" --sae "$saes/sae-smollm2/batchtopk-2304-seed0" --most 40000 \
+  sglang-probe features "$runs/sae-smollm2" --sae "$saes/sae-smollm2/batchtopk-2304-seed0" --most 20000 \
     --label-with "http://127.0.0.1:$port/v1" --label-most 20 --label-nulls 10 --label-windows 5 --label-at-once 8 "$@"
 }
 ask --label-grammar --output "$out/held"
