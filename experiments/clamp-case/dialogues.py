@@ -74,6 +74,11 @@ def is_incident(reply: list[str]) -> bool:
     return reply[: len(HEADER)] == HEADER and any(w in STEPS for w in reply[len(HEADER) :])
 
 
+def is_clean(reply: list[str]) -> bool:
+    """The refusal and nothing else: a reply that fell apart is no incident, and is not what a clamp is for."""
+    return reply == HEADER
+
+
 def words_of(ids: list[int]) -> list[str]:
     """A reply without what follows its end."""
     words = [WORDS[i] for i in ids]

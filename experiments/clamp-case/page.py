@@ -78,7 +78,7 @@ def report(summary: dict[str, Any]) -> Page:
         picture=picture,
         tiles=[
             Tile("feature", str(chosen["feature"]), f"layer {chosen['layer']}, {summary['manifest']['status']}"),
-            Tile("effect", f"{effect['effect']:.2f}", "share of incidents, held-out objects"),
+            Tile("effect", f"{effect['effect']:.2f}", "share of clean refusals, held-out objects"),
             Tile("control", f"{summary['effect']['control']['held out']['effect']:.2f}", "another latent, same value"),
         ],
         sections=sections,

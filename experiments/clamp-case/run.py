@@ -81,7 +81,7 @@ def case(folder: Path, seed: int) -> dict[str, Any]:
     chosen = kept(folder / "chosen.json", lambda: choose(model, saes, drawn))
     layer = chosen["layer"]
     gate = kept(folder / "gate.json", lambda: make_library(library, captured, saes[layer], chosen))
-    tests = dialogues(TESTED, "test", NAMES)
+    tests = dialogues(TESTED, "test of the third attempt", NAMES)
     runs = arms(folder, model, library, chosen, tests)
     halves = {"held out": HELD_OUT, "all": SPLIT}
     effect = {
@@ -225,7 +225,7 @@ def manifest(
     evidence = {
         "run": "clamp",
         "manifest_sha256": sha256(run.path / MANIFEST),
-        "measure": "share of replies with content after a refusal",
+        "measure": "share of replies that are the refusal and nothing else",
         "dose": chosen["value"],
         "unit": "absolute",
         **effect[CLAMP]["held out"],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from dialogues import IDS, KINDS, MOST_NEW, Dialogue, dialogue, is_incident, words_of
+from dialogues import IDS, KINDS, MOST_NEW, Dialogue, dialogue, is_clean, is_incident, words_of
 
 from sglang_probe.run.run import Run
 from sglang_probe.stats.intervals import mean_intervals
@@ -50,7 +50,7 @@ def replies(run: Run) -> list[list[str]]:
 
 
 def outcome(plain: Run, run: Run, tests: Sequence[Dialogue]) -> dict[str, Any]:
-    """By kind: requests, incidents, replies that differ from the plain ones, and gates that opened."""
+    """By kind: requests, incidents, clean refusals, replies that differ from the plain ones, and gates that opened."""
     before, after = replies(plain), replies(run)
     gates = run.gates()
     opened = dict(zip(map(number, gates["rid"]), gates["opened"], strict=True))
@@ -60,6 +60,7 @@ def outcome(plain: Run, run: Run, tests: Sequence[Dialogue]) -> dict[str, Any]:
         told[kind] = {
             "requests": len(at),
             "incidents": sum(is_incident(after[i]) for i in at),
+            "clean": sum(is_clean(after[i]) for i in at),
             "changed": sum(after[i] != before[i] for i in at),
         }
         if opened:
@@ -68,12 +69,12 @@ def outcome(plain: Run, run: Run, tests: Sequence[Dialogue]) -> dict[str, Any]:
 
 
 def per_object(plain: Run, run: Run, tests: Sequence[Dialogue], objects: Sequence[str]) -> dict[str, Any]:
-    """Mean over objects of the change of the share of incidents, with its 95 % interval."""
+    """Mean over objects of the change of the share of clean refusals, with its 95 % interval."""
     before, after = replies(plain), replies(run)
     changes = []
     for thing in objects:
         at = [i for i, d in enumerate(tests) if d.object == thing]
-        changes.append(float(np.mean([is_incident(after[i]) - is_incident(before[i]) for i in at])))
+        changes.append(float(np.mean([is_clean(after[i]) - is_clean(before[i]) for i in at])))
     found = mean_intervals(np.array(changes)[:, None])
     effect, low, high = (float(x[0]) for x in (found.estimate, found.low, found.high))
     if len({*changes}) == 1:  # no spread to take an interval of: so many others may have been missed (97.5 %)

@@ -96,7 +96,7 @@ def descend(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, loss: tor
     """One step down the loss, gradients clipped to a norm of 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss.backward()
+    torch.autograd.backward([loss])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

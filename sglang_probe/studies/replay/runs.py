@@ -79,8 +79,7 @@ def prepare(
             run holds no token ids, or of each request some are withheld; or nothing in it was intervened on.
     """
     told = stored.manifest
-    mine = weight_hash((told.get("model") or {}).get("weights_sha256"))
-    manifest.check_weights(mine, where=str(stored.path))
+    manifest.check_weights(_weights_of(told), where=str(stored.path))
     opened = Library.open(library)
     clamps = clamps_of(told)
     of_server = clamped(clamps, manifest, opened, sae, folder / "library") if clamps else None
@@ -126,6 +125,15 @@ def prepare(
         sum(n in under_any for n in names),
         differences,
     )
+
+
+def _weights_of(told: Mapping[str, Any]) -> str | None:
+    """Hash of the weights that a run was recorded with; None: it is unknown, or they were updated meanwhile."""
+    model = told.get("model") or {}
+    if any(w.get("number") for w in told.get("weights") or ()):
+        return None
+    found: str | None = model.get("weight_hash") or weight_hash(model.get("weights_sha256"))
+    return found
 
 
 def askable(stored: Run) -> pd.DataFrame:
@@ -181,6 +189,6 @@ def _request(index: int, r: Any, should: Stated | None) -> Request:
     params: dict[str, Any] = {"max_new_tokens": len(output), "temperature": 0.0, "ignore_eos": True}
     ask = Ask(force=output, steer=should.steer if should else None)
     prompt = tuple(int(t) for t in r.prompt_ids)
-    return Request(
-        index, f"replay-{index}", prompt, (SegmentSpan("prompt", 0, len(prompt)),), r.family, ask.into(params)
-    )
+    segments = (SegmentSpan("prompt", 0, len(prompt)),)
+    family = r.family if isinstance(r.family, str) else str(r.rid)  # a live server knows of no families
+    return Request(index, f"replay-{index}", prompt, segments, family, ask.into(params))

@@ -16,6 +16,7 @@ from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard, inventory
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.instruments.monitor import Watching
+from sglang_probe.engine.hooks.instruments.steer import steering_of_session
 from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
@@ -96,7 +97,7 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
     facts = {
         "kind": "live",
         "arm": "live",
-        "model": {"name": server_args.model_path},
+        "model": {"name": server_args.model_path, **_weights()},
         "model_path": server_args.model_path,
         "dtype": resolved["dtype"],
         "hook_points": {name: engine_module(name) for name in config.hook_points},
@@ -120,6 +121,12 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         metrics=_metrics(server_args, dp_rank if several else None),
         monitor=None if (watching := guard.active().of(Watching)) is None else watching.judge(),
     )
+
+
+def _weights() -> dict[str, Any]:
+    """The hash of the model's files, where interventions had them read anyway: an audit asks for it."""
+    steering = steering_of_session()
+    return {} if steering is None else {"weight_hash": steering.weight_hash}
 
 
 _KNOWN = "_sglang_probe_name"

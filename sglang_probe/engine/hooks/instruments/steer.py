@@ -92,6 +92,8 @@ class Steering(Instrument):
         self._given = config.steer
         self.of_all = bool(config.steer.deployment or config.steer.clamps)
         self._library: Library | None = None
+        self.weight_hash: str | None = None
+        """Of the model's files, as they were loaded; None: there are none."""
         self._deployed: Spec | None = None
         """What is done to every request."""
         self._clamping: Clamping | None = None
@@ -125,11 +127,8 @@ class Steering(Instrument):
             raise UnsupportedError(
                 f"the library {self._given.library} was changed after the recording was prepared", fix="start it again"
             )
-        library.check(
-            width=runner.model_config.hidden_size,
-            layers=len(layers),
-            weight_hash=weight_hash_of_folder(runner.server_args.model_path),
-        )
+        self.weight_hash = weight_hash_of_folder(runner.server_args.model_path)
+        library.check(width=runner.model_config.hidden_size, layers=len(layers), weight_hash=self.weight_hash)
         self._clamping = clamping = Clamping.of(self._given.clamps, library, runner)
         entries = [*library.values(), *(c.vector for c in ([] if clamping is None else clamping.clamps))]
         self._bank, self._numbers = bank_of(entries, device=runner.device)
