@@ -2,7 +2,8 @@
 
 Each configuration has an engine in a process of its own. All are started first. While one is measured the others are
 stopped (SIGSTOP), because an idle scheduler spins. A round visits the conditions there and back (A B C C B A), so that
-a machine that grows slower or faster over the round hits all alike; a ratio is of the sums of both visits.
+a machine that grows slower or faster over the round hits all alike; a ratio is of the sums of both visits. Each visit
+begins with an empty cache.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Paired:
         name = condition.engine
         self._signal(name, signal.SIGCONT)
         try:
+            self._ask(name, {})
             asked = {"marked": condition.marked, "prompt": condition.prompt}
             self._ask(name, {**asked, "seed": -seed - 1, "output": min(WARM, condition.output)})
             found = {"wall": 0.0, "cpu": 0.0}
@@ -213,6 +215,12 @@ def _serve(probe: dict[str, Any] | None, server: dict[str, Any]) -> None:
     print("RESULT {}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if not asked:
+            # What an engine has served before decides which KV slots it hands out, and an engine of two conditions has
+            # served more: each visit begins with the same ones.
+            engine.flush_cache()
+            print("RESULT {}", flush=True)
+            continue
         prompts = prompts_of(asked["seed"], marked=asked["marked"], tokens=asked["prompt"])
         params = {"max_new_tokens": asked["output"], "temperature": 0.0, "ignore_eos": True}
         began, cpu = time.perf_counter(), sum(scheduler.cpu_times()[:2])
