@@ -32,8 +32,8 @@ AXES = {
 GOAL = "under 20 s and 2 GiB"
 
 
-def measure(run: Path, out: Path, options: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak memory in GiB of one command."""
+def measure(run: Path, out: Path, options: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and peak memory in GiB of one command."""
     command = [sys.executable, "-m", "sglang_probe", "coverage", str(run), "--output", str(out), *options]
     began = time.perf_counter()
     with open(os.devnull, "w") as null:
@@ -43,7 +43,7 @@ def measure(run: Path, out: Path, options: list[str]) -> tuple[float, float]:
         _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/benchmarks.md"))
     args = parser.parse_args()
-    lines = ["| axes | seconds (range) | peak memory, GiB | goal |", "|---|---|---|---|"]
+    lines = ["| axes | seconds (range) | CPU seconds | peak memory, GiB | goal |", "|---|---|---|---|---|"]
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         # In a process of its own: what this one has held at most would count for its children too.
@@ -62,11 +63,12 @@ def main() -> None:
         )
         for i, (name, options) in enumerate(AXES.items()):
             rounds = [measure(run, Path(folder) / "out", options) for _ in range(1 if i else args.rounds)]
-            seconds, memory = zip(*rounds, strict=True)
+            seconds, cpu, memory = zip(*rounds, strict=True)
             cells = f"**{statistics.median(seconds):.1f}**" + (
                 "" if i else f" ({min(seconds):.1f} to {max(seconds):.1f})"
             )
-            lines.append(f"| {name} | {cells} | **{max(memory):.2f}** | {GOAL if i == 0 else ''} |")
+            cells += f" | {statistics.median(cpu):.1f} | **{max(memory):.2f}**"
+            lines.append(f"| {name} | {cells} | {'' if i else GOAL} |")
             print(lines[-1], flush=True)
         spans = sum(f.stat().st_size for f in (run / "ledger").iterdir()) / 2**20
         requests = (run / "requests.parquet").stat().st_size / 2**20
@@ -74,7 +76,8 @@ def main() -> None:
         f"{machine()}. `sglang-probe coverage` on a made-up run (`bench/synthetic.py`) of {args.requests:,} requests "
         f"in families of 100 that share a prefix, {made.stdout.strip()}; the spans are {spans:.0f} MiB and the "
         f"requests with their token ids {requests:.0f} MiB on disk. The whole command, with bootstrap, report and "
-        f"weights; median of {args.rounds} rounds for the default, one round for the others.\n\n"
+        f"weights; median of {args.rounds} rounds for the default, one round for the others; load when it began: "
+        f"{busy:.0f}, which seconds feel and CPU seconds hardly.\n\n"
         + "\n".join(lines)
         + "\n\nThe token ids are random, so for `repeat` almost every sequence of eight tokens outside the shared "
         "prefixes is new, which is its worst case: its memory grows by 8 bytes for each.\n"

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import scheduler_process
 from page import machine, write_section
+from paired import scheduler_process
 
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.harvest.engine import ProbedEngine

@@ -1,28 +1,27 @@
-"""What a live monitor costs while decoding: throughput with it, at every 16th step, as a ratio to the same server
+"""What a live monitor and a gated clamp cost while decoding: throughput with them, as a ratio to the same server
 without.
 
-    python bench/monitor.py [--rounds 3]
+    python bench/monitor.py [--rounds 3] [--out docs/evidence/benchmarks.md]
 
-Each measurement is a fresh engine that is recorded live, with and without `monitor`, in shuffled order within a round;
-ratios are taken within a round. The monitor reads an SAE (`sae-probe-text`: error, active latents, three of them) and
-judges every request by a profile of made-up scores. Prints one line of JSON.
+Three engines that are recorded live: one plain, one with `monitor`, one with a clamp that waits for a gate. One runs at
+a time, there and back within a round (`paired.py`). The monitor reads every 16th decode step with an SAE
+(`sae-probe-text`: error, active latents, three of them) and judges every request by a profile of made-up scores. The
+clamped server gets requests that are out of scope of its gate, and requests that are in scope, all of whose decode rows
+it then changes: the most that it can have to do.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import statistics
-import subprocess
-import sys
-import tempfile
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import overhead
 import pandas as pd
+import torch
+from page import machine, write_section
+from paired import MODEL, OUTPUT, ROWS, Condition, Paired, prompts_of, ratios, rounds_of, told
 
 from sglang_probe.monitor.profile import profile
 from sglang_probe.monitor.reading import Reading
@@ -30,18 +29,25 @@ from sglang_probe.monitor.sampling import Sampling
 from sglang_probe.monitor.stored import StoredProfile, Watch, write_profile
 from sglang_probe.monitor.trajectories import Trajectories
 from sglang_probe.paths import shipped
+from sglang_probe.run.journal import NAME
+from sglang_probe.run.run import load_run
 from sglang_probe.sae.folder import read_sae, weights_sha256
-from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.probe import fit
+from tests.steering.clamped import make_clamp
 
 SAE = shipped("models/sae-probe-text/seed-0")
-POINT, FEATURES, EVERY, REFERENCE = "blocks.2.hook_resid_post", [3, 17, 203], 16, 400
-LIVE: dict[str, Any] = {"live": {}}
+POINT, LAYER, FEATURES, EVERY, REFERENCE = "blocks.2.hook_resid_post", 2, [3, 17, 203], 16, 400
+CONDITIONS = {
+    "live": Condition("live"),
+    "monitor": Condition("monitor"),
+    "clamp, out of scope": Condition("clamp"),
+    "clamp, in scope": Condition("clamp", marked=True),
+}
 
 
-def made_up_profile(folder: Path) -> None:
-    """A profile of random rows: what it says means nothing, and takes as long."""
-    import torch
-
+def made_up_profile(folder: Path) -> dict[str, Any]:
+    """A server's `monitor`, by a profile of random rows: what it says means nothing, and takes as long."""
     sae = read_sae(SAE, hook_point=POINT)
     reading = Reading(sae=sae, features=FEATURES)
     x = torch.randn((2 * REFERENCE, sae.width), generator=torch.Generator().manual_seed(0))
@@ -56,45 +62,107 @@ def made_up_profile(folder: Path) -> None:
         sae_sha256=weights_sha256(SAE),
         columns=list(reading.names),
     )
-    weights = weight_hash_of_folder(shipped("models/probe-text/checkpoint"))
+    weights = weight_hash_of_folder(MODEL)
     write_profile(folder, StoredProfile(usual, watch, {}, "probe-text", weights, []), overwrite=True)
+    return {"profile": str(folder), "sae": str(SAE)}
 
 
-def measure(mode: str) -> dict[str, float]:
-    """One engine."""
-    with tempfile.TemporaryDirectory() as name:
-        options = dict(LIVE)
-        if mode == "monitor":
-            made_up_profile(Path(name))
-            options["monitor"] = {"profile": name, "sae": str(SAE)}
-        overhead.MODES[mode] = options
-        return overhead.measure(mode)
+def made_up_clamp(folder: Path) -> dict[str, Any]:
+    """A server's `steer`: a clamp that changes every decode row, behind a gate that tells marked prompts apart."""
+    scope, others = (_last_rows(prompts_of(-1, marked=marked, rows=100)) for marked in (True, False))
+    w = torch.from_numpy(fit(scope.double().numpy(), others.double().numpy())).float()
+    folder.mkdir()
+    write(
+        folder / "library",
+        {"vector": w, "threshold": ((scope @ w).min() + (others @ w).max()) / 2},
+        name="scope",
+        kind="probe",
+        hook_point=POINT,
+        model="probe-text",
+        model_weight_hash=weight_hash_of_folder(MODEL),
+        layer_mean_norm=1.0,
+        made_by=MadeBy(command="bench"),
+    )
+    write(
+        folder / "library",
+        {"vector": w},
+        name="unused",
+        kind="direction",
+        hook_point=POINT,
+        model="probe-text",
+        model_weight_hash=weight_hash_of_folder(MODEL),
+        layer_mean_norm=1.0,
+        made_by=MadeBy(command="bench"),
+    )
+    return {"library": str(folder / "library"), "clamps": [{**make_clamp(folder), "probe": "scope"}]}
+
+
+def _last_rows(prompts: list[list[int]]) -> torch.Tensor:
+    """The residual stream after the gate's layer of the last token of each prompt, `[n, d]`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model(torch.tensor(prompts), output_hidden_states=True)
+    return out.hidden_states[LAYER + 1][:, -1].float()
+
+
+def check_gates(folder: Path) -> None:
+    """Every marked request opened the gate, and no other: else what was measured is not what its name says.
+
+    Raises:
+        SystemExit: a gate was decided otherwise.
+    """
+    gates = pd.concat([load_run(p.parent).gates() for p in sorted(folder.rglob(NAME))])
+    marked = gates["rid"].str.startswith("marked")
+    if not marked.any() or marked.all() or (marked != gates["opened"]).any():
+        raise SystemExit(f"the gate opened for {gates['opened'].sum()} requests, and {marked.sum()} are in scope")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after so many")
+    parser.add_argument("--out", type=Path, help="page whose section is replaced")
+    parser.add_argument("--only", nargs="+", choices=list(CONDITIONS)[1:], default=list(CONDITIONS)[1:])
     args = parser.parse_args()
-    if args.one:
-        print("RESULT " + json.dumps(measure(args.one)))
-        return
-    rng, rounds = random.Random(1), []
-    for i in range(args.rounds):
-        order = ["live", "monitor"]
-        rng.shuffle(order)
-        found = {}
-        for mode in order:
-            command = [sys.executable, __file__, "--one", mode]
-            out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-            lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(f"{mode} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
-            found[mode] = json.loads(lines[-1].removeprefix("RESULT "))
-        rounds.append({what: found["monitor"][what] / found["live"][what] for what in found["live"]})
-        print(f"round {i + 1}/{args.rounds}: {rounds[-1]}", flush=True)
-    told = {w: {"median": statistics.median(r[w] for r in rounds), "all": [r[w] for r in rounds]} for w in rounds[0]}
-    print("MONITOR", json.dumps({"every": EVERY, "ratio to the same server without": told}))
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        live: dict[str, Any] = {"live": {"privacy": "ids"}}
+        probes = {"live": live}
+        if "monitor" in args.only:
+            probes["monitor"] = {**live, "monitor": made_up_profile(folder / "profile")}
+        if any("clamp" in n for n in args.only):
+            probes["clamp"] = {**live, "steer": made_up_clamp(folder / "clamp")}
+        conditions = {n: c for n, c in CONDITIONS.items() if n == "live" or n in args.only}
+        paired = Paired(probes, {"dtype": "float32"})
+        try:
+            found = rounds_of(paired, conditions, args.rounds, seconds=args.seconds)
+        finally:
+            paired.close()
+        if "clamp" in probes and len(args.only) > 1:
+            check_gates(paired.runs["clamp"])
+        paired.forget()
+    lines = [
+        "| server | decode throughput, of that without | per CPU second, of that without | goal |",
+        "|---|---|---|---|",
+    ]
+    for condition in args.only:
+        wall, cpu = (told(ratios(found, condition, "live", what)) for what in ("wall", "cpu"))
+        lines.append(f"| {condition} | {wall} | {cpu} | >= 0.99 |")
+    text = (
+        f"{machine()}. `python bench/monitor.py`, {len(found)} rounds: model `probe-text` in float32 on the CPU "
+        f"reference platform, {ROWS} requests of {Condition.prompt} prompt tokens decode {OUTPUT} tokens each on "
+        "servers that are recorded live; one server runs at a time, there and back within a round; ratio of the sums "
+        "of both visits to those of the server without, median of the rounds (range). Per CPU second: of the scheduler "
+        f"process with its writer's thread. The monitor reads every {EVERY}th step by an SAE of 1,024 latents and "
+        "judges every request; a clamp in scope changes every decode row.\n\n" + "\n".join(lines)
+    )
+    if args.out is not None:
+        write_section(args.out, "Cost of a monitor and of a gated clamp", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the probe costs: throughput of one engine under each configuration, as ratios to stock SGLang.
 
-    python bench/overhead.py [--rounds 5] [--out docs/evidence/benchmarks.md]
+    python bench/overhead.py [--rounds 5] [--modes MODE ...] [--out docs/evidence/benchmarks.md]
 
-Each measurement is a fresh engine in a process of its own. A round measures every configuration once, in shuffled
-order; a ratio is taken within its round, so that a slow minute of a shared machine hits both sides alike.
+Configurations are measured two at a time beside stock SGLang, in engines of which one runs at a time, there and back
+within a round (`paired.py`). Each group of them takes less than ten minutes and is kept in `runs/bench/overhead.json`;
+what is there is not measured again.
 
 * stock: the probe's general plugin is not loaded (`SGLANG_PLUGINS` names only the CPU platform).
 * installed: the plugin is loaded, without a config.
@@ -14,35 +15,26 @@ order; a ratio is taken within its round, so that a slow minute of a shared mach
 * ledger + telemetry: the ledger and attention telemetry of all layers and heads, of every fourth decode step (the
   default) or of every step.
 
-`--modes` measures some of them, beside stock, and writes no file.
+`--modes` measures some of them. The page is written once all of them are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
+import math
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from page import machine, write_section
+from paired import OUTPUT, ROWS, STOCK, Condition, Paired, ratios, rounds_of, told
 
-from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.platform.environment import prepare_this_process
-from sglang_probe.paths import shipped
 from sglang_probe.run import journal
 
 HOOK_POINTS = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
 QUERIES, KEYS = ([f"blocks.{i}.attn.{site}" for i in range(4)] for site in ("hook_rot_q", "hook_rot_k"))
 MODES: dict[str, dict[str, Any] | None] = {
-    "stock": None,
     "installed": None,
     "ledger": {},
     "ledger + rows": {"hook_points": HOOK_POINTS},
@@ -59,106 +51,54 @@ GOALS = {
     "ledger + queries + keys": ">= 0.90",
     "ledger + telemetry": ">= 0.85",
 }
-CONCURRENT, PROMPT, OUTPUT, PASSES = 32, 256, 128, 3
-CHECKPOINT_SECONDS = 2
-"""Shorter than a pass, so that what is timed includes writing to disk; at the default a measurement ends before the
-first part is written."""
+KINDS = {
+    "decode": ("decode", "wall"),
+    "prefill": ("prefill", "wall"),
+    "decode per CPU second": ("decode", "cpu"),
+}
+"""Columns of the table: what is measured, and by which clock."""
+PROMPT, PASSES, AT_ONCE = 256, 3, 2
+"""Tokens of a prompt, batches of a measurement of prefill, and configurations that are measured beside stock."""
 
 
-def measure(mode: str) -> dict[str, float]:
-    """Start an engine under `mode` and time it. Runs in a process of its own."""
-    prepare_this_process()
-    with tempfile.TemporaryDirectory() as folder:
-        if mode == "stock":
-            os.environ["SGLANG_PLUGINS"] = "sglang_probe_cpu"
-        options = MODES[mode]
-        if options is not None:
-            config = Path(folder) / "probe.yaml"
-            probe = EngineProbeConfig(run=Path(folder), checkpoint_seconds=CHECKPOINT_SECONDS, **options)
-            config.write_text(probe.model_dump_json())
-            os.environ["SGLANG_PROBE"] = str(config)
-        import sglang
-
-        engine = sglang.Engine(
-            model_path=str(shipped("models/probe-text/checkpoint")),
-            device="cpu",
-            attention_backend="torch_native",
-            max_total_tokens=65536,
-            log_level="error",
-        )
-        rng = random.Random(0)
-
-        scheduler = scheduler_process()
-
-        def one_pass(count: int, output: int) -> tuple[float, float]:
-            """Wall seconds, and CPU seconds of the scheduler process, which other work on the machine disturbs less."""
-            # Fresh prompts each time: nothing is served from the cache.
-            prompts = [[rng.randrange(100, 3000) for _ in range(PROMPT)] for _ in range(count)]
-            params = {"max_new_tokens": output, "temperature": 0.0, "ignore_eos": True}
-            began, cpu = time.perf_counter(), sum(scheduler.cpu_times()[:2])
-            engine.generate(input_ids=prompts, sampling_params=params)
-            return time.perf_counter() - began, sum(scheduler.cpu_times()[:2]) - cpu
-
-        one_pass(CONCURRENT, 16)
-        decode = [one_pass(CONCURRENT, OUTPUT) for _ in range(PASSES)]
-        prefill = [one_pass(CONCURRENT, 1) for _ in range(2 * PASSES)]
-        engine.shutdown()
-        if options is not None and not list(Path(folder).rglob(journal.NAME)):
-            raise SystemExit(f"{mode}: nothing was recorded")
-    return {
-        "decode": CONCURRENT * OUTPUT / statistics.median(wall for wall, _ in decode),
-        "prefill": CONCURRENT * PROMPT / statistics.median(wall for wall, _ in prefill),
-        "decode per CPU second": CONCURRENT * OUTPUT / statistics.median(cpu for _, cpu in decode),
-    }
+def measure(modes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+    """Of each configuration the median throughput, and its ratio to that of stock SGLang by round."""
+    probes = {"stock": STOCK, **{m: MODES[m] for m in modes}}
+    conditions = {}
+    for name in probes:
+        conditions[f"{name}: decode"] = Condition(name, prompt=PROMPT)
+        conditions[f"{name}: prefill"] = Condition(name, prompt=PROMPT, output=1, passes=PASSES)
+    paired = Paired(probes)
+    try:
+        found = rounds_of(paired, conditions, rounds, seconds=seconds)
+    finally:
+        paired.close()
+    for name, probe in probes.items():
+        if probe not in (None, STOCK) and not list(paired.runs[name].rglob(journal.NAME)):
+            raise SystemExit(f"{name}: nothing was recorded")
+    paired.forget()
+    tokens = {"decode": 2 * ROWS * OUTPUT, "prefill": 2 * PASSES * ROWS * PROMPT}
+    kept: dict[str, Any] = {}
+    for name in probes:
+        kept[name] = {"machine": machine(), "rounds": len(found)}
+        for kind, (of, clock) in KINDS.items():
+            seconds = [r[f"{name}: {of}"][clock] for r in found]
+            by = ratios(found, f"{name}: {of}", f"stock: {of}", clock)
+            kept[name][kind] = {"rate": tokens[of] / statistics.median(seconds), "ratios": by}
+    return kept
 
 
-def scheduler_process() -> psutil.Process:
-    """The engine's scheduler, by the title that SGLang gives it."""
-    children = psutil.Process().children(recursive=True)
-    return next(p for p in children if "sglang::scheduler" in " ".join(p.cmdline()))
-
-
-def run_rounds(rounds: int, modes: list[str]) -> list[dict[str, dict[str, float]]]:
-    """All measurements, one dictionary a round."""
-    results = []
-    rng = random.Random(1)
-    for i in range(rounds):
-        order = list(modes)
-        rng.shuffle(order)
-        results.append({})
-        for mode in order:
-            out = subprocess.run(
-                [sys.executable, __file__, "--one", mode], capture_output=True, text=True, check=False, timeout=600
-            )
-            lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(f"{mode} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
-            results[-1][mode] = json.loads(lines[-1].removeprefix("RESULT "))
-            r = results[-1][mode]
-            print(
-                f"round {i + 1}/{rounds} {mode}: {r['decode']:,.0f} decode, {r['prefill']:,.0f} prefill tok/s",
-                flush=True,
-            )
-    return results
-
-
-def table(results: list[dict[str, dict[str, float]]]) -> str:
+def table(kept: dict[str, Any]) -> str:
     """Markdown: per configuration the median throughput, and the median and range of the within-round ratios."""
-    kinds = list(results[0]["stock"])
     lines = [
-        "| configuration | " + " | ".join(f"{k} tok/s | ratio to stock (range)" for k in kinds) + " | goal |",
-        "|---|" + "---|---|" * len(kinds) + "---|",
+        "| configuration | " + " | ".join(f"{k} tok/s | ratio to stock (range)" for k in KINDS) + " | goal |",
+        "|---|" + "---|---|" * len(KINDS) + "---|",
     ]
-    for mode in (m for m in MODES if m in results[0]):
+    for mode in ("stock", *(m for m in MODES if m in kept)):
         cells = [mode]
-        for what in kinds:
-            ratios = [r[mode][what] / r["stock"][what] for r in results]
-            cells.append(f"{statistics.median(r[mode][what] for r in results):,.0f}")
-            cells.append(
-                "1"
-                if mode == "stock"
-                else f"**{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
-            )
+        for kind in KINDS:
+            of = kept[mode][kind]
+            cells += [f"{of['rate']:,.0f}", "1" if mode == "stock" else told(of["ratios"])]
         lines.append("| " + " | ".join([*cells, GOALS.get(mode, "")]) + " |")
     return "\n".join(lines)
 
@@ -166,25 +106,31 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after so many")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/benchmarks.md"))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--one", choices=list(MODES), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, default=Path("runs/bench/overhead.json"))
     args = parser.parse_args()
-    if args.one:
-        print("RESULT " + json.dumps(measure(args.one)))
-        return
-    results = run_rounds(args.rounds, [m for m in MODES if m == "stock" or m in args.modes])
+    kept: dict[str, Any] = json.loads(args.keep.read_text()) if args.keep.exists() else {}
+    wanted = [m for m in args.modes if m not in kept]
+    for i in range(0, len(wanted), AT_ONCE):
+        group = measure(wanted[i : i + AT_ONCE], args.rounds, args.seconds)
+        kept = {**kept, **{m: group[m] for m in group if m != "stock"}, "stock": kept.get("stock", group["stock"])}
+        args.keep.parent.mkdir(parents=True, exist_ok=True)
+        args.keep.write_text(json.dumps(kept, indent=1))
+        print(table(kept), flush=True)
+    fewest = min(of["rounds"] for of in kept.values())
     text = (
-        f"{machine()}. Model `probe-text` (3.7 M parameters) on the CPU reference platform, "
-        f"{CONCURRENT} concurrent requests of {PROMPT} prompt tokens; decode: {OUTPUT} output tokens each (its rate "
-        "includes their prefill), prefill: 1 output token; per CPU second: over the CPU time of the scheduler process. "
-        f"{args.rounds} rounds, each configuration once a round in "
-        f"shuffled order in a fresh engine, median of {PASSES} passes; ratios are taken within a round.\n\n"
-        f"{table(results)}\n\n"
+        f"{kept['stock']['machine']}. Model `probe-text` (3.7 M parameters) in bfloat16 on the CPU reference platform, "
+        f"{ROWS} concurrent requests of {PROMPT} prompt tokens; decode: {OUTPUT} output tokens each (its rate includes "
+        "their prefill), prefill: 1 output token; per CPU second: over the CPU time of the scheduler process with the "
+        f"writer's thread. {AT_ONCE} configurations at a time beside stock, in engines of which one runs at a time, "
+        f"there and back within each of {fewest} rounds or more; ratios are taken within a round, rates are of the "
+        f"first group.\n\n{table(kept)}\n\n"
         "With so small a model a decode step takes milliseconds, so fixed costs per step weigh more than on any model "
         "in production.\n"
     )
-    if args.modes == list(MODES):
+    if all(m in kept for m in MODES):
         write_section(args.out, "Cost of recording", text)
     print(text)
 

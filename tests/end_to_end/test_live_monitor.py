@@ -1,16 +1,26 @@
 """Two real servers, one after the other: the first collects; a profile and a gate are made of that; the second judges
-its traffic by them, and clamps requests that are in scope."""
+its traffic by them, and clamps requests that are in scope.
+
+Usual requests go on with prose: beginnings of docstrings. The drift that is planted is what happens when users begin
+to paste something else: hexadecimal numbers. The monitor reads four features; of usual decode rows 33 is active in
+most, the others in few. By simulation with 40 draws of reference and stream (what is served here, by `transformers`):
+among 60 usual requests the highest detector is at 0.07 of what alarms; after them the hexadecimal ones alarm within 16,
+and 60 of them reach 1e4 times what alarms or more. All outputs are greedy, so that no draw of a server decides it.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.paths import shipped
@@ -21,6 +31,7 @@ from sglang_probe.steering.probe import fit
 from sglang_probe.studies.replay import runs as replaying
 from sglang_probe.studies.replay.study import study_replay
 from sglang_probe.verify.verify import verify
+from sglang_probe.workload.corpus import Corpus, load_corpus
 from tests.declared import run_commands
 from tests.end_to_end.live_server import MODEL, LiveServer
 from tests.end_to_end.steering import make_library
@@ -29,21 +40,44 @@ from tests.steering.clamped import make_clamp
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
 POINT, NEW, LENGTH = "blocks.2.hook_resid_post", 12, 20
-USUAL, IN_SCOPE = (100, 3000), 3001
-"""Token ids of prompts, and the last ones of those that are in scope of the clamp."""
-SAE = str(shipped("models/sae-probe-text/seed-0"))
+RANDOM, IN_SCOPE = (100, 3000), 3001
+"""Token ids of random prompts, and the last ones of those that are in scope of the clamp."""
+SAE, FEATURES, RATE = str(shipped("models/sae-probe-text/seed-0")), [33, 768, 367, 837], 0.001
+REFERENCE, JUDGED = 160, 60
+"""Usual requests that a profile is made of, and requests of the streams that are judged."""
 
 
-def _prompts(n: int, seed: int, kind: tuple[int, int] = USUAL, *, in_scope: bool = False) -> list[list[int]]:
+def _prompts(n: int, seed: int, *, in_scope: bool = False) -> list[list[int]]:
     rng = random.Random(seed)
-    drawn = [[rng.randrange(*kind) for _ in range(LENGTH)] for _ in range(n)]
+    drawn = [[rng.randrange(*RANDOM) for _ in range(LENGTH)] for _ in range(n)]
     return [[*p[:-6], *[IN_SCOPE] * 6] for p in drawn] if in_scope else drawn
 
 
-def _serve(server: LiveServer, prompts: list[list[int]], **params: object) -> None:
-    told = {"max_new_tokens": NEW, "temperature": 1.0, "ignore_eos": True, **params}
+def _prose(n: int) -> list[list[int]]:
+    """Beginnings of docstrings of the standard library, no two alike."""
+    corpus = load_corpus()
+    return _texts((f.doc for f in Corpus("some", corpus.documents[::3]).functions), n)
+
+
+def _hexadecimal(n: int) -> list[list[int]]:
+    rng = random.Random(8)
+    return _texts((" ".join(f"{rng.randrange(16**6):x}" for _ in range(LENGTH)) for _ in range(2 * n)), n)
+
+
+def _texts(texts: Iterable[str], n: int) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    cut = (tuple(tokenizer.encode(t, add_special_tokens=False).ids[:LENGTH]) for t in texts)
+    found = [list(ids) for ids in dict.fromkeys(ids for ids in cut if len(ids) == LENGTH)][:n]
+    assert len(found) == n
+    return found
+
+
+def _serve(server: LiveServer, prompts: list[list[int]], **params: object) -> list[str]:
+    """Request ids, in the order of the prompts."""
+    told = {"max_new_tokens": NEW, "temperature": 0.0, "ignore_eos": True, **params}
     answer = server.http.post("/generate", json={"input_ids": prompts, "sampling_params": told}, timeout=300)
     assert answer.status_code == 200, answer.text
+    return [x["meta_info"]["id"] for x in answer.json()]
 
 
 def _alone(server: LiveServer, prompts: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
@@ -73,6 +107,8 @@ class Served:
     plain: Run
     answers: dict[str, dict[str, Any]]
     prompts: dict[str, list[int]]
+    usual: list[list[int]]
+    """Prompts as those of the profile."""
     server: LiveServer
     folder: Path
 
@@ -83,24 +119,28 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     make_library(folder / "library")
     kinds = {"in": True, "out": False}
     prompts = {f"{k} {i}": p for k, inside in kinds.items() for i, p in enumerate(_prompts(3, 5, in_scope=inside))}
-    sampling = {"sampling": {"every": 4}, "rows": 3}
+    prose = _prose(REFERENCE + JUDGED)
+    reads = {"hook_point": POINT, "sae": SAE, "features": FEATURES, "sampling": {"every": 4}, "rows": 3}
     library = {"library": str(folder / "library")}
     (folder / "collects").mkdir()
-    first = _server(folder / "collects", monitor={"hook_point": POINT, "sae": SAE, **sampling}, steer=library)
+    first = _server(folder / "collects", monitor=reads, steer=library)
     try:
         assert first.http.get("/probe/alerts").json()["judging"] is False
-        _serve(first, _prompts(160, 1))
+        _serve(first, prose[:REFERENCE])
         collected = first.flush()
         answers = _alone(first, prompts)
         plain = first.flush()
         _serve(first, _prompts(40, 6, in_scope=True))
         scope = first.flush()
+        _serve(first, _prompts(40, 1))
+        others = first.flush()
     finally:
         first.kill()
-    assert len(_checked(collected).monitored()) == 160 * 3
+    assert len(_checked(collected).monitored()) == REFERENCE * 3
     profile = folder / "profile"
     assert list(run_commands([["profile", str(collected), "--monitored", "--output", str(profile)]]).values()) == [0]
-    inside, outside = (_last_rows(load_run(p)) for p in (scope, collected))
+    inside = _last_rows(load_run(scope))
+    outside = torch.cat([_last_rows(load_run(p)) for p in (collected, others)])
     w = torch.from_numpy(fit(inside.double().numpy(), outside.double().numpy())).float()
     threshold = ((inside @ w).min() + (outside @ w).max()) / 2
     assert (inside @ w).min() > threshold > (outside @ w).max()
@@ -117,10 +157,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     clamps = [{**make_clamp(folder), "probe": "scope"}]
     (folder / "judges").mkdir()
-    monitor = {"profile": str(profile), "sae": SAE, "share": 0.1, "rate": 0.01}
+    monitor = {"profile": str(profile), "sae": SAE, "share": 0.2, "rate": RATE}
     second = _server(folder / "judges", monitor=monitor, steer={**library, "clamps": clamps})
     try:
-        yield Served(_checked(plain), answers, prompts, second, folder)
+        yield Served(_checked(plain), answers, prompts, prose[REFERENCE:], second, folder)
     finally:
         second.kill()
 
@@ -184,15 +224,15 @@ def test_what_the_server_clamped_passes_the_audit_and_under_another_value_it_doe
 
 
 def test_neither_a_usual_stream_nor_one_client_alarms_and_every_endpoint_says_so(served: Served) -> None:
-    # That a planted drift alarms is shown before the real recording, in tests/engine/live/test_monitor.py.
     server = served.server
     before, opened = server.http.get("/probe/alerts").json()["requests"], server.status()["clamps"]["opened"]
-    _serve(server, _prompts(60, 2))
+    _serve(server, served.usual)
     usual = server.flush()
     told = server.http.get("/probe/alerts").json()
-    judged = before + 60 - (server.status()["clamps"]["opened"] - opened)  # who is clamped is not
-    assert (told["requests"], told["drift"], told["off"]) == (judged, {}, None)
-    assert judged > before + 40
+    judged = before + JUDGED
+    assert server.status()["clamps"]["opened"] == opened  # who is clamped is not judged
+    assert (told["requests"], told["drift"], told["off"], told["cannot_alarm"]) == (judged, {}, None, None)
+    assert told["alarms"] <= 0.2 * judged
     # What one client asks of the probe, and what it cannot have: nobody is judged by it.
     steer = [{"vector": "up", "strength": 400}]
     _serve(server, _prompts(40, 3), custom_params={"probe": {"steer": steer}})
@@ -203,7 +243,53 @@ def test_neither_a_usual_stream_nor_one_client_alarms_and_every_endpoint_says_so
     told = server.http.get("/probe/alerts").json()
     assert (told["requests"], told["drift"], told["off"]) == (judged, {}, None)
     line = _checked(usual).manifest["monitor"]["drift_log"]
-    assert (line["drift"], line["events"], line["requests"]) == (False, [], judged - before)
+    assert (line["drift"], line["events"], line["requests"]) == (False, [], JUDGED)
     metrics = server.anybody.get("/metrics").text
     assert "sglang_probe:monitored_requests_total{model_name=" in metrics
+    assert _series(server, "sglang_probe:monitor_drift") == [0]
     assert (server.run / "drift.jsonl").read_text().count("segment") >= 2
+
+
+def test_a_drift_of_what_users_send_alarms_and_every_place_has_the_evidence(served: Served) -> None:
+    server = served.server
+    before = server.http.get("/probe/alerts").json()
+    assert before["drift"] == {}
+    rids = _serve(server, _hexadecimal(JUDGED))
+    segment = server.flush()
+    told = server.http.get("/probe/alerts?n=100").json()
+    assert (told["requests"], told["off"]) == (before["requests"] + JUDGED, None)
+    assert {f"feature {i} mean" for i in FEATURES[1:]} <= set(told["drift"])
+    assert min(told["drift"].values()) >= before["requests"]
+    # Single requests that are farther out than the whole reference, too.
+    unusual = [x for x in told["alerts"] if x["rid"] in rids]
+    assert len(unusual) == told["alarms"] - before["alarms"] > JUDGED / 2
+    assert all(x["alert"] == "request" and x["p"] <= 0.2 for x in unusual)
+    # The event that asks for another training, by statistic: here, in the drift log and under the seal of the segment.
+    events = [e for e in told["events"] if e["event"] == "retrain"]
+    assert {e["statistic"]: e["place"] for e in events} == told["drift"]
+    for event in events:
+        evidence = event["evidence"]
+        assert evidence["detector"] >= 1
+        assert (evidence["rate"], evidence["requests"]) == (RATE, event["place"] + 1)
+        assert evidence["profile_sha256"] == load_run(segment).manifest["monitor"]["profile_sha256"]
+        assert evidence["last"][-1]["rid"] in rids
+        assert evidence["last"][-1]["p"] < 0.2
+    line = _checked(segment).manifest["monitor"]["drift_log"]
+    assert (line["drift"], line["requests"], line["alarms"]) == (True, JUDGED, len(unusual))
+    assert line["events"] == events
+    assert line["detector"] == max(told["highest"].values()) > 1000
+    logged = [json.loads(x) for x in (server.run / "drift.jsonl").read_text().splitlines()]
+    assert [x for x in logged if x.get("event") == "retrain"] == events
+    assert [x["segment"] for x in logged if x.get("drift")] == [line["segment"]]
+    # The series are brought up to date by the clock.
+    deadline = time.time() + 60
+    while _series(server, "sglang_probe:monitor_drift") != [len(told["drift"])] and time.time() < deadline:
+        time.sleep(0.2)
+    assert _series(server, "sglang_probe:monitor_drift") == [len(told["drift"])]
+    assert max(_series(server, "sglang_probe:monitor_detector")) > 1000
+    assert _series(server, "sglang_probe:monitor_alarms_total") == [told["alarms"]]
+
+
+def _series(server: LiveServer, name: str) -> list[float]:
+    lines = server.anybody.get("/metrics").text.splitlines()
+    return [float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name + "{")]
