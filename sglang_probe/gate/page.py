@@ -113,7 +113,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("SGLang", f.version),
         ("dtype", f.dtype),
     ]
-    told += [("dtype", f.dtype), ("page size", f.page_size), ("chunked prefill", f.chunk)]
+    told += [("page size", f.page_size), ("chunked prefill", f.chunk)]
     told += [(k.replace("_", " "), v) for k, v in f.further.items()]
     told += [("cold by", result.cold), ("prompts", str(result.config.prompts or "built in"))]
     told += [("requests", f"{result.requests:,} in {result.seconds:.0f} s"), ("seed", result.config.seed)]
