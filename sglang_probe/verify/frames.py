@@ -69,6 +69,9 @@ class ReadOnce(Run):
     def rebinds(self) -> pd.DataFrame:
         return self._once("rebinds", self._run.rebinds)
 
+    def tree(self) -> pd.DataFrame:
+        return self._once("tree", self._run.tree)
+
     def interventions(self) -> pd.DataFrame:
         return self._once("interventions", self._run.interventions)
 

@@ -18,7 +18,7 @@ def cells_are_possible(run: Run) -> Check:
     """Each row of spans, forwards, rebinds and requests says something that can be."""
     name, claim = "cells", "every cell of the ledger holds a value that its column can have beside the others"
     spans, forwards, rebinds, ended = run.spans(), run.forwards(), run.rebinds(), run.engine_requests()
-    covered = len(spans) + len(forwards) + len(rebinds) + len(ended)
+    covered = len(spans) + len(forwards) + len(rebinds) + len(ended) + len(run.tree())
     violation = (
         _first(spans, _span_faults(run, spans), lambda s: f"span {s['rid']} {s['start']} to {s['end']}")
         or _first(forwards, _forward_faults(run, forwards), lambda f: f"forward {f['forward_id']}")

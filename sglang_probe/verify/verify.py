@@ -34,6 +34,7 @@ from sglang_probe.verify.selected import held_as_selected
 from sglang_probe.verify.spans import attempts_follow, spans_tile
 from sglang_probe.verify.tables import cells_are_possible
 from sglang_probe.verify.telemetry import telemetry_holds
+from sglang_probe.verify.tree import has_tree, tree_fits
 from sglang_probe.verify.withheld import has_withheld, nothing_withheld_is_there
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def verify(run: Run, *, embedding: torch.Tensor | None = None, progress: Progres
         holds("requests", requests_are_the_engines)
         return results
     checks = dict(LEDGER)
+    if _true(has_tree, run):
+        checks["tree"] = tree_fits
     if _true(has_causes, run):
         checks["causes"] = causes_add_up
     if _true(has_kept_sets, run):

@@ -39,12 +39,21 @@ _ONCE = "written in this one place, and nothing of the data follows from it"
 _MODEL = (
     "which of a hook point's rows is whose, or whether they are the model's, only the model can tell (--transformers)"
 )
+_PUBLISHED = "of a publication of which nobody reused anything later"
 UNDECIDED = {
     "cells forwards.launched*": "nothing else has the time of one forward pass; order is asked, to a second",
     "cells forwards.seconds*": "how long one forward pass took is nowhere else; order and sum are asked, to a second",
     "cells forwards.waiting*": "the length of the queue is written nowhere else",
     "cells forwards.graph*": "whether a graph was replayed is written nowhere else",
     "cells rebinds.at_forward*: +1*": "when the cache took a request's entries is not in the ledger",
+    "cells tree.at_forward*: +1*": "when the tree took entries that nobody used at once is written nowhere else",
+    "cells tree.order*: +1*": "numbers are left out where the tree was asked again for a request that waited",
+    "cells tree.rid*": _PUBLISHED,
+    "cells tree.attempt*: null*": _PUBLISHED,
+    "cells tree.start*": _PUBLISHED,
+    "cells tree.end*: -1*": _PUBLISHED,
+    "cells tree.* row *: deleted*": _PUBLISHED,
+    "cells tree.* row 0: doubled*": "a recording that begins twice with nothing between",
     "cells telemetry.*": "the numbers of one step are written once; ranges and sums are asked",
     "rows rows hook_resid_post: *swap*": _MODEL,
     "rows rows hook_v: *swap*": _MODEL,
