@@ -105,7 +105,12 @@ def _figure(paths: pd.DataFrame) -> Figure:
 
 def _facts(result: Result) -> list[tuple[str, str]]:
     f = result.facts
-    told = [("server", result.url), ("model", f.model), ("SGLang", f.version), ("dtype", f.dtype)]
+    told: list[tuple[str, object]] = [
+        ("server", result.url),
+        ("model", f.model),
+        ("SGLang", f.version),
+        ("dtype", f.dtype),
+    ]
     told += [("page size", f.page_size), ("chunked prefill", f.chunk)]
     told += [(k.replace("_", " "), v) for k, v in f.further.items()]
     told += [("cold by", result.cold), ("prompts", str(result.config.prompts or "built in"))]
