@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from sglang_probe.gate.arms import MEANS, WRONG
@@ -107,7 +105,7 @@ def _figure(paths: pd.DataFrame) -> Figure:
 
 def _facts(result: Result) -> list[tuple[str, str]]:
     f = result.facts
-    told: list[tuple[str, Any]] = [
+    told: list[tuple[str, object]] = [
         ("server", result.url),
         ("model", f.model),
         ("SGLang", f.version),
