@@ -29,7 +29,7 @@ EXPLAIN = (
     "goes on with the phrase."
 )
 """Neither this nor what follows has an example of an answer. A small model gave `your phrase`, which stood here for
-the label, as the label of every latent, and the example of verdicts as its verdicts."""
+the label, as the label of every latent, and the example of verdicts as its verdicts; then the end of this."""
 DETECT = (
     "You are given a phrase that says on what one feature of a language model is active, and numbered excerpts. "
     "Texts are JSON strings, cut out of longer texts. For each text decide whether the feature is active anywhere in "
@@ -42,6 +42,8 @@ FUZZ = (
     "marks are in the right places: 1 if so, 0 if not. It may be all, some or none of them. Answer with a JSON list of "
     "{n} numbers in square brackets, with commas between them, and nothing else."
 )
+_FEW_WORDS = 2
+"""So few may stand in the question by chance."""
 PROMPTS = {"label": EXPLAIN, "detection": DETECT, "fuzzing": FUZZ}
 Messages = list[dict[str, str]]
 
@@ -85,10 +87,12 @@ def fuzz(label: str, texts: Sequence[str]) -> Messages:
 
 
 def label_of(answer: str) -> str | None:
-    """The phrase after the last `LABEL:`; None: there is none."""
+    """The phrase after the last `LABEL:`; None: there is none, or it is copied out of the question."""
     found = re.findall(r"^[\s*#>`]*LABEL[\s*`]*:[\s*`\"]*(.+?)[\s*`\"]*$", _said(answer), re.MULTILINE | re.IGNORECASE)
     phrases = [" ".join(f.split())[:MOST_LABEL] for f in found]
-    return phrases[-1] if phrases and phrases[-1] else None
+    words = phrases[-1].casefold().strip(" .") if phrases else ""
+    copied = len(words.split()) > _FEW_WORDS and words in EXPLAIN.casefold()
+    return phrases[-1] if words and not copied else None
 
 
 def verdicts_of(answer: str, n: int) -> list[int] | None:

@@ -194,6 +194,8 @@ def test_a_label_that_names_no_token_does_not_fit_what_was_withheld(monkeypatch:
         ("<think>LABEL: it never ended", None),
         ("the end of a list", None),
         ("LABEL:", None),
+        ("LABEL: and goes on with the phrase.", None),  # copied out of the question
+        ("LABEL: these tokens", "these tokens"),
         ("", None),
     ],
 )
