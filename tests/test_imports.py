@@ -61,6 +61,7 @@ LAZY = {
     "model/from_gguf.py": {"gguf"},
     "model/randomise.py": {"transformers"},
     "monitor/adwin.py": {"river"},
+    "model/tiny.py": {"tokenizers", "transformers"},
     "model/tokenizer.py": {"tokenizers"},
     "privacy/detect.py": {"presidio_analyzer"},
     "sae/saelens.py": {"sae_lens", "transformers"},
