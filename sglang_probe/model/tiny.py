@@ -1,7 +1,7 @@
 """Tiny Llamas over a list of words, trained from scratch: what the recipes of models with a planted truth share.
 
 `models/probe-recall/train.py` and `experiments/clamp-case/model.py` draw the texts, and say when to stop; the model,
-its tokenizer, the loss and one step of training are here. Needs `transformers` and `tokenizers`, as the recipes do.
+its tokenizer, the loss and one step of training are here.
 
 Shapes: B texts of T tokens, G graded positions, V words.
 """
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sglang_probe.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,8 +29,14 @@ def llama(ids: Mapping[str, int], *, layers: int, context: int, **more: Any) -> 
     Args:
         ids: number of each word, `PAD`, `BOS` and `EOS` among them.
         more: of `LlamaConfig`.
+
+    Raises:
+        ConfigError: `transformers` is missing.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as e:
+        raise ConfigError(f"a model is made by transformers: {e}", fix="pip install transformers") from e
 
     return LlamaForCausalLM(
         LlamaConfig(
@@ -52,9 +60,16 @@ def llama(ids: Mapping[str, int], *, layers: int, context: int, **more: Any) -> 
 
 
 def tokenizer(ids: Mapping[str, int], *, context: int, bos: bool) -> PreTrainedTokenizerFast:
-    """One token a word, words parted by spaces. `bos`: it is put before every prompt."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    """One token a word, words parted by spaces. `bos`: it is put before every prompt.
+
+    Raises:
+        ConfigError: `transformers` or `tokenizers` is missing.
+    """
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as e:
+        raise ConfigError(f"a tokenizer is made by transformers: {e}", fix="pip install transformers") from e
 
     words = Tokenizer(models.WordLevel(dict(ids), unk_token=PAD))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
