@@ -53,7 +53,9 @@ def judged(run: Run, config: SteerDecayConfig, ask: Ask) -> pd.DataFrame:
 
     Returns:
         `arm, onset`, and each of `MEASURES` with its interval (`<m>_low`, `<m>_high`) and the plain model's
-        (`plain_<m>`); `unread`: answers that held no number from 0 to 2, whose texts take no part.
+        in the same texts (`plain_<m>`), of so many texts (`<m>_texts`: those of which both answers were read);
+        `asked`: answers about these texts and the plain model's; `unread`: those that held no number from 0 to 2, or
+        several.
     """
     assert config.concept is not None
     vocabulary = Vocabulary.load(Path(run.manifest["model_path"]))
@@ -103,16 +105,20 @@ def _table(
         if arm != PLAIN:
             mine, plain = (np.array(marks[(x, onset)]) for x in (rid, rid_of(text, source, PLAIN, 0)))
             kind = VECTOR if arm == config.vector else RANDOM
-            rows.append((r.family, kind, onset, *(mine - plain), *plain))
+            over = mine - plain
+            unread = int(np.isnan([mine[:2], plain[:2]]).sum())
+            rows.append((r.family, kind, onset, *over, *np.where(np.isnan(over), np.nan, plain), unread))
     names = [*MEASURES, *(f"plain_{m}" for m in MEASURES)]
-    frame = pd.DataFrame(rows, columns=["family", "arm", "onset", *names])
+    frame = pd.DataFrame(rows, columns=["family", "arm", "onset", *names, "unread"])
     found = []
     for (arm, onset), some in frame.groupby(["arm", "onset"], sort=False):
         by = some.groupby("family")[names].mean()
         ends = mean_intervals(by[list(MEASURES)].to_numpy(np.float64))
-        row: dict[str, Any] = {"arm": arm, "onset": onset, "unread": int(some[names].isna().any(axis=1).sum())}
+        row: dict[str, Any] = {"arm": arm, "onset": onset}
+        row |= {"asked": 2 * len(_QUESTIONS) * len(some), "unread": int(some["unread"].sum())}
         for j, name in enumerate(MEASURES):
             row |= {name: ends.estimate[j], f"{name}_low": ends.low[j], f"{name}_high": ends.high[j]}
             row[f"plain_{name}"] = float(by[f"plain_{name}"].mean())
+            row[f"{name}_texts"] = int(some[name].notna().sum())
         found.append(row)
     return pd.DataFrame(found)

@@ -242,7 +242,9 @@ def _elsewhere(result: SteerDecayResult) -> list[Section]:
             Column("plain_score", "plain model", "decimal"),
             _measure("concept", "concept", "signed"),
             _measure("fluency", "fluency", "signed"),
-            Column("unread", "answers without a number"),
+            Column("score_texts", "texts with a score"),
+            Column("asked", "answers"),
+            Column("unread", "of these without a number"),
         ]
         text = (
             f"`{result.judge['model']}` was asked, for each text and without being told the arm, how much it is about "

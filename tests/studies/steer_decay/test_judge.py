@@ -73,5 +73,41 @@ def test_marks_are_of_the_window_of_each_arm_over_the_plain_models() -> None:
     assert (found["plain_concept"] == 0).all()
     assert (found["unread"] == 0).all()
     mute = judged(run, config, lambda questions: ["no idea"] * len(questions))
-    assert mute["unread"].tolist() == [7] * 4
+    assert (mute["asked"].tolist(), mute["unread"].tolist()) == ([28] * 4, [28] * 4)
     assert mute["score"].isna().all()
+    assert mute["score_texts"].tolist() == [0] * 4
+
+    def of_steered_alone(questions: Sequence[list[dict[str, str]]]) -> list[str]:
+        said = [q[0]["content"].split("Continuation:\n")[1] for q in questions]
+        return ["1" if s.startswith(word) else "no idea" for s in said]
+
+    half = judged(run, config, of_steered_alone).set_index(["arm", "onset"])
+    assert half["unread"].to_dict() == {("vector", 1): 14, ("vector", 5): 14, ("random", 1): 28, ("random", 5): 28}
+    assert half["plain_concept"].isna().all()  # of no text both answers were read
+
+
+def test_the_plain_models_mark_is_of_the_texts_that_the_difference_is_of() -> None:
+    config = SteerDecayConfig.model_validate(
+        {"vector": "v", "random": ["r"], "steer": {"library": "."}, "onsets": [1, 5], "window": WINDOW}
+        | {"after": 1, "concept": "ships", "prompt_tokens": PROMPT}
+    )
+    rows = [
+        (
+            rid_of(f"t{text}", "own", arm, onset),
+            f"f{text}",
+            np.full(PROMPT, 299),
+            np.full(10, 300 + 2 * text + (arm == "v")),
+        )
+        for text in range(8)
+        for arm, onset in ((PLAIN, 0), ("v", 1))
+    ]
+    frame = pd.DataFrame(rows, columns=["rid", "family", "prompt_ids", "output_ids"])
+    run: Any = SimpleNamespace(
+        manifest={"model_path": str(shipped("models/probe-text/checkpoint"))}, requests=lambda: frame
+    )
+    answers: list[str] = []
+    for text in range(8):  # of each text the steered one's concept and fluency, then the plain model's
+        answers += ["2" if text < 4 else "?", "1", "0" if text < 4 else "2", "1"]
+    (found,) = judged(run, config, lambda questions: answers[: len(questions)]).to_dict("records")
+    assert (found["concept"], found["plain_concept"], found["concept_texts"]) == (2, 0, 4)
+    assert (found["fluency"], found["fluency_texts"], found["asked"], found["unread"]) == (0, 8, 32, 4)
