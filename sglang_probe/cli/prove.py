@@ -74,6 +74,8 @@ def command(
     given |= {"seed": seed, "requests": requests, "references": transformers, "rounds": rounds}
     config = parse_config(given, ProofConfig, where="prove")
     console = Console(stderr=as_json)
+    if accept_drift:
+        drift.refuse_less(config)
     trial = _on_trial(console) if accept_drift else None
     try:
         proof = prove(config, reporter=Quiet() if as_json else Terminal(console), folder=keep)

@@ -15,10 +15,12 @@ from typing import Any
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.inventory import Finding, Inventory, Target
 from sglang_probe.engine.releases import drift, release
-from sglang_probe.errors import InventoryError
+from sglang_probe.errors import ConfigError, InventoryError
+from sglang_probe.prove.config import ProofConfig
 
 EXERCISED = frozenset({"accounting", "bypass", "control", "platform", "rows", "attention rows"})
-"""Features that a proof makes use of; on an accelerator `_ON_AN_ACCELERATOR` too."""
+"""Features that a proof makes use of, if it reuses prefixes and captures its own rows (`refuse_less`); on an
+accelerator `_ON_AN_ACCELERATOR` too."""
 _ON_AN_ACCELERATOR = frozenset({"accelerator rows"})
 _NEEDED = ("accounting", "control")
 """What every proof needs."""
@@ -58,6 +60,25 @@ class Trial:
         """Places that changed among those which a check relies on, in words."""
         features = _ASKED_OF.get(check.partition(",")[0], ("accounting", "control", "bypass", "platform"))
         return [said(f) for f in self.drifted if f.target.feature in features]
+
+
+def refuse_less(config: ProofConfig) -> None:
+    """Refuse a proof that shows less than what would be accepted: acceptance is of a release, whatever is served.
+
+    Raises:
+        ConfigError: it names the key.
+    """
+    if config.server.get("disable_radix_cache"):
+        raise ConfigError(
+            "`--accept-drift` with `disable_radix_cache`: nothing would be reused, and places of the prefix cache that "
+            "changed would be accepted unseen",
+            fix="prove with the cache on; the acceptance holds without it too",
+        )
+    if config.hook_points:
+        raise ConfigError(
+            "`--accept-drift` with `--hook-point`: places of rows that are not captured would be accepted unseen",
+            fix="leave `--hook-point` out; prove those rows afterwards",
+        )
 
 
 def begin(*, accelerator: bool) -> Trial | None:
@@ -109,7 +130,8 @@ def _told(version: str, near: Inventory, findings: list[Finding], exercised: fro
             left_out.setdefault(f.target.feature, said(f))
     kept = [_as_found(f) for f in findings if f.target.feature not in left_out and (f.found or f.absent)]
     reviewed = Inventory(sglang=version, version=near.version, targets=kept).model_dump(exclude_none=True)
-    return {"sglang": version, "as": near.sglang, "inventory": reviewed, "left_out": left_out}
+    told = {"sglang": version, "as": near.sglang, "of": drift.digest(near.sglang)}
+    return told | {"inventory": reviewed, "left_out": left_out}
 
 
 def _as_found(finding: Finding) -> Target:

@@ -11,8 +11,9 @@ import pytest
 
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.releases import drift, release
-from sglang_probe.errors import InventoryError
+from sglang_probe.errors import ConfigError, InventoryError
 from sglang_probe.prove import drift as trials
+from sglang_probe.prove.config import ProofConfig
 
 RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
@@ -102,3 +103,32 @@ def test_an_unreviewed_release_is_served_by_the_nearest_adapter(monkeypatch: pyt
     assert trial.told["as"] == nearest
     assert release().version == nearest
     assert inventory.load_inventory().sglang == "9.9.9"
+
+
+def test_what_was_accepted_of_a_patched_release_is_not_asked_of_the_stock_one(change: dict[str, str | None]) -> None:
+    change[RUN_BATCH] = "f" * 16
+    trial = trials.begin(accelerator=False)
+    assert trial is not None
+    trial.accept("c" * 64)
+    del change[RUN_BATCH]  # the stock release is installed again
+    assert inventory.require(["accounting"]) == inventory.load_inventory(inventory.installed_version())
+
+
+def test_an_acceptance_ends_with_the_inventory_that_it_was_compared_with(
+    change: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change[RUN_BATCH] = "f" * 16
+    trial = trials.begin(accelerator=False)
+    assert trial is not None
+    trial.accept("c" * 64)
+    inventory.require(["accounting"])
+    monkeypatch.setattr(drift, "digest", lambda _reviewed: "of a newer probe")
+    with pytest.raises(InventoryError, match="run_batch"):
+        inventory.require(["accounting"])
+
+
+@pytest.mark.parametrize("less", [{"server": {"disable_radix_cache": True}}, {"hook_points": ["hook_embed"]}])
+def test_a_proof_that_shows_less_accepts_nothing(less: dict[str, object]) -> None:
+    trials.refuse_less(ProofConfig.model_validate({"model": "probe-text"}))
+    with pytest.raises(ConfigError, match="accepted unseen"):
+        trials.refuse_less(ProofConfig.model_validate({"model": "probe-text", **less}))

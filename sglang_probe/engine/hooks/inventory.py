@@ -111,7 +111,8 @@ def nearest_inventory(version: str, source: Source = INSTALLED) -> Inventory:
 
 
 def load_inventory(version: str | None = None) -> Inventory:
-    """The inventory of a release, by default of the installed one: of one whose drift was accepted, what was found.
+    """The inventory of a release, by default of the installed one: of one whose drift was accepted, what was found;
+    but of a reviewed one that is as it was reviewed, what was reviewed.
 
     Raises:
         InventoryError: there is none for that release; both sides are named.
@@ -119,7 +120,10 @@ def load_inventory(version: str | None = None) -> Inventory:
     if version is None:
         version = installed_version()
         if (told := drift.accepted(version)) is not None:
-            return parse_config(told["inventory"], Inventory, where=f"accepted drift of SGLang {version}")
+            stock = load_inventory(version) if version in known_versions() else None
+            if stock is None or any(f.state != "fine" for f in examine(stock)):
+                return parse_config(told["inventory"], Inventory, where=f"accepted drift of SGLang {version}")
+            return stock
     path = shipped("patches") / f"sglang-{version}.yaml"
     if not path.exists():
         raise InventoryError(
