@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -73,6 +76,31 @@ class Children:
         while (end := self.ended()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return end or end_of(None, self._watchdog)
+
+    @contextmanager
+    def alone(self, engine: Any) -> Iterator[None]:
+        """While this lasts, SGLang's `Engine.shutdown` ends these processes alone: of itself it ends every child of the
+        process that calls it, those that its caller started too."""
+        module = sys.modules[type(engine).__module__]
+        everybody = getattr(module, "kill_process_tree", None)
+        if everybody is None:
+            yield
+            return
+
+        def ours(pid: int | None, *args: Any, **options: Any) -> None:
+            if pid not in (None, os.getpid()):
+                everybody(pid, *args, **options)
+                return
+            for process in self._processes:
+                if process.is_alive():
+                    everybody(process.pid, wait_timeout=options.get("wait_timeout", 60))
+                process.join(10)
+
+        module.kill_process_tree = ours  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            module.kill_process_tree = everybody  # type: ignore[attr-defined]
 
     def kill(self) -> None:
         """End those that are left."""

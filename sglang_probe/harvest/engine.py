@@ -230,7 +230,8 @@ class ProbedEngine:
         finally:
             engine, self._engine = self._engine, None
             try:
-                engine.shutdown()
+                with self._children.alone(engine):
+                    engine.shutdown()
             finally:
                 self._end()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def _stock_products() -> Iterator[None]:
 def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All arms in one engine, one after the other."""
     folder = tmp_path_factory.mktemp("switched")
-    with EngineHost() as host:
+    with EngineHost() as host, subprocess.Popen(["sleep", "1000"]) as of_the_caller:
         ours = prepared()
         requests, how = ours.workload.requests, {"asks": {"cache"}, "host": host}
         runs = record([RunSpec(n, requests, arm) for n, arm in ARMS.items()], ours, folder, **how)
@@ -64,6 +66,12 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         several = prepared(concurrency=8)
         runs |= record([RunSpec("mixed", requests, ARMS["mixed"])], several, folder / "of 8", **how)
         assert host.starts == 1
+        engine = psutil.Process().children(recursive=True)
+        host.stop()
+        # SGLang of itself ends all children of the process that calls it.
+        assert of_the_caller.poll() is None
+        of_the_caller.kill()
+        assert [p.name() for p in engine if p.is_running() and p.name().startswith("sglang::")] == []
     return runs
 
 
