@@ -5,8 +5,6 @@ Each function takes away one idea; its name, with spaces, is what `PROBE_SABOTAG
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -358,23 +356,6 @@ def one_history_for_all_lengths() -> None:
     Spec.history = lambda self, prompt_len, end=0: self.id  # type: ignore[method-assign]
 
 
-def attend_by_lists() -> None:
-    """No sabotage: kept sets in decode steps through `capture/slot_lists.py` and the model of a paged decode."""
-    from sglang_probe.engine.capture import slot_lists
-    from sglang_probe.engine.platform.attention import ProbeTorchBackend
-    from tests.engine.capture.paged_decode import PagedDecode
-
-    def decode_kept(self: Any, q_BHD: Any, k_cache: Any, v_cache: Any, scaling: float) -> Any:
-        slots, rows, layer = self._entries.slots, self._evicted, self._layer
-        kept = np.stack([np.asarray(r.kept.at(r.end - 1)[layer].sum(-1)) for r in rows])
-        after = np.array([r.end - r.kept.length for r in rows])
-        lists = slot_lists.kept_lists(slots.entry[layer], kept, slots.width, after)
-        Path(os.environ["PROBE_LISTS_USED"]).touch()
-        return slot_lists.attend_by_lists(PagedDecode(), q_BHD, k_cache, v_cache, lists, scaling)
-
-    ProbeTorchBackend._decode_kept = decode_kept  # type: ignore[method-assign]
-
-
 def tell_no_evictions() -> None:
     Recorder.evicted = lambda self, tokens: None  # type: ignore[method-assign]
 
@@ -406,7 +387,6 @@ SABOTAGES = {
         write_no_rebinds,
         write_the_first_origin_for_all,
         exchange_two_owners,
-        attend_by_lists,
         give_a_row_of_the_step_before,
         leave_out_a_tap,
         shift_the_rows,
