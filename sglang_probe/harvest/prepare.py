@@ -14,7 +14,7 @@ from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.certified import cite, kinds_needed, subject_installed
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
-from sglang_probe.engine.hooks.supported import refuse_rows, refuse_unsupported
+from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present, choose_cpu
 from sglang_probe.engine.platform.limits import refuse_without_gpu
 from sglang_probe.errors import ConfigError, ProbeError, WorkloadError
@@ -235,7 +235,6 @@ def capture_of(
     check_architecture(model.architecture)
     counts = head_counts(hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim)
     for server in servers:
-        refuse_rows(server)
         check_sliding_window(model.config, int(server.get("context_length") or model.context_length))
         check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
     scores: dict[str, list[Vector]] = {}

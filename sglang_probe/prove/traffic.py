@@ -51,8 +51,6 @@ class Habits:
     samples: bool = False
     """Some requests ask for several answers (`n`), after the warm-up that SGLang sends for them."""
     routing_keys: bool = False
-    adapters: tuple[str, ...] = ()
-    """Names of LoRA adapters: most requests ask for one of them, the others for the model itself."""
 
 
 def make_traffic(habits: Habits) -> list[Traffic]:
@@ -92,7 +90,7 @@ def make_traffic(habits: Habits) -> list[Traffic]:
         request = Request(i, f"r{i:06d}", tuple(prompt), spans, None, params)
         # A continuation that cannot reuse what it continues would be no continuation.
         same_place = {} if follows is None else _place(traffic[follows].options)
-        options = _options(habits, rng, later, same_place, len(prompt))
+        options = _options(habits, rng, same_place, len(prompt))
         leaves = rng.random()
         traffic.append(
             Traffic(
@@ -107,12 +105,8 @@ def make_traffic(habits: Habits) -> list[Traffic]:
     return traffic
 
 
-def _options(
-    habits: Habits, rng: random.Random, later: random.Random, place: dict[str, Any], prompt_len: int
-) -> dict[str, Any]:
+def _options(habits: Habits, rng: random.Random, place: dict[str, Any], prompt_len: int) -> dict[str, Any]:
     options = dict(place)
-    if habits.adapters and not place and (adapter := later.choice((None, *habits.adapters))) is not None:
-        options["lora_path"] = adapter
     kind = rng.random()
     if not place and kind < 0.12:
         options[release().namespace_fields[-1]] = rng.choice("xyz")
@@ -133,4 +127,4 @@ def _options(
 
 def _place(options: dict[str, Any]) -> dict[str, Any]:
     """What separates prefixes in the radix tree."""
-    return {k: v for k, v in options.items() if k in (*release().namespace_fields, "lora_path")}
+    return {k: v for k, v in options.items() if k in release().namespace_fields}

@@ -23,7 +23,7 @@ HOOK_POINTS = ([EMBED], [EMBED], [EMBED, "blocks.1.hook_resid_post"], [])
 REFUSED = (
     {"pp_size": 2},
     {"enable_hierarchical_cache": True},
-    {"enable_lmcache": True},
+    {"enable_lora": True},
     {"speculative_algorithm": "NGRAM"},
     {"enable_session_radix_cache": True},
 )

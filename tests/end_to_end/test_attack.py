@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from sglang_probe.engine.releases import release
-from tests.attack.adapters import make_adapters
 from tests.attack.outcome import Outcome, attack
 from tests.attack.plan import TIGHT
 from tests.attack.windowed import make_windowed
@@ -74,25 +73,6 @@ def test_sliding_windows_in_pages_with_retractions(tmp_path: Path) -> None:
     outcome = attack(tmp_path, 3, 100, plan=windowed(tmp_path, RETRACT, page_size=16, max_total_tokens=2048))
     assert outcome.noticed == [], outcome.output
     assert outcome.counts["retracted"] > 0
-
-
-@NEWER_TREE
-@pytest.mark.slow
-def test_with_sliding_windows_the_tree_takes_entries_anew(tmp_path: Path) -> None:
-    plan = windowed(tmp_path)
-    outcome = attack(tmp_path, 2, 100, sabotage="ignore what the tree takes anew", plan=plan)
-    assert any(said.startswith("slots:") for said in outcome.noticed), outcome.output
-
-
-@pytest.mark.slow
-def test_adapters_have_entries_of_their_own(tmp_path: Path) -> None:
-    names = ("one", "two")
-    server = make_adapters(tmp_path / "adapters", names)
-    plan = {**tight(RETRACT, **server), "adapters": list(names), "hook_points": []}
-    outcome = attack(tmp_path, 5, 100, plan=plan)
-    assert outcome.noticed == [], outcome.output
-    assert outcome.oracle["compared"] > 20_000
-    assert outcome.counts["reused"] > 1000
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from sglang_probe.engine.hooks.instruments import live as live_server
 from sglang_probe.engine.hooks.instruments.labels import labels_of
 from sglang_probe.engine.hooks.instruments.steer import Steering, steering_of_session
 from sglang_probe.engine.hooks.requests import ask_of
-from sglang_probe.engine.hooks.supported import refuse_rows, refuse_unsupported
+from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import MATCHED, refuse_other_trees, refuse_rows_of
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
@@ -31,7 +31,6 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     refuse_unsupported(server_args)
     refuse_other_trees(scheduler.tree_cache)
     if guard.active().config.in_the_model:
-        refuse_rows(server_args)
         refuse_rows_of(scheduler.tree_cache)
     if scheduler.model_config.is_multimodal:
         raise UnsupportedError(

@@ -20,6 +20,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "disaggregation_mode": ("null", "prefill-decode disaggregation"),
     "enable_hierarchical_cache": (False, "the hierarchical cache"),
     "enable_lmcache": (False, "LMCache"),
+    "enable_lora": (False, "LoRA"),
     "dllm_algorithm": (None, "diffusion language models"),
     "is_embedding": (False, "embedding models"),
     "enable_torch_compile": (False, "torch.compile"),
@@ -34,11 +35,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "encoder_only": (False, "encoder-only serving"),
 }
 
-_ROWS_REFUSED: dict[str, tuple[Any, str]] = {
-    # what the ledger is proved for, and rows, telemetry and interventions are not
-    "enable_lora": (False, "LoRA, because the record does not say which adapter a row was computed with"),
-}
-
 _FALSY_FINE = (None, False, "", "null")
 
 
@@ -51,36 +47,14 @@ def refuse_unsupported(server_args: Any) -> None:
     Raises:
         UnsupportedError: names every refused argument.
     """
-    found = _refused(server_args, {**_REFUSED, **release().refused})
+    get = server_args.get if isinstance(server_args, dict) else lambda k, d=None: getattr(server_args, k, d)
+    found = []
+    for name, (fine, what) in {**_REFUSED, **release().refused}.items():
+        value = get(name, fine)
+        if value != fine and not (fine in _FALSY_FINE and value in _FALSY_FINE):
+            found.append(f"{what} (`{name}: {value}`)")
     if found:
         raise UnsupportedError(
             "the accounting is not proved for " + ", ".join(found),
             fix="leave these arguments at their defaults, or run without the probe",
         )
-
-
-def refuse_rows(server_args: Any) -> None:
-    """Refuse rows, telemetry and interventions in a configuration for which the ledger alone is proved.
-
-    Args:
-        server_args: as of `refuse_unsupported`.
-
-    Raises:
-        UnsupportedError: names every argument.
-    """
-    if found := _refused(server_args, _ROWS_REFUSED):
-        raise UnsupportedError(
-            "rows, telemetry and interventions are not proved for " + ", ".join(found),
-            fix="record the ledger alone (`hook_points: []`, no `telemetry`, `steer` or `monitor`), or leave it out",
-        )
-
-
-def _refused(server_args: Any, arguments: dict[str, tuple[Any, str]]) -> list[str]:
-    """What these arguments turn on, in words."""
-    get = server_args.get if isinstance(server_args, dict) else lambda k, d=None: getattr(server_args, k, d)
-    found = []
-    for name, (fine, what) in arguments.items():
-        value = get(name, fine)
-        if value != fine and not (fine in _FALSY_FINE and value in _FALSY_FINE):
-            found.append(f"{what} (`{name}: {value}`)")
-    return found

@@ -2,8 +2,7 @@
 
 Two positions have the same context if their token ids from the beginning of the request up to them are equal: then the
 model computes the same for both, up to rounding. `cache_salt` and `extra_key` separate cache entries and not contexts:
-they say what SGLang may reuse, not what the model computes. LoRA adapters do change that, and the ledger does not name
-them: positions under different adapters count as one context here.
+they say what SGLang may reuse, not what the model computes. (LoRA, which would, is refused when recording.)
 
 The requests are paths in a trie. A request's path leaves the paths of all earlier requests at one position, `new_from`;
 after it every context is seen for the first time. So one integer per request says which positions are first

@@ -28,15 +28,6 @@ def ignore_rebinds() -> None:
     Lineage.publish = without  # type: ignore[method-assign]
 
 
-def ignore_what_the_tree_takes_anew() -> None:
-    publish = Lineage.publish
-
-    def without(self: Any, *args: Any) -> Any:
-        return publish(self, *args[:6])
-
-    Lineage.publish = without  # type: ignore[method-assign]
-
-
 def ignore_publications() -> None:
     Recorder.publish = lambda self, *a, **k: None  # type: ignore[method-assign]
 
@@ -364,7 +355,6 @@ SABOTAGES = {
     f.__name__.replace("_", " "): f
     for f in (
         ignore_rebinds,
-        ignore_what_the_tree_takes_anew,
         ignore_publications,
         ignore_the_end_of_decode,
         token_keys_in_pages,

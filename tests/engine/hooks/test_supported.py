@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sglang_probe.engine.hooks.supported import _REFUSED, refuse_rows, refuse_unsupported
+from sglang_probe.engine.hooks.supported import _REFUSED, refuse_unsupported
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 
@@ -23,6 +23,7 @@ EVERY = {**_REFUSED, **release().refused}
         ("enable_hierarchical_cache", True, "hierarchical cache"),
         ("disaggregation_mode", "prefill", "disaggregation"),
         ("enable_torch_compile", True, "torch.compile"),
+        ("enable_lora", True, "LoRA"),
     ],
 )
 def test_refused(argument: str, value: object, named: str) -> None:
@@ -32,14 +33,8 @@ def test_refused(argument: str, value: object, named: str) -> None:
 
 def test_defaults_and_ordinary_arguments_pass() -> None:
     refuse_unsupported(
-        {"tp_size": 2, "dp_size": 2, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": True}
+        {"tp_size": 2, "dp_size": 2, "speculative_algorithm": None, "chunked_prefill_size": 64, "enable_lora": None}
     )
-
-
-def test_rows_are_refused_where_the_ledger_alone_is_proved() -> None:
-    with pytest.raises(UnsupportedError, match=r"which adapter.*`enable_lora: True`"):
-        refuse_rows({"enable_lora": True})
-    refuse_rows({"enable_lora": None, "tp_size": 2})
 
 
 @pytest.mark.parametrize("argument", sorted(EVERY))
