@@ -18,8 +18,8 @@ BATCH = 5
 """Texts of a question."""
 LABEL_TOKENS, VERDICT_TOKENS = 400, 200
 MOST_LABEL = 300
-LABEL_FORM = r"LABEL: [^\n]{3,120}"
-"""What an answer looks like that is held to a form: no more than the phrase."""
+LABEL_FORM = r"LABEL: [^ \t\n][^\n]{2,119}"
+"""What an answer looks like that is held to a form: no more than the phrase, and not blanks alone."""
 _TEXTS = f"Texts are JSON strings, cut out of longer texts. {LEFT} and {RIGHT} are ours: they stand around tokens"
 EXPLAIN = (
     "You find out what one feature of a language model is about. You see excerpts of texts. "
