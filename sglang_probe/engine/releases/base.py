@@ -117,15 +117,6 @@ class Release(ABC):
         """
         raise UnsupportedError(f"interventions were not reviewed on SGLang {self.version}")
 
-    def of_first_rank(self, values: Any) -> Any:
-        """A tensor of the first tensor-parallel rank, on every rank of the group; all of them call it, with tensors of
-        one shape and dtype. In place.
-
-        Raises:
-            UnsupportedError: it was not reviewed on this release.
-        """
-        raise UnsupportedError(f"gates under tensor parallelism were not reviewed on SGLang {self.version}")
-
     @abstractmethod
     def row_hooks(self) -> list[Hook]:
         """How rows leave an accelerator with the result of their forward (`instruments/accelerator.py`): the copy is

@@ -91,11 +91,6 @@ class Adapter(Release):
     def residual(self, forward_batch: Any, output: Any) -> Any:
         return forward_batch.residual_stream.snapshot(output)
 
-    def of_first_rank(self, values: Any) -> Any:
-        from sglang.srt.distributed import get_tp_group
-
-        return get_tp_group().broadcast(values, src=0)
-
     def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
         stream = forward_batch.residual_stream
         stream.check(output)

@@ -125,4 +125,4 @@ def test_without_a_gate_that_can_be_decided_the_server_does_not_start(
 ) -> None:
     clamps = [{**make_clamp(folder), "probe": "fires"}]
     with pytest.raises(UnsupportedError, match="wait for a gate"):
-        attached(monkeypatch, folder / "library", graphs=True, clamps=clamps)
+        attached(monkeypatch, folder / "library", tp_size=2, clamps=clamps)

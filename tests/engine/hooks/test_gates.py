@@ -17,7 +17,7 @@ from sglang_probe.engine.hooks.requests import read_limit
 from sglang_probe.engine.ledger.facts import Decision
 from sglang_probe.steering.library import Library
 from tests.end_to_end.steering import WIDTH, make_library
-from tests.engine.hooks.test_steer import PROMPT, UP, Layer, Release, Req, admitted, attached
+from tests.engine.hooks.test_steer import PROMPT, UP, Layer, Req, admitted, attached
 
 GATED: dict[str, Any] = {**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
 LAYER = 2  # of the probe; `up` acts after layer 1
@@ -105,16 +105,6 @@ def test_the_prompts_last_row_decides_for_every_generated_token(engine: Engine, 
         assert changed.tolist() == pytest.approx([6.0 if opened else 0.0], rel=1e-4)
         assert later.gates == {0: found}
         assert {i: u.onset for i, u in later.under.items()} == ({0: PROMPT} if opened else {})
-
-
-def test_ranks_decide_by_the_first_ones_scores(engine: Engine, monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
-    first = torch.tensor([0.5, -0.5])
-    monkeypatch.setattr(Release, "of_first_rank", lambda _self, values: first.to(values))
-    other = Engine(*attached(monkeypatch, library, tp_size=2), library)
-    opens, stays = admitted(steer=[GATED]), admitted(steer=[GATED])
-    other.forward((opens, 0, PROMPT, -0.1), (stays, 0, PROMPT, 0.1))  # by its own rows it would do the opposite
-    _, changed = other.forward((opens, PROMPT, PROMPT + 1, 0.0), (stays, PROMPT, PROMPT + 1, 0.0))
-    assert changed.tolist() == pytest.approx([6.0, 0.0], rel=1e-4)
 
 
 def test_a_gated_request_is_private_and_may_reuse_its_prompt(engine: Engine) -> None:

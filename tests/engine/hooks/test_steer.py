@@ -67,9 +67,6 @@ class Release:
         found: torch.Tensor = batch.residual
         return found
 
-    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -210,12 +207,12 @@ def test_a_deployment_is_everybodys_and_has_one_namespace(monkeypatch: pytest.Mo
     assert not Steering.serves(steering.config, EngineProbeConfig(run=Path("run")))
 
 
-def test_under_tensor_parallelism_what_each_rank_would_measure_for_itself_is_refused(
+def test_under_tensor_parallelism_what_each_rank_would_find_for_itself_is_refused(
     monkeypatch: pytest.MonkeyPatch, library: Path
 ) -> None:
     gate = {**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
     attached(monkeypatch, library, tp_size=2)
-    assert admitted(steer=[gate]).refused is None
+    assert "this engine runs under tensor parallelism" in str(admitted(steer=[gate]).refused)
     assert admitted(steer=[UP]).refused is None
     attached(monkeypatch, library, tp_size=2, deployment=[{**UP, "op": "cap"}])
     with pytest.raises(UnsupportedError, match="`budget_ms` under tensor parallelism"):

@@ -11,8 +11,8 @@ publishing nothing. The namespace has a random part that no client knows, so tha
 A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
 then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
 
-Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole. What
-could part them is told by the first rank (the scores of gates), or refused (a budget, whose times each would measure).
+Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole; what
+could part them (a decision or a time that each would find for itself) is refused.
 
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
@@ -143,14 +143,13 @@ class Steering(Instrument):
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
-        if probes and self._graph is None:
-            agree = release().of_first_rank if guard.active().tp_size > 1 else None
-            self._gates = Gates(probes, device=runner.device, agree=agree)
+        if probes and self._graph is None and guard.active().tp_size == 1:
+            self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
         if clamping is not None and self._gates is None:
             raise UnsupportedError(
-                "`clamps` wait for a gate, which is decided on the host between two forwards",
-                fix="serve on the CPU and without `accelerator`, or use a `deployment`, which has no gate",
+                "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
+                fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
             )
         for layer in changed:
             layers[layer].register_forward_hook(_layer_hook(self, layer), with_kwargs=True)
@@ -200,9 +199,10 @@ class Steering(Instrument):
         elif self._gates is not None:
             mark(req, gated(spec, prompt_len, told, isolation))
         else:
+            where = "under tensor parallelism" if guard.active().tp_size > 1 else "on an accelerator"
             raise ConfigError(
-                f"{WHERE}.steer: a gate by a probe is decided on the host, between two forwards, and this engine runs "
-                "on an accelerator"
+                f"{WHERE}.steer: a gate by a probe is decided on the host of one rank, between two forwards, and this "
+                f"engine runs {where}"
             )
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
