@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from sglang_probe.gate.audit import WARM_UP
 from sglang_probe.gate.judge import judge
 from sglang_probe.gate.verdict import Verdict
 from sglang_probe.report import markdown
 from tests.gate.made import FACTS, made, rounding
-from tests.gate.test_audit import WARM_UP, Server, auditor, candidate
+from tests.gate.test_audit import Server, auditor, candidate
 
 GATES = int(sys.argv[1]) if len(sys.argv) > 1 else 400
 SCALE = 5e-3

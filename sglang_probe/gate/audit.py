@@ -9,8 +9,9 @@ of the tokens after the border of reuse:
 
 The request itself is never touched. A warm twin that reuses less than the request did says nothing: the entries have
 gone, or are another namespace's. The criterion is the gate's (`sglang_probe.gate.judge`): the median |difference| to
-*both* cold twins is larger than `T = max(FACTOR * Y, LEAST[dtype])`, Y the largest median between two cold twins so
-far; nothing is judged before `WARM_UP` pairs. A warm twin whose log-probabilities are no numbers, where those of the
+*both* cold twins is larger than `T_i = max(FACTOR * max(Y, Y_i), LEAST[dtype])`, Y_i the median between the two cold
+twins themselves, and Y the largest of these so far, none of them counted for more than `SPREAD` times the middle one;
+nothing is judged before `WARM_UP` pairs. A warm twin whose log-probabilities are no numbers, where those of the
 cold ones are, is past any threshold. What is past T is asked once more, and only what is past it again is an alarm: a
 wrong entry stays wrong as long as it is cached. A warm twin that is refused twice, where the cold ones were answered,
 is `no answer`. `docs/evidence/gate.md` has level and power.
@@ -23,18 +24,19 @@ Nothing of a prompt is kept: an audit's record has ids of requests, positions an
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sglang_probe.gate.arms import Cold
 from sglang_probe.gate.client import Answer, Client, Facts, Ids, RefusedError
 from sglang_probe.gate.compare import compare
-from sglang_probe.gate.judge import FACTOR, LEAST
+from sglang_probe.gate.judge import FACTOR, LEAST, yardstick_of
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 
@@ -86,6 +88,12 @@ class Audited:
     threshold: float
     origins: tuple[str, ...] = ()
     """Of what is wrong."""
+
+
+class _Moved(NamedTuple):
+    nats: float
+    past: bool
+    """The threshold."""
 
 
 def candidates(run: Run) -> list[Candidate]:
@@ -143,38 +151,37 @@ class Auditor:
         self._client, self._cold, self._room = client, cold, room
         self._rate, self._clock, self._sleep = tokens_per_minute / 60, clock, sleep
         self._least = LEAST.get((facts.dtype or "").removeprefix("torch."), LEAST["bfloat16"])
-        self._pairs, self._yardstick = 0, 0.0
+        self._pairs: list[float] = []  # differences of cold twins, ascending
         self._free_at, self._until = clock(), until
         self.computed, self.filled = 0, 0
         """Tokens that twins may have computed so far, and that they may have taken of the cache."""
 
     @property
     def threshold(self) -> float:
-        """T as of now, nats."""
-        return max(FACTOR * self._yardstick, self._least)
+        """T as of now, nats: that of a request whose own cold twins are no further apart than Y."""
+        return max(FACTOR * yardstick_of(self._pairs), self._least) if self._pairs else self._least
 
     def audit(self, candidate: Candidate) -> Audited:
         """Ask the twins of one request, as soon as there is room and budget."""
-        moved = self._moved(candidate)
+        first = self._moved(candidate)
         found: Found
-        if isinstance(moved, str) and moved != "no answer":
-            found, least = moved, math.nan
-        elif not isinstance(moved, str) and moved <= self.threshold:
-            found, least = "right" if self._pairs >= WARM_UP else "too early", moved
-        elif not isinstance(moved, str) and self._pairs < WARM_UP and math.isfinite(moved):
-            found, least = "too early", moved
+        early = len(self._pairs) < WARM_UP
+        if isinstance(first, str) and first != "no answer":
+            found, least = first, math.nan
+        elif not isinstance(first, str) and (not first.past or (early and math.isfinite(first.nats))):
+            found, least = "too early" if early else "right", first.nats
         else:  # once more
-            again = self._moved(candidate)
-            numbers = [m for m in (moved, again) if not isinstance(m, str)]
-            least = min(numbers, default=math.nan)
-            if len(numbers) == 2:
-                found = "wrong" if least > self.threshold else "not confirmed"
+            both = (first, self._moved(candidate))
+            moved = [m for m in both if not isinstance(m, str)]
+            least = min((m.nats for m in moved), default=math.nan)
+            if len(moved) == 2 and all(m.past for m in moved):
+                found = "wrong"
             else:
-                found = "no answer" if (moved, again) == ("no answer", "no answer") else "not confirmed"
+                found = "no answer" if both == ("no answer", "no answer") else "not confirmed"
         origins = candidate.origins if found in ("wrong", "no answer") else ()
         return Audited(candidate.rid, found, candidate.border, least, self.threshold, origins)
 
-    def _moved(self, c: Candidate) -> float | Found:
+    def _moved(self, c: Candidate) -> _Moved | Found:
         """How far the warm twin is from the nearer cold one, or why that is not known."""
         if not self._wait(c):
             return "no room"
@@ -192,11 +199,12 @@ class Auditor:
             return "gone"
         if not all(a.finite for a in colds):
             return "refused"
-        self._pairs += 1
-        self._yardstick = max(self._yardstick, compare(*colds, outputs=False).typical)
+        own = compare(*colds, outputs=False).typical
+        bisect.insort(self._pairs, own)
         if warm is None:
             return "no answer"
-        return min(compare(a, warm, outputs=False).typical for a in colds) if warm.finite else math.inf
+        nats = min(compare(a, warm, outputs=False).typical for a in colds) if warm.finite else math.inf
+        return _Moved(nats, nats > max(self.threshold, FACTOR * own))
 
     def _ask(self, c: Candidate, salt: dict[str, str]) -> Answer:
         rid = f"{PREFIX}{uuid.uuid4().hex}"

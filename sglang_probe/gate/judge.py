@@ -110,8 +110,7 @@ def judge(
     page = facts.page_size or UNKNOWN_PAGE
     cold = _cold_pairs(arms)
     own = {i: max(p.typical for p in pairs) for i, pairs in cold.items() if pairs}
-    middle = float(np.quantile(list(own.values()), 0.5, method="lower")) if own else math.nan
-    yardstick = min(max(own.values()), SPREAD * middle) if own else math.nan
+    yardstick = yardstick_of(sorted(own.values())) if own else math.nan
     least = LEAST.get(_dtype(facts), LEAST["bfloat16"])
     threshold = max(FACTOR * (yardstick if own else 0.0), least)
     limit = {i: max(FACTOR * own.get(i, 0.0), threshold) for i in range(len(cases))}
@@ -153,6 +152,11 @@ _COLUMNS = [
     "typical",
 ]
 _COLUMNS += ["flips", "floor_flips", "parted", "equal"]
+
+
+def yardstick_of(own: Sequence[float]) -> float:
+    """Y of differences of cold with cold, nats, in ascending order: the largest, `SPREAD` times the median at most."""
+    return min(own[-1], SPREAD * own[(len(own) - 1) // 2])
 
 
 def _row(colds: Sequence[Answer], warms: Sequence[Answer], cold: Sequence[Pair]) -> dict[str, object]:

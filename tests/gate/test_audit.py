@@ -69,6 +69,24 @@ def test_a_wrong_entry_is_found_and_the_request_that_computed_it_is_named() -> N
     assert all(not a.origins for a in found if a.found != "wrong")
 
 
+def test_one_odd_cold_twin_hides_no_wrong_entry_that_comes_later() -> None:
+    server = Server(lambda prompt, n: 0.5 if prompt[0] in (20, 40) else 0.0)
+    one = auditor(server)
+    for i in range(20):
+        one.audit(candidate(i))
+    quiet = server.ask
+
+    def odd(ids: Sequence[int], **more: Any) -> Answer:
+        a = quiet(ids, **more)
+        return Answer(a.rid, a.cached, a.prompt + 0.5 * (len(server.asked) % 3 == 0), a.output, a.chosen)
+
+    server.ask = odd  # type: ignore[method-assign]
+    assert one.audit(candidate(20)).found == "right"  # by cold twins of its own that are as far apart
+    server.ask = quiet  # type: ignore[method-assign]
+    assert one.threshold < 0.1
+    assert one.audit(candidate(40)).found == "wrong"
+
+
 def test_what_is_wrong_once_is_not_confirmed() -> None:
     one = auditor(Server(lambda prompt, n: 0.5 if prompt[0] == 50 and n == 0 else 0.0))
     found = {a.rid: a.found for a in (one.audit(candidate(i)) for i in range(60))}
