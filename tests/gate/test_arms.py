@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,11 @@ import pytest
 
 from sglang_probe.gate.arms import Cold, Sent, send
 from sglang_probe.gate.client import Answer, Ids, RefusedError
+from sglang_probe.gate.gate import GateConfig, Result
 from sglang_probe.gate.judge import Judgement, judge
+from sglang_probe.gate.page import failures_told, gate_page
 from sglang_probe.gate.verdict import Verdict
+from sglang_probe.report.page import render
 from tests.gate.made import FACTS, case
 
 CASES = [case(i) for i in range(3)]
@@ -77,3 +82,17 @@ def test_what_a_flush_cannot_ask_is_named_and_the_verdict_is_of_the_others() -> 
     assert told.verdict is Verdict.EQUAL
     assert told.reasons[0].startswith("company: not asked, because requests at a time need a salt each")
     assert sent(Server(), ["company"], "flush")[1].verdict is Verdict.INCONCLUSIVE
+
+
+def test_the_page_and_the_summary_count_what_got_no_answer_and_have_no_number_for_what_is_none() -> None:
+    found, _ = sent(Server(refuses=len(CASES[0].prompt) - 1), ["branch", "repeat"])
+    one = found.arms["branch-1"][0]
+    found.arms["branch-1"][0] = replace(one, prompt=np.full_like(one.prompt, np.nan))
+    told = judge(CASES, found.arms, FACTS, paths=found.paths, refused=found.refused)
+    result = Result("http://a", FACTS, GateConfig(), "cache_salt", CASES, found, told, 9, 1.0)
+    assert failures_told(result, most=2) == [*found.failures[:2], "4 further requests got no answer"]
+    summary = result.to_json()
+    assert (summary["verdict"], summary["failed_requests"]) == ("WRONG REUSE", 6)
+    assert summary["wrong"][0]["moved"] is None
+    json.dumps(summary, allow_nan=False)
+    assert "log-probabilities are no numbers" in render(gate_page(result))
