@@ -1,6 +1,6 @@
 """Level and power of the verdicts of `sglang-probe gate`, by its own functions on made answers.
 
-python bench/gate.py [GATES]     # about three minutes for 400, no engine
+python bench/gate.py [GATES]     # a few minutes for 400, no engine
 """
 
 from __future__ import annotations
@@ -12,26 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from sglang_probe.gate.judge import Verdict, judge
+from sglang_probe.gate.audit import WARM_UP
+from sglang_probe.gate.judge import judge
+from sglang_probe.gate.verdict import Verdict
 from sglang_probe.report import markdown
 from tests.gate.made import FACTS, made, rounding
-from tests.gate.test_audit import WARM_UP, Server, auditor, candidate
+from tests.gate.test_audit import Server, auditor, candidate
 
 GATES = int(sys.argv[1]) if len(sys.argv) > 1 else 400
 SCALE = 5e-3
 AUDITS = 2000
 
 
-def rates(seed: int, plant: float = 0.0, **given: Any) -> dict[Verdict, float]:
-    """Share of gates with each verdict; `plant` moves one warm answer of one case by so many nats."""
+def rates(seed: int, plant: float = 0.0, odd: float = 0.0, **given: Any) -> dict[Verdict, float]:
+    """Share of gates with each verdict.
+
+    Args:
+        plant: moves one warm answer of one case by a normal of so many nats.
+        odd: and one cold answer of another case.
+    """
     found: dict[Verdict, float] = dict.fromkeys(Verdict, 0.0)
     for gate in range(GATES):
         rng = np.random.default_rng([seed, gate])
         cases, arms = made(rng, **given)
-        if plant:
-            one = arms["branch-2"][3]
-            moved = one.prompt + plant * rng.standard_normal(len(one.prompt))
-            arms["branch-2"][3] = dataclasses.replace(one, prompt=moved)
+        for arm, case, size in (("branch-2", 3, plant), ("company-cold-1", 0, odd)):
+            one = arms[arm][case]
+            moved = one.prompt + size * rng.standard_normal(len(one.prompt))
+            arms[arm][case] = dataclasses.replace(one, prompt=moved)
         found[judge(cases, arms, FACTS).verdict] += 1 / GATES
     return found
 
@@ -55,6 +62,9 @@ def power() -> Iterator[list[str]]:
     noise = rounding(SCALE, 0.6)
     for size in (0.1, 0.2, 0.4, 0.8, 1.6):
         yield row(f"{size} nats", rates(4, plant=size, cold=noise, warm=noise))
+    for size in (0.0, 0.8, 1.6):
+        found = rates(5, plant=size, odd=0.8, cold=noise, warm=noise)
+        yield row(f"{size} nats, and a cold answer of another case by 0.8", found)
 
 
 def audits() -> Iterator[list[str]]:

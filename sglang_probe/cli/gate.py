@@ -41,7 +41,9 @@ def command(
     tokens: Annotated[
         int, typer.Option(help="Tokens of a built-in prefix; more than the server's chunk has its prefills cut.")
     ] = 192,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 16,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens generated for each request; default: 16, or a page of the cache and one.")
+    ] = None,
     path: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,7 +76,8 @@ def command(
 
     Verdicts and exit codes: `EQUAL` 0, to the last bit; `WITHIN FLOOR` 10, no further apart than cold runs among
     themselves; `REUSE CHANGES OUTPUTS` 11, further, by the size of rounding; `WRONG REUSE` 12, by more than rounding
-    can: some entries are not those of their tokens; `INCONCLUSIVE` 13, with the reason. 2: an error.
+    can: some entries are not those of their tokens; `INCONCLUSIVE` 13, with the reason, e.g. that warm requests got no
+    answer or that a path says nothing. 2: an error.
 
     Writes `report.html`, `summary.json` and `tables/`.
 
@@ -88,8 +91,8 @@ def command(
     from sglang_probe.errors import ConfigError
     from sglang_probe.gate.client import Client
     from sglang_probe.gate.gate import PATHS, GateConfig, gate
-    from sglang_probe.gate.judge import Verdict
     from sglang_probe.gate.launch import served
+    from sglang_probe.gate.verdict import Verdict
 
     accepted = {None: [], "within-floor": [Verdict.WITHIN_FLOOR], "changes": [Verdict.WITHIN_FLOOR, Verdict.CHANGES]}
     if accept not in accepted:
@@ -140,8 +143,8 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _tell(result: Result, folder: Path, console: Console) -> None:
-    from sglang_probe.gate.judge import Verdict
-    from sglang_probe.gate.page import paths_table
+    from sglang_probe.gate.page import failures_told, paths_table
+    from sglang_probe.gate.verdict import Verdict
     from sglang_probe.report.terminal import print_table
 
     j = result.judgement
@@ -152,6 +155,8 @@ def _tell(result: Result, folder: Path, console: Console) -> None:
     console.print(j.sentence, markup=False, highlight=False, soft_wrap=True)
     for reason in j.reasons:
         console.print(f"note: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for failure in failures_told(result):
+        console.print(f"failed: {failure}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{result.requests:,} requests in {result.seconds:.0f} s; report: {folder / REPORT}",
         markup=False,

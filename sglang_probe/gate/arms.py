@@ -51,6 +51,13 @@ class Sent:
     cold: Cold
     arms: Arms = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    """Every request that got no answer, those that only prepare the cache too."""
+    refused: dict[str, dict[int, str]] = field(default_factory=dict)
+    """By arm and case: why there is no answer."""
+    paths: tuple[str, ...] = ()
+    """Paths that were asked."""
+    unsent: dict[str, str] = field(default_factory=dict)
+    """Paths that were to be asked and cannot be, with the reason."""
 
 
 def how_to_be_cold(client: Client, prompt: Ids, asked: str = "auto") -> Cold:
@@ -116,12 +123,13 @@ def send(
     if cold == "flush" and (alike := [p for p in later if p in ("company", "cancelled")]):
         # What all prompts begin with would be reused among those of a wave.
         later = [p for p in later if p not in alike]
-        sender.sent.failures.append(f"{', '.join(alike)}: left out, because requests at a time need a salt each")
+        sender.sent.unsent = dict.fromkeys(alike, "requests at a time need a salt each, and a flush gives none")
+    sender.sent.paths = (*alone[1:], *later)
     steps = [(arm, k) for k in (1, 2) for arm in alone] + [("extended", 0), ("control", 0)]
     first = len(steps)
     steps += [(arm, k) for arm in later for k in (1, 2)]
     for done, (arm, k) in enumerate(steps):
-        if done == first:
+        if done == first and alone[1:]:
             early(sender.sent)
         tell(f"{arm} {k}" if k else arm, done, len(steps))
         getattr(sender, arm)(k)
@@ -193,8 +201,12 @@ class _Sender:
 
     def cancelled(self, k: int) -> None:
         order = self._order()
+        cold = f"company-cold-{k}"
+        asked = cold in self.sent.arms
         for at in range(0, len(order), self.size):
             wave = order[at : at + self.size]
+            if not asked:  # `company` was not: what this path is compared with is sent here
+                self._together(wave, cold, [self._salt() for _ in wave], reuses=False)
             salts = [self._salt() for _ in wave]
             with ThreadPoolExecutor(len(wave)) as pool:
                 leaving = [lambda i=i, s=s: self._leave(i, s) for i, s in zip(wave, salts, strict=True)]  # type: ignore[misc]
@@ -275,5 +287,6 @@ class _Sender:
             answer = self.client.ask(ids, new=new, start=start, salt=salt, origin=self.asks and reuses)
         except RefusedError as e:
             self.sent.failures.append(f"{arm}, {self.cases[i].name}: {e.message}")
+            self.sent.refused.setdefault(arm, {})[i] = e.message
             return
         self.sent.arms.setdefault(arm, {})[i] = answer

@@ -53,6 +53,11 @@ class Answer:
     origin: tuple[Mapping[str, Any], ...] = ()
     """Spans of the probe's ledger, where the server has the plugin: which request's entries were reused."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether every log-probability is a number."""
+        return bool(np.isfinite(self.prompt).all() and np.isfinite(self.chosen).all())
+
 
 @dataclass
 class Facts:
@@ -244,7 +249,7 @@ class Client:
 
 
 def read_answer(told: Any, ids: Sequence[int], asked: int) -> Answer:
-    """An answer of `/generate`.
+    """An answer of `/generate`. A log-probability that is null is NaN: so SGLang writes NaN in JSON.
 
     Args:
         ids: the prompt.
@@ -255,10 +260,11 @@ def read_answer(told: Any, ids: Sequence[int], asked: int) -> Answer:
     """
     try:
         meta = told["meta_info"]
-        given = [e for e in (meta.get("input_token_logprobs") or []) if e[0] is not None] if asked else []
+        prompt = (meta.get("input_token_logprobs") or [])[-asked:] if asked else []
+        if prompt and prompt[0][0] is None:  # what it was conditioned on was not asked for
+            prompt = prompt[1:]
         out = meta["output_token_logprobs"]
         top = meta.get("output_top_logprobs") or []
-        prompt = given[-asked:] if asked else []
         if [int(e[1]) for e in prompt] != list(ids)[len(ids) - len(prompt) :]:
             raise RefusedError("the server gives log-probabilities of other tokens than those of the prompt")
         if not out or len(prompt) < asked - 1:
@@ -270,14 +276,18 @@ def read_answer(told: Any, ids: Sequence[int], asked: int) -> Answer:
         return Answer(
             rid=str(meta.get("id", "")),
             cached=int(cached) if isinstance(cached, int) else None,
-            prompt=np.array([float(e[0]) for e in prompt]),
+            prompt=np.array([_number(e[0]) for e in prompt]),
             output=tuple(int(e[1]) for e in out),
-            chosen=np.array([float(e[0]) for e in out]),
-            top=tuple({int(e[1]): float(e[0]) for e in (entries or [])} for entries in top),
+            chosen=np.array([_number(e[0]) for e in out]),
+            top=tuple({int(e[1]): _number(e[0]) for e in (entries or [])} for entries in top),
             origin=tuple(s for s in (meta.get("probe") or []) if isinstance(s, dict)),
         )
     except (KeyError, TypeError, IndexError, ValueError) as e:
         raise RefusedError(f"the server's answer has no log-probabilities ({type(e).__name__}: {e})") from e
+
+
+def _number(x: Any) -> float:
+    return float("nan") if x is None else float(x)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -18,6 +18,7 @@ from sglang_probe.gate.client import Client, Facts
 from sglang_probe.gate.prompts import Case, built_in, from_file
 
 PATHS = tuple(judge.PATHS)
+NEW = 16
 
 
 class GateConfig(Config):
@@ -28,7 +29,13 @@ class GateConfig(Config):
         default=10, ge=1, le=512, description="Prompts; nine at least to compare with the floor on all paths."
     )
     tokens: int = Field(default=192, ge=48, le=200_000, description="Tokens of a built-in prefix, about.")
-    new_tokens: int = Field(default=16, ge=1, le=4096, description="Tokens that are generated for each request.")
+    new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Tokens that are generated for each request; default: 16, or one more than a page of the server's "
+        "cache has, so that `turns` reuses generated ones.",
+    )
     paths: list[str] = Field(default=list(PATHS), description="Ways of reuse.")
     company: int = Field(default=4, ge=2, le=256, description="Requests at a time on the path `company`.")
     cold: str = Field(default="auto", description="`auto`, `cache_salt`, `extra_key` or `flush`.")
@@ -67,6 +74,7 @@ class Result:
             "wrong_tokens_seen": {str(n): share for n, share in j.seen.items()},
             "wrong": [{**asdict(w), "case": self.cases[w.case].name} for w in j.wrong],
             "paths": json.loads(j.paths.to_json(orient="records", double_precision=15)),
+            "failed_requests": len(self.sent.failures),
             "failures": self.sent.failures[:20],
         }
         return _finite(told)
@@ -91,6 +99,8 @@ def gate(
     """
     began = time.monotonic()
     facts = client.facts()
+    new = config.new_tokens or max(NEW, (facts.page_size or 0) + 1)
+    config = config.model_copy(update={"new_tokens": new})
     tell("prompts", 0, 1)
     if config.prompts is not None:
         cases = from_file(config.prompts, client.ids, most=config.cases)
@@ -102,13 +112,13 @@ def gate(
         client,
         cases,
         arms.how_to_be_cold(client, cases[0].prompt, config.cold),
-        new=config.new_tokens,
+        new=new,
         paths=config.paths,
         company=config.company,
         seed=config.seed,
         origin=facts.probe,
         tell=tell,
-        early=lambda sent: first(judge.judge(cases, sent.arms, facts)),
+        early=lambda sent: first(judge.judge(cases, sent.arms, facts, paths=["branch"], refused=sent.refused)),
     )
     return _result(client, facts, config, cases, sent, began)
 
@@ -116,7 +126,7 @@ def gate(
 def _result(
     client: Client, facts: Facts, config: GateConfig, cases: Sequence[Case], sent: arms.Sent, began: float
 ) -> Result:
-    found = judge.judge(cases, sent.arms, facts)
+    found = judge.judge(cases, sent.arms, facts, paths=sent.paths, refused=sent.refused, unsent=sent.unsent)
     return Result(client.url, facts, config, sent.cold, cases, sent, found, client.asked, time.monotonic() - began)
 
 

@@ -12,15 +12,24 @@ prefill begins at a border instead of at zero; reuse has no part in it.
 two-sided at 5 %, Holm over all paths and both measures, and the mean is positive). With n cases no such p is below
 2**(1 - n): with fewer than `enough` no test could reject, and differences are INCONCLUSIVE.
 
-**WRONG REUSE**: some warm answer `w` of a case differs from *both* of its cold answers by more than rounding can:
+**WRONG REUSE**: some warm answer `w` of case i differs from *both* of its cold answers by more than rounding can:
 
-    min over k of median over positions |logp_w - logp_cold_k|  >  T,    T = max(FACTOR * Y, LEAST[dtype])
+    min over k of median over positions |logp_w - logp_cold_k|  >  T_i,    T_i = max(FACTOR * max(Y, Y_i), LEAST[dtype])
 
-with positions from the border of reuse on (forced tokens of the prompt, then generated ones until they part) and Y the
-largest such median among all comparisons of cold with cold: other order, in company, with more tokens after. The median
-asks for many positions, so that one near-tie (an expert of a mixture, a rare token) does not raise it; both cold
-answers, so that a fault of one cold request does not. `LEAST` is there because a server may be exactly repeatable
-(Y = 0) and yet round differently at a border.
+with positions from the border of reuse on (forced tokens of the prompt, then generated ones until they part), Y_i the
+largest such median among the comparisons of cold with cold of case i (other order, in company, with more tokens after),
+and Y the largest Y_i, where none counts for more than `SPREAD` times the (lower) median of all Y_i: one odd cold answer
+raises the threshold of its own case, and that of the others by so much at most. The median over positions asks for many
+of them, so that one near-tie (an expert of a mixture, a rare token) does not raise it; both cold answers, so that a
+fault of one cold request does not. `LEAST` is there because a server may be exactly repeatable (Y = 0) and yet round
+differently at a border. A warm answer with log-probabilities that are no numbers, where both cold ones have numbers, is
+wrong at any threshold.
+
+**What is missing counts.** Every case of every path that was asked is a row. A warm request without an answer, where
+the cold ones of the same tokens have theirs, leaves no verdict but WRONG REUSE and INCONCLUSIVE; so does a path of
+which half of the cases or more say nothing. REUSE CHANGES OUTPUTS and WITHIN FLOOR both say that entries are right up
+to rounding: where `WRONG[-1]` wrong tokens would have passed below the threshold, neither can be said.
+
 The rate of false alarms of a whole gate (10 cases, 6 paths, 2 orders) where rounding is lognormal and `r` times as
 large at a border as elsewhere, and the power by the size of what is wrong: `python bench/gate.py`, in
 `docs/evidence/gate.md`. How much a wrong token in the prefix moves this model on these prompts is measured each time
@@ -29,9 +38,8 @@ large at a border as elsewhere, and the power by the size of what is wrong: `pyt
 
 from __future__ import annotations
 
-import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +49,15 @@ from sglang_probe.gate.arms import WRONG, Arms
 from sglang_probe.gate.client import Answer, Facts
 from sglang_probe.gate.compare import Pair, compare
 from sglang_probe.gate.prompts import Case
+from sglang_probe.gate.verdict import DISAGREE, Verdict, Wrong, verdict_of
 from sglang_probe.stats.intervals import LEAST_CLUSTERS, mean_p
 
-ALPHA = 0.05
 FACTOR = 8.0
-"""How much larger than any difference of cold with cold a wrong reuse must be."""
+"""How much larger than differences of cold with cold a wrong reuse must be."""
+SPREAD = 4.0
+"""How much further apart than those of the middle case cold answers may be and count for all cases."""
 LEAST = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
 """And how large at least, nats: by the rounding of the model's numbers; of an unknown dtype as of the coarsest."""
-DISAGREE = 0.5
-"""Cold answers whose median difference is larger, nats, are no yardstick for anything."""
 PATHS = {
     "branch": "cold",
     "repeat": "cold",
@@ -60,37 +68,6 @@ PATHS = {
 }
 """Each path of reuse, and the arm that it is compared with."""
 UNKNOWN_PAGE = 64
-
-
-class Verdict(enum.Enum):
-    """What the gate says, and the exit code of the command."""
-
-    EQUAL = "EQUAL"
-    WITHIN_FLOOR = "WITHIN FLOOR"
-    CHANGES = "REUSE CHANGES OUTPUTS"
-    WRONG = "WRONG REUSE"
-    INCONCLUSIVE = "INCONCLUSIVE"
-
-    @property
-    def exit_code(self) -> int:
-        """0, 10, 11, 12, 13: 1 and 2 are what other commands mean by them."""
-        return {"EQUAL": 0, "WITHIN_FLOOR": 10, "CHANGES": 11, "WRONG": 12, "INCONCLUSIVE": 13}[self.name]
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """One answer that reuse made wrong."""
-
-    path: str
-    case: int
-    arm: str
-    moved: float
-    """Median |difference| to the nearer of the cold answers, nats."""
-    border: int
-    """Tokens that it reused."""
-    parted: int | None
-    origin: tuple[str, ...]
-    """Requests whose entries it reused, with the span of each, where the probe records."""
 
 
 @dataclass(frozen=True)
@@ -107,47 +84,79 @@ class Judgement:
     """One row a path and case."""
     wrong: tuple[Wrong, ...]
     threshold: float
-    """T, nats."""
+    """T, nats: that of a case whose own cold answers are no further apart than Y."""
     yardstick: float
     """Y, nats."""
     seen: dict[int, float]
-    """By number of wrong tokens in the prefix: the share of cases in which T would have been passed."""
+    """By number of wrong tokens in the prefix: the share of cases in which T_i would have been passed."""
 
 
-def judge(cases: Sequence[Case], arms: Arms, facts: Facts) -> Judgement:
-    """The verdict of what was sent."""
+def judge(
+    cases: Sequence[Case],
+    arms: Arms,
+    facts: Facts,
+    *,
+    paths: Sequence[str] = tuple(PATHS),
+    refused: Mapping[str, Mapping[int, str]] | None = None,
+    unsent: Mapping[str, str] | None = None,
+) -> Judgement:
+    """The verdict of what was sent.
+
+    Args:
+        paths: those that were asked; each must say something.
+        refused: by arm and case, why there is no answer.
+        unsent: by path, why it was not asked: the verdict does not speak of it.
+    """
     page = facts.page_size or UNKNOWN_PAGE
     cold = _cold_pairs(arms)
-    yardstick = max((p.typical for pairs in cold.values() for p in pairs), default=math.nan)
-    threshold = max(FACTOR * (0.0 if math.isnan(yardstick) else yardstick), LEAST.get(_dtype(facts), LEAST["bfloat16"]))
+    own = {i: max(p.typical for p in pairs) for i, pairs in cold.items() if pairs}
+    yardstick = yardstick_of(sorted(own.values())) if own else math.nan
+    least = LEAST.get(_dtype(facts), LEAST["bfloat16"])
+    threshold = max(FACTOR * (yardstick if own else 0.0), least)
+    limit = {i: max(FACTOR * own.get(i, 0.0), threshold) for i in range(len(cases))}
     rows: list[dict[str, object]] = []
     wrong: list[Wrong] = []
-    for path, base in PATHS.items():
-        for i, case in enumerate(cases):
-            if not all(i in arms.get(f"{path}-{k}", {}) for k in (1, 2)):
-                continue
-            colds = [arms.get(f"{base}-{k}", {}).get(i) for k in (1, 2)]
-            warms = [arms[f"{path}-{k}"][i] for k in (1, 2)]
-            if colds[0] is None or colds[1] is None:
-                continue
-            both = [c for c in colds if c is not None]
-            why = _unfit(both, warms, case, path, page)
-            row: dict[str, object] = {"path": path, "case": case.name, "left_out": why, "cached": warms[0].cached}
-            if not why:
-                row |= _row(both, warms, cold.get(i, []))
-                wrong += _wrong(path, i, both, warms, threshold)
-            rows.append(row)
+    for path, i in [(path, i) for path in paths for i in range(len(cases))]:
+        colds, warms = _answers(arms, PATHS[path], i), _answers(arms, path, i)
+        why = _no_answer(colds, PATHS[path], i, refused or {}) or _not_cold(list(colds.values()), own.get(i, 0.0))
+        if not why:
+            wrong += _wrong(path, i, list(colds.values()), warms, limit[i])
+        no_answer = _no_answer(warms, path, i, refused or {})
+        prior = arms.get("cold-1", {}).get(i)
+        why = why or no_answer or _not_warm(list(warms.values()), cases[i], path, page, prior)
+        row = {"path": path, "case": cases[i].name, "left_out": why, "no_answer": bool(no_answer and len(colds) == 2)}
+        row["cached"] = warms[1].cached if 1 in warms else None
+        if not why:
+            row |= _row(list(colds.values()), list(warms.values()), cold.get(i, []))
+        rows.append(row)
     table = pd.DataFrame(rows, columns=_COLUMNS)
     good = table[table["left_out"] == ""]
-    paths = _paths(good)
-    seen = {n: _seen(arms, n, threshold) for n in WRONG}
-    reasons = _reasons(table, facts, yardstick)
-    verdict, sentence = _verdict(good, len(table), paths, wrong, yardstick, threshold, seen, reasons, cases)
-    return Judgement(verdict, sentence, tuple(reasons), paths, table, tuple(wrong), threshold, yardstick, seen)
+    by_path = _paths(good)
+    seen = {n: _seen(arms, n, limit) for n in WRONG}
+    reasons = _reasons(table, facts, yardstick, unsent or {})
+    verdict, sentence = verdict_of(table, by_path, wrong, yardstick, threshold, seen, reasons, cases)
+    return Judgement(verdict, sentence, tuple(reasons), by_path, table, tuple(wrong), threshold, yardstick, seen)
 
 
-_COLUMNS = ["path", "case", "left_out", "cached", "positions", "effect", "floor", "yardstick", "most", "typical"]
+_COLUMNS = [
+    "path",
+    "case",
+    "left_out",
+    "no_answer",
+    "cached",
+    "positions",
+    "effect",
+    "floor",
+    "yardstick",
+    "most",
+    "typical",
+]
 _COLUMNS += ["flips", "floor_flips", "parted", "equal"]
+
+
+def yardstick_of(own: Sequence[float]) -> float:
+    """Y of differences of cold with cold, nats, in ascending order: the largest, `SPREAD` times the median at most."""
+    return min(own[-1], SPREAD * own[(len(own) - 1) // 2])
 
 
 def _row(colds: Sequence[Answer], warms: Sequence[Answer], cold: Sequence[Pair]) -> dict[str, object]:
@@ -175,36 +184,70 @@ def _cold_pairs(arms: Arms) -> dict[int, list[Pair]]:
         pairs = found.setdefault(i, [])
         for arm in ("cold-2", "company-cold-1", "company-cold-2", "extended"):
             other = arms.get(arm, {}).get(i)
-            if other is not None and one.cached == 0 and other.cached == 0:
+            if other is not None and one.cached == 0 and other.cached == 0 and one.finite and other.finite:
                 pairs.append(compare(one, other, outputs=arm != "extended"))
     return {i: [p for p in pairs if len(p.all)] for i, pairs in found.items()}
 
 
-def _unfit(colds: Sequence[Answer], warms: Sequence[Answer], case: Case, path: str, page: int) -> str:
-    """Why a case says nothing on this path; empty if it does."""
-    if any(a.cached is None for a in (*colds, *warms)):
+def _answers(arms: Arms, name: str, case: int) -> dict[int, Answer]:
+    """By order, those of a case that came."""
+    return {k: arms[f"{name}-{k}"][case] for k in (1, 2) if case in arms.get(f"{name}-{k}", {})}
+
+
+def _no_answer(answers: Mapping[int, Answer], name: str, case: int, refused: Mapping[str, Mapping[int, str]]) -> str:
+    """Why one of a case's two answers is not there; empty if both are."""
+    missing = next((f"{name}-{k}" for k in (1, 2) if k not in answers), None)
+    return "" if missing is None else f"no answer: {refused.get(missing, {}).get(case, f'none of `{missing}` came')}"
+
+
+def _not_cold(colds: Sequence[Answer], own: float) -> str:
+    """Why nothing can be compared with these two cold answers; empty if it can."""
+    if any(a.cached is None for a in colds):
         return "the server reports no cached tokens"
     if any(a.cached for a in colds):
         return f"cold was not cold: {max(a.cached or 0 for a in colds)} tokens came from the cache"
-    whole = {"repeat": len(case.prompt) - 1, "turns": len(case.prompt)}.get(path, len(case.prefix))
-    least = max(1, whole - (page - 1))
-    if any((a.cached or 0) < least for a in warms):
-        return f"warm was not warm: {min(a.cached or 0 for a in warms)} of {whole} tokens came from the cache"
-    return ""
+    if not all(a.finite for a in colds):
+        return "a cold answer has log-probabilities that are no numbers"
+    return f"its cold answers are more than {DISAGREE:g} nats apart" if own > DISAGREE else ""
 
 
-def _wrong(path: str, case: int, colds: Sequence[Answer], warms: Sequence[Answer], threshold: float) -> list[Wrong]:
+def _not_warm(warms: Sequence[Answer], case: Case, path: str, page: int, prior: Answer | None) -> str:
+    """Why two warm answers say nothing of reuse; empty if they do.
+
+    Args:
+        prior: whose answer the further turn of `turns` goes on from.
+    """
+    if any(a.cached is None for a in warms):
+        return "the server reports no cached tokens"
+    cached = min(a.cached or 0 for a in warms)
+    if path == "turns":
+        # The turn before, asked anew, may have had another answer from some token on: what both have is reused.
+        made = len(prior.output) - 1 if prior else 0  # the last one was never the input of a forward pass
+        least, of = (
+            len(case.prompt) + 1,
+            f"{len(case.prompt) + made} tokens came from the cache, none of them generated",
+        )
+    else:
+        whole = len(case.prompt) - 1 if path == "repeat" else len(case.prefix)
+        least, of = max(1, whole - (page - 1)), f"{whole} tokens came from the cache"
+    if cached < least:
+        return f"warm was not warm: {cached} of {of}"
+    return "" if all(a.finite for a in warms) else "a warm answer has log-probabilities that are no numbers"
+
+
+def _wrong(path: str, case: int, colds: Sequence[Answer], warms: Mapping[int, Answer], limit: float) -> list[Wrong]:
+    """Those of the warm answers that reused something and are wrong."""
     found = []
-    for k, warm in enumerate(warms, 1):
+    for k, warm in warms.items():
         nearer = min((compare(c, warm) for c in colds), key=lambda p: p.typical)
-        if nearer.typical > threshold:
+        moved = nearer.typical if warm.finite else math.inf
+        if warm.cached and moved > limit:
             origin = tuple(
                 f"{s.get('origin') or 'before the recording'} [{s.get('start')}, {s.get('end')})"
                 for s in warm.origin
                 if s.get("status") == "reused"
             )
-            arm = f"{path}-{k}"
-            found.append(Wrong(path, case, arm, nearer.typical, warm.cached or 0, nearer.parted, origin))
+            found.append(Wrong(path, case, f"{path}-{k}", moved, warm.cached, nearer.parted, origin, limit))
     return found
 
 
@@ -237,34 +280,19 @@ def _paths(good: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "parted", "p_moved", "p_flips"])
 
 
-def enough(paths: int) -> int:
-    """Cases with which a test on one of so many paths can reject at all, by both measures and Holm's correction."""
-    return max(LEAST_CLUSTERS, math.ceil(1 + math.log2(2 * paths / ALPHA)))
-
-
-def holm(p: Sequence[float], alpha: float = ALPHA) -> list[bool]:
-    """Which hypotheses are rejected (Holm 1979); NaN never is, and counts as one."""
-    order = sorted(range(len(p)), key=lambda i: (math.isnan(p[i]), p[i]))
-    rejected = [False] * len(p)
-    for rank, i in enumerate(order):
-        if math.isnan(p[i]) or p[i] > alpha / (len(p) - rank):
-            break
-        rejected[i] = True
-    return rejected
-
-
-def _seen(arms: Arms, wrong: int, threshold: float) -> float:
+def _seen(arms: Arms, wrong: int, limit: Mapping[int, float]) -> float:
     """Share of the cases in which so many wrong tokens in the prefix move the tail past the threshold."""
-    pairs = [
-        compare(arms["cold-1"][i], other, outputs=False)
+    cold = arms.get("cold-1", {})
+    seen = [
+        compare(cold[i], other, outputs=False).typical > limit[i]
         for i, other in arms.get(f"control-{wrong}", {}).items()
-        if i in arms.get("cold-1", {})
+        if i in cold and cold[i].finite
     ]
-    return float(np.mean([p.typical > threshold for p in pairs])) if pairs else math.nan
+    return float(np.mean(seen)) if seen else math.nan
 
 
-def _reasons(table: pd.DataFrame, facts: Facts, yardstick: float) -> list[str]:
-    found = []
+def _reasons(table: pd.DataFrame, facts: Facts, yardstick: float, unsent: Mapping[str, str]) -> list[str]:
+    found = [f"{path}: not asked, because {why}" for path, why in unsent.items()]
     if facts.radix is False:
         found.append("the server runs with its radix cache disabled: nothing is reused")
     for (path, why), part in table[table["left_out"] != ""].groupby(["path", "left_out"], sort=False):
@@ -275,75 +303,6 @@ def _reasons(table: pd.DataFrame, facts: Facts, yardstick: float) -> list[str]:
             "changes this server's answers"
         )
     return found
-
-
-def _verdict(
-    good: pd.DataFrame,
-    total: int,
-    paths: pd.DataFrame,
-    wrong: Sequence[Wrong],
-    yardstick: float,
-    threshold: float,
-    seen: dict[int, float],
-    reasons: list[str],
-    cases: Sequence[Case],
-) -> tuple[Verdict, str]:
-    if wrong and yardstick <= DISAGREE:
-        w = max(wrong, key=lambda w: w.moved)
-        named = f", whose entries are of {w.origin[0]}" if w.origin else ""
-        return Verdict.WRONG, (
-            f"{_differ(len(wrong))} cold ones by more than rounding can: on the path "
-            f"`{w.path}`, {cases[w.case].name}, by {w.moved:.3g} nats at half of the positions after {w.border} reused "
-            f"tokens{named}; cold answers differ by {yardstick:.2g} at most, and the threshold is {threshold:.2g}."
-        )
-    if yardstick > DISAGREE or math.isnan(yardstick):
-        return Verdict.INCONCLUSIVE, reasons[-1] + "." if reasons else "No cold request could be compared."
-    if good.empty or 2 * len(good) < total:
-        return Verdict.INCONCLUSIVE, f"Too little was reused to say anything: {'; '.join(reasons) or 'no warm answer'}."
-    if bool(good["equal"].astype(bool).all()):
-        return Verdict.EQUAL, (
-            f"All {len(good)} comparisons of warm with cold are equal to the last bit: "
-            f"{int(good['positions'].sum()):,} log-probabilities, and every greedy token."
-        )
-    if int(paths["cases"].min()) < (least := enough(len(paths))):
-        return Verdict.INCONCLUSIVE, (
-            f"Warm differs from cold, and {int(paths['cases'].min())} cases are too few to compare that with the "
-            f"floor: {least} are needed (`--cases`)."
-        )
-    p = [*paths["p_moved"], *paths["p_flips"]]
-    beyond = [i for i, yes in enumerate(holm(p)) if yes]
-    if beyond:
-        first = min(beyond, key=lambda i: p[i])
-        row = paths.iloc[first % len(paths)]
-        cold = max(row["floor"], row["yardstick"])
-        what = (
-            f"log-probabilities move by {row['effect']:.2g} nats in the mean (largest {row['most']:.2g}), where cold "
-            f"runs differ by {cold:.2g}"
-            if first < len(paths)
-            else f"{row['flips']:.0%} of the answers have another greedy token, where {row['floor_flips']:.0%} of the "
-            "floor have"
-        )
-        also = f", and {row['flips']:.0%} of the answers get another greedy token" if first < len(paths) else ""
-        return Verdict.CHANGES, (
-            f"On the path `{row['path']}` {what}{also}. It is of the size of rounding, below the {threshold:.2g} nats "
-            "that would say wrong entries."
-        )
-    blind = seen.get(WRONG[-1], math.nan)
-    if not blind >= 0.5:
-        return Verdict.INCONCLUSIVE, (
-            f"Warm differs from cold no more than cold runs do among themselves, but {WRONG[-1]} wrong tokens in the "
-            f"prefix would have been seen in {blind:.0%} of the cases only: these prompts do not show what is reused."
-        )
-    worst = paths.loc[paths["effect"].idxmax()]
-    return Verdict.WITHIN_FLOOR, (
-        f"Warm differs from cold by {worst['effect']:.2g} nats in the mean at most (largest "
-        f"{paths['most'].max():.2g}), no more than cold runs differ among themselves; {paths['flips'].max():.0%} "
-        f"greedy flips on the worst path against {paths['floor_flips'].max():.0%} in the floor."
-    )
-
-
-def _differ(n: int) -> str:
-    return "One warm answer differs from both of its" if n == 1 else f"{n} warm answers differ from both of their"
 
 
 def _dtype(facts: Facts) -> str:

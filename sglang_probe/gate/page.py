@@ -6,7 +6,8 @@ import pandas as pd
 
 from sglang_probe.gate.arms import MEANS, WRONG
 from sglang_probe.gate.gate import Result
-from sglang_probe.gate.judge import FACTOR, Verdict
+from sglang_probe.gate.judge import FACTOR
+from sglang_probe.gate.verdict import Verdict
 from sglang_probe.report.figures import Figure, dots
 from sglang_probe.report.numbers import format_number
 from sglang_probe.report.page import Page, Section, Tile
@@ -48,6 +49,13 @@ def paths_table(result: Result) -> Table:
     return Table(result.judgement.paths, "Warm against cold, by path", columns=columns, file="paths")
 
 
+def failures_told(result: Result, most: int = 5) -> list[str]:
+    """The first requests that got no answer, and how many more there are."""
+    failures = result.sent.failures
+    more = len(failures) - most
+    return [*failures[:most], *([f"{more:,} further requests got no answer"] if more > 0 else [])]
+
+
 def gate_page(result: Result) -> Page:
     """The whole page."""
     j = result.judgement
@@ -64,7 +72,7 @@ def gate_page(result: Result) -> Page:
             Section("By path", _paths_text(), tables=[paths_table(result)], notes=list(j.reasons)),
             Section("Wrong answers", _WRONG, tables=[_wrong_table(result)], nothing="no answer is"),
             Section("What would have been seen", _SEEN, tables=[_seen_table(result)], nothing="no control was asked"),
-            Section("Every case", tables=[_cases_table(result)], notes=result.sent.failures[:5]),
+            Section("Every case", tables=[_cases_table(result)], notes=failures_told(result)),
             Section("How it was asked", _how(result)),
         ],
     )
@@ -78,7 +86,11 @@ def _tiles(result: Result) -> list[Tile]:
         Tile("equal to the last bit", f"{equal} of {n}", "comparisons of a warm request with its cold ones"),
         Tile("wrong", str(len(j.wrong)), "warm answers past what rounding can do"),
         Tile("largest difference", _nats(j.paths["most"].max()), "of one log-probability, warm against cold"),
-        Tile("cold against cold", _nats(j.yardstick), "largest median of a case; other order, company, length"),
+        Tile(
+            "cold against cold",
+            _nats(j.yardstick),
+            "largest median of a case, odd ones aside; other order, company, length",
+        ),
         Tile("one wrong token", _share(j.seen.get(1)), "of the cases would show it past the threshold"),
     ]
 
@@ -198,9 +210,11 @@ def _how(result: Result) -> str:
         )
     return (
         f"Cold: {MEANS[result.cold]}.\n\n"
-        f"The threshold is {FACTOR:g} times the largest median difference between two cold requests of one case, and "
+        f"The threshold is {FACTOR:g} times the largest median difference between two cold requests of one case, odd "
+        f"ones aside, and "
         f"at least what rounding in {result.facts.dtype or 'an unknown dtype'} may do: "
-        f"{result.judgement.threshold:.3g} nats.\n\n{cut}"
+        f"{result.judgement.threshold:.3g} nats. A case whose own cold answers are further apart has {FACTOR:g} times "
+        f"that.\n\n{cut}"
     )
 
 

@@ -7,7 +7,8 @@
 | metrics | two scrapes of `/metrics` (`before=FILE`, `after=FILE`) | counters grew by what the ledger has |
 | canary | the server's log with `[canary]` lines (SGLang's `kv_canary`) | it saw no violation |
 
-A witness is recognised by what it holds. Each mismatch is one sentence; what a witness cannot speak of is a note.
+A witness is recognised by what it holds. Each mismatch is one sentence; what a witness cannot speak of is a note. One
+that speaks of nothing of this run is no witness for it: that is a violation too.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def read_witnesses(given: Sequence[str]) -> Witnesses:
         if when in ("before", "after"):
             setattr(found, when, counters(text, str(path)))
         elif "[canary]" in text or "kv_canary" in text:
-            _read_log(found, text)
+            _read_log(found, text, str(path))
         elif text.lstrip().startswith(("{", "[")):
             _read_lines(found, text, str(path))
         else:
@@ -119,9 +120,13 @@ def _read_lines(found: Witnesses, text: str, where: str) -> None:
             raise ConfigError(f"{where}, line {number}: neither an answer nor a batch of KV events", fix=_FIX)
 
 
-def _read_log(found: Witnesses, text: str) -> None:
-    found.canary += [(int(m[1]), int(m[2])) for m in _CANARY.finditer(text)]
-    found.canary_said += [line.strip()[:200] for line in text.splitlines() if "kv_canary violation" in line]
+def _read_log(found: Witnesses, text: str, where: str) -> None:
+    reports = [(int(m[1]), int(m[2])) for m in _CANARY.finditer(text)]
+    said = [line.strip()[:200] for line in text.splitlines() if "kv_canary violation" in line]
+    if not reports and not said:
+        raise ConfigError(f"{where} names the canary and has no report of it", fix="is it the whole log of the server?")
+    found.canary += reports
+    found.canary_said += said
 
 
 def ask(run: Run, witnesses: Witnesses) -> list[Check]:
@@ -164,7 +169,8 @@ def answers_agree(run: Run, answers: Iterable[Mapping[str, Any]]) -> Check:
                 )
                 return Check(name, claim, covered, "answers", why)
     note = f"{unknown} answers are of requests that this run does not have" if unknown else None
-    return Check(name, claim, covered, "answers", None, note)
+    nothing = None if covered else "no answer is of a request of this run: nothing was compared"
+    return Check(name, claim, covered, "answers", nothing, note)
 
 
 def _of(by_tier: Mapping[Any, Any], rid: str) -> dict[str, int]:
@@ -184,6 +190,10 @@ def metrics_agree(run: Run, before: Mapping[str, float], after: Mapping[str, flo
         "sglang:cached_tokens_total": int((first["end"] - first["start"]).sum()),
         "sglang:num_requests_total": len(ended),
     }
+    if not after:
+        return Check(
+            name, claim, 0, "counters", "the second scrape has none of SGLang's counters: nothing was compared"
+        )
     for counter, words in _COUNTERS.items():
         grew = round(after.get(counter, 0.0) - before.get(counter, 0.0))
         if grew != ledger[counter]:
@@ -214,7 +224,8 @@ def events_agree(run: Run, batches: Sequence[tuple[float, Sequence[Mapping[str, 
     claim = "every page that a request reused had been stored, and not removed, when its forward was launched"
     asked = run.requests(interrupted=True)
     if "prompt_ids" not in asked or not asked["prompt_ids"].notna().any():
-        return Check(name, claim, 0, "pages", None, "the run has no token ids (`privacy: ids`): no page has a name")
+        why = "the run has no token ids (`privacy: ids`), so that no page has a name: nothing was compared"
+        return Check(name, claim, 0, "pages", why)
     log = _EventLog(batches)
     spans = run.spans()
     spans = spans[(spans["status"] == schema.REUSED) & (spans["tier"] == "device")].sort_values(["rid", "start"])
@@ -242,8 +253,14 @@ def events_agree(run: Run, batches: Sequence[tuple[float, Sequence[Mapping[str, 
     if (strange := log.nobodys(ids_of.values(), window)) is not None:
         why = f"the events say that a prefix of {strange[0]} tokens was stored, which no request of the run has"
         return Check(name, claim, covered, "pages", why, f"there are {strange[1]} such pages")
-    note = f"{older} reused pages are older than the recording" if older else None
-    return Check(name, claim, covered, "pages", None, note)
+    notes = [f"{older} reused pages are older than the recording"] if older else []
+    nothing = None
+    if not covered:
+        # Nothing was reused that could be asked: the events can only say that what was stored is of these requests.
+        covered = log.of(ids_of.values(), window)
+        notes.append("of pages that were stored: the run reused none that events could speak of")
+        nothing = None if covered else "no event is of a page of this run: nothing was compared"
+    return Check(name, claim, covered, "pages", nothing, "; ".join(notes) or None)
 
 
 def _ids(row: Any) -> np.ndarray[Any, Any] | None:
@@ -326,13 +343,21 @@ class _EventLog:
 
         Requests of which the run has no token ids may have stored anything: then None.
         """
-        first, last = window
-        left = {k for k, c in self._changes.items() if first + SLACK < c[0][0] <= last}
+        left = self._stored(window[0] + SLACK, window[1])
         for ids in known:
             if ids is None:
                 return None
             left.difference_update(key for _, key in self.pages(ids))
         return (min(self._length[k] for k in left), len(left)) if left else None
+
+    def of(self, known: Iterable[np.ndarray[Any, Any] | None], window: tuple[float, float]) -> int:
+        """How many prefixes of these requests were stored within a time."""
+        stored = self._stored(window[0] - SLACK, window[1] + SLACK)
+        return len(stored & {key for ids in known if ids is not None for _, key in self.pages(ids)})
+
+    def _stored(self, after: float, until: float) -> set[int]:
+        """Prefixes whose first event is within that time."""
+        return {key for key, changes in self._changes.items() if after < changes[0][0] <= until}
 
 
 def _chain(before: int, tokens: Sequence[int]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 
 from sglang_probe.gate import audit
-from sglang_probe.gate.audit import WARM_UP, Auditor, Candidate, candidates
-from sglang_probe.gate.client import Answer, Facts, Ids
+from sglang_probe.gate.audit import WARM_UP, Auditor, Candidate, candidates, drawn
+from sglang_probe.gate.client import Answer, Facts, Ids, RefusedError
 from sglang_probe.run.run import Run
 
 BORDER, TAIL = 60, 30
@@ -67,6 +69,24 @@ def test_a_wrong_entry_is_found_and_the_request_that_computed_it_is_named() -> N
     assert all(not a.origins for a in found if a.found != "wrong")
 
 
+def test_one_odd_cold_twin_hides_no_wrong_entry_that_comes_later() -> None:
+    server = Server(lambda prompt, n: 0.5 if prompt[0] in (20, 40) else 0.0)
+    one = auditor(server)
+    for i in range(20):
+        one.audit(candidate(i))
+    quiet = server.ask
+
+    def odd(ids: Sequence[int], **more: Any) -> Answer:
+        a = quiet(ids, **more)
+        return Answer(a.rid, a.cached, a.prompt + 0.5 * (len(server.asked) % 3 == 0), a.output, a.chosen)
+
+    server.ask = odd  # type: ignore[method-assign]
+    assert one.audit(candidate(20)).found == "right"  # by cold twins of its own that are as far apart
+    server.ask = quiet  # type: ignore[method-assign]
+    assert one.threshold < 0.1
+    assert one.audit(candidate(40)).found == "wrong"
+
+
 def test_what_is_wrong_once_is_not_confirmed() -> None:
     one = auditor(Server(lambda prompt, n: 0.5 if prompt[0] == 50 and n == 0 else 0.0))
     found = {a.rid: a.found for a in (one.audit(candidate(i)) for i in range(60))}
@@ -94,6 +114,79 @@ def test_twins_wait_for_room_and_keep_to_their_budget() -> None:
     for i in range(1, 50):
         one.audit(candidate(i))
         assert one.computed - candidate(i).cost <= 100 * now[0]  # tokens a second; the last may have just begun
+
+
+def test_the_budget_counts_what_twins_compute_and_what_they_take_of_the_cache() -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    one = auditor(Server(), tokens_per_minute=6000, clock=lambda: now[0], sleep=sleep)
+    one.audit(candidate(0))
+    tail, whole = TAIL, BORDER + TAIL
+    assert (one.computed, one.filled) == (tail + 2 * whole, 2 * whole)
+    one.audit(candidate(1))
+    assert now[0] == pytest.approx((tail + 4 * whole) / 100)
+
+
+class Failing(Server):
+    """Answers warm twins without numbers, or refuses those of one kind."""
+
+    def __init__(self, refuses: str | None = None, cold: float = 0.0) -> None:
+        super().__init__()
+        self.refuses, self.cold = refuses, cold
+
+    def ask(self, ids: Sequence[int], *, salt: Mapping[str, str], start: int, **more: Any) -> Answer:
+        a = super().ask(ids, salt=salt, start=start, **more)
+        if self.refuses == ("cold" if salt else "warm"):
+            raise RefusedError("500")
+        return Answer(a.rid, a.cached, a.prompt + (self.cold if salt else math.nan), a.output, a.chosen)
+
+
+def test_a_warm_twin_without_numbers_is_wrong_from_the_first_audit_on() -> None:
+    said = auditor(Failing()).audit(candidate(0))
+    assert (said.found, said.moved, said.origins) == ("wrong", math.inf, (f"o0 [0, {BORDER})",))
+    assert auditor(Failing(cold=math.nan)).audit(candidate(0)).found == "refused"
+
+
+def test_a_warm_twin_that_is_refused_where_cold_ones_are_not_is_told_from_a_server_that_refuses() -> None:
+    server = Failing("warm")
+    assert auditor(server).audit(candidate(0)).found == "no answer"
+    assert [bool(salt) for _, salt in server.asked] == [False, True, True] * 2  # once more
+    assert auditor(Failing("cold")).audit(candidate(0)).found == "refused"
+
+
+def test_from_the_end_on_nothing_is_asked_and_nothing_waits() -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    server = Server()
+    given = {"clock": lambda: now[0], "sleep": sleep, "until": 60.0}
+    assert auditor(server, room=lambda: False, **given).audit(candidate(0)).found == "no room"
+    assert (now[0], server.asked) == (60.0, [])
+    assert auditor(server, **given).audit(candidate(0)).found == "no room"
+    assert server.asked == []
+
+
+def test_the_draw_ends_at_the_end_whatever_segments_there_are() -> None:
+    now = itertools.count()
+    read: list[str] = []
+
+    def of(name: str) -> list[Candidate]:
+        read.append(name)
+        return [candidate(i) for i in range(4)]
+
+    def closed() -> list[tuple[str, Callable[[], list[Candidate]]]]:
+        return [(name, lambda name=name: of(name)) for name in ("s1", "s2", "s3", "s4")]  # type: ignore[misc]
+
+    found = drawn(closed, share=1.0, until=6, clock=lambda: float(next(now)), sleep=lambda _: None)
+    assert [name for name, _ in found] == ["s1"] * 4 + ["s2"] * 2
+    assert read == ["s1", "s2"]
+    found = drawn(closed, share=1.0, once=True)
+    assert len(list(found)) == 16
 
 
 def test_an_audit_never_flushes() -> None:

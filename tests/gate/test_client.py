@@ -52,6 +52,15 @@ def test_an_answer_that_is_not_what_was_asked_is_refused(answer: dict[str, Any],
         read_answer(answer, (10, 11, 12, 13, 14), 3)
 
 
+def test_log_probabilities_that_are_null_are_no_numbers_and_no_refusal() -> None:
+    nulls = [[None, 12, None], [None, 13, None], [-0.25, 14, None]]
+    a = read_answer(told(input_token_logprobs=nulls, output_token_logprobs=[[None, 7, None]]), (10, 11, 12, 13, 14), 3)
+    np.testing.assert_array_equal(a.prompt, [np.nan, -0.25])
+    assert np.isnan(a.chosen).tolist() == [True]
+    assert not a.finite
+    assert read_answer(TOLD, (10, 11, 12, 13, 14), 3).finite
+
+
 @pytest.mark.parametrize("url", ["localhost:30000", "ftp://a", "http://u:p@a", "http://a:port"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address"):

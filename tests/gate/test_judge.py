@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from sglang_probe.gate.arms import Arms
 from sglang_probe.gate.compare import compare
-from sglang_probe.gate.judge import Verdict, enough, holm, judge
+from sglang_probe.gate.judge import judge
+from sglang_probe.gate.verdict import Verdict, enough, holm
 from tests.gate.made import FACTS, answer, made, rounding
 
 SEEDS = range(16)
@@ -85,7 +88,7 @@ def test_a_cold_answer_that_is_wrong_by_itself_blames_no_reuse() -> None:
     arms["cold-2"][5] = dataclasses.replace(arms["cold-2"][5], prompt=arms["cold-2"][5].prompt - 0.3)
     found = judge(cases, arms, FACTS)
     assert found.wrong == ()
-    assert found.yardstick > 0.2
+    assert found.yardstick < 0.01
     cases, arms = made(np.random.default_rng(2), cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
     one = arms["turns-cold-2"][5]  # of other tokens than the yardstick's
     arms["turns-cold-2"][5] = dataclasses.replace(one, prompt=one.prompt - 0.3)
@@ -151,3 +154,83 @@ def test_holm_rejects_in_order_and_stops() -> None:
     assert holm([0.012, 0.04, 0.011, math.nan]) == [True, False, True, False]
     assert holm([0.04, 0.001]) == [True, True]
     assert holm([0.06]) == [False]
+
+
+def without(arms: Arms, path: str, cases: Sequence[int] = range(10)) -> None:
+    for i in cases:
+        del arms[f"{path}-2"][i]
+
+
+@pytest.mark.parametrize("cases", [[3], range(10)])
+def test_warm_requests_without_an_answer_where_cold_ones_have_theirs_rule_equal_out(cases: Sequence[int]) -> None:
+    made_cases, arms = made(np.random.default_rng(0))
+    without(arms, "staged", cases)
+    found = judge(made_cases, arms, FACTS, refused={"staged-2": dict.fromkeys(cases, "answers 500: KV pool")})
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert f"In {len(cases)} of 60 comparisons a warm request got no answer" in found.sentence
+    assert found.reasons == (f"staged: {len(cases)} cases left out, because no answer: answers 500: KV pool",)
+    without(arms, "branch")
+    one = arms["branch-1"][5]
+    arms["branch-1"][5] = dataclasses.replace(one, prompt=one.prompt - 0.3)
+    found = judge(made_cases, arms, FACTS)  # what did come is judged
+    assert [(w.arm, w.case) for w in found.wrong] == [("branch-1", 5)]
+
+
+def test_a_warm_answer_without_numbers_is_wrong_and_a_cold_one_is_no_yardstick() -> None:
+    cases, arms = made(np.random.default_rng(0), cold=rounding(1e-3, 0.5), warm=rounding(1e-3, 0.5))
+    one = arms["branch-1"][5]
+    arms["branch-1"][5] = dataclasses.replace(one, chosen=np.full_like(one.chosen, np.nan))
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.WRONG
+    assert [(w.arm, w.case, w.moved) for w in found.wrong] == [("branch-1", 5, math.inf)]
+    assert "`branch`, case 5, log-probabilities are no numbers after 180 reused tokens" in found.sentence
+    arms["branch-1"][5] = one
+    arms["cold-2"][5] = dataclasses.replace(arms["cold-2"][5], prompt=np.full(40, np.nan))
+    found = judge(cases, arms, FACTS)
+    assert (found.verdict, found.wrong) == (Verdict.WITHIN_FLOOR, ())
+    assert found.reasons[0] == (
+        "branch: 1 cases left out, because a cold answer has log-probabilities that are no numbers"
+    )
+    assert "3 further comparisons were left out" in found.sentence
+
+
+def test_one_odd_cold_answer_raises_the_threshold_of_its_own_case_alone() -> None:
+    cases, arms = made(np.random.default_rng(1), cold=rounding(1e-3, 0.3), warm=rounding(1e-3, 0.3))
+    one = arms["company-cold-1"][0]
+    arms["company-cold-1"][0] = dataclasses.replace(one, prompt=one.prompt + 0.4, chosen=one.chosen + 0.4)
+    for i in (0, 6):
+        warm = arms["branch-1"][i]
+        arms["branch-1"][i] = dataclasses.replace(warm, prompt=warm.prompt + 1.0, chosen=warm.chosen + 1.0)
+    found = judge(cases, arms, FACTS)
+    assert [(w.arm, w.case) for w in found.wrong] == [("branch-1", 6)]
+    assert found.yardstick < 0.01
+    assert found.seen[16] == 0.9
+
+
+def test_changes_that_wrong_entries_would_look_like_are_not_called_rounding() -> None:
+    rounds, shift = rounding(1e-3, 0.3), rounding(5e-3, 0.3)
+    cases, arms = made(np.random.default_rng(0), cold=rounds, warm=rounds, shift=shift, control=5e-3)
+    found = judge(cases, arms, FACTS)
+    assert (found.verdict, found.seen[16]) == (Verdict.INCONCLUSIVE, 0.0)
+    assert (
+        "cannot be told from wrong entries: 16 wrong tokens in the prefix would have been seen in 0%" in found.sentence
+    )
+
+
+def test_every_path_that_was_asked_must_say_something_of_most_cases() -> None:
+    cases, arms = made(np.random.default_rng(0))
+    for i in range(5):
+        arms["turns-1"][i] = dataclasses.replace(arms["turns-1"][i], cached=220)  # the prompt, and nothing generated
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "anything of `turns`: turns: 5 cases" in found.sentence
+    assert "220 of 235 tokens came from the cache, none of them generated" in found.sentence
+    arms["turns-1"][0] = dataclasses.replace(arms["turns-1"][0], cached=221)
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.EQUAL
+    assert (
+        "on branch, repeat, staged, turns, company, cancelled. 4 further comparisons were left out." in found.sentence
+    )
+    found = judge(cases, arms, FACTS, paths=["branch"])
+    assert "All 10 comparisons" in found.sentence
+    assert found.sentence.endswith("on branch.")

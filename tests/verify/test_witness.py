@@ -176,3 +176,36 @@ def test_one_scrape_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w").write_text(scrape(3, 2, 1, 1))
     with pytest.raises(ConfigError, match="one scrape"):
         read_witnesses([f"before={tmp_path / 'w'}"])
+
+
+def test_a_witness_that_speaks_of_nothing_of_the_run_does_not_hold(run: Run, tmp_path: Path) -> None:
+    check = asked(run, tmp_path, answer("z", 9))
+    assert (check.violation, check.covered) == ("no answer is of a request of this run: nothing was compared", 0)
+    (tmp_path / "one").write_text(scrape(1, 1, 1, 1))
+    (tmp_path / "two").write_text("sglang:num_running_reqs 1\n")
+    (check,) = ask(run, read_witnesses([f"before={tmp_path / 'one'}", f"after={tmp_path / 'two'}"]))
+    assert check.violation == "the second scrape has none of SGLang's counters: nothing was compared"
+    log = tmp_path / "server.log"
+    log.write_text("server_args=ServerArgs(kv_canary='sweep')\n")
+    with pytest.raises(ConfigError, match=r"server\.log names the canary and has no report"):
+        read_witnesses([str(log)])
+
+
+def test_events_of_a_run_that_reused_nothing_must_be_of_its_pages(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(cache=False)
+    theirs = batch(run, stored([47, 48, 49], 0, None, 100))
+    theirs[0] -= 1000
+    check = asked(run, tmp_path, theirs)
+    assert (check.violation, check.covered) == ("no event is of a page of this run: nothing was compared", 0)
+    check = asked(run, tmp_path, batch(run, stored(PROMPTS["a"], 0, None, 100)))
+    assert (check.violation, check.covered) == (None, len(PROMPTS["a"]))
+    assert "the run reused none" in (check.note or "")
+
+
+def test_events_of_a_run_without_token_ids_compare_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = run.requests().assign(prompt_ids=None)
+    monkeypatch.setattr(Run, "requests", lambda self, **_: hashed)
+    check = asked(run, tmp_path, batch(run, stored(PROMPTS["a"], 0, None, 100)))
+    assert "the run has no token ids" in (check.violation or "")
