@@ -78,7 +78,7 @@ def test_provenance_of_a_request_that_ends_with_its_prefill(make_engine: Callabl
 def test_facts_that_find_no_room_are_dropped_and_the_ledger_says_so(make_engine: Callable[..., FakeEngine]) -> None:
     engine = make_engine(queue=2)
     gate = threading.Event()
-    writer = engine.live._writer
+    writer = engine.live.segment.writer
     write = writer._write
     writer._write = lambda **how: (gate.wait(20), write(**how))[1]  # type: ignore[method-assign]
     engine.serve("a", A, n=12)
