@@ -22,8 +22,8 @@ from tests.made_run import EMBEDDING
 def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..., Run]) -> None:
     checks = verify(make_run(), embedding=EMBEDDING)
     assert {c.name: (c.covered, c.violation) for c in checks} == {
-        "files": (5, None),  # rows of two hook points, and three tables
-        "cells": (12, None),
+        "files": (6, None),  # rows of two hook points, and four tables
+        "cells": (16, None),
         "requests": (2, None),
         "tiling": (2, None),
         "attempts": (6, None),
@@ -33,6 +33,8 @@ def test_a_good_run_holds_and_every_check_covers_something(make_run: Callable[..
         "lineage": (4, None),
         "rebinds": (0, None),
         "manifest": (5, None),
+        "tree": (4, None),  # of the recording, two matches and a publication
+        "causes": (8, None),
         "row ownership": (12, None),
         "rows": (24, None),
         "content": (12, None),
