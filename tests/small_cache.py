@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
+from sglang_probe.engine.ledger.facts import Context, ForwardPlan, Matched, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
@@ -49,7 +49,7 @@ class SmallCache:
         """The tree is asked for a request's prefix; how much it gives."""
         most = len(ids) - 1 if limit is None else limit
         why = schema.LAST_TOKEN if limit is None else schema.LOGPROBS
-        matched = self.recorder.matching(most, why)
+        matched = Matched(*self.recorder.asked(), most, why)
         given = 0
         while given + self._page <= most and (space, *ids[: given + self._page]) in self._held:
             given += self._page

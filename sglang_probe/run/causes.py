@@ -27,7 +27,7 @@ import pandas as pd
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
-from sglang_probe.run.shared_prefixes import SharedPrefixes, prefix_hashes
+from sglang_probe.run.shared_prefixes import Match, SharedPrefixes, prefix_hashes
 
 Array = np.ndarray[Any, Any]
 
@@ -37,6 +37,8 @@ class Cause(StrEnum):
 
     NEVER_SEEN = "never seen"
     """No earlier request holds these tokens."""
+    NOT_IN_SEGMENT = "not seen in this segment"
+    """No earlier request of this segment of a live recording holds these tokens; those of earlier segments may."""
     DIVERGED = "diverged"
     """An earlier request holds this text, after another prefix."""
     EVICTED = "evicted"
@@ -90,6 +92,7 @@ def causes_known(run: Run) -> bool:
     try:
         _tree_of(run)
         _sequences(run)
+        page_size(run)
     except RunDirectoryError:
         return False
     return True
@@ -102,7 +105,7 @@ def autopsy(run: Run) -> Autopsy:
         RunDirectoryError: the run does not say: it was recorded before there was the table `tree`, or without prompts.
     """
     tree = _tree_of(run)
-    names, ids, hashes, offsets, lengths = _sequences(run)
+    names, ids, hashes, offsets, lengths = _shared(_sequences(run))
     spans = run.spans()
     page = page_size(run)
     pieces = []
@@ -123,7 +126,15 @@ def autopsy(run: Run) -> Autopsy:
         "since",
         "until",
     ]
-    return Autopsy(pd.DataFrame(pieces, columns=columns), ids is not None)
+    found = pd.DataFrame(pieces, columns=columns)
+    if later_segment(run):
+        found["cause"] = found["cause"].replace(str(Cause.NEVER_SEEN), str(Cause.NOT_IN_SEGMENT))
+    return Autopsy(found, ids is not None)
+
+
+def later_segment(run: Run) -> bool:
+    """Whether a run is a segment of a live recording that has others before it."""
+    return bool((run.manifest.get("segment") or {}).get("number", 0))
 
 
 def page_size(run: Run) -> int:
@@ -152,8 +163,17 @@ def _tree_of(run: Run) -> pd.DataFrame:
     return tree
 
 
-def _sequences(run: Run) -> tuple[pd.Index, Array | None, Array, Array, Array]:
-    """Names; token ids end to end, or None; prefix hashes end to end; where each sequence begins; its length."""
+@dataclass(frozen=True)
+class _Sequences:
+    names: pd.Index
+    entries: list[Array]
+    """Of each request: token ids, or keyed hashes of its prefixes."""
+    text: bool
+    """Whether they are token ids."""
+
+
+def _sequences(run: Run) -> _Sequences:
+    """What each request was, prompt and output."""
     requests = run.requests(interrupted=True)
     asked = requests[(requests["prompt_len"].fillna(0) > 0) & (requests["finish_reason"] != schema.REFUSED)]
     with_ids = asked[asked["prompt_ids"].notna()]
@@ -167,11 +187,7 @@ def _sequences(run: Run) -> tuple[pd.Index, Array | None, Array, Array, Array]:
             np.concatenate([np.asarray(p, np.int64), np.asarray([] if o is None else o, np.int64)])
             for p, o in zip(with_ids["prompt_ids"], with_ids["output_ids"], strict=True)
         ]
-        names = pd.Index(with_ids["rid"])
-        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
-        ids = np.concatenate([*sequences, np.empty(0, np.int64)])
-        offsets = np.cumsum(lengths) - lengths
-        return names, ids, prefix_hashes(ids, offsets, lengths), offsets, lengths
+        return _Sequences(pd.Index(with_ids["rid"]), sequences, True)
     prompts = run.prompts()
     prompts = prompts[prompts["prefix_hashes"].notna()].drop_duplicates("rid")
     if prompts.empty:
@@ -180,9 +196,17 @@ def _sequences(run: Run) -> tuple[pd.Index, Array | None, Array, Array, Array]:
             "say which requests began alike",
             fix="record with `live: {privacy: hashes}`, which writes keyed hashes and no text, or with `ids`",
         )
-    lengths = prompts["prefix_hashes"].map(len).to_numpy(np.int64)
-    hashes = np.concatenate([np.asarray(h, np.uint64) for h in prompts["prefix_hashes"]])
-    return pd.Index(prompts["rid"]), None, hashes, np.cumsum(lengths) - lengths, lengths
+    return _Sequences(pd.Index(prompts["rid"]), [np.asarray(h, np.uint64) for h in prompts["prefix_hashes"]], False)
+
+
+def _shared(of: _Sequences) -> tuple[pd.Index, Array | None, Array, Array, Array]:
+    """Names; token ids end to end, or None; prefix hashes end to end; where each sequence begins; its length."""
+    lengths = np.array([len(s) for s in of.entries], dtype=np.int64)
+    offsets = np.cumsum(lengths) - lengths
+    if not of.text:
+        return of.names, None, np.concatenate(of.entries), offsets, lengths
+    ids = np.concatenate([*of.entries, np.empty(0, np.int64)])
+    return of.names, ids, prefix_hashes(ids, offsets, lengths), offsets, lengths
 
 
 def _of_rank(known: SharedPrefixes, spans: pd.DataFrame, rank: int, page: int) -> Iterator[tuple[Any, ...]]:
@@ -193,34 +217,39 @@ def _of_rank(known: SharedPrefixes, spans: pd.DataFrame, rank: int, page: int) -
     for (rid, attempt), end in done.sort_index().items():
         earlier[rid, attempt] = furthest.get(rid, 0)
         furthest[rid] = max(furthest.get(rid, 0), int(end))
-    for (rid, attempt), own in prefills.groupby(["rid", "attempt"], sort=False):
-        own = own.sort_values("start")
-        end = int(own["end"].max())
-        table = _causes_of(known, str(rid), int(attempt), end, earlier.get((rid, attempt), 0), page)
-        for span in own.itertuples():
-            codes = table.codes[int(span.start) : int(span.end)]
-            cuts = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-            for a, b in itertools.pairwise(cuts):
-                cause = CAUSES[codes[a]]
-                lost = (table.since, table.until) if cause in (Cause.EVICTED, Cause.FLUSHED) else (-1, table.until)
-                where = (int(span.start) + a, int(span.start) + b, int(span.forward_id))
-                yield (rank, rid, attempt, *where, str(cause), table.nearest, table.common, *lost)
+    number = prefills.groupby(["rid", "attempt"], sort=False).ngroup().to_numpy(np.int64)
+    prefills = prefills.iloc[np.lexsort((prefills["start"].to_numpy(np.int64), number))]
+    ends = prefills.groupby(["rid", "attempt"])["end"].max().to_dict()
+    table, of = None, None
+    columns = (prefills[c].tolist() for c in ("rid", "attempt", "start", "end", "forward_id"))
+    for rid, attempt, start, end, forward in zip(*columns, strict=True):
+        if table is None or of != (rid, attempt):
+            of = (rid, attempt)
+            table = _causes_of(known, str(rid), int(attempt), int(ends[of]), earlier.get(of, 0), page)
+        codes, since = table.codes[start:end], table.since[start:end]
+        cuts = np.flatnonzero((codes[1:] != codes[:-1]) | (since[1:] != since[:-1])) + 1
+        for a, b in itertools.pairwise([0, *cuts.tolist(), len(codes)]):
+            where = (int(start) + a, int(start) + b, int(forward))
+            lost = (int(since[a]), table.until)
+            yield (rank, rid, attempt, *where, str(CAUSES[codes[a]]), table.nearest, table.common, *lost)
 
 
 @dataclass(frozen=True)
 class _Table:
     codes: Array
+    since: Array
+    """Of what was lost, the last event at which the tree had the position; else -1."""
     nearest: str | None
     common: int
-    since: int
     until: int
 
 
 def _causes_of(known: SharedPrefixes, rid: str, attempt: int, n: int, computed_before: int, page: int) -> _Table:
     """The causes of positions `[0, n)` of an attempt, if they are computed."""
     codes = np.full(n, _CODE[Cause.UNKNOWN], dtype=np.int8)
-    match, i = known.matches.get((rid, attempt)), int(known.names.get_indexer([rid])[0])
-    nearest, common, since, until = None, 0, -1, -1
+    since = np.full(n, -1, dtype=np.int64)
+    match, i = known.matches.get((rid, attempt)), known.row_of.get(rid, -1)
+    nearest, common, until = None, 0, -1
     if match is not None and i >= 0 and known.lengths[i] >= n:
         until = int(match.order)
         limit = n - 1 if pd.isna(match.limit) else int(match.limit)
@@ -238,9 +267,10 @@ def _causes_of(known: SharedPrefixes, rid: str, attempt: int, n: int, computed_b
             codes[max(seen, elsewhere) :] = _CODE[Cause.NEVER_SEEN]
             if longer:
                 codes[max(seen, elsewhere) : int(known.lengths[r])] = _CODE[Cause.DIVERGED]
-        since = _below(known, codes, i, match, seen, held, limit, why, page)
+        _below(known, codes, since, i, match, seen, held, limit, why, page)
     codes[:computed_before] = _CODE[Cause.RETRACTION]
-    return _Table(codes, nearest, common, since, until)
+    since[(codes != _CODE[Cause.EVICTED]) & (codes != _CODE[Cause.FLUSHED])] = -1
+    return _Table(codes, since, nearest, common, until)
 
 
 def _past(known: SharedPrefixes, codes: Array, i: int, seen: int, elsewhere: int, before: int) -> None:
@@ -254,19 +284,32 @@ def _past(known: SharedPrefixes, codes: Array, i: int, seen: int, elsewhere: int
 
 
 def _below(
-    known: SharedPrefixes, codes: Array, i: int, match: Any, seen: int, held: int, limit: int, why: Cause, page: int
-) -> int:
-    """Causes of what was seen. Returns the last event at which the tree had what was lost, -1: nothing was."""
-    given, until, since = int(match.end), int(match.order), -1
+    known: SharedPrefixes,
+    codes: Array,
+    since: Array,
+    i: int,
+    match: Match,
+    seen: int,
+    held: int,
+    limit: int,
+    why: Cause,
+    page: int,
+) -> None:
+    """Causes of what was seen, and the last event at which the tree had what was lost."""
+    given, until = int(match.end), int(match.order)
     whole = limit // page * page
     could = min(held // page * page, whole)  # a page that begins alike is another page
     shared = min(seen // page * page, whole)
     codes[given:seen] = _CODE[Cause.PAGE_ROUNDING]
-    if could > given:
-        since = known.last_had(i, given + page - 1, until)
-        lost = Cause.FLUSHED if known.flushed(since, until) else Cause.EVICTED
-        codes[given:could] = _CODE[lost]
-    at = max(could, given)
+    at = given
+    while at < could:
+        end, last = _lost_together(known, i, at, could, until, page)
+        evicted, emptied = known.lost(last, until)
+        # Whoever is evicted goes from the end on: what comes before was there when the tree was emptied.
+        stayed = min(max(known.length_at(last) - evicted, at), end) if emptied else at
+        codes[at:stayed], codes[stayed:end] = _CODE[Cause.FLUSHED], _CODE[Cause.EVICTED]
+        since[at:end] = last
+        at = end
     if shared > at:
         codes[at:shared] = _CODE[Cause.NEVER_PUBLISHED]
         pages = (shared - at) // page  # whoever publishes a page later publishes those before it
@@ -276,7 +319,18 @@ def _below(
         codes[at : at + low * page] = _CODE[Cause.NOT_YET_PUBLISHED]
     if limit < seen:
         codes[max(limit, given) : seen] = _CODE[why]
-    return since
+
+
+def _lost_together(known: SharedPrefixes, i: int, at: int, could: int, until: int, page: int) -> tuple[int, int]:
+    """How far the pages from `at` on have the same last event at which the tree had them, and that event. Whoever has a
+    page has those before it, so that the events of later pages are no later."""
+
+    def last_had(k: int) -> int:
+        return known.last_had(i, min(at + (k + 1) * page, could) - 1, until)
+
+    last = last_had(0)
+    alike = bisect_left(range(-(-(could - at) // page)), True, key=lambda k: last_had(k) < last)
+    return min(at + alike * page, could), last
 
 
 _CODE = {cause: i for i, cause in enumerate(CAUSES)}

@@ -5,7 +5,8 @@ Sequences are compared as hashes of their prefixes, all requests of one data-par
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,25 @@ def prefix_hashes(ids: Array, offsets: Array, lengths: Array) -> Array:
         return np.asarray(sums[1:] - np.repeat(sums[offsets], lengths))
 
 
+class Match(NamedTuple):
+    """A request's prefix was asked of the tree: when, how much was given and could be given (NaN: not known)."""
+
+    order: int
+    end: int
+    limit: float
+    limited_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """When the tree had a prefix: all moments; and of each request that has it, in the order in which they asked, the
+    last one (-1: none), and the latest of these so far."""
+
+    orders: Array
+    last: Array
+    latest: Array
+
+
 class SharedPrefixes:
     """What one rank's requests have in common, and when. Times are the orders of `schema.TREE`, of which each recording
     (`opened`) is 2**40 later than the one before."""
@@ -43,7 +63,10 @@ class SharedPrefixes:
         self.ids, self.names, self.lengths = ids, names, lengths
         self._hashes, self._offsets = hashes, offsets
         matched = tree[(tree["event"] == schema.MATCHED)]
-        self.matches = {(str(r.rid), int(r.attempt)): r for r in matched.itertuples()}
+        columns = ("rid", "attempt", "order", "end", "limit", "limited_by")
+        told = zip(*(matched[c].tolist() for c in columns), strict=True)
+        self.matches = {(str(rid), int(attempt)): Match(*rest) for rid, attempt, *rest in told}
+        self.row_of = {str(name): i for i, name in enumerate(names)}
         first = matched.drop_duplicates("rid")
         self._n = len(names)
         self.asked = np.full(self._n, _NEVER, dtype=np.int64)
@@ -59,14 +82,19 @@ class SharedPrefixes:
         # In order of time within each group: who has this prefix.
         sort = np.lexsort((self.asked[owner], self._group))
         self._members, self._first = owner[sort], np.searchsorted(self._group[sort], np.arange(groups + 1))
+        self._members_asked = self.asked[self._members]
         self._seen = np.full(groups, _NEVER, dtype=np.int64)
         np.minimum.at(self._seen, self._group, self.asked[owner])
         self._any, every = _grouped(hashes)
         self._seen_any = np.full(every, _NEVER, dtype=np.int64)
         np.minimum.at(self._seen_any, self._any, self.asked[owner])
         self._hold(tree, groups)
-        lost = tree[tree["event"].isin([schema.FLUSHED, schema.OPENED])]
-        self._flushes = lost["order"].to_numpy(np.int64)
+        emptied = tree["event"].isin([schema.FLUSHED, schema.OPENED])
+        self._emptied = tree.loc[emptied, "order"].to_numpy(np.int64)
+        evicted = tree[tree["event"] == schema.EVICTED]
+        self._evictions = evicted["order"].to_numpy(np.int64)
+        self._evicted = np.concatenate([[0], np.cumsum(evicted["tokens"].to_numpy(np.int64))])
+        self._times: dict[int, _Times] = {}
         self._text = None if ids is None else self._windows(ids, owner)
 
     def _hold(self, tree: pd.DataFrame, groups: int) -> None:
@@ -75,7 +103,6 @@ class SharedPrefixes:
         at = self.names.get_indexer(held["rid"])
         held, at = held[at >= 0], at[at >= 0]
         self._had = np.full(groups, _NEVER, dtype=np.int64)
-        self._events: dict[int, tuple[Array, Array]] = {}
         ends = np.minimum(held["end"].to_numpy(np.int64), self.lengths[at])
         # What is not new to the tree was published by somebody else, or before the recording.
         told = ~held["rid"].duplicated().to_numpy() | (held["event"] == schema.MATCHED).to_numpy()
@@ -84,9 +111,9 @@ class SharedPrefixes:
         for i, start, end, order in zip(at.tolist(), starts.tolist(), ends.tolist(), orders.tolist(), strict=True):
             where = self._group[self._offsets[i] + start : self._offsets[i] + end]
             self._had[where] = np.minimum(self._had[where], order)
-        for i in np.unique(at).tolist():
-            mine = at == i
-            self._events[i] = (orders[mine], ends[mine])
+        self._orders, self._ends = orders, ends
+        self._events = np.argsort(at, kind="stable")
+        self._events_first = np.searchsorted(at[self._events], np.arange(self._n + 1))
 
     def _windows(self, ids: Array, owner: Array) -> Array:
         """When the `WINDOW` tokens from each position on were first asked by anybody; `_NEVER` at the end."""
@@ -120,41 +147,64 @@ class SharedPrefixes:
         """The longest prefix that the tree is known to have had at some earlier moment."""
         return _leading(self._had[self._group[self.slice_of(i, n)]] < before)
 
-    def sharing(self, i: int, position: int) -> Array:
-        """Requests that have the same prefix up to and with `position`, in the order in which they asked."""
+    def _sharing(self, i: int, position: int) -> slice:
+        """Where the requests stand that have the same prefix up to and with `position`, in the order in which they
+        asked."""
         group = self._group[self._offsets[i] + position]
-        return self._members[self._first[group] : self._first[group + 1]]
+        return slice(self._first[group], self._first[group + 1])
+
+    def _when(self, i: int, position: int) -> _Times:
+        """When the tree had the prefix up to and with `position`. Found once for each prefix: all that are ever asked
+        come to no more than the run has tokens."""
+        group = int(self._group[self._offsets[i] + position])
+        if (found := self._times.get(group)) is None:
+            members = self._members[self._sharing(i, position)]
+            begins, counts = self._events_first[members], self._events_first[members + 1] - self._events_first[members]
+            which = np.repeat(np.arange(len(members)), counts)
+            inside = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+            events = self._events[np.repeat(begins, counts) + inside]
+            had = self._ends[events] > position
+            orders = self._orders[events[had]]
+            last = np.full(len(members), -1, dtype=np.int64)
+            np.maximum.at(last, which[had], orders)
+            found = self._times[group] = _Times(np.sort(orders), last, np.maximum.accumulate(last))
+        return found
 
     def last_had(self, i: int, position: int, before: int) -> int:
-        """The last event before `before` at which the tree had the prefix up to and with `position`."""
-        last = -1
-        for other in self.sharing(i, position).tolist():
-            orders, ends = self._events.get(other, _NO_EVENTS)
-            good = orders[(ends > position) & (orders < before)]
-            last = max(last, int(good[-1])) if len(good) else last
-        return last
+        """The last event before `before` at which the tree had the prefix up to and with `position`; -1: none."""
+        orders = self._when(i, position).orders
+        at = int(np.searchsorted(orders, before)) - 1
+        return int(orders[at]) if at >= 0 else -1
 
     def published_after(self, i: int, position: int, after: int) -> bool:
         """Whether the tree gets the prefix up to and with `position` later, from a request that had asked before."""
-        for other in self.sharing(i, position).tolist():
-            if other == i or self.asked[other] >= after:
-                continue
-            orders, ends = self._events.get(other, _NO_EVENTS)
-            if ((ends > position) & (orders > after)).any():
-                return True
-        return False
+        where, when = self._sharing(i, position), self._when(i, position)
+        earlier = int(np.searchsorted(self._members_asked[where], after))
+        if earlier == 0 or when.latest[earlier - 1] <= after:
+            return False
+        if self.asked[i] >= after:
+            return True
+        return bool(((when.last[:earlier] > after) & (self._members[where][:earlier] != i)).any())
+
+    def length_at(self, order: int) -> int:
+        """Positions of its request that the tree had at an event (`last_had`)."""
+        return int(self._ends[np.searchsorted(self._orders, order)])
 
     def nearest(self, i: int, common: int, before: int) -> int:
         """The latest earlier request with `common` tokens in common; -1: none."""
         if common == 0:
             return -1
-        members = self.sharing(i, common - 1)
-        at = int(np.searchsorted(self.asked[members], before)) - 1
-        return int(members[at]) if at >= 0 else -1
+        where = self._sharing(i, common - 1)
+        at = int(np.searchsorted(self._members_asked[where], before)) - 1
+        return int(self._members[where.start + at]) if at >= 0 else -1
 
-    def flushed(self, since: int, until: int) -> bool:
-        """Whether the tree was emptied between two events."""
-        return bool(((self._flushes > since) & (self._flushes < until)).any())
+    def lost(self, since: int, until: int) -> tuple[int, bool]:
+        """Entries that were evicted between two events, before the tree was emptied if it was; and whether it was."""
+        at = int(np.searchsorted(self._emptied, since, side="right"))
+        emptied = at < len(self._emptied) and self._emptied[at] < until
+        end = self._emptied[at] if emptied else until
+        first, last = np.searchsorted(self._evictions, since, side="right"), np.searchsorted(self._evictions, end)
+        return int(self._evicted[last] - self._evicted[first]), bool(emptied)
 
     def text_before(self, i: int, start: int, end: int, before: int) -> Array:
         """Which positions `[start, end)` lie in `WINDOW` tokens, all of them from `start` on, that an earlier request
@@ -169,7 +219,6 @@ class SharedPrefixes:
 
 
 _NEVER = np.iinfo(np.int64).max
-_NO_EVENTS: tuple[Array, Array] = (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 def _seed(namespace: Any) -> int:

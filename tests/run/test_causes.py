@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run.causes import autopsy, causes_known
+from sglang_probe.run import shared_prefixes
+from sglang_probe.run.causes import _sequences, _shared, autopsy, causes_known
 from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.run.shared_prefixes import WINDOW
+from sglang_probe.run.shared_prefixes import WINDOW, SharedPrefixes
 from sglang_probe.verify.causes import causes_add_up
 from tests.made_run import make_run  # noqa: F401
 from tests.small_cache import SmallCache
@@ -184,3 +187,116 @@ def test_withheld_token_ids_are_no_tokens_in_common(tmp_path: Path) -> None:
     assert not causes_known(load_run(run.path))
     with pytest.raises(RunDirectoryError, match="withheld"):
         autopsy(load_run(run.path))
+
+
+def test_what_a_flush_took_stays_flushed_when_a_part_came_again_and_was_evicted(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run")
+    cache.serve("a", A)
+    cache.flush()
+    cache.serve("s", [*A[:10], 1])
+    cache.evict(A, 0)
+    cache.serve("b", A)
+    run = cache.close()
+    assert causes(run, "b") == [(0, 10, "evicted"), (10, 99, "flushed"), (99, 100, "last token")]
+
+
+def test_what_was_evicted_before_a_flush_stays_evicted(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run", page=5)
+    cache.serve("a", A)
+    cache.evict(A, 10)
+    cache.flush()
+    cache.serve("b", [*A[:70], *C])
+    assert causes(cache.close(), "b") == [(0, 10, "flushed"), (10, 70, "evicted"), (70, 170, "never seen")]
+
+
+def test_a_beginning_with_a_longer_end_lost_its_end_first(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run")
+    cache.serve("a", [*A, *B])
+    cache.evict([*A, *B], 120)
+    cache.flush()
+    cache.serve("b", A)
+    assert causes(cache.close(), "b") == [(0, 99, "flushed"), (99, 100, "last token")]
+
+
+def test_a_later_segment_does_not_say_that_what_it_never_saw_is_new(tmp_path: Path) -> None:
+    before, cache = SmallCache(tmp_path / "before"), SmallCache(tmp_path / "run")
+    before.serve("a", A)
+    before.evict(A, 40)
+    cache._held = before._held  # the tree goes on
+    assert cache.serve("b", A) == 40
+    cache.serve("c", [*A, 1, *B])
+    run = cache.close()
+    assert causes(run, "b") == [(40, 100, "never seen")]
+    manifest = json.loads((run.path / MANIFEST).read_text())
+    for number, said in ((0, "never seen"), (1, "not seen in this segment")):
+        (run.path / MANIFEST).write_text(json.dumps({**manifest, "segment": {"number": number}}))
+        assert causes(load_run(run.path), "b") == [(40, 100, said)]
+
+
+def crowded(path: Path, n: int) -> Run:
+    """Prompts with a common beginning, of which the tree loses some again and again; pairs in flight together."""
+    rng = np.random.default_rng(1)
+    cache = SmallCache(path, page=2)
+    for i in range(n):
+        ids = [*A[: int(rng.integers(5, 30))], 1000 + i]
+        cache.ask(f"r{i}", ids)
+        other = cache.ask(f"s{i}", [*ids, 7])
+        assert other <= len(ids)
+        for rid in (f"r{i}", f"s{i}"):
+            cache.compute(rid)
+            if rng.random() < 0.8:
+                cache.publish(rid)
+            cache.end(rid)
+        if rng.random() < 0.5:
+            cache.evict(A, int(rng.integers(0, 25)))
+    return cache.close()
+
+
+def test_when_the_tree_had_a_prefix_is_what_its_events_say(tmp_path: Path) -> None:
+    run = crowded(tmp_path / "run", 40)
+    known = SharedPrefixes(*_shared(_sequences(run)), run.tree())
+    sequences = {str(r.rid): [*r.prompt_ids, *r.output_ids] for r in run.requests().itertuples()}
+    tree = run.tree()
+    tree = tree[tree["rid"].notna()].assign(order=tree["order"] + (1 << 40))
+    asked = tree[tree["event"] == "matched"].set_index("rid")["order"].to_dict()
+    for rid, own in list(sequences.items())[::5]:
+        i, until = known.row_of[rid], asked[rid]
+        for position in range(0, len(own), 3):
+            alike = [r for r, s in sequences.items() if s[: position + 1] == own[: position + 1]]
+            had = tree[tree["rid"].isin(alike) & (tree["end"] > position)]
+            before = had.loc[had["order"] < until, "order"]
+            assert known.last_had(i, position, until) == (before.max() if len(before) else -1)
+            for after in (until, until + 1):  # then it had asked itself, and its own events do not count
+                later = had[(had["order"] > after) & (had["rid"] != rid) & (had["rid"].map(asked) < after)]
+                assert known.published_after(i, position, after) == (len(later) > 0)
+            earlier = [r for r in alike if asked[r] < until]
+            nearest = max(earlier, key=asked.__getitem__, default=None)
+            r = known.nearest(i, position + 1, until)
+            assert (None if r < 0 else known.names[r]) == nearest
+
+
+def test_the_work_grows_with_the_tokens_and_not_with_pairs_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = crowded(tmp_path / "run", 60)
+    read: list[int] = []
+    made = shared_prefixes._Times
+
+    def counted(orders: Any, last: Any, latest: Any) -> Any:
+        read.append(len(last))
+        return made(orders, last, latest)
+
+    monkeypatch.setattr(shared_prefixes, "_Times", counted)
+    autopsy(run)
+    ended = run.engine_requests()
+    assert 0 < sum(read) <= int((ended["prompt_len"] + ended["output_len"]).sum())
+
+
+def test_a_run_that_does_not_say_its_page_size_says_no_causes(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "run")
+    cache.serve("a", A)
+    run = cache.close()
+    assert causes_known(run)
+    manifest = json.loads((run.path / MANIFEST).read_text())
+    (run.path / MANIFEST).write_text(json.dumps({**manifest, "server_resolved": {}}))
+    assert not causes_known(load_run(run.path))

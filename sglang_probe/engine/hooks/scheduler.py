@@ -15,7 +15,7 @@ from sglang_probe.engine.hooks.instruments.labels import labels_of
 from sglang_probe.engine.hooks.instruments.steer import Steering, steering_of_session
 from sglang_probe.engine.hooks.requests import ask_of
 from sglang_probe.engine.hooks.supported import refuse_unsupported
-from sglang_probe.engine.hooks.tree import MATCHED, refuse_other_trees, refuse_rows_of
+from sglang_probe.engine.hooks.tree import matched, refuse_other_trees, refuse_rows_of
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
@@ -243,7 +243,7 @@ def _positions(batch: Any) -> tuple[list[int], list[int], list[bool]]:
 def context_of(req: Any) -> Context:
     """What identifies a request's prefix in the radix tree (`RadixKey`)."""
     labels = labels_of(ask_of(req), req)
-    return Context(req.full_untruncated_fill_ids, release().namespace(req), getattr(req, MATCHED, None), labels)
+    return Context(req.full_untruncated_fill_ids, release().namespace(req), matched(req), labels)
 
 
 def _replaced(req: Any) -> bool:

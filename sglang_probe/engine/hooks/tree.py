@@ -13,13 +13,13 @@ from typing import Any
 
 from sglang_probe.engine.hooks import guard, requests
 from sglang_probe.engine.hooks.instruments import live as live_server
-from sglang_probe.engine.ledger.facts import Context
+from sglang_probe.engine.ledger.facts import Context, Matched
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run import schema
 
 MATCHED = "_sglang_probe_matched"
-"""Attribute of a `Req`: `Matched`."""
+"""Attribute of a `Req`: when the tree was asked last (`Recorder.asked`), `max_prefix_len`, and whether it is off."""
 
 _MISSES = os.environ.get("SGLANG_RADIX_FORCE_MISS", "").lower() in ("1", "true", "yes", "y")
 
@@ -125,19 +125,27 @@ def _published(result: Any, params: Any) -> None:
 
 @guard.guarded
 def _matched(req: Any, tree: Any, max_prefix_len: int | None) -> None:
+    """Of each request that waits, at each step: what it comes to is found once, at the launch (`matched`)."""
     recorder = guard.active().recorder
-    if recorder is None:
-        return
+    if recorder is not None:
+        setattr(req, MATCHED, (recorder.asked(), max_prefix_len, tree.disable))
+
+
+def matched(req: Any) -> Matched | None:
+    """Of a request that is being launched: when the tree was asked for its prefix, and how much it could have given and
+    why no more. None: nobody saw it. Runs inside guarded code."""
+    found = getattr(req, MATCHED, None)
+    if found is None:
+        return None
+    (recording, order), max_prefix_len, off = found
     whole = len(req.origin_input_ids) + len(req.output_ids)
     limit = whole - 1 if max_prefix_len is None else max_prefix_len
     asked = requests.read_limit(req)
-    if tree.disable or _MISSES:
-        limit, why = 0, schema.CACHE_OFF
-    elif asked is not None and asked <= limit and asked < whole - 1:
-        limit, why = asked, schema.ASKED
-    else:
-        why = schema.LAST_TOKEN if limit >= whole - 1 else schema.LOGPROBS
-    setattr(req, MATCHED, recorder.matching(limit, why))
+    if off or _MISSES:
+        return Matched(recording, order, 0, schema.CACHE_OFF)
+    if asked is not None and asked <= limit and asked < whole - 1:
+        return Matched(recording, order, asked, schema.ASKED)
+    return Matched(recording, order, limit, schema.LAST_TOKEN if limit >= whole - 1 else schema.LOGPROBS)
 
 
 @guard.guarded

@@ -163,6 +163,17 @@ class RequestEnd:
     output_ids: list[int]
 
 
+class Prompt(Protocol):
+    """A prompt that ended, before anything of it may be written: the writer's thread asks what may."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it needs, about."""
+
+    def told(self) -> tuple[Any, ...]:
+        """A row of `schema.PROMPTS`."""
+
+
 @dataclass(slots=True)
 class Commit:
     """Facts ready to be written: rows of one forward pass, and spans and requests that closed with it."""
@@ -180,7 +191,7 @@ class Commit:
     interventions: dict[str, Under] = field(default_factory=dict)  # of its requests that run under any
     gates: dict[str, Decision] = field(default_factory=dict)  # of its requests whose gate is decided
     budget: list[tuple[Any, ...]] = field(default_factory=list)  # events of the budget of interventions
-    prompts: list[tuple[Any, ...]] = field(default_factory=list)  # of a live recording
+    prompts: list[Prompt] = field(default_factory=list)  # of a live recording
     watched: Watched | None = None  # decode rows that a monitor reads
     monitored: list[tuple[Any, ...]] = field(default_factory=list)  # what it read of them (`schema.MONITORED`)
     order: int = -1  # of a live recording with a monitor: its place among the commits that were handed to writers

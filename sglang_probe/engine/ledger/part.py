@@ -37,6 +37,7 @@ class OpenPart:
         self._tree: list[tuple[Any, ...]] = []
         self._requests: list[tuple[Any, ...]] = []
         self._prompts: list[tuple[Any, ...]] = []
+        self._prompt_bytes = 0
         self._interventions: dict[str, Under] = {}
         self._gates: dict[str, Decision] = {}
         self._budget: list[tuple[Any, ...]] = []
@@ -56,7 +57,7 @@ class OpenPart:
     def full(self) -> bool:
         """Whether it is large enough to be written before its time."""
         facts = len(self._spans) + len(self._forwards)
-        return facts >= _PART_FACTS or max(self._bytes.values(), default=0) >= _SHARD_BYTES
+        return facts >= _PART_FACTS or max([self._prompt_bytes, *self._bytes.values()]) >= _SHARD_BYTES
 
     @property
     def forwards_end(self) -> int | None:
@@ -71,7 +72,9 @@ class OpenPart:
         self._rebinds += commit.rebinds
         self._tree += commit.tree
         self._requests += commit.requests
-        self._prompts += commit.prompts
+        for prompt in commit.prompts:  # may take a while: here, and not where it ended
+            self._prompts.append(prompt.told())
+            self._prompt_bytes += prompt.nbytes
         self._interventions |= commit.interventions
         self._gates |= commit.gates
         self._budget += commit.budget
@@ -132,8 +135,9 @@ class OpenPart:
 
 
 def size_of(commit: Commit) -> int:
-    """Bytes of its tensors."""
+    """Bytes of its tensors and prompts."""
     measured = 0 if commit.telemetry is None else commit.telemetry.nbytes
+    measured += sum(prompt.nbytes for prompt in commit.prompts)
     if commit.watched is not None:
         measured += commit.watched.x_ND.nbytes
     return measured + sum(rows.nbytes for rows in (commit.rows or {}).values())

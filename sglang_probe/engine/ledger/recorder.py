@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, Matched, RequestEnd, Sink, Under, cut
+from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.engine.ledger.tree_events import TreeEvents
 from sglang_probe.errors import LedgerError
@@ -133,9 +133,9 @@ class Recorder:
         if self.lineage is not None:
             self.lineage.end(rid)
 
-    def matching(self, limit: int, limited_by: str) -> Matched:
-        """The tree is asked for a request's prefix (`TreeEvents.matching`)."""
-        return self._tree.matching(limit, limited_by)
+    def asked(self) -> tuple[TreeEvents, int]:
+        """The tree is asked for a request's prefix (`TreeEvents.asked`)."""
+        return self._tree.asked()
 
     def evicted(self, tokens: int) -> None:
         """The tree lost entries in so many slots, for what the next forward needs."""

@@ -25,11 +25,11 @@ class TreeEvents:
         self._key = secrets.token_bytes(16)
         self._waiting = [_event(0, forward, schema.OPENED)]
 
-    def matching(self, limit: int, limited_by: str) -> Matched:
-        """The tree is asked for a request's prefix, of no more than `limit` positions; for the `Context` with which the
-        request is launched. Asked again, the last one counts."""
+    def asked(self) -> tuple[TreeEvents, int]:
+        """The tree is asked for a request's prefix, now: the first two of the `Matched` with which the request is
+        launched. Asked again, the last one counts; SGLang asks at each step for each request that waits."""
         self._order += 1
-        return Matched(self, self._order, limit, limited_by)
+        return self, self._order
 
     def match(self, plan: ForwardPlan, i: int, context: Context) -> Event:
         """Request `i` of a forward begins; the event belongs to that forward, which may be committed later."""
@@ -68,8 +68,10 @@ class TreeEvents:
         self._add(forward, schema.EVICTED, tokens=tokens)
 
     def flushed(self, forward: int) -> None:
-        """The tree lost everything."""
-        self._add(forward, schema.FLUSHED)
+        """The tree lost everything. Again and again on a server that is idle is once: nothing was there to lose."""
+        last = self._waiting[-1] if self._waiting else None
+        if last is None or last[_EVENT] != schema.FLUSHED or last[_ORDER] != self._order:
+            self._add(forward, schema.FLUSHED)
 
     def take(self) -> list[Event]:
         """Events since the last time, but those of matches."""
@@ -89,6 +91,7 @@ class TreeEvents:
         return hashlib.blake2b(told, key=self._key, digest_size=8).hexdigest()
 
 
+_ORDER, _EVENT = 0, 2
 _FIELDS = tuple(schema.TREE.names[3:])
 
 

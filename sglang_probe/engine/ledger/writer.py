@@ -44,7 +44,7 @@ class Writer:
         session: number of this engine process within the run, 0 for the first.
         dp_rank: data-parallel rank of this process.
         part_seconds: how long what was handed over may wait to be durable.
-        max_waiting_bytes: rows that may wait for the disk before `put` blocks.
+        max_waiting_bytes: bytes of rows and prompts that may wait for the disk before `put` blocks.
         patience: how many seconds a part that the disk does not take (full, over quota, too many open files) is tried
             again before writing has failed. What comes meanwhile waits, within the bounds.
         bundle: commits that are worth waking the thread for.
@@ -149,6 +149,11 @@ class Writer:
     def waiting(self) -> int:
         """Commits that wait to be written."""
         return len(self._handed) + len(self._taken)
+
+    @property
+    def half_full(self) -> bool:
+        """Whether the bytes that wait are half of what may wait before `put` blocks."""
+        return 2 * (self._handed_bytes + self._taken_bytes) > self._max_waiting_bytes
 
     @property
     def capacity(self) -> int:

@@ -45,7 +45,7 @@ class OpenSegment:
     @property
     def full(self) -> bool:
         """Whether another commit would have to wait for the writer."""
-        return self.writer.error is None and self.writer.waiting >= self.room
+        return self.writer.error is None and (self.writer.waiting >= self.room or self.writer.half_full)
 
     @property
     def seconds(self) -> float:

@@ -1,7 +1,8 @@
 """What the ledger says of facts that had to be dropped because the disk was slower than the server.
 
 Positions of a dropped forward pass become spans of status `dropped`, joined per request, and go out with the next
-commit that finds room. Ends of requests are kept as they are: they are few.
+commit that finds room. Ends of requests are kept as they are: they are few. Their prompts may be of any length, and are
+kept as far as there is memory for them: nothing is known of the prompts of the others (null).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sglang_probe.run import schema
 
 _AT = {name: schema.SPANS.get_field_index(name) for name in schema.SPANS.names}
 _LIMIT = 200_000
+_PROMPT_BYTES = 256 << 20
 
 
 class Overflow:
@@ -22,6 +24,7 @@ class Overflow:
     def __init__(self) -> None:
         self._waiting = Commit()
         self._open: dict[tuple[str, int], list[Any]] = {}
+        self._prompt_bytes = 0
         self.forwards = 0
 
     def absorb(self, commit: Commit) -> None:
@@ -53,7 +56,10 @@ class Overflow:
         self._waiting.rebinds += commit.rebinds
         self._waiting.tree += commit.tree
         self._waiting.requests += commit.requests
-        self._waiting.prompts += commit.prompts
+        for prompt in commit.prompts:
+            if self._prompt_bytes + prompt.nbytes <= _PROMPT_BYTES:
+                self._waiting.prompts.append(prompt)
+                self._prompt_bytes += prompt.nbytes
         self._waiting.budget += commit.budget
         if self._facts > _LIMIT:
             raise DiskTooSlow(f"the disk did not take anything while {_LIMIT} facts had to be dropped")
@@ -65,6 +71,6 @@ class Overflow:
 
     def release(self) -> Commit | None:
         """What is waiting, to be written; None if nothing is."""
-        waiting, self._waiting, self._open = self._waiting, Commit(), {}
+        waiting, self._waiting, self._open, self._prompt_bytes = self._waiting, Commit(), {}, 0
         waiting.spans = [tuple(s) for s in waiting.spans]
         return waiting if waiting.spans or waiting.requests or waiting.rebinds or waiting.tree else None

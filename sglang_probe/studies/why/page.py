@@ -29,7 +29,8 @@ def answer(result: WhyResult) -> str:
     share = f" ({100 * result.reused / total:.1f} %)" if total else ""
     said = f"{result.computed:,} prompt tokens {whose}were computed and {result.reused:,}{share} reused"
     if result.remedies.empty:
-        return f"{said}; nothing that was computed could have been reused."
+        known = "" if str(Cause.NOT_IN_SEGMENT) not in set(result.causes["cause"]) else " as far as this segment knows"
+        return f"{said}; nothing that was computed could have been reused{known}."
     top = result.remedies.iloc[0]
     avoidable = int(result.remedies["tokens"].sum())
     return (

@@ -13,7 +13,7 @@ import pandas as pd
 
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.run.causes import Cause, autopsy
+from sglang_probe.run.causes import Cause, autopsy, later_segment
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.studies.base import Measured
 from sglang_probe.studies.why.differ import Difference, Differs, compare
@@ -109,7 +109,7 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     pieces, requests = found.pieces, run.requests(interrupted=True)
     if rid is not None:
         if rid not in set(requests["rid"]):
-            raise RunDirectoryError(f"{path} has no request `{rid}`", fix="`tables/pieces` of `why RUN` lists them")
+            raise RunDirectoryError(f"{path} has no request `{rid}`", fix=f"it has {_some(requests['rid'])}")
         pieces = pieces[pieces["rid"] == rid].reset_index(drop=True)
     notes = []
     text, problem = _text_of(run, model) if found.text_known else (None, None)
@@ -121,10 +121,10 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
             "follows is an old text after a new prefix is not known; it counts as diverged as far as the nearest "
             "request is long."
         )
-    if (run.manifest.get("segment") or {}).get("number", 0):
+    if later_segment(run):
         notes.append(
-            "Earlier segments are not looked at: what only they hold counts as never seen. Longer segments "
-            "(`live: {segments: {max_seconds: ...}}`) know more."
+            "Earlier segments are not looked at: what is not seen in this one may be in them, so it counts neither as "
+            "new nor as computed again. Longer segments (`live: {segments: {max_seconds: ...}}`) know more."
         )
     pieces = pieces.assign(tokens=pieces["end"] - pieces["start"])
     prompts = _prompts(requests) if found.text_known else {}
@@ -155,6 +155,13 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
         grouped_by=by,
         notes=notes,
     )
+
+
+def _some(rids: pd.Series) -> str:
+    """What requests are called, of few all."""
+    shown = ", ".join(f"`{rid}`" for rid in rids.head(10))
+    left = len(rids) - 10
+    return f"{shown or 'none'}{f' and {left:,} more: column `rid` of `requests.parquet`' if left > 0 else ''}"
 
 
 def _text_of(run: Run, model: Path | None) -> tuple[Callable[[Sequence[int]], str] | None, str | None]:
@@ -229,7 +236,8 @@ def _groups(requests: pd.DataFrame, tree: pd.DataFrame, by: str, path: Path) -> 
     return pd.Series(names, index=requests["rid"])
 
 
-_UNAVOIDABLE = (str(Cause.NEVER_SEEN), str(Cause.LAST_TOKEN), str(Cause.UNKNOWN))
+_NOT_SAVED = tuple(map(str, (Cause.NEVER_SEEN, Cause.LAST_TOKEN, Cause.NOT_IN_SEGMENT, Cause.UNKNOWN)))
+"""New, always computed, or nobody knows."""
 
 
 def _by_group(pieces: pd.DataFrame, reused: pd.DataFrame, group: pd.Series) -> pd.DataFrame:
@@ -237,7 +245,7 @@ def _by_group(pieces: pd.DataFrame, reused: pd.DataFrame, group: pd.Series) -> p
     again = (reused["end"] - reused["start"]).groupby(reused["rid"].map(group).fillna("(none)")).sum()
     rows = []
     for name, own in named.groupby("group", sort=False):
-        avoidable = own[~own["cause"].isin(_UNAVOIDABLE)].groupby("cause")["tokens"].sum().sort_values(ascending=False)
+        avoidable = own[~own["cause"].isin(_NOT_SAVED)].groupby("cause")["tokens"].sum().sort_values(ascending=False)
         rows.append(
             {
                 "group": name,

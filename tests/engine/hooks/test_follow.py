@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sglang_probe.engine.hooks import guard, scheduler, weights
+from sglang_probe.engine.hooks import guard, requests, scheduler, tree, weights
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.session import Session
 from sglang_probe.engine.live import stops
@@ -249,3 +249,29 @@ def test_every_way_of_an_update_is_counted(session: Session, monkeypatch: pytest
         assert session.weights[-1]["number"] == before + 1
     weights.resume_memory(None, None, SimpleNamespace(tags=["kv_cache"]))
     assert session.weights[-1]["number"] == before + 1
+
+
+def test_a_look_at_the_tree_for_a_request_that_waits_costs_a_number(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_req: Any) -> int:
+        raise AssertionError("asked of a request that waits")
+
+    req, cache = Req("a", [1, 2, 3, 4, 5], 2), SimpleNamespace(disable=False)
+    assert tree.matched(req) is None
+    monkeypatch.setattr(requests, "read_limit", never)
+    for _ in range(3):
+        tree.match(None, req, cache, max_prefix_len=2)
+    monkeypatch.setattr(requests, "read_limit", lambda _req: None)
+    found = tree.matched(req)
+    assert found is not None
+    assert (found.order, found.limit, found.limited_by) == (3, 2, "logprob_start")
+    tree.match(None, req, cache)
+    monkeypatch.setattr(requests, "read_limit", lambda _req: 3)
+    found = tree.matched(req)
+    assert found is not None
+    assert (found.order, found.limit, found.limited_by) == (4, 3, "asked")
+    tree.match(None, req, SimpleNamespace(disable=True))
+    found = tree.matched(req)
+    assert found is not None
+    assert (found.order, found.limit, found.limited_by) == (5, 0, "cache off")

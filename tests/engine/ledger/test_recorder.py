@@ -218,3 +218,18 @@ def test_an_abort_while_output_is_computed_again_leaves_that_unrequested_too(rec
 def test_a_request_dropped_from_the_queue_is_unrequested_whole(recorder: Recorder, sink: Sink) -> None:
     recorder.abort(end("a", output=0, reason="abort"))  # at once: an idle engine commits nothing that could bring it
     assert sink.spans("a") == [(0, 10, "unrequested", None, -1)]
+
+
+def test_flushes_of_an_idle_server_are_one_event(recorder: Recorder, sink: Sink) -> None:
+    for _ in range(1000):
+        recorder.flushed()
+    recorder.asked()
+    recorder.flushed()  # a request that asked in between is told apart
+    recorder.launch(extend(1, "a", 0, 10))
+    recorder.commit(1, graph=False)
+    assert [(e[0], e[2]) for e in sink.commits[0].tree] == [
+        (0, "opened"),
+        (1, "flushed"),
+        (3, "flushed"),
+        (4, "matched"),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import pytest
 
 from sglang_probe.config import load_config
 from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.ledger import part
+from sglang_probe.engine.ledger.facts import Commit
+from sglang_probe.engine.ledger.part import OpenPart
+from sglang_probe.engine.live import overflow, privacy
+from sglang_probe.engine.live.overflow import Overflow
+from sglang_probe.engine.live.privacy import Redactor
 from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.run import schema
 from sglang_probe.run.causes import autopsy
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.causes import causes_add_up
@@ -86,3 +94,73 @@ def test_without_prompts_causes_are_refused_with_what_to_do(make_engine: Callabl
     engine.serve("a", SECRET)
     with pytest.raises(RunDirectoryError, match="hashes"):
         autopsy(load_run(engine.flush()))
+
+
+def test_prompts_are_hashed_by_the_writers_thread_and_nobodys_next_step_waits(
+    make_engine: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, hashed = [], privacy.keyed_prefix_hashes
+
+    def noting(ids: object, key: bytes) -> object:
+        threads.append(threading.current_thread().name)
+        return hashed(ids, key)
+
+    monkeypatch.setattr(privacy, "keyed_prefix_hashes", noting)
+    engine = make_engine(privacy="hashes")
+    engine.serve("a", SECRET)
+    engine.flush()
+    assert threads == ["sglang-probe-writer"]
+
+
+def ended(prompt: list[int], level: privacy.Privacy = "hashes") -> Commit:
+    """The commit with which a request of this prompt ends, as the writer gets it."""
+    request = dict.fromkeys(schema.ENGINE_REQUESTS.names) | {"rid": "a", "output_ids": [99]}
+    commit = Commit(requests=[tuple(request.values())])
+    redactor = Redactor(level)
+    redactor.ending("a", prompt)
+    redactor.apply(commit)
+    return commit
+
+
+def test_a_prompt_cannot_be_written_as_it_is() -> None:
+    (prompt,) = ended(SECRET).prompts
+    with pytest.raises(TypeError, match="not iterable"):
+        part._table(schema.PROMPTS, [prompt])  # type: ignore[list-item]
+    told = dict(zip(schema.PROMPTS.names, prompt.told(), strict=True))
+    assert told["prompt_ids"] is None
+    assert len(told["prefix_hashes"]) == 5
+    assert not set(told["prefix_hashes"].tolist()) & {*SECRET, 99}
+
+
+def test_a_long_list_is_read_in_pieces_and_whole() -> None:
+    ids = list(range(2 * privacy._AT_ONCE + 5))
+    assert ended(ids, "ids").prompts[0].told()[1].tolist() == ids
+
+
+def test_prompts_that_wait_for_the_disk_are_counted_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = ended(list(range(99)))
+    assert part.size_of(commit) == 800
+    monkeypatch.setattr(overflow, "_PROMPT_BYTES", 2000)
+    late = Overflow()
+    for _ in range(5):
+        late.absorb(ended(list(range(99))))
+    released = late.release()
+    assert released is not None
+    assert (len(released.requests), len(released.prompts)) == (5, 2)
+    late.absorb(commit)
+    assert len(late.release().prompts) == 1  # type: ignore[union-attr]
+    monkeypatch.setattr(part, "_SHARD_BYTES", 1500)
+    open_part = OpenPart()
+    open_part.take(commit)
+    assert not open_part.full
+    open_part.take(commit)
+    assert open_part.full
+
+
+def test_a_segment_is_full_before_prompts_would_block_the_scheduler(make_engine: Callable[..., FakeEngine]) -> None:
+    engine = make_engine(privacy="hashes")
+    segment = engine.live.segment
+    assert not segment.full
+    segment.writer._max_waiting_bytes, segment.writer._taken_bytes = 1000, 501
+    assert segment.full
+    segment.writer._taken_bytes = 0

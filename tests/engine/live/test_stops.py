@@ -84,7 +84,7 @@ def test_a_disk_that_fails_is_noticed_without_traffic_and_waited_for(
 ) -> None:
     engine = make_engine()
     engine.serve("a", A)
-    root, aside = engine.live.root, engine.live._root.with_name("aside")
+    root, aside = engine.live.root, engine.live.root.with_name("aside")
     root.rename(aside)
     root.write_text("no folder")
     engine.serve("b", [7, 8])

@@ -6,7 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 
+import pandas as pd
+import pytest
+
 from sglang_probe.engine.ledger.facts import Commit
+from sglang_probe.engine.live import overflow
 from sglang_probe.engine.live.totals import Totals
 from tests.engine.live.conftest import FakeEngine, checked, notes, violations
 
@@ -78,7 +82,7 @@ def test_provenance_of_a_request_that_ends_with_its_prefill(make_engine: Callabl
 def test_facts_that_find_no_room_are_dropped_and_the_ledger_says_so(make_engine: Callable[..., FakeEngine]) -> None:
     engine = make_engine(queue=2)
     gate = threading.Event()
-    writer = engine.live._writer
+    writer = engine.live.segment.writer
     write = writer._write
     writer._write = lambda **how: (gate.wait(20), write(**how))[1]  # type: ignore[method-assign]
     engine.serve("a", A, n=12)
@@ -115,3 +119,23 @@ def test_by_configuration_the_scheduler_waits_for_the_disk_instead(make_engine: 
     assert violations(checks) == []
     assert engine.live.status()["positions"]["dropped"] == 0
     assert len(run.requests()) == 20
+
+
+@pytest.mark.parametrize("level", ["ids", "hashes"])
+def test_prompts_without_room_in_memory_are_not_known_and_everything_else_is(
+    level: str, make_engine: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow, "_PROMPT_BYTES", 0)
+    engine = make_engine(queue=2, privacy=level)
+    gate = threading.Event()
+    writer = engine.live.segment.writer
+    write = writer._write
+    writer._write = lambda **how: (gate.wait(20), write(**how))[1]  # type: ignore[method-assign]
+    engine.serve("a", A, n=12)
+    gate.set()
+    run, checks = checked(engine.flush())
+    assert violations(checks) == []
+    told = run.requests().iloc[0]
+    assert (told["rid"], told["prompt_len"]) == ("a", len(A))
+    assert told["prompt_ids"] is None
+    assert pd.isna(told["prompt_hash"])

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from sglang_probe.cli import app
 from sglang_probe.errors import RunDirectoryError
+from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.studies.why.page import answer
 from sglang_probe.studies.why.study import why
 from tests.small_cache import SmallCache
 
@@ -49,8 +51,20 @@ def test_one_request_is_explained(tmp_path: Path) -> None:
     result = why(planted(tmp_path / "run"), rid="order1")
     assert result.computed == 120
     assert set(result.pieces["nearest"]) == {"order0"}
-    with pytest.raises(RunDirectoryError, match="no request `nobody`"):
+    with pytest.raises(RunDirectoryError, match="no request `nobody`") as refused:
         why(tmp_path / "run", rid="nobody")
+    assert refused.value.fix == "it has `order0`, `order1`, `small0`, `small1`"
+
+
+def test_a_later_segment_counts_what_it_never_saw_neither_as_new_nor_as_computed_again(tmp_path: Path) -> None:
+    file = planted(tmp_path / "run") / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "segment": {"number": 3}}))
+    result = why(tmp_path / "run")
+    assert "never seen" not in set(result.causes["cause"])
+    assert result.by_group["avoidable"].tolist() == [120, 100]
+    assert any("earlier segments" in note.lower() for note in result.notes)
+    first = why(tmp_path / "run", rid="small0")
+    assert "as far as this segment knows" in answer(first)
 
 
 def test_the_command_writes_page_and_json(tmp_path: Path) -> None:
