@@ -23,7 +23,7 @@ def command(
     For each drawn request three twins are asked, one that reuses the same entries and two that compute everything. They
     are asked only while nothing is in flight, within a budget; the request itself is not touched. SGLang caches what it
     computes: each audit leaves two whole prompts in the cache that nobody asks again, and a full cache evicts entries
-    of clients for them; the budget counts them. Needs closed segments of the recording (`segments: {max_minutes: 5}`)
+    of clients for them; the budget counts them. Needs closed segments of the recording (`segments: {max_seconds: 300}`)
     with token ids.
 
     A key is read from `SGLANG_PROBE_GATE_KEY`. Exit codes: 12 with an alarm; 13 if twins that reuse got no answer,
