@@ -72,7 +72,8 @@ def command(
     """Is what this server reuses right? The same requests cold, warm and cold again, and one verdict.
 
     Needs the server's public API alone, no plugin on it, and neither SGLang nor torch here. Sends about 430 short
-    greedy requests; with `auto` they touch nobody else's cache entries. A key is read from `SGLANG_PROBE_GATE_KEY`.
+    greedy requests; with `auto` they read nobody else's cache entries, and a cache that is full evicts some for them. A
+    key is read from `SGLANG_PROBE_GATE_KEY`.
 
     Verdicts and exit codes: `EQUAL` 0, to the last bit; `WITHIN FLOOR` 10, no further apart than cold runs among
     themselves; `REUSE CHANGES OUTPUTS` 11, further, by the size of rounding; `WRONG REUSE` 12, by more than rounding

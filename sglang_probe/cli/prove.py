@@ -43,7 +43,8 @@ def command(
 
     Starts one engine, serves random traffic (shared prefixes, twins, continuations, chunks, mixed batches, aborts,
     retractions) and checks: every invariant of `verify`; the owner of every attended position against the KV slots read
-    from the device; rows against `transformers`; and measures what recording costs. Takes minutes: 3 to 11 on two busy cores.
+    from the device; rows against `transformers`; and measures what recording costs. Takes minutes: 3 to 11 on two
+    busy cores.
 
     Writes a certificate (JSON) into the cache folder, where later recordings find it, and to `--output`. Exit code 0 if
     everything holds, 1 if something does not, 2 if the engine cannot be started so.
