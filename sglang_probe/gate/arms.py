@@ -33,9 +33,11 @@ Cold = Literal["cache_salt", "extra_key", "flush"]
 """How a request is kept from reusing: a field that gives it cache entries of its own, or a flush before it."""
 MEANS: dict[Cold, str] = {
     "cache_salt": "each cold request carries a `cache_salt` of its own: the same tokens at the same positions, "
-    "computed anew. Warm ones share a salt with the request before. Nobody else's cache entries are touched",
+    "computed anew. Warm ones share a salt with the request before. Nobody else's cache entries are read; a full cache "
+    "evicts some for them",
     "extra_key": "each cold request carries an `extra_key` of its own: the same tokens at the same positions, "
-    "computed anew. Warm ones share a key with the request before. Nobody else's cache entries are touched",
+    "computed anew. Warm ones share a key with the request before. Nobody else's cache entries are read; a full cache "
+    "evicts some for them",
     "flush": "the server's cache was flushed before every cold request, which other clients of this server noticed; "
     "warm requests reuse what any client of the server would",
 }
