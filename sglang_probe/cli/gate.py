@@ -75,10 +75,10 @@ def command(
     greedy requests; with `auto` they read nobody else's cache entries, and a cache that is full evicts some for them. A
     key is read from `SGLANG_PROBE_GATE_KEY`.
 
-    Verdicts and exit codes: `EQUAL` 0, to the last bit; `WITHIN FLOOR` 10, no further apart than cold runs among
-    themselves; `REUSE CHANGES OUTPUTS` 11, further, by the size of rounding; `WRONG REUSE` 12, by more than rounding
-    can: some entries are not those of their tokens; `INCONCLUSIVE` 13, with the reason, e.g. that warm requests got no
-    answer or that a path says nothing. 2: an error.
+    Verdicts and exit codes: `EQUAL` 0, to the last bit; `WITHIN FLOOR` 10, not shown to be further apart than cold runs
+    are; `REUSE CHANGES OUTPUTS` 11, further, by the size of rounding; `WRONG REUSE` 12, by more than rounding can: some
+    entries are not those of their tokens; `INCONCLUSIVE` 13, with the reason, e.g. that warm requests got no answer or
+    that a path says nothing. 2: an error.
 
     Writes `report.html`, `summary.json` and `tables/`.
 

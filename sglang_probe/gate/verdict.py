@@ -125,9 +125,16 @@ def verdict_of(
             "do not show what is reused."
         )
     worst = paths.loc[paths["effect"].idxmax()]
+    cold = max(worst["floor"], worst["yardstick"])
+    told = "no more than cold runs differ among themselves"
+    if worst["effect"] > cold:
+        told = (
+            f"on `{worst['path']}`; cold runs differ by {cold:.2g}, and {worst['cases']:.0f} cases do not show that "
+            f"this is more (p = {worst['p_moved']:.2g}, one of {2 * len(paths)} questions): `--cases` asks more"
+        )
     return Verdict.WITHIN_FLOOR, (
         f"Warm differs from cold by {worst['effect']:.2g} nats in the mean at most (largest "
-        f"{paths['most'].max():.2g}), no more than cold runs differ among themselves; {paths['flips'].max():.0%} "
+        f"{paths['most'].max():.2g}), {told}; {paths['flips'].max():.0%} "
         f"greedy flips on the worst path against {paths['floor_flips'].max():.0%} in the floor. Asked on {names}.{left}"
     )
 

@@ -102,6 +102,14 @@ def test_cold_answers_that_disagree_are_no_yardstick() -> None:
     assert "something other than reuse changes this server's answers" in found.sentence
 
 
+def test_more_than_the_floor_that_few_cases_do_not_show_is_said_to_be_that() -> None:
+    cases, arms = made(np.random.default_rng(5), shift=lambda _rng, i: 1e-3 if i < 3 else 0.0)
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.WITHIN_FLOOR
+    assert "10 cases do not show that this is more" in found.sentence
+    assert "no more than cold runs" not in found.sentence
+
+
 def test_what_more_tokens_after_move_as_much_is_within_the_floor_of_a_server_that_repeats_exactly() -> None:
     cases, arms = made(np.random.default_rng(3), shift=rounding(1e-3, 0.2))
     assert judge(cases, arms, FACTS).verdict is Verdict.CHANGES
