@@ -68,32 +68,20 @@ def made_up_profile(folder: Path) -> dict[str, Any]:
 
 
 def made_up_clamp(folder: Path) -> dict[str, Any]:
-    """A server's `steer`: a clamp that changes every decode row, behind a gate that tells marked prompts apart."""
+    """A server's `steer`: a clamp of every decode row of those prompts for which its gate opens: marked ones."""
     scope, others = (_last_rows(prompts_of(-1, marked=marked, rows=100)) for marked in (True, False))
     w = torch.from_numpy(fit(scope.double().numpy(), others.double().numpy())).float()
     folder.mkdir()
-    write(
-        folder / "library",
-        {"vector": w, "threshold": ((scope @ w).min() + (others @ w).max()) / 2},
-        name="scope",
-        kind="probe",
-        hook_point=POINT,
-        model="probe-text",
-        model_weight_hash=weight_hash_of_folder(MODEL),
-        layer_mean_norm=1.0,
-        made_by=MadeBy(command="bench"),
-    )
-    write(
-        folder / "library",
-        {"vector": w},
-        name="unused",
-        kind="direction",
-        hook_point=POINT,
-        model="probe-text",
-        model_weight_hash=weight_hash_of_folder(MODEL),
-        layer_mean_norm=1.0,
-        made_by=MadeBy(command="bench"),
-    )
+    told: dict[str, Any] = {
+        "hook_point": POINT,
+        "model": "probe-text",
+        "model_weight_hash": weight_hash_of_folder(MODEL),
+        "layer_mean_norm": 1.0,
+        "made_by": MadeBy(command="bench"),
+    }
+    threshold = ((scope @ w).min() + (others @ w).max()) / 2
+    write(folder / "library", {"vector": w, "threshold": threshold}, name="scope", kind="probe", **told)
+    write(folder / "library", {"vector": w}, name="unused", kind="direction", **told)
     return {"library": str(folder / "library"), "clamps": [{**make_clamp(folder), "probe": "scope"}]}
 
 

@@ -1,10 +1,10 @@
-"""The worked case: a planted behaviour, found by an SAE, shown to hang on a feature, clamped behind a gate, audited.
+"""The worked case: a planted behaviour, found by an SAE, shown to hang on a feature, clamped by a gate, audited.
 
     python experiments/clamp-case/run.py [--seed 0] [--folder runs/clamp-case] [--report-only]
 
 Stages that are done are kept: train the model, capture (engine), where the behaviour is decided, train dictionaries
 (SAELens, the extra `[sae]`), choose a feature and a value by causal effect on selection objects, arms on held-out
-objects (engine), manifest, two real servers without and with the clamp behind its gate, audit replay (engine), report.
+objects (engine), manifest, two real servers without and with the clamp and its gate, audit replay (engine), report.
 Writes `summary.json` and `report.html` into the folder, and copies the summary beside this file.
 """
 

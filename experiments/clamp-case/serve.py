@@ -1,4 +1,4 @@
-"""The case in production: real servers, the clamp behind its gate of intent, and what it costs who is out of scope.
+"""The case in production: real servers, the clamp and its gate of intent, and what it costs who is out of scope.
 
 One server without the clamp serves the test requests twice, another with it once; each time one request after the
 other, and then sixteen at a time. The two plain runs are the floor.

@@ -1,5 +1,5 @@
 """A tiny model of random weights whose layers attend to a window, but for each fourth: SGLang keeps the entries of the
-former in a pool of their own, and drops them behind the window."""
+former in a pool of their own, and drops them past the window."""
 
 from __future__ import annotations
 
