@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,20 @@ import pytest
 import yaml
 
 from sglang_probe.engine.hooks.inventory import load_inventory
-from tests.forked_cli import ForkedCli
+from tests.warm import children
+from tests.warm.commands import shared
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ENGINE_TESTS = "tests/end_to_end/"
+
+
+def pytest_sessionstart() -> None:
+    children.install()
+
+
+def pytest_sessionfinish() -> None:
+    if shared.cache_info().currsize:
+        shared().close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,13 +51,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Iterator[Cli]:
+def cli() -> Cli:
     """Run `sglang-probe` as a user would, in a process of its own. One with an environment of its own starts afresh."""
-    forked = ForkedCli()
 
     def run(*args: str | Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
         if not env:
-            return forked.run([*map(str, args)], {**os.environ, "COLUMNS": "160"}, timeout)
+            return shared().run([*map(str, args)], {**os.environ, "COLUMNS": "160"}, timeout)
         return subprocess.run(
             [sys.executable, "-m", "sglang_probe", *map(str, args)],
             capture_output=True,
@@ -58,8 +67,7 @@ def cli() -> Iterator[Cli]:
             env={**os.environ, "COLUMNS": "160", **env},
         )
 
-    yield run
-    forked.close()
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import httpx
 import yaml
 
 from sglang_probe.paths import shipped
+from tests.warm.commands import Started, shared
 
 MODEL = shipped("models/probe-text/checkpoint")
 KEY, ADMIN_KEY = "secret", "admin-secret"
@@ -42,22 +43,25 @@ class LiveServer:
         )
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command = ["--model-path", str(MODEL), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
         if "--max-total-tokens" not in arguments:
             command += ["--max-total-tokens", "65536"]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1", **(environment or {})}
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [*command, *arguments],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=env,
-                start_new_session=True,
-            )
+        self.process: subprocess.Popen[bytes] | Started
+        if environment:  # read while SGLang is imported, for all we know
+            with open(self.log, "w") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "sglang.launch_server", *command, *arguments],
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    env=env,
+                    start_new_session=True,
+                )
+        else:
+            self.process = shared().start("sglang.launch_server", [*command, *arguments], env, self.log)
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
         admin_key = ADMIN_KEY if "--admin-api-key" in arguments else KEY
         self.admin = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {admin_key}"}, timeout=60)

@@ -23,6 +23,7 @@ from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
+from tests.warm.commands import Started, shared
 
 pytestmark = pytest.mark.engine
 MODEL = shipped("models/probe-text/checkpoint")
@@ -86,18 +87,12 @@ def test_the_ledger_holds_without_overlap_in_pages(cli: Callable, write_yaml: Ca
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
+def start() -> Iterator[Callable[..., Started]]:
     """Start a command in a session of its own; whatever is left of it is ended after the test."""
     started = []
 
-    def start(config: Path, path: Path, *options: str, command: str = "harvest") -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sglang_probe", command, str(config), "--output", str(path), *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    def start(config: Path, path: Path, *options: str, command: str = "harvest") -> Started:
+        process = shared().start("sglang_probe", [command, str(config), "--output", str(path), *options], os.environ)
         started.append(process)
         return process
 
@@ -231,13 +226,13 @@ def test_a_fault_of_the_probe_leaves_requests_alone_and_is_reported(tmp_path: Pa
     assert "sglang-probe stopped recording" in done.stderr + done.stdout
 
 
-def _scheduler_of(harvest: subprocess.Popen) -> psutil.Process:
+def _scheduler_of(harvest: Started) -> psutil.Process:
     return next(
         p for p in psutil.Process(harvest.pid).children(recursive=True) if any("scheduler" in a for a in p.cmdline())
     )
 
 
-def _wait_for_requests(process: subprocess.Popen, path: Path, count: int, timeout: float = 600) -> None:
+def _wait_for_requests(process: Started, path: Path, count: int, timeout: float = 600) -> None:
     """Wait until that many requests are on disk."""
     deadline = time.time() + timeout
     while time.time() < deadline:
