@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
@@ -21,19 +22,38 @@ from sglang_probe.cli import (
     scrub,
     vector,
     verify,
+    version,
     witness,
 )
 from sglang_probe.studies.catalogue import STUDIES
 
 app = typer.Typer(
     name="sglang-probe",
-    help="Record what SGLang really computed: which token positions were run, which came from the prefix cache, "
-    "and the activations of those that were run.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        for line in version.lines():
+            typer.echo(line)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    asked: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Versions of all that matters; ends."),
+    ] = False,
+) -> None:
+    """Record what SGLang really computed: which token positions were run, which came from the prefix cache, and the
+    activations of those that were run."""
+
+
 app.command("harvest")(harvest.command)
 sae = typer.Typer(help="Sparse autoencoders of recorded rows.", no_args_is_help=True, rich_markup_mode="markdown")
 steer = typer.Typer(help="What steering vectors do.", no_args_is_help=True, rich_markup_mode="markdown")
