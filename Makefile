@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
 export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo demo-real test test-all attack bench bench-gpu docs lint setup clean
+.PHONY: demo demo-real test test-all attack bench bench-gpu wheel docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -51,6 +51,9 @@ bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks
 bench-gpu: export SGLANG_PROBE_DEVICE :=
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
 	$(BIN)/python bench/gpu.py
+
+wheel: setup ## build dist/sglang_probe-*.whl, for an environment that has its own SGLang
+	$(BIN)/python -m uv build --wheel --out-dir dist .
 
 docs: setup ## write the pages of docs/reference that follow from the code
 	$(BIN)/python docs/generate.py
