@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.run.run import load_run
-from sglang_probe.sae.features import FeatureManifest
+from sglang_probe.steering.features import FeatureManifest
 from sglang_probe.studies.replay import runs
 from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.replay.study import ReplayResult, study_replay

@@ -39,10 +39,10 @@ from sglang_probe.report.page import write
 from sglang_probe.run.journal import sha256
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
-from sglang_probe.sae.features import FeatureManifest, read_features, write_features
 from sglang_probe.sae.folder import weights_sha256
 from sglang_probe.steering import library as vectors
 from sglang_probe.steering import probe
+from sglang_probe.steering.features import FeatureManifest, read_features, write_features
 from sglang_probe.steering.library import weight_hash_of_folder
 from sglang_probe.steering.make import Target, sae_feature
 from sglang_probe.workload.build import Workload

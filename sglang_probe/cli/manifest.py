@@ -40,7 +40,7 @@ def check(
     Example: `sglang-probe manifest check features.json --run runs/mine`
     """
     from sglang_probe.run.run import load_run
-    from sglang_probe.sae.features import read_features
+    from sglang_probe.steering.features import read_features
     from sglang_probe.steering.library import weight_hash
 
     found = read_features(manifest)
@@ -67,7 +67,7 @@ def move(
 
     Example: `sglang-probe manifest move features.json 17 validated`
     """
-    from sglang_probe.sae.features import read_features, write_features
+    from sglang_probe.steering.features import read_features, write_features
 
     found = read_features(manifest)
     moved = found.moved(index, status.value)

@@ -1,6 +1,6 @@
 """Clamps that a server puts on its traffic: a feature that was validated, an operation, and a gate that says on whom.
 
-What is done is what the manifest of features says (`sae/features.py`): mode, value, threshold. The server's
+What is done is what the manifest of features says (`steering/features.py`): mode, value, threshold. The server's
 configuration names the feature and the gate, and nothing else. A feature that is a hypothesis, of other weights, of
 another SAE or of another hook point is refused before anything is served.
 """
@@ -16,10 +16,10 @@ from pydantic import Field
 
 from sglang_probe.config import Config, InputPath
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature, FeatureManifest, read_features
 from sglang_probe.sae.folder import weights_sha256
 from sglang_probe.steering import library
 from sglang_probe.steering.card import Card, MadeBy
+from sglang_probe.steering.features import Feature, FeatureManifest, read_features
 from sglang_probe.steering.library import Vector
 from sglang_probe.steering.resolve import probe_of
 from sglang_probe.steering.spec import Spec, Step

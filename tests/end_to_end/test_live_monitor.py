@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.sae.features import FeatureManifest, read_features
+from sglang_probe.steering.features import FeatureManifest, read_features
 from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
 from sglang_probe.steering.probe import fit
 from sglang_probe.studies.replay import runs as replaying

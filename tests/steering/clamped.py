@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from sglang_probe.config import parse_config
-from sglang_probe.sae.features import FeatureManifest, write_features
 from sglang_probe.sae.folder import weights_sha256, write_sae
 from sglang_probe.sae.sae import SAE
+from sglang_probe.steering.features import FeatureManifest, write_features
 from sglang_probe.steering.library import weight_hash_of_folder
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH
-from tests.sae.test_features import EVIDENCE
+from tests.steering.test_features import EVIDENCE
 
 FEATURE, LAYER = 3, 1
 

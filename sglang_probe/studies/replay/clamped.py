@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature, FeatureManifest
 from sglang_probe.sae.folder import weights_sha256
 from sglang_probe.steering import library
 from sglang_probe.steering.clamps import vector_of
+from sglang_probe.steering.features import Feature, FeatureManifest
 from sglang_probe.steering.library import Library, Vector
 from sglang_probe.steering.make import read_sae_feature
 

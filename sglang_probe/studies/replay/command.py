@@ -55,7 +55,7 @@ class Replay(Study):
         from sglang_probe.harvest.directory import hold_directory
         from sglang_probe.harvest.progress import Terminal
         from sglang_probe.run.run import load_run
-        from sglang_probe.sae.features import read_features
+        from sglang_probe.steering.features import read_features
         from sglang_probe.studies.replay import runs
         from sglang_probe.studies.replay.study import study_replay
 

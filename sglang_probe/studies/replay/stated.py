@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature, FeatureManifest
 from sglang_probe.steer_ask import Gate, Steer
+from sglang_probe.steering.features import Feature, FeatureManifest
 from sglang_probe.steering.library import Library, Vector
 from sglang_probe.steering.spec import Spec, Step
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature
 from sglang_probe.steer_ask import Steer
+from sglang_probe.steering.features import Feature
 from sglang_probe.steering.library import Library
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import Spec

@@ -12,7 +12,7 @@ import pytest
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
-from sglang_probe.sae.features import FeatureManifest, read_features, write_features
+from sglang_probe.steering.features import FeatureManifest, read_features, write_features
 from sglang_probe.steering.library import weight_hash
 from tests.verify.good_run import make_good_run
 

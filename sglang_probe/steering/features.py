@@ -231,7 +231,7 @@ def read_features(path: Path) -> FeatureManifest:
     if stated != found.sha256:
         raise ConfigError(
             f"{path} was changed after it was written: its `sha256` is not that of what it says",
-            fix="restore it from a copy, or write it by `sglang_probe.sae.features.write_features`",
+            fix="restore it from a copy, or write it by `sglang_probe.steering.features.write_features`",
         )
     return found
 
