@@ -19,7 +19,13 @@ from tests.steering.clamped import FEATURE, make_clamp
 
 def read(folder: Path, weights: str | None = None, **made: Any) -> list[Any]:
     entry = ClampConfig.model_validate({**make_clamp(folder, **made), "probe": "fires"})
-    return read_clamps([entry], width=WIDTH, layers=4, weight_hash=weights or weight_hash_of_folder(MODEL))
+    return read_clamps(
+        [entry],
+        make_library(folder / "vectors"),
+        width=WIDTH,
+        layers=4,
+        weight_hash=weights or weight_hash_of_folder(MODEL),
+    )
 
 
 @pytest.mark.parametrize("status", ["validated", "deployed"])
@@ -46,7 +52,7 @@ def test_a_validated_feature_is_clamped_as_its_manifest_says(tmp_path: Path, sta
         ({"sae_sha256": "b" * 64}, "of an SAE with weights bbbbbbbbbbbb"),
         ({"hook_point": POINTS[2]}, "blocks.2.hook_resid_post"),
         ({"feature": {"clamp": None}}, "has no `clamp`"),
-        ({"feature": {"index": FEATURE + 1}}, f"feature {FEATURE} is not in the manifest"),
+        ({"feature": {"index": FEATURE + 1}}, f"`{FEATURE}` is not in the manifest"),
     ],
 )
 def test_what_may_not_act_is_refused_before_anything_is_served(tmp_path: Path, made: dict[str, Any], says: str) -> None:
@@ -57,7 +63,7 @@ def test_what_may_not_act_is_refused_before_anything_is_served(tmp_path: Path, m
 def test_gates_are_probes_of_the_library_and_all_clamps_have_one(tmp_path: Path) -> None:
     (clamp,) = read(tmp_path)
     library: Library = make_library(tmp_path / "library")
-    other = type(clamp)(clamp.config.model_copy(update={"probe": "up"}), clamp.manifest, clamp.feature, clamp.vector)
+    other = type(clamp)(clamp.config.model_copy(update={"probe": "up"}), clamp.manifest, clamp.entry, clamp.vector)
     with pytest.raises(ConfigError, match="`up` is a direction"):
         spec_of_clamps([other], library)
     with pytest.raises(ConfigError, match="a request has one probe"):

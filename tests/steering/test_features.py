@@ -44,7 +44,7 @@ def made(status: str = "hypothesis", *, weights: str = "b" * 64, **feature: Any)
 
 
 def test_a_clamp_may_go_past_taking_the_feature_out_and_a_cap_may_not() -> None:
-    assert made(clamp={"mode": "clamp", "value": -9.0}).feature(17).clamp is not None
+    assert made(clamp={"mode": "clamp", "value": -9.0}).entry(17).clamp is not None
     with pytest.raises(ConfigError, match="a `cap` below zero"):
         made(clamp={"mode": "cap", "value": -9.0})
 
@@ -130,4 +130,4 @@ def test_another_models_manifest_is_refused(tmp_path: Path, cli: Callable) -> No
     assert "weights bbbbbbbbbbbb" in refused.stderr
     moved = cli("manifest", "move", ours, "17", "validated")
     assert moved.returncode == 0, moved.stderr
-    assert read_features(ours).feature(17).status == "validated"
+    assert read_features(ours).entry(17).status == "validated"

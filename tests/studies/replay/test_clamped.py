@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("server")
     library = make_library(folder / "library")
     config = ClampConfig.model_validate({**make_clamp(folder), "probe": "fires"})
-    clamp: Clamp = read_clamps([config], width=WIDTH, layers=4, weight_hash=weight_hash_of_folder(MODEL))[0]
+    clamp: Clamp = read_clamps([config], library, width=WIDTH, layers=4, weight_hash=weight_hash_of_folder(MODEL))[0]
     done = spec_of_clamps([clamp], library)
     told = clamps_of({"steer": {"clamps": [clamp.told()]}})
     return SimpleNamespace(folder=folder, library=library, sae=config.sae, path=config.manifest, done=done, told=told)

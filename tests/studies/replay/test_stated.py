@@ -78,7 +78,7 @@ def test_what_was_done_as_stated_is_asked_for_again_and_means_the_same(library: 
 @pytest.mark.parametrize(
     ("listed", "says"),
     [
-        (None, "which is no feature of the manifest"),
+        (None, "which is no feature or direction of the manifest"),
         (feature(None), "states no clamp"),
         (feature({"mode": "clamp", "value": 3.0}, "hypothesis"), "is `hypothesis`"),
         (feature({"mode": "clamp", "value": 3.0}, "retired"), "is `retired`"),

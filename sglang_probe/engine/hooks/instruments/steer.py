@@ -130,7 +130,9 @@ class Steering(Instrument):
         self.weight_hash = weight_hash_of_folder(runner.server_args.model_path)
         library.check(width=runner.model_config.hidden_size, layers=len(layers), weight_hash=self.weight_hash)
         self._clamping = clamping = Clamping.of(self._given.clamps, library, runner)
-        entries = [*library.values(), *(c.vector for c in ([] if clamping is None else clamping.clamps))]
+        # Features of clamps are in no library; directions are.
+        own = [] if clamping is None else [c.vector for c in clamping.clamps if c.config.feature is not None]
+        entries = [*library.values(), *own]
         self._bank, self._numbers = bank_of(entries, device=runner.device)
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
