@@ -146,7 +146,7 @@ def served(
     return dict(json.loads(done.read_text()))
 
 
-def collateral(told: dict[str, Any], way: str, point: str) -> dict[str, Any]:
+def collateral(told: dict[str, Any], way: str, points: Sequence[str]) -> dict[str, Any]:
     """Of requests that the gate left out of scope: what differs between the plain run and the clamped one, beside what
     differs between two plain runs of the same requests."""
     runs = {name: load_run(told[f"{name} {way}"]["segment"]) for name in (PLAIN, AGAIN, CLAMPED)}
@@ -154,25 +154,29 @@ def collateral(told: dict[str, Any], way: str, point: str) -> dict[str, Any]:
     closed = [number(rid) for rid, opened in zip(gates["rid"], gates["opened"], strict=True) if not opened]
     return {
         "left_out": len(closed),
-        "clamped": _differences(told, way, runs, CLAMPED, closed, point),
-        "floor": _differences(told, way, runs, AGAIN, closed, point),
+        "clamped": _differences(told, way, runs, CLAMPED, closed, points),
+        "floor": _differences(told, way, runs, AGAIN, closed, points),
     }
 
 
 def _differences(
-    told: dict[str, Any], way: str, runs: dict[str, Run], other: str, of: Sequence[int], point: str
+    told: dict[str, Any], way: str, runs: dict[str, Run], other: str, of: Sequence[int], points: Sequence[str]
 ) -> dict[str, Any]:
     """Requests of whose outputs, log-probabilities or rows any bit is another than in the plain run."""
     outputs = {name: replies(runs[name]) for name in (PLAIN, other)}
     logprobs = {name: told[f"{name} {way}"]["logprobs"] for name in (PLAIN, other)}
     found: dict[str, Any] = {"outputs": 0, "logprobs": 0, "rows": 0, "rows_compared": 0, "largest": 0.0}
     for i in of:
-        x, y = (runs[name].activations(f"{name} {way}:{i}", point, intervened=True) for name in (PLAIN, other))
         found["outputs"] += outputs[PLAIN][i] != outputs[other][i]
         found["logprobs"] += logprobs[PLAIN][i] != logprobs[other][i]
-        same = x.shape == y.shape and torch.equal(x, y)
-        found["rows"] += not same
-        found["rows_compared"] += len(x)
-        if not same and x.shape == y.shape:
-            found["largest"] = max(found["largest"], float(row_distance(x, y)[0].max()))
+        alike = True
+        for point in points:
+            x, y = (runs[name].activations(f"{name} {way}:{i}", point, intervened=True) for name in (PLAIN, other))
+            found["rows_compared"] += len(x)
+            if x.shape != y.shape:
+                alike = False
+            elif not torch.equal(x, y):
+                alike = False
+                found["largest"] = max(found["largest"], float(row_distance(x, y)[0].max()))
+        found["rows"] += not alike
     return found
