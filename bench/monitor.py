@@ -32,9 +32,8 @@ from sglang_probe.paths import shipped
 from sglang_probe.run.journal import NAME
 from sglang_probe.run.run import load_run
 from sglang_probe.sae.folder import read_sae, weights_sha256
-from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
-from sglang_probe.steering.probe import fit
-from tests.steering.clamped import make_clamp
+from sglang_probe.steering.library import weight_hash_of_folder
+from tests.steering.clamped import make_clamp, write_gate
 
 SAE = shipped("models/sae-probe-text/seed-0")
 POINT, LAYER, FEATURES, EVERY, REFERENCE = "blocks.2.hook_resid_post", 2, [3, 17, 203], 16, 400
@@ -70,18 +69,8 @@ def made_up_profile(folder: Path) -> dict[str, Any]:
 def made_up_clamp(folder: Path) -> dict[str, Any]:
     """A server's `steer`: a clamp of every decode row of those prompts for which its gate opens: marked ones."""
     scope, others = (_last_rows(prompts_of(-1, marked=marked, rows=100)) for marked in (True, False))
-    w = torch.from_numpy(fit(scope.double().numpy(), others.double().numpy())).float()
     folder.mkdir()
-    told: dict[str, Any] = {
-        "hook_point": POINT,
-        "model": "probe-text",
-        "model_weight_hash": weight_hash_of_folder(MODEL),
-        "layer_mean_norm": 1.0,
-        "made_by": MadeBy(command="bench"),
-    }
-    threshold = ((scope @ w).min() + (others @ w).max()) / 2
-    write(folder / "library", {"vector": w, "threshold": threshold}, name="scope", kind="probe", **told)
-    write(folder / "library", {"vector": w}, name="unused", kind="direction", **told)
+    write_gate(folder / "library", scope, others, POINT)
     return {"library": str(folder / "library"), "clamps": [{**make_clamp(folder), "probe": "scope"}]}
 
 

@@ -26,8 +26,7 @@ from sglang_probe.harvest.host import EngineHost
 from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.steering.features import FeatureManifest, read_features
-from sglang_probe.steering.library import Library, MadeBy, weight_hash_of_folder, write
-from sglang_probe.steering.probe import fit
+from sglang_probe.steering.library import Library
 from sglang_probe.studies.replay import runs as replaying
 from sglang_probe.studies.replay.study import study_replay
 from sglang_probe.verify.verify import verify
@@ -35,7 +34,7 @@ from sglang_probe.workload.corpus import Corpus, load_corpus
 from tests.declared import run_commands
 from tests.end_to_end.live_server import MODEL, LiveServer
 from tests.end_to_end.steering import make_library
-from tests.steering.clamped import make_clamp, make_direction
+from tests.steering.clamped import make_clamp, make_direction, write_gate
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
@@ -141,20 +140,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert list(run_commands([["profile", str(collected), "--monitored", "--output", str(profile)]]).values()) == [0]
     inside = _last_rows(load_run(scope))
     outside = torch.cat([_last_rows(load_run(p)) for p in (collected, others)])
-    w = torch.from_numpy(fit(inside.double().numpy(), outside.double().numpy())).float()
-    threshold = ((inside @ w).min() + (outside @ w).max()) / 2
-    assert (inside @ w).min() > threshold > (outside @ w).max()
-    write(
-        folder / "library",
-        {"vector": w, "threshold": threshold},
-        name="scope",
-        kind="probe",
-        hook_point=POINT,
-        model="probe-text",
-        model_weight_hash=weight_hash_of_folder(MODEL),
-        layer_mean_norm=1.0,
-        made_by=MadeBy(command="test"),
-    )
+    write_gate(folder / "library", inside, outside, POINT)
     listed = [make_direction(Library.open(folder / "library")["late"])]
     feature = {**make_clamp(folder, directions=listed), "probe": "scope"}
     clamps = [feature, {"manifest": feature["manifest"], "direction": "late", "probe": "scope"}]

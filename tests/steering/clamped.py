@@ -12,7 +12,8 @@ from sglang_probe.config import parse_config
 from sglang_probe.sae.folder import weights_sha256, write_sae
 from sglang_probe.sae.sae import SAE
 from sglang_probe.steering.features import Direction, FeatureManifest, write_features
-from sglang_probe.steering.library import Vector, weight_hash_of_folder
+from sglang_probe.steering.library import MadeBy, Vector, weight_hash_of_folder, write
+from sglang_probe.steering.probe import fit
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH
 from tests.steering.test_features import EVIDENCE
 
@@ -75,3 +76,26 @@ def make_direction(vector: Vector, **more: Any) -> Direction:
         "status": "validated",
     }
     return Direction.of(vector, **{**told, **more})
+
+
+def write_gate(library: Path, inside_ND: torch.Tensor, outside_ND: torch.Tensor, hook_point: str) -> None:
+    """Add the probe `scope`, which tells rows in scope from others, with its threshold halfway between them.
+
+    Raises:
+        ValueError: it does not tell all of them apart, so that a gate would not be decided as a test means it.
+    """
+    w = torch.from_numpy(fit(inside_ND.double().numpy(), outside_ND.double().numpy())).float()
+    least, most = (inside_ND @ w).min(), (outside_ND @ w).max()
+    if least <= most:
+        raise ValueError(f"scores in scope begin at {least:g}, and others end at {most:g}")
+    write(
+        library,
+        {"vector": w, "threshold": (least + most) / 2},
+        name="scope",
+        kind="probe",
+        hook_point=hook_point,
+        model="probe-text",
+        model_weight_hash=weight_hash_of_folder(MODEL),
+        layer_mean_norm=1.0,
+        made_by=MadeBy(command="test"),
+    )
