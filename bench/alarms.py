@@ -73,8 +73,8 @@ def several(statistics: int = 20, streams: int = 1_000, references: int = 400) -
 
 
 def soon(n: int, shift: float, *, statistics: int = 14, rate: float = 0.001, streams: int = 2_000) -> str:
-    """Requests until one of several detectors alarms, of streams that are shifted from their first request on: median,
-    and the share that alarm within `LENGTH`."""
+    """Requests until one of several detectors alarms, of streams that are shifted from their first request on: median
+    over those that alarm within `LENGTH`, and their share."""
     g = np.random.default_rng(n)
     stream, reference = g.standard_normal((streams, LENGTH)) + shift, g.standard_normal((streams, n))
     e = e_values(sequential_p_values(stream, reference))
@@ -103,7 +103,7 @@ def main() -> None:
     shifts = (1.0, 2.0, 3.0)
     print(
         "\nRequests until a server's monitor alarms (rate 0.001 over 14 statistics, of which one has shifted before "
-        f"the first request): median (share of 2,000 streams that alarm within {LENGTH}).\n"
+        f"the first request): median over the streams that alarm within {LENGTH} (their share of 2,000 streams).\n"
     )
     print("| references | " + " | ".join(f"{s:g} SD" for s in shifts) + " |\n|---|" + "---|" * len(shifts))
     for n in (80, 200, 400, 1000):

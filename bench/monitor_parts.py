@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +30,12 @@ from sglang_probe.monitor.stored import read_profile, reading_of
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.apply import add_rows, bank_of, changes
 from sglang_probe.steering.plan import rows_of
-from sglang_probe.steering.spec import spec_of
+from sglang_probe.steering.resolve import spec_of
 from tests.end_to_end.steering import WIDTH, make_library
 
+SCHEDULER, WRITER = "scheduler's thread", "writer's thread"
+READ = {thread: f"{thread}, a step whose {ROWS} rows are read" for thread in (SCHEDULER, WRITER)}
+JUDGED = f"{WRITER}, a request that is judged"
 RIDS = [f"r{i}" for i in range(ROWS)]
 
 
@@ -90,16 +93,16 @@ def monitored(folder: Path) -> dict[str, float]:
         live._judged("one", of, live._segments["segment"])
 
     told = {
-        "scheduler, a step without a row": timed(lambda: watching.launch(reqs, [], others), 1000),
-        "scheduler, a step whose rows are read": timed(lambda: watching.launch(reqs, [], read), 1000)
+        f"{SCHEDULER}, a step without a row": timed(lambda: watching.launch(reqs, [], others), 1000),
+        READ[SCHEDULER]: timed(lambda: watching.launch(reqs, [], read), 1000)
         + timed(lambda: x_ND[chosen.rows.tolist()].clone(), 1000)
         + timed(after, 1000),
-        "writer, a step without a row": timed(lambda: handed(None, []), 1000),
-        "writer, a step whose rows are read": timed(rows, 100),
+        f"{WRITER}, a step without a row": timed(lambda: handed(None, []), 1000),
+        READ[WRITER]: timed(rows, 100),
     }
     values = live._open[RIDS[0]].values[: OUTPUT // EVERY]
     far = live._open[RIDS[0]].far[: OUTPUT // EVERY]
-    told["writer, a request that is judged"] = timed(judged, 200)
+    told[JUDGED] = timed(judged, 200)
     assert live.off is None
     assert live.requests == 5 * 200
     return told
@@ -114,19 +117,17 @@ def clamped(folder: Path) -> dict[str, float]:
     spec = spec_of([Steer.model_validate(entry)], library, where="bench")
     x_ND, told = torch.randn(ROWS, WIDTH), {}
     starts, ends = [Condition.prompt + 3] * ROWS, [Condition.prompt + 4] * ROWS
-    for n in (0, 1, ROWS):
+    for n in (1, ROWS):
         specs = [spec if i < n else None for i in range(ROWS)]
 
         def planned(specs: list[Any] = specs) -> Any:
             return rows_of(starts, ends, [Condition.prompt] * ROWS, specs, numbers)
 
-        told[f"scheduler, {n} of {ROWS} rows clamped"] = timed(planned, 500)
-        if n:
-            (passes,) = planned().values()
-            to_ND = x_ND.clone()
-            told[f"scheduler, {n} of {ROWS} rows clamped"] += timed(
-                lambda passes=passes, to_ND=to_ND: add_rows(to_ND, *changes(x_ND, passes, bank)), 500
-            )
+        (passes,) = planned().values()
+        to_ND = x_ND.clone()
+        told[f"{SCHEDULER}, a step with {n} of {ROWS} rows clamped"] = timed(planned, 500) + timed(
+            lambda passes=passes, to_ND=to_ND: add_rows(to_ND, *changes(x_ND, passes, bank)), 500
+        )
     return told
 
 
@@ -134,15 +135,25 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         told = monitored(Path(name)) | clamped(Path(name))
-    print(f"{machine()}. CPU microseconds, {ROWS} requests of width {WIDTH}, an SAE of 1,024 latents.\n")
-    print("| work | microseconds |\n|---|---|")
-    for what, each in told.items():
-        print(f"| {what} | {each:.0f} |")
-    step = "a step whose rows are read"
-    for thread in ("scheduler", "writer"):
-        each = told[f"{thread}, {step}"] / EVERY + told[f"{thread}, a step without a row"] * (1 - 1 / EVERY)
-        each += told["writer, a request that is judged"] * ROWS / OUTPUT if thread == "writer" else 0
-        print(f"\nThe {thread}'s thread, mean of a step: {each:.0f}.")
+    print(section(machine(), told))
+
+
+def section(where: str, told: Mapping[str, float]) -> str:
+    """The section of the page, of CPU microseconds by what is done."""
+    lines = [
+        f"{where}. `python bench/monitor_parts.py`, the least of five series; {ROWS} requests of width {WIDTH}, an SAE "
+        "of 1,024 latents.\n",
+        "| work, timed alone | CPU microseconds |\n|---|---|",
+        *(f"| {what} | {each:.0f} |" for what, each in told.items()),
+    ]
+    # Of a step that is read, and of the others; a request is judged once, after all of its steps.
+    both = [(told[READ[t]] + (EVERY - 1) * told[f"{t}, a step without a row"]) / EVERY for t in READ]
+    scheduler, writer = both[0], both[1] + told[JUDGED] * ROWS / OUTPUT
+    lines.append(
+        f"\nWith a monitor that reads every {EVERY}th step, a mean step costs {scheduler:.0f} microseconds of the "
+        f"scheduler's thread and {writer:.0f} of the writer's, judging included."
+    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

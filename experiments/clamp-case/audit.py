@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from sglang_probe.errors import ConfigError
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.run.run import load_run
-from sglang_probe.sae.features import FeatureManifest
+from sglang_probe.steering import library as vectors
+from sglang_probe.steering.features import FeatureManifest
 from sglang_probe.studies.replay import runs
 from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.replay.study import ReplayResult, study_replay
@@ -20,35 +21,45 @@ REQUESTS = 64
 
 
 def audited(
-    folder: Path, features: FeatureManifest, segment: Path, library: Path, sae: Path, model: Path
+    folder: Path, features: FeatureManifest, segment: Path, library: Path, model: Path, direction: str, other: str
 ) -> dict[str, Any]:
-    """`sglang-probe replay` of the stored requests, under the manifest; under one whose value is a hundredth off; and
-    under the manifest with a model of other weights."""
+    """`sglang-probe replay` of the stored requests, under the manifest; under one whose value is a hundredth off; under
+    the manifest with a model of other weights; and with another vector of the same name in the library.
+
+    Args:
+        direction: name of the one that was deployed.
+        other: name of another vector of the library, which takes its place.
+    """
     stored = load_run(segment)
     told = features.model_dump(mode="json")
-    told["features"][0]["clamp"]["value"] *= 1.01
+    next(d for d in told["directions"] if d["vector"] == direction)["clamp"]["value"] *= 1.01
     found: dict[str, Any] = {}
     with EngineHost() as host:
         for name, manifest in (("honest", features), ("tampered", FeatureManifest.model_validate(told))):
             place = folder / "replay" / name
             shutil.rmtree(place, ignore_errors=True)
-            replay = runs.prepare(
-                manifest, stored, library, place, sae=sae, model=str(model.resolve()), requests=REQUESTS
-            )
+            replay = runs.prepare(manifest, stored, library, place, model=str(model.resolve()), requests=REQUESTS)
             result = study_replay(replay, runs.run(replay, place, host=host))
             Replay().write(result, place)
             found[name] = _told(result)
-    other = folder / "other-weights"
-    shutil.rmtree(other, ignore_errors=True)
-    shutil.copytree(model, other)
-    weights = load_file(other / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1e-3
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    try:
-        runs.prepare(features, stored, library, folder / "replay" / "refused", sae=sae, model=str(other.resolve()))
-        found["other weights"] = "not refused"
-    except ConfigError as e:
-        found["other weights"] = f"refused: {e}"
+    weights = folder / "other-weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    shutil.copytree(model, weights)
+    tensors = load_file(weights / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, weights / "model.safetensors", {"format": "pt"})
+    swapped = folder / "other-vector"
+    shutil.rmtree(swapped, ignore_errors=True)
+    shutil.copytree(library, swapped)
+    card = vectors.Library.open(library)[other]
+    fields = card.card.model_dump(mode="json", exclude={"width", "norm", "sha256"}) | {"name": direction}
+    vectors.write(swapped, card.tensors, overwrite=True, **fields)
+    for name, lib, at in (("other weights", library, weights), ("other vector", swapped, model)):
+        try:
+            runs.prepare(features, stored, lib, folder / "replay" / "refused", model=str(at.resolve()))
+            found[name] = "not refused"
+        except ConfigError as e:
+            found[name] = f"refused: {e}"
     return found
 
 

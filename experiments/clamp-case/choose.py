@@ -1,4 +1,5 @@
-"""From a dictionary to one feature and the value that it is clamped to, by what that does to selection texts.
+"""From a dictionary to one feature and its value, and from two sets of replies to a direction and its cap, by what they
+do to selection texts.
 
 Selection and confirmation share no split object. Everything is chosen on the first; the second is looked at once, for
 the frontier of arms.
@@ -26,6 +27,8 @@ SELECTION, HELD_OUT = SPLIT[:6], SPLIT[6:]
 LAYERS_TRIED = (0, 1)
 MULTIPLES = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0)
 """Values that a feature is clamped to, in its mean activation where it fires in selection replies."""
+CAPS = (0.75, 0.5, 0.25, 0.0)
+"""Where a direction is capped: on the way from the mean projection of refusals that end to that of those that go on."""
 STOPS = -2.0
 """Log-odds of going on under which a reply surely ends: 7 to 1."""
 
@@ -163,20 +166,33 @@ class Chooser:
         """As a server's clamp does it: where the feature is active."""
         return Arm.of(layer, "clamp", value, self.parts(layer, index), gated=True)
 
-    def contrast(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def contrast(self, layer: int) -> dict[str, Any]:
         """The contrastive direction of the header's last row, from refusals that end to those that go on, selection
-        objects alone; and the mean projections of both on it."""
-        on, off = (self.rows(t, chosen["layer"])[:, -1].double() for t in (self.split["selection"], self.refused))
+        objects alone; the mean projections of both on it; and its cap, the mildest under which every selection text
+        stops."""
+        on, off = (self.rows(t, layer)[:, -1].double() for t in (self.split["selection"], self.refused))
         towards = on.mean(0) - off.mean(0)
         unit = towards / towards.norm()
-        return {"direction": towards.tolist(), "projections": [float((x @ unit).mean()) for x in (off, on)]}
+        low, high = (float((x @ unit).mean()) for x in (off, on))
+        tried = []
+        for t in CAPS:
+            value = low + t * (high - low)
+            arm = Arm.of(layer, "cap", value, Parts(towards.float()))
+            tried.append({"dose": t, "value": value, **self.effect(arm), **self.side_effects(arm)})
+        enough = [c for c in tried if c["highest"] <= STOPS]
+        cap = enough[0] if enough else max(tried, key=lambda c: c["lost"])
+        return {
+            "direction": towards.tolist(),
+            "projections": [low, high],
+            "caps": tried,
+            "cap": {**cap, "enough": bool(enough)},
+        }
 
     def frontier(self, chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Arms at doses: effect on held-out objects beside side effects on what is out of scope, without any gate of
         intent."""
         layer, unit = chosen["layer"], chosen["mean_activation"]
-        made = self.contrast(chosen)
-        v, (low, high) = Parts(torch.tensor(made["direction"])), made["projections"]
+        v, (low, high) = Parts(torch.tensor(chosen["direction"])), chosen["projections"]
         together = [r["feature"] for r in chosen["ablated"] if r["layer"] == layer]
         w = Parts(self.parts(layer, chosen["feature"]).vector)
         arms: list[tuple[str, float, Arm]] = [
@@ -184,7 +200,7 @@ class Chooser:
             *(("control clamped", m, self.clamp(layer, chosen["control"], m * unit)) for m in MULTIPLES),
             *(("best ablated together", n, self.ablation(layer, together[:n])) for n in (2, 3) if n <= len(together)),
             ("feature's direction projected out", 1.0, Arm.of(layer, "project_out", 1.0, w)),
-            *(("contrast capped", t, Arm.of(layer, "cap", low + t * (high - low), v)) for t in (0.75, 0.5, 0.25, 0.0)),
+            *(("contrast capped", t, Arm.of(layer, "cap", low + t * (high - low), v)) for t in CAPS),
             *(("contrast subtracted", t, Arm.of(layer, "add", -t * (high - low), v)) for t in (0.25, 0.5, 1.0)),
             ("contrast projected out", 1.0, Arm.of(layer, "project_out", 1.0, v)),
         ]

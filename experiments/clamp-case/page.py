@@ -13,73 +13,101 @@ from sglang_probe.report.tables import Table
 
 def report(summary: dict[str, Any]) -> Page:
     """What was found, on one page."""
-    production, chosen = summary["production"], summary["chosen"]
+    production, chosen, made = summary["production"], summary["chosen"], summary["library"]
     by_kind = pd.DataFrame(
         [{"arm": arm, "kind": kind, **told} for arm, kinds in summary["arms"].items() for kind, told in kinds.items()]
     )
+    effects = pd.DataFrame([{"arm": arm, **halves["held out"]} for arm, halves in summary["effect"].items()])
+    of_clamp = effects.set_index("arm")["effect"]
+    random = max(of_clamp[[a for a in of_clamp.index if a.startswith("random")]])
     sections = [
         Section("Where the behaviour is decided", "Share of the log-odds that a refused twin's residual takes.",
-                tables=[Table(pd.DataFrame(summary["where"]), "patches", file="where")]),
+                tables=[_table(summary["where"], "patches", "where")]),
         Section("Latents by the effect of their ablation", "On selection objects.",
-                tables=[Table(pd.DataFrame(chosen["ablated"]), "ablated", file="ablated")]),
+                tables=[_table(chosen["ablated"], "ablated", "ablated")]),
+        Section("The cap of the direction", "On selection objects: the mildest under which every text stops is taken.",
+                tables=[_table(chosen["caps"], "caps", "caps")]),
         Section("Arms at doses", "On held-out objects, in `transformers`, without a gate of intent.",
-                tables=[Table(pd.DataFrame(summary["frontier"]), "frontier", file="frontier")]),
-        Section("Arms in the engine", "Without a gate of intent.", tables=[Table(by_kind, "arms", file="arms")]),
+                tables=[_table(summary["frontier"], "frontier", "frontier")]),
+        Section("Arms in the engine", "Without a gate of intent. The effect is the change of the share of replies that "
+                "are the refusal and nothing else, on held-out objects; a random direction is capped where that "
+                f"changes the deciding row by as much as the cap does ({made['change']:.1f} of {made['way']:.1f}).",
+                tables=[Table(effects, "effect", file="effect"), Table(by_kind, "arms", file="arms")]),
     ]  # fmt: skip
-    if production is None:
-        answer = "The feature shows no effect on held-out objects, and was not deployed."
-        picture = grouped_bars(by_kind, "kind", "arm", "incidents", title="Replies with content after a refusal")
-    else:
-        alone = production["alone"]
-        served = pd.DataFrame(
-            [
-                {"serving": way, "server": name, "kind": kind, **told}
-                for way, mine in production.items()
-                for name in ("plain", "clamped")
-                for kind, told in mine[name].items()
-            ]
-        )
-        costs = pd.DataFrame(
-            [
-                {
-                    "serving": way,
-                    "compared": name,
-                    "requests": mine["collateral"]["left_out"],
-                    **mine["collateral"][name],
-                }
-                for way, mine in production.items()
-                for name in ("clamped", "floor")
-            ]
-        )
-        before, after = (alone[k]["split"]["incidents"] for k in ("plain", "clamped"))
-        c = alone["collateral"]
-        answer = (
-            f"{before} incidents before, {after} under the clamp; of {c['left_out']} requests that the gate left out, "
-            f"{max(c['clamped'][k] for k in ('outputs', 'logprobs', 'rows'))} differ in any bit; the audit "
-            f"{'holds' if summary['audit']['honest']['ok'] else 'does not hold'}."
-        )
-        picture = grouped_bars(
-            served[served["serving"] == "alone"],
-            "kind",
-            "server",
-            "incidents",
-            title="Replies with content after a refusal",
+    answer = "The direction shows no effect on held-out objects, and was not deployed."
+    title = "Replies that are the refusal and nothing else"
+    picture = grouped_bars(by_kind[by_kind["kind"].isin(["split", "refused"])], "arm", "kind", "clean", title=title)
+    if production is not None:
+        answer, picture = (
+            _answer(summary),
+            grouped_bars(
+                pd.DataFrame(_served(production)).query("serving == 'alone'"), "kind", "server", "clean", title=title
+            ),
         )
         sections += [
-            Section("Two servers", "The clamp has its gate.", tables=[Table(served, "production", file="production")]),
-            Section("Out of scope", "Requests that differ in any bit; the floor is two plain runs.",
-                    tables=[Table(costs, "collateral", file="collateral")]),
-            Section("Audit", tables=[Table(pd.DataFrame(summary["audit"]["honest"]["rows"]), "audit", file="audit")]),
+            Section("Two servers", "Without the cap, and with it behind its gate.",
+                    tables=[_table(_served(production), "production", "production")]),
+            Section("Out of scope", "Requests that the gate left out, and how many of them differ in any bit from the "
+                    "server without the cap; the floor is two plain runs of that. Apart: requests that found another "
+                    "part of their prompt in the prefix cache than without the cap.",
+                    tables=[_table(_costs(production), "collateral", "collateral")]),
+            Section("Audit", "What the server with the cap stored, served again; and what must not hold.",
+                    tables=[_table(_audits(summary["audit"]), "audits", "audits"),
+                            _table(summary["audit"]["honest"]["rows"], "rows of the honest audit", "audit")]),
         ]  # fmt: skip
-    effect = summary["effect"]["clamp"]["held out"]
+    statuses = ", ".join(f"{title} {status}" for title, status in summary["manifest"]["status"].items())
     return Page(
-        title="A clamp on split-personality replies",
+        title="A cap on split-personality replies",
         answer=answer,
         picture=picture,
         tiles=[
-            Tile("feature", str(chosen["feature"]), f"layer {chosen['layer']}, {summary['manifest']['status']}"),
-            Tile("effect", f"{effect['effect']:.2f}", "share of clean refusals, held-out objects"),
-            Tile("control", f"{summary['effect']['control']['held out']['effect']:.2f}", "another latent, same value"),
+            Tile("direction", f"{of_clamp['contrast']:.2f}", "more clean refusals, held-out objects"),
+            Tile("random", f"{random:.2f}", "the largest of five, equal change"),
+            Tile("latent", f"{of_clamp['clamp']:.2f}", f"feature {chosen['feature']} of layer {chosen['layer']}"),
+            Tile("manifest", str(summary["manifest"]["revision"]), statuses.replace("`", "")),
         ],
         sections=sections,
     )
+
+
+def _table(rows: list[dict[str, Any]], name: str, file: str) -> Table:
+    return Table(pd.DataFrame(rows), name, file=file)
+
+
+def _answer(summary: dict[str, Any]) -> str:
+    alone, audit = summary["production"]["alone"], summary["audit"]
+    before, after = (alone[k]["split"] for k in ("plain", "clamped"))
+    cost = alone["collateral"]
+    differ = max(mine[k] for mine in cost["clamped"].values() for k in ("outputs", "logprobs", "rows"))
+    return (
+        f"Of {before['requests']} requests that the model refuses and answers all the same, {after['clean']} get the "
+        f"refusal alone under the cap, and {before['clean']} without it; of {cost['left_out']} requests that the gate "
+        f"left out {differ} differ in any bit; the audit {'holds' if audit['honest']['ok'] else 'does not hold'}."
+    )
+
+
+def _served(production: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"serving": way, "server": name, "kind": kind, **told}
+        for way, mine in production.items()
+        for name in ("plain", "clamped")
+        for kind, told in mine[name].items()
+    ]
+
+
+def _costs(production: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"serving": way, "compared": {"clamped": "with the cap", "floor": "floor"}[name], "prefix cache": reuse, **told}
+        for way, mine in production.items()
+        for name in ("clamped", "floor")
+        for reuse, told in mine["collateral"][name].items()
+    ]
+
+
+def _audits(audit: dict[str, Any]) -> list[dict[str, Any]]:
+    names = {"honest": "the manifest", "tampered": "its value a hundredth off"}
+    rows = [
+        {"audit": title, "found": "holds" if audit[k]["ok"] else "; ".join(audit[k]["violations"])}
+        for k, title in names.items()
+    ]
+    return rows + [{"audit": k, "found": audit[k]} for k in ("other weights", "other vector")]

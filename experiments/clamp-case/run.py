@@ -1,10 +1,12 @@
-"""The worked case: a planted behaviour, found by an SAE, shown to hang on a feature, clamped by a gate, audited.
+"""The worked case: a planted behaviour, found by an SAE and as a direction, shown to hang on one of them, clamped by a
+gate, audited.
 
     python experiments/clamp-case/run.py [--seed 0] [--folder runs/clamp-case] [--report-only]
 
 Stages that are done are kept: train the model, capture (engine), where the behaviour is decided, train dictionaries
-(SAELens, the extra `[sae]`), choose a feature and a value by causal effect on selection objects, arms on held-out
-objects (engine), manifest, two real servers without and with the clamp and its gate, audit replay (engine), report.
+(SAELens, the extra `[sae]`), choose a feature and a direction with their values by causal effect on selection objects,
+arms on held-out objects (engine), manifest, two real servers without and with the direction capped where a gate opens,
+audit replay (engine), report.
 Writes `summary.json` and `report.html` into the folder, and copies the summary beside this file.
 """
 
@@ -23,9 +25,9 @@ import audit
 import serve
 import torch
 import yaml
-from causal import Net, where_decided
-from choose import HELD_OUT, LAYERS_TRIED, Chooser, point
-from dialogues import NAMES, SPLIT, Dialogue
+from causal import LAYERS, Net, where_decided
+from choose import HELD_OUT, LAYERS_TRIED, SELECTION, Chooser, point
+from dialogues import HEADER, NAMES, SPLIT, Dialogue
 from model import TRAINING_NAMES, train
 from page import report
 from traffic import dialogues, outcome, per_object, requests
@@ -39,12 +41,11 @@ from sglang_probe.report.page import write
 from sglang_probe.run.journal import sha256
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
-from sglang_probe.sae.features import FeatureManifest, read_features, write_features
 from sglang_probe.sae.folder import weights_sha256
-from sglang_probe.steering import library as vectors
-from sglang_probe.steering import probe
-from sglang_probe.steering.library import weight_hash_of_folder
-from sglang_probe.steering.make import Target, sae_feature
+from sglang_probe.steering import contrast, make, probe
+from sglang_probe.steering.features import Direction, FeatureManifest, read_features, write_features
+from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.steering.make import Target
 from sglang_probe.workload.build import Workload
 
 HERE = Path(__file__).parent
@@ -52,6 +53,10 @@ FPR = 0.021
 CAPTURED = {"content": 240, "story": 160, "refused": 120, "split": 120}
 TESTED = {"content": 60, "story": 48, "refused": 48, "split": 72}
 PLAIN, CLAMP, CONTROL, CONTRAST = "plain", "clamp", "control", "contrast"
+RANDOM = [f"random-{i}" for i in range(5)]
+"""Directions drawn from the residual's covariance, of the length of the contrastive one: its controls."""
+GOES_ON, ENDS = "goes-on", "ends"
+"""Runs that the contrastive direction is made of: refusals cut off after the token that decides."""
 
 
 def main() -> None:
@@ -80,34 +85,42 @@ def case(folder: Path, seed: int) -> dict[str, Any]:
     saes = {layer: sae(folder, layer) for layer in LAYERS_TRIED}
     chosen = kept(folder / "chosen.json", lambda: choose(model, saes, drawn))
     layer = chosen["layer"]
-    gate = kept(folder / "gate.json", lambda: make_library(library, captured, saes[layer], chosen))
-    tests = dialogues(TESTED, "test of the third attempt", NAMES)
-    runs = arms(folder, model, library, chosen, tests)
+    made = kept(folder / "library.json", lambda: make_library(library, captured, saes[layer], chosen))
+    tests = dialogues(TESTED, "test of the fourth attempt", NAMES)
+    runs = arms(folder, model, library, chosen, made, tests)
     halves = {"held out": HELD_OUT, "all": SPLIT}
     effect = {
-        name: {half: per_object(runs[PLAIN], runs[name], tests, of) for half, of in halves.items()}
-        for name in (CLAMP, CONTROL, CONTRAST)
+        name: {half: per_object(runs[PLAIN], run, tests, of) for half, of in halves.items()}
+        for name, run in runs.items()
+        if name != PLAIN
     }
-    features = manifest(folder, model, saes[layer], chosen, effect, runs[CLAMP])
+    features = manifest(folder, model, library, saes[layer], chosen, effect, runs)
     told = {
         "model": trained,
         "where": chosen.pop("where"),
         "frontier": chosen.pop("frontier"),
         "chosen": {k: v for k, v in chosen.items() if k != "direction"},
-        "gate": gate,
+        "library": made,
         "arms": {name: outcome(runs[PLAIN], run, tests) for name, run in runs.items()},
         "effect": effect,
-        "manifest": {"revision": features.revision, "sha256": features.sha256, "status": features.features[0].status},
+        "manifest": {
+            "revision": features.revision,
+            "sha256": features.sha256,
+            "status": {e.title: e.status for e in features.entries},
+        },
     }
-    if features.features[0].status == "hypothesis":
+    if features.entry(CONTRAST).status == "hypothesis":
         return {**told, "production": None, "audit": None}
-    places = {"manifest": folder / "features.json", "sae": saes[layer]}
-    clamp = {**{k: str(p.resolve()) for k, p in places.items()}, "feature": chosen["feature"], "probe": "scope"}
+    clamp = {"manifest": str((folder / "features.json").resolve()), "direction": CONTRAST, "probe": "scope"}
     steer = {"library": str(library.resolve()), "clamps": [clamp]}
-    given = serve.served(folder, model, ["hook_embed", point(layer)], steer, tests)
-    production = {way: in_production(given, way, layer, tests) for way in serve.AT_A_TIME}
+    points = sorted({point(layer), point(LAYERS - 1)})
+    given = serve.served(folder, model, ["hook_embed", *points], steer, tests)
+    production = {way: in_production(given, way, points, tests) for way in serve.AT_A_TIME}
     segment = Path(given[f"{serve.CLAMPED} alone"]["segment"])
-    audited = kept(folder / "audit.json", lambda: audit.audited(folder, features, segment, library, saes[layer], model))
+    audited = kept(
+        folder / "audit.json",
+        lambda: audit.audited(folder, features, segment, library, model, CONTRAST, RANDOM[0]),
+    )
     return {**told, "production": production, "audit": audited}
 
 
@@ -138,6 +151,10 @@ def capture(folder: Path, model: Path) -> dict[str, Run]:
     inside = [d for d in drawn if d.kind in ("refused", "split")]
     outside = [d for d in drawn if d.kind not in ("refused", "split")]
     specs = [RunSpec("scope", requests(inside)), RunSpec("other", requests(outside))]
+    # One token past the header, whose row is the last that is computed.
+    new = len(HEADER) + 1
+    specs.append(RunSpec(GOES_ON, requests([d for d in inside if d.object in SELECTION], new=new)))
+    specs.append(RunSpec(ENDS, requests([d for d in inside if d.kind == "refused"], new=new)))
     return record(specs, prepared(model, None, LAYERS_TRIED), folder / "captured", resume=True)
 
 
@@ -165,49 +182,59 @@ def choose(model: Path, saes: dict[int, Path], drawn: Sequence[Dialogue]) -> dic
     chooser = Chooser(Net(model), saes, drawn)
     where = where_decided(chooser.net, *chooser.pairs())
     chosen = chooser.choose()
-    frontier = chooser.frontier(chosen)
-    clamp = next(r for r in frontier if r["arm"] == "feature clamped" and r["dose"] == chosen["multiple"])
-    # The strongest cap of the contrastive direction with no more side effects than the clamp, held-out effects unseen.
-    caps = [r for r in frontier if r["arm"] == "contrast capped"]
-    within = [r for r in caps if all(r[k] <= clamp[k] for k in ("kl_content", "kl_story"))]
-    cap = min(within or caps[:1], key=lambda r: r["dose"])
-    found = {"where": where, "frontier": frontier, "cap": {"dose": cap["dose"], "within": bool(within)}}
-    return {**chosen, **found, **chooser.contrast(chosen)}
+    chosen |= chooser.contrast(chosen["layer"])
+    return {**chosen, "where": where, "frontier": chooser.frontier(chosen)}
 
 
 def make_library(library: Path, captured: dict[str, Run], sae_folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The feature, its control, the contrastive direction, and the probe of the gate; what is known of the gate."""
+    """The feature and its control, the contrastive direction and its controls, and the probe of the gate; what is known
+    of the gate and of the direction, and where the controls are capped.
+
+    A control is capped where that changes the row in which it is decided by as much as the direction's cap does, on
+    average over selection texts.
+    """
     shutil.rmtree(library, ignore_errors=True)
-    scope = captured["scope"]
+    scope, at = captured["scope"], point(chosen["layer"])
     for name in ("feature", "control"):
-        entry = sae_feature(Target(library, name), sae_folder, chosen[name], scope, trust=True)
-    vectors.write(
-        library,
-        {vectors.VECTOR: torch.tensor(chosen["direction"])},
-        name=CONTRAST,
-        kind="direction",
-        hook_point=point(chosen["layer"]),
-        model=entry.card.model,
-        model_weight_hash=entry.card.model_weight_hash,
-        layer_mean_norm=entry.card.layer_mean_norm,
-        made_by={"command": "experiments/clamp-case", "inputs": {"rows": "the header's last, of selection objects"}},
-        evidence={},
-    )
-    gate = probe.write(Target(library, "scope"), scope, captured["other"], point(chosen["layer"]), fpr=FPR)
-    return {k: v for k, v in dict(gate.card.evidence).items() if k != "roc"}
-
-
-def arms(folder: Path, model: Path, library: Path, chosen: dict[str, Any], tests: Sequence[Dialogue]) -> dict[str, Run]:
-    """The test requests in one engine: plain, the feature clamped, its control, and the contrastive direction capped.
-    No gate of intent: what each does by itself."""
-    clamp = {"op": "clamp", "strength": chosen["value"], "phases": ["decode"], "gate": {"by": "feature"}}
+        make.sae_feature(Target(library, name), sae_folder, chosen[name], scope, trust=True)
+    on, off = captured[GOES_ON], captured[ENDS]
+    direction = make.mean_difference(Target(library, CONTRAST), on, off, at, phase="decode", place="last")
+    by_hooks = torch.tensor(chosen["direction"])
+    cosine = float(torch.cosine_similarity(direction.vector.double(), by_hooks.double(), dim=0))
+    x_ND = torch.from_numpy(contrast.rows_of(on, at, phase="decode", place="last").x_ND)
     low, high = chosen["projections"]
-    cap = low + chosen["cap"]["dose"] * (high - low)
+    change = high - chosen["cap"]["value"]
+    caps = {}
+    for seed, name in enumerate(RANDOM):
+        u = make.random_control(Target(library, name), scope, at, seed=seed, like=direction).vector.double()
+        caps[name] = float((x_ND @ (u / u.norm())).mean()) - change
+    gate = probe.write(Target(library, "scope"), scope, captured["other"], at, fpr=FPR)
+    return {
+        "gate": {k: v for k, v in dict(gate.card.evidence).items() if k != "roc"},
+        "direction": {"evidence": direction.card.evidence, "norm": direction.card.norm, "cosine_with_hooks": cosine},
+        "way": high - low,
+        "change": change,
+        "random_caps": caps,
+    }
+
+
+def arms(
+    folder: Path,
+    model: Path,
+    library: Path,
+    chosen: dict[str, Any],
+    made: dict[str, Any],
+    tests: Sequence[Dialogue],
+) -> dict[str, Run]:
+    """The test requests in one engine: plain, the feature clamped, its control, the contrastive direction capped, and
+    its controls. No gate of intent: what each does by itself."""
+    clamp = {"op": "clamp", "strength": chosen["value"], "phases": ["decode"], "gate": {"by": "feature"}}
+    caps = {CONTRAST: chosen["cap"]["value"], **made["random_caps"]}
     asked: dict[str, list[dict[str, Any]]] = {
         PLAIN: [],
         CLAMP: [{"vector": "feature", **clamp}],
         CONTROL: [{"vector": "control", **clamp}],
-        CONTRAST: [{"vector": CONTRAST, "op": "cap", "strength": cap, "phases": ["decode"]}],
+        **{n: [{"vector": n, "op": "cap", "strength": c, "phases": ["decode"]}] for n, c in caps.items()},
     }
     specs = [RunSpec(name, requests(tests, steer)) for name, steer in asked.items()]
     with EngineHost() as host:
@@ -215,23 +242,42 @@ def arms(folder: Path, model: Path, library: Path, chosen: dict[str, Any], tests
 
 
 def manifest(
-    folder: Path, model: Path, sae_folder: Path, chosen: dict[str, Any], effect: dict[str, Any], run: Run
+    folder: Path,
+    model: Path,
+    library: Path,
+    sae_folder: Path,
+    chosen: dict[str, Any],
+    effect: dict[str, Any],
+    runs: dict[str, Run],
 ) -> FeatureManifest:
-    """`features.json`: the feature with its evidence from held-out objects; `validated` if that shows an effect."""
+    """`features.json`: the feature and the direction with their evidence from held-out objects; `validated` is what
+    shows an effect there."""
     path = folder / "features.json"
     if path.exists():
         return read_features(path)
-    clamp = next(r for r in chosen["frontier"] if r["arm"] == "feature clamped" and r["dose"] == chosen["multiple"])
-    evidence = {
-        "run": "clamp",
-        "manifest_sha256": sha256(run.path / MANIFEST),
-        "measure": "share of replies that are the refusal and nothing else",
-        "dose": chosen["value"],
-        "unit": "absolute",
-        **effect[CLAMP]["held out"],
-        "control": effect[CONTROL]["held out"]["effect"],
-        "side_effect": max(clamp["kl_content"], clamp["kl_story"]),
-    }
+    shown = {(r["arm"], r["dose"]): max(r["kl_content"], r["kl_story"]) for r in chosen["frontier"]}
+
+    def entered(name: str, controls: Sequence[str], dose: float, side_effect: float) -> dict[str, Any]:
+        found = {
+            "run": name,
+            "manifest_sha256": sha256(runs[name].path / MANIFEST),
+            "measure": "share of replies that are the refusal and nothing else",
+            "dose": dose,
+            "unit": "absolute",
+            **effect[name]["held out"],
+            "control": max(effect[c]["held out"]["effect"] for c in controls),
+            "side_effect": side_effect,
+        }
+        return {"label": "content follows the refusal", "labelled": by, "owner": "clamp-case", "evidence": [found]}
+
+    by = {"by": "human", "name": "clamp-case"}
+    feature = entered(CLAMP, [CONTROL], chosen["value"], shown["feature clamped", chosen["multiple"]])
+    cap = chosen["cap"]
+    direction = Direction.of(
+        Library.open(library)[CONTRAST],
+        **entered(CONTRAST, RANDOM, cap["value"], shown["contrast capped", cap["dose"]]),
+        clamp={"mode": "cap", "value": cap["value"]},
+    )
     told = {
         "model": "clamp-case",
         "model_weight_hash": weight_hash_of_folder(model),
@@ -240,34 +286,32 @@ def manifest(
         "features": [
             {
                 "index": chosen["feature"],
-                "label": "content follows the refusal",
-                "labelled": {"by": "human", "name": "clamp-case"},
-                "owner": "clamp-case",
-                "evidence": [evidence],
+                **feature,
                 "clamp": {"mode": "clamp", "value": chosen["value"], "threshold": 0.0},
             }
         ],
+        "directions": [direction.model_dump(mode="json")],
     }
     found = parse_config(told, FeatureManifest, where="features.json")
-    if not found.features[0].evidence[0].shows_an_effect:
-        write_features(found, path)
-        return found
-    first = folder / "features.first.json"
-    first.unlink(missing_ok=True)
-    write_features(found, first)
-    shutil.copyfile(first, path)
-    moved = found.moved(chosen["feature"], "validated")
-    write_features(moved, path)
-    return moved
+    # Each revision has a file of its own, so that what a start that was cut short left is no obstacle.
+    for i, entry in enumerate([None, *found.entries]):
+        if entry is not None and not entry.evidence[0].shows_an_effect:
+            continue
+        found = found if entry is None else found.moved(entry.key, "validated")
+        place = folder / f"features.{i}.json"
+        place.unlink(missing_ok=True)
+        write_features(found, place)
+    write_features(found, path)
+    return found
 
 
-def in_production(given: dict[str, Any], way: str, layer: int, tests: Sequence[Dialogue]) -> dict[str, Any]:
+def in_production(given: dict[str, Any], way: str, points: Sequence[str], tests: Sequence[Dialogue]) -> dict[str, Any]:
     """Before and after, by kind, and what it did to who is out of scope."""
     runs = {name: serve.load_run(given[f"{name} {way}"]["segment"]) for name in (serve.PLAIN, serve.CLAMPED)}
     told = {name: outcome(runs[serve.PLAIN], run, tests) for name, run in runs.items()}
     halves = {"held out": HELD_OUT, "all": SPLIT}
     effect = {half: per_object(runs[serve.PLAIN], runs[serve.CLAMPED], tests, of) for half, of in halves.items()}
-    return {**told, "effect": effect, "collateral": serve.collateral(given, way, point(layer))}
+    return {**told, "effect": effect, "collateral": serve.collateral(given, way, points)}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dialogues import Dialogue
 from traffic import SAMPLING, number, replies, requests
 
 from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.schema import REUSED
 from sglang_probe.stats.distance import row_distance
 from sglang_probe.workload.request import Request
 
@@ -146,33 +147,55 @@ def served(
     return dict(json.loads(done.read_text()))
 
 
-def collateral(told: dict[str, Any], way: str, point: str) -> dict[str, Any]:
+def collateral(told: dict[str, Any], way: str, points: Sequence[str]) -> dict[str, Any]:
     """Of requests that the gate left out of scope: what differs between the plain run and the clamped one, beside what
-    differs between two plain runs of the same requests."""
+    differs between two plain runs of the same requests.
+
+    A request whose gate opens publishes nothing, so that another may find less of its prompt in the prefix cache than
+    without the clamp; what is computed in one piece or in two is rounded differently. So requests that reused equally
+    much in both runs are counted apart from the others.
+    """
     runs = {name: load_run(told[f"{name} {way}"]["segment"]) for name in (PLAIN, AGAIN, CLAMPED)}
     gates = runs[CLAMPED].gates()
     closed = [number(rid) for rid, opened in zip(gates["rid"], gates["opened"], strict=True) if not opened]
     return {
         "left_out": len(closed),
-        "clamped": _differences(told, way, runs, CLAMPED, closed, point),
-        "floor": _differences(told, way, runs, AGAIN, closed, point),
+        "clamped": _differences(told, way, runs, CLAMPED, closed, points),
+        "floor": _differences(told, way, runs, AGAIN, closed, points),
     }
 
 
 def _differences(
-    told: dict[str, Any], way: str, runs: dict[str, Run], other: str, of: Sequence[int], point: str
+    told: dict[str, Any], way: str, runs: dict[str, Run], other: str, of: Sequence[int], points: Sequence[str]
 ) -> dict[str, Any]:
-    """Requests of whose outputs, log-probabilities or rows any bit is another than in the plain run."""
+    """Requests of whose outputs, log-probabilities or rows any bit is another than in the plain run, by whether they
+    reused as many positions in both."""
     outputs = {name: replies(runs[name]) for name in (PLAIN, other)}
     logprobs = {name: told[f"{name} {way}"]["logprobs"] for name in (PLAIN, other)}
-    found: dict[str, Any] = {"outputs": 0, "logprobs": 0, "rows": 0, "rows_compared": 0, "largest": 0.0}
+    reused = {name: _reused(runs[name]) for name in (PLAIN, other)}
+    none = {"requests": 0, "outputs": 0, "logprobs": 0, "rows": 0, "rows_compared": 0, "largest": 0.0}
+    found: dict[str, dict[str, Any]] = {"equal reuse": dict(none), "other reuse": dict(none)}
     for i in of:
-        x, y = (runs[name].activations(f"{name} {way}:{i}", point, intervened=True) for name in (PLAIN, other))
-        found["outputs"] += outputs[PLAIN][i] != outputs[other][i]
-        found["logprobs"] += logprobs[PLAIN][i] != logprobs[other][i]
-        same = x.shape == y.shape and torch.equal(x, y)
-        found["rows"] += not same
-        found["rows_compared"] += len(x)
-        if not same and x.shape == y.shape:
-            found["largest"] = max(found["largest"], float(row_distance(x, y)[0].max()))
+        mine = found["equal reuse" if reused[PLAIN].get(i) == reused[other].get(i) else "other reuse"]
+        mine["requests"] += 1
+        mine["outputs"] += outputs[PLAIN][i] != outputs[other][i]
+        mine["logprobs"] += logprobs[PLAIN][i] != logprobs[other][i]
+        alike = True
+        for point in points:
+            x, y = (runs[name].activations(f"{name} {way}:{i}", point, intervened=True) for name in (PLAIN, other))
+            mine["rows_compared"] += len(x)
+            if x.shape != y.shape:
+                alike = False
+            elif not torch.equal(x, y):
+                alike = False
+                mine["largest"] = max(mine["largest"], float(row_distance(x, y)[0].max()))
+        mine["rows"] += not alike
     return found
+
+
+def _reused(run: Run) -> dict[int, int]:
+    """Positions that each request took from the prefix cache."""
+    spans = run.spans()
+    spans = spans[spans["status"] == REUSED]
+    lengths = (spans["end"] - spans["start"]).groupby(spans["rid"]).sum()
+    return {number(rid): int(n) for rid, n in lengths.items()}

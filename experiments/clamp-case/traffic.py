@@ -24,9 +24,19 @@ def dialogues(counts: dict[str, int], seed: str, names: list[str]) -> list[Dialo
     return drawn
 
 
-def requests(drawn: Sequence[Dialogue], steer: Sequence[dict[str, Any]] = (), *, name: str = "r") -> list[Request]:
-    """As the engine receives them, called `name:0`, `name:1`, ... A family is an object: texts about it are alike."""
-    params = {**SAMPLING, **({"custom_params": {"probe": {"steer": list(steer)}}} if steer else {})}
+def requests(
+    drawn: Sequence[Dialogue], steer: Sequence[dict[str, Any]] = (), *, name: str = "r", new: int = MOST_NEW
+) -> list[Request]:
+    """As the engine receives them, called `name:0`, `name:1`, ... A family is an object: texts about it are alike.
+
+    Args:
+        new: tokens that a reply has at most.
+    """
+    params = {
+        **SAMPLING,
+        "max_new_tokens": new,
+        **({"custom_params": {"probe": {"steer": list(steer)}}} if steer else {}),
+    }
     made = []
     for i, d in enumerate(drawn):
         ids = tuple(IDS[w] for w in d.prompt)

@@ -1,4 +1,4 @@
-"""`sglang-probe manifest`: the manifest of an SAE's features."""
+"""`sglang-probe manifest`: the manifest of features and directions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="The manifest of an SAE's features (`features.json`): what each is, what evidence there is that it acts, and "
-    "which may act on traffic.",
+    help="The manifest of an SAE's features and of directions (`features.json`): what each is, what evidence there is "
+    "that it acts, and which may act on traffic.",
     no_args_is_help=True,
 )
 
@@ -31,45 +31,51 @@ def check(
     run: Annotated[
         Path | None, typer.Option(help="A run of the model: refuse the manifest if its weights differ.")
     ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="Folder of vectors: refuse the manifest if a direction is another one there.")
+    ] = None,
 ) -> None:
-    """Read a manifest, check it, and list its features.
+    """Read a manifest, check it, and list its features and directions.
 
-    Exit code 2 if it was changed without its hash, if a feature lacks what its status needs, or if it is of other
-    weights than those of `--run`.
+    Exit code 2 if it was changed without its hash, if an entry lacks what its status needs, if it is of other weights
+    than those of `--run`, or if the vector of a direction is not the one in `--library`.
 
-    Example: `sglang-probe manifest check features.json --run runs/mine`
+    Example: `sglang-probe manifest check features.json --run runs/mine --library vectors`
     """
     from sglang_probe.run.run import load_run
-    from sglang_probe.sae.features import read_features
-    from sglang_probe.steering.library import weight_hash
+    from sglang_probe.steering.features import read_features
+    from sglang_probe.steering.library import Library, weight_hash
 
     found = read_features(manifest)
     if run is not None:
         weights = (load_run(run).manifest.get("model") or {}).get("weights_sha256")
         found.check_weights(weight_hash(weights), where=str(run))
-    typer.echo(
-        f"revision {found.revision}, sha256 {found.sha256[:16]}: {len(found.features)} features of {found.model}"
-    )
-    for f in found.features:
-        shown = sum(e.shows_an_effect for e in f.evidence)
-        typer.echo(f"{f.index}\t{f.status}\t{shown} of {len(f.evidence)} measurements show an effect\t{f.label}")
+    if library is not None:
+        vectors = Library.open(library)
+        for direction in found.directions:
+            direction.check(vectors[direction.vector])
+    counts = f"{len(found.features)} features and {len(found.directions)} directions"
+    typer.echo(f"revision {found.revision}, sha256 {found.sha256[:16]}: {counts} of {found.model}")
+    for e in found.entries:
+        shown = sum(x.shows_an_effect for x in e.evidence)
+        typer.echo(f"{e.key}\t{e.status}\t{shown} of {len(e.evidence)} measurements show an effect\t{e.label}")
 
 
 @app.command("move")
 def move(
     manifest: Manifest,
-    index: Annotated[int, typer.Argument(help="Index of the feature.")],
+    entry: Annotated[str, typer.Argument(help="Index of the feature, or name of the direction.")],
     status: Annotated[To, typer.Argument(help="Its next status. `deployed` follows `validated` alone.")],
 ) -> None:
-    """Give a feature its next status, as the next revision of the file.
+    """Give a feature or direction its next status, as the next revision of the file.
 
     `validated` needs causal evidence whose interval lies past zero and past its control; `deployed` a clamp too.
 
     Example: `sglang-probe manifest move features.json 17 validated`
     """
-    from sglang_probe.sae.features import read_features, write_features
+    from sglang_probe.steering.features import read_features, write_features
 
     found = read_features(manifest)
-    moved = found.moved(index, status.value)
+    moved = found.moved(entry, status.value)
     write_features(moved, manifest)
-    typer.echo(f"feature {index} is {status.value}; revision {moved.revision}, sha256 {moved.sha256[:16]}")
+    typer.echo(f"{moved.entry(entry).title} is {status.value}; revision {moved.revision}, sha256 {moved.sha256[:16]}")

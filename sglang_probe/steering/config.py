@@ -35,8 +35,9 @@ class SteerConfig(Config):
     deployment: tuple[Steer, ...] = Field(default=(), max_length=MOST)
     """Interventions on every request, before its own ones. Of all positions: they have no `phases` and no windows."""
     clamps: tuple[ClampConfig, ...] = Field(default=(), max_length=MOST)
-    """Clamps of validated features on the generated tokens of every request whose gate opens; they have one gate. Of a
-    live server on a CPU. Requests that are out of scope are served as if there were none."""
+    """Clamps of validated features, and changes along validated directions, on the generated tokens of every request
+    whose gate opens; they have one gate. Of a live server on a CPU. Requests that are out of scope are served as if
+    there were none."""
     passes: int = Field(default=2, ge=1, le=MOST)
     """Where interventions are recorded into graphs (`accelerator`): how many a layer makes of one request at most. Each
     costs a gather and a few products a row, used or not."""

@@ -315,3 +315,9 @@ def activations(x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> np.n
     if library.DECODER_BIAS in tensors:
         pre = pre - tensors[library.DECODER_BIAS].double() @ encoder
     return np.asarray((pre.clamp(min=0) * (pre > tensors[library.THRESHOLD].double())).numpy())
+
+
+def projections(x_ND: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+    """Projections `[n]` of rows on a direction, `x @ v` with `v` of length 1."""
+    v = tensors[library.VECTOR].double()
+    return np.asarray((x_ND.double() @ (v / v.norm())).numpy())

@@ -1,5 +1,5 @@
 """Two real servers, one after the other: the first collects; a profile and a gate are made of that; the second judges
-its traffic by them, and clamps requests that are in scope.
+its traffic by them, and clamps requests that are in scope, by a feature and by a direction.
 
 Usual requests go on with prose: beginnings of docstrings. The drift that is planted is what happens when users begin
 to paste something else: hexadecimal numbers. The monitor reads four features; of usual decode rows 33 is active in
@@ -25,9 +25,8 @@ from tokenizers import Tokenizer
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.paths import shipped
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.sae.features import FeatureManifest, read_features
-from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
-from sglang_probe.steering.probe import fit
+from sglang_probe.steering.features import FeatureManifest, read_features
+from sglang_probe.steering.library import Library
 from sglang_probe.studies.replay import runs as replaying
 from sglang_probe.studies.replay.study import study_replay
 from sglang_probe.verify.verify import verify
@@ -35,7 +34,7 @@ from sglang_probe.workload.corpus import Corpus, load_corpus
 from tests.declared import run_commands
 from tests.end_to_end.live_server import MODEL, LiveServer
 from tests.end_to_end.steering import make_library
-from tests.steering.clamped import make_clamp
+from tests.steering.clamped import make_clamp, make_direction, write_gate
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("rows", "steering")]
 
@@ -141,21 +140,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert list(run_commands([["profile", str(collected), "--monitored", "--output", str(profile)]]).values()) == [0]
     inside = _last_rows(load_run(scope))
     outside = torch.cat([_last_rows(load_run(p)) for p in (collected, others)])
-    w = torch.from_numpy(fit(inside.double().numpy(), outside.double().numpy())).float()
-    threshold = ((inside @ w).min() + (outside @ w).max()) / 2
-    assert (inside @ w).min() > threshold > (outside @ w).max()
-    write(
-        folder / "library",
-        {"vector": w, "threshold": threshold},
-        name="scope",
-        kind="probe",
-        hook_point=POINT,
-        model="probe-text",
-        model_weight_hash=weight_hash_of_folder(MODEL),
-        layer_mean_norm=1.0,
-        made_by=MadeBy(command="test"),
-    )
-    clamps = [{**make_clamp(folder), "probe": "scope"}]
+    write_gate(folder / "library", inside, outside, POINT)
+    listed = [make_direction(Library.open(folder / "library")["late"])]
+    feature = {**make_clamp(folder, directions=listed), "probe": "scope"}
+    clamps = [feature, {"manifest": feature["manifest"], "direction": "late", "probe": "scope"}]
     (folder / "judges").mkdir()
     monitor = {"profile": str(profile), "sae": SAE, "share": 0.2, "rate": RATE}
     second = _server(folder / "judges", monitor=monitor, steer={**library, "clamps": clamps})
@@ -195,8 +183,14 @@ def test_a_clamp_touches_nobody_out_of_scope_in_any_bit(served: Served) -> None:
     assert set(marked["rid"]) == {"in 0", "in 1", "in 2"}
     assert marked["position"].min() == LENGTH
     told = served.server.status()["clamps"]
-    assert (told["opened"] - before_it, told["off"], told["of"][0]["label"]) == (3, None, "planted")
-    assert run.manifest["steer"]["clamps"][0]["status"] == "validated"
+    labels = [x["label"] for x in told["of"]]
+    assert (told["opened"] - before_it, told["off"], labels) == (3, None, ["planted", "planted too"])
+    assert {x["status"] for x in run.manifest["steer"]["clamps"]} == {"validated"}
+    # The direction's layer is that of the rows: none of what was generated in scope is past its cap.
+    late = Library.open(served.folder / "library")["late"].vector
+    for rid in ("in 0", "in 1", "in 2"):
+        x = run.activations(rid, POINT, intervened=True)[LENGTH:]
+        assert float((x @ (late / late.norm())).max()) <= -0.5 + 1e-4
 
 
 def test_what_the_server_clamped_passes_the_audit_and_under_another_value_it_does_not(
@@ -205,22 +199,25 @@ def test_what_the_server_clamped_passes_the_audit_and_under_another_value_it_doe
     _alone(served.server, served.prompts)
     stored = _checked(served.server.flush())
     manifest = read_features(served.folder / "features.json")
-    told = manifest.model_dump(mode="json")
-    told["features"][0]["clamp"]["value"] = 0.01
+    feature, direction = (manifest.model_dump(mode="json") for _ in range(2))
+    feature["features"][0]["clamp"]["value"] = 0.01
+    direction["directions"][0]["clamp"]["value"] *= 1.01
     library, sae = served.folder / "library", served.folder / "sae"
     results = []
     with EngineHost() as host:
-        for i, stated in enumerate((manifest, FeatureManifest.model_validate(told))):
+        for i, stated in enumerate((manifest, *map(FeatureManifest.model_validate, (feature, direction)))):
             place = tmp_path / str(i)
             replay = replaying.prepare(stated, stored, library, place, sae=sae)
             results.append(study_replay(replay, replaying.run(replay, place, host=host)))
-    honest, other = results
+    honest, *others = results
     assert honest.ok, honest.checks["replay"]
     assert (honest.requests, honest.under) == (6, 3)
     gates = next(c for c in honest.checks["replay"] if c.name == "gates")
     assert gates.covered == 6  # closed ones too
-    wrong = {c.name for c in other.checks["replay"] if not c.holds}
-    assert wrong == {"as the manifest states", "rows"}
+    assert set(honest.activations["entry"]) == {"direction `late`"}  # the feature's layer is not recorded
+    for other in others:
+        wrong = {c.name for c in other.checks["replay"] if not c.holds}
+        assert wrong == {"as the manifest states", "rows"}
 
 
 def test_neither_a_usual_stream_nor_one_client_alarms_and_every_endpoint_says_so(served: Served) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Replay(Study):
     """Was a run served under the interventions that a manifest of features states? Serve its requests again and see.
 
-    The requests' own tokens are decoded by force, by the features, operations and strengths of the manifest, at the
+    The requests' own tokens are decoded by force, by the features and directions, operations and strengths of the
+    manifest, at the
     positions that the run's ledger has; the stored rows are compared with those of the replay, and the distance between
     two replays in two orders is the floor. Gates must be decided alike. Exit code 1 if the run is something else; 2 if
     it cannot be replayed, above all because run or model have other weights than the manifest.
@@ -41,7 +42,10 @@ class Replay(Study):
             Parameter("run", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, run]),
             Parameter("library", Parameter.KEYWORD_ONLY, annotation=Annotated[Path, library]),
             option(
-                "sae", Path | None, None, "Folder of the manifest's SAE, for a run whose server has `steer: clamps`."
+                "sae",
+                Path | None,
+                None,
+                "Folder of the manifest's SAE, for a run whose server clamps features.",
             ),
             option("model", str | None, None, "Where the model is; default: where the run says."),
             option("requests", int, 32, "How many at most; half of them plain ones, if there are."),
@@ -55,7 +59,7 @@ class Replay(Study):
         from sglang_probe.harvest.directory import hold_directory
         from sglang_probe.harvest.progress import Terminal
         from sglang_probe.run.run import load_run
-        from sglang_probe.sae.features import read_features
+        from sglang_probe.steering.features import read_features
         from sglang_probe.studies.replay import runs
         from sglang_probe.studies.replay.study import study_replay
 

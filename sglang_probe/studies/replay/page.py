@@ -35,7 +35,7 @@ def replay_page(result: ReplayResult) -> Page:
     """What was stored beside what the manifest would have made."""
     violated = sum(not c.holds for mine in result.checks.values() for c in mine)
     activations = [
-        Column("feature"),
+        Column("entry"),
         Column("label"),
         Column("status"),
         Column("positions"),
@@ -53,16 +53,17 @@ def replay_page(result: ReplayResult) -> Page:
         facts=facts(
             result.manifest, ("manifest of features", f"revision {result.revision}, sha256 {result.sha256[:16]}")
         ),
-        lead="The stored requests were served again, their own tokens decoded by force, by the features, operations "
+        lead="The stored requests were served again, their own tokens decoded by force, by the vectors, operations "
         "and strengths of the manifest, at the positions that the ledger has. Twice, in two orders: their distance is "
         "the floor.",
         sections=[
             Section("Rows", tables=[rows_table(result)]),
             Section(
                 "Activations",
-                "Of the manifest's features at its hook point, after the interventions, at positions under one.",
+                "Of the manifest's features, and projections on its directions, after the interventions, at positions "
+                "under one.",
                 tables=[Table(result.activations, "activations", columns=activations, file="activations")],
-                nothing="the run holds no rows of the manifest's hook point",
+                nothing="the run holds no rows of their hook points",
             ),
             Section(
                 "Ledger and manifest",

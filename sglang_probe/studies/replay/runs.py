@@ -21,12 +21,12 @@ from sglang_probe.harvest.progress import Reporter
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import score_points
 from sglang_probe.run.run import Run
-from sglang_probe.sae.features import Feature, FeatureManifest
 from sglang_probe.steering.config import SteerConfig
+from sglang_probe.steering.features import Direction, Feature, FeatureManifest
 from sglang_probe.steering.library import Library, weight_hash
 from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.clamped import clamped, clamps_of
-from sglang_probe.studies.replay.stated import NONE, Stated, features_of, stated
+from sglang_probe.studies.replay.stated import NONE, Stated, entries_of, stated
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request, SegmentSpan
 
@@ -47,7 +47,7 @@ class Replay:
     """The first of each is `names[0]`, and so on."""
     names: Sequence[str]
     """Stored ids of the requests."""
-    features: Mapping[str, Feature]
+    entries: Mapping[str, Feature | Direction]
     """By the hash that the ledger has of each."""
     library: Library
     under: int
@@ -70,7 +70,7 @@ def prepare(
 
     Args:
         folder: of the replay, where the library is made of a run whose server clamped features of itself.
-        sae: folder of the manifest's SAE, which such a run needs.
+        sae: folder of the manifest's SAE, which such a run needs if features were clamped.
         model: where the model is now, if not where the run says.
         requests: so many at most; half of them under interventions while there are such.
 
@@ -83,11 +83,11 @@ def prepare(
     opened = Library.open(library)
     clamps = clamps_of(told)
     of_server = clamped(clamps, manifest, opened, sae, folder / "library") if clamps else None
-    features = features_of(opened, manifest, needed=of_server is None)
+    entries = entries_of(opened, manifest, needed=of_server is None)
     served = NONE
     if of_server is not None:
         opened, served = of_server.library, of_server.served
-        features |= of_server.features
+        entries |= of_server.features
     under_any = set(stored.interventions()["rid"])
     if not under_any:
         raise ConfigError(f"nothing was intervened on in {stored.path}", fix="give a run whose requests were steered")
@@ -98,7 +98,7 @@ def prepare(
     under = frame["rid"].isin(under_any)
     chosen = frame[under].head(requests - min(requests // 2, int((~under).sum())))
     chosen = frame.loc[sorted([*chosen.index, *frame[~under].head(requests - len(chosen)).index])]
-    found = {rid: stated(specs[rid], features, opened, served) for rid in chosen["rid"] if rid in specs}
+    found = {rid: stated(specs[rid], entries, opened, served) for rid in chosen["rid"] if rid in specs}
     asked = [_request(i, r, found.get(r.rid)) for i, r in enumerate(chosen.itertuples())]
     config = Recording(
         model=model or str(told["model_path"]),
@@ -120,7 +120,7 @@ def prepare(
         found,
         asked,
         names,
-        features,
+        entries,
         opened,
         sum(n in under_any for n in names),
         differences,

@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature, FeatureManifest
 from sglang_probe.steer_ask import Gate, Steer
+from sglang_probe.steering.features import Direction, Feature, FeatureManifest
 from sglang_probe.steering.library import Library, Vector
 from sglang_probe.steering.spec import Spec, Step
 
 ACTING = ("validated", "deployed")
-"""What a feature must be to act."""
+"""What a feature or direction must be to act."""
 NONE: Mapping[str, Vector] = MappingProxyType({})
 
 
@@ -31,32 +31,38 @@ class Stated:
     """Where the ledger says something else."""
 
 
-def features_of(library: Library, manifest: FeatureManifest, *, needed: bool = True) -> dict[str, Feature]:
-    """The manifest's features by the hash of the library's entry for each.
+def entries_of(library: Library, manifest: FeatureManifest, *, needed: bool = True) -> dict[str, Feature | Direction]:
+    """The manifest's features and directions by the hash of the library's entry for each.
 
     Raises:
-        ConfigError: the library has no entry of any feature that the manifest lists, and one is `needed`.
+        ConfigError: the library has no entry of anything that the manifest lists, and one is `needed`; or what the
+            manifest says of a direction is not what its card says.
     """
-    found = {}
+    directions = {d.sha256: d for d in manifest.directions}
+    found: dict[str, Feature | Direction] = {}
     for vector in library.values():
+        if vector.hash in directions:
+            found[vector.hash] = directions[vector.hash]
+            directions[vector.hash].check(vector)
         index = _index(vector, manifest)
         listed = [f for f in manifest.features if f.index == index]
         if listed and vector.card.hook_point == manifest.hook_point:
             found[vector.hash] = listed[0]
     if needed and not found:
         raise ConfigError(
-            f"the library has no feature of the manifest's SAE {manifest.sae_sha256[:12]}",
+            f"the library has no feature or direction that the manifest lists ({', '.join(_shown(manifest))})",
             fix="give the library that the run was steered by (`--library`)",
         )
     return found
 
 
 def stated(
-    spec: Spec, features: Mapping[str, Feature], library: Library, served: Mapping[str, Vector] = NONE
+    spec: Spec, entries: Mapping[str, Feature | Direction], library: Library, served: Mapping[str, Vector] = NONE
 ) -> Stated:
     """What should have been done to a request that ran under `spec`.
 
     Args:
+        entries: by the hash that the ledger has of each (`entries_of`).
         served: by the hash that the ledger has of it, the library's entry for a feature that the server clamped of
             itself (`clamped.py`).
 
@@ -71,42 +77,43 @@ def stated(
                 f"the run was steered by `{step.vector}` ({step.hash[:12]}), which the library does not have",
                 fix="give the library that it was steered by (`--library`)",
             )
-        should, wrong = _should(step, features.get(step.hash), None if step.hash in served else names[step.hash])
+        should, wrong = _should(step, entries.get(step.hash), None if step.hash in served else names[step.hash])
         differences += wrong
         probe = None if step.probe is None else names[step.probe.hash].name
         steer.append(_asked(should, names[step.hash].name, probe))
     return Stated(tuple(steer), tuple(differences))
 
 
-def _should(step: Step, feature: Feature | None, vector: Vector | None) -> tuple[Step, list[str]]:
+def _should(step: Step, entry: Feature | Direction | None, vector: Vector | None) -> tuple[Step, list[str]]:
     """The step as the manifest states it, and what the ledger says otherwise.
 
     Args:
         vector: the library's; None: it was made as the manifest states.
     """
-    if feature is None:
-        return step, [f"`{step.vector}` acted, which is no feature of the manifest"]
-    name = f"feature {feature.index}"
-    if feature.clamp is None:
+    if entry is None:
+        return step, [f"`{step.vector}` acted, which is no feature or direction of the manifest"]
+    name, action = entry.title, entry.action
+    if action is None:
         return step, [f"{name} acted, and the manifest states no clamp of it"]
     wrong = []
-    if feature.status not in ACTING:
-        wrong.append(f"{name} acted, and is `{feature.status}`")
-    clamp = feature.clamp
-    amount = 1.0 if clamp.value is None else clamp.value
-    if (step.op, step.amount) != (clamp.mode, amount):
-        wrong.append(f"{name}: `{step.op}` {step.amount:g} was done, and the manifest states `{clamp.mode}` {amount:g}")
+    if entry.status not in ACTING:
+        wrong.append(f"{name} acted, and is `{entry.status}`")
+    amount = action.amount
+    if (step.op, step.amount) != (action.mode, amount):
+        wrong.append(
+            f"{name}: `{step.op}` {step.amount:g} was done, and the manifest states `{action.mode}` {amount:g}"
+        )
     gated = step.gated
-    if clamp.threshold:
-        own = clamp.threshold if vector is None else vector.threshold or 0.0
-        if abs(own - clamp.threshold) > 1e-6 * max(1.0, clamp.threshold):
-            wrong.append(f"{name}: its threshold in the library is {own:g}, and the manifest's {clamp.threshold:g}")
+    if action.threshold:
+        own = action.threshold if vector is None else vector.threshold or 0.0
+        if abs(own - action.threshold) > 1e-6 * max(1.0, action.threshold):
+            wrong.append(f"{name}: its threshold in the library is {own:g}, and the manifest's {action.threshold:g}")
         # `cap` and `ablate_feature` leave what is not active alone by themselves.
-        if clamp.mode == "clamp":
+        if action.mode == "clamp":
             if not step.gated:
                 wrong.append(f"{name}: rows below the manifest's threshold were changed too")
             gated = True
-    return replace(step, op=clamp.mode, amount=amount, gated=gated and clamp.mode == "clamp"), wrong
+    return replace(step, op=action.mode, amount=amount, gated=gated and action.mode == "clamp"), wrong
 
 
 def _asked(step: Step, name: str, probe: str | None) -> Steer:
@@ -124,6 +131,10 @@ def _asked(step: Step, name: str, probe: str | None) -> Steer:
     if step.random_error is not None:
         told["random_error"] = step.random_error
     return Steer.model_validate(told)
+
+
+def _shown(manifest: FeatureManifest) -> list[str]:
+    return [e.title for e in manifest.entries] or ["nothing"]
 
 
 def _index(vector: Vector, manifest: FeatureManifest) -> int | None:

@@ -40,8 +40,8 @@ class ReplayResult:
     """`hook_point, interventions, positions, median, largest, floor, limit`: relative L2 of stored rows to the
     replay's; the floor is the largest between two replays."""
     activations: pd.DataFrame
-    """`feature, label, status, positions, stored, replayed, largest`: mean activation of the features after the
-    interventions, and the largest difference of a position."""
+    """`entry, label, status, positions, stored, replayed, largest`: mean activation of the features, or projection on
+    the directions, after the interventions, and the largest difference of a position."""
     differences: pd.DataFrame
     """`difference, requests`: where ledger and manifest disagree."""
     requests: int
@@ -160,21 +160,20 @@ def _rows(run: Run, point: str, index: pd.Series) -> Any:
 
 
 def _activations(replay: Replay, again: Run, at: pd.DataFrame) -> pd.DataFrame:
-    names = ["feature", "label", "status", "positions", "stored", "replayed", "largest"]
-    point = replay.manifest.hook_point
-    if point not in again.hook_points:
-        return pd.DataFrame(columns=names)
-    some = at[at["under"] & replay.stored.holds(point, at["stored"].to_numpy())]
-    if some.empty:
-        return pd.DataFrame(columns=names)
-    stored, replayed = _rows(replay.stored, point, some["stored"]), _rows(again, point, some[AGAIN])
+    names = ["entry", "label", "status", "positions", "stored", "replayed", "largest"]
     found = []
     for vector in replay.library.values():
-        feature = replay.features.get(vector.hash)
-        if feature is not None:
-            a, b = (make.activations(x, vector.tensors) for x in (stored, replayed))
-            told = (feature.index, feature.label, feature.status, len(some))
-            found.append((*told, a.mean(), b.mean(), np.abs(a - b).max()))
+        entry, point = replay.entries.get(vector.hash), vector.card.hook_point
+        if entry is None or point not in again.hook_points:
+            continue
+        some = at[at["under"] & replay.stored.holds(point, at["stored"].to_numpy())]
+        if some.empty:
+            continue
+        read = make.activations if vector.card.kind == "feature" else make.projections
+        rows = _rows(replay.stored, point, some["stored"]), _rows(again, point, some[AGAIN])
+        a, b = (read(x, vector.tensors) for x in rows)
+        told = (entry.title, entry.label, entry.status, len(some))
+        found.append((*told, a.mean(), b.mean(), np.abs(a - b).max()))
     return pd.DataFrame(found, columns=names)
 
 

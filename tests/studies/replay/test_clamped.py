@@ -10,15 +10,15 @@ import pytest
 
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import FeatureManifest, read_features, write_features
 from sglang_probe.steering.clamps import Clamp, ClampConfig, read_clamps, spec_of_clamps
+from sglang_probe.steering.features import FeatureManifest, read_features, write_features
 from sglang_probe.steering.library import Library, weight_hash_of_folder
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.clamped import Clamped, clamped, clamps_of
-from sglang_probe.studies.replay.stated import stated
+from sglang_probe.studies.replay.stated import entries_of, stated
 from tests.end_to_end.steering import MODEL, WIDTH, make_library
-from tests.steering.clamped import make_clamp
+from tests.steering.clamped import make_clamp, make_direction
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("server")
     library = make_library(folder / "library")
     config = ClampConfig.model_validate({**make_clamp(folder), "probe": "fires"})
-    clamp: Clamp = read_clamps([config], width=WIDTH, layers=4, weight_hash=weight_hash_of_folder(MODEL))[0]
+    clamp: Clamp = read_clamps([config], library, width=WIDTH, layers=4, weight_hash=weight_hash_of_folder(MODEL))[0]
     done = spec_of_clamps([clamp], library)
     told = clamps_of({"steer": {"clamps": [clamp.told()]}})
     return SimpleNamespace(folder=folder, library=library, sae=config.sae, path=config.manifest, done=done, told=told)
@@ -101,3 +101,32 @@ def test_without_the_sae_or_with_another_or_another_manifest_it_is_refused(
         again(made, tmp_path, changed(made, index=4))
     write_features(manifest, tmp_path / "same.json")  # refusals wrote nothing in its place
     assert read_features(tmp_path / "same.json") == manifest
+
+
+def test_a_direction_that_the_server_clamped_is_its_librarys_own(made: SimpleNamespace, tmp_path: Path) -> None:
+    listed = make_direction(made.library["late"])
+    told = read_features(made.path).model_dump(mode="json") | {"directions": [listed.model_dump(mode="json")]}
+    write_features(manifest := parse_config(told, FeatureManifest, where="both"), tmp_path / "both.json")
+    config = ClampConfig.model_validate(
+        {"manifest": str(tmp_path / "both.json"), "direction": "late", "probe": "fires"}
+    )
+    (clamp,) = read_clamps([config], made.library, width=WIDTH, layers=4, weight_hash=weight_hash_of_folder(MODEL))
+    done = spec_of_clamps([clamp], made.library)
+    assert done is not None
+    server = clamps_of({"steer": {"clamps": [clamp.told()]}})
+    found = clamped(server, manifest, made.library, None, tmp_path / "library")  # no SAE is needed
+    assert (found.library, found.served, found.differences) == (made.library, {}, ())
+    assert not (tmp_path / "library").exists()
+    should = stated(done, entries_of(found.library, manifest), found.library, found.served)
+    assert (spec_of(should.steer, found.library, where="steer"), should.differences) == (done, ())
+    told["directions"][0]["clamp"]["value"] = -0.505
+    other = clamped(server, parse_config(told, FeatureManifest, where="x"), made.library, None, tmp_path / "library")
+    assert other.differences == (
+        "direction `late`: the server had mode cap value -0.5, and the manifest mode cap value -0.505",
+    )
+    told["directions"][0]["sha256"] = "f" * 64
+    with pytest.raises(ConfigError, match=r"the server clamped planted too, and nothing that the manifest states"):
+        clamped(server, parse_config(told, FeatureManifest, where="x"), made.library, None, tmp_path / "library")
+    # Beside a feature, which needs a library of the replay's own, that library has the direction as it was.
+    both = clamped([*made.told, *server], manifest, made.library, made.sae, tmp_path / "library")
+    assert both.library["late"].hash == made.library["late"].hash

@@ -11,15 +11,16 @@ import pandas as pd
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.features import Feature
 from sglang_probe.steer_ask import Steer
+from sglang_probe.steering.features import Direction, Feature, FeatureManifest
 from sglang_probe.steering.library import Library
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.runs import askable
-from sglang_probe.studies.replay.stated import stated
+from sglang_probe.studies.replay.stated import entries_of, stated
 from sglang_probe.studies.replay.study import _within_the_floor
 from tests.end_to_end.steering import make_library
+from tests.steering.clamped import make_direction
 
 EVIDENCE = {
     "run": "dose",
@@ -78,7 +79,7 @@ def test_what_was_done_as_stated_is_asked_for_again_and_means_the_same(library: 
 @pytest.mark.parametrize(
     ("listed", "says"),
     [
-        (None, "which is no feature of the manifest"),
+        (None, "which is no feature or direction of the manifest"),
         (feature(None), "states no clamp"),
         (feature({"mode": "clamp", "value": 3.0}, "hypothesis"), "is `hypothesis`"),
         (feature({"mode": "clamp", "value": 3.0}, "retired"), "is `retired`"),
@@ -92,6 +93,29 @@ def test_each_way_to_differ_is_named(library: Library, listed: Feature | None, s
     done = spec(library)
     features = {} if listed is None else {done.steps[0].hash: listed}
     assert says in "; ".join(stated(done, features, library).differences)
+
+
+def test_a_direction_is_asked_for_again_as_stated_and_what_differs_is_named(library: Library) -> None:
+    done = spec(library, vector="up", op="cap", strength=-0.5, phases=["decode"])
+    listed = make_direction(library["up"])
+    made = {"model": "m", "model_weight_hash": "a" * 64, "directions": [listed]}
+    entries = entries_of(library, FeatureManifest.model_validate(made))
+    assert entries == {library["up"].hash: listed}
+    found = stated(done, entries, library)
+    assert found.differences == ()
+    assert spec_of(found.steer, library, where="steer") == done
+    other = {library["up"].hash: make_direction(library["up"], clamp={"mode": "cap", "value": -0.505})}
+    assert stated(done, other, library).differences == (
+        "direction `up`: `cap` -0.5 was done, and the manifest states `cap` -0.505",
+    )
+    retired = {library["up"].hash: make_direction(library["up"], status="retired")}
+    assert stated(done, retired, library).differences == ("direction `up` acted, and is `retired`",)
+    with pytest.raises(ConfigError, match=r"no feature or direction that the manifest lists \(direction `up`\)"):
+        entries_of(library, FeatureManifest.model_validate({**made, "directions": [_of_another(listed)]}))
+
+
+def _of_another(listed: Direction) -> Direction:
+    return listed.model_copy(update={"sha256": "e" * 64})
 
 
 def test_a_vector_that_the_library_lacks_is_refused(library: Library, tmp_path: Any) -> None:

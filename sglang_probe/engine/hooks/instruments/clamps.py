@@ -49,6 +49,7 @@ class Clamping:
             return None
         clamps = read_clamps(
             given,
+            library,
             width=runner.model_config.hidden_size,
             layers=len(runner.model.model.layers),
             weight_hash=weight_hash_of_folder(runner.server_args.model_path),

@@ -11,8 +11,8 @@ publishing nothing. The namespace has a random part that no client knows, so tha
 A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
 then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
 
-Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole; what
-could part them (a decision or a time that each would find for itself) is refused.
+Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole. A gate
+is decided by the score of the first rank; a time that each would measure for itself is refused.
 
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
@@ -106,7 +106,7 @@ class Steering(Instrument):
         self.budget: Budget | None = None
         """None: interventions may cost what they do."""
         self._gates: Gates | None = None
-        """None: the library has no probe, or gates cannot be had here."""
+        """None: the library has no probe, or gates cannot be had, as on an accelerator."""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
         self._plan: ForwardPlan | None = None
@@ -130,7 +130,9 @@ class Steering(Instrument):
         self.weight_hash = weight_hash_of_folder(runner.server_args.model_path)
         library.check(width=runner.model_config.hidden_size, layers=len(layers), weight_hash=self.weight_hash)
         self._clamping = clamping = Clamping.of(self._given.clamps, library, runner)
-        entries = [*library.values(), *(c.vector for c in ([] if clamping is None else clamping.clamps))]
+        # Features of clamps are in no library; directions are.
+        own = [] if clamping is None else [c.vector for c in clamping.clamps if c.config.feature is not None]
+        entries = [*library.values(), *own]
         self._bank, self._numbers = bank_of(entries, device=runner.device)
         if self._bank is None:
             raise ConfigError(f"the library {self._given.library} has no vector to intervene with")
@@ -143,12 +145,13 @@ class Steering(Instrument):
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
-        if probes and self._graph is None and guard.active().tp_size == 1:
-            self._gates = Gates(probes, device=runner.device)
+        ranks = guard.active().tp_size
+        if probes and self._graph is None:
+            self._gates = Gates(probes, device=runner.device, agree=agreement() if ranks > 1 else None)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
-        if clamping is not None and self._gates is None:
+        if clamping is not None and (self._gates is None or ranks > 1):
             raise UnsupportedError(
-                "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
+                "`clamps` wait for a gate on the host, and a fault of one rank would end them there alone",
                 fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
             )
         for layer in changed:
@@ -199,10 +202,9 @@ class Steering(Instrument):
         elif self._gates is not None:
             mark(req, gated(spec, prompt_len, told, isolation))
         else:
-            where = "under tensor parallelism" if guard.active().tp_size > 1 else "on an accelerator"
             raise ConfigError(
-                f"{WHERE}.steer: a gate by a probe is decided on the host of one rank, between two forwards, and this "
-                f"engine runs {where}"
+                f"{WHERE}.steer: a gate by a probe is decided on the host, between two forwards, and this engine runs "
+                "on an accelerator"
             )
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
@@ -367,6 +369,16 @@ class Steering(Instrument):
     def facts(self) -> dict[str, Any]:
         clamps = () if self._clamping is None else self._clamping.clamps
         return {"steer": None if self._library is None else told(self._given, self._library, clamps)}
+
+
+def agreement() -> Callable[[torch.Tensor], object]:
+    """Gives a tensor on the CPU the values that the first tensor-parallel rank has, in place, on every rank."""
+    import torch.distributed
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    first, ranks = group.ranks[0], group.cpu_group
+    return lambda scores: torch.distributed.broadcast(scores, first, group=ranks)
 
 
 def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
