@@ -84,15 +84,15 @@ def audits() -> Iterator[list[str]]:
 def main() -> None:
     head = ["WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
     print(
-        f"Share of {GATES} gates that got each verdict. Each has 10 cases, 6 paths, 2 orders. Rounding is lognormal with\n"
-        "a median size of 0.005 nats; sigma says how much its sizes vary. *As cold*: warm answers round as cold ones\n"
-        "do. *Moved alike each time*: all warm answers of a case are moved, too, by one further rounding, the same for\n"
-        "all of them, and so many times as large.\n"
+        f"Share of {GATES} gates that got each verdict. Each has 10 cases, 6 paths, 2 orders. Rounding is lognormal\n"
+        "with a median size of 0.005 nats; sigma says how much its sizes vary. *As cold*: warm answers round as cold\n"
+        "ones do. *Moved alike each time*: all warm answers of a case are moved, too, by one further rounding, the\n"
+        "same for all of them, and so many times as large.\n"
     )
     print(markdown.table(["warm answers", *head], list(level())))
     print(
-        "\nOne warm answer of the hundred and twenty is wrong: each position of its tail moves by a normal number with\n"
-        "a standard deviation of so many nats.\n"
+        "\nOne warm answer of the hundred and twenty is wrong: each position of its tail moves by a normal number\n"
+        "with a standard deviation of so many nats.\n"
     )
     print(markdown.table(["moved by", *head], list(power())))
     print(

@@ -90,7 +90,7 @@ def page_size(folder: Path) -> dict[str, Any]:
     def serve(server: Server) -> None:
         for n in range(24):
             server.generate(
-                [*shared, *traffic.ids(f" {n} and {n * 37} parcels to {traffic.CITIES[n % 12]}.")], session=""
+                [*shared, *traffic.ids(f" {n} and {n * 37} parcels to {traffic.CITIES[n % 12]}.")], session=f"user-{n}"
             )
 
     with Server(folder / "64", "--max-total-tokens", "16384", "--page-size", "64") as server:
@@ -114,12 +114,12 @@ def router(folder: Path) -> dict[str, Any]:
         def routed(route: Callable[[int, list[int]], int]) -> list[Path]:
             for server in (one, two):
                 server.empty()
-            traffic.talk([one, two], _own_rules, route=route)
+            traffic.talk([one, two], _own_rules, agents=5, route=route)
             return [one.close_segment(), two.close_segment()]
 
         in_turn = routed(lambda n, prompt: n % 2)
         by_prefix = routed(lambda n, prompt: hash(tuple(prompt[:64])) % 2)
-        alone = _segment(one, lambda: traffic.talk([one], _own_rules))
+        alone = _segment(one, lambda: traffic.talk([one], _own_rules, agents=5))
     return {
         "before": _both(in_turn),
         "after": _both(by_prefix),
@@ -130,8 +130,8 @@ def router(folder: Path) -> dict[str, Any]:
 
 
 def _own_rules(turn: traffic.Turn) -> list[int]:
-    """Each agent has a first line of its own, by which a router can tell it. Five: turns move from one replica to the
-    other, as six agents that take turns between two would not."""
+    """Each agent has a first line of its own, by which a router can tell it. There are five, so that a router that takes
+    turns sends an agent now here, now there: six would stay where they are."""
     return [*traffic.ids(f"You are agent {turn.agent} of five.\n"), *traffic.plain(turn)]
 
 
