@@ -130,8 +130,8 @@ def router(folder: Path) -> dict[str, Any]:
 
 
 def _own_rules(turn: traffic.Turn) -> list[int]:
-    """Each agent has a first line of its own, by which a router can tell it. There are five, so that a router that takes
-    turns sends an agent now here, now there: six would stay where they are."""
+    """Each agent has a first line of its own, by which a router can tell it. Five, so that a router that takes
+    turns sends an agent now here, now there; six would stay where they are."""
     return [*traffic.ids(f"You are agent {turn.agent} of five.\n"), *traffic.plain(turn)]
 
 
