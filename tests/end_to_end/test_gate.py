@@ -184,6 +184,12 @@ def test_a_server_tells_why_prompts_were_computed_while_it_serves_and_counts_it_
     groups = {g["group"]: g["causes"] for g in told(by="session")["groups"]}
     assert groups["why-1"] == {"diverged": 60, "not seen in this segment": 1}
     assert server.anybody.get("/probe/why").status_code == 401
+    asked = {"model": "default", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    answer = server.http.post("/v1/completions", json=asked, headers={"x-smg-routing-key": "by-header"})
+    assert answer.status_code == 200, answer.text
+    while "by-header" not in {g["group"] for g in told(by="session")["groups"]}:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
     server.flush()
     while (after := _by_cause(server)).get("diverged", 0) < before.get("diverged", 0) + 60:
         assert time.monotonic() < deadline + 120, (before, after)
