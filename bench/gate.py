@@ -82,12 +82,23 @@ def audits() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    head = ["", "WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
-    print(f"Share of {GATES} gates of 10 cases, 6 paths, 2 orders; rounding of 0.005 nats (median of its sizes).\n")
-    print(markdown.table([f"warm answers{head[0]}", *head[1:]], list(level())))
-    print("\nOne warm answer of the hundred and twenty is wrong: its tail moves by a normal of so many nats.\n")
-    print(markdown.table(["moved by", *head[1:]], list(power())))
-    print("\nAudits of a server in fp32 whose rounding is 0.001 nats (median of its sizes), lognormal.\n")
+    head = ["WITHIN FLOOR", "REUSE CHANGES OUTPUTS", "WRONG REUSE"]
+    print(
+        f"Share of {GATES} gates that got each verdict. Each has 10 cases, 6 paths, 2 orders. Rounding is lognormal\n"
+        "with a median size of 0.005 nats; sigma says how much its sizes vary. *As cold*: warm answers round as cold\n"
+        "ones do. *Moved alike each time*: all warm answers of a case are moved, too, by one further rounding, the\n"
+        "same for all of them, and so many times as large.\n"
+    )
+    print(markdown.table(["warm answers", *head], list(level())))
+    print(
+        "\nOne warm answer of the hundred and twenty is wrong: each position of its tail moves by a normal number\n"
+        "with a standard deviation of so many nats.\n"
+    )
+    print(markdown.table(["moved by", *head], list(power())))
+    print(
+        "\nA row is one stream of 2,000 audits, a twentieth of them of wrong entries, on a made-up server in fp32\n"
+        "whose rounding is lognormal with a median size of 0.001 nats.\n"
+    )
     print(
         markdown.table(["", "alarms, entries right", "alarms, entries wrong", "threshold at the end"], list(audits()))
     )

@@ -37,7 +37,7 @@ def command(
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL of your own: a line is `{"prompt": TEXT}` or has `prompt_ids`.')
     ] = None,
-    cases: Annotated[int, typer.Option(help="Prompts; nine at least to compare with the floor on all paths.")] = 10,
+    cases: Annotated[int, typer.Option(help="Prompts; six at least to compare with the floor.")] = 10,
     tokens: Annotated[
         int, typer.Option(help="Tokens of a built-in prefix; more than the server's chunk has its prefills cut.")
     ] = 192,

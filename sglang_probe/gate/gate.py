@@ -25,9 +25,7 @@ class GateConfig(Config):
     """What the gate asks of a server; every option of the command but the address."""
 
     prompts: Path | None = Field(default=None, description="JSONL of your own prompts; default: built-in ones.")
-    cases: int = Field(
-        default=10, ge=1, le=512, description="Prompts; nine at least to compare with the floor on all paths."
-    )
+    cases: int = Field(default=10, ge=1, le=512, description="Prompts; six at least to compare with the floor.")
     tokens: int = Field(default=192, ge=48, le=200_000, description="Tokens of a built-in prefix, about.")
     new_tokens: int | None = Field(
         default=None,

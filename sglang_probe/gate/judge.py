@@ -8,9 +8,10 @@ and with more tokens after it. Rounding that depends on the shapes of a forward 
 prefill begins at a border instead of at zero; reuse has no part in it.
 
 **REUSE CHANGES OUTPUTS**: on some path, either greedy flips are more frequent than in the floor, or the mean
-|difference of log-probabilities| is larger than floor and yardstick, over cases (`sglang_probe.stats.intervals.mean_p`,
-two-sided at 5 %, Holm over all paths and both measures, and the mean is positive). With n cases no such p is below
-2**(1 - n): with fewer than `enough` no test could reject, and differences are INCONCLUSIVE.
+|difference of log-probabilities| is larger than floor and yardstick, over cases. All paths and both measures are one
+question: signs of whole cases are flipped (`sglang_probe.stats.multiple.sign_flip_max`, one-sided at 2.5 % for all
+together), so that paths that say the same of the same cases are not paid for twice. With n cases no p is below
+2**(-n): with fewer than `LEAST_CLUSTERS` none could reject, and differences are INCONCLUSIVE.
 
 **WRONG REUSE**: some warm answer `w` of case i differs from *both* of its cold answers by more than rounding can:
 
@@ -50,7 +51,8 @@ from sglang_probe.gate.client import Answer, Facts
 from sglang_probe.gate.compare import Pair, compare
 from sglang_probe.gate.prompts import Case
 from sglang_probe.gate.verdict import DISAGREE, Verdict, Wrong, verdict_of
-from sglang_probe.stats.intervals import LEAST_CLUSTERS, mean_p
+from sglang_probe.stats.intervals import LEAST_CLUSTERS
+from sglang_probe.stats.multiple import sign_flip_max
 
 FACTOR = 8.0
 """How much larger than differences of cold with cold a wrong reuse must be."""
@@ -148,6 +150,7 @@ _COLUMNS = [
     "effect",
     "floor",
     "yardstick",
+    "cold",
     "most",
     "typical",
 ]
@@ -166,8 +169,9 @@ def _row(colds: Sequence[Answer], warms: Sequence[Answer], cold: Sequence[Pair])
     return {
         "positions": len(effects[0].all),
         "effect": float(np.mean([p.mean for p in effects])),
-        "floor": float(np.mean([p.mean for p in floors])),
-        "yardstick": max((p.mean for p in cold), default=0.0),
+        "floor": (floor := float(np.mean([p.mean for p in floors]))),
+        "yardstick": (apart := max((p.mean for p in cold), default=0.0)),
+        "cold": max(floor, apart),
         "most": max(p.most for p in effects),
         "typical": float(np.mean([p.typical for p in effects])),
         "flips": float(np.mean([p.parted is not None for p in effects])),
@@ -254,30 +258,33 @@ def _wrong(path: str, case: int, colds: Sequence[Answer], warms: Mapping[int, An
 def _paths(good: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for path, part in good.groupby("path", sort=False):
-        n = len(part)
-        moved = part["effect"].to_numpy(float) - np.maximum(part["floor"], part["yardstick"]).to_numpy(float)
-        flipped = part["flips"].to_numpy(float) - part["floor_flips"].to_numpy(float)
-        enough = n >= LEAST_CLUSTERS
-        p = mean_p(np.stack([moved, flipped], axis=1)) if enough else np.full(2, np.nan)
         rows.append(
             {
                 "path": path,
-                "cases": n,
+                "cases": len(part),
                 "positions": int(part["positions"].sum()),
                 "equal": int(part["equal"].astype(bool).sum()),
-                "effect": part["effect"].mean(),
-                "floor": part["floor"].mean(),
-                "yardstick": part["yardstick"].mean(),
+                **{name: part[name].mean() for name in ("effect", "floor", "yardstick", "cold")},
                 "most": part["most"].max(),
                 "flips": part["flips"].mean(),
                 "floor_flips": part["floor_flips"].mean(),
                 "parted": part["parted"].min(),
-                "p_moved": p[0] if moved.mean() > 0 else (1.0 if enough else np.nan),
-                "p_flips": p[1] if flipped.mean() > 0 else (1.0 if enough else np.nan),
             }
         )
-    columns = ["path", "cases", "positions", "equal", "effect", "floor", "yardstick", "most", "flips", "floor_flips"]
-    return pd.DataFrame(rows, columns=[*columns, "parted", "p_moved", "p_flips"])
+    columns = ["path", "cases", "positions", "equal", "effect", "floor", "yardstick", "cold", "most", "flips"]
+    found = pd.DataFrame(rows, columns=[*columns, "floor_flips", "parted"])
+    return found.assign(**_p_values(good, list(found["path"])))
+
+
+def _p_values(good: pd.DataFrame, paths: Sequence[str]) -> dict[str, list[float]]:
+    """Of each path: that it moves more than cold runs, and that it flips more than the floor, adjusted for all."""
+    if good.empty or int(good["path"].value_counts().min()) < LEAST_CLUSTERS:
+        return {"p_moved": [math.nan] * len(paths), "p_flips": [math.nan] * len(paths)}
+    told = good.assign(moved=good["effect"] - good["cold"], flipped=good["flips"] - good["floor_flips"])
+    wide = told.astype({"moved": float, "flipped": float}).pivot(index="case", columns="path")
+    both = np.concatenate([wide[name][list(paths)].to_numpy(float) for name in ("moved", "flipped")], axis=1)
+    p = sign_flip_max(both).tolist()
+    return {"p_moved": p[: len(paths)], "p_flips": p[len(paths) :]}
 
 
 def _seen(arms: Arms, wrong: int, limit: Mapping[int, float]) -> float:

@@ -99,7 +99,7 @@ def from_file(path: Path, ids: Callable[[str], Ids], *, most: int) -> list[Case]
         if line.strip() and len(wholes) < most:
             wholes.append((number, _of_line(line, f"{path}, line {number}", ids)))
     if len(wholes) < 3:
-        raise WorkloadError(f"{path} has {len(wholes)} prompts", fix="give three, or nine for the floor")
+        raise WorkloadError(f"{path} has {len(wholes)} prompts", fix="give three, or six for the floor")
     borders = [max(LEAST_PREFIX, len(whole) * 3 // 4) for _, whole in wholes]
     tails = [whole[border:] for (_, whole), border in zip(wholes, borders, strict=True)]
     return [

@@ -13,7 +13,8 @@ from sglang_probe.gate.arms import WRONG
 from sglang_probe.gate.prompts import Case
 from sglang_probe.stats.intervals import LEAST_CLUSTERS
 
-ALPHA = 0.05
+ALPHA = 0.025
+"""Of one-sided tests, for all paths and both measures together."""
 DISAGREE = 0.5
 """Cold answers whose median difference is larger, nats, are no yardstick for anything."""
 
@@ -89,22 +90,21 @@ def verdict_of(
             f"All {len(good)} comparisons of warm with cold are equal to the last bit: "
             f"{int(good['positions'].sum()):,} log-probabilities, and every greedy token, on {names}.{left}"
         )
-    if int(paths["cases"].min()) < (least := enough(len(paths))):
+    if int(paths["cases"].min()) < LEAST_CLUSTERS:
         return Verdict.INCONCLUSIVE, (
             f"Warm differs from cold, and {int(paths['cases'].min())} cases are too few to compare that with the "
-            f"floor: {least} are needed (`--cases`)."
+            f"floor: {LEAST_CLUSTERS} are needed (`--cases`)."
         )
     blind = not seen.get(WRONG[-1], math.nan) >= 0.5
     share = f"{WRONG[-1]} wrong tokens in the prefix would have been seen in {seen.get(WRONG[-1], math.nan):.0%} of the"
     p = [*paths["p_moved"], *paths["p_flips"]]
-    beyond = [i for i, yes in enumerate(holm(p)) if yes]
+    beyond = [i for i in range(len(p)) if p[i] <= ALPHA]
     if beyond:
         first = min(beyond, key=lambda i: p[i])
         row = paths.iloc[first % len(paths)]
-        cold = max(row["floor"], row["yardstick"])
         what = (
             f"log-probabilities move by {row['effect']:.2g} nats in the mean (largest {row['most']:.2g}), where cold "
-            f"runs differ by {cold:.2g}"
+            f"runs differ by {row['cold']:.2g}"
             if first < len(paths)
             else f"{row['flips']:.0%} of the answers have another greedy token, where {row['floor_flips']:.0%} of the "
             "floor have"
@@ -125,12 +125,12 @@ def verdict_of(
             "do not show what is reused."
         )
     worst = paths.loc[paths["effect"].idxmax()]
-    cold = max(worst["floor"], worst["yardstick"])
     told = "no more than cold runs differ among themselves"
-    if worst["effect"] > cold:
+    if worst["effect"] > worst["cold"]:
         told = (
-            f"on `{worst['path']}`; cold runs differ by {cold:.2g}, and {worst['cases']:.0f} cases do not show that "
-            f"this is more (p = {worst['p_moved']:.2g}, one of {2 * len(paths)} questions): `--cases` asks more"
+            f"on `{worst['path']}`; cold runs differ by {worst['cold']:.2g}, and {worst['cases']:.0f} cases do not "
+            f"show that this is more (p = {worst['p_moved']:.2g}, adjusted for {2 * len(paths)} questions): `--cases` "
+            "asks more"
         )
     return Verdict.WITHIN_FLOOR, (
         f"Warm differs from cold by {worst['effect']:.2g} nats in the mean at most (largest "
@@ -154,19 +154,3 @@ def _wrong_sentence(wrong: Sequence[Wrong], yardstick: float, cases: Sequence[Ca
         f"nats at half of the positions after {w.border} reused tokens{named}; cold answers differ by {yardstick:.2g} "
         f"at most, odd ones aside, and the threshold of this case is {w.threshold:.2g}."
     )
-
-
-def enough(paths: int) -> int:
-    """Cases with which a test on one of so many paths can reject at all, by both measures and Holm's correction."""
-    return max(LEAST_CLUSTERS, math.ceil(1 + math.log2(2 * paths / ALPHA)))
-
-
-def holm(p: Sequence[float], alpha: float = ALPHA) -> list[bool]:
-    """Which hypotheses are rejected (Holm 1979); NaN never is, and counts as one."""
-    order = sorted(range(len(p)), key=lambda i: (math.isnan(p[i]), p[i]))
-    rejected = [False] * len(p)
-    for rank, i in enumerate(order):
-        if math.isnan(p[i]) or p[i] > alpha / (len(p) - rank):
-            break
-        rejected[i] = True
-    return rejected

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, wrong_slots: Path, events_p
         environment={"PLANTED_WRONG_SLOTS": str(wrong_slots), "PYTHONPATH": search},
         privacy="ids",
         segments={"min_seconds": 0.2},
+        causes=True,
     )
     try:
         started.wait_until_ready()
@@ -161,3 +164,41 @@ def test_kv_events_and_metrics_testify_to_the_ledger_and_false_testimony_is_name
     (tmp_path / AFTER).write_text((tmp_path / BEFORE).read_text())
     false = ask(run, read_witnesses([str(tmp_path / EVENTS), str(file), *scrapes]))
     assert all(not c.holds for c in false), [c.violation for c in false]
+
+
+def test_a_server_tells_why_prompts_were_computed_while_it_serves_and_counts_it_by_cause(server: LiveServer) -> None:
+    server.admin.post("/probe/flush?cache=true&timeout=30")
+    before = _by_cause(server)
+    prompt = [*range(700, 760)]
+    for n, own in enumerate(([], [7], [7])):  # alone, after another token, and that again
+        labels = {"custom_params": {"probe": {"labels": {"session": f"why-{n}"}}}}
+        server.generate([*own, *prompt], n=1, rid=f"why-{n}", sampling_params=labels)
+
+    def told(**asked: str) -> dict[str, Any]:
+        return dict(server.admin.get("/probe/why", params=asked).json())
+
+    deadline = time.monotonic() + 120
+    while "causes" not in (found := told(rid="why-2")):  # what a checkpoint has not written is not known yet
+        assert time.monotonic() < deadline, found
+    assert [(p["start"], p["end"], p["cause"]) for p in found["positions"]] == [(60, 61, "last token")]
+    groups = {g["group"]: g["causes"] for g in told(by="session")["groups"]}
+    assert groups["why-1"] == {"diverged": 60, "not seen in this segment": 1}
+    assert server.anybody.get("/probe/why").status_code == 401
+    asked = {"model": "default", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    answer = server.http.post("/v1/completions", json=asked, headers={"x-smg-routing-key": "by-header"})
+    assert answer.status_code == 200, answer.text
+    while "by-header" not in {g["group"] for g in told(by="session")["groups"]}:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    server.flush()
+    while (after := _by_cause(server)).get("diverged", 0) < before.get("diverged", 0) + 60:
+        assert time.monotonic() < deadline + 120, (before, after)
+        time.sleep(0.2)
+
+
+def _by_cause(server: LiveServer) -> dict[str, float]:
+    found = {}
+    for line in server.anybody.get("/metrics").text.splitlines():
+        if line.startswith("sglang_probe:prompt_tokens_by_cause_total{"):
+            found[line.split('cause="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
+    return found

@@ -7,7 +7,7 @@ import pytest
 
 from sglang_probe.stats.auc import auc, auc_without
 from sglang_probe.stats.equivalence import within
-from sglang_probe.stats.multiple import benjamini_hochberg, holm
+from sglang_probe.stats.multiple import benjamini_hochberg, holm, sign_flip_max
 
 
 def test_adjusted_p_values_are_those_of_the_step_up_rule() -> None:
@@ -41,3 +41,24 @@ def test_the_area_without_each_text_or_family_is_the_area_of_the_others() -> Non
 def test_an_interval_against_a_margin(low: float, high: float, said: str) -> None:
     assert within(low, high, 0.2) == said
     assert within(float("nan"), float("nan"), 0.2) == "unresolved"
+
+
+def test_columns_that_say_the_same_are_not_paid_for_twice() -> None:
+    positive = np.arange(1.0, 7.0)[:, None]
+    assert sign_flip_max(positive) == pytest.approx([1 / 64])
+    assert sign_flip_max(np.repeat(positive, 12, axis=1)) == pytest.approx([1 / 64] * 12)
+    with_gap = np.concatenate([positive, -positive, np.zeros_like(positive)], axis=1)
+    assert sign_flip_max(with_gap)[1:] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize(("units", "columns"), [(8, 12), (40, 12)])
+def test_columns_about_zero_are_rejected_at_the_level_and_a_shifted_one_is_found(units: int, columns: int) -> None:
+    any_false, found = [], []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        noise = rng.standard_normal((units, columns)) + rng.standard_normal((units, 1))
+        any_false.append(sign_flip_max(noise, draws=1000).min() <= 0.05)
+        noise[:, 3] = 2.0 + 0.5 * rng.standard_normal(units)
+        found.append(sign_flip_max(noise, draws=1000)[3] <= 0.05)
+    assert 0.01 <= np.mean(any_false) <= 0.09  # three standard errors about 0.05
+    assert np.mean(found) > 0.95

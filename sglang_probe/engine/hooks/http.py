@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.metadata
+import json
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from sglang_probe.config import load_config
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE
 from sglang_probe.engine.hooks.instruments.live import STATE_KEY
+from sglang_probe.engine.live import causes
 from sglang_probe.engine.live.merge import merge_states
 from sglang_probe.steering.library import Library, listed
 
@@ -30,6 +32,9 @@ logger = logging.getLogger("sglang_probe")
 TARGET = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 _FLUSH_SECONDS = 30.0
+_WHY_SECONDS, _WHY_KEPT = 120.0, 5.0
+"""How long the causes of a segment may take, and how long an answer is given again."""
+_TOO_LONG = "finding the causes took too long; close the segment and ask `sglang-probe why`"
 _CHANGED = "the library was changed while the server started: start it again"
 _RECORDING = ("recording", "reason", "tries_again_in")
 """What every endpoint says first: counts stand still while nothing is recorded."""
@@ -66,6 +71,7 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
         app.add_api_route("/probe/alerts", endpoints.alerts, methods=["GET"])
         app.add_api_route("/probe/vectors", endpoints.vectors, methods=["GET"])
+        app.add_api_route("/probe/why", auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.why)), methods=["GET"])
         flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
         app.add_api_route("/probe/flush", flush, methods=["POST"])
     except Exception:
@@ -93,6 +99,8 @@ class Endpoints:
         self._close = close
         self._empty = empty
         self._libraries = libraries
+        self._looking = asyncio.Lock()
+        self._why: dict[tuple[Any, ...], tuple[float, dict[str, Any]]] = {}
 
     async def status(self) -> dict[str, Any]:
         """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
@@ -130,6 +138,55 @@ class Endpoints:
             told.append({**{k: state.get(k) for k in _RECORDING}, **monitor})
             told[-1]["alerts"] = told[-1]["alerts"][: max(n, 0)]
         return told[0] if len(told) == 1 else {"ranks": told}
+
+    async def why(self, by: str = "session", rid: str | None = None) -> Any:
+        """`GET /probe/why?by=session`, `GET /probe/why?rid=...`: why prompt tokens were computed since the current
+        segment began, as far as it is on disk; counts and positions, and nothing of a prompt.
+
+        A process of low priority reads the segment and those before it, one at a time; an answer is given again for
+        some seconds. 404: prompts are not recorded (`privacy: none`), or there is no such request. 504: it took too
+        long.
+        """
+        from fastapi.responses import JSONResponse
+
+        told = []
+        for state in await self._each():
+            if (path := (state.get("segment") or {}).get("path")) is None:
+                return JSONResponse({k: state.get(k) for k in _RECORDING}, status_code=503)
+            if state.get("privacy") == "none":
+                reason = "prompts are not recorded: `live: {privacy: hashes}` is enough"
+                return JSONResponse({"reason": reason}, status_code=404)
+            found = await self._asked_why({"segment": path, "by": by, "rid": rid})
+            told.append({**{k: state.get(k) for k in _RECORDING}, **found})
+        known = [t for t in told if "causes" in t]
+        if not known:
+            return JSONResponse(told[0], status_code=504 if told[0].get("reason") == _TOO_LONG else 404)
+        return known[0] if len(told) == 1 else {"ranks": known if rid is not None else told}
+
+    async def _asked_why(self, asked: dict[str, Any]) -> dict[str, Any]:
+        key = tuple(asked.values())
+        async with self._looking:
+            at, told = self._why.get(key, (-_WHY_KEPT, {}))
+            if time.monotonic() - at < _WHY_KEPT:
+                return told
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(
+                *causes.COMMAND, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=causes.environment()
+            )
+            try:
+                out, _ = await asyncio.wait_for(process.communicate(json.dumps(asked).encode()), _WHY_SECONDS)
+                told = dict(json.loads(out))
+            except TimeoutError:
+                told = {"reason": _TOO_LONG}
+            except ValueError:
+                told = {"reason": "what was written could not be read", "fix": "see `sglang-probe verify`"}
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            now = time.monotonic()
+            self._why = {k: v for k, v in self._why.items() if now - v[0] < _WHY_KEPT} | {key: (now, told)}
+            return told
 
     async def vectors(self) -> Any:
         """`GET /probe/vectors`: what a request may name (`steer`) and what is scored (`scores`): the hash of each

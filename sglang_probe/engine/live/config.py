@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sglang_probe.config import Config
 
@@ -46,5 +46,14 @@ class LiveConfig(Config):
     """What happens when `queue` is full. `drop`: facts are lost, and the ledger says which. `block`: the scheduler
     waits for the disk. By default `drop`, because requests come first; with hook points `block`, because rows cannot be
     dropped."""
+    causes: bool = False
+    """Whether `/metrics` has the causes of computed prompt tokens. They are found for each segment when it is closed,
+    by a process of the lowest priority; `privacy` must be `ids` or `hashes`."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""
+
+    @model_validator(mode="after")
+    def _causes_need_prompts(self) -> LiveConfig:
+        if self.causes and self.privacy == "none":
+            raise ValueError("`causes` needs to know which prompts began alike: `privacy: hashes`, or `ids`")
+        return self

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live import segments
+from sglang_probe.engine.live.causes import Causes
 from sglang_probe.engine.live.closing import close_stopped, finish
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.metrics import Metrics
@@ -56,6 +57,7 @@ class Keeper:
         self.errors = 0
         """Times that the keeper itself could not do its work."""
         self._handle = segments.lock(root)
+        self._causes = Causes() if config.causes and metrics is not None else None
         self._wake = threading.Event()
         self._pause = tick
         self._end: tuple[str, str | None] = ("complete", None)
@@ -122,6 +124,8 @@ class Keeper:
                 self.errors += 1
                 logger.exception("sglang-probe could not keep the segments of %s", self._root)
         self._close_stopped()
+        if self._causes is not None:
+            self._causes.close()
         if live.stops.fault is not None:
             self._publish()
             return
@@ -156,6 +160,8 @@ class Keeper:
             finally:
                 self._done, self._nothing_new = asked, False
         live.release_late()
+        if self._causes is not None:
+            self._causes.turn()
         if live.monitor is not None:
             self._write_drift(None)
         self._tell_carried()
@@ -273,6 +279,8 @@ class Keeper:
         finally:
             self._closed += 1
             self._last_closed = segment.path
+            if self._causes is not None:
+                self._causes.ask(segment.path)
 
     def _monitored(self, path: Path) -> dict[str, Any]:
         """What the manifest of a segment says of its monitor, once all of it was read."""
@@ -301,4 +309,5 @@ class Keeper:
                 write_errors=live.write_errors,
                 stops=live.stops,
                 monitor=None if live.monitor is None else live.monitor.status(),
+                causes=None if self._causes is None else self._causes.tokens,
             )

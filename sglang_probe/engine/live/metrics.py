@@ -14,7 +14,7 @@ from sglang_probe.engine.live.totals import Totals
 from sglang_probe.run import schema
 
 if TYPE_CHECKING:
-    from prometheus_client import Gauge
+    from prometheus_client import Counter, Gauge
 
 _MONITORED = {
     "monitored rows": "rows",
@@ -38,7 +38,7 @@ class Metrics:
         from prometheus_client import Counter
         from prometheus_client import Gauge as Made
 
-        self._gauge = Made
+        self._gauge, self._counter = Made, Counter
         labels = {"model_name": model} | ({} if dp_rank is None else {"dp_rank": str(dp_rank)})
 
         def counter(name: str, what: str) -> Counter:
@@ -65,6 +65,7 @@ class Metrics:
         self._make = (counter, gauge, labels)
         self._monitor: dict[str, Gauge] | None = None
         self._detectors: Gauge | None = None
+        self._causes: Counter | None = None
 
     def _monitored(self, status: Mapping[str, Any]) -> dict[str, int]:
         """Bring the series of a monitor up to date, and make them first: a server without one has none."""
@@ -98,6 +99,19 @@ class Metrics:
                 self._detectors.labels(**labels, statistic=name).set(level)
         return {name: int(status.get(of, 0)) for name, of in _MONITORED.items()}
 
+    def _by_cause(self, causes: Mapping[str, int]) -> dict[str, int]:
+        """The same of causes: a series for each that has occurred."""
+        _, _, labels = self._make
+        if self._causes is None:
+            what = "Prompt tokens that were computed, by cause, of closed segments."
+            self._causes = self._counter("sglang_probe:prompt_tokens_by_cause", what, [*labels, "cause"])
+        for cause in causes:
+            name = f"cause: {cause}"
+            if name not in self._counters:
+                self._counters[name] = self._causes.labels(**labels, cause=cause)
+                self._published[name] = 0
+        return {f"cause: {cause}": n for cause, n in causes.items()}
+
     def publish(
         self,
         totals: Totals,
@@ -106,11 +120,13 @@ class Metrics:
         write_errors: int,
         stops: Stops,
         monitor: Mapping[str, Any] | None = None,
+        causes: Mapping[str, int] | None = None,
     ) -> None:
         """Bring the series up to date.
 
         Args:
             monitor: `LiveMonitor.status`.
+            causes: computed prompt tokens of closed segments, by cause (`Causes.tokens`).
         """
         self._recording.set(stops.fault is None)
         p = totals.positions
@@ -123,6 +139,7 @@ class Metrics:
             "errors": write_errors,
             **{f"stop: {reason}": n for reason, n in stops.counts.items()},
             **({} if monitor is None else self._monitored(monitor)),
+            **({} if causes is None else self._by_cause(causes)),
         }
         for name, value in values.items():
             if value > self._published[name]:

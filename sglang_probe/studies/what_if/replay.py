@@ -17,6 +17,7 @@ import pandas as pd
 
 from sglang_probe.harvest.simulate import Tree
 from sglang_probe.run import schema
+from sglang_probe.run.causes import page_size
 from sglang_probe.run.run import Run
 
 
@@ -126,8 +127,16 @@ def _joined(a: Any, b: Any) -> Any:
     return torch.cat([a, b])
 
 
-def as_recorded(run: Run, requests: pd.DataFrame, make: Callable[[], Tree]) -> Outcome:
-    """Replay the recorded schedule of a run."""
+def as_recorded(
+    run: Run, requests: pd.DataFrame, make: Callable[[], Tree], looks: Sequence[tuple[int, str, int]] = ()
+) -> Outcome:
+    """Replay the recorded schedule of a run.
+
+    Args:
+        looks: order, rid and limit of further times at which the tree was asked, for requests that went on waiting. A
+            run does not have them (`bench/replay.py looks`).
+    """
+    recorded_page = page_size(run)
     outcome = Outcome({})
     tree, spans, forwards = run.tree(), run.spans(), run.forwards()
     ids = {
@@ -137,10 +146,14 @@ def as_recorded(run: Run, requests: pd.DataFrame, make: Callable[[], Tree]) -> O
     for rank in sorted(tree["dp_rank"].unique()):
         cache = Cache(make())
         own = tree[tree["dp_rank"] == rank].reset_index(drop=True)
-        computing = _computing(spans[spans["dp_rank"] == rank])
+        of_rank = spans[spans["dp_rank"] == rank]
+        computing = _computing(of_rank)
+        if cache.tree.page != recorded_page:
+            own = own.assign(end=_whole(own, of_rank, recorded_page))
         last = _last(own, computing)
         epoch = (own["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
         events = own.assign(order=own["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
+        events = _with_looks(events, looks)
         rows = list(events.itertuples())
         at = 0
         spaces = {(e.rid, e.attempt): _text(e.namespace) for e in rows if e.event == schema.MATCHED}
@@ -159,13 +172,31 @@ def as_recorded(run: Run, requests: pd.DataFrame, make: Callable[[], Tree]) -> O
     return outcome
 
 
+def _with_looks(events: pd.DataFrame, looks: Sequence[tuple[int, str, int]]) -> pd.DataFrame:
+    """Events of one recording with the looks among them; each at the forward of the event after it."""
+    if not looks:
+        return events
+    base = int(events["order"].iloc[0]) >> 40 << 40
+    told = pd.DataFrame([(base + order, rid, limit, _LOOKED) for order, rid, limit in looks])
+    told.columns = pd.Index(["order", "rid", "limit", "event"])
+    told = told[~told["order"].isin(events["order"])].assign(attempt=0)
+    both = pd.concat([events, told]).sort_values("order", kind="stable")
+    return both.assign(at_forward=both["at_forward"].bfill().fillna(1 << 62))
+
+
+_LOOKED = "looked"
+
+
 def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outcome) -> None:
     if e.event in (schema.FLUSHED, schema.OPENED):
         cache.flush()
-    if e.event not in (schema.MATCHED, schema.PUBLISHED) or e.rid not in ids:
+    if e.event not in (schema.MATCHED, schema.PUBLISHED, _LOOKED) or e.rid not in ids:
         return
     key = (str(e.rid), int(e.attempt))
     tokens, prompt = ids[e.rid]
+    if e.event == _LOOKED:
+        cache.tree.match(tokens, int(e.limit), spaces.get((e.rid, 0)))
+        return
     if e.event == schema.MATCHED:
         limit = prompt - 1 if pd.isna(e.limit) else int(e.limit)
         outcome.given[key] = cache.match(key, tokens, limit, spaces[e.rid, e.attempt])
@@ -173,6 +204,21 @@ def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outc
     cache.publish(key, tokens[: int(e.end)], prompt, spaces.get((e.rid, e.attempt)))
     if ("order", e.order) in last:
         cache.end(key)
+
+
+def _whole(tree: pd.DataFrame, spans: pd.DataFrame, page: int) -> pd.Series:
+    """`end` of each event, and of a publication what was published before it was cut to whole pages: the end of a
+    chunk, of the prompt, or of the request."""
+    done = spans[(spans["status"] == schema.COMPUTED) & (spans["phase"] != schema.OVERSHOOT)]
+    ends: dict[tuple[str, int], list[int]] = {
+        (str(rid), int(attempt)): sorted(of.tolist()) for (rid, attempt), of in done.groupby(["rid", "attempt"])["end"]
+    }
+    out = tree["end"].copy()
+    for e in tree[(tree["event"] == schema.PUBLISHED) & tree["rid"].notna()].itertuples():
+        at = int(e.end)
+        whole = next((n for n in ends.get((str(e.rid), int(e.attempt)), ()) if at <= n < at + page), at)
+        out.loc[e.Index] = whole
+    return out
 
 
 def _computing(spans: pd.DataFrame) -> dict[int, list[tuple[tuple[str, int], int]]]:

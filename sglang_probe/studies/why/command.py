@@ -34,7 +34,7 @@ class Why(Study):
 
     def parameters(self) -> list[Parameter]:
         """The run, and perhaps one request."""
-        run = typer.Argument(help="Run directory, or a segment of a live recording.")
+        run = typer.Argument(help="Run directory, a segment of a live recording, or the folder of its segments.")
         rid = typer.Argument(help="One request; default: all.")
         optional = Annotated[str | None, rid]
         return [

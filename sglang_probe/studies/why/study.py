@@ -14,7 +14,8 @@ import pandas as pd
 from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.run.causes import Cause, autopsy, later_segment
-from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.joined import joined_or_one
+from sglang_probe.run.run import Run
 from sglang_probe.studies.base import Measured
 from sglang_probe.studies.why.differ import Difference, Differs, compare
 
@@ -94,7 +95,7 @@ class WhyResult(Measured):
 
 
 def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path | None = None) -> WhyResult:
-    """Study a run, or one request of it.
+    """Study a run, or one request of it; or the closed segments of a live recording, by their folder.
 
     Args:
         by: what requests are grouped by: `family`, `rid`, a label that they carry (`session`, `tenant`, ...), or an
@@ -104,7 +105,7 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     Raises:
         RunDirectoryError: the run does not say why (see `sglang_probe.run.causes.autopsy`), or has no such request.
     """
-    run = load_run(path)
+    run = joined_or_one(path)
     found = autopsy(run)
     pieces, requests = found.pieces, run.requests(interrupted=True)
     if rid is not None:
@@ -124,7 +125,7 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     if later_segment(run):
         notes.append(
             "Earlier segments are not looked at: what is not seen in this one may be in them, so it counts neither as "
-            "new nor as computed again. Longer segments (`live: {segments: {max_seconds: ...}}`) know more."
+            "new nor as computed again. Give the folder of the recording: its segments are then looked at together."
         )
     pieces = pieces.assign(tokens=pieces["end"] - pieces["start"])
     prompts = _prompts(requests) if found.text_known else {}
@@ -138,7 +139,7 @@ def why(path: Path, *, rid: str | None = None, by: str = "family", model: Path |
     what = np.where(
         pieces["difference"].notna(), pieces["cause"] + ": " + pieces["difference"].fillna(""), pieces["cause"]
     )
-    group = _groups(requests, run.tree(), by, path)
+    group = groups_of(requests, run.tree(), by, path)
     spans = run.spans()
     spans = spans if rid is None else spans[spans["rid"] == rid]
     reused = spans[spans["status"] == "reused"]
@@ -215,7 +216,12 @@ def _by_segment(pieces: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(["segment", "tokens"], ascending=[True, False], ignore_index=True)
 
 
-def _groups(requests: pd.DataFrame, tree: pd.DataFrame, by: str, path: Path) -> pd.Series:
+def groups_of(requests: pd.DataFrame, tree: pd.DataFrame, by: str, path: Path) -> pd.Series:
+    """What each request belongs to, by rid.
+
+    Raises:
+        RunDirectoryError: no request has such a label, and no workload such an axis.
+    """
     if by == "rid":
         return pd.Series(requests["rid"].to_numpy(), index=requests["rid"])
     if by == "family":

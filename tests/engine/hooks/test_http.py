@@ -11,7 +11,9 @@ from sglang_probe.engine.hooks import http
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.http import Endpoints, libraries_of
 from sglang_probe.engine.hooks.install import _serves_http
+from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.steering.config import SteerConfig
+from tests.small_cache import SmallCache
 from tests.steering.test_library import add
 
 STATE = {
@@ -120,3 +122,45 @@ def test_routes_are_added_only_where_http_is_served() -> None:
     assert _serves_http({scheduler, detokenizer, "sglang.srt.entrypoints.http_server"})  # an embedding script
     assert not _serves_http({scheduler})
     assert not _serves_http({detokenizer})
+
+
+def _asked(path: Path, **asked: Any) -> Any:
+    state = {**STATE, "privacy": "ids", "segment": {"path": str(path)}}
+    return asyncio.run(_endpoints([state]).why(**asked))
+
+
+def test_causes_are_told_of_the_segment_and_of_one_request_without_anything_of_a_prompt(tmp_path: Path) -> None:
+    cache = SmallCache(tmp_path / "segment-00000")
+    cache.serve("a", [*range(500, 540)], labels={"session": "s-1"})
+    cache.serve("b", [7, *range(500, 540)], labels={"session": "s-2"})
+    cache.close()
+    file = tmp_path / "segment-00000" / MANIFEST
+    segment = {"number": 0, "first_of_process": True, "carried_in": {}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "segment": segment}))
+    told = _asked(file.parent)
+    assert (told["recording"], told["computed"]) == (True, 81)
+    assert sum(told["causes"].values()) == 81
+    assert {g["group"]: g["causes"] for g in told["groups"]}["s-2"]["diverged"] == 40
+    of_one = _asked(file.parent, rid="b")
+    assert [(p["start"], p["end"], p["cause"]) for p in of_one["positions"]][-1] == (1, 41, "diverged")
+    assert "5" * 3 not in json.dumps(of_one)
+    nobody = _asked(file.parent, rid="nobody")
+    assert (nobody.status_code, b"no prompt of" in nobody.body) == (404, True)
+
+
+def test_causes_need_prompts_and_a_recording(tmp_path: Path) -> None:
+    none = asyncio.run(_endpoints([{**STATE, "privacy": "none"}]).why())
+    assert (none.status_code, b"privacy: hashes" in none.body) == (404, True)
+    stopped = {"recording": False, "reason": "the disk is full", "tries_again_in": 3}
+    assert asyncio.run(_endpoints([stopped]).why()).status_code == 503
+
+
+def test_an_answer_on_causes_is_given_again_and_questions_wait_for_each_other(tmp_path: Path) -> None:
+    endpoints = _endpoints([{**STATE, "privacy": "ids", "segment": {"path": str(tmp_path / "segment-00000")}}])
+
+    async def ask() -> list[Any]:
+        return list(await asyncio.gather(*(endpoints.why() for _ in range(3))))
+
+    answers = asyncio.run(ask())
+    assert {a.status_code for a in answers} == {404}
+    assert len(endpoints._why) == 1

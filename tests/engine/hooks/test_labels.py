@@ -20,6 +20,11 @@ def test_labels_are_those_of_the_request_and_a_session_of_sglang_is_one() -> Non
     assert labels_of(ask({"session": "mine"}), SimpleNamespace(session_id="s1")) == '{"session": "mine"}'
     assert labels_of(Ask(), SimpleNamespace(session_id=None)) is None
     assert labels_of(Ask(), SimpleNamespace()) is None
+    by_header = SimpleNamespace(session_id=None, routing_key="agent-7")
+    assert labels_of(Ask(), by_header) == '{"session": "agent-7"}'
+    assert labels_of(ask({"session": "mine"}), by_header) == '{"session": "mine"}'
+    assert labels_of(Ask(), SimpleNamespace(session_id="s1", routing_key="agent-7")) == '{"session": "s1"}'
+    assert labels_of(Ask(), SimpleNamespace(session_id=None, routing_key="")) is None
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,18 @@ def test_the_recorded_settings_give_what_was_recorded(tmp_path: Path) -> None:
     assert result.table["difference"].tolist()[2] < 0  # half of the requests meet an empty replica
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize(("recorded", "other"), [(8, 1), (1, 8), (8, 4)])
+def test_another_page_size_gives_what_a_cache_of_that_page_size_gave(recorded: int, other: int, tmp_path: Path) -> None:
+    given = {}
+    for page in (recorded, other):
+        cache = SmallCache(tmp_path / str(page), page=page)
+        given[page] = sum(cache.serve(f"r{i}", [*range(53), *range(100 * i, 100 * i + 20)]) for i in range(4))
+        cache.close()
+    result = what_if(tmp_path / str(recorded), make=lambda of: simulated_tree(10_000, of.page, of.policy), page=other)
+    assert result.table["reused"].tolist() == [given[recorded], given[other]]
+
+
 def test_orders_keep_every_request() -> None:
     requests = [asked("b0", B), asked("a0", A), asked("b1", B)]
     families = {"b0": "b", "b1": "b", "a0": "a"}

@@ -1,7 +1,8 @@
 """Requests that say what they belong to: `labels: {session: ..., tenant: ...}`.
 
 They are written beside the moment at which the request asked the radix tree (`schema.TREE`), as the client gives them,
-and change nothing else. SGLang's own session id counts as the label `session` where the request names none.
+and change nothing else. Where a request names no `session`, SGLang's own session id counts as one, or its routing key,
+which the OpenAI endpoints take from the header `x-smg-routing-key`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 SESSION = "session"
 _MOST = 200
-"""Characters of a session id that are written."""
+"""Characters of a session id or routing key that are written."""
 
 
 class Labels(Instrument):
@@ -33,10 +34,10 @@ class Labels(Instrument):
 
 def labels_of(ask: Ask, req: Any) -> str | None:
     """What a request belongs to, as JSON; None: it does not say."""
-    own = getattr(req, "session_id", None)
-    if ask.labels is None and own is None:
+    own = getattr(req, "session_id", None) or getattr(req, "routing_key", None)
+    if ask.labels is None and not own:
         return None
     told = dict(ask.labels or {})
-    if own is not None:
+    if own:
         told.setdefault(SESSION, str(own)[:_MOST])
     return json.dumps(told, sort_keys=True)
