@@ -49,7 +49,7 @@ def export_eagle(
         from datasets import Dataset, Features, List, Value
     except ImportError as e:
         raise ConfigError(
-            f"speculators reads folders of the package `datasets`: {e}", fix="pip install datasets"
+            f"speculators reads folders of the package `datasets`: {e}", fix="pip install 'sglang-probe[datasets]'"
         ) from e
     import torch
     from safetensors.torch import save_file
