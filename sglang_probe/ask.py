@@ -14,6 +14,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from sglang_probe.config import Config, parse_config
 from sglang_probe.errors import ConfigError
+from sglang_probe.rows_ask import RowsAsk
 from sglang_probe.steer_ask import MOST, Steer
 
 WHERE = "custom_params.probe"
@@ -66,6 +67,8 @@ class Ask(Config):
     labels: dict[_Name, _Value] | None = Field(default=None, max_length=8)
     """What the request belongs to, such as `{session: s-17, tenant: acme}`: axes by which `sglang-probe why` groups.
     Written as it is given."""
+    rows: RowsAsk | None = None
+    """Rows of its own positions, to be fetched after it ended (`sglang_probe.rows_ask`). A live server only."""
     provenance: StrictBool | None = None
     """Put the spans of the request into `meta_info["probe"]` of its answer. A live server only."""
 
@@ -119,6 +122,8 @@ class Ask(Config):
         told: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
         if self.steer is not None:
             told["steer"] = [s.model_dump(mode="json", exclude_defaults=True) for s in self.steer]
+        if self.rows is not None:
+            told["rows"] = self.rows.model_dump(mode="json", exclude_none=True)
         return {k: v for k, v in told.items() if v is not None}
 
     @property

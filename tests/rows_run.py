@@ -71,7 +71,7 @@ def write_run(
         ended = RequestEnd(rid, len(text.prompt), len(text.output), reused, 0, "length", list(text.output))
         recorder.commit(tag, graph=False, ended=[ended] if len(text.output) == 1 else [])
         if any(t.reuses and t.reuses[0] == rid for t in texts.values()):
-            recorder.publish(rid, 0, Context(np.array(text.prompt), None), len(text.prompt), 0, 0)
+            recorder.publish(rid, 0, Context(np.array(text.prompt), None), len(text.prompt), reused, reused)
         for step in range(1, len(text.output)):
             launch("decode", rid, len(text.prompt) + step - 1, len(text.prompt) + step)
             recorder.commit(tag, graph=False, ended=[ended] if step == len(text.output) - 1 else [])

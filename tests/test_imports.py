@@ -19,7 +19,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 IN_THE_ENGINE = ("plugin.py", "engine/hooks/", "engine/platform/", "engine/releases/")
 MAY_IMPORT_SGLANG = (*IN_THE_ENGINE, "harvest/engine.py")
 
-GROUND = {"bf16", "errors", "hashing", "paths", "config", "ask", "steer_ask", "kept_set", "lazy", "yaml_text"}
+GROUND = {
+    "bf16",
+    "errors",
+    "hashing",
+    "paths",
+    "config",
+    "ask",
+    "steer_ask",
+    "rows_ask",
+    "kept_set",
+    "lazy",
+    "yaml_text",
+}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),
@@ -38,6 +50,7 @@ MAY_IMPORT = {
     "privacy": {"axes", "run", *GROUND},
     "model": GROUND,
     "engine": {"monitor", "sae", "steering", "run", "policy", *GROUND},
+    "client": set(),
     "plugin": {"engine", *GROUND},
     "harvest": {"engine", "steering", "model", "verify", "privacy", "run", "workload", "axes", "policy", *GROUND},
     "studies": {"harvest", "eviction", "attention", "sae", "steering", "verify", "run", "workload", "axes", "policy"}
@@ -58,6 +71,7 @@ LAZY = {
     "axes/axis.py": {"transformers"},
     "axes/vocabulary.py": {"transformers"},
     "eviction/removal.py": {"transformers"},
+    "export/eagle.py": {"datasets"},
     "export/saelens.py": {"datasets"},
     "model/from_gguf.py": {"gguf"},
     "model/randomise.py": {"transformers"},
@@ -65,6 +79,7 @@ LAZY = {
     "model/tiny.py": {"tokenizers", "transformers"},
     "model/tokenizer.py": {"tokenizers"},
     "privacy/detect.py": {"presidio_analyzer"},
+    "run/samples.py": {"datasets"},
     "sae/saelens.py": {"sae_lens", "transformers"},
     "sae/train.py": {"sae_lens"},
     "studies/trace/setup.py": {"transformers"},

@@ -1,4 +1,4 @@
-"""`sglang-probe export hf`, `perfetto`, `saelens`, `neuronpedia` and `delphi`."""
+"""`sglang-probe export hf`, `perfetto`, `saelens`, `eagle`, `neuronpedia` and `delphi`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,43 @@ def saelens(
         f"{found.rest:,} positions fill no context\nuse it with   use_cached_activations=True, "
         f"cached_activations_path={str(output)!r}, context_size={context}"
     )
+
+
+@app.command("eagle")
+def eagle(
+    run: RunFolder,
+    output: Output,
+    hook_point: Annotated[
+        list[str] | None,
+        typer.Option(help="Residual streams by layer, the model's last one last; may be repeated. Default: all."),
+    ] = None,
+    learned: Annotated[
+        list[str] | None,
+        typer.Option(help="Segments that the loss is of; may be repeated. Default: `generated`, `assistant`."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Whole samples as a trainer of EAGLE drafters reads them: `hs_<i>.safetensors` and a dataset, as in speculators.
+
+    Rows that samples share are written for each of them. Needs the package `datasets`.
+
+    Example: `sglang-probe export eagle runs/mine --output drafts`, then train with `--data-path drafts`
+    """
+    from sglang_probe.export.eagle import export_eagle, layer_ids
+    from sglang_probe.run.run import load_run
+    from sglang_probe.run.samples import LEARNED
+
+    with _bar("samples") as tell:
+        how = {"hook_points": hook_point, "learned": learned or LEARNED, "overwrite": overwrite}
+        samples = export_eagle(load_run(run), output, **how, tell=tell)  # type: ignore[arg-type]
+    ids = " ".join(map(str, layer_ids(samples.hook_points)))
+    _say(
+        f"{len(samples):,} samples of {int(samples.offsets[-1]):,} positions in {output}\n"
+        f"train with   --data-path {output} --on-missing raise --target-layer-ids {ids}"
+    )
+    if samples.left_out:
+        rid, why = next(iter(samples.left_out.items()))
+        _say(f"{len(samples.left_out):,} requests are not whole and were left out; {rid}: {why}")
 
 
 @app.command("neuronpedia")

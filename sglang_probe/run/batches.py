@@ -50,7 +50,7 @@ def activations(
     absent = tokens[~have]
     if len(absent) and missing == "raise":
         raise RunDirectoryError(
-            f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {_why(absent)}",
+            f"{rid}: {len(absent)} of {len(tokens)} positions have no row of `{hook_point}`: {why_absent(absent)}",
             fix='pass missing="nan", or `intervened=True` for rows under interventions; a server begins a segment '
             "that reuses nothing older with `POST /probe/flush?cache=true`",
         )
@@ -62,7 +62,7 @@ def activations(
     return out
 
 
-def _why(absent: pd.DataFrame) -> str:
+def why_absent(absent: pd.DataFrame) -> str:
     """What became of positions without a row, in words: how many, and where the first is."""
     elsewhere = (absent["status"] == schema.REUSED) & ~absent["covered"]
     kinds = np.where(elsewhere, "reused from entries whose forward pass is not in this run", absent["status"])

@@ -175,7 +175,7 @@ class RunFiles:
         if hook_point not in self.selected.partial:
             return np.asarray(wanted >= 0)
         held = np.zeros(len(wanted), dtype=bool)
-        for start, end, path in self._shards(hook_point):
+        for start, end, path in self.shards_of(hook_point):
             at = np.flatnonzero((wanted >= start) & (wanted < end))
             held[at] = shards.place_of(path, wanted[at] - start) >= 0
         return held
@@ -183,7 +183,7 @@ class RunFiles:
     def rows_dtype(self) -> torch.dtype | None:
         """Dtype of the captured rows; None without any."""
         scores = score_points(self.hook_points)  # fp32 in any case
-        held = (self._shards(h) for h in self.hook_points if h not in scores and self._holds_any(h))
+        held = (self.shards_of(h) for h in self.hook_points if h not in scores and self._holds_any(h))
         return next((shards.rows_of(found[0][2]).dtype for found in held), None)
 
     def rows(self, hook_point: str, indices: Sequence[int] | Array, *, split_heads: bool = False) -> torch.Tensor:
@@ -199,7 +199,7 @@ class RunFiles:
         if split_heads:
             rows = self.rows(hook_point, indices)
             return rows.view(len(rows), *self.heads(hook_point))
-        found_in = self._shards(hook_point)
+        found_in = self.shards_of(hook_point)
         wanted = np.asarray(indices, dtype=np.int64)
         pieces: list[tuple[Array, torch.Tensor]] = []
         found = 0
@@ -234,7 +234,7 @@ class RunFiles:
         """
         wanted = np.asarray(indices, dtype=np.int64)
         found = 0
-        for start, end, path in self._shards(hook_point):
+        for start, end, path in self.shards_of(hook_point):
             here = np.flatnonzero((wanted >= start) & (wanted < end))
             if len(here):
                 place = shards.place_of(path, wanted[here] - start)
@@ -252,11 +252,11 @@ class RunFiles:
         Raises:
             RunDirectoryError: it was not captured.
         """
-        return shards.layout_of(self._shards(hook_point)[0][2])
+        return shards.layout_of(self.shards_of(hook_point)[0][2])
 
     def iter_shards(self, hook_point: str) -> Iterator[tuple[Array, torch.Tensor]]:
         """Every shard of a hook point as `(numbers of its rows [n], ascending; rows [n, width])`."""
-        for start, _end, path in self._shards(hook_point) if self._holds_any(hook_point) else []:
+        for start, _end, path in self.shards_of(hook_point) if self._holds_any(hook_point) else []:
             rows, index = shards.rows_of(path), shards.index_of(path)
             yield start + (np.arange(len(rows)) if index is None else index), rows
 
@@ -323,8 +323,12 @@ class RunFiles:
     def _holds_any(self, hook_point: str) -> bool:
         return any(f.startswith(f"rows/{hook_point}/") for part in self.parts() for f in part.files)
 
-    def _shards(self, hook_point: str) -> list[tuple[int, int, Path]]:
-        """First row number, end and file of each shard."""
+    def shards_of(self, hook_point: str) -> list[tuple[int, int, Path]]:
+        """First row number, end and file of each shard of a hook point, ascending by rank and number.
+
+        Raises:
+            RunDirectoryError: it was not captured.
+        """
         found = []
         for part in self.parts():
             name = f"rows/{hook_point}/shard-{part.stem}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ import pandas as pd
 from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.files import RunFiles
+from sglang_probe.run.samples import LEARNED, Samples
 from sglang_probe.run.scores import read_scores
 from sglang_probe.run.telemetry import read_telemetry
 
@@ -98,6 +99,23 @@ class Run(RunFiles):
         """
         tokens = self.tokens_of(rid)
         return batches.activations(self, tokens, hook_point, missing=missing, first=first, intervened=intervened)
+
+    def samples(
+        self,
+        hook_points: Sequence[str] | None = None,
+        *,
+        missing: Literal["skip", "nan", "raise"] = "skip",
+        intervened: bool = False,
+        learned: Sequence[str] = LEARNED,
+    ) -> Samples:
+        """Whole requests as a map-style dataset, which `torch.utils.data.DataLoader` takes as it is: rows that requests
+        share are stored once and gathered when a sample is asked for. What a sample holds, and the arguments:
+        `sglang_probe.run.samples.Samples`.
+
+        Raises:
+            RunDirectoryError: a hook point was not captured, or no whole request is left.
+        """
+        return Samples(self, hook_points, missing=missing, intervened=intervened, learned=learned)
 
     def iter_batches(
         self,

@@ -29,6 +29,18 @@ def rows_of(path: Path) -> torch.Tensor:
         return _rows_of(path, path.stat().st_mtime_ns)
 
 
+def map_rows(path: Path) -> torch.Tensor:
+    """The rows of a shard, `[n, width]`, mapped for as long as the tensor lives: what is not read takes no memory.
+
+    Raises:
+        RunDirectoryError: the file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    with reading(path):
+        return load_file(path)[ROWS_KEY]
+
+
 def index_of(path: Path) -> Array | None:
     """Numbers of a shard's rows, counted from the first of its part, ascending `[n]`; None: it holds all of them."""
     with reading(path):
@@ -37,9 +49,7 @@ def index_of(path: Path) -> Array | None:
 
 @functools.lru_cache(maxsize=16)
 def _rows_of(path: Path, _written: int) -> torch.Tensor:
-    from safetensors.torch import load_file
-
-    return load_file(path)[ROWS_KEY]
+    return map_rows(path)
 
 
 @functools.lru_cache(maxsize=64)

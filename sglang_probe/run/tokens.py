@@ -31,11 +31,26 @@ def iter_tokens(run: RunFiles, positions: int) -> Iterator[pd.DataFrame]:
     """What `read_tokens` gives without interrupted requests, some requests at a time: of so many positions, or of one
     request. For runs whose frame would be large; the index begins again with each."""
     requests = run.requests().sort_values("rid", kind="stable", ignore_index=True)
-    spans, every = run.last_attempt(), run.spans()
-    ends = spans.groupby("rid")["end"].max().reindex(requests["rid"]).fillna(0).cumsum().to_numpy()
-    for _, some in requests.groupby((ends - 1) // positions, sort=True):
-        tokens = _positions(run, spans[spans["rid"].isin(some["rid"])], every)
+    for some, tokens in iter_positions(run, requests, positions):
         yield tokens.merge(_labels(some), on=["rid", "position"], how="left", validate="many_to_one")
+
+
+def iter_positions(
+    run: RunFiles, requests: pd.DataFrame, positions: int
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Requests in their order, so many positions or one request at a time; each time the requests, and the columns of
+    `read_tokens` but token id and segment, ordered by rid and position. Spans are looked up once for all of them."""
+    every = run.spans()
+    spans = every[every["attempt"] == every.groupby("rid")["attempt"].transform("max")]
+    ends = spans.groupby("rid")["end"].max().reindex(requests["rid"]).fillna(0).cumsum().to_numpy()
+    part = pd.Series((ends - 1) // positions, index=requests["rid"].to_numpy())
+    of_part = dict(list(spans.groupby(spans["rid"].map(part), sort=False)))
+    computed = Computed(every)
+    for number, some in requests.groupby(part.to_numpy(), sort=True):
+        if number in of_part:
+            tokens = expand(of_part.pop(number))
+            tokens["source_row"], tokens["covered"] = sources(tokens, computed)
+            yield some, tokens
 
 
 def tokens_of(run: RunFiles, rid: str) -> pd.DataFrame:
@@ -79,7 +94,7 @@ def expand(spans: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def sources(tokens: pd.DataFrame, spans: pd.DataFrame) -> tuple[Array, Array]:
+def sources(tokens: pd.DataFrame, spans: Computed) -> tuple[Array, Array]:
     """Where the activation of each position is: its own row, or that of the position it was reused from, -1 if none was
     captured; and whether its forward pass is in this run at all."""
     rows = tokens["row"].to_numpy().copy()
@@ -87,37 +102,53 @@ def sources(tokens: pd.DataFrame, spans: pd.DataFrame) -> tuple[Array, Array]:
     reused = ((tokens["status"] == schema.REUSED) & tokens["origin_rid"].notna()).to_numpy()
     if reused.any():
         asked = tokens[reused]
-        at = find_computed(
-            spans, asked["origin_rid"], asked["origin_attempt"].to_numpy(np.int64), asked["position"].to_numpy()
-        )
+        position = asked["position"].to_numpy()
+        at = spans.find(asked["origin_rid"], asked["origin_attempt"].to_numpy(np.int64), position)
         hit = at >= 0
-        span = spans.iloc[np.where(hit, at, 0)]
-        row_start = span["row_start"].to_numpy()
-        offset = asked["position"].to_numpy() - span["start"].to_numpy()
-        found = np.where(hit & (row_start >= 0), row_start + offset * span["row_step"].to_numpy(), -1)
-        rows[reused] = found
+        rows[reused] = spans.rows_at(np.where(hit, at, 0), position, hit)
         covered[reused] = hit
     return rows, covered
 
 
 def find_computed(spans: pd.DataFrame, rid: pd.Series, attempt: Array, position: Array) -> Array:
-    """Index (by place in `spans`) of the computed span that holds each asked position; -1 where none does.
+    """Index (by place in `spans`) of the computed span that holds each asked position; -1 where none does."""
+    return Computed(spans).find(rid, attempt, position)
+
+
+class Computed:
+    """The computed spans of a run, to be found by what they hold.
 
     Within one attempt every position is computed at most once, so there is at most one.
     """
-    place = np.flatnonzero((spans["status"] == schema.COMPUTED).to_numpy())
-    computed = spans.iloc[place]
-    names = pd.Index(computed["rid"].unique())
-    key = _key(names.get_indexer(computed["rid"]), computed["attempt"].to_numpy(), computed["start"].to_numpy())
-    order = np.argsort(key, kind="stable")
-    code = names.get_indexer(rid)
-    asked = _key(code, attempt, position)
-    at = np.searchsorted(key[order], asked, side="right") - 1
-    valid = (at >= 0) & (code >= 0)
-    candidate = order[np.where(valid, at, 0)]
-    owner = key[candidate] >> 32
-    valid &= (owner == asked >> 32) & (position < computed["end"].to_numpy()[candidate])
-    return np.where(valid, place[candidate], -1)
+
+    def __init__(self, spans: pd.DataFrame) -> None:
+        place = np.flatnonzero((spans["status"] == schema.COMPUTED).to_numpy())
+        computed = spans.iloc[place]
+        codes, names = pd.factorize(computed["rid"])
+        self._names = pd.Index(names)
+        key = _key(codes, computed["attempt"].to_numpy(), computed["start"].to_numpy())
+        order = np.argsort(key, kind="stable")
+        self._key, self._place = key[order], place[order]
+        self._end = computed["end"].to_numpy()[order]
+        self._start, self._row_start, self._row_step = (spans[c].to_numpy() for c in ("start", "row_start", "row_step"))
+
+    def find(self, rid: pd.Series, attempt: Array, position: Array) -> Array:
+        """Place in the frame of the span that holds each asked position; -1 where none does."""
+        if not len(self._key):
+            return np.full(len(position), -1)
+        code = self._names.get_indexer(rid)
+        asked = _key(code, attempt, position)
+        at = np.searchsorted(self._key, asked, side="right") - 1
+        valid = (at >= 0) & (code >= 0)
+        at = np.where(valid, at, 0)
+        valid &= (self._key[at] >> 32 == asked >> 32) & (position < self._end[at])
+        return np.where(valid, self._place[at], -1)
+
+    def rows_at(self, place: Array, position: Array, hit: Array) -> Array:
+        """Row of each position in the span at `place`; -1 where none was captured, or where it is no `hit`."""
+        start = self._row_start[place]
+        row = start + (position - self._start[place]) * self._row_step[place]
+        return np.where(hit & (start >= 0), row, -1)
 
 
 def prompt_lengths(run: RunFiles, rids: pd.Series) -> Array:
@@ -129,9 +160,9 @@ def prompt_lengths(run: RunFiles, rids: pd.Series) -> Array:
     return rids.map(lengths).fillna(-1).to_numpy(np.int64)
 
 
-def _positions(run: RunFiles, spans: pd.DataFrame, every: pd.DataFrame | None = None) -> pd.DataFrame:
+def _positions(run: RunFiles, spans: pd.DataFrame) -> pd.DataFrame:
     tokens = expand(spans)
-    tokens["source_row"], tokens["covered"] = sources(tokens, run.spans() if every is None else every)
+    tokens["source_row"], tokens["covered"] = sources(tokens, Computed(run.spans()))
     return tokens
 
 

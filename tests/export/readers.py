@@ -82,3 +82,26 @@ def neuronpedia(folder: Path) -> dict[str, list[dict[str, Any]]]:
         assert len(a["tokens"]) == len(a["values"])
         assert a["values"][a["maxValueTokenIndex"]] == a["maxValue"] == max(a["values"])
     return found
+
+
+def speculators_samples(folder: Path) -> list[dict[str, Any]]:
+    """As `ArrowDataset` of vLLM's speculators: each sample's file held against the dataset, the last layer apart."""
+    from datasets import load_from_disk
+    from safetensors.torch import load_file
+
+    data, found = load_from_disk(folder), []
+    assert list(data.with_format(None)["seq_len"]) == [len(ids) for ids in data.with_format(None)["input_ids"]]
+    for i in range(len(data)):
+        states = load_file(folder / "hidden_states" / f"hs_{i}.safetensors")
+        assert states["token_ids"].equal(data[i]["input_ids"])
+        assert len(states["hidden_states"]) == len(states["token_ids"])
+        assert states["hidden_states"].isfinite().all()
+        found.append(
+            {
+                "hidden_states": states["hidden_states"][:, :-1].flatten(1),
+                "verifier_last_hidden_states": states["hidden_states"][:, -1],
+                "input_ids": states["token_ids"],
+                "loss_mask": data[i]["loss_mask"],
+            }
+        )
+    return found

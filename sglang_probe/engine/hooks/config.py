@@ -125,6 +125,8 @@ class EngineProbeConfig(Config):
             raise ValueError("`kept` has no effect without `asks: [evict]`")
         if self.kept is not None and self.telemetry is not None:
             raise ValueError("`telemetry` reads every cached key, a request with a kept set some: leave one out")
+        if "rows" in self.asks and (self.live is None or not self.hook_points):
+            raise ValueError("`asks: [rows]` needs `live` and `hook_points`: a server hands out rows that it records")
         if self.steer is None and "steer" in self.asks:
             raise ValueError("`asks: [steer]` needs a library: `steer: {library: FOLDER}`")
         if self.steer is not None and not (self.steer.deployment or self.steer.clamps) and "steer" not in self.asks:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any
 from sglang_probe.config import load_config
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE
-from sglang_probe.engine.hooks.instruments.live import STATE_KEY
+from sglang_probe.engine.hooks.instruments.live import STATE_KEY, answers_folder
 from sglang_probe.engine.live import causes
+from sglang_probe.engine.live.answers import GONE, SUFFIX
 from sglang_probe.engine.live.merge import merge_states
+from sglang_probe.rows_ask import HANDLE, file_name
 from sglang_probe.steering.library import Library, listed
 
 logger = logging.getLogger("sglang_probe")
@@ -35,6 +38,7 @@ _FLUSH_SECONDS = 30.0
 _WHY_SECONDS, _WHY_KEPT = 120.0, 5.0
 """How long the causes of a segment may take, and how long an answer is given again."""
 _TOO_LONG = "finding the causes took too long; close the segment and ask `sglang-probe why`"
+_ROWS_SECONDS = 30.0
 _CHANGED = "the library was changed while the server started: start it again"
 _RECORDING = ("recording", "reason", "tries_again_in")
 """What every endpoint says first: counts stand still while nothing is recorded."""
@@ -66,12 +70,14 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
             _closer(tokenizer_manager),
             _emptier(tokenizer_manager),
             _libraries(),
+            _answers(),
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
         app.add_api_route("/probe/alerts", endpoints.alerts, methods=["GET"])
         app.add_api_route("/probe/vectors", endpoints.vectors, methods=["GET"])
         app.add_api_route("/probe/why", auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.why)), methods=["GET"])
+        app.add_api_route("/probe/rows/{handle}", endpoints.rows, methods=["GET"])
         flush = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.flush))
         app.add_api_route("/probe/flush", flush, methods=["POST"])
     except Exception:
@@ -86,6 +92,7 @@ class Endpoints:
         close: has every scheduler process close its segment; true for each that agreed.
         empty: flushes the radix cache once nothing is in flight, if that is so within so many seconds; whether it did.
         libraries: of vectors, by what they are for.
+        answers: folder where rows wait for those who asked for them; None: nobody may ask.
     """
 
     def __init__(
@@ -94,13 +101,14 @@ class Endpoints:
         close: Callable[[], Awaitable[list[bool]]],
         empty: Callable[[float], Awaitable[bool]],
         libraries: Mapping[str, Library] = MappingProxyType({}),
+        answers: Path | None = None,
     ) -> None:
         self._states = states
         self._close = close
         self._empty = empty
-        self._libraries = libraries
         self._looking = asyncio.Lock()
         self._why: dict[tuple[Any, ...], tuple[float, dict[str, Any]]] = {}
+        self._libraries, self._answers = libraries, answers
 
     async def status(self) -> dict[str, Any]:
         """`GET /probe/status`: recording or why not, where to, how much, and what waits."""
@@ -201,6 +209,33 @@ class Endpoints:
                 return JSONResponse({"reason": f"`{other[0]}`: {reason}"}, status_code=503)
         return {what: {"library": lib.hash, "vectors": listed(lib)} for what, lib in self._libraries.items()}
 
+    async def rows(self, handle: str, timeout: float = 10.0) -> Any:
+        """`GET /probe/rows/<handle>?timeout=10`: rows that a request asked for under this handle (`Ask.rows`), as
+        safetensors; waits so many seconds for them, 30 at most. 404: there are none, or not yet. 410: they were there,
+        and have expired. The server's API key and the handle are both needed.
+        """
+        from fastapi.responses import FileResponse, JSONResponse
+
+        if self._answers is None:
+            return JSONResponse({"reason": "this server hands out no rows: `asks: [rows]`"}, status_code=404)
+        if not re.fullmatch(HANDLE, handle):
+            return JSONResponse({"reason": f"a handle is {HANDLE}"}, status_code=400)
+        deadline = time.monotonic() + min(max(0.0, timeout), _ROWS_SECONDS)
+        pause = 0.005
+        while True:
+            for kind in (SUFFIX, GONE):
+                found = next(iter(self._answers.glob(f"*/{file_name(handle)}{kind}")), None)
+                if found is not None and kind == GONE:
+                    reason = "the rows under this handle have expired: `live: {rows: {seconds, megabytes}}`"
+                    return JSONResponse({"reason": reason}, status_code=410)
+                if found is not None:
+                    return FileResponse(found, media_type="application/octet-stream")
+            if time.monotonic() >= deadline:
+                reason = "no rows under this handle: no request that ended asked for any, or they are not there yet"
+                return JSONResponse({"reason": reason}, status_code=404)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
     async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
         """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 while
         nothing is recorded, 504 if the disk does not finish in time.
@@ -256,6 +291,16 @@ def _libraries() -> dict[str, Library]:
     except Exception:
         logger.exception("sglang-probe cannot list vectors: this process could not read the library")
         return {}
+
+
+def _answers() -> Path | None:
+    """None where nobody may ask for rows, or the configuration cannot be read here."""
+    try:
+        config = load_config(Path(os.environ[CONFIG_VARIABLE]), EngineProbeConfig)
+    except Exception:
+        logger.exception("sglang-probe cannot hand out rows: this process could not read the configuration")
+        return None
+    return answers_folder(config.run) if "rows" in config.asks else None
 
 
 def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:

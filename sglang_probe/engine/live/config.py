@@ -31,6 +31,31 @@ class SegmentLimits(Config):
         return seconds >= self.max_seconds or megabytes >= self.max_megabytes or requests >= self.max_requests
 
 
+class AnswersConfig(Config):
+    """What rows that requests ask for (`asks: [rows]`) may take."""
+
+    most_megabytes: float = Field(default=64.0, gt=0)
+    """Of one request: one that asks for more is refused."""
+    megabytes: float = Field(default=512.0, gt=0)
+    """Of all that wait on disk to be fetched; the oldest go first."""
+    seconds: float = Field(default=300.0, gt=0)
+    """How long they wait."""
+    memory_megabytes: float = Field(default=256.0, gt=0)
+    """Of the last rows of everybody, in memory, from which positions that a request reuses are filled. As much again
+    may wait to be put there."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of rows in memory."""
+        return self.memory_megabytes * 1e6
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> AnswersConfig:
+        if self.most_megabytes > self.megabytes:
+            raise ValueError("`most_megabytes` of one request are more than the `megabytes` of all")
+        return self
+
+
 class LiveConfig(Config):
     """How a live server is recorded."""
 
@@ -49,6 +74,8 @@ class LiveConfig(Config):
     causes: bool = False
     """Whether `/metrics` has the causes of computed prompt tokens. They are found for each segment when it is closed,
     by a process of the lowest priority; `privacy` must be `ids` or `hashes`."""
+    rows: AnswersConfig = AnswersConfig()
+    """Bounds of the rows that requests ask for (`asks: [rows]`)."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from sglang_probe.engine.ledger.facts import Commit, ForwardPlan
 from sglang_probe.engine.live import provenance
+from sglang_probe.engine.live.answers import Answers
 from sglang_probe.engine.live.closing import Stopped
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.keeper import Keeper
@@ -44,6 +45,7 @@ class LiveRecording:
         drops: whether facts are dropped when the queue is full; else `put` waits.
         metrics: Prometheus series to keep up to date.
         monitor: reads and judges what is served, on the writers' threads.
+        answers: keeps rows for the requests that asked for them.
         tick: seconds between two looks of the keeper.
 
     Raises (on construction):
@@ -63,11 +65,12 @@ class LiveRecording:
         drops: bool = True,
         metrics: Metrics | None = None,
         monitor: LiveMonitor | None = None,
+        answers: Answers | None = None,
         tick: float = 1.0,
     ) -> None:
         self.root = root
         self._config, self._facts, self._drops = config, facts, drops
-        self.monitor = monitor
+        self.monitor, self.answers = monitor, answers
         self._order = 0
         """Commits that were handed to writers."""
         self.totals = Totals(config.recent)
@@ -133,6 +136,8 @@ class LiveRecording:
             if late is not None:
                 segment.writer.put(self._numbered(late))
             segment.writer.put(self._numbered(commit))
+            if self.answers is not None:
+                self.answers.take(commit)
 
     def _numbered(self, commit: Commit) -> Commit:
         """The commit with its place in the order of all of them, which a monitor reads in."""
@@ -176,6 +181,8 @@ class LiveRecording:
             if self._keeper.closing or self.stops.fault is not None or epoch not in (None, self.epoch):
                 return
             self.stops.stop(fault, reason)
+            if self.answers is not None:
+                self.answers.forget()
             self.unclosed.append(Stopped(self.segment.path, self.segment.writer, fault, self._told()))
         self._keeper.wake()
 
@@ -221,6 +228,8 @@ class LiveRecording:
     def close(self, *, status: str = "complete", fault: str | None = None, timeout: float = 20.0) -> None:
         """Close the current segment and end. Called once, when the server ends or has crashed."""
         self._keeper.close(status, fault, timeout)
+        if self.answers is not None:
+            self.answers.close()
 
     # ---------------------------------------------------------------- the keeper's thread
 

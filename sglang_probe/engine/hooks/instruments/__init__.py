@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from sglang_probe.engine.hooks.instruments.accelerator import Accelerator
+from sglang_probe.engine.hooks.instruments.answers import RowsInResponse
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.cache import CacheUse
 from sglang_probe.engine.hooks.instruments.forced import ForcedOutputs
@@ -32,6 +33,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     Steering,  # before the taps: captured rows are those after an intervention
     Watching,
     Rows,
+    RowsInResponse,
     GraphCheck,
     AttentionTelemetry,
     ForcedOutputs,

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import Ask
@@ -24,6 +25,7 @@ from sglang_probe.run.hook_points import engine_module
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
     from sglang_probe.engine.ledger.facts import ForwardPlan, RequestEnd
+    from sglang_probe.engine.live.answers import Answers
     from sglang_probe.engine.live.metrics import Metrics
     from sglang_probe.engine.live.provenance import Span
     from sglang_probe.engine.live.recording import LiveRecording
@@ -119,8 +121,23 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         part_seconds=config.checkpoint_seconds,
         drops=drops,
         metrics=_metrics(server_args, dp_rank if several else None),
+        answers=_answers(config, dp_rank),
         monitor=None if (watching := guard.active().of(Watching)) is None else watching.judge(),
     )
+
+
+def _answers(config: EngineProbeConfig, dp_rank: int) -> Answers | None:
+    """What keeps rows for requests that ask for them: each rank in a folder of its own."""
+    if "rows" not in config.asks or config.live is None:
+        return None
+    from sglang_probe.engine.live.answers import Answers
+
+    return Answers(answers_folder(config.run) / f"dp{dp_rank}", config.live.rows, config.hook_points)
+
+
+def answers_folder(run: Path) -> Path:
+    """Where rows wait to be fetched, a folder for each data-parallel rank."""
+    return run.resolve() / ".answers"
 
 
 def _weights() -> dict[str, Any]:

@@ -76,11 +76,16 @@ class Rows(Instrument):
         self._head_numbers: dict[str, list[int]] = {}
         self._scores: dict[str, list[Vector]] = {}
         self._library = ""
+        self._width = self._itemsize = 0
+        self.context = 0
+        """Positions that the model has, once it is loaded."""
 
     def attach(self, runner: Any) -> None:
         hook_points = self.config.hook_points
         self._selected = Selected(self.config.rows, hook_points)
         check_model(runner, self.config)
+        self._width, self._itemsize = runner.model_config.hidden_size, runner.model_config.dtype.itemsize
+        self.context = runner.model_config.context_len
         install_taps(runner.model, hook_points, self)
         self._heads, self._head_numbers = selected_heads(self.config.rows, _heads(runner.model, hook_points))
         if self.config.scores is not None or score_points(hook_points):
@@ -101,6 +106,13 @@ class Rows(Instrument):
         # Taps that are part of recorded graphs stay for as long as the engine does.
         if not isinstance(self.taps, GraphTaps):
             self.taps = self._eager_taps(config.hook_points)
+
+    def row_bytes(self, hook_point: str) -> int:
+        """Bytes of a row, once the model is loaded."""
+        if hook_point in self._scores:
+            return 4 * len(self._scores[hook_point])
+        count, head_dim = self._heads.get(hook_point, (1, self._width))
+        return count * head_dim * self._itemsize
 
     def check_captured(self, num_tokens: int) -> None:
         if isinstance(self.taps, GraphTaps):
