@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLDER := .venv-0.5.17
 NEWEST_NEEDS := '.[engine,dev]'
 OLDER_NEEDS := '.[dev]' sglang==0.5.17
-TRAINING_NEEDS := '.[sae,monitor]'
+TRAINING_NEEDS := '.[sae,monitor,ray]'
 # Tests that start engines stay in one worker (tests/conftest.py); the rest runs beside them.
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
 # Compiled bytecode of SGLang's seven thousand modules, kept out of the source trees: starts are twice as fast with it.
@@ -76,7 +76,8 @@ endef
 $(VENV)/.ready: pyproject.toml constraints/0.5.23.txt
 	$(call install,$(VENV),constraints/0.5.23.txt,$(NEWEST_NEEDS))
 
-# SAELens and what it brings: 42 packages, 190 MB, that tests of training need and nothing else does. And river: ADWIN.
+# SAELens and what it brings: 42 packages, 190 MB, that tests of training need and nothing else does. And river: ADWIN;
+# and Ray, 200 MB: replicas.
 $(VENV)/.sae: $(VENV)/.ready
 	$(call install,$(VENV),constraints/0.5.23.txt,$(TRAINING_NEEDS))
 

@@ -55,7 +55,10 @@ class Recording(Config):
     server: dict[str, Any] = Field(default_factory=dict)
     """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
     concurrency: int = Field(default=16, ge=1)
-    """Requests in flight at once."""
+    """Requests in flight at once, in each replica."""
+    replicas: int = Field(default=1, ge=1)
+    """Engines that make the recording together, each with a cache of its own; several need Ray
+    (`sglang-probe[ray]`). Requests that begin alike stay together."""
     checkpoint_seconds: float = Field(default=20.0, gt=0)
     """How often the recording is written to disk: the most seconds of it that a crash can cost."""
     output: Path = Path("runs")

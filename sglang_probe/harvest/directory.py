@@ -34,6 +34,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -320,7 +321,9 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
             f"{path} was started with another `{key}` and cannot be resumed",
             fix="use the original configuration, or --overwrite",
         )
-    with journal.lock(path, 0):  # waits for an engine that is still ending
+    with ExitStack() as locks:
+        for rank in journal.ranks(path):  # waits for engines that are still ending
+            locks.enter_context(journal.lock(path, rank))
         journal.discard_leftovers(path)
     parts = journal.read(path)
     (path / FAULT_FILE).unlink(missing_ok=True)
@@ -333,5 +336,9 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
             suspects[rid] = how["reason"]
     earlier = schema.starts_of(old.manifest)
     following = max((part.session for part in parts), default=-1) + 1
+    if len(journal.ranks(path)) > 1:
+        # One engine may have asked again what another, which ended, had in flight: a name is not given twice.
+        numbers = (rid.partition("~")[2] for rid in old.spans()["rid"].unique())
+        following = max([following, *(int(n) + 1 for n in numbers if n.isdigit())])
     earlier += [{"seconds": None, "requests": None}] * (following - len(earlier))
     return Start(len(earlier), tuple(earlier), refused, suspects)

@@ -11,7 +11,6 @@ import time
 import typing
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,10 @@ from sglang_probe.engine.platform.environment import accelerator_present, bind_c
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.death import Children, EngineDied
+from sglang_probe.harvest.in_flight import LOOK_SECONDS, Answer, Asked, InFlight, Refusal, RequestRefused
 from sglang_probe.harvest.signals import EngineSignals
 
 PROBE_FILE = "probe.yaml"
-
-_LOOK_SECONDS = 0.5
-"""Between two looks at whether the engine is alive and records."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One finished request as the engine reports it."""
-
-    rid: str
-    output_ids: list[int]
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A request that SGLang did not serve."""
-
-    rid: str
-    message: str
-
-
-class RequestRefused(ProbeError):
-    """SGLang did not serve a request. The others go on."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(f"SGLang refuses request {refusal.rid}: {refusal.message}")
-        self.refusal = refusal
 
 
 def default_server_args() -> dict[str, Any]:
@@ -122,7 +94,8 @@ def verify_sampling(values: Mapping[str, Any], vocabulary: int, tokenizer: Any) 
 class ProbedEngine:
     """A running engine. Use as a context manager; leaving it closes the recording and ends the engine's processes.
 
-    One engine may make several recordings, one after the other (`begin`).
+    One engine may make several recordings, one after the other (`begin`). Several engines that make one together are
+    `sglang_probe.harvest.replicas.Replicas`.
 
     Args:
         model_path: what SGLang loads.
@@ -146,6 +119,8 @@ class ProbedEngine:
         self._children = Children()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._recordings = 0
+        self.restarts = 0
+        """Engines that took the place of this one: none does."""
         self._in_flight: dict[str, None] = {}
         """Requests that were sent and have not ended, oldest first."""
 
@@ -200,7 +175,8 @@ class ProbedEngine:
         """Write what the scheduler process reads, and a copy into the run. JSON is YAML."""
         assert self._folder is not None
         text = json.dumps(probe.model_dump(mode="json"), indent=2) + "\n"
-        (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
+        if probe.replica == 0:  # one of several writes it
+            (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
         (Path(self._folder.name) / FAULT_FILE).unlink(missing_ok=True)  # of the recording before
         path = Path(self._folder.name) / f"probe-{self._recordings}.yaml"
         path.write_text(text, encoding="utf-8")
@@ -305,39 +281,20 @@ class ProbedEngine:
 
         await self.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
 
-    async def serve(
-        self, requests: Sequence[tuple[str, Sequence[int], dict[str, Any]]], concurrency: int
-    ) -> AsyncIterator[Answer | Refusal]:
+    async def serve(self, requests: Sequence[Asked], concurrency: int) -> AsyncIterator[Answer | Refusal]:
         """Serve requests in order with at most `concurrency` in flight; answers come as they finish.
 
         Raises:
             EngineDied: the engine ended. ProbeError: the recording stopped; nothing more is served.
         """
-        waiting = iter(requests)
-        running: set[asyncio.Task[Answer]] = set()
-
-        def admit() -> None:
-            while len(running) < concurrency and (r := next(waiting, None)) is not None:
-                running.add(asyncio.ensure_future(self.generate(*r)))
-
-        admit()
-        looked = time.monotonic()
+        requests_in_flight = InFlight(self)
+        requests_in_flight.add(requests)
         try:
-            while running:
-                done, running = await asyncio.wait(running, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if time.monotonic() - looked >= _LOOK_SECONDS:
-                    self.look()
-                    looked = time.monotonic()
-                admit()
-                for task in done:
-                    try:
-                        answer: Answer | Refusal = task.result()
-                    except RequestRefused as e:
-                        answer = e.refusal
+            while requests_in_flight:
+                for answer in await requests_in_flight.answered(concurrency):
                     yield answer
         finally:
-            for task in running:
-                task.cancel()
+            requests_in_flight.cancel()
 
     def look(self) -> None:
         """Whether the engine is alive and records.
@@ -360,7 +317,7 @@ class ProbedEngine:
         return fault_of(self._probe.run) or fault_of(Path(self._folder.name))
 
     async def serve_groups(
-        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None = None
+        self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None
     ) -> AsyncIterator[Answer | Refusal]:
         """Serve groups of requests one after the other, as `serve`.
 
@@ -398,7 +355,7 @@ class ProbedEngine:
                         self.look()
                     if (left := deadline - time.monotonic()) <= 0:
                         raise TimeoutError
-                    await asyncio.wait([asked], timeout=min(left, _LOOK_SECONDS))
+                    await asyncio.wait([asked], timeout=min(left, LOOK_SECONDS))
                 return list(asked.result())
             finally:
                 asked.cancel()

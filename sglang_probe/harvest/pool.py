@@ -73,14 +73,15 @@ def distinct_tokens(prompts: Iterable[Sequence[int]], most: int) -> int:
     found = 0
     before: tuple[int, ...] = ()
     for ids in sorted(chosen):
-        found += len(ids) - _shared(before, ids)
+        found += len(ids) - shared_length(before, ids)
         before = ids
         if found >= most:
             return most
     return found
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two prompts begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -26,6 +26,7 @@ from sglang_probe.harvest.engine import (
 )
 from sglang_probe.harvest.kept import check_key
 from sglang_probe.harvest.model import Model, resolve_model
+from sglang_probe.harvest.on_ray import require_ray
 from sglang_probe.harvest.pool import Pool
 from sglang_probe.harvest.sampling import SamplingCheck, check_names
 from sglang_probe.harvest.steer import check_arms, check_steer, open_library
@@ -120,6 +121,8 @@ def prepare(
     reviewed = inventory.require([*features(asked), "platform"])
     servers = [dict(config.server), *({**config.server, **arm.server} for arm in arms.values())]
     choose_device(servers)
+    if config.replicas > 1:
+        _check_replicas(config.replicas, arms, servers)
     for server in servers:
         _check_server(server)
         if not accelerator_present():
@@ -322,6 +325,25 @@ def _check_server(server: dict[str, object]) -> None:
     if taken := _SET_BY_US & set(server):
         raise ConfigError(
             f"server argument `{min(taken)}` is set by the probe", fix="use `model`, `dtype` and the arm's `cache`"
+        )
+
+
+def _check_replicas(replicas: int, arms: Mapping[str, Arm], servers: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse what several engines cannot do together.
+
+    Raises:
+        ConfigError: names the key. UnsupportedError: Ray is not installed.
+    """
+    require_ray()
+    if name := next((name for name, arm in arms.items() if arm.partners is not None), None):
+        raise ConfigError(
+            f"arm `{name}` says who shares a batch, and {replicas} engines have batches of their own",
+            fix="leave out `replicas`",
+        )
+    if any(int(server.get("dp_size") or 1) > 1 for server in servers):
+        raise ConfigError(
+            "`dp_size` gives requests to its ranks in turn, and `replicas` keep those together that begin alike",
+            fix="leave out `server: {dp_size: ...}`",
         )
 
 

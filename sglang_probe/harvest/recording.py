@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.death import EngineDied
-from sglang_probe.harvest.engine import Answer, ProbedEngine, Refusal, fault_of
+from sglang_probe.harvest.engine import ProbedEngine, fault_of
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.in_flight import Answer, Asked, Refusal
 from sglang_probe.harvest.job import Job, digests, manifest_of, probe_config
 from sglang_probe.harvest.kept import keep_with_run
 from sglang_probe.harvest.progress import Counter, Quiet, Reporter
+from sglang_probe.harvest.replicas import Replicas
 from sglang_probe.harvest.requests_table import write_requests
 from sglang_probe.harvest.signals import closing
 from sglang_probe.policy.partners import group
@@ -34,8 +36,8 @@ from sglang_probe.steering.scores import write_weights
 from sglang_probe.verify.ownership import load_embedding, write_oracle
 from sglang_probe.workload.request import asked_rid
 
-Todo = Sequence[tuple[str, Sequence[int], dict[str, Any]]]
-"""Requests to serve: rid, prompt, sampling parameters."""
+Todo = Sequence[Asked]
+"""Requests to serve."""
 
 Serving = Callable[[ProbedEngine], AsyncIterator[Answer | Refusal]]
 """Serves the requests of a job in a way of its own, and may change `Job.requests` while it does."""
@@ -58,7 +60,7 @@ def harvest(
         engines: keeps the engine for the next run.
         asks: fields of `Ask` that the engine must honour for later runs, beyond those of this one.
         overwrite, resume: what to do if `path` exists; `resume` finishes what is not complete.
-        serving: in place of sending every request once and waiting for its answer.
+        serving: in place of sending every request once and waiting for its answer; by one engine.
 
     Raises:
         InventoryError: the installed SGLang was not reviewed for what is asked.
@@ -68,6 +70,8 @@ def harvest(
         KeyboardInterrupt: passed on after the engine ended and the directory was closed as `incomplete`. SIGTERM and
             SIGHUP raise it too.
     """
+    if serving is not None and job.prepared.config.replicas > 1:
+        raise ConfigError("this recording talks to one engine", fix="leave out `replicas`")
     if path.is_symlink():
         path = path.resolve()
     with directory.hold_directory(path):
@@ -106,6 +110,8 @@ class _Recording:
         self.answers: list[Answer] = []
         self.refused = dict(start.refused)
         self.seconds = 0.0
+        self.again: list[tuple[float, int]] = []
+        """Seconds and answers before each engine that took the place of another."""
 
     def make(self) -> Run:
         engine, todo = self._begin()
@@ -116,6 +122,7 @@ class _Recording:
                     engine.run(self._serve(engine, todo, counter))
                 finally:
                     self.seconds = time.perf_counter() - began
+                    self._note_restarts(engine, self.seconds)
             engine.close_recording()
             self.manifest.update(engine.in_force())  # the weights may have been updated
         except BaseException as e:
@@ -135,7 +142,7 @@ class _Recording:
             raise ProbeError(f"the recording of {self.path} is incomplete: {fault}", fix=_fix(None, fault))
         return load_run(self.path)
 
-    def _begin(self) -> tuple[ProbedEngine, list[Todo]]:
+    def _begin(self) -> tuple[ProbedEngine | Replicas, list[Todo]]:
         """The engine, ready, and what it is to serve."""
         job, engines, model = self.job, self.engines, self.job.prepared.model
         try:
@@ -144,9 +151,10 @@ class _Recording:
             if job.capture.scores:
                 write_weights(self.path / WEIGHTS_FILE, job.capture.scores)
             todo = _remaining(job, self.path, self.start)
-            wanted = (model.path, job.server, self.probe, job.pool)
+            wanted = (model.path, job.server, self.probe, job.pool, job.prepared.config.replicas)
             shared = engines.serves(*wanted)
-            with self.reporter.stage(f"{job.name}: {'changing the policy' if shared else 'starting SGLang'}"):
+            starting = "starting SGLang" if wanted[-1] == 1 else f"starting {wanted[-1]} replicas of SGLang"
+            with self.reporter.stage(f"{job.name}: {'changing the policy' if shared else starting}"):
                 engine = engines.open(*wanted)
             self.manifest.update(engine.in_force())
         except BaseException as e:
@@ -159,16 +167,30 @@ class _Recording:
             raise
         return engine, todo
 
-    async def _serve(self, engine: ProbedEngine, todo: Sequence[Todo], counter: Counter) -> None:
+    async def _serve(self, engine: ProbedEngine | Replicas, todo: Sequence[Todo], counter: Counter) -> None:
         concurrency = self.job.prepared.config.concurrency if self.job.arm.partners is None else None
-        answers = self.serving(engine) if self.serving is not None else engine.serve_groups(todo, concurrency)
+        if self.serving is not None:
+            assert not isinstance(engine, Replicas)
+            answers = self.serving(engine)
+        else:
+            answers = engine.serve_groups(todo, concurrency)
+        began, ended = time.perf_counter(), set()
         async for answer in answers:
+            self._note_restarts(engine, time.perf_counter() - began)
+            rid = asked_rid(answer.rid)
+            new = rid not in ended  # what an engine that ended had not made durable is answered again
+            ended.add(rid)
             if isinstance(answer, Refusal):
-                self.refused[asked_rid(answer.rid)] = answer.message
-                counter.advance(0)
+                self.refused[rid] = answer.message
+                tokens = 0
             else:
                 self.answers.append(answer)
-                counter.advance(len(answer.output_ids))
+                tokens = len(answer.output_ids)
+            if new or self.serving is not None:
+                counter.advance(tokens)
+
+    def _note_restarts(self, engine: ProbedEngine | Replicas, seconds: float) -> None:
+        self.again += [(seconds, len(self.answers))] * (engine.restarts - len(self.again))
 
     def _why(self, error: BaseException) -> str:
         """What the manifest says of it."""
@@ -211,10 +233,15 @@ class _Recording:
             ended[rid] = {"alone": len(in_flight) == 1 and rid in suspects, "reason": fault}
         return {
             "fault": fault,
-            "starts": [*self.start.earlier, {"seconds": round(self.seconds, 3), "requests": len(self.answers)}],
+            "starts": [*self.start.earlier, *self._starts()],
             "refused": self.refused,
             "ended_engine": ended,
         }
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """What was served until an engine took the place of another, and from then on."""
+        marks = [(0.0, 0), *self.again, (self.seconds, len(self.answers))]
+        return [{"seconds": round(b[0] - a[0], 3), "requests": b[1] - a[1]} for a, b in pairwise(marks)]
 
 
 def close_run(

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from sglang_probe.harvest.engine import Answer, ProbedEngine
+from sglang_probe.harvest.engine import ProbedEngine
+from sglang_probe.harvest.in_flight import Answer
 from sglang_probe.prove.traffic import Habits, Traffic
 from sglang_probe.workload.request import Request, SegmentSpan
 

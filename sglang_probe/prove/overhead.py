@@ -132,7 +132,9 @@ def measure(host: EngineHost, job: Job, folder: Path, *, rounds: int) -> Overhea
 
 def _begin(host: EngineHost, job: Job, path: Path) -> ProbedEngine:
     path.mkdir(parents=True)
-    return host.open(job.prepared.model.path, job.server, probe_config(job, path, job.asks), job.pool)
+    engine = host.open(job.prepared.model.path, job.server, probe_config(job, path, job.asks), job.pool)
+    assert isinstance(engine, ProbedEngine)
+    return engine
 
 
 def _seconds(engine: ProbedEngine, todo: Todo) -> float:

@@ -20,8 +20,8 @@ from sglang_probe.engine.hooks.certified import subject_in_force
 from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.config import Recording
-from sglang_probe.harvest.engine import Answer
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.in_flight import Answer
 from sglang_probe.harvest.job import job_of
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.harvest.pool import left_open

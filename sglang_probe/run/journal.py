@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from sglang_probe.run.lock import Held, hold
 
 NAME = "journal.jsonl"
 """The journal of data-parallel rank 0; rank n writes `journal-dp<n>.jsonl`."""
+
+
+_OF_A_RANK = re.compile(r"(?:journal-dp(\d+)\.jsonl|\.lock-dp(\d+))")
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,13 @@ def read(run: Path) -> list[Part]:
     Raises:
         RunDirectoryError: a line that is not the last cannot be read.
     """
-    ranks = {int(p.stem.rsplit("-dp", 1)[1]) for p in run.glob("journal-dp*.jsonl")}
-    return [part for rank in sorted(ranks | {0}) for part in read_rank(run, rank)]
+    return [part for rank in ranks(run) for part in read_rank(run, rank)]
+
+
+def ranks(run: Path) -> list[int]:
+    """Data-parallel ranks that have a journal, or a lock; rank 0 in any case."""
+    named = (_OF_A_RANK.fullmatch(p.name) for p in run.iterdir()) if run.is_dir() else ()
+    return sorted({0, *(int(match[1] or match[2]) for match in named if match)})
 
 
 def read_rank(run: Path, dp_rank: int) -> list[Part]:

@@ -22,8 +22,8 @@ from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.death import EngineDied
-from sglang_probe.harvest.engine import Answer, Refusal
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.in_flight import Answer, Refusal
 from sglang_probe.harvest.job import Job, job_of
 from sglang_probe.harvest.prepare import prepare
 from sglang_probe.harvest.recording import harvest
@@ -40,10 +40,13 @@ class MadeEngine:
     """Serves in groups of what is in flight at once. `ends`: what happens at a request, by its number."""
 
     server_args: dict[str, Any] = {}
+    restarts = 0
 
     def __init__(self, probe: EngineProbeConfig, ends: dict[int, str], served: list[list[str]]) -> None:
         self._probe, self._ends, self.served = probe, ends, served
-        self._writer = Writer(probe.run, session=probe.start)
+        self._writer = Writer(
+            probe.run, session=probe.start, dp_rank=probe.replica, part_seconds=probe.checkpoint_seconds
+        )
         self._recorder = Recorder(
             self._writer,
             lineage=Lineage(1, 1000),
@@ -107,7 +110,7 @@ class MadeHost(EngineHost):
         self.ends: dict[int, str] = {}
         self.served: list[list[str]] = []
 
-    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig, pool: int | None = None) -> Any:
+    def open(self, model_path: str, server: dict[str, Any], probe: EngineProbeConfig, *_rest: Any) -> Any:
         self._engine = MadeEngine(probe, self.ends, self.served)  # type: ignore[assignment]
         return self._engine
 

@@ -20,7 +20,7 @@ from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
-from sglang_probe.harvest.engine import Answer
+from sglang_probe.harvest.in_flight import Answer
 from sglang_probe.harvest.kept import keep_with_run
 from sglang_probe.harvest.recording import close_run
 from sglang_probe.harvest.requests_table import workload_columns

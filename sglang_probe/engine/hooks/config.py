@@ -33,7 +33,7 @@ FAULT_FILE = "fault.txt"
 class EngineProbeConfig(Config):
     """What one engine process records.
 
-    For a live server, set `run` and `live`, and what else you need. `start`, `kept`, `switches`, `proving`,
+    For a live server, set `run` and `live`, and what else you need. `start`, `replica`, `kept`, `switches`, `proving`,
     `slot_truth` and `ignore_interrupt` are set by the commands that start an engine.
     """
 
@@ -59,6 +59,8 @@ class EngineProbeConfig(Config):
     """Present: a live server is recorded, in segments below `run`. Absent: one run, closed by who started it."""
     start: int = 0
     """Number of this engine's start within the run; a resumed run goes on after what is on disk."""
+    replica: int = 0
+    """Which of the engines that make this run: it writes the ledger of the data-parallel rank of this number."""
     checkpoint_seconds: float = 20.0
     """Whatever was computed is durable at most so much, and the time of one write, later."""
     asks: list[str] = Field(default_factory=list)

@@ -43,7 +43,7 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
     session.attach(
         scheduler,
         server_args,
-        dp_rank=release().dp_rank(scheduler),
+        dp_rank=session.config.replica + release().dp_rank(scheduler),
         tp_size=get_parallel().tp_size,
         # Every tensor-parallel rank sees the same requests and plans; the first records them.
         records=get_parallel().tp_rank == 0,

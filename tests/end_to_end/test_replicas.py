@@ -1,0 +1,47 @@
+"""Two real engines as actors of Ray, through the command: one killed, and the command itself killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from sglang_probe.run import journal
+from sglang_probe.run.run import load_run
+from sglang_probe.verify.verify import verify
+from tests.attack.replicas import compare, configure, engine_of, harvest, once_each, wait_for_parts
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs `sglang-probe[ray]`"),
+]
+
+
+def test_two_replicas_with_one_killed_and_then_the_command_equal_one_engine(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    plain = harvest(configure(tmp_path / "one.yaml", concurrency=1, replicas=1, each=5), one)
+    assert plain.wait() == 0, (tmp_path / "one.log").read_text()
+
+    config = configure(tmp_path / "two.yaml", concurrency=1, replicas=2, each=5)
+    command = harvest(config, two)
+    wait_for_parts(two, 1, 2, command)
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    before = len(journal.read_rank(two, 1))
+    command = harvest(config, two, "--resume")  # it waits for the engines of the killed command to be gone
+    wait_for_parts(two, 1, before + 1, command)
+    os.kill(engine_of(two, 1), signal.SIGKILL)
+    assert command.wait() == 0, (tmp_path / "two.log").read_text()
+
+    run = load_run(two)
+    assert run.complete
+    assert [str(c) for c in verify(run) if not c.holds] == []
+    assert once_each(run)
+    assert set(run.spans()["dp_rank"]) == {0, 1}
+    found = compare(load_run(one), run, run.requests()["rid"].str.partition("~")[0])
+    assert found.outputs == 0
+    assert found.largest < 0.05, "a token of another request is further away than rounding"
