@@ -5,14 +5,12 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-from sglang_probe import __version__
-
 _BESIDE = ("sglang", "torch", "transformers", "sae-lens")
 
 
 def lines() -> list[str]:
     """Our version, and those of what it works with as far as that is installed. Imports none of it."""
-    found = [f"sglang-probe {__version__}", f"python {platform.python_version()}"]
+    found = [f"sglang-probe {metadata.version('sglang-probe')}", f"python {platform.python_version()}"]
     for name in _BESIDE:
         try:
             found.append(f"{name} {metadata.version(name)}")
