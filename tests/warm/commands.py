@@ -22,8 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import setproctitle
-
 from tests.warm.children import fork_server
 
 _PRELOADED = (
@@ -157,7 +155,9 @@ def _serve() -> str:
     child returns from here, with the name of the module that it runs."""
     for name in _PRELOADED:
         importlib.import_module(name)
-    setproctitle.getproctitle()  # finds the place of the title while the environment is still where it was
+    importlib.import_module(
+        "setproctitle"
+    ).getproctitle()  # finds the place of the title while the environment is still where it was
     gc.freeze()
     while line := _read_line():
         asked = json.loads(line)
