@@ -109,25 +109,26 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     lines = [
         "| prompt tokens shared | samples, positions | rows stored | rows on disk, MB | run directory, MB "
-        "| every sample whole, MB | stored once is | random access over whole samples (range) |",
+        "| every sample whole, MB | run directory over whole samples | random access over whole samples (range) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {m['shared']:.0%} | {m['samples']:,}, {m['positions']:,} | {m['rows_once']:,} "
         f"| {m['bytes_once'] / 1e6:.1f} | {m['bytes_run'] / 1e6:.1f} | {m['bytes_whole'] / 1e6:.1f} "
-        f"| **{m['bytes_run'] / m['bytes_whole']:.2f}** of it "
+        f"| **{m['bytes_run'] / m['bytes_whole']:.2f}** "
         f"| **{m['ratio']:.2f}** ({m['ratio_low']:.2f} to {m['ratio_high']:.2f}) |"
         for m in found.values()
     ]
     text = (
         f"{machine()}, shared with other work. `python bench/store_once.py`: few-shot traffic recorded from "
         f"`probe-text` (width 256, bfloat16) at {len(POINTS)} hook points, {FAMILIES} families, 8 output tokens; "
-        "`run.samples()` over the run directory against one safetensors file a sample (`sglang-probe export eagle`). "
-        "Both hold the same tensors. Random access: CPU time to have samples in random order as tensors in memory, "
-        f"files in the page cache; {2 * args.rounds} interleaved pairs, median ratio.\n\n"
+        "`run.samples()` of the run directory against one safetensors file a sample (`sglang-probe export eagle`). "
+        "Both hold the same tensors. Random access: CPU time to load samples in random order as tensors in memory, "
+        f"from files in the page cache; {2 * args.rounds} interleaved pairs, median ratio.\n\n"
         + "\n".join(lines)
-        + "\n\nThe run directory holds the ledger and the token ids too. Below 1 the samples are read faster than "
-        "whole files, which are opened and parsed one by one; a disk that is not in the page cache was not measured.\n"
+        + "\n\nThe run directory holds the ledger and the token ids too. Below 1 `run.samples()` is faster than the "
+        "whole files, which are opened and parsed one by one. Reading from a disk, past the page cache, was not "
+        "measured.\n"
     )
     write_section(args.out, "Rows stored once", text)
 

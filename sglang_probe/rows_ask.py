@@ -18,14 +18,15 @@ class RowsAsk(Config):
     """Rows of the request's own positions, to be fetched after it ended: `GET /probe/rows/<handle>`."""
 
     handle: Annotated[StrictStr, Field(pattern=HANDLE)]
-    """Under which they are kept: 22 random letters or more that the client makes up and tells nobody, such as
+    """The name under which they are kept: 22 random letters or more that the client makes up and tells nobody, such as
     `secrets.token_urlsafe(24)`."""
     hook_points: tuple[StrictStr, ...] | None = Field(default=None, min_length=1, max_length=512)
-    """Which rows, among those that the server records; by default all of these."""
+    """Where in the model, among the hook points that the server records; by default all of these."""
     last: Annotated[StrictInt, Field(ge=1)] | None = None
-    """The last so many positions that have an entry."""
+    """How many positions, counted from the end. The last sampled token has no row and does not count."""
     windows: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, min_length=1, max_length=64)
-    """Ranges `[start, end]` of positions, counted over prompt and output. Without `last` and `windows`: all."""
+    """Ranges `[start, end]` of positions, counted over prompt and output. Without `last` and `windows`: all
+    positions."""
 
     @field_validator("windows")
     @classmethod

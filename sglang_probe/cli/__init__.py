@@ -47,7 +47,12 @@ def _print_version(asked: bool) -> None:
 def _main(
     asked: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Versions of all that matters; ends."),
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of this and of what it works with.",
+        ),
     ] = False,
 ) -> None:
     """Record what SGLang really computed: which token positions were run, which came from the prefix cache, and the

@@ -92,13 +92,14 @@ def eagle(
     ] = None,
     learned: Annotated[
         list[str] | None,
-        typer.Option(help="Segments that the loss is of; may be repeated. Default: `generated`, `assistant`."),
+        typer.Option(help="Segments that count in the loss; may be repeated. Default: `generated`, `assistant`."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Whole samples as a trainer of EAGLE drafters reads them: `hs_<i>.safetensors` and a dataset, as in speculators.
+    """Whole requests as a trainer of EAGLE drafters reads them: `hs_<i>.safetensors` and a dataset.
 
-    Rows that samples share are written for each of them. Needs the package `datasets`.
+    The layout is that of vLLM's `speculators`. Rows that requests share are written for each of them. Needs the
+    package `datasets`.
 
     Example: `sglang-probe export eagle runs/mine --output drafts`, then train with `--data-path drafts`
     """

@@ -129,8 +129,8 @@ def verdict_of(
     if worst["effect"] > worst["cold"]:
         told = (
             f"on `{worst['path']}`; cold runs differ by {worst['cold']:.2g}, and {worst['cases']:.0f} cases do not "
-            f"show that this is more (p = {worst['p_moved']:.2g}, adjusted for {2 * len(paths)} questions): `--cases` "
-            "asks more"
+            f"show that this is more (p = {worst['p_moved']:.2g}, adjusted for {2 * len(paths)} questions): more "
+            "cases may (`--cases`)"
         )
     return Verdict.WITHIN_FLOOR, (
         f"Warm differs from cold by {worst['effect']:.2g} nats in the mean at most (largest "

@@ -217,16 +217,20 @@ class Endpoints:
         from fastapi.responses import FileResponse, JSONResponse
 
         if self._answers is None:
-            return JSONResponse({"reason": "this server hands out no rows: `asks: [rows]`"}, status_code=404)
+            return JSONResponse(
+                {"reason": "this server hands out no rows: its probe YAML needs `asks: [rows]`"}, status_code=404
+            )
         if not re.fullmatch(HANDLE, handle):
-            return JSONResponse({"reason": f"a handle is {HANDLE}"}, status_code=400)
+            return JSONResponse(
+                {"reason": f"a handle is 22 to 128 letters, digits, `_` or `-` ({HANDLE})"}, status_code=400
+            )
         deadline = time.monotonic() + min(max(0.0, timeout), _ROWS_SECONDS)
         pause = 0.005
         while True:
             for kind in (SUFFIX, GONE):
                 found = next(iter(self._answers.glob(f"*/{file_name(handle)}{kind}")), None)
                 if found is not None and kind == GONE:
-                    reason = "the rows under this handle have expired: `live: {rows: {seconds, megabytes}}`"
+                    reason = "the rows under this handle have expired: `live: {rows: {seconds, megabytes}}` bounds them"
                     return JSONResponse({"reason": reason}, status_code=410)
                 if found is not None:
                     return FileResponse(found, media_type="application/octet-stream")

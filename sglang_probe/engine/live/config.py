@@ -32,16 +32,16 @@ class SegmentLimits(Config):
 
 
 class AnswersConfig(Config):
-    """What rows that requests ask for (`asks: [rows]`) may take."""
+    """How much disk, time and memory the rows may take that requests ask for (`asks: [rows]`)."""
 
     most_megabytes: float = Field(default=64.0, gt=0)
-    """Of one request: one that asks for more is refused."""
+    """For the rows of one request: one that asks for more is refused."""
     megabytes: float = Field(default=512.0, gt=0)
-    """Of all that wait on disk to be fetched; the oldest go first."""
+    """For all rows that wait on disk to be fetched; the oldest are deleted first."""
     seconds: float = Field(default=300.0, gt=0)
-    """How long they wait."""
+    """How long rows wait to be fetched."""
     memory_megabytes: float = Field(default=256.0, gt=0)
-    """Of the last rows of everybody, in memory, from which positions that a request reuses are filled. As much again
+    """For the latest rows of all requests, kept in memory: reused positions get their rows from there. As much again
     may wait to be put there."""
 
     @property

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Replay(Study):
     """Was a run served under the interventions that a manifest of features states? Serve its requests again and see.
 
-    The requests' own tokens are decoded by force, by the features and directions, operations and strengths of the
-    manifest, at the
-    positions that the run's ledger has; the stored rows are compared with those of the replay, and the distance between
-    two replays in two orders is the floor. Gates must be decided alike. Exit code 1 if the run is something else; 2 if
-    it cannot be replayed, above all because run or model have other weights than the manifest.
+    The requests' own tokens are decoded by force, under the features, directions, operations and strengths of the
+    manifest, at the positions that the run's ledger has. The stored rows are compared with those of the replay, and
+    the distance between two replays in two orders is the floor. Gates must be decided alike.
+    Exit code 1 if the run is something else; 2 if it cannot be replayed, above all because run or model have other
+    weights than the manifest.
 
     Example: `sglang-probe replay features.json runs/audited --library vectors`
     """

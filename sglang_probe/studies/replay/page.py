@@ -53,17 +53,17 @@ def replay_page(result: ReplayResult) -> Page:
         facts=facts(
             result.manifest, ("manifest of features", f"revision {result.revision}, sha256 {result.sha256[:16]}")
         ),
-        lead="The stored requests were served again, their own tokens decoded by force, by the vectors, operations "
-        "and strengths of the manifest, at the positions that the ledger has. Twice, in two orders: their distance is "
-        "the floor.",
+        lead="The stored requests were served again, their own tokens decoded by force, under the vectors, operations "
+        "and strengths of the manifest, at the positions that the ledger has. This was done twice, in two orders: the "
+        "distance between the two is the floor.",
         sections=[
             Section("Rows", tables=[rows_table(result)]),
             Section(
                 "Activations",
                 "Of the manifest's features, and projections on its directions, after the interventions, at positions "
-                "under one.",
+                "under an intervention.",
                 tables=[Table(result.activations, "activations", columns=activations, file="activations")],
-                nothing="the run holds no rows of their hook points",
+                nothing="the run holds no rows at their hook points",
             ),
             Section(
                 "Ledger and manifest",
