@@ -44,7 +44,7 @@ def report(summary: dict[str, Any]) -> Page:
                 pd.DataFrame(_served(production)).query("serving == 'alone'"), "kind", "server", "clean", title=title
             ),
         )
-        sections += [
+        served = [
             Section("Two servers", "Without the cap, and with it behind its gate.",
                     tables=[_table(_served(production), "production", "production")]),
             Section("Out of scope", "Requests that the gate left out, and how many of them differ in any bit from the "
@@ -55,6 +55,7 @@ def report(summary: dict[str, Any]) -> Page:
                     tables=[_table(_audits(summary["audit"]), "audits", "audits"),
                             _table(summary["audit"]["honest"]["rows"], "rows of the honest audit", "audit")]),
         ]  # fmt: skip
+        sections = [*served, *reversed(sections)]
     statuses = ", ".join(f"{title} {status}" for title, status in summary["manifest"]["status"].items())
     return Page(
         title="A cap on split-personality replies",
@@ -77,12 +78,16 @@ def _table(rows: list[dict[str, Any]], name: str, file: str) -> Table:
 def _answer(summary: dict[str, Any]) -> str:
     alone, audit = summary["production"]["alone"], summary["audit"]
     before, after = (alone[k]["split"] for k in ("plain", "clamped"))
-    cost = alone["collateral"]
-    differ = max(mine[k] for mine in cost["clamped"].values() for k in ("outputs", "logprobs", "rows"))
+    mine = alone["collateral"]["clamped"]
+    equal, other = (
+        f"{max(mine[k][what] for what in ('outputs', 'logprobs', 'rows'))} of {mine[k]['requests']}"
+        for k in ("equal reuse", "other reuse")
+    )
     return (
         f"Of {before['requests']} requests that the model refuses and answers all the same, {after['clean']} get the "
-        f"refusal alone under the cap, and {before['clean']} without it; of {cost['left_out']} requests that the gate "
-        f"left out {differ} differ in any bit; the audit {'holds' if audit['honest']['ok'] else 'does not hold'}."
+        f"refusal alone under the cap, and {before['clean']} without it. Of requests that the gate left out {equal} "
+        f"differ in any bit, and {other} that found another part of their prompt in the prefix cache. The audit "
+        f"{'holds' if audit['honest']['ok'] else 'does not hold'}."
     )
 
 

@@ -80,11 +80,13 @@ def row_of_largest(frame: pd.DataFrame, column: str, *, least: bool = False) -> 
 
 
 def facts(manifest: Mapping[str, Any], *more: tuple[str, str]) -> Facts:
-    """Model, engine, what a study adds, and when it was recorded."""
+    """Model, engine, what a study adds, and when it was recorded. A live segment says of the model only its name, and
+    nothing of the dtype of its rows."""
     m, v = manifest["model"], manifest["versions"]
-    rows = f", rows in {manifest['rows_dtype']}" if manifest["rows_dtype"] else ""
+    shape = f" ({m['architecture']}, {m['layers']} layers)" if "architecture" in m else ""
+    rows = f", rows in {dtype}" if (dtype := manifest.get("rows_dtype")) else ""
     return [
-        ("model", f"{m['name']} ({m['architecture']}, {m['layers']} layers){rows}"),
+        ("model", f"{m['name']}{shape}{rows}"),
         ("engine", f"SGLang {v['sglang']}, torch {v['torch']}"),
         *more,
         ("recorded", manifest["created"]),

@@ -28,6 +28,7 @@ from sglang_probe.run.run import Run, load_run
 from sglang_probe.steering.features import FeatureManifest, read_features
 from sglang_probe.steering.library import Library
 from sglang_probe.studies.replay import runs as replaying
+from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.replay.study import study_replay
 from sglang_probe.verify.verify import verify
 from sglang_probe.workload.corpus import Corpus, load_corpus
@@ -209,6 +210,8 @@ def test_what_the_server_clamped_passes_the_audit_and_under_another_value_it_doe
             place = tmp_path / str(i)
             replay = replaying.prepare(stated, stored, library, place, sae=sae)
             results.append(study_replay(replay, replaying.run(replay, place, host=host)))
+            Replay().write(results[-1], place)
+    assert "The run is what the manifest states" in (tmp_path / "0" / "report.html").read_text()
     honest, *others = results
     assert honest.ok, honest.checks["replay"]
     assert (honest.requests, honest.under) == (6, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_probe.report.page import Page, render
-from sglang_probe.studies.pages import checks_in_words, proof
+from sglang_probe.studies.pages import checks_in_words, facts, proof
 from sglang_probe.verify.check import Check
 
 
@@ -31,3 +31,17 @@ def test_a_violation_is_shown_with_its_run() -> None:
     html = render(Page("t", sections=[section]))
     assert "<td>off</td><td>content</td><td>row 7 belongs to nobody</td>" in html
     assert "Do not use these numbers" in html
+
+
+def test_facts_of_a_live_segment_say_what_its_manifest_says() -> None:
+    told = {
+        "model": {"name": "m", "weight_hash": "a" * 64},
+        "versions": {"sglang": "1", "torch": "2"},
+        "created": "now",
+    }
+    assert facts(told) == [("model", "m"), ("engine", "SGLang 1, torch 2"), ("recorded", "now")]
+    model = {"name": "m", "architecture": "Llama", "layers": 4}
+    assert facts({**told, "model": model, "rows_dtype": "float32"})[0] == (
+        "model",
+        "m (Llama, 4 layers), rows in float32",
+    )

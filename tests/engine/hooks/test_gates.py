@@ -107,29 +107,6 @@ def test_the_prompts_last_row_decides_for_every_generated_token(engine: Engine, 
         assert {i: u.onset for i, u in later.under.items()} == ({0: PROMPT} if opened else {})
 
 
-def test_under_tensor_parallelism_a_rank_decides_by_the_first_ranks_score(
-    monkeypatch: pytest.MonkeyPatch, library: Path
-) -> None:
-    own: list[list[float]] = []
-
-    def agree(scores: torch.Tensor) -> None:
-        own.append(scores.tolist())
-        scores.fill_(0.25)
-
-    engine = Engine(*attached(monkeypatch, library, tp_size=2, agree=agree), library)
-    req, plain = admitted(steer=[GATED]), admitted()
-    engine.forward((plain, 0, PROMPT, 9.0))
-    assert own == []  # nobody waits for the others in a forward that decides nothing
-    engine.forward((req, 0, PROMPT, -0.25), recorded=False)  # a rank that records nothing
-    assert own == [[pytest.approx(-0.25, abs=1e-6)]]
-    found = decision(req)
-    assert found is not None
-    assert (found.score, found.opened) == (0.25, True)
-    _, changed = engine.forward((req, PROMPT, PROMPT + 1, 0.0), recorded=False)
-    assert changed.tolist() == pytest.approx([6.0], rel=1e-4)
-    assert len(own) == 1
-
-
 def test_a_gated_request_is_private_and_may_reuse_its_prompt(engine: Engine) -> None:
     req = admitted(steer=[GATED])
     assert (req.extra_key, req.skip_radix_cache_insert, read_limit(req)) == (None, True, PROMPT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -77,14 +76,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attached(
-    monkeypatch: pytest.MonkeyPatch,
-    library: Path,
-    graphs: bool = False,
-    tp_size: int = 1,
-    agree: Callable[[torch.Tensor], object] = lambda _scores: None,
-    **steer: Any,
+    monkeypatch: pytest.MonkeyPatch, library: Path, graphs: bool = False, tp_size: int = 1, **steer: Any
 ) -> tuple[Steering, list[Layer]]:
-    """The instrument on a model of four layers. `agree`: what ranks do with scores of gates."""
+    """The instrument on a model of four layers."""
     config = EngineProbeConfig.model_validate(
         {
             "run": "run",
@@ -95,7 +89,6 @@ def attached(
         }
     )
     monkeypatch.setattr(module, "graph_rows", lambda: 4)
-    monkeypatch.setattr(module, "agreement", lambda: agree)
     session = make_session(monkeypatch, config)
     session.tp_size = tp_size
     steering = session.of(Steering)
@@ -217,6 +210,10 @@ def test_a_deployment_is_everybodys_and_has_one_namespace(monkeypatch: pytest.Mo
 def test_under_tensor_parallelism_what_each_rank_would_find_for_itself_is_refused(
     monkeypatch: pytest.MonkeyPatch, library: Path
 ) -> None:
+    gate = {**UP, "phases": ["decode"], "gate": {"by": "probe", "probe": "fires"}}
+    attached(monkeypatch, library, tp_size=2)
+    assert "this engine runs under tensor parallelism" in str(admitted(steer=[gate]).refused)
+    assert admitted(steer=[UP]).refused is None
     attached(monkeypatch, library, tp_size=2, deployment=[{**UP, "op": "cap"}])
     with pytest.raises(UnsupportedError, match="`budget_ms` under tensor parallelism"):
         attached(monkeypatch, library, tp_size=2, budget_ms=2.0)

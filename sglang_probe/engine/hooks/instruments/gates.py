@@ -4,9 +4,6 @@ The row is scored after the layer of the probe's hook point, and after the inter
 point `hook_scores` writes. SGLang computes a prompt's last position in every case, in the last chunk of it, whatever
 was reused. On a CPU the forward has run when the next one is planned, under overlap scheduling too, so that the first
 generated token's plan has the decision. A retracted request keeps it: it computes the same rows again.
-
-Under tensor parallelism every rank has the whole row and the same plan, and takes the score of the first rank, so that
-no rounding of a sum over ranks can part them.
 """
 
 from __future__ import annotations
@@ -58,18 +55,9 @@ class Gates:
 
     Args:
         probes: of the library.
-        agree: gives scores `[n]` float32 on all ranks the values of the first, in place; None: there is one rank. It is
-            called in forwards that decide a gate, by every rank.
     """
 
-    def __init__(
-        self,
-        probes: Sequence[Vector],
-        *,
-        device: torch.device | str,
-        agree: Callable[[torch.Tensor], object] | None = None,
-    ) -> None:
-        self._agree = agree
+    def __init__(self, probes: Sequence[Vector], *, device: torch.device | str) -> None:
         self._weights_PD = weights_DK(probes).T.contiguous().to(device)
         self._number = {v.hash: i for i, v in enumerate(probes)}
         self._due: dict[int, list[_Due]] = {}
@@ -123,11 +111,9 @@ class Gates:
             raise LedgerError(f"layer {layer} has {len(x_ND)} rows, and row {max(rows)} decides a gate")
         w_GD = self._weights_PD[[self._number[d.gate.probe.hash] for d in due]]
         # Row by row, so that a score has the same bits whatever else is in the batch.
-        scores_G = (x_ND[rows].float() * w_GD).sum(-1)
-        if self._agree is not None:
-            self._agree(scores_G)
+        scores = (x_ND[rows].float() * w_GD).sum(-1).tolist()
         plan = self._plan
-        for d, score in zip(due, scores_G.tolist(), strict=True):
+        for d, score in zip(due, scores, strict=True):
             gate = d.gate
             opened = gate.probe.opens(score)
             gate.decision = Decision(

@@ -11,8 +11,8 @@ publishing nothing. The namespace has a random part that no client knows, so tha
 A gate by a probe is decided inside the forward that computes the prompt's last row, after its layer (`gates.py`). Until
 then nothing that waits for it is planned; from the next forward on the plan has it, or leaves it out for good.
 
-Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole. A gate
-is decided by the score of the first rank; a time that each would measure for itself is refused.
+Under tensor parallelism every rank plans and makes the same changes, to a tensor that each of them holds whole; what
+could part them (a decision or a time that each would find for itself) is refused.
 
 If the recording stops, requests in flight go on as they were asked; new ones are refused. If a change itself cannot be
 made, the requests that it was for are aborted: half of an intervention is none.
@@ -106,7 +106,7 @@ class Steering(Instrument):
         self.budget: Budget | None = None
         """None: interventions may cost what they do."""
         self._gates: Gates | None = None
-        """None: the library has no probe, or gates cannot be had, as on an accelerator."""
+        """None: the library has no probe, or gates cannot be had here."""
         self._running: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Requests under interventions, by identity, for as long as SGLang holds them."""
         self._plan: ForwardPlan | None = None
@@ -145,13 +145,12 @@ class Steering(Instrument):
         if graphs:
             self._graph = graph_steering(runner, self._bank, changed, self._given.passes, self._given.fused)
         probes = [v for v in library.values() if v.card.kind == "probe"]
-        ranks = guard.active().tp_size
-        if probes and self._graph is None:
-            self._gates = Gates(probes, device=runner.device, agree=agreement() if ranks > 1 else None)
+        if probes and self._graph is None and guard.active().tp_size == 1:
+            self._gates = Gates(probes, device=runner.device)
             changed = sorted({*changed, *(v.card.layer for v in probes)})
-        if clamping is not None and (self._gates is None or ranks > 1):
+        if clamping is not None and self._gates is None:
             raise UnsupportedError(
-                "`clamps` wait for a gate on the host, and a fault of one rank would end them there alone",
+                "`clamps` wait for a gate, which is decided on the host of one rank between two forwards",
                 fix="serve on the CPU, on one rank and without `accelerator`, or use a `deployment`, which has no gate",
             )
         for layer in changed:
@@ -202,9 +201,10 @@ class Steering(Instrument):
         elif self._gates is not None:
             mark(req, gated(spec, prompt_len, told, isolation))
         else:
+            where = "under tensor parallelism" if guard.active().tp_size > 1 else "on an accelerator"
             raise ConfigError(
-                f"{WHERE}.steer: a gate by a probe is decided on the host, between two forwards, and this engine runs "
-                "on an accelerator"
+                f"{WHERE}.steer: a gate by a probe is decided on the host of one rank, between two forwards, and this "
+                f"engine runs {where}"
             )
         if isolation.namespace is not None:
             req.extra_key = f"{req.extra_key or ''}|steer:{self._salt}:{isolation.namespace}"
@@ -369,16 +369,6 @@ class Steering(Instrument):
     def facts(self) -> dict[str, Any]:
         clamps = () if self._clamping is None else self._clamping.clamps
         return {"steer": None if self._library is None else told(self._given, self._library, clamps)}
-
-
-def agreement() -> Callable[[torch.Tensor], object]:
-    """Gives a tensor on the CPU the values that the first tensor-parallel rank has, in place, on every rank."""
-    import torch.distributed
-    from sglang.srt.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    first, ranks = group.ranks[0], group.cpu_group
-    return lambda scores: torch.distributed.broadcast(scores, first, group=ranks)
 
 
 def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
