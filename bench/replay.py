@@ -38,10 +38,11 @@ from sglang_probe.workload.request import Request, SegmentSpan
 from tests.attack.plan import TIGHT
 
 ROOT = Path(__file__).parents[1]
-ATTACKS = {
-    "attack": {},
-    "attack, little memory": {"server": {"max_total_tokens": 1024, "chunked_prefill_size": 64, "page_size": 1}},
-    "attack, pages of 16": {"server": {"max_total_tokens": 2560, "chunked_prefill_size": 64, "page_size": 16}},
+ATTACK = {
+    "server": {"max_total_tokens": 1536, "chunked_prefill_size": 64, "page_size": 1},
+    "concurrency": 8,
+    "hook_points": [],
+    "cache": "on",
 }
 SESSIONS, LONGEST, NEW = 40, 320, 4
 
@@ -57,8 +58,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "causes":
-        for n, (name, plan) in enumerate(ATTACKS.items()):
-            sys.stdout.write(_causes(name, attacked(args.out / f"attack-{n}", 41 + n, 1000, plan)))
+        sys.stdout.write(_causes("attack", attacked(args.out / "attack", 41, 1000, ATTACK)))
+        sys.stdout.flush()
         sys.stdout.write(_causes("agents", conversations(args.out, 1000, 4, "lru", 1)))
     elif args.what == "looks":
         sys.stdout.write(_with_looks(args.out / "looks"))
