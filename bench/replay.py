@@ -44,6 +44,19 @@ ATTACK = {
     "hook_points": [],
     "cache": "on",
 }
+HARDEST = {
+    "server": TIGHT,
+    "env": {"SGLANG_TEST_RETRACT": "1"},
+    "cache": "on",
+    "bypass": False,
+    "priorities": False,
+    "pauses": False,
+    "refusals": False,
+    "samples": False,
+    "concurrency": 8,
+    "refused": None,
+}
+"""LFU, which counts every time that it is asked, and retractions every few steps."""
 SESSIONS, LONGEST, NEW = 40, 320, 4
 
 
@@ -83,16 +96,16 @@ def attacked(folder: Path, seed: int, requests: int, plan: dict[str, object], lo
 
 def _with_looks(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
-    plan = {"server": TIGHT, "env": {"SGLANG_TEST_RETRACT": "1"}, "samples": False}
-    run = attacked(folder, 7, 150, plan, folder / "looks.txt")
+    run = attacked(folder, 2, 100, HARDEST, folder / "looks.txt")
     requests = run.requests(interrupted=True)
     requests = requests[requests["prompt_ids"].notna()]
     told = [line.split(" ") for line in (folder / "looks.txt").read_text().splitlines()]
     looks = [(int(order), rid, int(limit)) for order, rid, limit in told]
     lines = []
     for name, given in (("without", []), ("with", looks)):
-        pool = run.manifest["server_resolved"]["max_total_num_tokens"]
-        outcome = as_recorded(run, requests, lambda pool=pool: simulated_tree(pool, 1, "lfu"), given)
+        outcome = as_recorded(
+            run, requests, lambda: simulated_tree(int(str(TIGHT["max_total_tokens"])), 1, "lfu"), given
+        )
         tree = run.tree()
         matched = tree[(tree["event"] == "matched") & tree["rid"].isin(requests["rid"])]
         apart = [
