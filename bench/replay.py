@@ -38,11 +38,25 @@ from sglang_probe.workload.request import Request, SegmentSpan
 from tests.attack.plan import TIGHT
 
 ROOT = Path(__file__).parents[1]
-ATTACKS = {
-    "attack": {},
-    "attack, little memory": {"server": {"max_total_tokens": 1024, "chunked_prefill_size": 64, "page_size": 1}},
-    "attack, pages of 16": {"server": {"max_total_tokens": 2560, "chunked_prefill_size": 64, "page_size": 16}},
+ATTACK = {
+    "server": {"max_total_tokens": 1536, "chunked_prefill_size": 64, "page_size": 1},
+    "concurrency": 8,
+    "hook_points": [],
+    "cache": "on",
 }
+HARDEST = {
+    "server": TIGHT,
+    "env": {"SGLANG_TEST_RETRACT": "1"},
+    "cache": "on",
+    "bypass": False,
+    "priorities": False,
+    "pauses": False,
+    "refusals": False,
+    "samples": False,
+    "concurrency": 8,
+    "refused": None,
+}
+"""LFU, which counts every time that it is asked, and retractions every few steps."""
 SESSIONS, LONGEST, NEW = 40, 320, 4
 
 
@@ -57,8 +71,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "causes":
-        for n, (name, plan) in enumerate(ATTACKS.items()):
-            sys.stdout.write(_causes(name, attacked(args.out / f"attack-{n}", 41 + n, 1000, plan)))
+        sys.stdout.write(_causes("attack", attacked(args.out / "attack", 41, 1000, ATTACK)))
+        sys.stdout.flush()
         sys.stdout.write(_causes("agents", conversations(args.out, 1000, 4, "lru", 1)))
     elif args.what == "looks":
         sys.stdout.write(_with_looks(args.out / "looks"))
@@ -82,16 +96,16 @@ def attacked(folder: Path, seed: int, requests: int, plan: dict[str, object], lo
 
 def _with_looks(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
-    plan = {"server": TIGHT, "env": {"SGLANG_TEST_RETRACT": "1"}, "samples": False}
-    run = attacked(folder, 7, 150, plan, folder / "looks.txt")
+    run = attacked(folder, 2, 100, HARDEST, folder / "looks.txt")
     requests = run.requests(interrupted=True)
     requests = requests[requests["prompt_ids"].notna()]
     told = [line.split(" ") for line in (folder / "looks.txt").read_text().splitlines()]
     looks = [(int(order), rid, int(limit)) for order, rid, limit in told]
     lines = []
     for name, given in (("without", []), ("with", looks)):
-        pool = run.manifest["server_resolved"]["max_total_num_tokens"]
-        outcome = as_recorded(run, requests, lambda pool=pool: simulated_tree(pool, 1, "lfu"), given)
+        outcome = as_recorded(
+            run, requests, lambda: simulated_tree(int(str(TIGHT["max_total_tokens"])), 1, "lfu"), given
+        )
         tree = run.tree()
         matched = tree[(tree["event"] == "matched") & tree["rid"].isin(requests["rid"])]
         apart = [

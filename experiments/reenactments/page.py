@@ -114,13 +114,18 @@ def _autopsies(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _words(name: str, told: dict[str, Any]) -> str:
     said = [f"**The report.** {SITUATIONS[name].report}", f"**Here.** {SITUATIONS[name].here}"]
-    said += [f"**`why`, {when}.** {told[when]['sentence']}" for when in ("before", "after") if when in told]
+    said += [
+        f"**{when.capitalize()}.** `why`: {told[when]['sentence']}" for when in ("before", "after") if when in told
+    ]
     for which in ("predicted_before", "predicted"):
         if which in told:
             p = told[which]
             said.append(
-                f"**`what-if`.** {p['settings']}: {p['share']:.1%} reused. Replayed as recorded, "
+                f"**Predicted.** `what-if`, {p['settings']}: {p['share']:.1%} reused. Replayed as recorded, "
                 f"{p['matches_that_differ']} of {p['matches']} matches differ from the engine's."
             )
-    said += [f"**`gate`, {which}.** {g['verdict']}. {g['sentence']}" for which, g in told.get("gates", {}).items()]
+    said += [
+        f"**{which.capitalize()}.** `gate`: {g['verdict']}. {g['sentence']}"
+        for which, g in told.get("gates", {}).items()
+    ]
     return "\n\n".join(said)

@@ -42,8 +42,9 @@ def last_process(root: Path) -> list[Path]:
 
 
 class Joined(Run):
-    """Segments that follow each other. Manifest and settings are those of the last, which may still be recorded: then
-    requests that are in flight have no row, and nothing is known of their prompts.
+    """Segments that follow each other: their requests, spans, forwards, tree and prompts as one table each; rows and
+    the other tables are those of a segment. Manifest and settings are those of the last, which may still be recorded:
+    then requests that are in flight have no row, and nothing is known of their prompts.
 
     Raises (on construction):
         RunDirectoryError: one is no run.

@@ -33,6 +33,8 @@ def causes_of(segment: Path, *, by: str = "session", rid: str | None = None) -> 
         RunDirectoryError: the recording does not say why, or there is no such request.
     """
     paths = [p for p in last_process(segment.parent) if p.name <= segment.name]
+    if not paths or paths[-1] != segment:
+        raise RunDirectoryError(f"{segment} is no segment of the last recording there", fix="ask again")
     run = Joined(segment.parent, paths[-CONTEXT:])
     newest = run.segments[-1].forwards()["forward_id"]
     found = autopsy(run)
