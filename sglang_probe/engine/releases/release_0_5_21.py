@@ -1,5 +1,5 @@
-"""SGLang 0.5.21: the tree, the residual stream and the answers of 0.5.23; commands and the reading of requests of
-0.5.17. Its own are the publication (`cache_unfinished_req`, `insert_req`) and the match (`match_prefix`)."""
+"""SGLang 0.5.21: the tree and the answers of 0.5.23; commands and the reading of requests of 0.5.17; the residual of
+either, by model. Its own are the publication (`cache_unfinished_req`, `insert_req`) and the match (`match_prefix`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from sglang_probe.engine.releases.base import Hook
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+
+_TWO_TERMS = release_0_5_17.Adapter()
+"""Layers of Llama, Qwen 2 and Mixtral return both terms of the residual; others keep a stream."""
 
 
 class Adapter(release_0_5_23.Adapter):
@@ -41,6 +44,12 @@ class Adapter(release_0_5_23.Adapter):
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
         return type(tree) is UnifiedRadixCache and set(getattr(tree, "components", ())) == {ComponentType.FULL}
+
+    def residual(self, forward_batch: Any, output: Any) -> Any:
+        return (_TWO_TERMS if isinstance(output, tuple) else super()).residual(forward_batch, output)
+
+    def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
+        return (_TWO_TERMS if isinstance(output, tuple) else super()).changeable_residual(forward_batch, output)
 
     def bypass_hooks(self) -> list[Hook]:
         return [(f"{_TREE}.match_prefix", match_prefix, "AROUND")]
