@@ -139,8 +139,12 @@ def _told(version: str, wheel: Path | None, reference: Inventory, findings: list
 
 def _platform() -> str:
     from sglang_probe.engine.platform.environment import DEVICE, cpu_chosen, platform_facts
+    from sglang_probe.errors import InventoryError
 
-    facts = platform_facts()
+    try:
+        facts = platform_facts()
+    except InventoryError:
+        return "not known for a release that was not reviewed"
     if facts["device"] == "accelerator":
         return f"an accelerator is present, SGLang's own platform is used; {DEVICE}=cpu leaves it alone"
     why = f"{DEVICE}=cpu" if cpu_chosen() else "no accelerator found"

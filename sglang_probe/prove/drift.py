@@ -120,11 +120,13 @@ def _told(version: str, near: Inventory, findings: list[Finding], exercised: fro
     for f in findings:
         gone = _gone(f)
         if gone and f.target.feature in _NEEDED:
+            own = "this release needs an adapter of its own (docs/evidence/releases.md); install "
             raise InventoryError(
                 f"SGLang {version} cannot be tried under the adapter of {near.sglang}: what every recording patches is "
                 f"gone: {', '.join(g.target.target for g in findings if _gone(g) and g.target.feature in _NEEDED)}",
-                fix="this release needs an adapter of its own (docs/evidence/releases.md); install "
-                + " or ".join(inventory.known_versions()),
+                fix="reinstall the stock release: it was reviewed, and what is installed is no longer what it was"
+                if near.sglang == version
+                else own + " or ".join(inventory.known_versions()),
             )
         if gone or (f.state != "fine" and f.target.feature not in exercised):
             left_out.setdefault(f.target.feature, said(f))

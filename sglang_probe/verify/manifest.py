@@ -30,6 +30,8 @@ _OF_A_HARVEST = (
     *("concurrency", "submission_order", "server_given", "switches", "partners", "forced_from", "forced_digest"),
     *("kept_digest", "lines_skipped", "starts", "rows_dtype", "cached_tokens_disagreements"),
 )
+_SINCE_SCHEMA_6 = ("positions_intervened",)
+"""Of a harvest."""
 _WITHIN = {
     "versions": ("sglang-probe", "sglang", "torch", "transformers"),
     "model": ("name", "architecture", "layers", "context_length", "weights_sha256", "tokenizer_sha256"),
@@ -61,6 +63,7 @@ def _named(run: Run) -> Iterator[str]:
         due = [*_OF_A_SEGMENT]
         due += _OF_A_SERVER if here is None or m.get("kind") == "live" else ()
         due += _OF_A_HARVEST if here is None else ()
+        due += _SINCE_SCHEMA_6 if here is None and m["schema_version"] >= 6 else ()
         yield from (f"the manifest has no `{key}`" for key in due if key not in m)
         if here is None:
             yield from _whole(m)

@@ -75,6 +75,25 @@ def test_sliding_windows_in_pages_with_retractions(tmp_path: Path) -> None:
     assert outcome.counts["retracted"] > 0
 
 
+@NEWER_TREE
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "reuse wrong slots",
+        "exchange two owners",
+        "ignore rebinds",
+        pytest.param(
+            "ignore what the tree took",
+            marks=pytest.mark.xfail(reason="the tree replaces nothing in this traffic that is reused afterwards"),
+        ),
+    ],
+)
+def test_what_is_planted_among_sliding_windows_is_noticed(planted: str, tmp_path: Path) -> None:
+    outcome = attack(tmp_path, 2, 60, sabotage=planted, plan=windowed(tmp_path))
+    assert outcome.noticed, outcome.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 22))
 def test_long_attack_in_a_random_configuration(seed: int, tmp_path: Path) -> None:

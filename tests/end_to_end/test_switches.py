@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All arms in one engine, one after the other."""
     folder = tmp_path_factory.mktemp("switched")
     others = {p.pid for p in psutil.Process().children(recursive=True)}  # of other tests of this worker
-    with EngineHost() as host, subprocess.Popen(["sleep", "1000"]) as of_the_caller:
+    with EngineHost() as host, subprocess.Popen(["sleep", "1000"]) as of_the_caller, ExitStack() as last:
+        last.callback(of_the_caller.kill)  # `Popen` would wait for it where a recording fails
         ours = prepared()
         requests, how = ours.workload.requests, {"asks": {"cache"}, "host": host}
         runs = record([RunSpec(n, requests, arm) for n, arm in ARMS.items()], ours, folder, **how)
@@ -71,7 +73,6 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         host.stop()
         # SGLang of itself ends all children of the process that calls it.
         assert of_the_caller.poll() is None
-        of_the_caller.kill()
         assert [p.name() for p in engine if p.is_running() and p.name().startswith("sglang::")] == []
     return runs
 

@@ -1,6 +1,7 @@
-"""The CPU reference platform on SGLang 0.5.17, which asks an out-of-tree platform for classes that 0.5.23 defaults.
+"""The CPU reference platform on SGLang 0.5.17 and 0.5.21, which ask an out-of-tree platform for classes that 0.5.23
+defaults.
 
-Its page allocator is a Triton kernel, and it writes the rows of its KV slots with another one unless the attention
+Their page allocator is a Triton kernel, and they write the rows of its KV slots with another one unless the attention
 backend is `torch_native` (`utils/common.py`, `support_triton`): so that `probe_torch` cannot be chosen here.
 """
 

@@ -16,7 +16,12 @@ from sglang_probe.errors import InventoryError
 
 __all__ = ["MODULES", "Hook", "Release", "release"]
 
-MODULES = {"0.5.17": "release_0_5_17", "0.5.22": "release_0_5_22", "0.5.23": "release_0_5_23"}
+MODULES = {
+    "0.5.17": "release_0_5_17",
+    "0.5.21": "release_0_5_21",
+    "0.5.22": "release_0_5_22",
+    "0.5.23": "release_0_5_23",
+}
 """File of each reviewed release; its class is `Adapter`. Each has an inventory in `patches/`."""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import UnsupportedError
@@ -25,7 +25,7 @@ class Adapter(Release):
     tree = _TREE
     trees = "the radix tree of full attention, alone or with sliding windows,"
     cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
-    cpu_attention = ("probe_torch", "torch_native")
+    cpu_attention: ClassVar[tuple[str, ...]] = ("probe_torch", "torch_native")
     cpu_widens = True
     cpu_ranks = True
     row_channel = "sglang.srt.managers.auxiliary_output"

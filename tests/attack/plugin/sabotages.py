@@ -347,6 +347,29 @@ def one_history_for_all_lengths() -> None:
     Spec.history = lambda self, prompt_len, end=0: self.id  # type: ignore[method-assign]
 
 
+def ignore_what_the_tree_took() -> None:
+    """Where the tree takes a request's entries in the place of older ones, the older owner is kept."""
+    from sglang_probe.engine.releases import release
+
+    type(release()).taken = lambda self, result: ()  # type: ignore[method-assign]
+
+
+def reuse_wrong_slots() -> None:
+    """A fault of the engine: of a long cached prefix, one position in eight gets the slot of the next one."""
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    right = UnifiedRadixCache.prefix_device_indices
+
+    def wrong(self: Any, req: Any) -> Any:
+        slots = right(self, req)
+        if len(slots) > 32:
+            slots = slots.clone()
+            slots[:-1:8] = slots[1::8][: len(slots[:-1:8])]
+        return slots
+
+    UnifiedRadixCache.prefix_device_indices = wrong
+
+
 def tell_no_evictions() -> None:
     Recorder.evicted = lambda self, tokens: None  # type: ignore[method-assign]
 
@@ -385,6 +408,8 @@ SABOTAGES = {
         steered_publish_what_is_private,
         steered_read_past_their_onset,
         one_history_for_all_lengths,
+        ignore_what_the_tree_took,
+        reuse_wrong_slots,
         tell_no_evictions,
     )
 }

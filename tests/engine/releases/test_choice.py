@@ -18,7 +18,7 @@ def test_the_installed_release_is_chosen() -> None:
 
 def test_an_unreviewed_release_is_refused_with_those_that_are_reviewed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.5.20")
-    with pytest.raises(InventoryError, match=r"SGLang 0\.5\.20 is installed.*0\.5\.17, 0\.5\.22, 0\.5\.23"):
+    with pytest.raises(InventoryError, match=r"SGLang 0\.5\.20 is installed.*0\.5\.17, 0\.5\.21, 0\.5\.22, 0\.5\.23"):
         release.__wrapped__()
 
 
