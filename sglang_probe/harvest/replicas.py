@@ -79,6 +79,8 @@ class _Worker:
     """It serves one request, which may be what ends engines, and nothing else."""
     ends: int = 0
     """Of its engines, since the last answer."""
+    starting: bool = False
+    """An engine is started in the place of one that ended."""
     recovering: bool = False
     """Its engine ended, and what becomes of its requests is not settled."""
     closed: bool = False
@@ -179,16 +181,18 @@ class Replicas:
                 for worker in self._workers:
                     if worker not in calls.values() and (turn := self._turn(worker, each, ends, alone)) is not None:
                         calls[asyncio.ensure_future(turn)] = worker
-                if not calls:
-                    break
+                if not (alone or self._queue.waiting) and all(w.starting for w in calls.values()):
+                    break  # all is done, by others, before an engine that was to help is there
                 done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 for call in done:
                     calls.pop(call)
                     for answer in call.result().answers:
                         yield answer
         finally:
-            for call in calls:
+            for call, worker in calls.items():
                 call.cancel()
+                if worker.starting:
+                    self._let_go(worker)
 
     def close_recording(self) -> None:
         """Have every engine write what it knows.
@@ -221,9 +225,7 @@ class Replicas:
 
     def _end(self) -> None:
         for worker in self._workers:
-            place, worker.place = worker.place, None
-            if place is not None:
-                place.end()
+            self._let_go(worker)
         self._places.close()
 
     async def _all(self, calls: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -286,8 +288,15 @@ class Replicas:
         return self._step(worker, ends, alone, "step", more, concurrency)
 
     async def _start_again(self, worker: _Worker) -> Told:
+        worker.starting = True
         await self._start(worker)
+        worker.starting = False
         return Told()
+
+    def _let_go(self, worker: _Worker) -> None:
+        place, worker.place, worker.starting = worker.place, None, False
+        if place is not None:
+            place.end()
 
     async def _step(self, worker: _Worker, ends: Counter[str], alone: list[Asked], method: str, *args: Any) -> Told:
         told = await self._ask(worker, method, *args)
@@ -316,9 +325,8 @@ class Replicas:
 
         Returns what is not asked again: it ended an engine when it was served alone.
         """
-        assert worker.place is not None
-        worker.place.end()
-        worker.place, was_alone = None, worker.alone
+        was_alone = worker.alone
+        self._let_go(worker)
         worker.ends += 1
         if worker.ends > _TRIES:
             what = f"replica {worker.rank} ended {worker.ends} times and answered nothing meanwhile: {told.fault}"

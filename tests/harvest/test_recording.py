@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sglang_probe.engine.hooks.config import FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.ledger import clock
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
@@ -175,6 +176,16 @@ def test_what_was_in_flight_beside_it_is_served_as_soon_as_it_ends_well(recordin
     assert (len(served), said, run.complete) == (3, "", True)
     assert run.manifest["refused"] == run.manifest["ended_engine"] == {}
     assert run.manifest["fault"] is None
+
+
+def test_a_clock_that_is_set_back_between_two_starts_is_no_disorder(
+    recording: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording({3: "dies"})
+    monkeypatch.setattr(clock, "_OFFSET", clock._OFFSET - 86_400)
+    run, _, said = recording({}, resume=True)
+    assert (said, run.complete) == ("", True)
+    assert run.forwards()["launched"].diff().min() < -80_000
 
 
 def test_refused_requests_are_counted_and_not_asked_again(recording: Any) -> None:

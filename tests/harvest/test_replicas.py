@@ -133,6 +133,9 @@ class MadeHost(EngineHost):
         pool: int | None = None,
         replicas: int = 1,
     ) -> Replicas:
+        if isinstance(self._engine, Replicas):
+            self._engine.begin(probe)
+            return self._engine
         engine = Replicas(model_path, probe, server, replicas, self.places)
         engine.start()
         self._engine = engine
@@ -206,6 +209,17 @@ def test_a_replica_that_ends_is_started_again_and_nothing_is_lost_or_doubled(
     assert len(run.manifest["starts"]) == 3
     answered = sum(s["requests"] for s in run.manifest["starts"])
     assert answered == len(job.requests) + (2 if how == "forgets" else 0)
+
+
+def test_the_same_engines_make_the_next_recording(job: Job, tmp_path: Path) -> None:
+    with MadeHost({(4, "gone"): 1}) as host:
+        runs = [harvest(job, tmp_path / name, host) for name in ("first", "second")]
+    assert [run.complete for run in runs] == [True, True]
+    assert [len(run.manifest["replicas"]["ended"]) for run in runs] == [1, 0]
+    for run in runs:
+        assert [str(c) for c in verify(run) if not c.holds] == []
+        assert _ended(run) == _everything(job)
+    assert not any("~" in rid for rid in runs[1].engine_requests()["rid"])
 
 
 def test_a_request_that_ends_every_engine_is_served_alone_and_then_refused(job: Job, tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ def test_ranks_keep_journals_of_their_own_and_are_read_together(tmp_path: Path) 
     assert [p.stem for p in (part(3), ten)] == ["00003", "dp10-00000"]
 
 
+def test_a_rank_is_known_by_its_journal_or_by_its_lock(tmp_path: Path) -> None:
+    assert journal.ranks(tmp_path / "nothing") == journal.ranks(tmp_path) == [0]
+    for name in ("journal.jsonl", "journal-dp2.jsonl", ".lock-dp11", "rows-dp3", "journal-dp4.jsonl.tmp"):
+        (tmp_path / name).touch()
+    assert journal.ranks(tmp_path) == [0, 2, 11]
+
+
 def test_a_line_that_did_not_become_durable_is_taken_back_so_that_it_can_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

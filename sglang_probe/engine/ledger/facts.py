@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from sglang_probe.engine.ledger.clock import now
 from sglang_probe.engine.ledger.lineage import Origin
 
 
@@ -128,7 +128,7 @@ class ForwardPlan:
     # Requests that began while nothing was recorded, and where they go on: attempt and position.
     began_before: frozenset[str] = frozenset()
     carried: dict[str, tuple[int, int]] = field(default_factory=dict)
-    launched: float = field(default_factory=time.time)
+    launched: float = field(default_factory=now)
     forward_id: int = -1
     row_start: int = -1
     rows: dict[str, Any] | None = None

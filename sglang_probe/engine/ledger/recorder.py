@@ -17,12 +17,12 @@ are not written, it ends as `unaccounted`, and everybody else is recorded as eve
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from sglang_probe.engine.ledger.clock import now
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
 from sglang_probe.engine.ledger.lineage import Lineage, Origin
 from sglang_probe.engine.ledger.tree_events import TreeEvents
@@ -265,7 +265,7 @@ class Recorder:
             plan.slots,
             graph,
             plan.launched,
-            time.time() - plan.launched,
+            now() - plan.launched,
             plan.waiting,
             plan.row_start,
             unaccounted if plan.unaccounted is None else plan.slots,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
+from sglang_probe.engine.ledger.clock import now
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.errors import LedgerError
+from sglang_probe.run import schema
 
 
 class Sink:
@@ -233,3 +237,16 @@ def test_flushes_of_an_idle_server_are_one_event(recorder: Recorder, sink: Sink)
         (3, "flushed"),
         (4, "matched"),
     ]
+
+
+def test_a_clock_that_is_set_back_does_not_turn_a_recording_round(
+    recorder: Recorder, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert abs(now() - time.time()) < 60, "it is unix time"
+    for tag, at in ((1, 2e9), (2, 1e9)):
+        monkeypatch.setattr(time, "time", lambda at=at: at)
+        recorder.launch(extend(tag, f"r{tag}", 0, 10))
+        recorder.commit(tag, graph=False)
+    columns = [dict(zip(schema.FORWARDS.names, commit.forward, strict=True)) for commit in sink.commits]
+    assert 0 <= columns[1]["launched"] - columns[0]["launched"] < 60
+    assert all(0 <= c["seconds"] < 60 for c in columns)
