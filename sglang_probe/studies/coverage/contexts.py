@@ -139,10 +139,10 @@ def _gather(second_pass: Pass, request: Array, start: Array, group: Array) -> Ar
     rows = np.zeros((len(request), 1 + BLOCK), dtype=np.int32)
     rows[:, 0] = group + 2
     order = np.argsort(request, kind="stable")
-    done = 0
+    ordered, done = request[order], 0
     step = np.arange(BLOCK)
     for low, offsets, ids in second_pass():
-        until = int(np.searchsorted(request[order], low + len(offsets) - 1, side="left"))
+        until = int(np.searchsorted(ordered, low + len(offsets) - 1, side="left"))
         chosen = order[done:until]
         done = until
         local = request[chosen] - low
