@@ -165,8 +165,7 @@ def _longest_shared(request: Array, keyed: Array) -> tuple[Array, Array]:
     order = np.argsort(keyed.view(f"S{keyed.shape[1] * 4}").ravel())
     shared = np.empty(count - 1, dtype=np.int64)
     for low in range(0, count - 1, _ROWS):  # some at a time: copies of all rows would be most of the memory
-        places = order[low : low + _ROWS + 1]
-        some = keyed[places]
+        some = keyed[order[low : low + _ROWS + 1]]
         same = (some[1:] == some[:-1]) & (some[1:] > 0)
         shared[low : low + len(same)] = np.where(same.all(axis=1), BLOCK, np.argmin(same, axis=1) - 1)
     left, right = list(range(-1, count - 1)), [*range(1, count), -1]
