@@ -25,19 +25,25 @@ from sglang_probe import Experiment
 from sglang_probe.export.eagle import STATES, export_eagle
 from sglang_probe.run.run import Run, load_run
 
-SHARES = {50: {"exemplars": 1, "requests_per_family": 4}, 80: {"exemplars": 4, "requests_per_family": 8}}
-SHARES[95] = {"exemplars": 12, "requests_per_family": 40}
+SHARES = {
+    50: {"exemplars": 4, "families": 8, "requests_per_family": 2},
+    80: {"exemplars": 4, "families": 4, "requests_per_family": 8},
+    95: {"exemplars": 12, "families": 4, "requests_per_family": 40},
+}
+"""Aimed at: what was shared is measured."""
 POINTS = [f"blocks.{i}.hook_resid_post" for i in (0, 1, 3)]
-FAMILIES = 4
 READS = 640
 """Samples that are read in a visit, at least."""
 
 
 def record(folder: Path) -> dict[int, Run]:
-    """A run for each share, by one engine after another."""
+    """A run for each share, by one engine after another; those that are there already are taken."""
     runs = {}
     for share, workload in SHARES.items():
-        asked = {"source": "shared_prefix", "families": FAMILIES, "seed": 0, **workload}
+        if (folder / f"share-{share}").exists():
+            runs[share] = load_run(folder / f"share-{share}")
+            continue
+        asked = {"source": "shared_prefix", "seed": 0, **workload}
         sampling = {"max_new_tokens": 8, "temperature": 0.0}
         with Experiment(
             model="probe-text", workload=asked, hook_points=POINTS, sampling=sampling, concurrency=4
@@ -103,8 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = args.runs or Path(place)
-        there = {share: folder / f"share-{share}" for share in SHARES}
-        runs = {s: load_run(p) for s, p in there.items()} if all(p.exists() for p in there.values()) else record(folder)
+        runs = record(folder)
         found = {share: measure(run, Path(place) / f"whole-{share}", args.rounds) for share, run in runs.items()}
     print(json.dumps(found, indent=1))
     lines = [
@@ -121,7 +126,7 @@ def main() -> None:
     ]
     text = (
         f"{machine()}, shared with other work. `python bench/store_once.py`: few-shot traffic recorded from "
-        f"`probe-text` (width 256, bfloat16) at {len(POINTS)} hook points, {FAMILIES} families, 8 output tokens; "
+        f"`probe-text` (width 256, bfloat16) at {len(POINTS)} hook points, 8 output tokens; "
         "`run.samples()` of the run directory against one safetensors file a sample (`sglang-probe export eagle`). "
         "Both hold the same tensors. Random access: CPU time to load samples in random order as tensors in memory, "
         f"from files in the page cache; {2 * args.rounds} interleaved pairs, median ratio.\n\n"

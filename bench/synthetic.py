@@ -131,6 +131,7 @@ def _spans(
         "row_step": pa.array(np.zeros(n, np.int32)),
         "origin_rid": rid.take(pa.array(origin[rows], mask=origin[rows] < 0)),
         "origin_attempt": pa.array(np.zeros(n, np.int32), mask=origin[rows] < 0),
+        "intervention": pa.nulls(n, pa.string()),
     }
     return cached, pa.table(columns, schema=schema.SPANS)
 

@@ -157,11 +157,14 @@ def read_traffic(requests: Requests, spans: Spans) -> Traffic:
         LedgerError: spans of a request have a gap or overlap.
     """
     count = len(requests)
-    served = spans.where(spans.request < count)
-    last = np.zeros(count, dtype=np.int32)
-    np.maximum.at(last, served.request, served.attempt)
-    served = served.where((served.attempt == last[served.request]) & (served.phase != PHASES.index(schema.OVERSHOOT)))
-    served = served.where(np.argsort(served.request.astype(np.int64) << 32 | served.start, kind="stable"))
+    mine = spans.request < count
+    last = np.zeros(count + 1, dtype=np.int32)
+    owner = np.minimum(spans.request, count)
+    np.maximum.at(last, owner, spans.attempt)
+    mine &= (spans.attempt == last[owner]) & (spans.phase != PHASES.index(schema.OVERSHOOT))
+    served = spans.where(mine)
+    if (order := _unsorted(served.request, served.start)) is not None:
+        served = served.where(order)
     first = np.flatnonzero(np.diff(served.request, prepend=-1))
     follows = np.ones(len(served), dtype=bool)
     follows[first] = False
@@ -260,8 +263,15 @@ def _structs(column: pa.ChunkedArray, field: str) -> Intervals:
     request = np.repeat(np.arange(len(array), dtype=np.int32), np.diff(offsets))
     start, end = _ints(values.field("start"), np.int32), _ints(values.field("end"), np.int32)
     code = _ints(pc.index_in(values.field(field), value_set=names), np.int32)
-    order = np.argsort(request.astype(np.int64) << 32 | start, kind="stable")
-    return Intervals(tuple(names.to_pylist()), request[order], start[order], end[order], code[order])
+    if (order := _unsorted(request, start)) is not None:
+        request, start, end, code = (x[order] for x in (request, start, end, code))
+    return Intervals(tuple(names.to_pylist()), request, start, end, code)
+
+
+def _unsorted(request: Array, start: Array) -> Array | None:
+    """Places by request and start; None: they are in this order."""
+    key = request.astype(np.int64) << 32 | start
+    return np.argsort(key, kind="stable") if (key[1:] < key[:-1]).any() else None
 
 
 def _ints(column: Any, dtype: Any, missing: int = -1) -> Array:

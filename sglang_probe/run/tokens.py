@@ -168,23 +168,28 @@ def _positions(run: RunFiles, spans: pd.DataFrame) -> pd.DataFrame:
 
 def _labels(requests: pd.DataFrame) -> pd.DataFrame:
     """Token id and segment of every position of every request."""
-    frames = []
+    ids, segments, lengths = [np.zeros(0, np.int32)], [np.zeros(0, object)], []
     for r in requests.itertuples():
         if r.prompt_ids is None:  # a live recording without token ids
             prompt = 0 if pd.isna(r.prompt_len) else int(r.prompt_len)
-            ids = [-1] * (prompt + int(r.output_len))
+            mine = np.full(prompt + int(r.output_len), -1, dtype=np.int32)
         else:
-            ids = [*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)]
-        segment = np.full(len(ids), "generated", dtype=object)
+            mine = np.concatenate([r.prompt_ids, [] if r.output_ids is None else r.output_ids]).astype(np.int32)
+        segment = np.full(len(mine), "generated", dtype=object)
         for s in r.segments:
             segment[s["start"] : s["end"]] = s["name"]
-        frames.append(
-            pd.DataFrame({"rid": r.rid, "position": np.arange(len(ids)), "token_id": ids, "segment": segment})
-        )
-    if not frames:
-        empty = {"rid": "str", "position": "int64", "token_id": "int64", "segment": "str"}
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in empty.items()})
-    return pd.concat(frames, ignore_index=True)
+        ids.append(mine)
+        segments.append(segment)
+        lengths.append(len(mine))
+    total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return pd.DataFrame(
+        {
+            "rid": pd.Series(np.repeat(requests["rid"].to_numpy(), lengths), dtype="str"),
+            "position": np.arange(total[-1]) - np.repeat(total[:-1], lengths),
+            "token_id": np.concatenate(ids),
+            "segment": pd.Series(np.concatenate(segments), dtype="str"),
+        }
+    )
 
 
 def _key(code: Array, attempt: Array, position: Array) -> Array:

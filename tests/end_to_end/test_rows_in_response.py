@@ -107,7 +107,7 @@ def test_what_is_too_much_or_not_there_is_a_400_and_old_rows_make_room(server: L
         ({"hook_points": ["blocks.2.hook_resid_post"]}, "is not recorded here"),
         ({}, "this server gives 0.3 MB to a request"),
     ):
-        params = {"max_new_tokens": 1_000_000, "custom_params": {"probe": ask_rows(**ask)}}
+        params = {"max_new_tokens": 3000, "custom_params": {"probe": ask_rows(**ask)}}
         answer = server.http.post("/generate", json={"input_ids": PROMPT, "sampling_params": params})
         assert answer.status_code == 400
         assert told in answer.text

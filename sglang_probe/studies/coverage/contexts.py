@@ -21,10 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from sglang_probe.errors import ConfigError
 from sglang_probe.hashing import GOLDEN, mix64
 
 Array = np.ndarray[Any, Any]
 BLOCK = 32
+_ROWS = 1 << 15
+"""Rows that are compared with their neighbours at a time."""
 
 Pass = Callable[[], Iterator[tuple[int, Array, Array]]]
 """Gives batches of requests: number of the first, offsets `[n + 1]`, and token ids laid end to end."""
@@ -79,70 +82,92 @@ class TrieBuilder:
         blocks = _joined(self._blocks)
         hashes = _joined(self._hashes, np.uint64)
         self._hashes, self._blocks, self._lengths = [], [], []
-        count = len(lengths)
-        owner = np.repeat(np.arange(count), blocks)
-        first_of = np.cumsum(blocks) - blocks
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        creator = first[inverse]  # for each block, the first one with the same prefix
-        seen = np.bincount(owner[creator < np.arange(len(creator))], minlength=count)
+        ends = np.cumsum(blocks)
+        first_of = ends - blocks
+        creator = _creators(hashes)
+        del hashes  # one of a few arrays of a number for every block: they are most of the memory that this takes
+        repeats = np.zeros(len(creator) + 1, dtype=np.int32)
+        np.cumsum(creator < np.arange(len(creator), dtype=np.int32), out=repeats[1:])
         # Seen blocks come before unseen ones, because a prefix of a seen prefix is seen.
+        seen = (repeats[ends] - repeats[first_of]).astype(np.int64)
+        del repeats
         parent_block = np.where(seen > 0, creator[np.maximum(first_of + seen - 1, 0)] if len(creator) else 0, -1)
+        del creator
 
         # Rows to compare: the first block of each request that is not seen, and, of the requests that were the first
         # with the block before it, the block after that.
         leaving = np.flatnonzero(lengths > seen * BLOCK)
         shared = np.unique(parent_block[leaving])
         shared = shared[shared >= 0]
-        by = owner[shared] if len(shared) else np.empty(0, dtype=np.int64)
+        by = np.searchsorted(ends, shared, side="right")  # whose block it is
         request = np.concatenate([leaving, by])
         start = np.concatenate([seen[leaving], shared - first_of[by] + 1]) * BLOCK
         group = np.concatenate([parent_block[leaving], shared])
-        rows = _gather(second_pass, request, start)
-        length, neighbour = _longest_shared(group, request, rows)
+        keyed = _gather(second_pass, request, start, group)
+        length, neighbour = _longest_shared(request, keyed)
 
         new_from = seen * BLOCK
-        parent = np.where(parent_block >= 0, owner[parent_block] if len(owner) else -1, -1)
+        parent = np.where(parent_block >= 0, np.searchsorted(ends, parent_block, side="right"), -1)
         mine = slice(0, len(leaving))
         new_from[leaving] += np.maximum(length[mine], 0)
         parent[leaving] = np.where(length[mine] > 0, neighbour[mine], parent[leaving])
         return Trie(new_from, parent)
 
 
+def _creators(hashes: Array) -> Array:
+    """For each block the first one with the same prefix, int32."""
+    if len(hashes) >= 1 << 31:
+        raise ConfigError(f"{len(hashes):,} blocks of {BLOCK} tokens are too many to be compared at once")
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    opens = np.ones(len(hashes), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=opens[1:])
+    del ordered
+    first = order[opens].astype(np.int32)
+    creator = np.empty(len(hashes), dtype=np.int32)
+    creator[order] = np.repeat(first, np.diff(np.append(np.flatnonzero(opens), len(hashes))))
+    return creator
+
+
 def _joined(arrays: list[Array], dtype: Any = np.int64) -> Array:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
 
 
-def _gather(second_pass: Pass, request: Array, start: Array) -> Array:
-    """Tokens `[start, start + BLOCK)` of each row's request, plus one; 0 past the request's end. `[rows, BLOCK]`."""
-    rows = np.zeros((len(request), BLOCK), dtype=np.int32)
+def _gather(second_pass: Pass, request: Array, start: Array, group: Array) -> Array:
+    """`[rows, 1 + BLOCK]`: the group of each row plus two, and tokens `[start, start + BLOCK)` of its request plus one,
+    0 past the request's end."""
+    rows = np.zeros((len(request), 1 + BLOCK), dtype=np.int32)
+    rows[:, 0] = group + 2
     order = np.argsort(request, kind="stable")
-    done = 0
+    ordered, done = request[order], 0
     step = np.arange(BLOCK)
     for low, offsets, ids in second_pass():
-        until = int(np.searchsorted(request[order], low + len(offsets) - 1, side="left"))
+        until = int(np.searchsorted(ordered, low + len(offsets) - 1, side="left"))
         chosen = order[done:until]
         done = until
         local = request[chosen] - low
         at = (offsets[local] + start[chosen])[:, None] + step
         inside = at < offsets[local + 1][:, None]
-        rows[chosen] = np.where(inside, ids[np.where(inside, at, 0)] + 1, 0) if len(ids) else 0
+        rows[chosen, 1:] = np.where(inside, ids[np.where(inside, at, 0)] + 1, 0) if len(ids) else 0
     return rows
 
 
-def _longest_shared(group: Array, request: Array, rows: Array) -> tuple[Array, Array]:
+def _longest_shared(request: Array, keyed: Array) -> tuple[Array, Array]:
     """For each row the longest beginning that it shares with a row of the same group and an earlier request.
 
     Returns the length (-1: no such row) and that row's request. In sorted order the best earlier row is a neighbour
     once all later requests are taken out, so rows are taken out of a linked list, latest first.
     """
-    count = len(group)
+    count = len(request)
     best, whom = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
     if count < 2:
         return best, whom
-    keyed = np.concatenate([(group + 2).astype(np.int32)[:, None], rows], axis=1)
-    order = np.argsort(np.ascontiguousarray(keyed).view(f"S{keyed.shape[1] * 4}").ravel())
-    same = (keyed[order[1:]] == keyed[order[:-1]]) & (keyed[order[1:]] > 0)
-    shared = np.where(same.all(axis=1), BLOCK, np.argmin(same, axis=1) - 1)  # column 0 is the group
+    order = np.argsort(keyed.view(f"S{keyed.shape[1] * 4}").ravel())
+    shared = np.empty(count - 1, dtype=np.int64)
+    for low in range(0, count - 1, _ROWS):  # some at a time: copies of all rows would be most of the memory
+        some = keyed[order[low : low + _ROWS + 1]]
+        same = (some[1:] == some[:-1]) & (some[1:] > 0)
+        shared[low : low + len(same)] = np.where(same.all(axis=1), BLOCK, np.argmin(same, axis=1) - 1)
     left, right = list(range(-1, count - 1)), [*range(1, count), -1]
     to_left = [-1, *shared.tolist()]  # what a row shares with its left neighbour; -1: another group
     requests = request[order]

@@ -203,7 +203,7 @@ def _context(step: Step, new_from: Array, counted: Array, never: dict[int, linea
 
 def _multiplicity(step: Step, reuses: lineage.Reuses, walk: Walk) -> Array:
     """int64 [N]: occurrences in traffic that each computed position stands for, its own included."""
-    a, b = np.searchsorted(reuses.request, [step.low, step.high])
+    a, b = np.searchsorted(reuses.request, np.array([step.low, step.high], dtype=reuses.request.dtype))
     offsets = step.batch.offsets
     local = reuses.request[a:b] - step.low
     at = offsets[local] + reuses.position[a:b] - walk.traffic.begin[step.low : step.high][local]

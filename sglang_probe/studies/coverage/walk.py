@@ -75,7 +75,8 @@ class Walk:
         return self.traffic.positions
 
     def _paint(self, intervals: Intervals, low: int, high: int, offsets: Array) -> Painted:
-        a, b = np.searchsorted(intervals.request, [low, high])
+        # Of the column's own type: numpy would make another column of all of it for each batch.
+        a, b = np.searchsorted(intervals.request, np.array([low, high], dtype=intervals.request.dtype))
         local = intervals.request[a:b] - low
         begin, end = self.traffic.begin[low:high][local], self.traffic.end[low:high][local]
         start = np.clip(intervals.start[a:b], begin, end) - begin + offsets[local]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
+from sglang_probe.run.tokens import iter_positions
 
 Array = np.ndarray[Any, Any]
+_PART = 1 << 18
+"""Positions that are looked up at a time: those that are compared are few of them."""
 
 
 def row_indices(run: Run, start: int, end: int) -> tuple[Array, Array]:
@@ -22,10 +26,14 @@ def row_indices(run: Run, start: int, end: int) -> tuple[Array, Array]:
     Raises:
         ProbeError: a position has no row of its own.
     """
-    tokens = run.tokens()
-    tokens = tokens[(tokens["position"] >= start) & (tokens["position"] < end) & (tokens["phase"] != schema.OVERSHOOT)]
-    index = run.requests().set_index("rid")["index"]
-    tokens = tokens.assign(index=tokens["rid"].map(index)).sort_values(["index", "position"])
+    requests = run.requests()
+    parts = [requests.iloc[:0].assign(position=0, row=0)]  # so that a run without requests has columns too
+    for _, some in iter_positions(run, requests, _PART):
+        here = (some["position"] >= start) & (some["position"] < end) & (some["phase"] != schema.OVERSHOOT)
+        parts.append(some.loc[here, ["rid", "position", "row"]])
+    tokens = pd.concat([p[["rid", "position", "row"]] for p in parts], ignore_index=True)
+    tokens = tokens.assign(index=tokens["rid"].map(requests.set_index("rid")["index"]))
+    tokens = tokens.sort_values(["index", "position"])
     texts = np.sort(tokens["index"].unique())
     if len(tokens) != len(texts) * (end - start) or (tokens["row"] < 0).any():
         raise ProbeError(f"{run.path} has not computed every position from {start} to {end} itself")
