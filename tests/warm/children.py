@@ -21,12 +21,21 @@ from multiprocessing import connection, context, forkserver, popen_forkserver, p
 from types import FrameType
 from typing import Any
 
-_IMPORTED = [
-    "tests.warm.preloaded",
-    "sglang.srt.entrypoints.engine",
-    "sglang.srt.managers.scheduler",
-    "sglang.srt.managers.detokenizer_manager",
-]
+IMPORTED = (
+    "pandas",
+    "pyarrow.parquet",
+    "fastapi",
+    "flashinfer",
+    "torch._inductor.compile_fx",
+    "transformers.generation.continuous_batching",
+    "sglang.srt.server_args",
+    "sglang.srt.managers.schedule_batch",
+    "sglang.srt.layers.quantization",
+)
+"""Nearly all that SGLang imports, and none of the modules by which the plugin tells what a process is for
+(`engine/hooks/install.py`): each imports its own, as it would."""
+
+_FIRST = ["tests.warm.preloaded", *IMPORTED]
 
 _POSSIBLE = sys.version_info < (3, 14)
 """Later fork servers ask their clients for a key, which `fork_server` below does not hand on."""
@@ -39,7 +48,7 @@ def install() -> None:
     """Let `spawn` in this process mean a fork from a fork server that has imported SGLang; it starts when asked."""
     if _POSSIBLE:
         _patch()
-        forkserver.set_forkserver_preload(_IMPORTED)
+        forkserver.set_forkserver_preload(_FIRST)
 
 
 def fork_server() -> None:
@@ -47,7 +56,7 @@ def fork_server() -> None:
     if not _POSSIBLE:
         return
     _patch()
-    forkserver.set_forkserver_preload(_IMPORTED)  # should it end, another is started
+    forkserver.set_forkserver_preload(_FIRST)  # should it end, another is started
     listener = socket.socket(socket.AF_UNIX)
     address = connection.arbitrary_address("AF_UNIX")
     listener.bind(address)

@@ -22,17 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.warm.children import fork_server
-
-_PRELOADED = (
-    "torch",
-    "pandas",
-    "pyarrow.parquet",
-    "transformers",
-    "sglang.srt.entrypoints.engine",
-    "sglang.srt.managers.scheduler",
-    "sglang.srt.managers.detokenizer_manager",
-)
+from tests.warm.children import IMPORTED, fork_server
 
 
 class Started:
@@ -153,8 +143,9 @@ def shared() -> WarmStart:
 def _serve() -> str:
     """Fork a child for each line of stdin, and answer with its exit status, or at once with its process number. A
     child returns from here, with the name of the module that it runs."""
-    for name in _PRELOADED:
-        importlib.import_module(name)
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # what another release does not have
+            importlib.import_module(name)
     importlib.import_module(
         "setproctitle"
     ).getproctitle()  # finds the place of the title while the environment is still where it was
