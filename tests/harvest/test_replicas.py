@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest import prepare as preparing
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal
+from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal, Turn
 from sglang_probe.harvest.job import Job, job_of
+from sglang_probe.harvest.places import Lost
 from sglang_probe.harvest.prepare import prepare
 from sglang_probe.harvest.recording import harvest
 from sglang_probe.harvest.replica import EngineArguments, Told
-from sglang_probe.harvest.replicas import Lost, Replicas
+from sglang_probe.harvest.replicas import Replicas
 from sglang_probe.policy.arm import Arm
 from sglang_probe.policy.partners import Partners
 from sglang_probe.run.run import Run, load_run
@@ -56,7 +58,7 @@ class MadePlace:
             (probe.run / ENGINE_FILE).write_text(json.dumps(self._engine.in_force()))
         return Told()
 
-    async def _step(self, more: list[Asked], concurrency: int) -> Told:
+    async def _step(self, more: list[Asked], concurrency: int, _turns: Mapping[str, Turn]) -> Told:
         assert self._engine is not None
         self._waiting += more
         await asyncio.sleep(0)
@@ -70,7 +72,7 @@ class MadePlace:
                 self._ends[number, how] -= 1
                 if how == "refused":
                     self._waiting.pop(0)
-                    return Told([Refusal(rid, "too long")], len(self._waiting))
+                    return Told([Refusal(rid, "too long")], *self._left())
                 if how != "forgets":  # what it had answered is durable
                     self._engine._recorder.drain()
                     self._engine._writer.flush(10)
@@ -81,7 +83,10 @@ class MadePlace:
         self._waiting.pop(0)
         self._engine._serve(rid, prompt)
         self.served.append(rid)
-        return Told([Answer(rid, [5], 0)], len(self._waiting))
+        return Told([Answer(rid, [5], 0)], *self._left())
+
+    def _left(self) -> tuple[int, int]:
+        return len(self._waiting), min(len(self._waiting), 2)
 
     async def _close_recording(self) -> Told:
         assert self._engine is not None
