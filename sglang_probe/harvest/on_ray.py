@@ -183,7 +183,8 @@ def _start(cpus: int) -> None:
     # The variable for Ray's processes, the constant for this one, which may have imported Ray before.
     os.environ[_ALONE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECTS, logging_level="ERROR")
+        # `local`: not the one that somebody else started on this machine.
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECTS, logging_level="ERROR")
     except Exception as e:
         raise ProbeError(
             f"Ray does not start on this machine: {e}",

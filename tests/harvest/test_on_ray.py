@@ -74,7 +74,7 @@ def test_whatever_ray_says_of_a_process_is_that_it_is_lost(error: str) -> None:
 def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
 
-    def init(**_how: Any) -> None:
+    def init(*_where: str, **_how: Any) -> None:
         raise ConnectionError("nobody is there")
 
     monkeypatch.setattr(ray, "init", init)
