@@ -44,7 +44,6 @@ def test_two_replicas_with_one_killed_and_then_the_command_equal_one_engine(tmp_
     wait_for_parts(two, 1, 2, command)
     listens = _listens(command.pid)
     assert {"gcs_server", "raylet"} <= listens.keys()
-    print(listens)
     of_ray = {name: where for name, where in listens.items() if not name.startswith("sglang")}
     assert set().union(*of_ray.values()) == {"127.0.0.1"}, listens
     engines = [engine_of(two, rank) for rank in (0, 1)]
