@@ -24,7 +24,7 @@ _WATCHDOG = (
     f"({SGLANG_WATCHDOG_SECONDS} s on an accelerator, at least {WATCHDOG_SECONDS:,} s on the CPU reference platform): "
     "raise it, or lower `server: {chunked_prefill_size: ...}`"
 )
-_RESUME = "its log above says more; --resume finishes the run, with the requests in flight last and one at a time"
+RESUME = "its log above says more; --resume finishes the run, with the requests in flight last and one at a time"
 
 
 class EngineDied(ProbeError):
@@ -54,8 +54,8 @@ def end_of(exit_code: int | None, watchdog: float | None = None) -> End:
         return End(f"a process of the engine does not answer any more{here}", _WATCHDOG)
     if exit_code < 0:
         name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
-        return End(f"a process of the engine was killed by {name}", _MEMORY if name == "SIGKILL" else _RESUME)
-    return End(f"a process of the engine ended with exit code {exit_code}", _RESUME)
+        return End(f"a process of the engine was killed by {name}", _MEMORY if name == "SIGKILL" else RESUME)
+    return End(f"a process of the engine ended with exit code {exit_code}", RESUME)
 
 
 class Children:

@@ -40,7 +40,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import FAULT_FILE
+from sglang_probe.engine.hooks.config import fault_file
 from sglang_probe.errors import ConfigError, ProbeError, RunDirectoryError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
@@ -324,9 +324,9 @@ def _resume_point(path: Path, manifest: dict[str, Any]) -> Start:
     with ExitStack() as locks:
         for rank in journal.ranks(path):  # waits for engines that are still ending
             locks.enter_context(journal.lock(path, rank))
+            (path / fault_file(rank)).unlink(missing_ok=True)
         journal.discard_leftovers(path)
     parts = journal.read(path)
-    (path / FAULT_FILE).unlink(missing_ok=True)
     refused = dict(old.manifest.get("refused") or {})
     suspects = {}
     for rid, how in (old.manifest.get("ended_engine") or {}).items():

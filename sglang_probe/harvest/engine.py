@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, CRASHED, ENGINE_FILE, EngineProbeConfig, fault_file
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.defaults import cpu_defaults, watchdog_seconds
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
-from sglang_probe.harvest.death import Children, EngineDied
+from sglang_probe.harvest.death import RESUME, Children, EngineDied
 from sglang_probe.harvest.in_flight import LOOK_SECONDS, Answer, Asked, InFlight, Refusal, RequestRefused
 from sglang_probe.harvest.signals import EngineSignals
 
@@ -156,12 +156,11 @@ class ProbedEngine:
         except BaseException as e:
             left = Children(p for p in multiprocessing.active_children() if p not in before)
             left.kill()
+            fault = self._fault()
             self._end()
             if isinstance(e, ValueError | TypeError) or not isinstance(e, Exception):
                 raise
-            raise EngineDied(
-                f"SGLang did not start: {fault_of(self._probe.run) or e}", fix="its log above says more"
-            ) from e
+            raise EngineDied(f"SGLang did not start: {fault or e}", fix="its log above says more") from e
         self._signals.restore(self._engine.loop)
         started = (p for p in multiprocessing.active_children() if p not in before)
         self._children = Children(started, self._server.get("watchdog_timeout"))
@@ -177,7 +176,7 @@ class ProbedEngine:
         text = json.dumps(probe.model_dump(mode="json"), indent=2) + "\n"
         if probe.replica == 0:  # one of several writes it
             (probe.run / PROBE_FILE).write_text(text, encoding="utf-8")
-        (Path(self._folder.name) / FAULT_FILE).unlink(missing_ok=True)  # of the recording before
+        (Path(self._folder.name) / fault_file(probe.replica)).unlink(missing_ok=True)  # of the recording before
         path = Path(self._folder.name) / f"probe-{self._recordings}.yaml"
         path.write_text(text, encoding="utf-8")
         return path
@@ -303,18 +302,20 @@ class ProbedEngine:
             EngineDied: it ended; says why, as far as that is known. ProbeError: it stopped recording.
         """
         fault, ended = self._fault(), self._children.ended()
-        if ended is None and self._signals.child_failed:
+        if ended is None and (self._signals.child_failed or crashed(fault)):  # it writes its last part, and ends
             ended = self._children.wait_for_end()
             fault = self._fault()
         if ended is not None:
-            raise EngineDied(fault or ended.words, fix=ended.fix, in_flight=list(self._in_flight))
+            fix = RESUME if crashed(fault) else ended.fix
+            raise EngineDied(fault or ended.words, fix=fix, in_flight=list(self._in_flight))
         if fault is not None:
             raise ProbeError(fault)
 
     def _fault(self) -> str | None:
         """Why the probe stopped recording. It tells it beside its configuration if the disk of the run is full."""
         assert self._folder is not None
-        return fault_of(self._probe.run) or fault_of(Path(self._folder.name))
+        replica = self._probe.replica
+        return fault_of(self._probe.run, replica) or fault_of(Path(self._folder.name), replica)
 
     async def serve_groups(
         self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None
@@ -364,9 +365,14 @@ class ProbedEngine:
         return replies
 
 
-def fault_of(run: Path) -> str | None:
-    """Why the probe stopped recording, if it did."""
-    path = run / FAULT_FILE
+def crashed(fault: str | None) -> bool:
+    """Whether this is what a scheduler says that ends by an exception."""
+    return fault is not None and fault.startswith(CRASHED)
+
+
+def fault_of(run: Path, replica: int = 0) -> str | None:
+    """Why the probe stopped recording in an engine of this run, if it did."""
+    path = run / fault_file(replica)
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 

@@ -9,15 +9,16 @@ engine that serves a piece computes the beginning of that family once for itself
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from sglang_probe.harvest.in_flight import Asked
+from sglang_probe.harvest.in_flight import Asked, Turn
 from sglang_probe.harvest.pool import shared_length
 from sglang_probe.workload.build import new_tokens
+from sglang_probe.workload.request import asked_rid
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,40 @@ def families_of(requests: Sequence[Asked], *, page_size: int, engines: int) -> t
     return families, sorted(cuts, key=lambda c: (c.positions, c.pieces))
 
 
+def turns_of(requests: Sequence[Asked], families: Sequence[Family], concurrency: int) -> dict[str, Turn]:
+    """By a request's own id: when an engine that serves several of these families sends it.
+
+    One engine that has all of them sends the n-th request when fewer than `concurrency` of those before it are left, so
+    that of its family those that are `concurrency` or more before it in the workload are, as a rule, answered and in
+    the cache. An engine that has a part of the families would come to it sooner: it waits for the last of those.
+
+    Args:
+        requests: of all families, in workload order.
+        concurrency: requests in flight at once in the one engine, and in each.
+    """
+    numbers = {asked_rid(rid): i for i, (rid, _, _) in enumerate(requests)}
+    turns = {}
+    for family in families:
+        names = [asked_rid(rid) for rid, _, _ in family.requests]
+        last = -1  # the last sibling that is far enough before
+        for name in names:
+            while last + 1 < len(names) and numbers[names[last + 1]] <= numbers[name] - concurrency:
+                last += 1
+            turns[name] = Turn(numbers[name], names[last] if last >= 0 else None)
+    return turns
+
+
+def ready(requests: Collection[str], turns: Mapping[str, Turn]) -> list[str]:
+    """Those of the requests that wait for no other of them, in the order of their turns; rids.
+
+    Args:
+        turns: those that have none wait for nobody.
+    """
+    names = set(map(asked_rid, requests))
+    turn = {rid: turns.get(asked_rid(rid), Turn(0)) for rid in requests}
+    return sorted((rid for rid in requests if turn[rid].after not in names), key=lambda rid: turn[rid].number)
+
+
 def _weight(request: Asked) -> int:
     _, prompt, sampling = request
     return len(prompt) + new_tokens(sampling)
@@ -105,22 +140,31 @@ class FamilyQueue:
             load[least] += families[i].tokens
             chosen[least].append(i)
         self._queues = [deque(families[i] for i in sorted(mine)) for mine in chosen]
+        self._tokens = load
         self.stolen = 0
         """Families that were taken from another engine's queue."""
 
-    def take(self, engine: int) -> Family | None:
-        """The next family for an engine; None: none is left."""
+    def take(self, engine: int, *, steal: bool = True) -> Family | None:
+        """The next family for an engine; None: none is left.
+
+        Args:
+            steal: it may be another engine's.
+        """
         if self._queues[engine]:
-            return self._queues[engine].popleft()
-        longest = max(self._queues, key=lambda q: (bool(q), sum(f.tokens for f in q)))
-        if not longest:
-            return None
-        self.stolen += 1
-        return longest.pop()
+            family = self._queues[engine].popleft()
+        else:
+            engine = max(range(len(self._queues)), key=lambda e: (bool(self._queues[e]), self._tokens[e]))
+            if not (steal and self._queues[engine]):
+                return None
+            self.stolen += 1
+            family = self._queues[engine].pop()
+        self._tokens[engine] -= family.tokens
+        return family
 
     def give_back(self, engine: int, family: Family) -> None:
         """What an engine had taken and did not finish: its next, unless another takes it first."""
         self._queues[engine].appendleft(family)
+        self._tokens[engine] += family.tokens
 
     @property
     def waiting(self) -> bool:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_probe.errors import ProbeError
+from sglang_probe.workload.request import asked_rid
 
 Asked = tuple[str, Sequence[int], dict[str, Any]]
 """A request to serve: rid, prompt, sampling parameters."""
 
 LOOK_SECONDS = 0.5
 """Between two looks at whether the engine is alive and records."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """When a request is sent."""
+
+    number: int
+    """Before all of a higher number that could be sent too."""
+    after: str | None = None
+    """Not before this one, by its own id, was answered by the same engine, if that engine has it."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +63,43 @@ class Generates(Protocol):
 
 
 class InFlight:
-    """Requests are served in the order in which they are added, all on one event loop."""
+    """Requests are served in the order in which they are added, unless they have a `Turn`; all on one event loop."""
 
     def __init__(self, engine: Generates) -> None:
         self._engine = engine
-        self._waiting: deque[Asked] = deque()
-        self._running: set[asyncio.Task[Answer]] = set()
+        self._waiting: list[tuple[int, int, Asked]] = []
+        """A heap of what can be sent: number of its turn, how many were added before it, request."""
+        self._followers: dict[str, list[tuple[int, int, Asked]]] = {}
+        """By the own id of a request that was not answered: those that wait for its answer."""
+        self._running: dict[asyncio.Task[Answer], str] = {}
+        self._added = 0
+        self._left = 0
         self._looked = time.monotonic()
 
     def __len__(self) -> int:
+        return self._left
+
+    @property
+    def ready(self) -> int:
+        """Requests that are in flight, or could be."""
         return len(self._waiting) + len(self._running)
 
-    def add(self, requests: Iterable[Asked]) -> None:
-        """Serve these too, after those that wait."""
-        self._waiting.extend(requests)
+    def add(self, requests: Iterable[Asked], turns: Mapping[str, Turn] | None = None) -> None:
+        """Serve these too, after those that wait.
+
+        Args:
+            turns: by a request's own id; those that have one are sent by it.
+        """
+        for request in requests:
+            name = asked_rid(request[0])
+            turn = (turns or {}).get(name, Turn(0))
+            entry = (turn.number, self._added, request)
+            self._added, self._left = self._added + 1, self._left + 1
+            self._followers[name] = []
+            if turn.after in self._followers:
+                self._followers[turn.after].append(entry)
+            else:
+                heapq.heappush(self._waiting, entry)
 
     async def answered(self, concurrency: int) -> list[Answer | Refusal]:
         """Wait until a request ended, or for `LOOK_SECONDS`.
@@ -75,9 +109,11 @@ class InFlight:
         """
         self._admit(concurrency)
         if self._running:
-            done, self._running = await asyncio.wait(
-                self._running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(self._running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                self._left -= 1
+                for entry in self._followers.pop(self._running.pop(task), []):
+                    heapq.heappush(self._waiting, entry)
         else:
             done = set()
             await asyncio.sleep(LOOK_SECONDS)
@@ -94,7 +130,8 @@ class InFlight:
 
     def _admit(self, concurrency: int) -> None:
         while self._waiting and len(self._running) < concurrency:
-            self._running.add(asyncio.ensure_future(self._engine.generate(*self._waiting.popleft())))
+            _, _, request = heapq.heappop(self._waiting)
+            self._running[asyncio.ensure_future(self._engine.generate(*request))] = asked_rid(request[0])
 
 
 def _outcome(task: asyncio.Task[Answer]) -> Answer | Refusal:

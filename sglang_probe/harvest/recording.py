@@ -16,8 +16,8 @@ from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import features
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
-from sglang_probe.harvest.death import EngineDied
-from sglang_probe.harvest.engine import ProbedEngine, fault_of
+from sglang_probe.harvest.death import RESUME, EngineDied
+from sglang_probe.harvest.engine import ProbedEngine, crashed, fault_of
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.in_flight import Answer, Asked, Refusal
 from sglang_probe.harvest.job import Job, digests, manifest_of, probe_config
@@ -213,7 +213,8 @@ class _Recording:
     def _close(self, fault: str | None, in_flight: Sequence[str] = ()) -> None:
         """Write `requests.parquet` and the final manifest, and say why a run is incomplete."""
         job, path = self.job, self.path
-        fault = fault or fault_of(path)
+        ranks = range(job.prepared.config.replicas)
+        fault = fault or next(filter(None, (fault_of(path, rank) for rank in ranks)), None)
         # First of all, before anything that needs more room or more time.
         self.manifest.update(status="incomplete", **self._told(fault, in_flight))
         if self.serving is not None:
@@ -311,6 +312,8 @@ def _fix(error: BaseException | None, fault: str) -> str:
         return error.fix
     if any(os.strerror(n) in fault for n in (errno.ENOSPC, errno.EDQUOT)):
         return "make room on the disk, then finish the run with --resume"
+    if crashed(fault):
+        return RESUME
     if "SGLang refused every request" in fault:
         return "change the requests or the server arguments"
     return "report this; --resume goes on after the last part, which can be trusted"

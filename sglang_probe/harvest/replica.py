@@ -6,7 +6,7 @@ stopped recording, is an answer too (`Told`), because the one who asks decides w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.death import EngineDied
 from sglang_probe.harvest.engine import ProbedEngine
-from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal
+from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal, Turn
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Told:
     answers: Sequence[Answer | Refusal] = ()
     left: int = 0
     """Requests that wait or are in flight."""
+    ready: int = 0
+    """Of these, those that wait for no other."""
     died: bool = False
     """It ended; `fault` says how."""
     refused: bool = False
@@ -74,15 +76,15 @@ class Replica:
 
         return _told(make)
 
-    def step(self, more: Sequence[Asked], concurrency: int) -> Told:
-        """Serve these too, and answer when a request ended, or after half a second."""
+    def step(self, more: Sequence[Asked], concurrency: int, turns: Mapping[str, Turn]) -> Told:
+        """Serve these too, and answer when a request ended, or after half a second. `turns`: as `InFlight.add`."""
         engine, requests = self._running(), self._requests
         assert requests is not None
-        requests.add(more)
+        requests.add(more, turns)
 
         def make() -> Told:
             answers = engine.run(requests.answered(concurrency))
-            return Told(answers, len(requests))
+            return Told(answers, len(requests), requests.ready)
 
         return _told(make)
 

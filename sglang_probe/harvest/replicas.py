@@ -3,9 +3,10 @@
 Each engine, a *replica*, writes a ledger of its own into the same run directory, as a data-parallel rank does, and the
 reader merges them. Requests go to replicas by whole prefix families (`harvest/families.py`). A replica that ends is
 started again: its durable parts stay, and what it had been given and had not made durable is asked again under another
-name, `<rid>~<number>`, as `--resume` does. So nothing is lost, and nothing is served twice.
+name, `<rid>~<number>`, as `--resume` does. So nothing is lost, and nothing is recorded twice; what was answered and not
+yet durable when its engine ended is served twice.
 
-Where the processes run is no business of this file (`Places`; `harvest/on_ray.py`).
+Where the processes run is no business of this file (`harvest/places.py`, `harvest/on_ray.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
-from sglang_probe.errors import ProbeError
+from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig, fault_file
+from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.harvest.death import EngineDied
 from sglang_probe.harvest.directory import served
-from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of
-from sglang_probe.harvest.in_flight import Answer, Asked, Refusal
+from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of, ready, turns_of
+from sglang_probe.harvest.in_flight import Answer, Asked, Refusal, Turn
+from sglang_probe.harvest.places import Lost, Place, Places
 from sglang_probe.harvest.replica import EngineArguments, Told
 from sglang_probe.run import journal
 from sglang_probe.workload.request import asked_rid
@@ -32,36 +34,11 @@ logger = logging.getLogger("sglang_probe")
 
 _TRIES = 3
 """Ends of a replica one after the other, with no request answered between them, after which it is given up."""
-_STILL_ENDING = 60.0
-"""Seconds that the engine of a lost process may take to end and to let go of its ledger."""
+_STILL_ENDING = 180.0
+"""Seconds that the engine of a lost process may take to end and to let go of its ledger. The lock of a machine that was
+lost stands on NFS 4 until its lease has run out, 90 s by default."""
 _STOP_SECONDS = 90.0
-
-
-class Lost(Exception):
-    """The process of a replica, or its machine, is gone. The message says what is known of it."""
-
-
-class Place(Protocol):
-    """A process with a `Replica` in it."""
-
-    async def call(self, method: str, *args: Any) -> Told:
-        """Call a method of the replica.
-
-        Raises:
-            Lost: the process is gone.
-        """
-
-    def end(self) -> None:
-        """End the process, if it is still there."""
-
-
-class Places(Protocol):
-    """Where processes can be had."""
-
-    def place(self, rank: int, arguments: EngineArguments) -> Place: ...
-
-    def close(self) -> None:
-        """None is needed any more."""
+_LOST = "its log says more; --resume finishes the run"
 
 
 @dataclass
@@ -72,6 +49,8 @@ class _Worker:
     place: Place | None = None
     left: int = 0
     """Requests that it was given and has not answered."""
+    ready: int = 0
+    """Of these, those that wait for no other."""
     given: dict[str, Asked] = field(default_factory=dict)
     """By name: what its present engine was given in this recording, but for what SGLang refused."""
     unanswered: dict[str, None] = field(default_factory=dict)
@@ -103,7 +82,8 @@ class Replicas:
         self._workers = [_Worker(rank) for rank in range(count)]
         self.restarts = 0
         """Engines that took the place of others in this recording."""
-        self._concurrency = 1
+        self._turns: dict[str, Turn] = {}
+        self._family: dict[str, int] = {}
         self._queue = FamilyQueue([], count)
         self._families: list[Family] = []
         self._cuts: list[Cut] = []
@@ -169,10 +149,12 @@ class Replicas:
             EngineDied: an engine ended again and again. ProbeError: the recording stopped.
         """
         first, *others = groups or [[]]
-        self._concurrency = each = concurrency or max(len(first), 1)
+        each = concurrency or max(len(first), 1)
         page_size = int(self._server.get("page_size") or 1)
         self._families, self._cuts = families_of(first, page_size=page_size, engines=len(self._workers))
         self._queue = FamilyQueue(self._families, len(self._workers))
+        self._turns = turns_of(first, self._families, each)
+        self._family = {asked_rid(rid): i for i, f in enumerate(self._families) for rid, _, _ in f.requests}
         alone = [request for group in others for request in group]
         ends = Counter({asked_rid(rid): 1 for rid, _, _ in alone})
         calls: dict[asyncio.Task[Told], _Worker] = {}
@@ -239,27 +221,31 @@ class Replicas:
         return self._probe.model_copy(update={"start": start, "replica": worker.rank})
 
     def _new(self, worker: _Worker) -> None:
-        worker.left, worker.alone, worker.closed = 0, False, False
+        worker.left, worker.ready, worker.alone, worker.closed = 0, 0, False, False
         worker.given, worker.unanswered = {}, {}
 
     async def _start(self, worker: _Worker) -> None:
-        arguments = EngineArguments(self._model_path, self._probe_of(worker), self._server)
-        worker.place = self._places.place(worker.rank, arguments)
-        self._new(worker)
-        told = await self._ask(worker, "start")
+        told = await self._place(worker)
         if told.refused:
             raise ValueError(told.fault)
         _raise(told, worker)
+
+    async def _place(self, worker: _Worker) -> Told:
+        arguments = EngineArguments(self._model_path, self._probe_of(worker), self._server)
+        self._new(worker)
+        try:
+            worker.place = self._places.place(worker.rank, arguments)
+        except Lost as e:
+            return Told(died=True, fault=f"no process for it can be had ({e})", fix=_LOST)
+        return await self._ask(worker, "start")
 
     async def _ask(self, worker: _Worker, method: str, *args: Any) -> Told:
         assert worker.place is not None
         try:
             return await worker.place.call(method, *args)
         except Lost as e:
-            fix = "its log says more; --resume finishes the run"
-            # Sent in the order in which they were given: it said nothing, and the first ones were in flight.
-            at_most = list(worker.unanswered)[: self._concurrency]
-            return Told(died=True, fault=f"its process is gone ({e})", fix=fix, in_flight=at_most)
+            at_most = ready(worker.unanswered, self._turns)  # what was in flight it did not say
+            return Told(died=True, fault=f"its process is gone ({e})", fix=_LOST, in_flight=at_most)
 
     def _turn(
         self, worker: _Worker, concurrency: int, ends: Counter[str], alone: list[Asked]
@@ -269,29 +255,45 @@ class Replicas:
         One that is idle is asked on while another's work may become its own; and so it is seen to be alive, because
         what it answered may not be durable yet.
         """
-        more: Sequence[Asked] = ()
+        more: list[Asked] = []
         work = self._queue.waiting or bool(alone)
         if worker.closed or (worker.place is None and not work):
             return None
         if worker.place is None:
-            return self._start_again(worker)
+            return self._start_again(worker, ends, alone)
         worker.alone = worker.alone and worker.left > 0
-        if worker.left < concurrency and not worker.alone and (family := self._queue.take(worker.rank)) is not None:
-            more = family.requests
-        elif worker.left == 0 and alone and not self._queue.waiting:
+        while worker.ready < concurrency and not worker.alone:
+            # Its own families as long as it could send more; those of others once it has little left.
+            family = self._queue.take(worker.rank, steal=worker.left + len(more) < concurrency)
+            if family is None:
+                break
+            more += family.requests
+            worker.ready += len(ready([rid for rid, _, _ in family.requests], self._turns))
+        if not more and worker.left == 0 and alone and not self._queue.waiting:
             worker.alone, more = True, [alone.pop(0)]
         elif not work and not any(w.unanswered or w.recovering for w in self._workers):
             return self._step(worker, ends, alone, "close_recording")
         worker.left += len(more)
         worker.given.update((request[0], request) for request in more)
         worker.unanswered.update(dict.fromkeys(request[0] for request in more))
-        return self._step(worker, ends, alone, "step", more, concurrency)
+        names = [asked_rid(request[0]) for request in more]
+        turns = {name: self._turns[name] for name in names if name in self._turns}
+        return self._step(worker, ends, alone, "step", more, concurrency, turns)
 
-    async def _start_again(self, worker: _Worker) -> Told:
+    async def _start_again(self, worker: _Worker, ends: Counter[str], alone: list[Asked]) -> Told:
         worker.starting = True
-        await self._start(worker)
+        told = await self._place(worker)
         worker.starting = False
+        if told.died or told.refused:  # as if it had ended later
+            return await self._recovered(worker, told, ends, alone)
+        _raise(told, worker)
         return Told()
+
+    async def _recovered(self, worker: _Worker, told: Told, ends: Counter[str], alone: list[Asked]) -> Told:
+        worker.recovering = True
+        refused = await self._recover(worker, told, ends, alone)
+        worker.recovering = False
+        return Told(refused)
 
     def _let_go(self, worker: _Worker) -> None:
         place, worker.place, worker.starting = worker.place, None, False
@@ -301,12 +303,9 @@ class Replicas:
     async def _step(self, worker: _Worker, ends: Counter[str], alone: list[Asked], method: str, *args: Any) -> Told:
         told = await self._ask(worker, method, *args)
         if told.died:
-            worker.recovering = True
-            refused = await self._recover(worker, told, ends, alone)
-            worker.recovering = False
-            return Told(refused)
+            return await self._recovered(worker, told, ends, alone)
         _raise(told, worker)
-        worker.closed, worker.left = method == "close_recording", told.left
+        worker.closed, worker.left, worker.ready = method == "close_recording", told.left, told.ready
         for answer in told.answers:
             worker.ends = 0
             worker.unanswered.pop(answer.rid)
@@ -350,14 +349,30 @@ class Replicas:
         self._new(worker)
         self._ended.append({"replica": worker.rank, "reason": told.fault, "asked_again": len(lost) - len(refused)})
         logger.warning("replica %d: %s; %d requests are asked again", worker.rank, told.fault, len(lost) - len(refused))
-        if again:
-            self._queue.give_back(worker.rank, Family.of(again))
+        families: dict[int, list[Asked]] = {}
+        for request in again:
+            families.setdefault(self._family.get(asked_rid(request[0]), -1), []).append(request)
+        for _, one in sorted(families.items(), reverse=True):
+            self._queue.give_back(worker.rank, Family.of(one))
         return refused
 
     def _durable(self, rank: int) -> set[str]:
-        """Names of the requests whose whole record is on disk, once the engine that ended has let go of its ledger."""
-        with journal.lock(self._probe.run, rank, wait=_STILL_ENDING):
-            return served(self._probe.run)
+        """Names of the requests whose whole record is on disk, once the engine that ended has let go of its ledger.
+        What it said at its end is no fault of the next one.
+
+        Raises:
+            ProbeError: it does not let go.
+        """
+        try:
+            with journal.lock(self._probe.run, rank, wait=_STILL_ENDING):
+                (self._probe.run / fault_file(rank)).unlink(missing_ok=True)
+                return served(self._probe.run)
+        except RunDirectoryError as e:
+            raise ProbeError(
+                f"replica {rank} ended, and {_STILL_ENDING:.0f} s later its ledger is still locked: {e.message}",
+                fix="end what is left of it on its machine (a machine that was lost holds its locks on a shared file "
+                "system until that lets them go); --resume finishes the run",
+            ) from e
 
 
 def _raise(told: Told, worker: _Worker) -> None:

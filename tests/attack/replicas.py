@@ -147,11 +147,12 @@ def record(out: Path, concurrency: int) -> dict[str, Run]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4], help="in flight in each engine")
     args = parser.parse_args()
     wrong = []
     print("| concurrency | compared | requests | positions | other outputs | other statuses | other rows | largest |")
     print("|---" * 8 + "|")
-    for concurrency in (1, 4):
+    for concurrency in args.concurrency:
         runs = record(args.out, concurrency)
         one, again, two = runs["one"], runs["again"], runs["two"]
         wrong += [f"{run.path}: {c}" for run in runs.values() for c in verify(run) if not c.holds]

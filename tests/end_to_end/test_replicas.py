@@ -8,6 +8,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sglang_probe.run import journal
@@ -22,6 +23,17 @@ pytestmark = [
 ]
 
 
+def _listens(command: int) -> dict[str, set[str]]:
+    """Addresses on which the processes of a command listen, by what they are."""
+    family = [psutil.Process(command), *psutil.Process(command).children(recursive=True)]
+    names = {p.pid: p.name() for p in family if p.is_running()}
+    found: dict[str, set[str]] = {}
+    for c in psutil.net_connections("inet"):
+        if c.status == psutil.CONN_LISTEN and c.pid in names:
+            found.setdefault(names[c.pid], set()).add(c.laddr.ip.removeprefix("::ffff:"))
+    return found
+
+
 def test_two_replicas_with_one_killed_and_then_the_command_equal_one_engine(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     plain = harvest(configure(tmp_path / "one.yaml", concurrency=1, replicas=1, each=5), one)
@@ -30,6 +42,10 @@ def test_two_replicas_with_one_killed_and_then_the_command_equal_one_engine(tmp_
     config = configure(tmp_path / "two.yaml", concurrency=1, replicas=2, each=5)
     command = harvest(config, two)
     wait_for_parts(two, 1, 2, command)
+    listens = _listens(command.pid)
+    assert {"gcs_server", "raylet"} <= listens.keys()
+    of_ray = {name: where for name, where in listens.items() if not name.startswith("sglang")}
+    assert set().union(*of_ray.values()) == {"127.0.0.1"}, listens
     engines = [engine_of(two, rank) for rank in (0, 1)]
     os.kill(command.pid, signal.SIGKILL)
     command.wait()

@@ -7,9 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of
+from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of, ready, turns_of
 from sglang_probe.harvest.in_flight import Asked
-from sglang_probe.harvest.on_ray import share
 
 
 def _requests(*prompts: list[int]) -> list[Asked]:
@@ -108,9 +107,24 @@ def test_every_family_is_served_once_whoever_asks_when(tokens: list[int], engine
     assert sorted(seen) == sorted(f"f{i}" for i in range(len(tokens)))
 
 
-def test_cores_are_shared_out_so_that_every_engine_fits_on_one_machine() -> None:
-    assert share([8], 2) == 4
-    assert share([16, 16, 16, 16], 5) == 8
-    assert share([16, 16, 16, 16], 3) == 16
-    assert share([2], 2) == 1
-    assert share([1], 2) == 0
+def test_siblings_are_kept_as_far_apart_as_one_engine_keeps_them() -> None:
+    """Two families in turn, then one that comes in a row; two in flight."""
+    requests = _requests([1, 1], [2, 1], [1, 2], [2, 2], [3, 1], [3, 2], [3, 3])
+    families, _ = families_of(requests, page_size=1, engines=1)
+    turns = turns_of(requests, families, 2)
+    assert {rid: turn.after for rid, turn in turns.items()} == {
+        **{"r0": None, "r1": None, "r2": "r0", "r3": "r1"},
+        **{"r4": None, "r5": None, "r6": "r4"},
+    }
+    assert ready([rid for rid, _, _ in reversed(requests)], turns) == ["r0", "r1", "r4", "r5"]
+    assert ready(["r3~1", "r2~1"], turns) == ["r2~1", "r3~1"], "those before them were answered"
+    alone = turns_of(requests, families, 1)
+    assert ready([rid for rid, _, _ in requests], alone) == ["r0", "r1", "r4"]
+
+
+def test_an_engine_that_has_enough_to_do_takes_nothing_of_others() -> None:
+    queue = FamilyQueue(_families(4, 4), 2)
+    assert queue.take(0, steal=False) is not None
+    assert queue.take(0, steal=False) is None
+    assert queue.take(0) is not None
+    assert (queue.stolen, queue.waiting) == (1, False)

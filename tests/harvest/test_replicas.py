@@ -8,22 +8,26 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CRASHED, ENGINE_FILE, EngineProbeConfig, fault_file
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest import prepare as preparing
 from sglang_probe.harvest.config import HarvestConfig
+from sglang_probe.harvest.death import RESUME
+from sglang_probe.harvest.engine import fault_of
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal
+from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal, Turn
 from sglang_probe.harvest.job import Job, job_of
+from sglang_probe.harvest.places import Lost
 from sglang_probe.harvest.prepare import prepare
 from sglang_probe.harvest.recording import harvest
 from sglang_probe.harvest.replica import EngineArguments, Told
-from sglang_probe.harvest.replicas import Lost, Replicas
+from sglang_probe.harvest.replicas import Replicas
 from sglang_probe.policy.arm import Arm
 from sglang_probe.policy.partners import Partners
 from sglang_probe.run.run import Run, load_run
@@ -47,6 +51,9 @@ class MadePlace:
         return await getattr(self, f"_{method}")(*args)
 
     async def _start(self) -> Told:
+        if self._probe.start and self._ends[-1, "starts"]:
+            self._ends[-1, "starts"] -= 1
+            raise Lost("the machine went away")
         await self._begin(self._probe)
         return Told()
 
@@ -56,7 +63,7 @@ class MadePlace:
             (probe.run / ENGINE_FILE).write_text(json.dumps(self._engine.in_force()))
         return Told()
 
-    async def _step(self, more: list[Asked], concurrency: int) -> Told:
+    async def _step(self, more: list[Asked], concurrency: int, _turns: Mapping[str, Turn]) -> Told:
         assert self._engine is not None
         self._waiting += more
         await asyncio.sleep(0)
@@ -65,23 +72,32 @@ class MadePlace:
         rid, prompt, _ = self._waiting[0]
         number = int(asked_rid(rid)[1:])
         flight = [r for r, _, _ in self._waiting[:concurrency]]
-        for how in ("dies", "gone", "forgets", "refused"):
+        for how in ("dies", "crashes", "gone", "forgets", "refused"):
             if self._ends[number, how]:
                 self._ends[number, how] -= 1
                 if how == "refused":
                     self._waiting.pop(0)
-                    return Told([Refusal(rid, "too long")], len(self._waiting))
+                    return Told([Refusal(rid, "too long")], *self._left())
                 if how != "forgets":  # what it had answered is durable
                     self._engine._recorder.drain()
                     self._engine._writer.flush(10)
                 self._drop()
+                if how == "crashes":  # as `Session.crashed`, and what the real engine's `look` makes of it
+                    fault = f"{CRASHED}: IndexError: index {number} is out of range"
+                    (self._probe.run / fault_file(self._probe.replica)).write_text(fault)
+                    return Told(died=True, fault=fault, fix=RESUME, in_flight=flight)
                 if how == "dies":
                     return Told(died=True, fault="a process of the engine was killed by SIGKILL", in_flight=flight)
                 raise Lost("the actor died")
+        if (fault := fault_of(self._probe.run, self._probe.replica)) is not None:
+            return Told(fault=fault)
         self._waiting.pop(0)
         self._engine._serve(rid, prompt)
         self.served.append(rid)
-        return Told([Answer(rid, [5], 0)], len(self._waiting))
+        return Told([Answer(rid, [5], 0)], *self._left())
+
+    def _left(self) -> tuple[int, int]:
+        return len(self._waiting), min(len(self._waiting), 2)
 
     async def _close_recording(self) -> Told:
         assert self._engine is not None
@@ -193,7 +209,7 @@ def test_each_family_is_served_by_one_replica_and_the_run_is_one(job: Job, tmp_p
     assert len(run.manifest["starts"]) == 1
 
 
-@pytest.mark.parametrize("how", ["dies", "gone", "forgets"])
+@pytest.mark.parametrize("how", ["dies", "crashes", "gone", "forgets"])
 def test_a_replica_that_ends_is_started_again_and_nothing_is_lost_or_doubled(
     job: Job, tmp_path: Path, how: str
 ) -> None:
@@ -209,6 +225,29 @@ def test_a_replica_that_ends_is_started_again_and_nothing_is_lost_or_doubled(
     assert len(run.manifest["starts"]) == 3
     answered = sum(s["requests"] for s in run.manifest["starts"])
     assert answered == len(job.requests) + (2 if how == "forgets" else 0)
+
+
+def test_the_fault_of_one_replica_is_no_other_ones_and_does_not_outlive_its_engine(job: Job, tmp_path: Path) -> None:
+    run, _, said = _record(job, tmp_path / "run", {(4, "crashes"): 1, (5, "crashes"): 1})
+    assert (said, run.complete, _ended(run)) == ("", True, _everything(job))
+    assert run.manifest["fault"] is None
+    assert {e["reason"] for e in run.manifest["replicas"]["ended"]} == {
+        f"{CRASHED}: IndexError: index {i} is out of range" for i in (4, 5)
+    }
+    assert list(run.path.glob("fault*")) == []
+
+
+def test_a_replica_that_is_lost_while_it_starts_again_is_started_once_more(job: Job, tmp_path: Path) -> None:
+    run, places, said = _record(job, tmp_path / "run", {(4, "gone"): 1, (5, "gone"): 1, (-1, "starts"): 2})
+    assert (said, run.complete, _ended(run)) == ("", True, _everything(job))
+    assert places.ends[-1, "starts"] == 0
+    assert [e["asked_again"] > 0 for e in run.manifest["replicas"]["ended"]].count(False) >= 2
+
+
+def test_replicas_that_never_start_again_are_given_up(job: Job, tmp_path: Path) -> None:
+    run, _, said = _record(job, tmp_path / "run", {(4, "gone"): 1, (5, "gone"): 1, (-1, "starts"): 99})
+    assert "answered nothing meanwhile" in said
+    assert not run.complete
 
 
 def test_the_same_engines_make_the_next_recording(job: Job, tmp_path: Path) -> None:
@@ -281,6 +320,43 @@ def test_without_ray_the_error_names_the_extra(config: HarvestConfig, monkeypatc
     monkeypatch.setattr("sglang_probe.harvest.on_ray.find_spec", lambda _name: None)
     with pytest.raises(UnsupportedError, match=r"sglang-probe\[ray\]"):
         prepare(config, {"arm": Arm()})
+
+
+def test_a_request_waits_for_the_one_before_it_and_those_that_can_be_sent_go_by_their_number() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+            self.ends: dict[str, asyncio.Event] = {}
+
+        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any) -> Answer:
+            self.asked.append(rid)
+            self.ends[rid] = asyncio.Event()
+            await self.ends[rid].wait()
+            return Answer(rid, [1], 0)
+
+        def look(self) -> None:
+            pass
+
+    async def serve() -> list[list[str]]:
+        engine, seen = Engine(), []
+        requests = InFlight(engine)
+        turns = {"a1": Turn(0), "b1": Turn(1), "a2": Turn(3, "a1"), "b2": Turn(4, "b1"), "c2": Turn(2, "c1")}
+        requests.add([(rid, [1], {}) for rid in ("a1", "a2", "b1", "b2")], turns)
+        requests._admit(4)
+        await asyncio.sleep(0)
+        seen.append(list(engine.asked))
+        assert (requests.ready, len(requests)) == (2, 4)
+        requests.add([("c2~1", [1], {})], turns)  # what it was to wait for is another engine's
+        engine.ends["b1"].set()
+        assert [a.rid for a in await requests.answered(4)] == ["b1"]
+        await asyncio.sleep(0)
+        seen.append(list(engine.asked))
+        requests.cancel()
+        return seen
+
+    first, then = asyncio.run(serve())
+    assert first == ["a1", "b1"]
+    assert then == ["a1", "b1", "c2~1", "b2"], "a2 waits for a1"
 
 
 def test_requests_are_admitted_in_order_up_to_the_bound_and_added_ones_come_after() -> None:

@@ -29,6 +29,14 @@ ENGINE_FILE = "engine.json"
 FAULT_FILE = "fault.txt"
 """Written into the run directory when the probe stopped itself; its content says why."""
 
+CRASHED = "SGLang's scheduler crashed"
+"""How that content begins if the engine ends with it."""
+
+
+def fault_file(replica: int) -> str:
+    """The fault file of one of the engines that make a run: what ends one of them says nothing of the others."""
+    return FAULT_FILE if replica == 0 else f"fault-dp{replica}.txt"
+
 
 class EngineProbeConfig(Config):
     """What one engine process records.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sglang_probe.engine.hooks import instruments, policy, requests
 from sglang_probe.engine.hooks.certified import certified
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, FAULT_FILE, EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, CRASHED, ENGINE_FILE, EngineProbeConfig, fault_file
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.resolved import resolved
 from sglang_probe.engine.ledger.facts import ForwardPlan, Sink
@@ -272,7 +272,7 @@ class Session:
         if isinstance(error, KeyboardInterrupt):
             self.fault = f"the server was ended by Ctrl-C with {in_flight} requests in flight"
         else:
-            self.fault = f"SGLang's scheduler crashed: {type(error).__name__}: {error}"
+            self.fault = f"{CRASHED}: {type(error).__name__}: {error}"
         if self.live is not None:
             if isinstance(error, KeyboardInterrupt) and not in_flight:
                 self.live.close()
@@ -309,9 +309,9 @@ class Session:
         folders = [self.config.run]
         if self.config.live is None and CONFIG_VARIABLE in os.environ:
             folders.append(Path(os.environ[CONFIG_VARIABLE]).parent)
-        for folder in folders:
+        for path in (folder / fault_file(self.config.replica) for folder in folders):
             try:
-                journal.write_text_durably(folder / FAULT_FILE, fault + "\n")
+                journal.write_text_durably(path, fault + "\n")
                 return
             except OSError:
-                logger.critical("sglang-probe could not write %s", folder / FAULT_FILE)
+                logger.critical("sglang-probe could not write %s", path)
