@@ -53,7 +53,7 @@ class Release(ABC):
     """Features of the inventory that were read, and not compared with the model in an engine of this release."""
 
     shown_points: ClassVar[frozenset[str] | None] = None
-    """Hook points whose rows were compared with the model in an engine of this release; None: those of `capture/`."""
+    """Hook points whose rows were compared with the model in an engine of this release; None: all that it captures."""
 
     # The radix tree and its publications
 
