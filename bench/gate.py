@@ -14,14 +14,16 @@ import numpy as np
 
 from sglang_probe.gate.audit import WARM_UP
 from sglang_probe.gate.judge import judge
-from sglang_probe.gate.verdict import Verdict
+from sglang_probe.gate.verdict import ALPHA, Verdict
 from sglang_probe.report import markdown
+from sglang_probe.stats.multiple import sign_flip_max
 from tests.gate.made import FACTS, made, rounding
 from tests.gate.test_audit import Server, auditor, candidate
 
 GATES = int(sys.argv[1]) if len(sys.argv) > 1 else 400
 SCALE = 5e-3
 AUDITS = 2000
+TESTS = 5 * GATES
 
 
 def rates(seed: int, plant: float = 0.0, odd: float = 0.0, **given: Any) -> dict[Verdict, float]:
@@ -58,6 +60,28 @@ def level() -> Iterator[list[str]]:
     yield row("cold exactly repeatable, a border moves by 0.005", rates(3, shift=rounding(SCALE, 0.6)))
 
 
+def symmetry() -> Iterator[list[str]]:
+    """Share of rejections at `ALPHA` by the test alone, of ten cases and twelve questions, each with a mean of zero."""
+    draws = {
+        "symmetric (normal)": lambda rng, shape: rng.standard_normal(shape),
+        "skewed: seldom far below zero, else a little above (1 - exponential)": lambda rng, shape: (
+            1 - rng.exponential(size=shape)
+        ),
+        "skewed: seldom far above zero, else a little below (exponential - 1)": lambda rng, shape: (
+            rng.exponential(size=shape) - 1
+        ),
+    }
+    for name, draw in draws.items():
+        found = []
+        for alike in (False, True):
+            rng, rejected = np.random.default_rng(6), 0
+            for _ in range(TESTS):
+                x = np.repeat(draw(rng, (10, 1)), 12, axis=1) if alike else draw(rng, (10, 12))
+                rejected += sign_flip_max(x).min() <= ALPHA
+            found.append(f"{rejected / TESTS:.3f}")
+        yield [name, *found]
+
+
 def power() -> Iterator[list[str]]:
     noise = rounding(SCALE, 0.6)
     for size in (0.1, 0.2, 0.4, 0.8, 1.6):
@@ -90,6 +114,11 @@ def main() -> None:
         "same for all of them, and so many times as large.\n"
     )
     print(markdown.table(["warm answers", *head], list(level())))
+    print(
+        f"\nShare of {TESTS} tests, of ten cases and twelve questions, that reject one at least at {ALPHA},\n"
+        "where the mean of each difference is zero.\n"
+    )
+    print(markdown.table(["differences of the cases", "questions independent", "all the same"], list(symmetry())))
     print(
         "\nOne warm answer of the hundred and twenty is wrong: each position of its tail moves by a normal number\n"
         "with a standard deviation of so many nats.\n"

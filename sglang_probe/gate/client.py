@@ -43,7 +43,7 @@ class Answer:
     cached: int | None
     """Prompt tokens that the server says it reused; None where it does not say."""
     prompt: Array
-    """Log-probabilities of the prompt's last tokens, `[asked]`, nats."""
+    """Log-probabilities of the prompt's last tokens, `[asked - 1]`, nats: of the tokens after the border."""
     output: Ids
     """Generated tokens."""
     chosen: Array
@@ -169,7 +169,7 @@ class Client:
             rid: name of the request; default: the server gives one.
 
         Raises:
-            RefusedError: the server refuses it, or answers without log-probabilities.
+            RefusedError: the server refuses it, or answers without log-probabilities, or with fewer tokens than asked.
         """
         params: dict[str, Any] = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
         if origin:
@@ -177,7 +177,11 @@ class Client:
         body = {"input_ids": list(ids), "sampling_params": params, "return_logprob": True, **(salt or {})}
         body |= {"logprob_start_len": start, "top_logprobs_num": TOP}
         told = self.call("/generate", body if rid is None else {**body, "rid": rid})
-        return read_answer(told, ids, 0 if start < 0 else len(ids) - start)
+        answer = read_answer(told, ids, 0 if start < 0 else len(ids) - start)
+        if len(answer.output) != new:  # the end of a text does not end it: `ignore_eos`
+            reason = (told["meta_info"].get("finish_reason") or {}).get("type")
+            raise RefusedError(f"{len(answer.output)} of {new} tokens came back (`finish_reason: {reason}`)")
+        return answer
 
     def give_up(self, ids: Sequence[int], *, salt: Mapping[str, str] | None = None) -> None:
         """A request whose client goes away once it has the first piece of a long answer.
@@ -253,22 +257,23 @@ def read_answer(told: Any, ids: Sequence[int], asked: int) -> Answer:
 
     Args:
         ids: the prompt.
-        asked: so many of its last tokens were asked for; the first of these may have no log-probability.
+        asked: so many of its last tokens were asked for. The first of these is left out: its log-probability is null,
+            since what it was conditioned on was not asked for, and a null that stands for NaN looks the same.
 
     Raises:
         RefusedError: log-probabilities are missing, or are those of other tokens.
     """
     try:
         meta = told["meta_info"]
-        prompt = (meta.get("input_token_logprobs") or [])[-asked:] if asked else []
-        if prompt and prompt[0][0] is None:  # what it was conditioned on was not asked for
-            prompt = prompt[1:]
+        prompt = (meta.get("input_token_logprobs") or [])[-(asked - 1) :] if asked > 1 else []
         out = meta["output_token_logprobs"]
         top = meta.get("output_top_logprobs") or []
         if [int(e[1]) for e in prompt] != list(ids)[len(ids) - len(prompt) :]:
             raise RefusedError("the server gives log-probabilities of other tokens than those of the prompt")
-        if not out or len(prompt) < asked - 1:
-            raise RefusedError(f"{len(prompt)} of {asked} log-probabilities of the prompt came back")
+        if not out:
+            raise RefusedError("no log-probabilities of generated tokens came back")
+        if len(prompt) < asked - 1:
+            raise RefusedError(f"{len(prompt)} of {max(0, asked - 1)} log-probabilities of the prompt came back")
         reason = (meta.get("finish_reason") or {}).get("type")
         if reason == "abort":
             raise RefusedError(f"the server gave the request up: {meta['finish_reason'].get('message', '')}")

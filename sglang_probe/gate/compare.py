@@ -19,7 +19,7 @@ class Pair:
     output: Array
     """|difference| at each generated token up to the first that differs, and there too."""
     parted: int | None
-    """Which generated token differs first; None: none does. That is a greedy flip."""
+    """Which generated token differs first, or is in one answer alone; None: none. That is a greedy flip."""
 
     @property
     def all(self) -> Array:
@@ -43,16 +43,16 @@ class Pair:
 
     @property
     def equal(self) -> bool:
-        """Whether tokens and log-probabilities are the same to the last bit."""
-        return self.parted is None and not self.all.any()
+        """Whether tokens and log-probabilities are the same to the last bit, of one position at least."""
+        return self.parted is None and len(self.all) > 0 and not self.all.any()
 
 
 def compare(a: Answer, b: Answer, *, outputs: bool = True) -> Pair:
     """Compare where both have something to compare.
 
     Args:
-        outputs: whether both were asked to go on from the same prompt; else only the prompt's tokens are compared, as
-            many as both have from the border on.
+        outputs: whether both were asked to go on from the same prompt, by as many tokens; else only the prompt's tokens
+            are compared, as many as both have from the border on.
     """
     n = min(len(a.prompt), len(b.prompt))
     prompt = np.abs(a.prompt[:n] - b.prompt[:n])
@@ -60,9 +60,11 @@ def compare(a: Answer, b: Answer, *, outputs: bool = True) -> Pair:
         return Pair(prompt, np.zeros(0), None)
     m = min(len(a.output), len(b.output))
     parted = next((i for i in range(m) if a.output[i] != b.output[i]), None)
+    if parted is None and len(a.output) != len(b.output):
+        parted = m  # one of them ended there
     same = m if parted is None else parted
     output = np.abs(a.chosen[:same] - b.chosen[:same])
-    if parted is not None and parted < min(len(a.top), len(b.top)):
+    if parted is not None and parted < min(m, len(a.top), len(b.top)):
         apart = max(_apart(a, b.top[parted], parted), _apart(b, a.top[parted], parted))
         output = np.append(output, apart)
     return Pair(prompt, output, parted)

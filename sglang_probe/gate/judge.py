@@ -10,8 +10,9 @@ prefill begins at a border instead of at zero; reuse has no part in it.
 **REUSE CHANGES OUTPUTS**: on some path, either greedy flips are more frequent than in the floor, or the mean
 |difference of log-probabilities| is larger than floor and yardstick, over cases. All paths and both measures are one
 question: signs of whole cases are flipped (`sglang_probe.stats.multiple.sign_flip_max`, one-sided at 2.5 % for all
-together), so that paths that say the same of the same cases are not paid for twice. With n cases no p is below
-2**(-n): with fewer than `LEAST_CLUSTERS` none could reject, and differences are INCONCLUSIVE.
+together, of the null that each case's difference is symmetric about zero or lower), so that paths that say the same of
+the same cases are not paid for twice. With n cases no p is below 2**(-n): a path with fewer than `LEAST_CLUSTERS` could
+not be rejected, and is not tested; if it differs, and no other rejects, that is INCONCLUSIVE.
 
 **WRONG REUSE**: some warm answer `w` of case i differs from *both* of its cold answers by more than rounding can:
 
@@ -28,8 +29,10 @@ wrong at any threshold.
 
 **What is missing counts.** Every case of every path that was asked is a row. A warm request without an answer, where
 the cold ones of the same tokens have theirs, leaves no verdict but WRONG REUSE and INCONCLUSIVE; so does a path of
-which half of the cases or more say nothing. REUSE CHANGES OUTPUTS and WITHIN FLOOR both say that entries are right up
-to rounding: where `WRONG[-1]` wrong tokens would have passed below the threshold, neither can be said.
+which half of the cases or more say nothing. A warm answer that is shorter than the cold ones, or has log-probabilities
+that are no numbers where theirs are, counts as none, whatever it reused. REUSE CHANGES OUTPUTS and WITHIN FLOOR both
+say that entries are right up to rounding: where `WRONG[-1]` wrong tokens would have passed below the threshold, neither
+can be said.
 
 The rate of false alarms of a whole gate (10 cases, 6 paths, 2 orders) where rounding is lognormal and `r` times as
 large at a border as elsewhere, and the power by the size of what is wrong: `python bench/gate.py`, in
@@ -123,13 +126,15 @@ def judge(
         why = _no_answer(colds, PATHS[path], i, refused or {}) or _not_cold(list(colds.values()), own.get(i, 0.0))
         if not why:
             wrong += _wrong(path, i, list(colds.values()), warms, limit[i])
-        no_answer = _no_answer(warms, path, i, refused or {})
+        no_answer = _no_answer(warms, path, i, refused or {}) or _not_whole(list(colds.values()), list(warms.values()))
         prior = arms.get("cold-1", {}).get(i)
         why = why or no_answer or _not_warm(list(warms.values()), cases[i], path, page, prior)
         row = {"path": path, "case": cases[i].name, "left_out": why, "no_answer": bool(no_answer and len(colds) == 2)}
         row["cached"] = warms[1].cached if 1 in warms else None
         if not why:
             row |= _row(list(colds.values()), list(warms.values()), cold.get(i, []))
+            if not row["positions"]:
+                row["left_out"] = "no position came back that could be compared"
         rows.append(row)
     table = pd.DataFrame(rows, columns=_COLUMNS)
     good = table[table["left_out"] == ""]
@@ -167,7 +172,7 @@ def _row(colds: Sequence[Answer], warms: Sequence[Answer], cold: Sequence[Pair])
     floors = [compare(colds[0], colds[1]), compare(warms[0], warms[1])]
     parted = [p.parted for p in effects if p.parted is not None]
     return {
-        "positions": len(effects[0].all),
+        "positions": min(len(p.all) for p in effects),
         "effect": float(np.mean([p.mean for p in effects])),
         "floor": (floor := float(np.mean([p.mean for p in floors]))),
         "yardstick": (apart := max((p.mean for p in cold), default=0.0)),
@@ -204,6 +209,14 @@ def _no_answer(answers: Mapping[int, Answer], name: str, case: int, refused: Map
     return "" if missing is None else f"no answer: {refused.get(missing, {}).get(case, f'none of `{missing}` came')}"
 
 
+def _not_whole(colds: Sequence[Answer], warms: Sequence[Answer]) -> str:
+    """Why a warm answer is as good as none, whatever it reused; empty if all are whole, or cold ones are no better."""
+    if all(a.finite for a in colds) and not all(a.finite for a in warms):
+        return "a warm answer has log-probabilities that are no numbers"
+    made, asked = (f([len(a.output) for a in of] or [0]) for f, of in ((min, warms), (max, colds)))
+    return f"{made} of {asked} tokens came back" if made < asked else ""
+
+
 def _not_cold(colds: Sequence[Answer], own: float) -> str:
     """Why nothing can be compared with these two cold answers; empty if it can."""
     if any(a.cached is None for a in colds):
@@ -234,9 +247,7 @@ def _not_warm(warms: Sequence[Answer], case: Case, path: str, page: int, prior: 
     else:
         whole = len(case.prompt) - 1 if path == "repeat" else len(case.prefix)
         least, of = max(1, whole - (page - 1)), f"{whole} tokens came from the cache"
-    if cached < least:
-        return f"warm was not warm: {cached} of {of}"
-    return "" if all(a.finite for a in warms) else "a warm answer has log-probabilities that are no numbers"
+    return f"warm was not warm: {cached} of {of}" if cached < least else ""
 
 
 def _wrong(path: str, case: int, colds: Sequence[Answer], warms: Mapping[int, Answer], limit: float) -> list[Wrong]:
@@ -277,14 +288,20 @@ def _paths(good: pd.DataFrame) -> pd.DataFrame:
 
 
 def _p_values(good: pd.DataFrame, paths: Sequence[str]) -> dict[str, list[float]]:
-    """Of each path: that it moves more than cold runs, and that it flips more than the floor, adjusted for all."""
-    if good.empty or int(good["path"].value_counts().min()) < LEAST_CLUSTERS:
+    """Of each path: that it moves more than cold runs, and that it flips more than the floor, adjusted for all that are
+    tested; NaN of a path with fewer than `LEAST_CLUSTERS` cases, which is not."""
+    counts = good["path"].value_counts()
+    tested = [path for path in paths if counts[path] >= LEAST_CLUSTERS]
+    if not tested:
         return {"p_moved": [math.nan] * len(paths), "p_flips": [math.nan] * len(paths)}
     told = good.assign(moved=good["effect"] - good["cold"], flipped=good["flips"] - good["floor_flips"])
     wide = told.astype({"moved": float, "flipped": float}).pivot(index="case", columns="path")
-    both = np.concatenate([wide[name][list(paths)].to_numpy(float) for name in ("moved", "flipped")], axis=1)
-    p = sign_flip_max(both).tolist()
-    return {"p_moved": p[: len(paths)], "p_flips": p[len(paths) :]}
+    both = np.concatenate([wide[name][tested].to_numpy(float) for name in ("moved", "flipped")], axis=1)
+    moved, flips = (dict(zip(tested, p, strict=True)) for p in np.split(sign_flip_max(both), 2))
+    return {
+        "p_moved": [float(moved.get(path, math.nan)) for path in paths],
+        "p_flips": [float(flips.get(path, math.nan)) for path in paths],
+    }
 
 
 def _seen(arms: Arms, wrong: int, limit: Mapping[int, float]) -> float:

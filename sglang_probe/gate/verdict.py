@@ -76,8 +76,9 @@ def verdict_of(
     if n := int(table["no_answer"].sum()):
         first = table[table["no_answer"]].iloc[0]
         return Verdict.INCONCLUSIVE, (
-            f"In {n} of {len(table)} comparisons a warm request got no answer, where the cold ones of the same tokens "
-            f"were answered: on the path `{first['path']}`, {first['case']}, {first['left_out']}."
+            f"In {n} of {len(table)} comparisons a warm request got no answer, or one that is not whole, where the "
+            "cold ones of the same tokens were answered: "
+            f"on the path `{first['path']}`, {first['case']}, {first['left_out']}."
         )
     of = (table["left_out"] == "").groupby(table["path"], sort=False).mean()
     if table.empty or (of <= 0.5).any():
@@ -90,11 +91,10 @@ def verdict_of(
             f"All {len(good)} comparisons of warm with cold are equal to the last bit: "
             f"{int(good['positions'].sum()):,} log-probabilities, and every greedy token, on {names}.{left}"
         )
-    if int(paths["cases"].min()) < LEAST_CLUSTERS:
-        return Verdict.INCONCLUSIVE, (
-            f"Warm differs from cold, and {int(paths['cases'].min())} cases are too few to compare that with the "
-            f"floor: {LEAST_CLUSTERS} are needed (`--cases`)."
-        )
+    few = paths[paths["cases"] < LEAST_CLUSTERS]
+    untested = ", ".join(f"`{r.path}` ({r.cases})" for r in few.itertuples())
+    if untested:
+        left += f" Too few cases to test: {untested}."
     blind = not seen.get(WRONG[-1], math.nan) >= 0.5
     share = f"{WRONG[-1]} wrong tokens in the prefix would have been seen in {seen.get(WRONG[-1], math.nan):.0%} of the"
     p = [*paths["p_moved"], *paths["p_flips"]]
@@ -119,6 +119,11 @@ def verdict_of(
             f"{said} It is of the size of rounding, below the {threshold:.2g} nats that would say wrong entries."
             f" Asked on {names}.{left}"
         )
+    if (few["equal"] < few["cases"]).any():
+        return Verdict.INCONCLUSIVE, (
+            f"Warm differs from cold, and {int(few['cases'].min())} cases are too few to compare that with the floor, "
+            f"on {untested}: {LEAST_CLUSTERS} are needed (`--cases`)."
+        )
     if blind:
         return Verdict.INCONCLUSIVE, (
             f"Warm differs from cold no more than cold runs do among themselves, but {share} cases only: these prompts "
@@ -127,9 +132,10 @@ def verdict_of(
     worst = paths.loc[paths["effect"].idxmax()]
     told = "no more than cold runs differ among themselves"
     if worst["effect"] > worst["cold"]:
+        questions = 2 * (len(paths) - len(few))
         told = (
             f"on `{worst['path']}`; cold runs differ by {worst['cold']:.2g}, and {worst['cases']:.0f} cases do not "
-            f"show that this is more (p = {worst['p_moved']:.2g}, adjusted for {2 * len(paths)} questions): more "
+            f"show that this is more (p = {worst['p_moved']:.2g}, adjusted for {questions} questions): more "
             "cases may (`--cases`)"
         )
     return Verdict.WITHIN_FLOOR, (

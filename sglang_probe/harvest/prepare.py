@@ -13,7 +13,7 @@ from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.certified import cite, kinds_needed, subject_installed
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import features
+from sglang_probe.engine.hooks.instruments import require
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present, choose_cpu
 from sglang_probe.engine.platform.limits import refuse_without_gpu
@@ -118,13 +118,15 @@ def prepare(
         asks=["force"] if config.steer is None else ["force", "steer"],
         steer=config.steer,
     )
-    reviewed = inventory.require([*features(asked), "platform"])
+    reviewed = require(asked, "platform")
     servers = [dict(config.server), *({**config.server, **arm.server} for arm in arms.values())]
     choose_device(servers)
     if config.replicas > 1:
         _check_replicas(config.replicas, arms, servers)
     for server in servers:
         _check_server(server)
+    for arm in arms.values():
+        refuse_unsupported({"disable_radix_cache": arm.cache == "off"})
         if not accelerator_present():
             refuse_without_gpu(server)
     model = resolve_model(config.model)
@@ -216,7 +218,7 @@ def require_asks(asks: Collection[str]) -> None:
     Raises:
         InventoryError: names what is missing.
     """
-    inventory.require(features(EngineProbeConfig(run=Path(), asks=sorted(asks))))
+    require(EngineProbeConfig(run=Path(), asks=sorted(asks)))
 
 
 def capture_of(

@@ -11,9 +11,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import features
+from sglang_probe.engine.hooks.instruments import require
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
 from sglang_probe.harvest.death import RESUME, EngineDied
@@ -80,7 +79,7 @@ def harvest(
         if resume and (run := directory.complete_run(path, manifest)) is not None:
             return run
         probe = probe_config(job, path, job.asks | asks)
-        inventory.require(features(probe))
+        require(probe)
         start = directory.open_directory(path, manifest, overwrite=overwrite, resume=resume)
         try:
             return _Recording(job, path, engines, probe, manifest, start, reporter or Quiet(), serving).make()

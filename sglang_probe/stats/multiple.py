@@ -43,14 +43,16 @@ def holm(p: Array) -> Array:
 
 
 def sign_flip_max(values: Array, *, draws: int = 20_000, seed: int = 0) -> Array:
-    """Adjusted one-sided p-values of "the mean of the column is not above zero", `[k]`, for `values` `[n_units, k]`.
+    """Adjusted one-sided p-values of "units of the column are symmetric about zero, or lower", `[k]`, for `values`
+    `[n_units, k]`.
 
     The signs of whole units are flipped, all columns of a unit alike, and each column is put against the largest of
     those not rejected before it (Westfall and Young 1993, step-down): columns that go together, as ways of reuse that
     are asked of the same cases do, are not paid for twice. The statistic is the sum over the root of the sum of
     squares, which no flip changes; so a column of equal numbers has one, too. All `2**n` patterns up to 14 units, else
-    `draws` of them. Rejecting where the result is at most alpha keeps the chance of any false rejection at alpha, where
-    units are symmetric about zero or lower.
+    `draws` of them. Rejecting where the result is at most alpha keeps the chance of any false rejection at alpha under
+    that null. "The mean is not above zero" is another one, and is rejected too often where most units are a little
+    above zero and few far below (`bench/gate.py` has how often).
 
     NaN: a unit that the column has nothing of; a column of zeros has p = 1.
     """

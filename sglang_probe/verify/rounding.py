@@ -16,10 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sglang_probe.errors import UnsupportedError
 from sglang_probe.stats.distance import row_distance
 
 TIMES = 4
 """Computations that are rounded otherwise."""
+
+
+def blocks(model: Any) -> tuple[Any, Any]:
+    """Embedding and layers of a model of `transformers`.
+
+    Raises:
+        UnsupportedError: it keeps them under other names.
+    """
+    inner = getattr(model, "model", None)
+    embedding, layers = getattr(inner, "embed_tokens", None), getattr(inner, "layers", None)
+    if embedding is None or layers is None:
+        raise UnsupportedError(
+            f"`transformers` gives a {type(model).__name__}, without `model.embed_tokens` and `model.layers`: its rows "
+            "cannot be compared",
+            fix="verify without `--transformers`; every other check is asked as before",
+        )
+    return embedding, layers
 
 
 def spread(model: Any, rows: Callable[[], dict[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -29,6 +47,9 @@ def spread(model: Any, rows: Callable[[], dict[str, Tensor]]) -> dict[str, np.nd
     Args:
         model: of `transformers`, with `model.embed_tokens` and `model.layers`.
         rows: runs the model and gives rows `[positions, width]` by hook point.
+
+    Raises:
+        UnsupportedError: the model has them under other names.
 
     Returns:
         Float `[positions]` by hook point, as `stats.distance.row_distance` measures.
@@ -52,7 +73,8 @@ def _rounded_otherwise(model: Any, generator: torch.Generator) -> Iterator[None]
         y = (x.double() * by).to(x.dtype)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    handles = [m.register_forward_hook(change) for m in (model.model.embed_tokens, *model.model.layers)]
+    embedding, layers = blocks(model)
+    handles = [m.register_forward_hook(change) for m in (embedding, *layers)]
     try:
         yield
     finally:

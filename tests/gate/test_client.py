@@ -41,8 +41,8 @@ def test_an_answer_has_the_tail_the_tokens_and_what_was_reused() -> None:
     ("answer", "says"),
     [
         (told(input_token_logprobs=[[None, 12, None], [-0.5, 99, None], [-0.25, 14, None]]), "other tokens"),
-        (told(input_token_logprobs=None), "0 of 3"),
-        (told(output_token_logprobs=None), "0 of|no log-probabilities|2 of 3"),
+        (told(input_token_logprobs=None), "0 of 2"),
+        (told(output_token_logprobs=None), "no log-probabilities"),
         (told(finish_reason={"type": "abort", "message": "full"}), "full"),
         ({"text": "x"}, "no log-probabilities"),
     ],
@@ -56,9 +56,25 @@ def test_log_probabilities_that_are_null_are_no_numbers_and_no_refusal() -> None
     nulls = [[None, 12, None], [None, 13, None], [-0.25, 14, None]]
     a = read_answer(told(input_token_logprobs=nulls, output_token_logprobs=[[None, 7, None]]), (10, 11, 12, 13, 14), 3)
     np.testing.assert_array_equal(a.prompt, [np.nan, -0.25])
+    whole = [[-0.5, 13, None], [-0.25, 14, None]]
+    null = [[None, 13, None], [-0.25, 14, None]]  # an answer without the entry at the border
+    for given, first in ((whole, -0.5), (null, np.nan)):
+        b = read_answer(told(input_token_logprobs=given), (10, 11, 12, 13, 14), 3)
+        np.testing.assert_array_equal(b.prompt, [first, -0.25])
     assert np.isnan(a.chosen).tolist() == [True]
     assert not a.finite
     assert read_answer(TOLD, (10, 11, 12, 13, 14), 3).finite
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_fewer_tokens_than_asked_for_are_no_answer(new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "call", lambda *_args, **_more: told(finish_reason={"type": "stop"}))
+    client = Client("http://127.0.0.1:1")
+    if new == 1:
+        assert client.ask((10, 11, 12, 13, 14), new=new, start=2).output == (7,)
+        return
+    with pytest.raises(RefusedError, match=r"1 of 2 tokens came back \(`finish_reason: stop`\)"):
+        client.ask((10, 11, 12, 13, 14), new=new, start=2)
 
 
 @pytest.mark.parametrize("url", ["localhost:30000", "ftp://a", "http://u:p@a", "http://a:port"])

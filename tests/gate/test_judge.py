@@ -198,6 +198,68 @@ def test_a_warm_answer_without_numbers_is_wrong_and_a_cold_one_is_no_yardstick()
     assert "3 further comparisons were left out" in found.sentence
 
 
+def test_a_warm_answer_without_numbers_is_none_whatever_it_says_it_reused() -> None:
+    cases, arms = made(np.random.default_rng(3))
+    for i, k in [(i, k) for i in range(4) for k in (1, 2)]:
+        one = arms[f"branch-{k}"][i]
+        arms[f"branch-{k}"][i] = dataclasses.replace(one, cached=0, prompt=one.prompt * np.nan)
+    found = judge(cases, arms, FACTS)
+    assert (found.verdict, found.wrong) == (Verdict.INCONCLUSIVE, ())
+    assert "In 4 of 60 comparisons a warm request got no answer, or one that is not whole" in found.sentence
+
+
+@pytest.mark.parametrize("kept", [0, 1, 15])
+@pytest.mark.parametrize("path", ["repeat", "turns"])
+def test_warm_answers_that_are_short_are_equal_to_nothing(path: str, kept: int) -> None:
+    cases, arms = made(np.random.default_rng(0))
+    for k in (1, 2):
+        for i, a in arms[f"{path}-{k}"].items():
+            arms[f"{path}-{k}"][i] = dataclasses.replace(
+                a, output=a.output[:kept], chosen=a.chosen[:kept], top=a.top[:kept]
+            )
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert f"case 0, {kept} of 16 tokens came back" in found.sentence
+
+
+def test_an_answer_that_ends_earlier_parts_there_and_one_without_a_position_is_not_equal() -> None:
+    a = answer()
+    short = answer(output=a.output[:1], chosen=a.chosen[:1], top=a.top[:1])
+    for pair in (compare(a, short), compare(short, a)):
+        assert (pair.parted, pair.equal, len(pair.output)) == (1, False, 1)
+    empty = answer(prompt=np.zeros(0), output=(), chosen=np.zeros(0), top=())
+    assert not compare(empty, empty).equal
+
+
+def test_nothing_is_said_of_cases_without_a_position() -> None:
+    cases, arms = made(np.random.default_rng(0))
+    for arm in arms.values():  # and so the colds
+        for i in range(4):
+            arm[i] = dataclasses.replace(arm[i], prompt=np.zeros(0), output=(), chosen=np.zeros(0), top=())
+    found = judge(cases, arms, FACTS, paths=["branch"])
+    assert "branch: 4 cases left out, because no position came back that could be compared" in found.reasons
+    assert "All 6 comparisons" in found.sentence
+
+
+def test_paths_with_enough_cases_are_tested_and_one_with_too_few_is_named() -> None:
+    rounds = rounding(1e-3, 0.3)
+    cases, arms = made(np.random.default_rng(0), cases=8, cold=rounds, warm=rounds, shift=rounding(5e-3, 0.3))
+    for i in range(3):
+        arms["turns-1"][i] = dataclasses.replace(arms["turns-1"][i], cached=0)
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.CHANGES
+    assert "Too few cases to test: `turns` (5)." in found.sentence
+    p = found.paths.set_index("path")["p_moved"]
+    assert np.isnan(p["turns"])
+    assert p.drop("turns").notna().all()
+    cases, arms = made(np.random.default_rng(0), cases=8, cold=rounds, warm=rounds)
+    for i in range(3):
+        arms["turns-1"][i] = dataclasses.replace(arms["turns-1"][i], cached=0)
+    found = judge(cases, arms, FACTS)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "5 cases are too few to compare that with the floor, on `turns` (5)" in found.sentence
+
+
 def test_one_odd_cold_answer_raises_the_threshold_of_its_own_case_alone() -> None:
     cases, arms = made(np.random.default_rng(1), cold=rounding(1e-3, 0.3), warm=rounding(1e-3, 0.3))
     one = arms["company-cold-1"][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,13 @@ def test_columns_about_zero_are_rejected_at_the_level_and_a_shifted_one_is_found
         found.append(sign_flip_max(noise, draws=1000)[3] <= 0.05)
     assert 0.01 <= np.mean(any_false) <= 0.09  # three standard errors about 0.05
     assert np.mean(found) > 0.95
+
+
+def test_the_level_is_of_symmetric_units_and_not_of_a_mean_of_zero() -> None:
+    def rejected(draw: Callable[[np.random.Generator], np.ndarray]) -> float:
+        rng = np.random.default_rng(0)
+        return float(np.mean([sign_flip_max(draw(rng)).min() <= 0.025 for _ in range(400)]))
+
+    assert rejected(lambda rng: rng.standard_normal((10, 12))) <= 0.05  # three standard errors above 0.025
+    assert rejected(lambda rng: 1 - rng.exponential(size=(10, 12))) > 0.15  # a mean of zero, and most are above
+    assert rejected(lambda rng: -np.abs(rng.standard_normal((10, 12)))) == 0.0  # lower

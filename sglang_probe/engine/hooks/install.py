@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.config import load_config
-from sglang_probe.engine.hooks import instruments, inventory
+from sglang_probe.engine.hooks import instruments
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.releases import Hook, release
 from sglang_probe.errors import InventoryError
@@ -32,7 +32,7 @@ def install(path: str) -> None:
         ConfigError: the YAML is wrong. InventoryError: the installed SGLang is not as reviewed.
     """
     config = load_config(Path(path), EngineProbeConfig)
-    inventory.require(instruments.features(config))
+    instruments.require(config)
     if config.ignore_interrupt and multiprocessing.parent_process() is not None:
         # A terminal, a process manager and `kill` of a group send these to all processes at once.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.policy.switches import Switches
 
@@ -34,6 +35,7 @@ def apply(scheduler: Any, wanted: Switches, start: Switches, *, used: bool = Tru
     assert to.chunked_prefill_size is not None
     if to.radix_cache and not start.radix_cache:
         raise UnsupportedError("the engine was started with `disable_radix_cache`, which cannot be undone")
+    refuse_unsupported({"disable_radix_cache": not to.radix_cache})
     # A freshly built scheduler has nothing cached, and in some releases cannot say yet whether it is idle.
     if used and not scheduler.flush_cache(empty_cache=False):
         raise UnsupportedError("requests are in flight; the policy can be changed between runs only")

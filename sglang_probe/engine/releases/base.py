@@ -49,6 +49,12 @@ class Release(ABC):
     refused: ClassVar[Mapping[str, tuple[Any, str]]]
     """Server arguments that only this release has: the value that is fine, and what any other turns on."""
 
+    not_shown: ClassVar[frozenset[str]] = frozenset()
+    """Features of the inventory that were read, and not compared with the model in an engine of this release."""
+
+    shown_points: ClassVar[frozenset[str] | None] = None
+    """Hook points whose rows were compared with the model in an engine of this release; None: all that it captures."""
+
     # The radix tree and its publications
 
     @abstractmethod

@@ -4,6 +4,7 @@ either, by model. Its own are the publication (`cache_unfinished_req`, `insert_r
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from sglang_probe.engine.releases import release_0_5_17, release_0_5_23
@@ -26,6 +27,18 @@ class Adapter(release_0_5_23.Adapter):
     cpu_widens = False  # no `post_load_model`
     cpu_ranks = False  # not tried
     overshoots_at_length = True  # no `Scheduler._reqs_finishing_inflight`
+    refused = MappingProxyType(
+        {
+            **release_0_5_23.Adapter.refused,
+            # `managers/schedule_policy.py`, `_lock_node` calls `dec_lock_ref` without `params`, which a tree that is
+            # switched off asks for: the scheduler ends.
+            "disable_radix_cache": (False, "a radix cache that is switched off, as `cache: off` does"),
+        }
+    )
+    not_shown = frozenset(
+        ("accelerator rows", "attention rows", "bypass", "eviction", "positions", "steering", "telemetry")
+    )
+    shown_points: ClassVar[frozenset[str] | None] = frozenset(("hook_embed",))
 
     def publication_hooks(self) -> list[Hook]:
         from sglang_probe.engine.hooks import tree as lineage
@@ -46,10 +59,14 @@ class Adapter(release_0_5_23.Adapter):
         return type(tree) is UnifiedRadixCache and set(getattr(tree, "components", ())) == {ComponentType.FULL}
 
     def residual(self, forward_batch: Any, output: Any) -> Any:
-        return (_TWO_TERMS if isinstance(output, tuple) else super()).residual(forward_batch, output)
+        if isinstance(output, tuple):
+            return _TWO_TERMS.residual(forward_batch, output)
+        return super().residual(forward_batch, output)
 
     def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
-        return (_TWO_TERMS if isinstance(output, tuple) else super()).changeable_residual(forward_batch, output)
+        if isinstance(output, tuple):
+            return _TWO_TERMS.changeable_residual(forward_batch, output)
+        return super().changeable_residual(forward_batch, output)
 
     def bypass_hooks(self) -> list[Hook]:
         return [(f"{_TREE}.match_prefix", match_prefix, "AROUND")]

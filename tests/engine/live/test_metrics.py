@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_probe.engine.live.metrics import Metrics
+from sglang_probe.engine.live.stops import Stops
+from sglang_probe.engine.live.totals import Totals
 from tests.engine.live.conftest import FakeEngine
 
 DOCS = Path(__file__).parents[3] / "docs" / "reference"
@@ -26,6 +28,7 @@ def test_the_dashboard_asks_for_series_that_there_are() -> None:
     import prometheus_client
 
     metrics = Metrics("m")
+    metrics.publish(Totals(recent=1), waiting=0, write_errors=0, stops=Stops(), causes={"evicted": 1})
     dashboard = json.loads((DOCS / "grafana.json").read_text())
     asked = {
         name
@@ -34,7 +37,8 @@ def test_the_dashboard_asks_for_series_that_there_are() -> None:
         for name in re.findall(r"sglang_probe:\w+", target["expr"])
     }
     served = {sample.name for family in prometheus_client.REGISTRY.collect() for sample in family.samples}
-    assert len(asked) == 9
+    assert len(asked) == 10
+    assert "sglang_probe:prompt_tokens_by_cause_total" in asked
     assert asked <= served, metrics
     described = (DOCS / "metrics-and-endpoints.md").read_text()
     assert all(f"`{name}" in described for name in asked)

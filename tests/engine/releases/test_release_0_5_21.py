@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_probe.engine.hooks import requests
+from sglang_probe.engine.hooks import instruments, policy, requests, supported
 from sglang_probe.engine.hooks import tree as lineage
+from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.releases import release_0_5_21 as adapter
+from sglang_probe.errors import InventoryError, UnsupportedError
+from sglang_probe.harvest.config import HarvestConfig
+from sglang_probe.harvest.prepare import prepare
+from sglang_probe.policy.arm import Arm
+from sglang_probe.policy.switches import Switches
 
 
 def params(req: object | None) -> SimpleNamespace:
@@ -57,3 +64,45 @@ def test_a_chunk_that_is_not_published_counts_as_done() -> None:
     req.skip_radix_cache_insert, req.prefix_indices = False, "the tree's"
     adapter.keep_chunks(None, req, SimpleNamespace(req_to_token_pool=pool))
     assert req.prefix_indices == "the tree's"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this adapter for that of the installed release."""
+    for module in (instruments, supported):
+        monkeypatch.setattr(module, "release", adapter.Adapter)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hook_points": ["hook_embed", "blocks.0.hook_resid_post"]}, "rows of `blocks.0.hook_resid_post`"),
+        ({"hook_points": ["blocks.0.attn.hook_q"]}, "attention rows, rows of `blocks.0.attn.hook_q`"),
+        ({"asks": ["cache"]}, "bypass"),
+        ({"asks": ["positions"]}, "bypass, positions"),
+        ({"telemetry": {}}, "attention rows, telemetry"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_what_was_not_compared_in_an_engine_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    config = EngineProbeConfig.model_validate({"run": Path("r"), **fields})
+    with pytest.raises(InventoryError, match=rf"^{named}: not compared with the model in an engine of SGLang 0.5.21"):
+        instruments.require(config)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_ledger_and_rows_of_embeddings_were_shown() -> None:
+    instruments.require(EngineProbeConfig(run=Path("r"), hook_points=["hook_embed"], asks=["force"]))
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_cache_that_is_switched_off_is_refused_before_an_engine_starts_and_while_it_runs() -> None:
+    said = r"a radix cache that is switched off, as `cache: off` does \(`disable_radix_cache: True`\)"
+    workload = {"source": "documents", "count": 2, "chars": 400}
+    config = HarvestConfig.model_validate({"workload": workload, "hook_points": []})
+    with pytest.raises(UnsupportedError, match=said):
+        prepare(config, {"cold": Arm(cache="off")})
+    prepare(config, {"warm": Arm(cache="on")})
+    start = Switches(radix_cache=True, chunked_prefill_size=64, enable_mixed_chunk=False, schedule_policy="fcfs")
+    with pytest.raises(UnsupportedError, match=said):
+        policy.apply(None, Switches(radix_cache=False), start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
+from sglang_probe.engine.hooks import inventory
 from sglang_probe.engine.hooks.instruments.accelerator import Accelerator
 from sglang_probe.engine.hooks.instruments.answers import RowsInResponse
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
@@ -20,12 +21,26 @@ from sglang_probe.engine.hooks.instruments.rows import Rows
 from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth
 from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
+from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
+from sglang_probe.errors import InventoryError
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.hooks.inventory import Inventory
 
-__all__ = ["INSTRUMENTS", "ONE_RANK", "Forward", "Instrument", "features", "honoured", "hooks", "serves", "wanted"]
+__all__ = [
+    "INSTRUMENTS",
+    "ONE_RANK",
+    "Forward",
+    "Instrument",
+    "features",
+    "honoured",
+    "hooks",
+    "require",
+    "serves",
+    "wanted",
+]
 
 INSTRUMENTS: tuple[type[Instrument], ...] = (
     LiveServer,
@@ -62,6 +77,32 @@ def wanted(config: EngineProbeConfig) -> list[type[Instrument]]:
 def features(config: EngineProbeConfig) -> list[str]:
     """Features of the inventory that a configuration needs."""
     return _once([*_ALWAYS, *(f for kind in wanted(config) for f in kind.needs(config))])
+
+
+def require(config: EngineProbeConfig, *further: str) -> Inventory:
+    """Refuse unless the installed SGLang is as reviewed, and what was shown, for all that a configuration needs.
+
+    Args:
+        further: features of the inventory that are needed besides.
+
+    Raises:
+        InventoryError: names what is not.
+    """
+    needed = [*features(config), *further]
+    found = inventory.require(needed)
+    adapter = release()
+    points = adapter.shown_points
+    unshown = [f for f in needed if f in adapter.not_shown]
+    if points is not None:
+        unshown += [f"rows of `{name}`" for name in config.hook_points if name not in points]
+        unshown += ["a monitor of rows"] if config.monitor is not None else []
+    if unshown:
+        raise InventoryError(
+            f"{', '.join(unshown)}: not compared with the model in an engine of SGLang {adapter.version}",
+            fix="use a release of which `docs/evidence/releases.md` says it was, or record the ledger alone"
+            + (f" (hook points: {', '.join(sorted(points))} or none)" if points else ""),
+        )
+    return found
 
 
 def honoured(config: EngineProbeConfig) -> frozenset[str]:
