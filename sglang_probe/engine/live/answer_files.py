@@ -140,13 +140,12 @@ class AnswerFiles:
         return self._total + nbytes <= self._config.megabytes * 1e6 and len(self._files) < MOST
 
     def _look_what_was_fetched(self) -> None:
-        with os.scandir(self._folder / FETCHED) as found:
-            names = [entry.name for entry in found]
+        with os.scandir(self._folder / FETCHED) as listed:
+            names = [entry.name for entry in listed]
         for name in names:
             (self._folder / FETCHED / name).unlink(missing_ok=True)
-        self._fetched.update(
-            dict.fromkeys(sorted({n for n in names if n in self._files}, key=lambda n: self._files[n]))
-        )
+        known = sorted({n for n in names if n in self._files}, key=lambda n: self._files[n])
+        self._fetched.update(dict.fromkeys(known))
 
     def _remove(self, name: str) -> None:
         self._total -= self._files.pop(name)[1]
