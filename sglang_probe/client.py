@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -25,6 +26,9 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+_SERVER_WAITS = 20.0
+"""Seconds that one question waits at the server."""
+_PAUSE = 0.5
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 
@@ -46,8 +50,7 @@ class FetchedRows(Mapping[str, Array]):
     has_row: dict[str, Array]
     """By hook point, bool `[n]`."""
     spans: list[dict[str, Any]]
-    """What became of the request's positions: start, end, status, phase, origin (the request whose row a reused
-    position has) and intervention (null: the plain model's)."""
+    """What became of the request's positions: start, end, status, phase and intervention (null: the plain model's)."""
     missing: dict[str, dict[str, int]]
     """By hook point, how many rows are missing, by reason."""
     rid: str
@@ -89,17 +92,28 @@ def fetch_rows(
         url: of the server, without a path. asked: what `ask_rows` gave, or the handle.
 
     Raises:
-        RowsError: 400, 404 or 410 with the server's reason, 401 without the key.
+        RowsError: 400, 404, 410, 429 or 503 with the server's reason, 401 without the key.
         OSError: the server cannot be reached.
     """
     handle = asked if isinstance(asked, str) else asked["rows"]["handle"]
-    place = f"{url.rstrip('/')}/probe/rows/{urllib.parse.quote(handle, safe='')}?timeout={timeout:g}"
-    request = urllib.request.Request(place, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout + 30) as answer:
-            return read_rows(answer.read())
-    except urllib.error.HTTPError as e:
-        raise RowsError(e.code, _reason(e.read())) from None
+    place = f"{url.rstrip('/')}/probe/rows/{urllib.parse.quote(handle, safe='')}"
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    deadline = time.monotonic() + timeout
+    while True:
+        asked_at = time.monotonic()
+        wait = min(max(0.0, deadline - asked_at), _SERVER_WAITS)
+        try:
+            request = urllib.request.Request(f"{place}?timeout={wait:g}", headers=headers)
+            with urllib.request.urlopen(request, timeout=wait + 30) as answer:
+                return read_rows(answer.read())
+        except urllib.error.HTTPError as e:
+            now = time.monotonic()
+            # A 404 that comes at once is of a server that hands out none.
+            again = now < deadline and (e.code == 429 or (e.code == 404 and now - asked_at > 0.9 * wait))
+            if not again:
+                raise RowsError(e.code, _reason(e.read())) from None
+        if now - asked_at < _PAUSE:  # the server was busy
+            time.sleep(_PAUSE)
 
 
 def read_rows(data: bytes) -> FetchedRows:

@@ -23,9 +23,10 @@ from typing import Any
 from sglang_probe.config import load_config
 from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.control import CLOSE
+from sglang_probe.engine.hooks.fetching import found_in
 from sglang_probe.engine.hooks.instruments.live import STATE_KEY, answers_folder
 from sglang_probe.engine.live import causes
-from sglang_probe.engine.live.answers import GONE, SUFFIX
+from sglang_probe.engine.live.answer_files import rank_folders
 from sglang_probe.engine.live.merge import merge_states
 from sglang_probe.rows_ask import HANDLE, file_name
 from sglang_probe.steering.library import Library, listed
@@ -38,7 +39,12 @@ _FLUSH_SECONDS = 30.0
 _WHY_SECONDS, _WHY_KEPT = 120.0, 5.0
 """How long the causes of a segment may take, and how long an answer is given again."""
 _TOO_LONG = "finding the causes took too long; close the segment and ask `sglang-probe why`"
+_WHY_WAITING = 4
+"""Questions that may wait for their turn."""
 _ROWS_SECONDS = 30.0
+_ROWS_WAITING = 128
+"""Requests that may wait for rows."""
+_BUSY = "too many ask this already; try again in a moment"
 _CHANGED = "the library was changed while the server started: start it again"
 _RECORDING = ("recording", "reason", "tries_again_in")
 """What every endpoint says first: counts stand still while nothing is recorded."""
@@ -107,6 +113,7 @@ class Endpoints:
         self._close = close
         self._empty = empty
         self._looking = asyncio.Lock()
+        self._why_waiting = self._rows_waiting = 0
         self._why: dict[tuple[Any, ...], tuple[float, dict[str, Any]]] = {}
         self._libraries, self._answers = libraries, answers
 
@@ -152,8 +159,8 @@ class Endpoints:
         segment began, as far as it is on disk; counts and positions, and nothing of a prompt.
 
         A process of low priority reads the segment and those before it, one at a time; an answer is given again for
-        some seconds. 404: prompts are not recorded (`privacy: none`), or there is no such request. 504: it took too
-        long.
+        some seconds. 404: prompts are not recorded (`privacy: none`), or there is no such request. 429: several
+        questions wait already. 504: it took too long.
         """
         from fastapi.responses import JSONResponse
 
@@ -168,33 +175,30 @@ class Endpoints:
             told.append({**{k: state.get(k) for k in _RECORDING}, **found})
         known = [t for t in told if "causes" in t]
         if not known:
-            return JSONResponse(told[0], status_code=504 if told[0].get("reason") == _TOO_LONG else 404)
+            status = {_TOO_LONG: 504, _BUSY: 429}.get(str(told[0].get("reason")), 404)
+            return JSONResponse(told[0], status_code=status)
         return known[0] if len(told) == 1 else {"ranks": known if rid is not None else told}
 
     async def _asked_why(self, asked: dict[str, Any]) -> dict[str, Any]:
         key = tuple(asked.values())
-        async with self._looking:
-            at, told = self._why.get(key, (-_WHY_KEPT, {}))
-            if time.monotonic() - at < _WHY_KEPT:
-                return told
-            pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(
-                *causes.COMMAND, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=causes.environment()
-            )
-            try:
-                out, _ = await asyncio.wait_for(process.communicate(json.dumps(asked).encode()), _WHY_SECONDS)
-                told = dict(json.loads(out))
-            except TimeoutError:
-                told = {"reason": _TOO_LONG}
-            except ValueError:
-                told = {"reason": "what was written could not be read", "fix": "see `sglang-probe verify`"}
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-            now = time.monotonic()
-            self._why = {k: v for k, v in self._why.items() if now - v[0] < _WHY_KEPT} | {key: (now, told)}
+        if (told := self._told_just_now(key)) is not None:
             return told
+        if self._why_waiting >= _WHY_WAITING:
+            return {"reason": _BUSY}
+        self._why_waiting += 1
+        try:
+            async with self._looking:
+                if (told := self._told_just_now(key)) is None:
+                    told = await _causes_of(asked)
+                    now = time.monotonic()
+                    self._why = {k: v for k, v in self._why.items() if now - v[0] < _WHY_KEPT} | {key: (now, told)}
+                return told
+        finally:
+            self._why_waiting -= 1
+
+    def _told_just_now(self, key: tuple[Any, ...]) -> dict[str, Any] | None:
+        at, told = self._why.get(key, (-_WHY_KEPT, None))
+        return told if time.monotonic() - at < _WHY_KEPT else None
 
     async def vectors(self) -> Any:
         """`GET /probe/vectors`: what a request may name (`steer`) and what is scored (`scores`): the hash of each
@@ -212,9 +216,10 @@ class Endpoints:
     async def rows(self, handle: str, timeout: float = 10.0) -> Any:
         """`GET /probe/rows/<handle>?timeout=10`: rows that a request asked for under this handle (`Ask.rows`), as
         safetensors; waits so many seconds for them, 30 at most. 404: there are none, or not yet. 410: they were there,
-        and have expired. The server's API key and the handle are both needed.
+        and have expired. 503: there will be none, because the recording stopped or there was no room. 429: too many
+        wait already. The server's API key and the handle are both needed.
         """
-        from fastapi.responses import FileResponse, JSONResponse
+        from fastapi.responses import JSONResponse
 
         if self._answers is None:
             return JSONResponse(
@@ -224,21 +229,24 @@ class Endpoints:
             return JSONResponse(
                 {"reason": f"a handle is 22 to 128 letters, digits, `_` or `-` ({HANDLE})"}, status_code=400
             )
+        places = [folder / file_name(handle) for folder in rank_folders(self._answers)]
+        if (found := found_in(places)) is not None:
+            return found
+        if self._rows_waiting >= _ROWS_WAITING and timeout > 0:
+            return JSONResponse({"reason": _BUSY}, status_code=429)
         deadline = time.monotonic() + min(max(0.0, timeout), _ROWS_SECONDS)
         pause = 0.005
-        while True:
-            for kind in (SUFFIX, GONE):
-                found = next(iter(self._answers.glob(f"*/{file_name(handle)}{kind}")), None)
-                if found is not None and kind == GONE:
-                    reason = "the rows under this handle have expired: `live: {rows: {seconds, megabytes}}` bounds them"
-                    return JSONResponse({"reason": reason}, status_code=410)
-                if found is not None:
-                    return FileResponse(found, media_type="application/octet-stream")
-            if time.monotonic() >= deadline:
-                reason = "no rows under this handle: no request that ended asked for any, or they are not there yet"
-                return JSONResponse({"reason": reason}, status_code=404)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.25)
+        self._rows_waiting += 1
+        try:
+            while time.monotonic() < deadline:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.25)
+                if (found := found_in(places)) is not None:
+                    return found
+        finally:
+            self._rows_waiting -= 1
+        reason = "no rows under this handle: no request that ended asked for any, or they are not there yet"
+        return JSONResponse({"reason": reason}, status_code=404)
 
     async def flush(self, cache: bool = False, timeout: float = 0.0) -> Any:
         """`POST /probe/flush?cache=true&timeout=5`: close the current segment and wait until it is on disk. 503 while
@@ -286,6 +294,24 @@ class Endpoints:
         silent = {"recording": False, "reason": "the scheduler process has no probe"}
         states = [state.get(STATE_KEY) or silent for state in await self._states()] or [silent]
         return sorted(states, key=lambda state: state.get("dp_rank", 0))
+
+
+async def _causes_of(asked: dict[str, Any]) -> dict[str, Any]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *causes.COMMAND, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=causes.environment()
+    )
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(json.dumps(asked).encode()), _WHY_SECONDS)
+        return dict(json.loads(out))
+    except TimeoutError:
+        return {"reason": _TOO_LONG}
+    except ValueError:
+        return {"reason": "what was written could not be read", "fix": "see `sglang-probe verify`"}
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def _libraries() -> dict[str, Library]:

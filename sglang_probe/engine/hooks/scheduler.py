@@ -13,7 +13,7 @@ from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments import live as live_server
 from sglang_probe.engine.hooks.instruments.labels import labels_of
 from sglang_probe.engine.hooks.instruments.steer import Steering, steering_of_session
-from sglang_probe.engine.hooks.requests import ask_of
+from sglang_probe.engine.hooks.requests import ask_of, asks_of
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.hooks.tree import matched, refuse_other_trees, refuse_rows_of
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
@@ -126,7 +126,9 @@ def _launch(scheduler: Any, batch: Any) -> None:
         try:
             session.follow()
             if session.recorder is None:
-                live_server.served_unrecorded(batch.reqs)
+                for ask in asks_of(live_server.served_unrecorded(batch.reqs)):
+                    if ask.rows is not None and session.live.answers is not None:
+                        session.live.answers.unrecorded(ask.rows)
         except Exception as e:
             session.fail("follow", e)
     _launch_recorded(scheduler, batch)

@@ -1,22 +1,19 @@
 """Rows of their own positions for the requests that asked for them (`Ask.rows`).
 
-A thread of its own takes every commit in order and holds the last rows of everybody, up to a number of bytes, because
-a request that reuses a position needs the row of another. When a request that asked ends, what it asked for is put
-together and written as one safetensors file, from which the process that serves HTTP answers. Whatever is not held any
-more is said to be missing, with the reason; nothing here waits for, or fails, a request or the recording.
+A thread of its own takes every commit in order and holds the last rows of everybody, up to a number of bytes
+(`held_rows.py`). When a request that asked ends, what it asked for is put together and written as one safetensors file
+(`answer_files.py`), from which the process that serves HTTP answers. Whatever is not held any more is said to be
+missing, with the reason; nothing here waits for, or fails, a request or the recording.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_probe.engine.ledger.facts import Commit
+from sglang_probe.engine.live.answer_files import FULL, LATE, STOPPED, AnswerFiles
+from sglang_probe.engine.live.held_rows import Chunk, HeldRows, Line
 from sglang_probe.rows_ask import RowsAsk, file_name
 from sglang_probe.run import schema
 
@@ -34,117 +33,167 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang_probe")
 
-GONE = ".gone"
-SUFFIX = ".safetensors"
 _AT = {name: schema.SPANS.get_field_index(name) for name in schema.SPANS.names}
-_FORWARD_ROW = schema.FORWARDS.get_field_index("row_start")
 _RID, _PROMPT, _OUTPUT, _FINISH = (
     schema.ENGINE_REQUESTS.get_field_index(n) for n in ("rid", "prompt_len", "output_len", "finish_reason")
 )
-_PIECE_BYTES = 300
-"""What it costs to know whose some rows are."""
-
 _BUNDLE = 64
 _LOOK = 1.0
 """Seconds after which the thread looks for what has expired."""
 
-_GONE_SECONDS = 3600.0
+_MOST_WAITING = 8192
+"""Commits that may wait for the thread. One more, and nothing of them is kept."""
+
+_MOST_ASKED = 4096
+"""Requests in flight that may have asked."""
+
+_ENTRY_BYTES = 256
+"""Of a tensor in the header of a file, about."""
 
 NO_LONGER = "its row is no longer kept in memory"
 BEFORE = "reused from an entry that was computed before the recording"
 UNSELECTED = "its row is not recorded at this hook point"
 NOT_COMPUTED = "it was not computed"
+UNRECORDED = "the recording dropped it, because the disk was too slow"
 UNACCOUNTED = "the request could not be accounted for"
+
+Span = tuple[Any, ...]
 
 
 @dataclass(slots=True, eq=False)
-class _Chunk:
-    """Rows of one commit."""
-
-    rows: dict[str, torch.Tensor]
-    selected: Mapping[str, Any]
-    nbytes: int
-    rids: list[str]
-    """A name for each piece of a request that lies in it."""
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Consecutive positions of one attempt whose rows lie one after another in a chunk."""
-
-    attempt: int
-    start: int
-    end: int
-    chunk: _Chunk
-    offset: int
-
-
-@dataclass(slots=True)
 class _Asked:
     ask: RowsAsk
-    began: float
-    spans: list[tuple[Any, ...]] = field(default_factory=list)
+    spans: list[tuple[Span, Line | None]] = field(default_factory=list)
+    """Each with where its rows are."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """What the thread is handed: a commit with what concerns those who asked, or (None) the end of a recording."""
+
+    commit: Commit | None
+    nbytes: int = 0
+    spans: list[tuple[_Asked, Span]] = field(default_factory=list)
+    ended: list[tuple[tuple[Any, ...], _Asked]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Handles under which nothing will be, and why."""
 
 
 class Answers:
-    """Keeps rows, and writes what was asked for into `folder`, which only this user can read.
+    """Keeps rows, and writes what was asked for into `folder`, which only this user can read. `start` begins.
 
     Args:
         hook_points: what is recorded: `ask.hook_points` where a request names none.
+
+    Raises:
+        RunDirectoryError: another server keeps rows there.
     """
 
     def __init__(self, folder: Path, config: AnswersConfig, hook_points: list[str]) -> None:
-        self._folder, self._config, self._hook_points = folder, config, hook_points
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
+        self._config, self._hook_points = config, hook_points
+        self._files = AnswerFiles(folder, config)
+        self._held = HeldRows(config.memory)
         self._asked: dict[str, _Asked] = {}
-        self._pieces: dict[str, deque[_Piece]] = {}
-        self._chunks: deque[_Chunk] = deque()
-        self._held = 0
+        self._epoch: int | None = 1
         self._work = threading.Condition()
-        self._waiting: deque[Commit | None] = deque()
+        self._waiting: deque[_Work] = deque()
         self._waiting_bytes = 0
         self._closing = False
-        self.written = self.late = self.failed = 0
+        self.written = self.late = self.failed = self.refused = 0
         self._thread = threading.Thread(target=self._run, name="sglang-probe-answers", daemon=True)
+
+    def start(self) -> Answers:
+        """Begin to take commits."""
         self._thread.start()
+        return self
 
     # ---------------------------------------------------------------- scheduler thread
 
-    def ask(self, name: str, ask: RowsAsk) -> None:
-        """A request was launched that wants rows; `name` is its name in the ledger."""
-        if name not in self._asked:
-            self._asked[name] = _Asked(ask, time.time())
+    def ask(self, name: str, ask: RowsAsk, epoch: int = 1) -> None:
+        """A request was launched that wants rows; `name` is its name in the ledger of this epoch of the recording."""
+        with self._work:
+            known = self._asked.get(name)
+            if known is not None and known.ask.handle == ask.handle:
+                return
+            if epoch != self._epoch:
+                self._refuse([(ask.handle, STOPPED)])
+            elif known is None and len(self._asked) >= _MOST_ASKED:
+                self._refuse([(ask.handle, FULL)])
+            else:  # who had the name before is no more: a name in flight is of one request
+                self._asked[name] = _Asked(ask)
+
+    def unrecorded(self, ask: RowsAsk) -> None:
+        """A request that wants rows has come. Nothing is recorded at present: whoever fetches is told."""
+        with self._work:
+            self._refuse([(ask.handle, STOPPED)])
 
     def take(self, commit: Commit) -> None:
         """A commit was recorded. What comes faster than it can be held is not held."""
-        nbytes = _nbytes(commit)
+        work = _Work(commit, _nbytes(commit))
         with self._work:
-            if nbytes and self._waiting_bytes + nbytes > self._config.memory:
+            if self._asked:
+                asked = self._asked
+                work.spans = [(a, s) for s in commit.spans if (a := asked.get(s[0])) is not None]
+                work.ended = [(r, a) for r in commit.requests if (a := asked.pop(r[_RID], None)) is not None]
+            if work.nbytes and self._waiting_bytes + work.nbytes > self._config.memory:
                 self.late += 1
-                commit = Commit(forward=commit.forward, spans=commit.spans, requests=commit.requests)
-                nbytes = 0
-            self._waiting.append(commit)
-            self._waiting_bytes += nbytes
-            if len(self._waiting) >= _BUNDLE or any(r[_RID] in self._asked for r in commit.requests):
+                work.commit = Commit(forward=commit.forward, spans=commit.spans, requests=commit.requests)
+                work.nbytes = 0
+            self._put(work)
+            if work.ended or len(self._waiting) >= _BUNDLE:
                 self._work.notify()
-
-    def forget(self) -> None:
-        """The recording has stopped: what was in flight is not followed any more."""
-        with self._work:
-            self._waiting.append(None)
 
     def status(self) -> dict[str, Any]:
         """For `GET /probe/status`."""
         told = {"waiting": len(self._asked), "written": self.written, "failed": self.failed, "late": self.late}
-        return {**told, "rows_kept_megabytes": round(self._held / 1e6, 3)}
+        return {**told, "refused": self.refused, "rows_kept_megabytes": round(self._held.nbytes / 1e6, 3)}
+
+    # ---------------------------------------------------------------- any thread
+
+    def forget(self) -> None:
+        """The recording has stopped: what was in flight is not followed any more, and whoever asked is told so."""
+        with self._work:
+            self._epoch = None
+            told = [(a.ask.handle, STOPPED) for a in self._asked.values()]
+            self._asked.clear()
+            self._put(_Work(None, refused=told))
+
+    def resume(self, epoch: int) -> None:
+        """The recording has begun again."""
+        with self._work:
+            self._epoch = epoch
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the thread; what was written can be fetched until it expires or the next server starts."""
+        """End the thread; nothing can be fetched any more."""
+        self._end_thread(timeout)
+        self._files.close()
+
+    def _end_thread(self, timeout: float) -> None:
         with self._work:
             self._closing = True
             self._work.notify()
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _refuse(self, told: list[tuple[str, str]]) -> None:
+        """Under the lock: these handles are not answered."""
+        if self._waiting and len(self._waiting[-1].refused) < _MOST_ASKED:
+            self._waiting[-1].refused += told
+        else:
+            self._put(_Work(Commit(), refused=told))
+
+    def _put(self, work: _Work) -> None:
+        """Under the lock. If too much waits, all of it is given up, and nobody who asked is answered."""
+        if len(self._waiting) >= _MOST_WAITING:
+            lost = [*self._asked.values(), *(a for w in (*self._waiting, work) for _, a in w.ended)]
+            told = [(a.ask.handle, LATE) for a in lost] + [r for w in (*self._waiting, work) for r in w.refused]
+            self._waiting_bytes -= sum(w.nbytes for w in self._waiting)
+            self._waiting.clear()
+            self._asked.clear()
+            self.late += 1
+            work = _Work(None, refused=told[-_MOST_ASKED:])
+        self._waiting.append(work)
+        self._waiting_bytes += work.nbytes
 
     # ---------------------------------------------------------------- its own thread
 
@@ -153,98 +202,76 @@ class Answers:
         while True:
             with self._work:
                 self._work.wait_for(lambda: self._closing or self._due(), timeout=_LOOK)
-                taken, self._waiting = self._waiting, deque()
                 closing = self._closing
-            while taken:
-                commit = taken.popleft()
-                try:
-                    self._read(commit)
-                except Exception:
-                    self.failed += 1
-                    logger.exception("sglang-probe could not keep rows for the requests that asked for them")
-                with self._work:
-                    self._waiting_bytes -= _nbytes(commit)
+            self._turn()
             if closing:
                 return
             if time.monotonic() - looked >= _LOOK:
                 looked = time.monotonic()
-                with contextlib.suppress(OSError):
-                    expire(self._folder, self._config)
+                try:
+                    self._files.expire()
+                except OSError as e:
+                    logger.warning("sglang-probe could not remove rows that have expired: %s", e)
 
     def _due(self) -> bool:
-        return len(self._waiting) >= _BUNDLE or any(
-            c is not None and any(r[_RID] in self._asked for r in c.requests) for c in self._waiting
-        )
+        return len(self._waiting) >= _BUNDLE or any(w.ended or w.refused for w in self._waiting)
 
-    def _read(self, commit: Commit | None) -> None:
-        if commit is None:
-            for known in (self._asked, self._pieces, self._chunks):
-                known.clear()
-            self._held = 0
-            return
-        self._hold(commit)
-        for span in commit.spans:
-            if (asked := self._asked.get(span[0])) is not None:
-                asked.spans.append(span)
-        for request in commit.requests:
-            if (asked := self._asked.pop(request[_RID], None)) is not None:
-                self._answer(request, asked)
+    def _turn(self) -> None:
+        """Read what waits."""
+        with self._work:
+            taken, self._waiting = self._waiting, deque()
+        while taken:
+            work = taken.popleft()
+            try:
+                self._read(work)
+            except Exception:
+                self.failed += 1
+                logger.exception("sglang-probe could not keep rows for the requests that asked for them")
+            with self._work:
+                self._waiting_bytes -= work.nbytes
 
-    def _hold(self, commit: Commit) -> None:
-        if not commit.rows or commit.forward is None:
-            return
-        first = commit.forward[_FORWARD_ROW]
-        # Copies: on an accelerator the tensors lie in the ring of pinned memory that the next forwards need.
-        rows = {h: x.clone() for h, x in commit.rows.items()}
-        chunk = _Chunk(rows, commit.selected, sum(x.nbytes for x in rows.values()), [])
-        for span in commit.spans:
-            if span[_AT["status"]] == schema.COMPUTED and span[_AT["row_start"]] >= 0:
-                rid, attempt, start, end = span[:4]
-                piece = _Piece(attempt, start, end, chunk, span[_AT["row_start"]] - first)
-                self._pieces.setdefault(rid, deque()).append(piece)
-                chunk.rids.append(rid)
-        chunk.nbytes += _PIECE_BYTES * len(chunk.rids)
-        self._chunks.append(chunk)
-        self._held += chunk.nbytes
-        while self._held > self._config.memory and self._chunks:
-            gone = self._chunks.popleft()
-            self._held -= gone.nbytes
-            for rid in gone.rids:  # pieces of a request lie in the order of the chunks
-                pieces = self._pieces[rid]
-                pieces.popleft()
-                if not pieces:
-                    del self._pieces[rid]
+    def _read(self, work: _Work) -> None:
+        if work.commit is None:
+            self._held.clear()
+        else:
+            reused = [self._held.origin(s) if s[_AT["status"]] == schema.REUSED else None for _, s in work.spans]
+            self._held.take(work.commit)
+            for (asked, span), line in zip(work.spans, reused, strict=True):
+                own = self._held.own(span) if span[_AT["status"]] == schema.COMPUTED else None
+                asked.spans.append((span, line or own))
+        for handle, why in work.refused:
+            if not self._files.used(name := file_name(handle)):
+                self._files.mark(name, why)
+                self.refused += 1
+        for request, asked in work.ended:
+            self._answer(request, asked)
 
     def _answer(self, request: tuple[Any, ...], asked: _Asked) -> None:
         from safetensors.torch import save_file
 
-        made = self._folder / file_name(asked.ask.handle)
-        place = made.with_suffix(SUFFIX)
-        if place.exists() or made.with_suffix(GONE).exists():
+        name = file_name(asked.ask.handle)
+        if self._files.used(name):
             return  # a handle is used once: a second request with it, or a second sample, adds nothing
-        tensors, told = put_together(request, asked.ask, asked.spans, self._pieces, self._hook_points)
-        partial = made.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, metadata={"probe": json.dumps(told)})
-            expire(self._folder, self._config, room=partial.stat().st_size)
-            os.replace(partial, place)
-        finally:
-            partial.unlink(missing_ok=True)
-        self.written += 1
+        tensors, told = put_together(request, asked.ask, asked.spans, self._hook_points)
+        said = json.dumps(told)
+        size = len(said) + sum(x.nbytes + _ENTRY_BYTES for x in tensors.values())
+        if self._files.add(name, size, lambda path: save_file(tensors, path, metadata={"probe": said})):
+            self.written += 1
+        else:
+            self.refused += 1
 
 
-def _nbytes(commit: Commit | None) -> int:
-    return 0 if commit is None else sum(x.nbytes for x in (commit.rows or {}).values())
+def _nbytes(commit: Commit) -> int:
+    return sum(x.nbytes for x in (commit.rows or {}).values())
 
 
 def put_together(
-    request: tuple[Any, ...],
-    ask: RowsAsk,
-    spans: list[tuple[Any, ...]],
-    held: Mapping[str, Any],
-    hook_points: list[str],
+    request: tuple[Any, ...], ask: RowsAsk, spans: list[tuple[Span, Line | None]], hook_points: list[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of an answer and what is said of them.
+
+    Args:
+        spans: of the request, each with where its rows are held.
 
     Tensors: `position` int64 `[n]`, ascending; of every hook point its rows `[n, width]`, NaN where there is none; and
     `<hook point>/has_row`, uint8 `[n]`. A hook point of which no row is held has the second alone.
@@ -254,44 +281,54 @@ def put_together(
     points = list(ask.hook_points or hook_points)
     length = request[_PROMPT] + max(request[_OUTPUT] - 1, 0)
     wanted = ask.positions(length)
-    last = max((s[_AT["attempt"]] for s in spans), default=0)
+    last = max((s[_AT["attempt"]] for s, _ in spans), default=0)
     lost = request[_FINISH] == schema.UNACCOUNTED
-    spans = [s for s in spans if s[_AT["attempt"]] == last and s[_AT["phase"]] != schema.OVERSHOOT]
+    spans = [(s, x) for s, x in spans if s[_AT["attempt"]] == last and s[_AT["phase"]] != schema.OVERSHOOT]
     out: dict[str, torch.Tensor] = {}
     has = {point: np.zeros(len(wanted), dtype=bool) for point in points}
     why = np.full(len(wanted), UNACCOUNTED if lost else NOT_COMPUTED, dtype=object)
-    for span in [] if lost else spans:
-        owner, attempt = span[0], span[_AT["attempt"]]
-        start, end, status = span[_AT["start"]], span[_AT["end"]], span[_AT["status"]]
-        inside = slice(*np.searchsorted(wanted, (start, end)).tolist())
-        if status == schema.REUSED:
-            owner, attempt = span[_AT["origin_rid"]], span[_AT["origin_attempt"]]
-            why[inside] = BEFORE if owner is None else NO_LONGER
-        elif status == schema.COMPUTED:
-            why[inside] = NO_LONGER
-        else:
-            continue
-        for piece in held.get(owner, ()) if owner is not None else ():
+    for inside, span, line in [] if lost else _inside(wanted, spans):
+        start, end = span[_AT["start"]], span[_AT["end"]]
+        if (reason := _without_row(span)) is not None:
+            why[inside] = reason
+        for piece in () if line is None else line.between(start, end):
             a, b = max(piece.start, start), min(piece.end, end)
-            if piece.attempt == attempt and a < b:
-                at = slice(*np.searchsorted(wanted, (a, b)).tolist())
-                place = wanted[at] - piece.start + piece.offset
-                why[at] = UNSELECTED
-                for point in points:
-                    _copy(piece.chunk, point, at, place, out, has[point])
+            at = slice(*np.searchsorted(wanted, (a, b)).tolist())
+            if at.start == at.stop:
+                continue
+            place = wanted[at] - piece.start + piece.offset
+            why[at] = UNSELECTED
+            for point in points:
+                _copy(piece.chunk, point, at, place, out, has[point])
     told = {
         "rid": request[_RID],
         "prompt_len": request[_PROMPT],
         "finish_reason": request[_FINISH],
         "hook_points": points,
-        "spans": [_told(s) for s in spans],
+        "spans": _told([s for s, _ in spans]),
         "missing": {p: _counts(why[~has[p]]) for p in points if not has[p].all()},
     }
     marks = {f"{p}/has_row": torch.from_numpy(x.astype(np.uint8)) for p, x in has.items()}
     return {"position": torch.from_numpy(wanted), **out, **marks}, told
 
 
-def _copy(chunk: _Chunk, point: str, at: slice, place: Any, out: dict[str, torch.Tensor], has: Any) -> None:
+def _inside(wanted: Any, spans: list[tuple[Span, Line | None]]) -> Iterator[tuple[slice, Span, Line | None]]:
+    """Spans that have a wanted position, each with which these are."""
+    firsts = np.searchsorted(wanted, [s[_AT["start"]] for s, _ in spans])
+    ends = np.searchsorted(wanted, [s[_AT["end"]] for s, _ in spans])
+    for i in np.flatnonzero(firsts < ends).tolist():
+        yield slice(int(firsts[i]), int(ends[i])), *spans[i]
+
+
+def _without_row(span: Span) -> str | None:
+    """Why a position of this span has no row, if none is held. None: as where there is no span."""
+    status = span[_AT["status"]]
+    if status == schema.REUSED:
+        return BEFORE if span[_AT["origin_rid"]] is None else NO_LONGER
+    return {schema.COMPUTED: NO_LONGER, schema.DROPPED: UNRECORDED}.get(status)
+
+
+def _copy(chunk: Chunk, point: str, at: slice, place: Any, out: dict[str, torch.Tensor], has: Any) -> None:
     import torch
 
     if (rows := chunk.rows.get(point)) is None:
@@ -307,28 +344,21 @@ def _copy(chunk: _Chunk, point: str, at: slice, place: Any, out: dict[str, torch
     has[numbers] = True
 
 
-def _told(span: tuple[Any, ...]) -> dict[str, Any]:
+def _told(spans: list[Span]) -> list[dict[str, Any]]:
+    """What a client is told: neighbours of one fate as one, and no other request's id, with which SGLang would let it
+    abort that request."""
     names = ("start", "end", "status", "phase", "intervention")
-    return {**{n: span[_AT[n]] for n in names}, "origin": span[_AT["origin_rid"]]}
+    told: list[dict[str, Any]] = []
+    for span in spans:
+        new = {n: span[_AT[n]] for n in names}
+        before = told[-1] if told else {}
+        if before.get("end") == new["start"] and all(before[n] == new[n] for n in names[2:]):
+            before["end"] = new["end"]
+        else:
+            told.append(new)
+    return told
 
 
 def _counts(reasons: Any) -> dict[str, int]:
     names, counts = np.unique(reasons.astype(str), return_counts=True)
     return {str(n): int(c) for n, c in zip(names, counts, strict=True)}
-
-
-def expire(folder: Path, config: AnswersConfig, room: int = 0) -> None:
-    """Take away what is too old, and the oldest until there are `room` bytes for another; a mark of each stays for an
-    hour, so that whoever comes for it is told."""
-    now = time.time()
-    found = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in folder.glob(f"*{SUFFIX}"))
-    total = sum(size for _, size, _ in found) + room
-    for written, size, path in found:
-        if now - written <= config.seconds and total <= config.megabytes * 1e6:
-            break
-        path.with_suffix(GONE).touch()
-        path.unlink(missing_ok=True)
-        total -= size
-    for mark in folder.glob(f"*{GONE}"):
-        if now - mark.stat().st_mtime > _GONE_SECONDS:
-            mark.unlink(missing_ok=True)

@@ -12,11 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from pathlib import Path
 from typing import IO, Any
 
 logger = logging.getLogger("sglang_probe")
+
+_SECONDS = 600.0
+"""How long one segment may take; then its causes are not known, and the next one is asked about."""
+
+_MOST_WAITING = 256
+"""Segments that may wait. The causes of one more are not known."""
 
 COMMAND = (sys.executable, "-m", "sglang_probe.studies.why.live")
 
@@ -34,18 +41,24 @@ class Causes:
         """By cause, of the closed segments that were answered."""
         self.failed = 0
         self._waiting: deque[Path] = deque()
-        self._running: tuple[subprocess.Popen[bytes], IO[bytes], Path] | None = None
+        self._running: tuple[subprocess.Popen[bytes], IO[bytes], Path, float] | None = None
 
     def ask(self, segment: Path) -> None:
         """A segment was closed."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self.failed += 1
+            return
         self._waiting.append(segment)
 
     def turn(self) -> None:
         """Take an answer that is there, and ask for the next."""
         if self._running is not None:
-            process, out, segment = self._running
+            process, out, segment, began = self._running
             if process.poll() is None:
-                return
+                if time.monotonic() - began < _SECONDS:
+                    return
+                process.kill()
+                process.wait(10)
             self._running = None
             with out:
                 out.seek(0)
@@ -59,12 +72,12 @@ class Causes:
                 process = subprocess.Popen(
                     COMMAND, stdin=asked, stdout=out, stderr=subprocess.DEVNULL, env=environment()
                 )
-            self._running = (process, out, segment)
+            self._running = (process, out, segment, time.monotonic())
 
     def close(self) -> None:
         """End what runs."""
         if self._running is not None:
-            process, out, _ = self._running
+            process, out, *_ = self._running
             process.kill()
             process.wait(10)
             out.close()

@@ -37,7 +37,8 @@ class AnswersConfig(Config):
     most_megabytes: float = Field(default=64.0, gt=0)
     """For the rows of one request: one that asks for more is refused."""
     megabytes: float = Field(default=512.0, gt=0)
-    """For all rows that wait on disk to be fetched; the oldest are deleted first."""
+    """For all rows that wait on disk to be fetched. Those that were fetched are deleted for new ones, the oldest first;
+    if all others have not been fetched, the new ones are not kept."""
     seconds: float = Field(default=300.0, gt=0)
     """How long rows wait to be fetched."""
     memory_megabytes: float = Field(default=256.0, gt=0)

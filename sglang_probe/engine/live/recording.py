@@ -12,7 +12,7 @@ of what was before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class LiveRecording:
         drops: whether facts are dropped when the queue is full; else `put` waits.
         metrics: Prometheus series to keep up to date.
         monitor: reads and judges what is served, on the writers' threads.
-        answers: keeps rows for the requests that asked for them.
+        answers: makes what keeps rows for the requests that asked for them, once the directory is this server's.
         tick: seconds between two looks of the keeper.
 
     Raises (on construction):
@@ -65,12 +65,12 @@ class LiveRecording:
         drops: bool = True,
         metrics: Metrics | None = None,
         monitor: LiveMonitor | None = None,
-        answers: Answers | None = None,
+        answers: Callable[[], Answers] | None = None,
         tick: float = 1.0,
     ) -> None:
         self.root = root
         self._config, self._facts, self._drops = config, facts, drops
-        self.monitor, self.answers = monitor, answers
+        self.monitor = monitor
         self._order = 0
         """Commits that were handed to writers."""
         self.totals = Totals(config.recent)
@@ -86,6 +86,7 @@ class LiveRecording:
         self._overflow = Overflow()
         self._lock = threading.Lock()
         self._keeper = Keeper(self, root, config, facts, part_seconds=part_seconds, metrics=metrics, tick=tick)
+        self.answers = None if answers is None else answers()
         self._keeper.start()
 
     # ---------------------------------------------------------------- scheduler thread
@@ -133,11 +134,10 @@ class LiveRecording:
                 self._overflow.absorb(commit)
                 return
             late = self._overflow.release()
-            if late is not None:
-                segment.writer.put(self._numbered(late))
-            segment.writer.put(self._numbered(commit))
-            if self.answers is not None:
-                self.answers.take(commit)
+            for found in (commit,) if late is None else (late, commit):
+                segment.writer.put(self._numbered(found))
+                if self.answers is not None:
+                    self.answers.take(found)
 
     def _numbered(self, commit: Commit) -> Commit:
         """The commit with its place in the order of all of them, which a monitor reads in."""
@@ -240,6 +240,8 @@ class LiveRecording:
                 late = self._late()
                 if late is not None:
                     self.segment.writer.put(late)
+                    if self.answers is not None:
+                        self.answers.take(late)
 
     def go_on_in(self, segment: OpenSegment) -> Handover | None:
         """Further commits go into this segment. None, and nothing changes, if the recording has stopped meanwhile."""
@@ -266,6 +268,8 @@ class LiveRecording:
             self.segment = segment
             self.names.forget()
             self.epoch += 1
+            if self.answers is not None:
+                self.answers.resume(self.epoch)
             self.stops.resume()
 
     def last(self) -> Handover:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from sglang_probe.studies.why.study import REMEDIES, groups_of
 
 CONTEXT = 4
 """Segments that are looked at: the one in question, and those before it."""
+
+MEMORY = 8 << 30
+"""Bytes of address space that the process may take, libraries and all."""
 
 
 def causes_of(segment: Path, *, by: str = "session", rid: str | None = None) -> dict[str, Any]:
@@ -78,11 +82,15 @@ def _remedy(cause: str) -> str | None:
 def main() -> None:
     """Answer one question: `{"segment": PATH, "by": "session", "rid": null}`."""
     os.nice(19)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     asked = json.load(sys.stdin)
     try:
         told = causes_of(Path(asked["segment"]), by=asked.get("by") or "session", rid=asked.get("rid"))
     except ProbeError as e:
         told = {"reason": e.message, "fix": e.fix}
+    except MemoryError:
+        fix = "ask `sglang-probe why` about the closed segment, or make segments smaller: `live: {segments: {...}}`"
+        told = {"reason": f"finding the causes took more than {MEMORY / 1e9:.1f} GB of address space", "fix": fix}
     json.dump(told, sys.stdout)
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sglang_probe.engine.hooks import http
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.http import Endpoints, libraries_of
@@ -164,3 +166,27 @@ def test_an_answer_on_causes_is_given_again_and_questions_wait_for_each_other(tm
     answers = asyncio.run(ask())
     assert {a.status_code for a in answers} == {404}
     assert len(endpoints._why) == 1
+
+
+def test_few_questions_on_causes_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def slow(question: dict[str, Any]) -> dict[str, Any]:
+        asked.append(question["rid"])
+        await released.wait()
+        return {"causes": {}}
+
+    async def ask() -> None:
+        endpoints = _endpoints([{**STATE, "privacy": "ids", "segment": {"path": str(tmp_path / "segment-00000")}}])
+        waiting = [asyncio.ensure_future(endpoints.why(rid=f"{i}")) for i in range(http._WHY_WAITING)]
+        while endpoints._why_waiting < http._WHY_WAITING:
+            await asyncio.sleep(0)
+        assert (await endpoints.why(rid="one more")).status_code == 429
+        released.set()
+        assert [a["causes"] for a in await asyncio.gather(*waiting)] == [{}] * http._WHY_WAITING
+        assert (await endpoints.why(rid="one more"))["causes"] == {}
+
+    monkeypatch.setattr(http, "_causes_of", slow)
+    released = asyncio.Event()
+    asyncio.run(ask())
+    assert len(asked) == http._WHY_WAITING + 1

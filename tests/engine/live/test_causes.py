@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from sglang_probe.engine.live import causes as module
 from sglang_probe.engine.live.causes import Causes
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.errors import RunDirectoryError
@@ -92,3 +96,46 @@ def test_causes_need_to_know_prompts() -> None:
     with pytest.raises(ValidationError, match="privacy: hashes"):
         LiveConfig(causes=True)
     assert LiveConfig(causes=True, privacy="hashes").causes
+
+
+def test_one_that_hangs_does_not_stop_the_causes_for_good(
+    engine: FakeEngine, wait: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Causes()
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+        made.ask(tmp_path / "hangs")
+        made.turn()
+    assert made._running is not None
+    hung = made._running[0]
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", 'print(\'{"causes": {"evicted": 3}}\')'))
+    made.ask(tmp_path / "next")
+    made.turn()
+    assert (hung.returncode, made.failed) == (-9, 1)
+    monkeypatch.setattr(module, "_SECONDS", 600.0)
+
+    def answered() -> bool:
+        made.turn()
+        return bool(made.tokens)
+
+    wait(answered, 120)
+    assert dict(made.tokens) == {"evicted": 3}
+
+
+def test_segments_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_WAITING", 2)
+    made = Causes()
+    for i in range(3):
+        made.ask(tmp_path / str(i))
+    assert (len(made._waiting), made.failed) == (2, 1)
+
+
+def test_the_process_takes_a_bounded_address_space(tmp_path: Path) -> None:
+    code = (
+        "import sys; from sglang_probe.studies.why import live;"
+        "live.causes_of = lambda *a, **k: bytearray(live.MEMORY); live.main()"
+    )
+    question = json.dumps({"segment": str(tmp_path), "rid": None})
+    out = subprocess.run([sys.executable, "-c", code], input=question, capture_output=True, text=True, check=True)
+    assert "of address space" in json.loads(out.stdout)["reason"]

@@ -47,12 +47,13 @@ class RowsInResponse(Instrument):
             )
 
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
-        live = guard.active().live
+        session = guard.active()
+        live = session.live
         if live is None or live.answers is None:
             return
         for ask, name, context in zip(asks, plan.rids, plan.contexts, strict=True):
             if ask.rows is not None and context is not None:
-                live.answers.ask(name, ask.rows)
+                live.answers.ask(name, ask.rows, session.epoch)
 
     def status(self) -> dict[str, Any]:
         live = guard.active().live

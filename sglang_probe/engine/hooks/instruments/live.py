@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from sglang_probe.engine.hooks import guard, inventory
 from sglang_probe.engine.hooks.instruments.base import Instrument
 from sglang_probe.engine.hooks.instruments.monitor import Watching
 from sglang_probe.engine.hooks.instruments.steer import steering_of_session
+from sglang_probe.engine.live.answer_files import clear, rank_folder
 from sglang_probe.engine.platform.environment import platform_facts
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.run.hook_points import engine_module
@@ -114,25 +115,34 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         "rows_dropped": 0,
     }
     drops = config.live.when_full == "drop" or (config.live.when_full is None and not config.hook_points)
-    return LiveRecording(
+    live = LiveRecording(
         config.run.resolve() / f"dp{dp_rank}" if several else config.run.resolve(),
         config.live,
         {**facts, "dp_rank": dp_rank},
         part_seconds=config.checkpoint_seconds,
         drops=drops,
         metrics=_metrics(server_args, dp_rank if several else None),
-        answers=_answers(config, dp_rank),
+        answers=_answers(config, dp_rank, server_args.dp_size),
         monitor=None if (watching := guard.active().of(Watching)) is None else watching.judge(),
     )
+    if live.answers is None:  # rows of an earlier server: nobody is to fetch them from here
+        clear(answers_folder(config.run), dp_rank, server_args.dp_size)
+    return live
 
 
-def _answers(config: EngineProbeConfig, dp_rank: int) -> Answers | None:
-    """What keeps rows for requests that ask for them: each rank in a folder of its own."""
+def _answers(config: EngineProbeConfig, dp_rank: int, ranks: int) -> Callable[[], Answers] | None:
+    """What makes the keeper of rows for requests that ask for them: each rank in a folder of its own."""
     if "rows" not in config.asks or config.live is None:
         return None
     from sglang_probe.engine.live.answers import Answers
 
-    return Answers(answers_folder(config.run) / f"dp{dp_rank}", config.live.rows, config.hook_points)
+    root, rows = answers_folder(config.run), config.live.rows
+
+    def make() -> Answers:
+        clear(root, dp_rank, ranks)
+        return Answers(rank_folder(root, dp_rank), rows, config.hook_points).start()
+
+    return make
 
 
 def answers_folder(run: Path) -> Path:
@@ -183,11 +193,12 @@ def began_before(req: Any) -> bool:
     return known is not None and known[0] != session.epoch
 
 
-def served_unrecorded(reqs: Sequence[Any]) -> None:
-    """These requests are launched while nothing is recorded."""
-    for req in reqs:
-        if getattr(req, _KNOWN, None) is None:
-            setattr(req, _KNOWN, (0, ""))
+def served_unrecorded(reqs: Sequence[Any]) -> list[Any]:
+    """These requests are launched while nothing is recorded. Returns those that were not launched before."""
+    new = [req for req in reqs if getattr(req, _KNOWN, None) is None]
+    for req in new:
+        setattr(req, _KNOWN, (0, ""))
+    return new
 
 
 def ending(reqs: Sequence[Any], ends: Sequence[RequestEnd]) -> list[RequestEnd]:
