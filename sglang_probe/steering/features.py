@@ -368,6 +368,7 @@ def check_follows(manifest: FeatureManifest, before: FeatureManifest, path: Path
     for key, old in were.items():
         if old.status == "retired" and (key not in now or now[key].status != "retired"):
             raise ConfigError(f"{old.title} is `retired`, which is for good", fix="keep it in the manifest as it is")
+    allowed: tuple[str, ...]
     for key, entry in now.items():
         was = were.get(key)
         if was is None or _of(was, before) != _of(entry, manifest):

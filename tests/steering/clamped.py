@@ -76,7 +76,9 @@ def make_direction(vector: Vector, **more: Any) -> Direction:
         "status": "validated",
         **more,
     }
-    return Direction.of(vector, **{"evidence": [measured(told["clamp"], sha256=vector.hash)], **told})
+    return Direction.of(
+        vector, **{"evidence": [measured(told["clamp"], sha256=told.get("sha256", vector.hash))], **told}
+    )
 
 
 def write_gate(library: Path, inside_ND: torch.Tensor, outside_ND: torch.Tensor, hook_point: str) -> None:
