@@ -32,7 +32,10 @@ def audited(
     """
     stored = load_run(segment)
     told = features.model_dump(mode="json")
-    next(d for d in told["directions"] if d["vector"] == direction)["clamp"]["value"] *= 1.01
+    entry = next(d for d in told["directions"] if d["vector"] == direction)
+    entry["clamp"]["value"] *= 1.01
+    for evidence in entry["evidence"]:
+        evidence["of"]["value"] = entry["clamp"]["value"]
     found: dict[str, Any] = {}
     with EngineHost() as host:
         for name, manifest in (("honest", features), ("tampered", FeatureManifest.model_validate(told))):

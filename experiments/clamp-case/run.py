@@ -257,7 +257,9 @@ def manifest(
         return read_features(path)
     shown = {(r["arm"], r["dose"]): max(r["kl_content"], r["kl_story"]) for r in chosen["frontier"]}
 
-    def entered(name: str, controls: Sequence[str], dose: float, side_effect: float) -> dict[str, Any]:
+    def entered(
+        name: str, controls: Sequence[str], dose: float, side_effect: float, of: dict[str, Any]
+    ) -> dict[str, Any]:
         found = {
             "run": name,
             "manifest_sha256": sha256(runs[name].path / MANIFEST),
@@ -267,15 +269,18 @@ def manifest(
             **effect[name]["held out"],
             "control": max(effect[c]["held out"]["effect"] for c in controls),
             "side_effect": side_effect,
+            "of": {**of, "value": dose},
         }
         return {"label": "content follows the refusal", "labelled": by, "owner": "clamp-case", "evidence": [found]}
 
     by = {"by": "human", "name": "clamp-case"}
-    feature = entered(CLAMP, [CONTROL], chosen["value"], shown["feature clamped", chosen["multiple"]])
-    cap = chosen["cap"]
+    latent = {"feature": chosen["feature"], "sae_sha256": weights_sha256(sae_folder), "mode": "clamp"}
+    feature = entered(CLAMP, [CONTROL], chosen["value"], shown["feature clamped", chosen["multiple"]], latent)
+    cap, listed = chosen["cap"], Library.open(library)[CONTRAST]
+    vector = {"sha256": listed.hash, "mode": "cap"}
     direction = Direction.of(
-        Library.open(library)[CONTRAST],
-        **entered(CONTRAST, RANDOM, cap["value"], shown["contrast capped", cap["dose"]]),
+        listed,
+        **entered(CONTRAST, RANDOM, cap["value"], shown["contrast capped", cap["dose"]], vector),
         clamp={"mode": "cap", "value": cap["value"]},
     )
     told = {

@@ -29,7 +29,11 @@ Manifest = Annotated[Path, typer.Argument(help="The file `features.json`.")]
 def check(
     manifest: Manifest,
     run: Annotated[
-        Path | None, typer.Option(help="A run of the model: refuse the manifest if its weights differ.")
+        Path | None,
+        typer.Option(
+            help="A run of the model: refuse the manifest if its weights differ, or if evidence names it with another "
+            "hash."
+        ),
     ] = None,
     library: Annotated[
         Path | None, typer.Option(help="Folder of vectors: refuse the manifest if a direction is another one there.")
@@ -38,18 +42,23 @@ def check(
     """Read a manifest, check it, and list its features and directions.
 
     Exit code 2 if it was changed without its hash, if an entry lacks what its status needs, if it is of other weights
-    than those of `--run`, or if the vector of a direction is not the one in `--library`.
+    than those of `--run`, if evidence names `--run` with another hash, or if the vector of a direction is not the one
+    in `--library`.
 
     Example: `sglang-probe manifest check features.json --run runs/mine --library vectors`
     """
+    from sglang_probe.run.journal import sha256
+    from sglang_probe.run.manifest import MANIFEST
     from sglang_probe.run.run import load_run
     from sglang_probe.steering.features import read_features
     from sglang_probe.steering.library import Library, weight_hash
 
     found = read_features(manifest)
     if run is not None:
-        weights = (load_run(run).manifest.get("model") or {}).get("weights_sha256")
+        told = load_run(run)
+        weights = (told.manifest.get("model") or {}).get("weights_sha256")
         found.check_weights(weight_hash(weights), where=str(run))
+        found.check_run(told.path.name, sha256(run / MANIFEST))
     if library is not None:
         vectors = Library.open(library)
         for direction in found.directions:
@@ -57,7 +66,7 @@ def check(
     counts = f"{len(found.features)} features and {len(found.directions)} directions"
     typer.echo(f"revision {found.revision}, sha256 {found.sha256[:16]}: {counts} of {found.model}")
     for e in found.entries:
-        shown = sum(x.shows_an_effect for x in e.evidence)
+        shown = len(found.shown(e))
         typer.echo(f"{e.key}\t{e.status}\t{shown} of {len(e.evidence)} measurements show an effect\t{e.label}")
 
 

@@ -12,7 +12,8 @@ Every sample is written whole: this is the naive storage that `Run.samples` does
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def export_eagle(
     overwrite: bool = False,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Samples:
-    """Write a run; returns the samples, whose `left_out` says what was not whole.
+    """Write a run, one sample in memory at a time; returns the samples, whose `left_out` says which requests are not
+    whole, or have token ids that were withheld or not recorded.
 
     Args:
         hook_points: residual streams in the order of the layers; default: all that were captured.
@@ -43,7 +45,7 @@ def export_eagle(
     Raises:
         ConfigError: the folder is there, the hook points are no residual streams that end with the model's last, or
             the package `datasets` is missing.
-        RunDirectoryError: the run lacks a hook point, has no token ids, or has no whole request.
+        RunDirectoryError: the run lacks a hook point, or no request of it is whole and has its token ids.
     """
     try:
         from datasets import Dataset, Features, List, Value
@@ -55,18 +57,15 @@ def export_eagle(
     from safetensors.torch import save_file
 
     points = _checked(run, hook_points)
-    samples = run.samples(points, learned=learned)
-    texts = [samples.tokens(i) for i in range(len(samples))]
-    if any(len(t["input_ids"]) and int(t["input_ids"].min()) < 0 for t in texts):
-        raise ConfigError(f"{run.path} was recorded without token ids", fix="record with `live: {privacy: ids}`")
+    samples = Samples(run, points, learned=learned, ids=True)
     with new_folder(folder, overwrite=overwrite) as made:
-        columns: dict[str, Any] = {
-            "input_ids": [t["input_ids"].tolist() for t in texts],
-            "loss_mask": [t["loss_mask"].tolist() for t in texts],
-            "seq_len": [len(t["input_ids"]) for t in texts],
-        }
         kinds = {"input_ids": List(Value("int64")), "loss_mask": List(Value("bool")), "seq_len": Value("int64")}
-        Dataset.from_dict(columns, features=Features(kinds)).with_format("torch").save_to_disk(str(made))
+        cache = made / ".cache"
+        texts = Dataset.from_generator(
+            _texts, features=Features(kinds), cache_dir=str(cache), gen_kwargs={"samples": samples}, fingerprint="eagle"
+        )
+        texts.with_format("torch").save_to_disk(str(made))
+        shutil.rmtree(cache)
         (made / STATES).mkdir()
         for i in range(len(samples)):
             sample = samples[i]
@@ -76,6 +75,13 @@ def export_eagle(
         told = {"hook_points": points, "target_layer_ids": layer_ids(points), "rids": samples.rids}
         (made / "samples.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return samples
+
+
+def _texts(samples: Samples) -> Iterator[dict[str, Any]]:
+    for i in range(len(samples)):
+        text = samples.tokens(i)
+        told = {name: text[name].numpy() for name in ("input_ids", "loss_mask")}
+        yield {**told, "seq_len": len(text["input_ids"])}
 
 
 def layer_ids(points: Sequence[str]) -> list[int]:

@@ -1,14 +1,15 @@
 """Several segments of one live recording as one run: what a question needs that looks further back than a segment.
 
-A name in the ledger is given again once neither its segment nor the one before refers to it; where an earlier segment
-of the join has it already, the later request is called `NAME@NUMBER`, with the number of its segment.
+A name in the ledger is given again once neither its segment nor the one before has a request of it; where an earlier
+segment of the join has it already, the later request is called `NAME@NUMBER`, with the number of its segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
@@ -42,9 +43,10 @@ def last_process(root: Path) -> list[Path]:
 
 
 class Joined(Run):
-    """Segments that follow each other: their requests, spans, forwards, tree and prompts as one table each; rows and
-    the other tables are those of a segment. Manifest and settings are those of the last, which may still be recorded:
-    then requests that are in flight have no row, and nothing is known of their prompts.
+    """Segments that follow each other: their requests, spans, forwards, tree and prompts as one table each. Everything
+    else (rows, tokens, samples, further tables) is of a segment, and is refused. Manifest and settings are those of
+    the last, which may still be recorded: then requests that are in flight have no row, and nothing is known of their
+    prompts.
 
     Raises (on construction):
         RunDirectoryError: one is no run.
@@ -81,15 +83,43 @@ class Joined(Run):
     def prompts(self) -> pd.DataFrame:
         return self._all(lambda run: run.prompts())
 
+    def parts(self) -> NoReturn:
+        """Refused, and with it rows and every table that is not joined: rows are numbered anew in each segment.
+
+        Raises:
+            RunDirectoryError: always.
+        """
+        one = self.segments[-1].path
+        raise RunDirectoryError(
+            f"{self.path} is a recording of several segments, and rows, tokens and samples are of one",
+            fix=f"give a segment, e.g. {one}",
+        )
+
+    def tokens(self, *, interrupted: bool = False) -> NoReturn:
+        """As `parts`."""
+        self.parts()
+
+    def tokens_of(self, rid: str) -> NoReturn:
+        """As `parts`."""
+        self.parts()
+
+    def samples(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """As `parts`."""
+        self.parts()
+
     def _all(self, table: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
         frames = [self._named(table(run), k) for k, run in enumerate(self.segments)]
         return pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
 
     def _named(self, frame: pd.DataFrame, k: int) -> pd.DataFrame:
-        other = self._names[k]
-        if not other or "rid" not in frame:
-            return frame
-        return frame.assign(rid=frame["rid"].map(lambda rid: other.get(rid, rid)))
+        names = self._names[k]
+        found = frame
+        if names.here and "rid" in frame:
+            found = found.assign(rid=frame["rid"].map(lambda rid: names.here.get(rid, rid)))
+        if (names.here or names.former) and "origin_rid" in frame:
+            pairs = zip(frame["origin_rid"], frame["forward_id"], strict=True)
+            found = found.assign(origin_rid=pd.Series([names.origin(*p) for p in pairs], frame.index, object))
+        return found
 
 
 def _requests(run: Run) -> pd.DataFrame:
@@ -104,20 +134,49 @@ def _requests(run: Run) -> pd.DataFrame:
     return frame.where(frame.notna(), None)
 
 
-def _names(segments: Sequence[Run], requests: Sequence[pd.DataFrame]) -> list[dict[str, str]]:
-    """Of each segment, what the requests are called here that have the name of another."""
-    ended: set[str] = set()
-    going: dict[str, str] = {}  # those that reach into the next segment, and what they are called here
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What the requests of a segment are called here, as far as that is another name."""
+
+    here: dict[str, str] = field(default_factory=dict)
+    former: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of a name that is given again in this segment: the first forward of the new request, and what the one before,
+    whose entries were still reused until then, is called."""
+
+    def origin(self, rid: str | None, forward: int) -> str | None:
+        """Of the request that a span's entries are from."""
+        if rid in self.former and forward < self.former[rid][0]:
+            return self.former[rid][1]
+        return rid if rid is None else self.here.get(rid, rid)
+
+
+def _names(segments: Sequence[Run], requests: Sequence[pd.DataFrame]) -> list[_Names]:
+    """A name is the same request's where it was carried in, or where a request of it was in flight in the segment
+    before: `sglang_probe.engine.live.names` does not give it again then. What that segment had of a request that had
+    already ended (`ENDED_EARLIER`, its last events) does not count.
+    """
+    latest: dict[str, str] = {}
+    before: set[str] = set()
     out = []
     for run, frame in zip(segments, requests, strict=True):
-        carried: dict[str, Any] = run.manifest["segment"]["carried_in"]
-        other: dict[str, str] = {}
-        for rid in frame["rid"]:
-            if rid in carried and rid in going:
-                other[rid] = going[rid]
-            elif rid in ended:
-                other[rid] = f"{rid}@{run.manifest['segment']['number']}"
-        going = {rid: other.get(rid, rid) for rid in frame["rid"]}
-        ended |= {rid for rid, why in zip(frame["rid"], frame["finish_reason"], strict=True) if why != schema.CONTINUES}
-        out.append({rid: name for rid, name in other.items() if name != rid})
+        segment, spans = run.manifest["segment"], run.spans()
+        tables = (frame["rid"], spans["rid"], run.prompts()["rid"], run.tree()["rid"])
+        own = {*segment["carried_in"], *_told(tables)}
+        former, left_over = {}, set(frame["rid"][frame["finish_reason"] == schema.ENDED_EARLIER])
+        for rid in own - set(segment["carried_in"]):
+            if rid in before:
+                left_over.add(rid)
+            elif rid in latest:
+                first = spans["forward_id"][spans["rid"] == rid].min()
+                former[rid] = (1 << 62 if pd.isna(first) else int(first), latest[rid])  # NaN: it has no span yet
+                latest[rid] = f"{rid}@{segment['number']}"
+        named = own | set(_told([spans["origin_rid"]]))  # an origin may be of before the first segment
+        latest |= {rid: rid for rid in named - latest.keys()}
+        before = own - left_over
+        out.append(_Names({rid: latest[rid] for rid in named if latest[rid] != rid}, former))
     return out
+
+
+def _told(columns: Iterable[pd.Series]) -> Iterator[str]:
+    for column in columns:
+        yield from column.dropna().unique()

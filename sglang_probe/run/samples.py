@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 LEARNED = ("generated", "assistant")
 """Segments whose tokens are the model's: what a drafter is trained to say."""
+_ELSEWHERE = {
+    schema.CONTINUES: "it goes on in the next segment",
+    schema.ENDED_EARLIER: "it ended in the segment before, and this one has its last step alone",
+    schema.INTERRUPTED: "its engine ended before it did",
+    schema.REFUSED: "it was refused",
+}
+"""Why requests of these finish reasons are whole in no run."""
 
 _PART = 1 << 18
 """Positions that are looked up at a time when the dataset is made."""
@@ -43,9 +50,12 @@ class Samples:
     Args:
         hook_points: which rows; default: all that were captured.
         missing: what becomes of a request of which a position has no row: `skip` leaves it out (`left_out` says why),
-            `nan` fills its rows with NaN, `raise` refuses the run.
+            `nan` fills its rows with NaN, `raise` refuses the run. A request of which the run lacks positions
+            themselves, because it began or ended in another segment or was cut short, is left out by `nan` too.
         intervened: whether rows under an intervention count; by default such a position has none.
         learned: names of segments; `generated` is what comes after the prompt.
+        ids: leave out requests of which a token id is not known (-1 in `input_ids`): it was withheld, or the recording
+            has none.
 
     Raises:
         RunDirectoryError: a hook point was not captured, no whole request is left, or with `raise` one is not whole.
@@ -60,6 +70,7 @@ class Samples:
         missing: Literal["skip", "nan", "raise"] = "skip",
         intervened: bool = False,
         learned: Sequence[str] = LEARNED,
+        ids: bool = False,
     ) -> None:
         if missing not in ("skip", "nan", "raise"):
             raise ConfigError(f"`missing` is {missing!r}", fix="give skip, nan or raise")
@@ -71,14 +82,23 @@ class Samples:
         self.left_out: dict[str, str] = {}
         """Requests that are not whole, by rid, and why."""
         requests, rows, lengths = [], [], []
-        for some, tokens in iter_positions(run, run.requests(), _PART):
+        # What an interrupted harvest had in flight is asked again under another name; what a segment had is not.
+        every = run.requests(interrupted="segment" in run.manifest)
+        for some, tokens in iter_positions(run, every, _PART):
             tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
             source = np.where(_counts(run, tokens, self.hook_points, intervened), tokens["source_row"], -1)
             for r, place in _each(some, tokens):
-                if missing != "nan" and (why := _not_whole(tokens.iloc[place], source[place])):
-                    self.left_out[r.rid] = why
+                mine = tokens.iloc[place]
+                why = _cut_short(r, mine["position"].to_numpy())
+                if why is None and missing != "nan":
+                    why = _without_rows(mine, source[place])
+                request = _Request.of(r) if why is None else None
+                if request is not None and ids and (request.ids_of(len(mine)) < 0).any():
+                    why = "a token id of it was withheld or not recorded"
+                if request is None or why is not None:
+                    self.left_out[r.rid] = str(why)
                     continue
-                requests.append(_Request.of(r))
+                requests.append(request)
                 rows.append(source[place])
                 lengths.append(place.stop - place.start)
         if self.left_out and missing == "raise":
@@ -122,12 +142,11 @@ class Samples:
         import torch
 
         r, n = self._requests[i], int(self.offsets[i + 1] - self.offsets[i])
-        ids = r.ids[:n].astype(np.int64) if len(r.ids) >= n else np.full(n, -1)  # -1: a recording without token ids
         mask = np.zeros(n, dtype=bool)
         mask[r.prompt_len :] = "generated" in self._learned
         for name, start, end in r.segments:
             mask[start:end] = name in self._learned
-        return {"rid": r.rid, "input_ids": torch.from_numpy(ids), "loss_mask": torch.from_numpy(mask)}
+        return {"rid": r.rid, "input_ids": torch.from_numpy(r.ids_of(n)), "loss_mask": torch.from_numpy(mask)}
 
     def to_hugging_face(self) -> Any:
         """The samples as a `datasets.IterableDataset` that reads them as they are asked for and copies nothing to disk.
@@ -157,9 +176,14 @@ class _Request:
     @classmethod
     def of(cls, r: Any) -> _Request:
         """From a row of `run.requests()`."""
-        ids = np.concatenate([np.asarray(() if x is None else x, np.int32) for x in (r.prompt_ids, r.output_ids)])
+        told = () if r.prompt_ids is None else (r.prompt_ids, () if r.output_ids is None else r.output_ids)
+        ids = np.concatenate([np.zeros(0, np.int32), *(np.asarray(x, np.int32) for x in told)])
         segments = [] if r.segments is None else [(s["name"], int(s["start"]), int(s["end"])) for s in r.segments]
         return cls(r.rid, int(r.prompt_len), ids, segments)
+
+    def ids_of(self, n: int) -> Array:
+        """Token ids of its first positions, int64 `[n]`; -1: not known."""
+        return self.ids[:n].astype(np.int64) if len(self.ids) >= n else np.full(n, -1)
 
 
 def _chosen(samples: Samples, numbers: list[int]) -> Iterator[dict[str, Any]]:
@@ -232,10 +256,27 @@ def _each(requests: pd.DataFrame, tokens: pd.DataFrame) -> Iterator[tuple[Any, s
     yield from ((r, at[r.rid]) for r in requests.itertuples() if r.rid in at)
 
 
-def _not_whole(tokens: pd.DataFrame, source: Array) -> str | None:
-    """Why a request is not whole, in words; None: it is."""
-    if tokens["position"].iloc[0] != 0:
-        return f"its first {tokens['position'].iloc[0]} positions are in another run"
+def _cut_short(r: Any, position: Array) -> str | None:
+    """Why a run lacks positions of a request, in words; None: it has all.
+
+    Args:
+        r: its row of `run.requests()`.
+        position: those that the run has, int64 `[n]`.
+    """
+    if r.finish_reason in _ELSEWHERE:
+        return _ELSEWHERE[r.finish_reason]
+    if pd.isna(r.prompt_len):
+        return "the length of its prompt is not known"
+    if position[0] != 0:
+        return f"its first {position[0]} positions are in another run"
+    whole = int(r.prompt_len) + max(int(r.output_len) - 1, 0)  # the last sampled token was never fed to the model
+    if np.array_equal(position, np.arange(whole)):
+        return None
+    return f"the run has {len(position)} positions of it, and it has {whole}"
+
+
+def _without_rows(tokens: pd.DataFrame, source: Array) -> str | None:
+    """Which positions of a request have no row, in words; None: all have one."""
     if (source >= 0).all():
         return None
     return f"{int((source < 0).sum())} of {len(source)} positions have no row: {why_absent(tokens[source < 0])}"

@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from sglang_probe.config import Config, parse_config
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
+from sglang_probe.steering.actions import Action, Clamp
 from sglang_probe.steering.card import MadeBy, VectorName, residual_point
+from sglang_probe.steering.evidence import LEAST_UNITS, SHA256, Evidence, Measured
 
 if TYPE_CHECKING:
     from sglang_probe.steering.library import Vector
@@ -32,97 +34,6 @@ NEXT: dict[str, tuple[str, ...]] = {
     "retired": (),
 }
 """What each status may become. Deployment comes only after validation."""
-LEAST_UNITS = 6
-"""Texts or requests that evidence must rest on: no interval is given for fewer."""
-_SHA256 = r"^[0-9a-f]{64}$"
-
-
-class Evidence(Config):
-    """What an intervention by the feature or direction did, in a recorded run."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    run: str = Field(min_length=1)
-    """Name of the run."""
-    manifest_sha256: str = Field(pattern=_SHA256)
-    """Of its manifest: which run that is."""
-    measure: str = Field(min_length=1)
-    """What the effect is of, with its unit, e.g. `log-odds of the target, nats`."""
-    dose: float
-    unit: Literal["absolute", "mean_norm", "p99"]
-    effect: float
-    low: float
-    high: float
-    """Ends of the 95 % interval of the effect."""
-    control: float
-    """The effect of a random direction, or feature, at the same dose."""
-    side_effect: float = Field(ge=0)
-    """KL from the plain model on texts out of scope, nats per token."""
-    n: int = Field(ge=1)
-    """Texts or requests that are independent of each other."""
-
-    @model_validator(mode="after")
-    def _is_an_interval(self) -> Evidence:
-        if not self.low <= self.effect <= self.high:
-            raise ValueError(f"the effect {self.effect:g} is not within its interval [{self.low:g}, {self.high:g}]")
-        return self
-
-    @property
-    def shows_an_effect(self) -> bool:
-        """Whether the interval holds neither zero nor the control's effect nor anything between the two."""
-        if self.n < LEAST_UNITS:
-            return False
-        return self.low > max(0.0, self.control) or self.high < min(0.0, self.control)
-
-
-class Clamp(Config):
-    """What is done to the feature where it is deployed."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    mode: Literal["clamp", "cap", "ablate_feature"]
-    value: float | None = None
-    """The activation that `clamp` sets, where below zero is past taking the feature out, and that `cap` does not pass;
-    `ablate_feature` has none."""
-    threshold: float = Field(default=0.0, ge=0)
-    """Activations up to it are left alone."""
-
-    @model_validator(mode="after")
-    def _has_its_value(self) -> Clamp:
-        if (self.value is None) != (self.mode == "ablate_feature"):
-            raise ValueError("`clamp` and `cap` need a `value`, and `ablate_feature` has none")
-        if self.mode == "cap" and self.value is not None and self.value < 0:
-            raise ValueError("a `cap` below zero would change rows in which the feature is not active: use `clamp`")
-        return self
-
-    @property
-    def amount(self) -> float:
-        """As `steering.spec.Step` has it."""
-        return 1.0 if self.value is None else self.value
-
-
-class Action(Config):
-    """What is done along a direction where it is deployed."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    mode: Literal["cap", "clamp", "project_out", "add"]
-    value: float
-    """The projection on the direction that `cap` does not pass, or that `clamp` sets, of either sign; the length that
-    `add` adds, below zero against the direction; the share of the projection that `project_out` takes, mostly 1."""
-    threshold: ClassVar[float] = 0.0
-    """It acts on every row: a direction is not active or inactive, as a feature is."""
-
-    @model_validator(mode="after")
-    def _does_something(self) -> Action:
-        if self.value == 0 and self.mode in ("add", "project_out"):
-            raise ValueError(f"`{self.mode}` by 0 does nothing")
-        return self
-
-    @property
-    def amount(self) -> float:
-        """As `steering.spec.Step` has it."""
-        return self.value
 
 
 class Labelled(Config):
@@ -130,7 +41,7 @@ class Labelled(Config):
 
     by: Literal["human", "model"]
     name: str = Field(min_length=1)
-    prompt_sha256: str | None = Field(default=None, pattern=_SHA256)
+    prompt_sha256: str | None = Field(default=None, pattern=SHA256)
     """Of the prompt that a model was given."""
 
     @model_validator(mode="after")
@@ -164,13 +75,18 @@ class Entry(Config):
         """What is done by it where it is deployed; None: that is not stated."""
         raise NotImplementedError
 
+    def counts(self, evidence: Evidence, sae_sha256: str | None) -> bool:
+        """Whether evidence was measured of this: the vector, and the mode and value of `clamp` if there is one."""
+        of, action = evidence.of, self.action
+        if of is None or not self._is_of(of, sae_sha256):
+            return False
+        return action is None or (of.mode, of.value) == (action.mode, action.value)
+
+    def _is_of(self, of: Measured, sae_sha256: str | None) -> bool:
+        raise NotImplementedError
+
     @model_validator(mode="after")
     def _has_what_its_status_needs(self) -> Entry:
-        if self.status in ("validated", "deployed") and not any(e.shows_an_effect for e in self.evidence):
-            raise ValueError(
-                f"{self.title} cannot be `{self.status}`: no evidence of at least {LEAST_UNITS} texts has an "
-                "interval past zero and past its control"
-            )
         if self.status == "deployed" and self.action is None:
             raise ValueError(f"{self.title} cannot be `deployed`: `clamp` says what is done to it")
         return self
@@ -198,13 +114,16 @@ class Feature(Entry):
     def action(self) -> Clamp | None:
         return self.clamp
 
+    def _is_of(self, of: Measured, sae_sha256: str | None) -> bool:
+        return (of.feature, of.sae_sha256) == (self.index, sae_sha256)
+
 
 class Direction(Entry):
     """One direction of interest: an entry of a library of vectors (contrastive, of a probe, of a decoder row)."""
 
     vector: VectorName
     """Its name in the library."""
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256)
     """Hash of the entry, its card and its tensors: another vector of the same name is refused."""
     hook_point: Annotated[str, AfterValidator(residual_point)]
     made_by: MadeBy
@@ -257,21 +176,24 @@ class Direction(Entry):
     def action(self) -> Action | None:
         return self.clamp
 
+    def _is_of(self, of: Measured, sae_sha256: str | None) -> bool:
+        return of.sha256 == self.sha256
+
 
 class FeatureManifest(Config):
     """What `features.json` holds."""
 
     version: Literal[1] = 1
     revision: int = Field(default=1, ge=1)
-    previous: str | None = Field(default=None, pattern=_SHA256)
+    previous: str | None = Field(default=None, pattern=SHA256)
     """`sha256` of the revision before; null in the first."""
     model: str
-    model_weight_hash: str = Field(pattern=_SHA256)
+    model_weight_hash: str = Field(pattern=SHA256)
     """`sglang_probe.steering.library.weight_hash` of the model's files."""
-    tokenizer_sha256: str | None = Field(default=None, pattern=_SHA256)
+    tokenizer_sha256: str | None = Field(default=None, pattern=SHA256)
     hook_point: str | None = None
     """Of the SAE; null without one. A direction has its own."""
-    sae_sha256: str | None = Field(default=None, pattern=_SHA256)
+    sae_sha256: str | None = Field(default=None, pattern=SHA256)
     """Of the SAE's weights; null without one."""
     training: dict[str, Any] = Field(default_factory=dict)
     """The SAE's own manifest (`sglang_probe.sae.manifest`): runs, mixture, evaluation."""
@@ -294,6 +216,23 @@ class FeatureManifest(Config):
         if (self.revision == 1) != (self.previous is None):
             raise ValueError("the first revision has no `previous`, and every other has one")
         return self
+
+    @model_validator(mode="after")
+    def _rests_on_evidence(self) -> FeatureManifest:
+        for e in self.entries:
+            if e.status not in ("validated", "deployed") or self.shown(e):
+                continue
+            old = any(x.of is None and x.shows_an_effect for x in e.evidence)
+            raise ValueError(
+                f"{e.title} cannot be `{e.status}`: no evidence of its own vector, mode and value, of at least "
+                f"{LEAST_UNITS} texts, has an interval past zero and past its control"
+                + ("; some does not say what it was measured of: enter that as its `of`" if old else "")
+            )
+        return self
+
+    def shown(self, entry: Feature | Direction) -> list[Evidence]:
+        """Evidence that an entry has the effect, measured of what is stated of it."""
+        return [x for x in entry.evidence if x.shows_an_effect and entry.counts(x, self.sae_sha256)]
 
     @property
     def sha256(self) -> str:
@@ -356,6 +295,26 @@ class FeatureManifest(Config):
                 fix="what is known of its entries does not carry over to other weights: validate it anew",
             )
 
+    def check_run(self, name: str, manifest_sha256: str) -> int:
+        """How many measurements are of a run.
+
+        Args:
+            name: of the run.
+            manifest_sha256: of its `manifest.json`.
+
+        Raises:
+            ConfigError: one is of a run of this name, and of another manifest.
+        """
+        named = [(e, x) for e in self.entries for x in e.evidence if x.run == name]
+        for entry, x in named:
+            if x.manifest_sha256 != manifest_sha256:
+                raise ConfigError(
+                    f"evidence of {entry.title} is of a run `{name}` whose manifest has the hash "
+                    f"{x.manifest_sha256[:12]}, and that of the run at hand has {manifest_sha256[:12]}",
+                    fix="give the run that it was measured in, or enter the evidence anew",
+                )
+        return len(named)
+
 
 def read_features(path: Path) -> FeatureManifest:
     """Read a manifest.
@@ -383,11 +342,47 @@ def write_features(manifest: FeatureManifest, path: Path) -> None:
     """Write a manifest with its hash; a reader sees the old file or the whole new one.
 
     Raises:
-        ConfigError: a manifest is there, and this is not the revision that follows it.
+        ConfigError: a manifest is there, and this is not the revision that follows it: another number, a status that
+            cannot follow, or a vector or value that was changed and may act without being validated anew.
     """
-    if path.exists() and manifest.previous != read_features(path).sha256:
-        raise ConfigError(
-            f"{path} has another revision than the one that this follows", fix="read it again, and change that"
-        )
+    if path.exists():
+        check_follows(manifest, read_features(path), path)
     told = {**manifest.model_dump(mode="json"), "sha256": manifest.sha256}
     journal.write_text_durably(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_follows(manifest: FeatureManifest, before: FeatureManifest, path: Path) -> None:
+    """Refuse what is not the next revision of a manifest.
+
+    Raises:
+        ConfigError: as `write_features`.
+    """
+    if manifest.previous != before.sha256 or manifest.revision != before.revision + 1:
+        raise ConfigError(
+            f"{path} has another revision ({before.revision}) than the one that this (revision {manifest.revision}) "
+            "follows",
+            fix="read it again, and change that",
+        )
+    now = {(type(e), e.key): e for e in manifest.entries}
+    were = {(type(e), e.key): e for e in before.entries}
+    for key, old in were.items():
+        if old.status == "retired" and (key not in now or now[key].status != "retired"):
+            raise ConfigError(f"{old.title} is `retired`, which is for good", fix="keep it in the manifest as it is")
+    allowed: tuple[str, ...]
+    for key, entry in now.items():
+        was = were.get(key)
+        if was is None or _of(was, before) != _of(entry, manifest):
+            allowed, why = ("hypothesis", "retired"), "new, or of another vector, value or weights than before"
+        else:
+            allowed, why = (was.status, *NEXT[was.status]), f"`{was.status}` in revision {before.revision}"
+        if entry.status not in allowed:
+            raise ConfigError(
+                f"{entry.title} is {why}, and cannot be `{entry.status}` in the next revision",
+                fix=f"write it as {' or '.join(f'`{s}`' for s in dict.fromkeys(allowed))} first",
+            )
+
+
+def _of(entry: Feature | Direction, manifest: FeatureManifest) -> tuple[Any, ...]:
+    """What evidence of an entry is of: if that changes, it is to be validated anew."""
+    vector = entry.sha256 if isinstance(entry, Direction) else (manifest.sae_sha256, manifest.hook_point)
+    return manifest.model_weight_hash, vector, entry.action

@@ -201,8 +201,9 @@ def test_what_the_server_clamped_passes_the_audit_and_under_another_value_it_doe
     stored = _checked(served.server.flush())
     manifest = read_features(served.folder / "features.json")
     feature, direction = (manifest.model_dump(mode="json") for _ in range(2))
-    feature["features"][0]["clamp"]["value"] = 0.01
-    direction["directions"][0]["clamp"]["value"] *= 1.01
+    for entry, value in ((feature["features"][0], 0.01), (direction["directions"][0], -0.505)):
+        assert entry["clamp"]["value"] != value
+        entry["clamp"]["value"] = entry["evidence"][0]["of"]["value"] = value
     library, sae = served.folder / "library", served.folder / "sae"
     results = []
     with EngineHost() as host:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.export.eagle import export_eagle
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
 from tests.export.readers import speculators_samples
 from tests.rows_run import Text, write_run
 
@@ -62,3 +64,47 @@ def test_layers_that_a_trainer_would_misread_are_refused(
     with pytest.raises(ConfigError, match=told):
         export_eagle(run, tmp_path / "out", hook_points=points)
     assert not (tmp_path / "out").exists()
+
+
+def _with(run: Run, rid: str, **columns: Any) -> Run:
+    """The run as if its requests table said something else of one request."""
+    real = run.requests
+
+    def requests(**how: Any) -> pd.DataFrame:
+        frame = real(**how).astype(object)
+        for name, value in columns.items():
+            frame[name] = [value if r == rid else old for r, old in zip(frame["rid"], frame[name], strict=True)]
+        return frame
+
+    found = load_run(run.path)
+    found.requests = requests  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("told", [{"prompt_ids": [5, -1, 7, 12]}, {"prompt_ids": None, "output_ids": None}])
+def test_a_request_whose_token_ids_are_not_known_is_left_out_and_the_others_are_written(
+    run: Run, tmp_path: Path, told: dict[str, Any]
+) -> None:
+    samples = export_eagle(_with(run, "b", **told), tmp_path / "out")
+    assert samples.rids == ["a"]
+    assert samples.left_out == {"b": "a token id of it was withheld or not recorded"}
+    (a,) = speculators_samples(tmp_path / "out")
+    assert a["input_ids"].tolist() == [5, 6, 7, 8, 9, 10]
+    assert not list((tmp_path / "out").glob(".cache*"))
+
+
+def test_a_run_without_token_ids_is_refused(run: Run, tmp_path: Path) -> None:
+    nothing = load_run(run.path)
+    nothing.requests = lambda **how: run.requests(**how).assign(prompt_ids=None, output_ids=None)  # type: ignore[method-assign]
+    with pytest.raises(RunDirectoryError, match="withheld or not recorded"):
+        export_eagle(nothing, tmp_path / "out")
+
+
+def test_texts_are_read_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("all samples are in memory at once")
+
+    monkeypatch.setattr(Dataset, "from_dict", refuse)
+    assert len(export_eagle(run, tmp_path / "out")) == 2

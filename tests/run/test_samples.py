@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from sglang_probe.errors import RunDirectoryError
-from sglang_probe.run.run import Run
+from sglang_probe.run import schema
+from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.selection import RowsConfig
 from tests.made_run import QUERY
 from tests.rows_run import Text, write_run
@@ -94,3 +97,58 @@ def test_a_request_that_is_not_whole_is_left_out_with_the_reason(make_run: Calla
     assert whole.samples().left_out == {}
     with pytest.raises(RunDirectoryError, match="requests are not whole; a: 4 of 8"):
         run.samples([QUERY], missing="raise")
+
+
+def _changed(run: Run, *, spans: Callable[[pd.DataFrame], pd.DataFrame] = lambda s: s, **told: Any) -> Run:
+    """The run as if it had other spans, or its requests table said something else of `a`."""
+    found = load_run(run.path)
+    frames = run.spans(), run.requests(interrupted=True).astype(object)
+    first = frames[1].index[frames[1]["rid"] == "a"][0]
+    for name, value in told.items():
+        frames[1].at[first, name] = value
+    found.spans = lambda: spans(frames[0].copy())  # type: ignore[method-assign]
+    found.requests = lambda **_: frames[1]  # type: ignore[method-assign]
+    return found
+
+
+def _begins_at_3(spans: pd.DataFrame) -> pd.DataFrame:
+    cut = (spans["rid"] == "a") & (spans["start"] < 3)
+    spans.loc[cut, "row_start"] += 3 - spans.loc[cut, "start"]
+    spans.loc[cut, "start"] = 3
+    return spans
+
+
+def _lacks_2_and_3(spans: pd.DataFrame) -> pd.DataFrame:
+    first = spans[(spans["rid"] == "a") & (spans["start"] == 0)]
+    rest = spans.drop(first.index)
+    after = first.assign(start=4, row_start=first["row_start"] + 4)
+    return pd.concat([first.assign(end=2), after, rest], ignore_index=True)
+
+
+def _ends_with_the_prompt(spans: pd.DataFrame) -> pd.DataFrame:
+    return spans[(spans["rid"] != "a") | (spans["phase"] != "decode")]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"spans": _begins_at_3}, "its first 3 positions are in another run"),
+        ({"spans": _lacks_2_and_3}, "the run has 4 positions of it, and it has 6"),
+        ({"spans": _ends_with_the_prompt}, "the run has 5 positions of it, and it has 6"),
+        ({"finish_reason": schema.CONTINUES}, "it goes on in the next segment"),
+        (
+            {"finish_reason": schema.ENDED_EARLIER, "prompt_len": None, "prompt_ids": None, "output_ids": None},
+            "it ended in the segment before, and this one has its last step alone",
+        ),
+        ({"finish_reason": schema.INTERRUPTED}, "its engine ended before it did"),
+        ({"finish_reason": schema.REFUSED}, "it was refused"),
+    ],
+)
+def test_a_request_of_which_positions_are_elsewhere_is_no_sample(run: Run, change: dict[str, Any], why: str) -> None:
+    changed = _changed(run, **change)
+    with pytest.raises(RunDirectoryError, match=why):
+        changed.samples(POINTS, missing="raise")
+    samples = changed.samples(POINTS, missing="nan")
+    assert samples.left_out == {"a": why}
+    assert samples.rids == ["b", "c"]
+    assert samples[0]["input_ids"].tolist() == [5, 6, 7, 8, 12, 13, 14]

@@ -15,7 +15,7 @@ from sglang_probe.steering.features import Direction, FeatureManifest, write_fea
 from sglang_probe.steering.library import MadeBy, Vector, weight_hash_of_folder, write
 from sglang_probe.steering.probe import fit
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH
-from tests.steering.test_features import EVIDENCE
+from tests.steering.test_features import measured
 
 FEATURE, LAYER = 3, 1
 
@@ -47,11 +47,12 @@ def make_clamp(
         "label": "planted",
         "labelled": {"by": "human", "name": "x"},
         "owner": "y",
-        "evidence": [EVIDENCE],
         "clamp": {"mode": "clamp", "value": 0.0, "threshold": 5.0},
         "status": status,
         **more.pop("feature", {}),
     }
+    of = {"feature": feature["index"], "sae_sha256": more.get("sae_sha256", weights_sha256(folder / "sae"))}
+    feature.setdefault("evidence", [measured(feature["clamp"], **of)])
     told = {
         "model": "probe-text",
         "model_weight_hash": weight_hash_of_folder(MODEL),
@@ -71,11 +72,13 @@ def make_direction(vector: Vector, **more: Any) -> Direction:
         "label": "planted too",
         "labelled": {"by": "human", "name": "x"},
         "owner": "y",
-        "evidence": [EVIDENCE],
         "clamp": {"mode": "cap", "value": -0.5},
         "status": "validated",
+        **more,
     }
-    return Direction.of(vector, **{**told, **more})
+    return Direction.of(
+        vector, **{"evidence": [measured(told["clamp"], sha256=told.get("sha256", vector.hash))], **told}
+    )
 
 
 def write_gate(library: Path, inside_ND: torch.Tensor, outside_ND: torch.Tensor, hook_point: str) -> None:

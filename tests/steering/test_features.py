@@ -33,8 +33,17 @@ EVIDENCE: dict[str, Any] = {
 CLAMP = {"mode": "clamp", "value": 0.0, "threshold": 0.8}
 
 
+def measured(clamp: dict[str, Any] | None = None, **of: Any) -> dict[str, Any]:
+    """Evidence of a vector, and of what a clamp does."""
+    done = {"mode": "clamp", "value": 0.0} if clamp is None else clamp
+    return {**EVIDENCE, "of": {**of, "mode": done["mode"], "value": done.get("value")}}
+
+
+OURS = measured(feature=17, sae_sha256="c" * 64)
+
+
 def made(status: str = "hypothesis", *, weights: str = "b" * 64, **feature: Any) -> FeatureManifest:
-    one = {"index": 17, "label": "code", "labelled": {"by": "human", "name": "x"}, "owner": "y", "evidence": [EVIDENCE]}
+    one = {"index": 17, "label": "code", "labelled": {"by": "human", "name": "x"}, "owner": "y", "evidence": [OURS]}
     told = {
         "model": "m",
         "model_weight_hash": weights,
@@ -62,7 +71,7 @@ def test_what_is_written_is_read_and_a_change_is_refused(tmp_path: Path) -> None
 
 
 def test_a_manifest_from_before_there_were_directions_keeps_its_hash() -> None:
-    old = made(clamp=CLAMP)
+    old = made(clamp=CLAMP, evidence=[EVIDENCE])
     assert old.sha256 == "b71833e5c56bfd0e01f61dee657cb2557e5c9c396a982190991c90df4c1ffe95"
     assert "directions" not in old.model_dump(mode="json")
 
@@ -89,9 +98,9 @@ def test_a_feature_is_deployed_only_after_it_was_validated() -> None:
 )
 def test_without_an_effect_past_zero_and_control_nothing_is_validated(evidence: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no evidence"):
-        made(evidence=[{**EVIDENCE, **evidence}]).moved(17, "validated")
+        made(evidence=[{**OURS, **evidence}]).moved(17, "validated")
     with pytest.raises(ConfigError, match="no evidence"):
-        made("deployed", evidence=[{**EVIDENCE, **evidence}], clamp=CLAMP)
+        made("deployed", evidence=[{**OURS, **evidence}], clamp=CLAMP)
 
 
 def test_without_a_clamp_nothing_is_deployed() -> None:
@@ -156,7 +165,8 @@ CAP = {"mode": "cap", "value": -1.5}
 
 
 def with_direction(vector: Vector, *, features: bool = False, **more: Any) -> FeatureManifest:
-    told = {"label": "formal", "labelled": {"by": "human", "name": "x"}, "owner": "y", "evidence": [EVIDENCE], **more}
+    told = {"label": "formal", "labelled": {"by": "human", "name": "x"}, "owner": "y", **more}
+    told.setdefault("evidence", [measured(more.get("clamp"), sha256=vector.hash)])
     entry = Direction.of(vector, **told).model_dump(mode="json")
     base = made().model_dump(mode="json")
     if not features:
@@ -191,7 +201,9 @@ def test_a_direction_has_name_hash_and_recipe_and_goes_the_same_way(
 
 
 def test_a_direction_needs_the_same_evidence(library: Library) -> None:
-    weak = with_direction(library["formal"], evidence=[{**EVIDENCE, "control": 0.4}], clamp=CAP)
+    weak = with_direction(
+        library["formal"], evidence=[{**measured(CAP, sha256=library["formal"].hash), "control": 0.4}], clamp=CAP
+    )
     with pytest.raises(ConfigError, match="direction `formal` cannot be `validated`: no evidence"):
         weak.moved("formal", "validated")
     with pytest.raises(ConfigError, match="`clamp` says"):
@@ -241,3 +253,61 @@ def test_entries_have_names_of_their_own_and_features_an_sae(library: Library) -
     told = made().model_dump(mode="json") | {"sae_sha256": None}
     with pytest.raises(ConfigError, match="features are of an SAE"):
         parse_config(told, FeatureManifest, where="made")
+
+
+def test_evidence_that_does_not_say_what_it_is_of_is_read_and_lets_nothing_act(tmp_path: Path) -> None:
+    write_features(old := made(clamp=CLAMP, evidence=[EVIDENCE]), tmp_path / "features.json")
+    assert read_features(tmp_path / "features.json") == old
+    with pytest.raises(ConfigError, match="does not say what it was measured of: enter that as its `of`"):
+        old.moved(17, "validated")
+
+
+@pytest.mark.parametrize(
+    "of", [{"feature": 18}, {"sae_sha256": "d" * 64}, {"mode": "cap"}, {"value": 1.0}, {"feature": None}]
+)
+def test_evidence_of_something_else_does_not_count(of: dict[str, Any]) -> None:
+    told = {**OURS, "of": {**OURS["of"], **of}}
+    with pytest.raises(ConfigError, match=r"no evidence of its own vector, mode and value|names a direction by"):
+        made(clamp=CLAMP, evidence=[told]).moved(17, "validated")
+
+
+def _next(manifest: FeatureManifest, **direction: Any) -> FeatureManifest:
+    """The next revision, by hand: with other fields of the direction."""
+    told = manifest.model_dump(mode="json") | {"revision": manifest.revision + 1, "previous": manifest.sha256}
+    told["directions"][0] |= direction
+    return parse_config(told, FeatureManifest, where="by hand")
+
+
+def test_a_revision_cannot_deploy_what_was_not_validated_under_another_vector_value_or_number(
+    library: Library, tmp_path: Path
+) -> None:
+    path, add = tmp_path / "features.json", {"mode": "add", "value": 1e6}
+    hash_ = library["formal"].hash
+    both = [measured(CAP, sha256=hash_), measured(add, sha256=hash_)]
+    write_features(first := with_direction(library["formal"], clamp=CAP, evidence=both), path)
+    with pytest.raises(ConfigError, match="is `hypothesis` in revision 1, and cannot be `deployed`"):
+        write_features(_next(first, status="deployed"), path)
+    write_features(second := first.moved("formal", "validated"), path)
+    write_features(third := second.moved("formal", "deployed"), path)
+    with pytest.raises(ConfigError, match="no evidence of its own vector"):
+        _next(third, sha256="e" * 64)
+    swapped = [measured(CAP, sha256="e" * 64)]
+    for change in ({"clamp": add}, {"sha256": "e" * 64, "evidence": swapped}):
+        with pytest.raises(ConfigError, match="new, or of another vector, value or weights than before"):
+            write_features(_next(third, **change), path)
+    jump = third.model_dump(mode="json") | {"revision": 9, "previous": third.sha256}
+    with pytest.raises(ConfigError, match=r"another revision \(3\) than the one that this \(revision 9\) follows"):
+        write_features(parse_config(jump, FeatureManifest, where="jump"), path)
+    assert read_features(path) == third
+    write_features(fourth := _next(third, clamp=add, status="hypothesis"), path)
+    write_features(fifth := fourth.moved("formal", "retired"), path)
+    with pytest.raises(ConfigError, match="`retired`, which is for good"):
+        write_features(_next(fifth, status="hypothesis"), path)
+
+
+def test_evidence_of_a_run_is_compared_with_the_run_that_is_named(library: Library) -> None:
+    manifest = with_direction(library["formal"])
+    assert manifest.check_run("dose", "a" * 64) == 1
+    assert manifest.check_run("another", "e" * 64) == 0
+    with pytest.raises(ConfigError, match="evidence of direction `formal` is of a run `dose` whose manifest has"):
+        manifest.check_run("dose", "e" * 64)

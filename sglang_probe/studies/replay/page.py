@@ -13,6 +13,9 @@ def answer(result: ReplayResult) -> str:
     served = f"{result.under} of {result.requests} requests ran under interventions"
     if result.ok:
         return f"The run is what the manifest states: {served}, and every stored row is within the floor of the replay."
+    if result.silent:
+        violation = next(c.violation for mine in result.checks.values() for c in mine if not c.holds)
+        return f"That the run is what the manifest states is not shown ({served}): {violation}."
     wrong = [c.violation for mine in result.checks.values() for c in mine if not c.holds]
     return f"The run is not what the manifest states ({served}): {wrong[0]}."
 

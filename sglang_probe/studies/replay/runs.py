@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ class Replay:
     under: int
     """Requests that ran under interventions: a gate that stayed closed leaves a request plain."""
     differences: tuple[str, ...] = ()
-    """Where the clamps of the server are not the manifest's, whatever was done to single requests."""
+    """Where what the server did is not what the manifest states, whatever was done to single requests."""
+    undecided: tuple[str, ...] = ()
+    """Stored ids of requests of which a server that clamps decided no gate."""
 
 
 def prepare(
@@ -112,7 +114,9 @@ def prepare(
     prepared = check(config, {"arm": _arm(told)}, workload=Workload(tuple(asked)))
     manifest.check_weights(weight_hash(prepared.model.identity["weights_sha256"]), where=f"the model {config.model}")
     differences = () if of_server is None else of_server.differences
+    differences += idle(manifest, entries, specs.values())
     names = list(chosen["rid"])
+    decided = set(stored.gates()["rid"])
     return Replay(
         prepared,
         manifest,
@@ -124,7 +128,22 @@ def prepare(
         opened,
         sum(n in under_any for n in names),
         differences,
+        tuple(n for n in names if clamps and n not in decided),
     )
+
+
+def idle(
+    manifest: FeatureManifest, entries: Mapping[str, Feature | Direction], specs: Iterable[Spec]
+) -> tuple[str, ...]:
+    """What a manifest has as `deployed` and a run did not ask of any request, in words.
+
+    Args:
+        entries: by the hash that the ledger has of each.
+        specs: of the run's requests, those whose gate stayed closed among them.
+    """
+    asked = {entries[step.hash].key for spec in specs for step in spec.steps if step.hash in entries}
+    deployed = [e for e in manifest.entries if e.status == "deployed" and e.action is not None]
+    return tuple(f"{e.title} is `deployed`, and was asked of no request" for e in deployed if e.key not in asked)
 
 
 def _weights_of(told: Mapping[str, Any]) -> str | None:

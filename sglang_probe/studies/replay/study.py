@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ ROUNDING = 4e-6
 """Relative distance that is rounding in float32 after one layer; it grows like the root of the depth. The floor may be
 zero, because two replays happened to have equal batches, where the stored run had others. In another dtype rounding is
 what `verify.reference.tolerance` takes for it, which hides small changes: the ledger's check does not depend on it."""
+SILENT = "rows show nothing of it"
 _BLOCK = 4096
 
 
@@ -57,6 +58,12 @@ class ReplayResult:
         """Whether the run is what the manifest states."""
         return all_hold(self.checks)
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is wrong but that the rows show nothing of the interventions."""
+        wrong = [c for mine in self.checks.values() for c in mine if not c.holds]
+        return bool(wrong) and all((c.violation or "").startswith(SILENT) for c in wrong)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -82,13 +89,15 @@ def study_replay(
     replay: Replay, runs: Mapping[str, Run], *, tell: Callable[[str], None] = lambda _: None
 ) -> ReplayResult:
     """Compare the stored run with its replays."""
-    tell(f"verifying {replay.stored.path}")
-    checks = {replay.stored.path.name: list(verify(replay.stored))}
+    checks = {}
+    for name, run in ((replay.stored.path.name, replay.stored), *((f"replay {n}", runs[n]) for n in (AGAIN, SHUFFLED))):
+        tell(f"verifying {run.path}")
+        checks[name] = list(verify(run))
     tell("comparing rows")
     at = _places(replay, runs)
     rows = _distances(replay, runs, at)
     differences = _differences(replay)
-    found = [_as_stated(replay, differences), _within_the_floor(rows), _gates(replay, runs[AGAIN])]
+    found = [_as_stated(replay, differences), _within_the_floor(rows, _changed_at(replay)), _gates(replay, runs)]
     return ReplayResult(
         name=replay.stored.path.name,
         rows=rows,
@@ -180,6 +189,7 @@ def _activations(replay: Replay, again: Run, at: pd.DataFrame) -> pd.DataFrame:
 def _differences(replay: Replay) -> pd.DataFrame:
     told = [d for s in replay.stated.values() for d in dict.fromkeys(s.differences)]
     told += [d for d in replay.differences for _ in range(replay.under)]
+    told += ["the server clamped, and decided no gate of it"] * len(replay.undecided)
     counts = pd.Series(told, dtype=object).value_counts()
     return pd.DataFrame({"difference": list(counts.index), "requests": counts.to_numpy(dtype=np.int64)})
 
@@ -193,13 +203,32 @@ def _as_stated(replay: Replay, differences: pd.DataFrame) -> Check:
     return Check("as the manifest states", claim, len(replay.stated), "requests", violation)
 
 
-def _within_the_floor(rows: pd.DataFrame) -> Check:
+def _changed_at(replay: Replay) -> set[str]:
+    """Hook points at which requests under interventions were changed."""
+    under = set(replay.stored.interventions()["rid"])
+    steps = [s for rid, stated in replay.stated.items() if rid in under for s in stated.steer]
+    return {replay.library[s.vector].card.hook_point for s in steps}
+
+
+def _shows(point: str, changed: str) -> bool:
+    """Whether rows of a hook point follow a change of the residual stream at another."""
+    captured, layer = parse_hook_point(point).layer, parse_hook_point(changed).layer
+    return point == changed or (captured is not None and layer is not None and captured > layer)
+
+
+def _within_the_floor(rows: pd.DataFrame, changed: Collection[str] = ()) -> Check:
+    """The check of the rows.
+
+    Args:
+        changed: hook points of the interventions, each of which some row must follow.
+    """
     claim = "stored rows are those of the replay, within the floor of two replays"
     covered = int(rows["positions"].sum())
     if not covered:
-        return Check("rows", claim, 0, "rows", "no row is held by both", None)
+        return Check("rows", claim, 0, "rows", f"{SILENT}: no row is held by run and replays")
     finite = np.isfinite(rows[["largest", "floor", "limit"]].to_numpy(np.float64)).all(1)
     worst = rows.loc[(rows["largest"] / rows["limit"]).idxmax()] if finite.all() else rows[~finite].iloc[0]
+    under = rows["hook_point"][rows["interventions"].astype(bool)]
     where = "under interventions" if worst["interventions"] else "under none"
     violation = None
     if not finite.all():
@@ -212,20 +241,31 @@ def _within_the_floor(rows: pd.DataFrame) -> Check:
             f"{worst['hook_point']}, positions {where}: a stored row is {worst['largest']:.2e} from the replay's, and "
             f"two replays {worst['floor']:.2e} from each other (limit {worst['limit']:.2e})"
         )
+    elif unseen := [c for c in sorted(changed) if not any(_shows(p, c) for p in under)]:
+        violation = f"{SILENT}: no row under interventions is held by run and replays from {unseen[0]} on"
     return Check("rows", claim, covered, "rows", violation)
 
 
-def _gates(replay: Replay, again: Run) -> Check:
-    claim = "gates by a probe were decided as in the replay"
+def _gates(replay: Replay, runs: Mapping[str, Run]) -> Check:
+    """Gates must be decided alike in both replays too: rows of a request whose gate was open in one and closed in the
+    other are far from each other, and would be the floor."""
+    claim = "gates by a probe were decided as in the replay, and alike in both replays"
     number = {rid: f"replay-{i}" for i, rid in enumerate(replay.names)}
-    stored = replay.stored.gates()
-    mine = dict(zip(stored["rid"].map(number), stored["opened"], strict=True))
-    gates = again.gates()
-    theirs = dict(zip(gates["rid"].map(asked_rid), gates["opened"], strict=True))
-    both = [rid for rid in mine if rid in set(number.values())]
-    wrong = [rid for rid in both if rid not in theirs or bool(mine[rid]) != bool(theirs[rid])]
+    decided = {"stored": _opened(replay.stored, number.get)}
+    decided |= {name: _opened(runs[name], asked_rid) for name in (AGAIN, SHUFFLED)}
+    asked = [rid for rid in number.values() if any(rid in d for d in decided.values())]
+    wrong = [rid for rid in asked if len({d.get(rid) for d in decided.values()}) > 1]
     violation = None
     if wrong:
+        words = {True: "open", False: "closed", None: "not decided"}
+        stored, again, shuffled = (words[d.get(wrong[0])] for d in decided.values())
         first = replay.names[int(wrong[0].rpartition("-")[2])]
-        violation = f"{first}: its gate was {'open' if mine[wrong[0]] else 'closed'}, and is not in the replay"
-    return Check("gates", claim, len(both), "gates", violation)
+        violation = f"{first}: its gate was {stored}, and is {again} in the replay and {shuffled} in the other order"
+    return Check("gates", claim, len(asked), "gates", violation)
+
+
+def _opened(run: Run, number: Callable[[str], str | None]) -> dict[str, bool]:
+    """Whether the gate of each request opened, by its number in the replay."""
+    gates = run.gates()
+    told = ((number(rid), bool(opened)) for rid, opened in zip(gates["rid"], gates["opened"], strict=True))
+    return {rid: opened for rid, opened in told if rid is not None}

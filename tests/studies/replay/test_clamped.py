@@ -19,6 +19,7 @@ from sglang_probe.studies.replay.clamped import Clamped, clamped, clamps_of
 from sglang_probe.studies.replay.stated import entries_of, stated
 from tests.end_to_end.steering import MODEL, WIDTH, make_library
 from tests.steering.clamped import make_clamp, make_direction
+from tests.steering.test_features import measured
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def again(made: SimpleNamespace, folder: Path, manifest: FeatureManifest | None 
 def changed(made: SimpleNamespace, **fields: Any) -> FeatureManifest:
     told = read_features(made.path).model_dump(mode="json")
     told["features"][0] |= fields
+    feature = told["features"][0]
+    feature["evidence"] = [measured(feature["clamp"], feature=feature["index"], sae_sha256=told["sae_sha256"])]
     return parse_config(told, FeatureManifest, where="changed")
 
 
@@ -95,6 +98,7 @@ def test_without_the_sae_or_with_another_or_another_manifest_it_is_refused(
     with pytest.raises(ConfigError, match=r"give the folder of their SAE"):
         clamped(made.told, manifest, made.library, None, tmp_path / "x")
     told = manifest.model_dump(mode="json") | {"sae_sha256": "d" * 64}
+    told["features"][0]["evidence"][0]["of"]["sae_sha256"] = "d" * 64
     with pytest.raises(ConfigError, match=r"give the SAE of the manifest"):
         again(made, tmp_path, parse_config(told, FeatureManifest, where="x"))
     with pytest.raises(ConfigError, match=r"the server clamped planted, and nothing that the manifest states"):
@@ -119,12 +123,12 @@ def test_a_direction_that_the_server_clamped_is_its_librarys_own(made: SimpleNam
     assert not (tmp_path / "library").exists()
     should = stated(done, entries_of(found.library, manifest), found.library, found.served)
     assert (spec_of(should.steer, found.library, where="steer"), should.differences) == (done, ())
-    told["directions"][0]["clamp"]["value"] = -0.505
+    told["directions"][0]["clamp"]["value"] = told["directions"][0]["evidence"][0]["of"]["value"] = -0.505
     other = clamped(server, parse_config(told, FeatureManifest, where="x"), made.library, None, tmp_path / "library")
     assert other.differences == (
         "direction `late`: the server had mode cap value -0.5, and the manifest mode cap value -0.505",
     )
-    told["directions"][0]["sha256"] = "f" * 64
+    told["directions"][0]["sha256"] = told["directions"][0]["evidence"][0]["of"]["sha256"] = "f" * 64
     with pytest.raises(ConfigError, match=r"the server clamped planted too, and nothing that the manifest states"):
         clamped(server, parse_config(told, FeatureManifest, where="x"), made.library, None, tmp_path / "library")
     # Beside a feature, which needs a library of the replay's own, that library has the direction as it was.

@@ -115,7 +115,10 @@ def test_a_direction_is_asked_for_again_as_stated_and_what_differs_is_named(libr
 
 
 def _of_another(listed: Direction) -> Direction:
-    return listed.model_copy(update={"sha256": "e" * 64})
+    (evidence,) = listed.evidence
+    assert evidence.of is not None
+    of = evidence.of.model_copy(update={"sha256": "e" * 64})
+    return listed.model_copy(update={"sha256": "e" * 64, "evidence": [evidence.model_copy(update={"of": of})]})
 
 
 def test_a_vector_that_the_library_lacks_is_refused(library: Library, tmp_path: Any) -> None:
