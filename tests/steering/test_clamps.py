@@ -19,6 +19,8 @@ from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 from tests.steering.clamped import FEATURE, make_clamp, make_direction
 from tests.steering.test_features import measured
 
+OF_ANOTHER = Evidence.model_validate(measured({"mode": "cap", "value": -0.5}, sha256="d" * 64))
+
 
 def read(folder: Path, weights: str | None = None, **made: Any) -> list[Any]:
     entry = ClampConfig.model_validate({**make_clamp(folder, **made), "probe": "fires"})
@@ -115,7 +117,7 @@ def test_a_validated_direction_is_done_as_its_manifest_says(tmp_path: Path, mode
         ({"status": "retired"}, "is `retired`"),
         ({"clamp": None}, "has no `clamp`"),
         (
-            {"sha256": "d" * 64, "evidence": [measured({"mode": "cap", "value": -0.5}, sha256="d" * 64)]},
+            {"sha256": "d" * 64, "evidence": [OF_ANOTHER]},
             "direction `up` has the hash dddddddddddd in the manifest",
         ),
         ({"hook_point": POINTS[2]}, "is not what its card says"),
