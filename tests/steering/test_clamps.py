@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from sglang_probe.errors import ConfigError
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
+from sglang_probe.steering.evidence import Evidence
 from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import merged
