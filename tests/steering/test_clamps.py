@@ -12,11 +12,15 @@ from pydantic import ValidationError
 from sglang_probe.errors import ConfigError
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
+from sglang_probe.steering.evidence import Evidence
 from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import merged
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library
 from tests.steering.clamped import FEATURE, make_clamp, make_direction
+from tests.steering.test_features import measured
+
+OF_ANOTHER = Evidence.model_validate(measured({"mode": "cap", "value": -0.5}, sha256="d" * 64))
 
 
 def read(folder: Path, weights: str | None = None, **made: Any) -> list[Any]:
@@ -113,7 +117,10 @@ def test_a_validated_direction_is_done_as_its_manifest_says(tmp_path: Path, mode
         ({"status": "hypothesis"}, "direction `up` of .* is `hypothesis`, and only"),
         ({"status": "retired"}, "is `retired`"),
         ({"clamp": None}, "has no `clamp`"),
-        ({"sha256": "d" * 64}, "direction `up` has the hash dddddddddddd in the manifest"),
+        (
+            {"sha256": "d" * 64, "evidence": [OF_ANOTHER]},
+            "direction `up` has the hash dddddddddddd in the manifest",
+        ),
         ({"hook_point": POINTS[2]}, "is not what its card says"),
         ({"vector": "gone", "asked": "gone"}, "direction `gone` of .* is not in the library, which has"),
         ({"asked": "late"}, "`late` is not in the manifest; it lists 3, up"),
