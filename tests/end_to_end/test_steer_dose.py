@@ -200,6 +200,7 @@ def manifest(run: Run, value: float, **fields: Any) -> FeatureManifest:
         "control": 0.1,
         "side_effect": 0.01,
         "n": 7,
+        "of": {"feature": 7, "sae_sha256": SAE, "mode": "clamp", "value": value},
     }
     feature = {
         "index": 7,

@@ -131,7 +131,7 @@ def test_the_first_engine_honours_what_later_runs_are_given(
 ) -> None:
     told = []
 
-    def opened(_host: EngineHost, _model: str, _server: dict[str, Any], probe: EngineProbeConfig, _pool: int) -> None:
+    def opened(_host: EngineHost, _model: str, _server: dict[str, Any], probe: EngineProbeConfig, *_: int) -> None:
         told.append(probe.asks)
         raise KeyboardInterrupt
 

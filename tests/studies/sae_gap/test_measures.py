@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,11 @@ class Run:
         told = {"rid": "r", "position": range(n), "row": range(n), "phase": "prefill", "intervention": self._marked}
         return pd.DataFrame(told)
 
+    def spans(self) -> pd.DataFrame:
+        told = self.tokens().assign(attempt=0, status="computed", forward_id=0, row_step=1)
+        told = told.assign(origin_rid=None, origin_attempt=0, origin_start=-1, end=told["position"] + 1)
+        return told.rename(columns={"position": "start", "row": "row_start"})
+
     def requests(self) -> pd.DataFrame:
         return pd.DataFrame({"rid": ["r"], "index": [0]})
 
@@ -66,7 +70,7 @@ def test_rows_under_an_intervention_are_no_plain_rows_and_plain_ones_are_not_rep
         ([None, "a", None, "a"], True, False),
         ([None, "a", None, None], False, True),
     ):
-        run: Any = SimpleNamespace(tokens=Run(rows, marked).tokens, requests=Run(rows).requests, path="run")
+        run: Any = Run(rows, marked)
         if fine:
             assert where_of(run, 2, 4, intervened=asked)[1].tolist() == [[2, 3]]
         else:
