@@ -45,7 +45,7 @@ def report(summary: dict[str, Any]) -> Page:
             ),
         )
         served = [
-            Section("Two servers", "Without the cap, and with it behind its gate.",
+            Section("Two servers", "Without the cap, and with it and its gate.",
                     tables=[_table(_served(production), "production", "production")]),
             Section("Out of scope", "Requests that the gate left out, and how many of them differ in any bit from the "
                     "server without the cap; the floor is two plain runs of that. Apart: requests that found another "
