@@ -45,6 +45,8 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{self.port}"
         command = ["--model-path", str(MODEL), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enable-metrics", "--api-key", KEY, "--log-level", "warning"]
+        # A server of a session fixture waits for most of the suite: it would poll with a whole core meanwhile.
+        command += ["--sleep-on-idle"]
         if "--max-total-tokens" not in arguments:
             command += ["--max-total-tokens", "65536"]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}

@@ -182,7 +182,8 @@ def test_a_server_tells_why_prompts_were_computed_while_it_serves_and_counts_it_
         assert time.monotonic() < deadline, found
     assert [(p["start"], p["end"], p["cause"]) for p in found["positions"]] == [(60, 61, "last token")]
     groups = {g["group"]: g["causes"] for g in told(by="session")["groups"]}
-    assert groups["why-1"] == {"diverged": 60, "not seen in this segment": 1}
+    assert groups["why-1"].pop("diverged") == 60
+    assert list(groups["why-1"].items()) in ([("never seen", 1)], [("not seen in this segment", 1)])
     assert server.anybody.get("/probe/why").status_code == 401
     asked = {"model": "default", "prompt": prompt, "max_tokens": 1, "temperature": 0}
     answer = server.http.post("/v1/completions", json=asked, headers={"x-smg-routing-key": "by-header"})

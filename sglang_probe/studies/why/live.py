@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.run.causes import Autopsy, Cause, autopsy
 from sglang_probe.run.joined import Joined, last_process
@@ -34,17 +36,23 @@ def causes_of(segment: Path, *, by: str = "session", rid: str | None = None) -> 
         rid: tell of this request alone, and of each run of its positions.
 
     Raises:
-        RunDirectoryError: the recording does not say why, or there is no such request.
+        RunDirectoryError: the recording does not say why, or there is no such request, or its end is not on disk yet.
     """
     paths = [p for p in last_process(segment.parent) if p.name <= segment.name]
     if not paths or paths[-1] != segment:
         raise RunDirectoryError(f"{segment} is no segment of the last recording there", fix="ask again")
     run = Joined(segment.parent, paths[-CONTEXT:])
     newest = run.segments[-1].forwards()["forward_id"]
+    ended = run.requests(interrupted=True)
     found = autopsy(run)
     pieces = found.pieces[found.pieces["forward_id"] >= (newest.min() if len(newest) else 1 << 62)]
     if rid is not None and (pieces := pieces[pieces["rid"] == rid]).empty:
         raise RunDirectoryError(f"{segment.name} has no prompt of `{rid}` that was computed")
+    if rid is not None and (pieces["cause"] == str(Cause.UNKNOWN)).all() and rid not in set(ended["rid"]):
+        raise RunDirectoryError(
+            f"{segment.name} does not hold the end of `{rid}` yet, and its prompt is written then",
+            fix="ask again once it has ended and `checkpoint_seconds` have passed",
+        )
     pieces = pieces.assign(tokens=pieces["end"] - pieces["start"])
     told: dict[str, Any] = {
         "segment": segment.name,
@@ -56,7 +64,7 @@ def causes_of(segment: Path, *, by: str = "session", rid: str | None = None) -> 
         columns = ["attempt", "start", "end", "cause", "nearest", "common"]
         told["positions"] = json.loads(pieces[columns].to_json(orient="records"))
     else:
-        group = pieces["rid"].map(_groups(run, by)).fillna("(none)")
+        group = pieces["rid"].map(_groups(run, ended, by)).fillna("(none)")
         told["by"] = by
         told["groups"] = [
             {"group": name, "causes": {str(k): int(n) for k, n in own.items()}}
@@ -67,9 +75,9 @@ def causes_of(segment: Path, *, by: str = "session", rid: str | None = None) -> 
     return told
 
 
-def _groups(run: Joined, by: str) -> dict[str, str]:
+def _groups(run: Joined, requests: pd.DataFrame, by: str) -> dict[str, str]:
     try:
-        return dict(groups_of(run.requests(interrupted=True), run.tree(), by, run.path))
+        return dict(groups_of(requests, run.tree(), by, run.path))
     except RunDirectoryError:
         return {}  # nobody has carried that label yet
 

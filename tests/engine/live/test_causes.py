@@ -66,6 +66,16 @@ def test_the_open_segment_is_told_of_as_far_as_it_is_on_disk(engine: FakeEngine,
         causes_of(path, rid="nobody")
 
 
+def test_a_request_is_told_of_once_its_end_is_on_disk(engine: FakeEngine, wait: Callable[..., None]) -> None:
+    engine.prefill("c", [*X, 3], reused=0)
+    path = on_disk(engine, wait, len(MOVED) + len(X) + 1)
+    with pytest.raises(RunDirectoryError, match="does not hold the end of `c` yet"):
+        causes_of(path, rid="c")
+    engine.end("c")
+    wait(lambda: "not known" not in causes_of(path)["causes"])
+    assert "not known" not in {p["cause"] for p in causes_of(path, rid="c")["positions"]}
+
+
 def test_a_name_that_was_given_again_is_another_request(engine: FakeEngine) -> None:
     engine.flush()
     engine.live.names.forget()  # as when nothing refers to the earlier one any more
