@@ -44,10 +44,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"sliding_window": 32, "query_pre_attn_scalar": 16, "hidden_act": "gelu_pytorch_tanh"},
     ),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_WINDOWED, "query_pre_attn_scalar": 16}),
-    "gemma3, two pools": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {**_WINDOWED, "query_pre_attn_scalar": 16, "is_hybrid_swa": True, "hybrid_layer_pattern": [1, 1, 1, 0]},
+    "mellum": (
+        "MellumConfig",
+        "MellumForCausalLM",
+        {**_WINDOWED, **_EXPERTS, "num_experts": 4, "mlp_layer_types": ["dense"] * 4, "rope_parameters": None},
     ),
     "gemma4": (
         "Gemma4TextConfig",
@@ -90,6 +90,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "n_routed_experts": 4,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
             "n_group": 1,
             "topk_group": 1,
             "rope_parameters": {
@@ -111,7 +114,7 @@ RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "sliding windows, one pool (Gemma 2)": ("gemma2", {}),
     "sliding windows, one pool (Gemma 3)": ("gemma3", {}),
-    "sliding windows, a pool of their own (Gemma 3 that asks for it)": ("gemma3, two pools", {}),
+    "sliding windows, a pool of their own (Mellum)": ("mellum", {}),
     "sliding windows, a pool of their own (Gemma 4)": ("gemma4", {}),
     "sliding windows and sinks (gpt-oss)": ("gpt_oss", {}),
     "linear attention and full (Qwen3-Next)": ("qwen3_next", {"mamba_radix_cache_strategy": "no_buffer"}),

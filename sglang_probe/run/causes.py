@@ -42,6 +42,9 @@ class Cause(StrEnum):
     DIVERGED = "diverged"
     """An earlier request holds this text, after another prefix."""
     EVICTED = "evicted"
+    WINDOW = "window lost"
+    """The tree held these positions and had dropped the entries of the sliding layers, which have a pool of their own,
+    without evicting anything else."""
     FLUSHED = "flushed"
     """The cache was emptied on demand or with an update of the weights, or the recording began again."""
     PAGE_ROUNDING = "page rounding"
@@ -307,7 +310,8 @@ def _below(
         evicted, emptied = known.lost(last, until)
         # Whoever is evicted goes from the end on: what comes before was there when the tree was emptied.
         stayed = min(max(known.length_at(last) - evicted, at), end) if emptied else at
-        codes[at:stayed], codes[stayed:end] = _CODE[Cause.FLUSHED], _CODE[Cause.EVICTED]
+        lost = Cause.WINDOW if match.sliding and not evicted and not emptied else Cause.EVICTED
+        codes[at:stayed], codes[stayed:end] = _CODE[Cause.FLUSHED], _CODE[lost]
         since[at:end] = last
         at = end
     if shared > at:

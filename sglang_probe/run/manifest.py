@@ -74,6 +74,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("rows_kept", "telemetry", "kept", "steer", "policy", "model_config", "switches"), (dict, _NOTHING)
     ),
+    **dict.fromkeys(("server", "server_given", "server_resolved"), (dict, _NOTHING)),
     "cached_tokens_disagreements": (list, _NOTHING),
 }
 """What a value may be, of keys that are read without a further look."""

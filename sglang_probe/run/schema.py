@@ -156,7 +156,8 @@ TREE = pa.schema(
         ("order", pa.int64()),  # of all events since `opened`
         ("at_forward", pa.int64()),  # the first forward that is launched after it; matched: the forward that used it
         # opened: a recording begins, with order 0. published: the tree holds positions [0, end) of the request, of
-        # which [start, end) are new to it. matched: the tree gave [0, end). evicted, flushed: it lost entries.
+        # which [start, end) are new to it or took the place of older ones. matched: the tree gave [0, end). evicted,
+        # flushed: it lost entries.
         ("event", pa.string()),
         ("rid", pa.string()),  # published and matched; null: of a request that this recording does not know
         ("attempt", pa.int32()),
@@ -167,6 +168,7 @@ TREE = pa.schema(
         ("limited_by", pa.string()),  # matched: why so: last token | logprob_start | asked | cache off
         ("tokens", pa.int32()),  # evicted: KV slots that were freed
         ("labels", pa.string()),  # matched: JSON of what the request says that it belongs to; null: nothing
+        ("sliding", pa.bool_()),  # matched: only where the entries of sliding layers were there too; null: no such pool
     ]
 )
 
@@ -284,7 +286,7 @@ ADDED = {
     "forwards": ("unaccounted", "weights"),
     "spans": ("intervention",),
     "prompts": ("prefix_hashes",),
-    "tree": ("labels",),
+    "tree": ("labels", "sliding"),
 }
 """Columns of the ledger's tables that runs of earlier releases do not have, by table; they are read as null."""
 

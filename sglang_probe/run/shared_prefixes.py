@@ -37,6 +37,8 @@ class Match(NamedTuple):
     end: int
     limit: float
     limited_by: str | None
+    sliding: bool
+    """Given only as far as the entries of sliding layers, which have a pool of their own, were there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class SharedPrefixes:
         self.ids, self.names, self.lengths = ids, names, lengths
         self._hashes, self._offsets = hashes, offsets
         matched = tree[(tree["event"] == schema.MATCHED)]
-        columns = ("rid", "attempt", "order", "end", "limit", "limited_by")
+        matched = matched.assign(sliding=matched["sliding"].eq(True))
+        columns = ("rid", "attempt", "order", "end", "limit", "limited_by", "sliding")
         told = zip(*(matched[c].tolist() for c in columns), strict=True)
         self.matches = {(str(rid), int(attempt)): Match(*rest) for rid, attempt, *rest in told}
         self.row_of = {str(name): i for i, name in enumerate(names)}

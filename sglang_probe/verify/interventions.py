@@ -36,7 +36,8 @@ class _Under:
 
 def has_interventions(run: Run) -> bool:
     """Whether anything in the run says that there were any."""
-    if run.manifest.get("steer") or (run.manifest.get("policy") or {}).get("steer"):
+    m = run.manifest
+    if m.get("steer") or (m.get("policy") or {}).get("steer") or m.get("positions_intervened", 0) != 0:
         return True
     marked = bool(run.spans()["intervention"].notna().any())
     return marked or not run.interventions().empty or not run.gates().empty

@@ -69,6 +69,8 @@ def _named(run: Run) -> Iterator[str]:
             yield from _whole(m)
     if m["schema_version"] < seal.SINCE_SCHEMA and (run.path / seal.NAME).exists():
         yield f"the run has a seal, and schema version {m['schema_version']} has none"
+    if m["schema_version"] < 6:
+        yield from (f"schema version {m['schema_version']} has no `{key}`" for key in _SINCE_SCHEMA_6 if key in m)
     if m["schema_version"] < 1:
         yield f"schema version {m['schema_version']} does not exist"
     if m["status"] not in _STATUSES:

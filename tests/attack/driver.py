@@ -27,6 +27,7 @@ from sglang_probe.prove.clients import Clients
 from sglang_probe.prove.traffic import make_traffic
 from sglang_probe.workload.build import Workload
 from tests.attack.plan import plan_of
+from tests.attack.windowed import renewed_prefixes
 
 _PLACEHOLDER = {"source": "shared_prefix", "families": 1, "requests_per_family": 1, "exemplars": 0}
 """A workload that fits into any KV pool; the requests are replaced."""
@@ -82,7 +83,7 @@ def main() -> None:
     except UnsupportedError as e:
         print("REFUSED", json.dumps(e.message), flush=True)
         return
-    traffic = make_traffic(plan)
+    traffic = renewed_prefixes(plan.seed, plan.requests, plan.vocabulary) if plan.renewed else make_traffic(plan)
     requests = [t.request for t in traffic]
     prepared = replace(prepared, workload=Workload(tuple(requests)))
     clients = Clients(plan, traffic, requests)

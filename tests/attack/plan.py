@@ -53,6 +53,8 @@ class Plan(Habits):
     """Rows captured. Without `hook_embed` ownership is not checked by content."""
     simulated_graphs: bool = False
     """The rows take the path of a GPU."""
+    renewed: bool = False
+    """The traffic is that of `tests.attack.windowed.renewed_prefixes`."""
     refused: str | None = None
     """The server argument for which the probe must refuse the engine."""
 

@@ -3,28 +3,31 @@ former in a pool of their own, and drops them past the window."""
 
 from __future__ import annotations
 
-import json
+import random
 import shutil
 from pathlib import Path
 
 import torch
 
 from sglang_probe.paths import shipped
+from sglang_probe.prove.traffic import Traffic
+from sglang_probe.workload.request import Request, SegmentSpan
 
 WINDOW = 48
 """Positions that a sliding layer attends to: shorter than most prompts of the traffic."""
 
 
 def make_windowed(folder: Path) -> Path:
-    """A Gemma 3 of four layers and width 64, with the tokenizer of `probe-text`.
+    """A Mellum of four layers and width 64 without experts, with the tokenizer of `probe-text`.
 
-    `is_hybrid_swa` in the configuration asks SGLang for the second pool, which Gemma 4 and gpt-oss have without asking;
-    these two SGLang serves with attention kernels of accelerators alone (`arg_groups/model_hook.py`).
+    Of the models with two pools it is one that SGLang serves with attention in PyTorch. Gemma 4 and gpt-oss ask for
+    attention of accelerators (`arg_groups/model_hook.py`), and Gemma 3 gets one pool whatever its configuration says
+    (`arg_groups/model_overrides/gemma2_gemma3.py`).
     """
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import MellumConfig, MellumForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
+    config = MellumConfig(
         vocab_size=3072,
         hidden_size=64,
         intermediate_size=96,
@@ -32,18 +35,42 @@ def make_windowed(folder: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        query_pre_attn_scalar=16,
         max_position_embeddings=2048,
         sliding_window=WINDOW,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        mlp_layer_types=["dense"] * 4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    told = json.loads((folder / "config.json").read_text())
-    told |= {"is_hybrid_swa": True, "hybrid_layer_pattern": [1, 1, 1, 0]}
-    (folder / "config.json").write_text(json.dumps(told))
+    MellumForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(shipped("models/probe-text/checkpoint") / name, folder / name)
     return folder
+
+
+def renewed_prefixes(seed: int, requests: int, vocabulary: int) -> list[Traffic]:
+    """Prompts that are computed again after the tree has lost their sliding entries, and reused after that.
+
+    Twelve prefixes at a time: each is served once, by which time the entries of the earlier ones have been driven out
+    of the small pool; then each is asked again, which computes it and puts the new entries in the place of the old ones
+    in all layers, and a third request reuses it at once.
+    """
+    rng = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(10, vocabulary) for _ in range(n)]
+
+    prompts: list[list[int]] = []
+    while len(prompts) < requests:
+        prefixes = [tokens(rng.randint(150, 250)) for _ in range(12)]
+        prompts += [p + tokens(20) for p in prefixes]
+        prompts += [p + tokens(20) for p in prefixes for _ in range(2)]
+    params = {"max_new_tokens": 4, "temperature": 1.0, "ignore_eos": True}
+    return [
+        Traffic(Request(i, f"r{i:06d}", tuple(p), (SegmentSpan("prompt", 0, len(p)),), None, params))
+        for i, p in enumerate(prompts[:requests])
+    ]

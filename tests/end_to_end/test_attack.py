@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_probe.engine.releases import release
+from tests.attack.latent import make_latent
 from tests.attack.outcome import Outcome, attack
 from tests.attack.plan import TIGHT
 from tests.attack.windowed import make_windowed
@@ -31,7 +32,7 @@ CALM = {
 }
 RETRACT = {"SGLANG_TEST_RETRACT": "1"}
 NEWER_TREE = pytest.mark.skipif(
-    not release().tree.endswith("UnifiedRadixCache"), reason="sliding windows are in a tree of another class there"
+    not release().tree.endswith("UnifiedRadixCache"), reason="not attacked with the tree of that release"
 )
 
 
@@ -59,38 +60,61 @@ def windowed(folder: Path, env: dict[str, str] | None = None, **server: Any) -> 
     return {**tight(env, **server), "model": str(make_windowed(folder / "model")), "hook_points": []}
 
 
+def renewed(folder: Path) -> dict[str, Any]:
+    """Prefixes whose sliding entries are lost, that are computed again, and reused then."""
+    served = {"renewed": True, "concurrency": 1, "waves": [60, 60]}
+    return {**windowed(folder, max_total_tokens=8192, swa_full_tokens_ratio=0.05), **served}
+
+
 @NEWER_TREE
 def test_sliding_windows_in_a_pool_of_their_own(tmp_path: Path) -> None:
-    outcome = attack(tmp_path, 2, 60, plan=windowed(tmp_path))
+    outcome = attack(tmp_path, 2, 36, plan=renewed(tmp_path))
     assert outcome.noticed == [], outcome.output
     assert outcome.oracle["compared"] > 20_000
     assert outcome.counts["reused"] > 1000
-
-
-@NEWER_TREE
-@pytest.mark.slow
-def test_sliding_windows_in_pages_with_retractions(tmp_path: Path) -> None:
-    outcome = attack(tmp_path, 3, 100, plan=windowed(tmp_path, RETRACT, page_size=16, max_total_tokens=2048))
-    assert outcome.noticed == [], outcome.output
-    assert outcome.counts["retracted"] > 0
+    assert outcome.counts["rebinds"] > 0  # no prefix could be lost in one pool, which holds all of this traffic
 
 
 @NEWER_TREE
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "planted",
-    [
-        "reuse wrong slots",
-        "exchange two owners",
-        "ignore rebinds",
-        pytest.param(
-            "ignore what the tree took",
-            marks=pytest.mark.xfail(reason="the tree replaces nothing in this traffic that is reused afterwards"),
-        ),
-    ],
+    "plan", [{}, {"env": RETRACT, "page_size": 16, "max_total_tokens": 4096}], ids=["tokens", "pages, retractions"]
+)
+def test_random_traffic_among_sliding_windows(plan: dict[str, Any], tmp_path: Path) -> None:
+    outcome = attack(tmp_path, 3, 100, plan=windowed(tmp_path, **plan))
+    assert outcome.noticed == [], outcome.output
+    assert outcome.counts["retracted"] > 0 or not plan
+
+
+@NEWER_TREE
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "planted", ["reuse wrong slots", "exchange two owners", "ignore rebinds", "ignore what the tree took"]
 )
 def test_what_is_planted_among_sliding_windows_is_noticed(planted: str, tmp_path: Path) -> None:
-    outcome = attack(tmp_path, 2, 60, sabotage=planted, plan=windowed(tmp_path))
+    outcome = attack(tmp_path, 2, 36, sabotage=planted, plan=renewed(tmp_path))
+    assert outcome.noticed, outcome.output
+
+
+def latent(folder: Path, env: dict[str, str] | None = None, **server: Any) -> dict[str, Any]:
+    """The same with a model whose cache holds one latent vector a position."""
+    return {**tight(env, **server), "model": str(make_latent(folder / "model")), "hook_points": []}
+
+
+@NEWER_TREE
+def test_latent_attention(tmp_path: Path) -> None:
+    outcome = attack(tmp_path, 2, 60, plan=latent(tmp_path, RETRACT))
+    assert outcome.noticed == [], outcome.output
+    assert outcome.oracle["compared"] > 20_000
+    assert outcome.counts["reused"] > 1000
+    assert outcome.counts["retracted"] > 0
+
+
+@NEWER_TREE
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", ["reuse wrong slots", "exchange two owners", "ignore rebinds"])
+def test_what_is_planted_under_latent_attention_is_noticed(planted: str, tmp_path: Path) -> None:
+    outcome = attack(tmp_path, 2, 60, sabotage=planted, plan=latent(tmp_path))
     assert outcome.noticed, outcome.output
 
 

@@ -15,6 +15,8 @@ from sglang_probe.run.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
+from tests.attack.latent import make_latent
+from tests.attack.windowed import make_windowed
 
 pytestmark = pytest.mark.engine
 
@@ -89,3 +91,33 @@ def test_fp32_rows_agree_with_transformers(
     assert all(c.holds for c in verify(run))
     errors = reference_errors(run, str(model), requests=3)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_latent, make_windowed])
+def test_the_reference_platform_computes_models_of_the_ledger_alone(
+    make: Callable[[Path], Path], cli: Callable, write_yaml: Callable, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make(tmp_path / "model")
+    config = write_yaml(
+        "model",
+        model=str(model),
+        dtype="float32",
+        hook_points=[],
+        arm={"cache": "on"},
+        concurrency=1,
+        sampling={"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
+        workload={"families": 1, "requests_per_family": 3, "exemplars": 1},
+    )
+    done = cli("harvest", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    requests = load_run(tmp_path / "run").requests()
+    assert requests["cached_tokens"].sum() > 0
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for request in requests.itertuples():
+        ids = torch.tensor([[*request.prompt_ids, *request.output_ids]])
+        with torch.no_grad():
+            best = reference(ids).logits[0, len(request.prompt_ids) - 1 : -1].argmax(-1)
+        assert best.tolist() == list(request.output_ids)

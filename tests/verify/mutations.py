@@ -47,6 +47,7 @@ UNDECIDED = {
     "cells forwards.graph*": "whether a graph was replayed is written nowhere else",
     "cells rebinds.at_forward*: +1*": "when the cache took a request's entries is not in the ledger",
     "cells tree.at_forward*: +1*": "when the tree took entries that nobody used at once is written nowhere else",
+    "cells tree.sliding*": "which pools the cache has is written nowhere else",
     "cells tree.order*: +1*": "numbers are left out where the tree was asked again for a request that waited",
     "cells tree.rid*": _PUBLISHED,
     "cells tree.attempt*: null*": _PUBLISHED,

@@ -145,6 +145,7 @@ class Session:
             first_forward=forward,
             first_row=row,
             tolerant=self.live is not None,
+            sliding=len(getattr(scheduler.tree_cache, "components", ())) > 1,
         )
 
     def follow(self) -> None:

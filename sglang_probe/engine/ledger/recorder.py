@@ -62,6 +62,7 @@ class Recorder:
         first_forward: int = 0,
         first_row: int = 0,
         tolerant: bool = False,
+        sliding: bool = False,
     ) -> None:
         self._sink = sink
         self.lineage = lineage
@@ -71,7 +72,7 @@ class Recorder:
         self._pending: deque[ForwardPlan] = deque()
         self._progress: dict[str, _Progress] = {}
         self._rebinds: list[tuple[Any, ...]] = []
-        self._tree = TreeEvents(first_forward)
+        self._tree = TreeEvents(first_forward, sliding=sliding)
         self._ended: list[RequestEnd] = []
         self._gone: list[str] = []
         self._under: dict[str, Under] = {}
@@ -175,7 +176,8 @@ class Recorder:
                 raise
             self._lose(rid, e.message)
             rebound = self.lineage.publish(rid, *entries)  # of an unknown owner now
-        self._tree.published(self._next_forward, rid, attempt, context, first_new, length)
+        for start, stop in (*taken, (first_new, length)):
+            self._tree.published(self._next_forward, rid, attempt, context, start, stop)
         for o in rebound:
             self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
 

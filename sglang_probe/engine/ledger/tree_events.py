@@ -18,9 +18,11 @@ class TreeEvents:
 
     Args:
         forward: the first forward pass of the recording.
+        sliding: the tree has a second component, of layers with windows, whose entries are lost apart from the others.
     """
 
-    def __init__(self, forward: int) -> None:
+    def __init__(self, forward: int, *, sliding: bool = False) -> None:
+        self._sliding = sliding or None
         self._order = 0
         self._key = secrets.token_bytes(16)
         self._waiting = [_event(0, forward, schema.OPENED)]
@@ -49,10 +51,12 @@ class TreeEvents:
             limit=m.limit,
             limited_by=m.limited_by,
             labels=context.labels,
+            sliding=self._sliding,
         )
 
     def published(self, forward: int, rid: str, attempt: int, context: Context, first_new: int, length: int) -> None:
-        """The tree holds `[0, length)` of a request, and had `[0, first_new)` before."""
+        """The tree holds `[0, length)` of a request. `[first_new, length)` was new to it, or took the place of older
+        entries."""
         self._add(
             forward,
             schema.PUBLISHED,

@@ -71,8 +71,8 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         if not options["causal"] or _special(encoder_lens, options):
             self._refuse_kept_sets()
             stock: Any = super()._run_sdpa_forward_extend
-            pools = (k_cache, v_cache, req_to_token, req_pool_indices)
-            result: Tensor = stock(query, output, *pools, *lengths, encoder_lens, **options)
+            entries = self._entries_of_layer(req_to_token, req_pool_indices, seq_lens)
+            result: Tensor = stock(query, output, k_cache, v_cache, *entries, *lengths, encoder_lens, **options)
             return result
         evicted = {e.row: e for e in self._evicted}
         scaling = options["scaling"]
@@ -105,8 +105,8 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         if _special(encoder_lens, options):
             self._refuse_kept_sets()
             stock: Any = super()._run_sdpa_forward_decode
-            pools = (k_cache, v_cache, req_to_token)
-            result: Tensor = stock(query, output, *pools, req_pool_indices, seq_lens, encoder_lens, **options)
+            entries = self._entries_of_layer(req_to_token, req_pool_indices, seq_lens)
+            result: Tensor = stock(query, output, k_cache, v_cache, *entries, seq_lens, encoder_lens, **options)
             return result
         scaling = options["scaling"]
         rows = [e.row for e in self._evicted]
@@ -120,6 +120,20 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
                 k_LGD, v_LGD = k_cache.index_select(0, slots), v_cache.index_select(0, slots)
                 output[row : row + 1] = _attend(query[row : row + 1], k_LGD, v_LGD, scaling)
         return output
+
+    def _entries_of_layer(self, req_to_token: Tensor, rows: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a layer's entries are: slots by request and position, and each row's request in it.
+
+        Layers with a window may have a pool of their own. The stock code writes into that by its numbers, and reads
+        from it by those of the other pool.
+        """
+        if not getattr(self, "use_sliding_window_kv_pool", False):
+            return req_to_token, rows
+        pool: Any = self.token_to_kv_pool
+        if not pool.layers_mapping[self._layer][1]:
+            return req_to_token, rows
+        slots = req_to_token[rows, : int(seq_lens.max())].to(torch.int64)
+        return pool.translate_loc_from_full_to_swa(slots), torch.arange(len(rows))
 
     @guard.guarded
     def _rows_with_kept_sets(self, forward_batch: Any) -> list[KeptRow]:

@@ -55,4 +55,14 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
         def create(runner: Any) -> Any:
             from sglang_probe.engine.platform.attention import ProbeTorchBackend
 
+            if runner.use_mla_backend:
+                _attend_latently()
             return ProbeTorchBackend(runner)
+
+
+def _attend_latently() -> None:
+    """Models with latent attention compute every forward in the latent space. SGLang's default computes a prompt with
+    nothing cached from keys and values that are in no cache, which PyTorch's attention there does not read."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+
+    handler.AttentionBackendRegistry.register(PROBE_TORCH, handler._dispatch_mla_subtype)

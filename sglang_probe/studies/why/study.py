@@ -28,6 +28,8 @@ REMEDIES: Mapping[str, str] = {
     f"{Cause.DIVERGED}: {Difference.TEXT}": "put the text that is repeated before the text that differs",
     str(Cause.EVICTED): "the cache is too small for this traffic: more KV tokens (`mem_fraction_static`, "
     "`max_total_tokens`), fewer requests at a time, or requests of one prefix sent together",
+    str(Cause.WINDOW): "the sliding layers' entries of the prefix were dropped: a larger pool for them "
+    "(`swa_full_tokens_ratio`), or requests of one prefix sent together",
     str(Cause.FLUSHED): "the cache was emptied: by a flush, an update of the weights, or a restart",
     str(Cause.PAGE_ROUNDING): "a smaller page size: entries are shared in whole pages only",
     str(Cause.NOT_YET_PUBLISHED): "let the first request of a prefix go ahead: entries are shared once its chunk, its "

@@ -51,6 +51,7 @@ class Scheduler:
     """One step behind, as SGLang's overlap scheduling is; every request finishes by length."""
 
     page_size, max_total_num_tokens = 1, 4096
+    tree_cache = None
 
     def __init__(self) -> None:
         self.forward_ct = 0
