@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
 export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo demo-real test test-all attack bench bench-gpu wheel docs lint setup clean
+.PHONY: demo demo-real test test-all attack soak bench bench-gpu wheel docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -41,6 +41,9 @@ test-all: setup $(VENV)/.sae $(OLDER)/.ready ## slow tests too, training of SAEs
 attack: setup ## random traffic, steered and plain, against itself alone; then in 60 random configurations against the true owner of every KV slot; half an hour; the second part is resumable
 	$(BIN)/python -m tests.attack.steering
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
+
+soak: setup ## an hour of harvests and servers that are killed, and whose disks and clocks fail; resumable
+	$(BIN)/python -m tests.attack.soak --out runs/soak --hours 1 --document docs/evidence/soak.md
 
 bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md
 	$(BIN)/python bench/overhead.py
