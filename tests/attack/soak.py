@@ -28,6 +28,7 @@ from tests.attack.mishaps import ALL, KILLS, build_shim
 from tests.attack.outcome import ROOT
 from tests.attack.soak_harvest import HarvestRound
 from tests.attack.soak_live import LiveRound
+from tests.warm.commands import shared
 
 HEADING = "## The run\n"
 REQUESTS, KILLED = 1_000_000, 1_000
@@ -46,6 +47,8 @@ def main() -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     shim = build_shim(args.out)
+    # Of the process that commands are forked from as well: the library asks for its settings at each call.
+    os.environ["LD_PRELOAD"] = str(shim)
     until, number = time.monotonic() + 3600 * args.hours, args.first
     while time.monotonic() < until and (args.rounds is None or number < args.first + args.rounds):
         path = args.out / f"round-{number}.json"
@@ -54,6 +57,7 @@ def main() -> int:
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(said(record), flush=True)
         number += 1
+    shared().close()
     records = sorted((json.loads(p.read_text()) for p in args.out.glob("round-*.json")), key=lambda r: r["round"])
     if not records:
         print("no round was done")

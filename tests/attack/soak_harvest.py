@@ -22,6 +22,7 @@ from sglang_probe.workload.request import asked_rid
 from tests.attack.mishaps import ENDED, KILLS, SIGNALS, Mishap, mishaps_of, recorder_of
 from tests.attack.outcome import ROOT
 from tests.attack.plan import Plan, plan_of
+from tests.warm.commands import Started, shared
 
 COMMANDS = 10
 """Commands of a round at most, of which the last ones meet nothing."""
@@ -53,6 +54,20 @@ def configuration_of(number: int, count: int) -> tuple[Plan, dict[str, Any]]:
     for name in ("tp_size", "dp_size", plan.refused):
         server.pop(name, None)
     return plan, server
+
+
+def _start(
+    arguments: Sequence[str], env: dict[str, str], log: Path, *, forked: bool
+) -> subprocess.Popen[bytes] | Started:
+    """Start the command, in a session of its own: of a process that has imported SGLang, or of none, for what is read
+    while it is imported."""
+    if forked:
+        return shared().start("sglang_probe", arguments, env, log)
+    with open(log, "ab") as out:
+        command = [sys.executable, "-m", "sglang_probe", *arguments]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
 
 
 class HarvestRound:
@@ -110,13 +125,10 @@ class HarvestRound:
 
     def _command(self, config: Path, mishap: Mishap | None, env: dict[str, str]) -> int:
         """Run the command, let go wrong what is to, and return its exit code."""
-        command = [sys.executable, "-m", "sglang_probe", "harvest", str(config), "--output", str(self.run), "--resume"]
-        mark = self.folder / f"mark-{len(self.codes)}"
-        env = os.environ | env | (mishap.environment(self.shim, self.run, mark) if mishap else {})
-        with open(self.folder / "log.txt", "ab") as log:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+        arguments = ["harvest", str(config), "--output", str(self.run), "--resume"]
+        mark, log = self.folder / f"mark-{len(self.codes)}", self.folder / "log.txt"
+        environment = os.environ | env | (mishap.environment(self.shim, self.run, mark) if mishap else {})
+        process = _start(arguments, environment, log, forked=not env)
         try:
             if mishap and mishap.kind in SIGNALS:
                 self._signal(process, mishap)
@@ -133,7 +145,7 @@ class HarvestRound:
                     self.missed.append(mishap.kind)
             self._wait_for_engines()
 
-    def _signal(self, process: subprocess.Popen[bytes], mishap: Mishap) -> None:
+    def _signal(self, process: subprocess.Popen[bytes] | Started, mishap: Mishap) -> None:
         """Send it at its moment; not if the command has ended by then."""
         while not mishap.starting and not recorder_of(self.run) and process.poll() is None:
             time.sleep(0.02)

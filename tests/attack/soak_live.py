@@ -89,15 +89,20 @@ class LiveRound:
     def _live(self, share: dict[str, Asked], mishap: Mishap | None, plan: Plan, arguments: Sequence[str]) -> None:
         n, kind = len(self.lives), mishap.kind if mishap else None
         mark, switch = self.folder / f"mark-{n}", self.folder / "broken"
-        env = {"SOAK_LIFE": str(n), **plan.env}
-        if mishap:
-            env |= mishap.environment(self.shim, self.run, mark, switch)
+        env = mishap.environment(self.shim, self.run, mark, switch) if mishap else {}
         life = Life(exact=kind not in (*SIGNALS, *DISK), served=kind not in SIGNALS)
         self.lives.append(life)
         probe = {"hook_points": plan.hook_points, "checkpoint_seconds": 0.5}
         segments = {"max_requests": 40, "patience": 1.0}
         server = LiveServer(
-            self.folder, *arguments, environment=env, probe=probe, privacy="ids", segments=segments, queue=1 << 14
+            self.folder,
+            *arguments,
+            environment=plan.env,
+            read_late=env,
+            probe=probe,
+            privacy="ids",
+            segments=segments,
+            queue=1 << 14,
         )
         try:
             if kind in SIGNALS and mishap and mishap.starting:
