@@ -122,7 +122,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"minutes: {requests:,} requests, {total('positions'):,} positions, {total('rows'):,} numbered rows, {kills} "
         f"SIGKILLs. Rounds in which something was wrong: {len(wrong)}.",
         "",
-        f"Of the harvests' requests {total('asked_again'):,} were asked again after an engine had ended, and "
+        f"Of the harvests' requests {total('asked_again'):,} were asked by a command that resumed, and "
         f"{total('refused'):,} are recorded as refused (by SGLang, or because an engine was killed twice while the "
         f"request was in flight, the second time alone). Of the {total('requests', 'live'):,} requests to servers "
         f"{total('answered'):,} were answered, {total('busy'):,} met a full queue, and {total('recorded'):,} of the "
