@@ -126,8 +126,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"{total('refused'):,} are recorded as refused (by SGLang, or because an engine was killed twice while the "
         f"request was in flight, the second time alone). Of the {total('requests', 'live'):,} requests to servers "
         f"{total('answered'):,} were answered, {total('busy'):,} met a full queue, and {total('recorded'):,} of the "
-        f"answered ones are in {total('segments'):,} segments; the others of these met a server that was killed, or a "
-        "disk that failed.",
+        f"answered ones are in {total('segments'):,} segments; the others of these met a server that got a "
+        "signal, a disk that failed, or a segment that is named below.",
         "",
         f"The aim is a million requests and a thousand kills: this is {requests / REQUESTS:.2%} and "
         f"{kills / KILLED:.1%} of it. {_at_this_rate(hours, requests, kills)}",
@@ -149,8 +149,7 @@ def _at_this_rate(hours: float, requests: int, kills: int) -> str:
 
     return (
         f"At the rate of these rounds a million requests would take {takes(REQUESTS, requests)} and a thousand kills "
-        f"{takes(KILLED, kills)}, most of which is engines that start; more requests a round (`--requests`) cost "
-        "little more."
+        f"{takes(KILLED, kills)}."
     )
 
 
