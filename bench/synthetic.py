@@ -25,6 +25,9 @@ from sglang_probe.run.manifest import MANIFEST
 TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
 VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`
 NAMES = ["template", "system", "exemplar", "user"]
+BLOCK = 20_000
+_COLUMNS = [*schema.ENGINE_REQUESTS.names, "index", "family", "prompt_ids", "segments", "sampling_params"]
+_SCHEMA = pa.schema([schema.REQUESTS.field(name) for name in _COLUMNS])
 
 
 def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
@@ -41,44 +44,39 @@ def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
     prefix_ids = rng.integers(*VOCABULARY, (families, int(shared.max())), dtype=np.int32)
     prefix_ids[:, :TEMPLATE] = prefix_ids[0, :TEMPLATE]
 
-    # Prompts: the family's prefix, then random tokens.
-    offsets = np.concatenate([[0], np.cumsum(prompt)])
-    ids = rng.integers(*VOCABULARY, int(offsets[-1]), dtype=np.int32)
-    for r in range(requests):
-        n = int(shared[family[r]])
-        ids[offsets[r] : offsets[r] + n] = prefix_ids[family[r], :n]
-    out_offsets = np.concatenate([[0], np.cumsum(output)])
-    out_ids = rng.integers(*VOCABULARY, int(out_offsets[-1]), dtype=np.int32)
-    rid = pa.array([f"r{i:06d}" for i in range(requests)])
+    rid = pa.array([f"r{i:07d}" for i in range(requests)])
     edges = np.stack(
         [np.zeros(requests, int), np.full(requests, TEMPLATE), TEMPLATE + system[family], shared[family], prompt]
-    )
-    segments = pa.StructArray.from_arrays(
-        [
-            pa.array(NAMES * requests),
-            pa.array(edges[:-1].T.ravel().astype(np.int32)),
-            pa.array(edges[1:].T.ravel().astype(np.int32)),
-        ],
-        names=["name", "start", "end"],
-    )
+    ).astype(np.int32)
     cached, spans = _spans(rng, family, shared, prompt, output, rid)
-    table = {
-        "rid": rid,
-        "prompt_len": pa.array(prompt.astype(np.int32)),
-        "output_len": pa.array(output.astype(np.int32)),
-        "cached_tokens": pa.array(cached.astype(np.int32)),
-        "retractions": pa.array(np.zeros(requests, np.int32)),
-        "finish_reason": pa.array(["length"] * requests),
-        "output_ids": pa.ListArray.from_arrays(pa.array(out_offsets.astype(np.int32)), pa.array(out_ids)),
-        "index": pa.array(np.arange(requests)),
-        "family": pa.array([f"f{f}" for f in family]),
-        "prompt_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids)),
-        "segments": pa.ListArray.from_arrays(pa.array(np.arange(requests + 1, dtype=np.int32) * len(NAMES)), segments),
-        "sampling_params": pa.array(["{}"] * requests),
-    }
-    names = [n for n in schema.REQUESTS.names if n in table]
-    written = pa.table({n: table[n] for n in names}, schema=pa.schema([schema.REQUESTS.field(n) for n in names]))
-    pq.write_table(written, out / REQUESTS_FILE, compression="zstd")
+    # Some requests at a time: their token ids are most of the run.
+    with pq.ParquetWriter(out / REQUESTS_FILE, _SCHEMA, compression="zstd") as writer:
+        for low in range(0, requests, BLOCK):
+            mine = slice(low, min(low + BLOCK, requests))
+            n = mine.stop - low
+            ids, own_ids = (_lists(rng, lengths[mine]) for lengths in (prompt, output))
+            values, offsets = ids.values.to_numpy(zero_copy_only=False).copy(), ids.offsets.to_numpy()
+            for r, f in enumerate(family[mine].tolist()):  # the family's prefix, then random tokens
+                values[offsets[r] : offsets[r] + int(shared[f])] = prefix_ids[f, : int(shared[f])]
+            segments = pa.StructArray.from_arrays(
+                [pa.array(NAMES * n), *(pa.array(edges[at, mine].T.ravel()) for at in (slice(0, -1), slice(1, None)))],
+                names=["name", "start", "end"],
+            )
+            table = {
+                "rid": rid[mine],
+                "prompt_len": pa.array(prompt[mine].astype(np.int32)),
+                "output_len": pa.array(output[mine].astype(np.int32)),
+                "cached_tokens": pa.array(cached[mine].astype(np.int32)),
+                "retractions": pa.array(np.zeros(n, np.int32)),
+                "finish_reason": pa.array(["length"] * n),
+                "output_ids": own_ids,
+                "index": pa.array(np.arange(low, low + n)),
+                "family": pa.array([f"f{f}" for f in family[mine]]),
+                "prompt_ids": pa.ListArray.from_arrays(ids.offsets, pa.array(values)),
+                "segments": pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * len(NAMES)), segments),
+                "sampling_params": pa.array(["{}"] * n),
+            }
+            writer.write_table(pa.table({name: table[name] for name in _SCHEMA.names}, schema=_SCHEMA))
     for number, (a, b) in enumerate(pairwise(np.linspace(0, len(spans), parts + 1).astype(int))):
         file = f"ledger/spans-{number:05d}.parquet"
         digest = journal.write_durably(out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p))
@@ -86,6 +84,12 @@ def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
     manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name, "hook_points": {}}
     (out / MANIFEST).write_text(json.dumps({**manifest, "requests_expected": requests}))
     return int((prompt + output - 1).sum())
+
+
+def _lists(rng: np.random.Generator, lengths: np.ndarray) -> pa.ListArray:
+    """Random token ids, a list of each length."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(*VOCABULARY, offsets[-1], dtype=np.int32)))
 
 
 def _spans(
