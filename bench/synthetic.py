@@ -1,10 +1,11 @@
 """A made-up run directory of any size, with the structure of few-shot traffic on a cached server.
 
-    python bench/synthetic.py OUT [--requests 200000] [--seed 0]
+    python bench/synthetic.py OUT [--requests 200000] [--seed 0] [--width 0]
 
 Every request is a short part that all share, a prefix of its family, a question of its own, and an output. The first
 request of a family computes the prefix, later ones reuse it; now and then it was evicted and is computed again. Token
-ids are drawn at random. The ledger's invariants hold; there are no captured rows.
+ids are drawn at random. The ledger's invariants hold. With `--width` every computed position has a row of random
+bfloat16 numbers, of so many, at `blocks.0.hook_resid_post`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
 
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.shards import ROWS_KEY
 
 TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
 VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`
 NAMES = ["template", "system", "exemplar", "user"]
 BLOCK = 20_000
+HOOK_POINT = "blocks.0.hook_resid_post"
 _COLUMNS = [*schema.ENGINE_REQUESTS.names, "index", "family", "prompt_ids", "segments", "sampling_params"]
 _SCHEMA = pa.schema([schema.REQUESTS.field(name) for name in _COLUMNS])
 
 
-def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
+def generate(out: Path, requests: int, seed: int = 0, parts: int = 20, width: int = 0) -> int:
     """Write the run; returns its number of positions (500 a request on average)."""
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True)
@@ -77,13 +82,36 @@ def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
                 "sampling_params": pa.array(["{}"] * n),
             }
             writer.write_table(pa.table({name: table[name] for name in _SCHEMA.names}, schema=_SCHEMA))
+    end = 0
+    if width:
+        spans, rows = _numbered(spans)
     for number, (a, b) in enumerate(pairwise(np.linspace(0, len(spans), parts + 1).astype(int))):
+        here = int(rows[a:b].sum()) if width else 0
+        end += here
+        part = journal.Part(number, 0, 0, end, here)
         file = f"ledger/spans-{number:05d}.parquet"
-        digest = journal.write_durably(out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p))
-        journal.append(out, journal.Part(number, 0, 0, 0, 0, {file: digest}))
-    manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name, "hook_points": {}}
-    (out / MANIFEST).write_text(json.dumps({**manifest, "requests_expected": requests}))
+        part.files[file] = journal.write_durably(
+            out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p)
+        )
+        if width:
+            file = f"rows/{HOOK_POINT}/shard-{part.stem}.safetensors"
+            values = torch.from_numpy(rng.standard_normal((here, width), dtype=np.float32)).bfloat16()
+            part.files[file] = journal.write_durably(out / file, lambda p, x=values: save_file({ROWS_KEY: x}, p))
+        journal.append(out, part)
+    manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name}
+    manifest |= {"hook_points": {HOOK_POINT: ""} if width else {}, "requests_expected": requests}
+    (out / MANIFEST).write_text(json.dumps(manifest))
     return int((prompt + output - 1).sum())
+
+
+def _numbered(spans: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """Spans with the rows of computed positions numbered in their order, and how many each has."""
+    lengths = spans["end"].to_numpy() - spans["start"].to_numpy()
+    rows = np.where(spans["status"].to_numpy() == schema.COMPUTED, lengths, 0).astype(np.int64)
+    first = np.where(rows > 0, np.cumsum(rows) - rows, -1)
+    spans = spans.set_column(spans.column_names.index("row_start"), "row_start", pa.array(first))
+    step = pa.array(np.ones(len(rows), np.int32))
+    return spans.set_column(spans.column_names.index("row_step"), "row_step", step), rows
 
 
 def _lists(rng: np.random.Generator, lengths: np.ndarray) -> pa.ListArray:
@@ -145,8 +173,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=0)
     args = parser.parse_args()
-    print(f"{generate(args.out, args.requests, args.seed):,} positions")
+    print(f"{generate(args.out, args.requests, args.seed, width=args.width):,} positions")
 
 
 if __name__ == "__main__":
