@@ -107,7 +107,9 @@ def main() -> None:
         f"{args.requests[0]:,} and {args.requests[1]:,} requests, with a row of {args.width} bfloat16 numbers for each "
         "computed position at one hook point. Peak of the resident set, Python and libraries included; mapped pages of "
         "shards count, which the system takes back when it needs them. Starting Python with the libraries takes about "
-        "730 MiB of each peak, and some MiB of each are chance, so that bytes for a position are rough.\n\n" + "\n".join(lines) + "\n"
+        "730 MiB of each peak, and some MiB of each are chance, so that bytes for a position are rough.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     write_section(args.out, "Memory of reading large runs", text)
 
