@@ -49,6 +49,7 @@ bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/eviction.py --out docs/evidence/benchmarks.md
 	$(BIN)/python bench/coverage.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/monitor.py --out docs/evidence/benchmarks.md
 
 bench-gpu: export SGLANG_PROBE_DEVICE :=
