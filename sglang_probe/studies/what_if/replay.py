@@ -7,7 +7,7 @@ all the same and counted (`did_not_fit`): the engine would have let it wait or r
 
 from __future__ import annotations
 
-import itertools
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,19 +150,23 @@ def as_recorded(
         computing = _computing(of_rank)
         if cache.tree.page != recorded_page:
             own = own.assign(end=_whole(own, of_rank, recorded_page))
-        last = _last(own, computing)
+        of_forwards = forwards[forwards["dp_rank"] == rank]
+        decodes = of_forwards.loc[of_forwards["mode"] == "decode", "forward_id"].tolist()
+        last = _last(own, computing, decodes)
         epoch = (own["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
         events = own.assign(order=own["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
         events = _with_looks(events, looks)
         rows = list(events.itertuples())
         at = 0
         spaces = {(e.rid, e.attempt): _text(e.namespace) for e in rows if e.event == schema.MATCHED}
-        for forward in forwards.loc[forwards["dp_rank"] == rank, "forward_id"].tolist():
+        for forward in of_forwards["forward_id"].tolist():
             while at < len(rows) and rows[at].at_forward <= forward:
                 _event(cache, rows[at], ids, spaces, last, outcome)
                 at += 1
             computes = computing.get(forward, [])
             retracted = last.get(("before", forward), [])
+            if retracted:
+                cache.tree.make_room(len(computes) + len(retracted))
             for i, key in enumerate(retracted):
                 cache.retract(key, len(computes) + len(retracted) - 1 - i)
             cache.compute(computes)
@@ -234,7 +238,9 @@ def _computing(spans: pd.DataFrame) -> dict[int, list[tuple[tuple[str, int], int
     return out
 
 
-def _last(tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], int]]]) -> dict[Any, Any]:
+def _last(
+    tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], int]]], decodes: Sequence[int]
+) -> dict[Any, Any]:
     """After which event of the tree, or which forward, each attempt is gone."""
     used: dict[tuple[str, int], int] = {}
     for forward in sorted(computing):
@@ -247,11 +253,10 @@ def _last(tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], i
     )
     after = {(str(e.rid), int(e.attempt)): (int(e.at_forward), int(e.order)) for e in published.itertuples()}
     out: dict[Any, Any] = {}
-    forwards = sorted(computing)
-    follows = dict(itertools.pairwise(forwards))
     for key, forward in used.items():
-        if (key[0], key[1] + 1) in used and forward in follows:  # when the next forward was made up
-            out.setdefault(("before", follows[forward]), []).append(key)
+        next_decode = bisect.bisect_right(decodes, forward)
+        if (key[0], key[1] + 1) in used and next_decode < len(decodes):
+            out.setdefault(("before", decodes[next_decode]), []).append(key)
             continue
         at, order = after.get(key, (-1, -1))
         if at > forward:  # its end published it
