@@ -177,7 +177,7 @@ class LiveRecording:
         if so_far is None:
             return None
         now = so_far.with_flight(list(self.totals.pending), rid, finishing=finishing)
-        return {f"{PREFIX}.segment": self.segment.path.name, **now.attributes()}
+        return {f"{PREFIX}.request": rid, f"{PREFIX}.segment": self.segment.path.name, **now.attributes()}
 
     # ---------------------------------------------------------------- any thread
 

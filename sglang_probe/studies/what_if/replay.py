@@ -194,6 +194,10 @@ _LOOKED = "looked"
 def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outcome) -> None:
     if e.event in (schema.FLUSHED, schema.OPENED):
         cache.flush()
+    if e.event == schema.MATCHED:
+        together = last.get(("pause", e.order), [])
+        for i, key in enumerate(together):
+            cache.retract(key, len(together) - i)
     if e.event not in (schema.MATCHED, schema.PUBLISHED, _LOOKED) or e.rid not in ids:
         return
     key = (str(e.rid), int(e.attempt))
@@ -241,29 +245,54 @@ def _computing(spans: pd.DataFrame) -> dict[int, list[tuple[tuple[str, int], int
 def _last(
     tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], int]]], decodes: Sequence[int]
 ) -> dict[Any, Any]:
-    """After which event of the tree, or which forward, each attempt is gone."""
-    used: dict[tuple[str, int], int] = {}
+    """After which event of the tree, or which forward, each attempt is gone; and before which it is retracted.
+
+    Args:
+        decodes: forwards that decode and do nothing else.
+    """
+    used: dict[tuple[str, int], tuple[int, int]] = {}
     for forward in sorted(computing):
-        for key, _ in computing[forward]:
-            used[key] = forward
+        for row, (key, _) in enumerate(computing[forward]):
+            used[key] = forward, row
     epoch = (tree["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
-    published = tree.assign(order=tree["order"] + epoch * (1 << 40))[tree["event"] == schema.PUBLISHED]
-    published = (
-        published[published["rid"].notna()].sort_values("order").drop_duplicates(["rid", "attempt"], keep="last")
-    )
+    tree = tree.assign(order=tree["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
+    matched = tree[tree["event"] == schema.MATCHED]
+    begins = {(str(e.rid), int(e.attempt)): int(e.at_forward) for e in matched.itertuples()}
+    published = tree[(tree["event"] == schema.PUBLISHED) & tree["rid"].notna()]
+    published = published.drop_duplicates(["rid", "attempt"], keep="last")
     after = {(str(e.rid), int(e.attempt)): (int(e.at_forward), int(e.order)) for e in published.itertuples()}
     out: dict[Any, Any] = {}
-    for key, forward in used.items():
-        next_decode = bisect.bisect_right(decodes, forward)
-        if (key[0], key[1] + 1) in used and next_decode < len(decodes):
-            out.setdefault(("before", decodes[next_decode]), []).append(key)
+    paused: list[tuple[int, int, int, tuple[str, int]]] = []
+    for key, (forward, row) in used.items():
+        again = begins.get((key[0], key[1] + 1))
+        if again is not None:
+            # SGLang retracts while it makes up a decode (`update_running_batch`); it does not between a request's last
+            # forward and its next attempt where that is a pause, which retracts all (`pause_generation`).
+            follows = bisect.bisect_right(decodes, forward)
+            if follows < len(decodes) and decodes[follows] < again:
+                out.setdefault(("before", decodes[follows]), []).append(key)
+            else:
+                paused.append((again, forward, row, key))
             continue
         at, order = after.get(key, (-1, -1))
         if at > forward:  # its end published it
             out["order", order] = key
         else:
             out.setdefault(("forward", forward), []).append(key)
+    for together in _pauses(paused):
+        last = max(forward for _, forward, _, _ in together)
+        order = int(matched.loc[matched["at_forward"] > last, "order"].iloc[0])
+        out["pause", order] = [key for *_, key in sorted(together, key=lambda p: p[1:3])]
     return out
+
+
+def _pauses(paused: Sequence[tuple[int, int, int, tuple[str, int]]]) -> Iterator[list[Any]]:
+    """Requests of one pause each: those that had been in a forward before the first of them began again."""
+    waiting = sorted(paused)
+    while waiting:
+        first = waiting[0][0]
+        yield [p for p in waiting if p[1] < first]
+        waiting = [p for p in waiting if p[1] >= first]
 
 
 def one_by_one(asked: Sequence[Asked], make: Callable[[], Tree], replicas: int = 1) -> Outcome:

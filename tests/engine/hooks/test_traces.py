@@ -33,7 +33,7 @@ class Span:
 
 class Live:
     def traced(self, rid: str, *, finishing: bool) -> dict[str, Any]:
-        return {"sglang_probe.attempt": 0, "finishing": finishing}
+        return {"sglang_probe.request": rid, "finishing": finishing}
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_span_that_ends_gets_what_is_known_under_the_name_in_the_ledger(
     span = Span()
     launch(session, span)
     span_ends(span, abort_info=dropped)
-    assert span.attributes == {"sglang_probe.request": "r~1", "sglang_probe.attempt": 0, "finishing": finishing}
+    assert span.attributes == {"sglang_probe.request": "r~1", "finishing": finishing}
     span.attributes.clear()
     span_ends(span)  # again, where Python collects it
     assert span.attributes == {}

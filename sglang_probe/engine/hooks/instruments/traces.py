@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.base import Instrument
-from sglang_probe.engine.live.traced import PREFIX
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import UnsupportedError
 
@@ -76,6 +75,6 @@ def span_ends(span: Any, ts: int | None = None, abort_info: Any = None) -> None:
             return
         told = session.live.traced(name, finishing=abort_info is None)
         if told is not None:
-            span.trace_set_thread_attrs({f"{PREFIX}.request": name, **told})
+            span.trace_set_thread_attrs(told)
     except Exception:
         logger.exception("sglang-probe could not put attributes on a span")
