@@ -56,6 +56,10 @@ class _Holding:
     inserted: int = 0
 
 
+Computed = tuple[tuple[str, int], int, bool]
+"""A request of a forward, by rid and attempt; up to where it is computed, and whether that is a step of its output."""
+
+
 class Cache:
     """Running requests over a tree."""
 
@@ -70,23 +74,32 @@ class Cache:
         self._running[key] = _Holding(self.tree.slots(node), self.tree.lock(node), given, given)
         return given
 
-    def compute(self, wanted: Sequence[tuple[tuple[str, int], int]]) -> None:
-        """A forward computes requests up to these lengths."""
+    def compute(self, wanted: Sequence[Computed]) -> None:
+        """A forward computes requests up to these lengths: what it prefills has its slots first, then its steps."""
+        for decodes in (False, True):
+            need = [(self._running[k], end) for k, end, step in wanted if step == decodes and k in self._running]
+            self._allocate(need, decodes)
+
+    def _allocate(self, need: Sequence[tuple[_Holding, int]], decodes: bool) -> None:
         page = self.tree.page
-        need = [(self._running[k], end) for k, end in wanted if k in self._running]
-        more = {id(h): max(-(-end // page) * page - len(h.slots), 0) for h, end in need}
-        total = sum(more.values())
-        if total:
-            # A prefill reserves a page a request beyond what it needs, and a decode step a page where one begins.
-            self.tree.make_room(total + (page * len(need) if page > 1 else 0))
+        if need and page == 1:
+            self.tree.make_room(sum(end - len(h.slots) for h, end in need))
+        elif need:  # SGLang asks for a page a request, whether it needs one or not (`mem_cache/allocation.py`)
+            self.tree.make_room(page * len(need) + (0 if decodes else sum(end - h.length for h, end in need)))
         for h, end in need:
-            if n := more[id(h)]:
+            if n := max(-(-end // page) * page - len(h.slots), 0):
                 slots = self.tree.take(n)
                 if slots is None:
                     self.did_not_fit += 1
                     continue
                 h.slots = _joined(h.slots, slots)
             h.length = max(h.length, end)
+
+    def check_step(self, keys: Sequence[tuple[str, int]]) -> None:
+        """SGLang looks whether these requests can decode a step (`check_decode_mem`), and makes room for it."""
+        page = self.tree.page
+        held = [h for k in keys if (h := self._running.get(k)) is not None]
+        self.tree.make_room(page * sum(h.length % page == 0 for h in held))
 
     def publish(self, key: tuple[str, int], ids: Sequence[int], prompt: int, space: str | None) -> None:
         """The tree takes what a request holds."""
@@ -166,7 +179,7 @@ def as_recorded(
             computes = computing.get(forward, [])
             retracted = last.get(("before", forward), [])
             if retracted:
-                cache.tree.make_room(len(computes) + len(retracted))
+                cache.check_step([*retracted, *(key for key, _, _ in computes)])
             for i, key in enumerate(retracted):
                 cache.retract(key, len(computes) + len(retracted) - 1 - i)
             cache.compute(computes)
@@ -229,22 +242,20 @@ def _whole(tree: pd.DataFrame, spans: pd.DataFrame, page: int) -> pd.Series:
     return out
 
 
-def _computing(spans: pd.DataFrame) -> dict[int, list[tuple[tuple[str, int], int]]]:
-    """Of each forward, the requests that it computes something of, and up to where."""
-    out: dict[int, list[tuple[tuple[str, int], int]]] = {}
+def _computing(spans: pd.DataFrame) -> dict[int, list[Computed]]:
+    """Of each forward, what it computes."""
+    out: dict[int, list[Computed]] = {}
     for s in spans[spans["status"] == schema.COMPUTED].itertuples():
         key = (str(s.rid), int(s.attempt))
         if s.phase in schema.STEP_PHASES:
             for i in range(int(s.end) - int(s.start)):
-                out.setdefault(int(s.forward_id) + i, []).append((key, int(s.start) + i + 1))
+                out.setdefault(int(s.forward_id) + i, []).append((key, int(s.start) + i + 1, True))
         else:
-            out.setdefault(int(s.forward_id), []).append((key, int(s.end)))
+            out.setdefault(int(s.forward_id), []).append((key, int(s.end), False))
     return out
 
 
-def _last(
-    tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], int]]], decodes: Sequence[int]
-) -> dict[Any, Any]:
+def _last(tree: pd.DataFrame, computing: dict[int, list[Computed]], decodes: Sequence[int]) -> dict[Any, Any]:
     """After which event of the tree, or which forward, each attempt is gone; and before which it is retracted.
 
     Args:
@@ -252,7 +263,7 @@ def _last(
     """
     used: dict[tuple[str, int], tuple[int, int]] = {}
     for forward in sorted(computing):
-        for row, (key, _) in enumerate(computing[forward]):
+        for row, (key, _, _) in enumerate(computing[forward]):
             used[key] = forward, row
     epoch = (tree["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
     tree = tree.assign(order=tree["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
@@ -302,11 +313,11 @@ def one_by_one(asked: Sequence[Asked], make: Callable[[], Tree], replicas: int =
     for a in asked:
         cache, key = caches[a.replica], (a.rid, 0)
         outcome.given[key] = cache.match(key, a.ids[: a.prompt], min(a.limit, a.prompt - 1), a.space)
-        cache.compute([(key, a.prompt)])
+        cache.compute([(key, a.prompt, False)])
         if a.publishes:
             cache.publish(key, a.ids[: a.prompt], a.prompt, a.space)
         for n in range(a.prompt + 1, len(a.ids) + 1):
-            cache.compute([(key, n)])
+            cache.compute([(key, n, True)])
         if a.publishes:
             cache.publish(key, a.ids, a.prompt, a.space)
         cache.end(key)
