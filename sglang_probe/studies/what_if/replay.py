@@ -8,7 +8,7 @@ all the same and counted (`did_not_fit`): the engine would have let it wait or r
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,7 @@ def as_recorded(
         str(r.rid): ([*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)], int(r.prompt_len))
         for r in requests.itertuples()
     }
+    retractions = {str(r.rid): int(r.retractions) for r in requests.itertuples()}
     for rank in sorted(tree["dp_rank"].unique()):
         cache = Cache(make())
         own = tree[tree["dp_rank"] == rank].reset_index(drop=True)
@@ -165,7 +166,7 @@ def as_recorded(
             own = own.assign(end=_whole(own, of_rank, recorded_page))
         of_forwards = forwards[forwards["dp_rank"] == rank]
         decodes = of_forwards.loc[of_forwards["mode"] == "decode", "forward_id"].tolist()
-        last = _last(own, computing, decodes)
+        last = _last(own, computing, decodes, retractions)
         epoch = (own["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
         events = own.assign(order=own["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
         events = _with_looks(events, looks)
@@ -255,11 +256,17 @@ def _computing(spans: pd.DataFrame) -> dict[int, list[Computed]]:
     return out
 
 
-def _last(tree: pd.DataFrame, computing: dict[int, list[Computed]], decodes: Sequence[int]) -> dict[Any, Any]:
+def _last(
+    tree: pd.DataFrame,
+    computing: dict[int, list[Computed]],
+    decodes: Sequence[int],
+    retractions: Mapping[str, int],
+) -> dict[Any, Any]:
     """After which event of the tree, or which forward, each attempt is gone; and before which it is retracted.
 
     Args:
         decodes: forwards that decode and do nothing else.
+        retractions: of each request; the last may have been aborted before it began again.
     """
     used: dict[tuple[str, int], tuple[int, int]] = {}
     for forward in sorted(computing):
@@ -275,13 +282,15 @@ def _last(tree: pd.DataFrame, computing: dict[int, list[Computed]], decodes: Seq
     out: dict[Any, Any] = {}
     paused: list[tuple[int, int, int, tuple[str, int]]] = []
     for key, (forward, row) in used.items():
-        again = begins.get((key[0], key[1] + 1))
-        if again is not None:
+        if key[1] < retractions.get(key[0], 0):
+            again = begins.get((key[0], key[1] + 1), _NEVER)
             # SGLang retracts while it makes up a decode (`update_running_batch`); it does not between a request's last
             # forward and its next attempt where that is a pause, which retracts all (`pause_generation`).
             follows = bisect.bisect_right(decodes, forward)
             if follows < len(decodes) and decodes[follows] < again:
                 out.setdefault(("before", decodes[follows]), []).append(key)
+            elif again == _NEVER:
+                out.setdefault(("forward", forward), []).append(key)
             else:
                 paused.append((again, forward, row, key))
             continue
@@ -295,6 +304,9 @@ def _last(tree: pd.DataFrame, computing: dict[int, list[Computed]], decodes: Seq
         order = int(matched.loc[matched["at_forward"] > last, "order"].iloc[0])
         out["pause", order] = [key for *_, key in sorted(together, key=lambda p: p[1:3])]
     return out
+
+
+_NEVER = 1 << 62
 
 
 def _pauses(paused: Sequence[tuple[int, int, int, tuple[str, int]]]) -> Iterator[list[Any]]:
