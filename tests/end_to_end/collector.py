@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-grpc = pytest.importorskip("grpc", reason="the extra `traces` is not installed")
+grpc = pytest.importorskip("grpc", reason="the extra `otel` is not installed")
 service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 servicer = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc")
 

@@ -21,7 +21,7 @@ from sglang_probe.verify.verify import verify
 from tests.end_to_end.live_server import LiveServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("traces")]
-pytest.importorskip("opentelemetry.exporter.otlp", reason="the extra `traces` is not installed")
+pytest.importorskip("opentelemetry.exporter.otlp", reason="the extra `otel` is not installed")
 
 from tests.end_to_end.collector import Collector  # noqa: E402 - skips without the extra
 
