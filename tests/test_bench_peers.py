@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MINE, HOOKS, OTHER = "sglang-probe, 1 thread", "transformers, hooks", "nnsight"
+MINE, HOOKS, OTHER = "sglang-probe", "transformers, hooks", "nnsight"
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def _measured() -> dict[str, Any]:
     """Two rounds, the second on a machine of half the speed."""
 
     def visits(seconds: float) -> dict[str, Any]:
-        common = {"visits": 2, "bytes": 1e6, "peak_rss_mib": 100.0, "rows": 1000}
+        common = {"bytes": 1e6, "cpu_seconds": seconds, "peak_rss_mib": 100.0, "rows": 1000}
         mine = {**common, "seconds": 2 * seconds, "reused": 0}
         return {MINE: mine, HOOKS: {**common, "seconds": seconds}, OTHER: {**common, "seconds": 3 * seconds}}
 
@@ -102,8 +102,8 @@ def test_a_ratio_is_taken_within_a_round(part: Any) -> None:
     assert page.best_other(found, "unshared") == HOOKS
     assert page.ratios(found, "unshared", MINE, HOOKS) == [0.5, 0.5]
     assert page.ratios(found, "shared", MINE, HOOKS) == [4.0, 4.0]
-    assert page.rows_per_second(found, "shared", MINE) == [1600.0, 800.0]
-    assert page.covered_per_second(found, "shared", MINE) == [8000.0, 4000.0]
+    assert page.rows_per_second(found, "shared", MINE) == [800.0, 400.0]
+    assert page.covered_per_second(found, "shared", MINE) == [4000.0, 2000.0]
 
 
 def test_the_page_says_which_goal_is_missed_and_which_peer_is_not_there(part: Any) -> None:

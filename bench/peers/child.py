@@ -92,10 +92,10 @@ def serve(load: Callable[[Path, Sequence[int]], Batches], packages: Sequence[str
         asked = json.loads(line)
         torch.set_num_threads(asked["threads"])
         prompts = json.loads(Path(asked["prompts"]).read_text())
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         writer = RowWriter(Path(asked["out"]), given["layers"])
         for rows in batches(prompts, asked["batch"]):
             writer.add(rows)
         writer.flush()
-        seconds = time.perf_counter() - began
-        answer({"seconds": seconds, "rows": writer.rows, "peak_rss_mib": peak_rss_mib()})
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        answer({**spent, "rows": writer.rows, "peak_rss_mib": peak_rss_mib()})

@@ -25,7 +25,7 @@ def load(model: Path, layers: Sequence[int]) -> Batches:
             found: list[Any] = []
             with torch.inference_mode(), body.trace(input_ids=ids, use_cache=False) as tracer:
                 for layer in wanted:
-                    found.append(body.layers[layer].output.save())
+                    found.append(body.layers[layer].output.save())  # noqa: PERF401 (nnsight rewrites this block)
                 tracer.stop()
             yield [(x if isinstance(x, torch.Tensor) else x[0]).flatten(0, 1) for x in found]
 

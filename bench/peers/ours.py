@@ -1,7 +1,7 @@
 """sglang-probe, as `sglang-probe harvest` records: ledger, rows and run directory, durable and closed.
 
 One engine makes all recordings, each with an empty cache, so that the start of SGLang is told apart: it is most of what
-a short command takes, and nothing of what a long one does. Threads are the process's `OMP_NUM_THREADS`.
+a short command takes, and nothing of what a long one does.
 """
 
 from __future__ import annotations
@@ -38,14 +38,20 @@ def main() -> None:
             asked = json.loads(line)
             out = Path(asked["out"])
             prompts = json.loads(Path(asked["prompts"]).read_text())
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), _cpu_seconds()
             run = experiment.record(out, requests=list(_of_prompts(prompts, None, sampling)))
-            seconds = time.perf_counter() - began
+            spent = {"seconds": time.perf_counter() - began, "cpu_seconds": _cpu_seconds() - cpu}
             spans = run.spans()
             reused = int((spans["end"] - spans["start"])[spans["status"] == "reused"].sum())
             serving = sum(start["seconds"] for start in run.manifest["starts"])
             found = {"rows": run.row_count(), "reused": reused, "serving_seconds": serving}
-            answer({"seconds": seconds, "peak_rss_mib": _peak_rss_mib(), **found})
+            answer({**spent, "peak_rss_mib": _peak_rss_mib(), **found})
+
+
+def _cpu_seconds() -> float:
+    """Of this process and SGLang's, whose idle loops are in it."""
+    me = psutil.Process()
+    return sum(sum(p.cpu_times()[:2]) for p in (me, *me.children(recursive=True)))
 
 
 def _peak_rss_mib() -> float:

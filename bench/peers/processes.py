@@ -27,12 +27,17 @@ class Running:
     """Started, loaded, and stopped until it is asked.
 
     Args:
-        threads: of its OpenMP at most.
+        threads: of its OpenMP at most; None: what the peer does by itself.
     """
 
-    def __init__(self, script: str, python: Path, given: Mapping[str, Any], threads: int, log: Path) -> None:
+    def __init__(self, script: str, python: Path, given: Mapping[str, Any], threads: int | None, log: Path) -> None:
         self._log = log
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        # The driver's own imports, and make, set these.
+        for name in ("OMP_NUM_THREADS", "SGLANG_PROBE_PREFILL_THREADS"):
+            env.pop(name, None)
+        if threads is not None:
+            env["OMP_NUM_THREADS"] = str(threads)
         command = [str(python), str(HERE / script), json.dumps(given)]
         with log.open("w") as err:
             # In a session of its own: where the shell that started the driver ends, the kernel would wake a stopped
