@@ -24,8 +24,8 @@ class Peer:
     threads: tuple[int, ...] = (1, 2)
 
 
-OURS = {"sglang-probe": None, "sglang-probe, 1 thread": 1}
-"""Ours as it is installed, and with `OMP_NUM_THREADS`, so that a prefill has one thread too, as before it had two."""
+OURS = {"sglang-probe": None}
+"""By name, the `OMP_NUM_THREADS` that it is started with; None: it chooses one thread, as it does for every user."""
 PEERS = (
     Peer("transformers, hooks", "hooks.py", ("transformers",)),
     Peer("SAELens ActivationsStore", "saelens_store.py", ("sae-lens",)),

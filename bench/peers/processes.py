@@ -33,9 +33,8 @@ class Running:
     def __init__(self, script: str, python: Path, given: Mapping[str, Any], threads: int | None, log: Path) -> None:
         self._log = log
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        # The driver's own imports, and make, set these.
-        for name in ("OMP_NUM_THREADS", "SGLANG_PROBE_PREFILL_THREADS"):
-            env.pop(name, None)
+        # The driver's own imports, and make, set it.
+        env.pop("OMP_NUM_THREADS", None)
         if threads is not None:
             env["OMP_NUM_THREADS"] = str(threads)
         command = [str(python), str(HERE / script), json.dumps(given)]

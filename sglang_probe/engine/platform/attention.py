@@ -24,7 +24,6 @@ from sglang_probe.engine.platform.kept_attention import attend_masked, attend_on
 from sglang_probe.engine.platform.kept_entries import KeptEntries
 from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.kept_slots import KeptSlots
-from sglang_probe.engine.platform.threads import ForwardThreads
 from sglang_probe.errors import LedgerError, UnsupportedError
 
 
@@ -37,11 +36,9 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         self._entries: KeptEntries | None = None
         self._layer = 0
         self._dtype = runner.dtype
-        self._threads = ForwardThreads()
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Before the layers of a forward: its threads, and which of its rows attend to a kept set."""
-        self._threads.choose(forward_batch)
+        """Before the layers of a forward: which of its rows attend to a kept set."""
         super().init_forward_metadata(forward_batch)
         self._evicted = self._rows_with_kept_sets(forward_batch) or []
 

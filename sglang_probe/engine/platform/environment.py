@@ -1,4 +1,4 @@
-"""What makes the CPU reference platform usable: one OpenMP thread, but for long prefills, and a bytecode cache.
+"""What makes the CPU reference platform usable: one OpenMP thread and a bytecode cache.
 
 Measured on two cores: with the default thread count, decode at 32 concurrent requests runs at 37 to 430 tokens/s
 instead of about 1,350, because PyTorch's threads fight the scheduler's; and SGLang imports about 7,000 modules in
@@ -25,10 +25,6 @@ _BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
 DEVICE = "SGLANG_PROBE_DEVICE"
 """`cpu`: leave the accelerator of this machine alone and use the CPU reference platform."""
-
-PREFILL_THREADS = "SGLANG_PROBE_PREFILL_THREADS"
-"""How many threads compute a long prefill on the CPU (`threads.py`). By default two, which is what was measured
-(docs/evidence/peers.md), where there are as many CPUs; as many as `OMP_NUM_THREADS` says where the user set that."""
 
 _HIDE = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "ASCEND_RT_VISIBLE_DEVICES": "-1"}
 """SGLang asks PyTorch in many places whether there is a GPU, and takes its kernels then, whatever the platform."""
@@ -81,8 +77,6 @@ def set_process_defaults(env: MutableMapping[str, str]) -> dict[str, str]:
     changed: dict[str, str] = {}
     if "OMP_NUM_THREADS" not in env:
         changed["OMP_NUM_THREADS"] = "1"
-        if PREFILL_THREADS not in env:
-            changed[PREFILL_THREADS] = str(min(2, len(os.sched_getaffinity(0))))
     if "PYTHONPYCACHEPREFIX" not in env:
         changed["PYTHONPYCACHEPREFIX"] = str(cache_dir() / "pycache")
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -98,7 +92,6 @@ def bind_cpus(env: MutableMapping[str, str], ranks: int) -> None:
     """
     if ranks > 1 and _BINDING not in env and not accelerator_present():
         cpus = sorted(os.sched_getaffinity(0))
-        env.pop(PREFILL_THREADS, None)  # SGLang gives each rank as many threads as it has CPUs
         shares = [cpus[i::ranks] or [cpus[i % len(cpus)]] for i in range(ranks)]
         env[_BINDING] = "|".join(",".join(map(str, share)) for share in shares)
 
