@@ -150,10 +150,10 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"{_told([a / b for a, b in spent])} per CPU second. The goal, {goal:.1f}, is **{what}**."
             )
     yield (
-        "\nOf the two columns the one per CPU second can be trusted on so busy a machine; the other depends on which of a "
-        "tool's processes got a core. These harvests are short: many of the prompts that share a prefix are in flight "
-        "together, so that most of a share of 80 % is not reused (each table says how much is), and a goal set for large "
-        "harvests is not tested by them. `--prompts 1024` asks on an idle machine."
+        "\nOf the two ratios the one per CPU second can be trusted on so busy a machine; the other depends on which of "
+        "a tool's processes got a core. These harvests are short: prompts that share a prefix are in flight together, "
+        "so that less is reused than is shared, on SmolLM2 nothing, and a goal set for large harvests is not tested by "
+        "them. `--prompts 1024` asks on an idle machine."
     )
 
 
