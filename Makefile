@@ -18,6 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export SGLANG_PROBE_DEVICE ?= cpu
 
 .PHONY: demo demo-real test test-all attack soak bench bench-gpu wheel docs lint setup clean
+.PHONY: demo demo-real test test-all attack bench bench-peers bench-gpu wheel docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -51,6 +52,9 @@ bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks
 	$(BIN)/python bench/coverage.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/monitor.py --out docs/evidence/benchmarks.md
+
+bench-peers: setup ## harvest the same rows by sglang-probe, hooks, SAELens, nnsight and interp-engine, and write docs/evidence/peers.md
+	$(BIN)/python bench/peers/run.py --model probe-text --rounds 5
 
 bench-gpu: export SGLANG_PROBE_DEVICE :=
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable
