@@ -17,8 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
 export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo demo-real test test-all attack soak bench bench-gpu wheel docs lint setup clean
-.PHONY: demo demo-real test test-all attack bench bench-peers bench-gpu wheel docs lint setup clean
+.PHONY: demo demo-real test test-all attack soak bench bench-peers bench-gpu wheel docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
