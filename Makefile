@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # The reference platform, on a machine with a GPU as well. `make demo SGLANG_PROBE_DEVICE=` leaves the choice to SGLang.
 export SGLANG_PROBE_DEVICE ?= cpu
 
-.PHONY: demo demo-real test test-all attack bench bench-gpu wheel docs lint setup clean
+.PHONY: demo demo-real test test-all attack soak bench bench-peers bench-gpu wheel docs lint setup clean
 
 demo: setup ## run the paired harvest on real SGLang and write runs/cache-on-off/report.html
 	$(BIN)/sglang-probe ab experiments/cache-on-off.yaml --overwrite
@@ -42,11 +42,18 @@ attack: setup ## random traffic, steered and plain, against itself alone; then i
 	$(BIN)/python -m tests.attack.steering
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
 
+soak: setup ## an hour of harvests and servers that are killed, and whose disks and clocks fail; resumable
+	$(BIN)/python -m tests.attack.soak --out runs/soak --hours 1 --document docs/evidence/soak.md
+
 bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/eviction.py --out docs/evidence/benchmarks.md
 	$(BIN)/python bench/coverage.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/monitor.py --out docs/evidence/benchmarks.md
+
+bench-peers: setup ## harvest the same rows by sglang-probe, hooks, SAELens, nnsight and interp-engine, and write docs/evidence/peers.md
+	$(BIN)/python bench/peers/run.py --model probe-text --rounds 5
 
 bench-gpu: export SGLANG_PROBE_DEVICE :=
 bench-gpu: setup ## on a machine with an NVIDIA GPU: what docs/explanation/gpu.md says has not been shown yet; resumable

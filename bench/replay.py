@@ -94,13 +94,18 @@ def attacked(folder: Path, seed: int, requests: int, plan: dict[str, object], lo
     return load_run(folder / "run")
 
 
+def looks_of(path: Path) -> list[tuple[int, str, int]]:
+    """Order, rid and limit of each time that the tree was asked."""
+    told = [line.split(" ") for line in path.read_text().splitlines()]
+    return [(int(order), rid, int(limit)) for order, rid, limit in told]
+
+
 def _with_looks(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     run = attacked(folder, 2, 100, HARDEST, folder / "looks.txt")
     requests = run.requests(interrupted=True)
     requests = requests[requests["prompt_ids"].notna()]
-    told = [line.split(" ") for line in (folder / "looks.txt").read_text().splitlines()]
-    looks = [(int(order), rid, int(limit)) for order, rid, limit in told]
+    looks = looks_of(folder / "looks.txt")
     lines = []
     for name, given in (("without", []), ("with", looks)):
         outcome = as_recorded(

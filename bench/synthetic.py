@@ -1,10 +1,11 @@
 """A made-up run directory of any size, with the structure of few-shot traffic on a cached server.
 
-    python bench/synthetic.py OUT [--requests 200000] [--seed 0]
+    python bench/synthetic.py OUT [--requests 200000] [--seed 0] [--width 0]
 
 Every request is a short part that all share, a prefix of its family, a question of its own, and an output. The first
 request of a family computes the prefix, later ones reuse it; now and then it was evicted and is computed again. Token
-ids are drawn at random. The ledger's invariants hold; there are no captured rows.
+ids are drawn at random. The ledger's invariants hold. With `--width` every computed position has a row of random
+bfloat16 numbers, of so many, at `blocks.0.hook_resid_post`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
 
 from sglang_probe.run import journal, schema
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.manifest import MANIFEST
+from sglang_probe.run.shards import ROWS_KEY
 
 TEMPLATE, FAMILY_SIZE, EVICTED, PIECE = 24, 100, 0.02, 48
 VOCABULARY = (6, 3072)  # the ordinary tokens of `probe-text`
 NAMES = ["template", "system", "exemplar", "user"]
+BLOCK = 20_000
+HOOK_POINT = "blocks.0.hook_resid_post"
+_COLUMNS = [*schema.ENGINE_REQUESTS.names, "index", "family", "prompt_ids", "segments", "sampling_params"]
+_SCHEMA = pa.schema([schema.REQUESTS.field(name) for name in _COLUMNS])
 
 
-def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
+def generate(out: Path, requests: int, seed: int = 0, parts: int = 20, width: int = 0) -> int:
     """Write the run; returns its number of positions (500 a request on average)."""
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True)
@@ -41,51 +49,75 @@ def generate(out: Path, requests: int, seed: int = 0, parts: int = 20) -> int:
     prefix_ids = rng.integers(*VOCABULARY, (families, int(shared.max())), dtype=np.int32)
     prefix_ids[:, :TEMPLATE] = prefix_ids[0, :TEMPLATE]
 
-    # Prompts: the family's prefix, then random tokens.
-    offsets = np.concatenate([[0], np.cumsum(prompt)])
-    ids = rng.integers(*VOCABULARY, int(offsets[-1]), dtype=np.int32)
-    for r in range(requests):
-        n = int(shared[family[r]])
-        ids[offsets[r] : offsets[r] + n] = prefix_ids[family[r], :n]
-    out_offsets = np.concatenate([[0], np.cumsum(output)])
-    out_ids = rng.integers(*VOCABULARY, int(out_offsets[-1]), dtype=np.int32)
-    rid = pa.array([f"r{i:06d}" for i in range(requests)])
+    rid = pa.array([f"r{i:07d}" for i in range(requests)])
     edges = np.stack(
         [np.zeros(requests, int), np.full(requests, TEMPLATE), TEMPLATE + system[family], shared[family], prompt]
-    )
-    segments = pa.StructArray.from_arrays(
-        [
-            pa.array(NAMES * requests),
-            pa.array(edges[:-1].T.ravel().astype(np.int32)),
-            pa.array(edges[1:].T.ravel().astype(np.int32)),
-        ],
-        names=["name", "start", "end"],
-    )
+    ).astype(np.int32)
     cached, spans = _spans(rng, family, shared, prompt, output, rid)
-    table = {
-        "rid": rid,
-        "prompt_len": pa.array(prompt.astype(np.int32)),
-        "output_len": pa.array(output.astype(np.int32)),
-        "cached_tokens": pa.array(cached.astype(np.int32)),
-        "retractions": pa.array(np.zeros(requests, np.int32)),
-        "finish_reason": pa.array(["length"] * requests),
-        "output_ids": pa.ListArray.from_arrays(pa.array(out_offsets.astype(np.int32)), pa.array(out_ids)),
-        "index": pa.array(np.arange(requests)),
-        "family": pa.array([f"f{f}" for f in family]),
-        "prompt_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids)),
-        "segments": pa.ListArray.from_arrays(pa.array(np.arange(requests + 1, dtype=np.int32) * len(NAMES)), segments),
-        "sampling_params": pa.array(["{}"] * requests),
-    }
-    names = [n for n in schema.REQUESTS.names if n in table]
-    written = pa.table({n: table[n] for n in names}, schema=pa.schema([schema.REQUESTS.field(n) for n in names]))
-    pq.write_table(written, out / REQUESTS_FILE, compression="zstd")
+    # Some requests at a time: their token ids are most of the run.
+    with pq.ParquetWriter(out / REQUESTS_FILE, _SCHEMA, compression="zstd") as writer:
+        for low in range(0, requests, BLOCK):
+            mine = slice(low, min(low + BLOCK, requests))
+            n = mine.stop - low
+            ids, own_ids = (_lists(rng, lengths[mine]) for lengths in (prompt, output))
+            values, offsets = ids.values.to_numpy(zero_copy_only=False).copy(), ids.offsets.to_numpy()
+            for r, f in enumerate(family[mine].tolist()):  # the family's prefix, then random tokens
+                values[offsets[r] : offsets[r] + int(shared[f])] = prefix_ids[f, : int(shared[f])]
+            segments = pa.StructArray.from_arrays(
+                [pa.array(NAMES * n), *(pa.array(edges[at, mine].T.ravel()) for at in (slice(0, -1), slice(1, None)))],
+                names=["name", "start", "end"],
+            )
+            table = {
+                "rid": rid[mine],
+                "prompt_len": pa.array(prompt[mine].astype(np.int32)),
+                "output_len": pa.array(output[mine].astype(np.int32)),
+                "cached_tokens": pa.array(cached[mine].astype(np.int32)),
+                "retractions": pa.array(np.zeros(n, np.int32)),
+                "finish_reason": pa.array(["length"] * n),
+                "output_ids": own_ids,
+                "index": pa.array(np.arange(low, low + n)),
+                "family": pa.array([f"f{f}" for f in family[mine]]),
+                "prompt_ids": pa.ListArray.from_arrays(ids.offsets, pa.array(values)),
+                "segments": pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * len(NAMES)), segments),
+                "sampling_params": pa.array(["{}"] * n),
+            }
+            writer.write_table(pa.table({name: table[name] for name in _SCHEMA.names}, schema=_SCHEMA))
+    end = 0
+    if width:
+        spans, rows = _numbered(spans)
     for number, (a, b) in enumerate(pairwise(np.linspace(0, len(spans), parts + 1).astype(int))):
+        here = int(rows[a:b].sum()) if width else 0
+        end += here
+        part = journal.Part(number, 0, 0, end, here)
         file = f"ledger/spans-{number:05d}.parquet"
-        digest = journal.write_durably(out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p))
-        journal.append(out, journal.Part(number, 0, 0, 0, 0, {file: digest}))
-    manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name, "hook_points": {}}
-    (out / MANIFEST).write_text(json.dumps({**manifest, "requests_expected": requests}))
+        part.files[file] = journal.write_durably(
+            out / file, lambda p, a=a, b=b: pq.write_table(spans.slice(a, b - a), p)
+        )
+        if width:
+            file = f"rows/{HOOK_POINT}/shard-{part.stem}.safetensors"
+            values = torch.from_numpy(rng.standard_normal((here, width), dtype=np.float32)).bfloat16()
+            part.files[file] = journal.write_durably(out / file, lambda p, x=values: save_file({ROWS_KEY: x}, p))
+        journal.append(out, part)
+    manifest = {"schema_version": schema.SCHEMA_VERSION, "status": "complete", "name": out.name}
+    manifest |= {"hook_points": {HOOK_POINT: ""} if width else {}, "requests_expected": requests}
+    (out / MANIFEST).write_text(json.dumps(manifest))
     return int((prompt + output - 1).sum())
+
+
+def _numbered(spans: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """Spans with the rows of computed positions numbered in their order, and how many each has."""
+    lengths = spans["end"].to_numpy() - spans["start"].to_numpy()
+    rows = np.where(spans["status"].to_numpy() == schema.COMPUTED, lengths, 0).astype(np.int64)
+    first = np.where(rows > 0, np.cumsum(rows) - rows, -1)
+    spans = spans.set_column(spans.column_names.index("row_start"), "row_start", pa.array(first))
+    step = pa.array(np.ones(len(rows), np.int32))
+    return spans.set_column(spans.column_names.index("row_step"), "row_step", step), rows
+
+
+def _lists(rng: np.random.Generator, lengths: np.ndarray) -> pa.ListArray:
+    """Random token ids, a list of each length."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(*VOCABULARY, offsets[-1], dtype=np.int32)))
 
 
 def _spans(
@@ -141,8 +173,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=0)
     args = parser.parse_args()
-    print(f"{generate(args.out, args.requests, args.seed):,} positions")
+    print(f"{generate(args.out, args.requests, args.seed, width=args.width):,} positions")
 
 
 if __name__ == "__main__":

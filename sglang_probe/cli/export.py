@@ -76,7 +76,7 @@ def saelens(
     with _bar("contexts") as tell:
         found = export_saelens(load_run(run), output, hook_point, context=context, overwrite=overwrite, tell=tell)
     _say(
-        f"{len(found.places):,} contexts of {context} in {output}; {found.repeated:,} were repeats of others and "
+        f"{found.contexts:,} contexts of {context} in {output}; {found.repeated:,} were repeats of others and "
         f"{found.rest:,} positions fill no context\nuse it with   use_cached_activations=True, "
         f"cached_activations_path={str(output)!r}, context_size={context}"
     )

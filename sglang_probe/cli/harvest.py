@@ -94,7 +94,7 @@ def command(
 
     columns = [Column("segment"), Column("coverage", kind="percent")]
     columns += [Column(c) for c in ("positions", "computed", "reused")]
-    print_table(console, Table(coverage_by_segment(run.tokens()), "coverage by segment", columns=columns))
+    print_table(console, Table(coverage_by_segment(run.iter_tokens()), "coverage by segment", columns=columns))
     if prepared.workload.skipped:
         console.print(prepared.workload.skipped_in_words, style="yellow", markup=False, soft_wrap=True)
     if refused := run.manifest.get("refused"):

@@ -31,8 +31,7 @@ def cut(text: Array, has: Array, own: Array, length: int) -> Contexts:
         has: whether a place has a row, its own or a gathered one.
         own: whether it is its own.
 
-    Raises:
-        ConfigError: no text has so many consecutive rows.
+    Without contexts, `places` is `[0, length]`.
     """
     breaks = np.flatnonzero((np.diff(text) != 0) | (has[1:] != has[:-1])) + 1
     starts = np.concatenate([[0], breaks])
@@ -40,9 +39,17 @@ def cut(text: Array, has: Array, own: Array, length: int) -> Contexts:
     firsts = [
         np.arange(a, b - length + 1, length) for a, b in zip(starts, ends, strict=True) if has[a] and b - a >= length
     ]
-    if not firsts:
-        raise ConfigError(f"no text has {length} consecutive rows", fix="give a smaller --context")
-    places = np.concatenate(firsts)[:, None] + np.arange(length)
+    places = np.concatenate([np.zeros(0, np.int64), *firsts])[:, None] + np.arange(length)
     fresh = own[places].any(1)
     kept = places[fresh]
     return Contexts(kept, int((~fresh).sum()), int(len(text) - places.size))
+
+
+def require_contexts(count: int, length: int) -> None:
+    """Refuse to go on without any.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not count:
+        raise ConfigError(f"no text has {length} consecutive rows", fix="give a smaller --context")

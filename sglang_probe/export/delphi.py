@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from sglang_probe.export.contexts import Contexts, cut
+from sglang_probe.export.contexts import Contexts, cut, require_contexts
 from sglang_probe.export.folder import new_folder
 from sglang_probe.run.run import load_run
 from sglang_probe.sae.coded_run import Coded, code_run
@@ -72,6 +72,7 @@ def export_delphi(
     everywhere = np.ones(len(coded.ids), dtype=bool)
     own = (coded.row_of >= 0) & ~coded.gathered
     found = cut(coded.text, everywhere, own, context)
+    require_contexts(len(found.places) + found.repeated, context)
     rows = coded.row_of[found.places]
     c, p = np.nonzero(rows >= 0)
     codes = coded.codes[rows[c, p]].tocoo()

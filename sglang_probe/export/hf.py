@@ -6,7 +6,8 @@ were recorded as bfloat16 are stored as float32, which holds them exactly: Parqu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import pyarrow.parquet as pq
 from sglang_probe.errors import ConfigError
 from sglang_probe.export.folder import model_name, new_folder
 from sglang_probe.run import journal
-from sglang_probe.run.batches import queried
+from sglang_probe.run.batches import in_parts
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
-from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.run.schema import REUSED
 
 ROWS_PER_FILE = 50_000
 _GROUP = 5_000
@@ -51,30 +52,54 @@ def export_hf(
     points = list(hook_points or run.hook_points)
     if not points:
         raise ConfigError(f"{run.path} has no captured rows")
-    tokens = run.tokens()
-    tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-    tokens = queried(tokens, where, name="--where")
-    rows = tokens["row"].to_numpy()
-    tokens = tokens[np.logical_and.reduce([run.holds(p, rows) for p in points])]
-    if tokens.empty:
+    phases: Counter[str] = Counter()
+    for tokens in _held(run, points, where):
+        phases.update(tokens["phase"].value_counts(sort=False).to_dict())
+    total = phases.total()
+    if not total:
         raise ConfigError(f"{run.path} has no computed position whose row all of {', '.join(points)} hold")
-    tokens = tokens.assign(family=tokens["rid"].map(run.requests().set_index("rid")["family"]))
-    files = -(-len(tokens) // rows_per_file)
+    families = run.requests_table(["rid", "family"]).to_pandas().set_index("rid")["family"]
+    files = -(-total // rows_per_file)
+    groups = _groups(_held(run, points, where), rows_per_file)
     with new_folder(folder, overwrite=overwrite) as made:
         (made / "data").mkdir()
+        done = 0
         for i in range(files):
-            part = tokens.iloc[i * rows_per_file : (i + 1) * rows_per_file]
             path = made / "data" / f"train-{i:05d}-of-{files:05d}.parquet"
             writer = None
-            for at in range(0, len(part), _GROUP):
-                table = _table(run, points, part.iloc[at : at + _GROUP])
+            last = min((i + 1) * rows_per_file, total)
+            while done < last:
+                tokens = next(groups)
+                table = _table(run, points, tokens.assign(family=tokens["rid"].map(families)))
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
-                tell(min(i * rows_per_file + at + _GROUP, len(tokens)), len(tokens))
+                done += len(tokens)
+                tell(done, total)
             assert writer is not None
             writer.close()
-        (made / "README.md").write_text(_card(run, points, tokens), encoding="utf-8")
-    return len(tokens)
+        (made / "README.md").write_text(_card(run, points, phases), encoding="utf-8")
+    return total
+
+
+def _held(run: Run, points: Sequence[str], where: str | None) -> Iterator[pd.DataFrame]:
+    """Positions that are written, some requests at a time."""
+    for tokens in in_parts(run, where, name="--where"):
+        rows = tokens["row"].to_numpy()
+        yield tokens[np.logical_and.reduce([run.holds(p, rows) for p in points])]
+
+
+def _groups(frames: Iterable[pd.DataFrame], rows_per_file: int) -> Iterator[pd.DataFrame]:
+    """The same positions in groups that are written at once: of one size, but that files end where they should."""
+    left = pd.DataFrame()
+    done, size = 0, min(_GROUP, rows_per_file)
+    for frame in frames:
+        left = frame if left.empty else pd.concat([left, frame], ignore_index=True)
+        while len(left) >= size:
+            yield left.iloc[:size]
+            left, done = left.iloc[size:], done + size
+            size = min(_GROUP, rows_per_file - done % rows_per_file)
+    if len(left):
+        yield left
 
 
 def _table(run: Run, points: Sequence[str], tokens: pd.DataFrame) -> pa.Table:
@@ -91,13 +116,14 @@ def _table(run: Run, points: Sequence[str], tokens: pd.DataFrame) -> pa.Table:
     return pa.table(columns)
 
 
-def _card(run: Run, points: Sequence[str], tokens: pd.DataFrame) -> str:
+def _card(run: Run, points: Sequence[str], counted: Counter[str]) -> str:
     m = run.manifest
     model = m.get("model") or {}
     versions = m.get("versions") or {}
-    told = run.tokens()
-    reused = int((told["status"] == "reused").sum())
-    phases = ", ".join(f"{n:,} {phase}" for phase, n in tokens["phase"].value_counts().items())
+    spans = run.last_attempt()
+    spans = spans[(spans["status"] == REUSED) & spans["rid"].isin(run.requests_table(["rid"])["rid"].to_pandas())]
+    reused = int((spans["end"] - spans["start"]).sum())
+    phases = ", ".join(f"{n:,} {phase}" for phase, n in counted.most_common())
     lines = [
         "---",
         "configs:",
@@ -112,8 +138,8 @@ def _card(run: Run, points: Sequence[str], tokens: pd.DataFrame) -> str:
         "",
         "# Activations recorded by sglang-probe",
         "",
-        f"{len(tokens):,} rows ({phases}) of {', '.join(f'`{p}`' for p in points)}: one for each token position that "
-        "the engine computed, with the request, position and token that it belongs to. "
+        f"{counted.total():,} rows ({phases}) of {', '.join(f'`{p}`' for p in points)}: one for each token position "
+        "that the engine computed, with the request, position and token that it belongs to. "
         "`datasets.load_dataset(FOLDER)` opens it.",
         "",
         f"* model: `{model_name(str(model.get('name')))}`; weights: `{model.get('weights_sha256')}`",

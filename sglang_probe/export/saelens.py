@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.export.contexts import Contexts, cut
+from sglang_probe.export.contexts import Contexts, cut, require_contexts
 from sglang_probe.export.folder import new_folder
 from sglang_probe.run import journal
+from sglang_probe.run.batches import in_parts
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
-from sglang_probe.run.schema import OVERSHOOT
 
 _SHARD = 512
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and what was left out (`contexts.Contexts`)."""
+
+    contexts: int
+    repeated: int
+    rest: int
 
 
 def export_saelens(
@@ -33,7 +44,7 @@ def export_saelens(
     context: int = 128,
     overwrite: bool = False,
     tell: Callable[[int, int], None] = lambda done, of: None,
-) -> Contexts:
+) -> Written:
     """Write the rows of a hook point.
 
     Args:
@@ -49,19 +60,12 @@ def export_saelens(
         raise ConfigError(
             f"SAELens reads folders of the package `datasets`: {e}", fix="pip install datasets, or use `export hf`"
         ) from e
-    tokens = run.tokens()
-    tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-    tokens = tokens.sort_values(["rid", "position"], kind="stable")
-    source = tokens["source_row"].to_numpy()
-    has = run.holds(hook_point, source)
-    # A hole in the positions ends a context, as the end of a text does.
-    follows = tokens["position"].diff().eq(1) & tokens["rid"].eq(tokens["rid"].shift())
-    text = (~follows).cumsum().to_numpy()
-    found = cut(text, has, (tokens["row"].to_numpy() == source) & has, context)
-    if not len(found.places):
+    count, repeated, rest, width = 0, 0, 0, run.row_layout(hook_point)[0]
+    for _, _, found in _contexts(run, hook_point, context):
+        count, repeated, rest = count + len(found.places), repeated + found.repeated, rest + found.rest
+    require_contexts(count + repeated, context)
+    if not count:
         raise ConfigError(f"{run.path} has no context of {context} positions with a row of its own")
-    ids = tokens["token_id"].to_numpy(np.int32)
-    width = run.rows(hook_point, source[found.places[0, :1]]).shape[1]
     features = Features(
         {
             hook_point: Array2D(shape=(context, width), dtype="float32"),
@@ -70,14 +74,29 @@ def export_saelens(
     )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for i, places in enumerate(found.places):
-            yield {hook_point: run.rows(hook_point, source[places]).float().numpy(), "token_ids": ids[places]}
-            if i % _SHARD == 0 or i + 1 == len(found.places):
-                tell(i + 1, len(found.places))
+        done = 0
+        for source, ids, found in _contexts(run, hook_point, context):
+            for places in found.places:
+                yield {hook_point: run.rows(hook_point, source[places]).float().numpy(), "token_ids": ids[places]}
+                done += 1
+                if done % _SHARD == 1 or done == count:
+                    tell(done, count)
 
     with new_folder(folder, overwrite=overwrite) as made, tempfile.TemporaryDirectory() as cache:
         # Without a fingerprint `datasets` pickles the generator to make one, progress bar and all.
         named = journal.sha256(run.path / MANIFEST)
         dataset = Dataset.from_generator(rows, features=features, cache_dir=cache, fingerprint=named[:16])
         dataset.save_to_disk(str(made))
-    return found
+    return Written(count, repeated, rest)
+
+
+def _contexts(run: Run, hook_point: str, context: int) -> Iterator[tuple[Array, Array, Contexts]]:
+    """Some requests at a time the row and token id of each position, and the contexts among them."""
+    for tokens in in_parts(run, None):
+        source = tokens["source_row"].to_numpy()
+        has = run.holds(hook_point, source)
+        # A hole in the positions ends a context, as the end of a text does.
+        follows = tokens["position"].diff().eq(1) & tokens["rid"].eq(tokens["rid"].shift())
+        text = (~follows).cumsum().to_numpy()
+        found = cut(text, has, (tokens["row"].to_numpy() == source) & has, context)
+        yield source, tokens["token_id"].to_numpy(np.int32), found

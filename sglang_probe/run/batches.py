@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_PART = 1 << 14
-"""Positions of a part."""
+_PART = positions.PART
 
 
 def activations(
@@ -91,8 +91,8 @@ def iter_batches(
     if batch_size < 1:
         raise RunDirectoryError(f"`batch_size` is {batch_size}", fix="give the rows of a batch, 1 or more")
     rng = np.random.default_rng(seed)
-    rows = chosen(run, hook_point, where=where, weight=weight, rng=rng, intervened=intervened)["row"]
-    rows = rows.to_numpy(copy=True)
+    parts = chosen_in_parts(run, hook_point, where=where, weight=weight, rng=rng, intervened=intervened)
+    rows = np.concatenate([np.zeros(0, np.int64), *(tokens["row"].to_numpy() for tokens in parts)])
     if shuffle:
         rows = rng.permutation(rows)
     for i in range(0, len(rows), batch_size):
@@ -115,36 +115,92 @@ def chosen(
     Raises:
         RunDirectoryError: `where` or the weights cannot be used.
     """
-    tokens = positions.read_tokens(run, interrupted=False)
-    tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & (intervened | tokens["intervention"].isna())]
-    if isinstance(where, str):
-        tokens = queried(tokens, where, error=RunDirectoryError)
-    elif where is not None:
-        tokens = tokens[where(tokens)]
-    if isinstance(weight, str) and weight in ("unique", "traffic"):
-        rows = tokens[{"unique": "row", "traffic": "source_row"}[weight]]
-        return tokens.assign(row=rows)[run.holds(hook_point, rows.to_numpy())]
-    tokens = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
-    times = weighting.copies(weighting.weights_of(tokens, weight), rng)
-    return tokens.iloc[np.repeat(np.arange(len(tokens)), times)]
+    return pd.concat(
+        list(chosen_in_parts(run, hook_point, where=where, weight=weight, rng=rng, intervened=intervened))
+        or [positions.read_tokens(run, interrupted=False).iloc[:0]],
+        ignore_index=True,
+    )
 
 
 def chosen_in_parts(
-    run: RunFiles, hook_point: str, *, where: str | None, weight: str | Path, rng: np.random.Generator
+    run: RunFiles,
+    hook_point: str,
+    *,
+    where: str | Callable[[pd.DataFrame], Any] | None,
+    weight: str | Path | pd.DataFrame,
+    rng: np.random.Generator,
+    intervened: bool = False,
 ) -> Iterator[pd.DataFrame]:
-    """What `chosen` gives, in its order, some requests at a time where that is the same: a query may compare a position
-    with all others, and the weights of a file are relative to their sum.
+    """What `chosen` gives, in its order, some requests at a time where `where` allows it (see `in_parts`).
 
     Raises:
         RunDirectoryError: as `chosen`.
     """
-    if where is not None or weight not in ("unique", "traffic"):
-        yield chosen(run, hook_point, where=where, weight=weight, rng=rng)
-        return
-    for tokens in positions.iter_tokens(run, _PART):
-        tokens = tokens[(tokens["phase"] != schema.OVERSHOOT) & tokens["intervention"].isna()]
-        rows = tokens[{"unique": "row", "traffic": "source_row"}[str(weight)]]
-        yield tokens.assign(row=rows)[run.holds(hook_point, rows.to_numpy())]
+    column = {"unique": "row", "traffic": "source_row"}.get(weight) if isinstance(weight, str) else None
+    weights = None if column else weighting.Weights.read(weight)
+    copies = weighting.Copies(rng)
+    for tokens in in_parts(run, where, intervened=intervened, error=RunDirectoryError):
+        if column:
+            rows = tokens[column]
+            yield tokens.assign(row=rows)[run.holds(hook_point, rows.to_numpy())]
+        else:
+            assert weights is not None
+            held = tokens[run.holds(hook_point, tokens["row"].to_numpy())]
+            yield held.iloc[np.repeat(np.arange(len(held)), copies.of(weights.of(held)))]
+
+
+def in_parts(
+    run: RunFiles,
+    where: str | Callable[[pd.DataFrame], Any] | None,
+    *,
+    intervened: bool = False,
+    prepare: Callable[[pd.DataFrame], pd.DataFrame] = lambda tokens: tokens,
+    name: str = "where",
+    error: type[ProbeError] = ConfigError,
+) -> Iterator[pd.DataFrame]:
+    """Positions that a query chooses, without discarded steps, in the order and with the columns of `Run.tokens()`.
+    Some requests at a time, if the query looks at each position by itself; else all of them in one frame.
+
+    Args:
+        intervened: those under an intervention too.
+        prepare: adds columns to a frame, which the query may use.
+        name, error: as of `queried`.
+    """
+    apart = where is None or (isinstance(where, str) and by_position(where))
+    for tokens in positions.iter_tokens(run, _PART) if apart else [positions.read_tokens(run, interrupted=False)]:
+        tokens = prepare(tokens[(tokens["phase"] != schema.OVERSHOOT) & (intervened | tokens["intervention"].isna())])
+        yield tokens[where(tokens)] if callable(where) else queried(tokens, where, name=name, error=error)
+
+
+_SYNTAX = (
+    *(ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop),
+    *(ast.Compare, ast.cmpop, ast.Name, ast.expr_context, ast.Constant, ast.List, ast.Tuple),
+)
+_METHODS = {"isna", "notna", "isin", "between", "abs"}
+_OF_TEXT = {"startswith", "endswith", "contains", "len", "lower", "upper", "match", "fullmatch"}
+
+
+def by_position(where: str) -> bool:
+    """Whether a query surely asks of each position alone: it compares columns with constants and each other. One that
+    uses a mean, a maximum or the frame's index does not."""
+    try:
+        tree = ast.parse(where.strip(), mode="eval")
+    except SyntaxError:
+        return False
+    return _by_position(tree)
+
+
+def _by_position(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):  # of a method of a column, or of its `.str`
+        called = node.func
+        if not isinstance(called, ast.Attribute):
+            return False
+        text = isinstance(called.value, ast.Attribute) and called.value.attr == "str"
+        column = called.value.value if text and isinstance(called.value, ast.Attribute) else called.value
+        known = called.attr in (_OF_TEXT if text else _METHODS)
+        return known and all(map(_by_position, [column, *node.args, *(k.value for k in node.keywords)]))
+    known_name = not isinstance(node, ast.Name) or node.id not in ("index", "ilevel_0")
+    return isinstance(node, _SYNTAX) and known_name and all(map(_by_position, ast.iter_child_nodes(node)))
 
 
 def queried(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_probe.errors import RunDirectoryError
@@ -80,16 +81,13 @@ class RunFiles:
         `interrupted` adds those that were in flight when their engine died; a resumed run asks them again under
         another rid, so that counting both would count a request twice.
         """
-        path = self.path / REQUESTS_FILE
-        if not path.exists():
-            if "segment" in self.manifest:
-                raise RunDirectoryError(
-                    f"{path} is missing: the segment is being recorded, or its server died",
-                    fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
-                )
-            raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
-        frame = self._requests_table(path).to_pandas()
+        frame = self._requests_table().to_pandas()
         return frame if interrupted else frame[frame["finish_reason"] != schema.INTERRUPTED].reset_index(drop=True)
+
+    def requests_table(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of `requests()` as they are stored: without an object for every request and list."""
+        table = self._requests_table(columns)
+        return table.filter(pc.not_equal(table["finish_reason"], schema.INTERRUPTED)).select(list(columns))
 
     def engine_requests(self) -> pd.DataFrame:
         """What the engine said of each finished request (`schema.ENGINE_REQUESTS`); survives an interrupted run."""
@@ -305,13 +303,30 @@ class RunFiles:
         frame.insert(0, "dp_rank", np.repeat(ranks, [len(t) for t in tables]))
         return frame
 
-    def _requests_table(self, path: Path) -> pa.Table:
-        """Older runs lack columns that came later; those that the engine's own table has are always there."""
+    def _requests_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Older runs lack columns that came later; those that the engine's own table has are always there.
+
+        Args:
+            columns: what is read beside the finish reason, null where it is lacking; None: everything that is there.
+        """
+        path = self.path / REQUESTS_FILE
+        if not path.exists():
+            if "segment" in self.manifest:
+                raise RunDirectoryError(
+                    f"{path} is missing: the segment is being recorded, or its server died",
+                    fix="POST /probe/flush closes it; starting a server on the directory closes what a dead one left",
+                )
+            raise RunDirectoryError(f"{path} is missing: the run was interrupted", fix="finish it with --resume")
         with reading(path):
             file = pq.ParquetFile(path)
             always = [*schema.ENGINE_REQUESTS.names, "index", "prompt_ids", "segments", "sampling_params"]
             require_columns(path, file.schema_arrow, always)
-            table = file.read()
+            present = file.schema_arrow.names
+            asked = present if columns is None else [*dict.fromkeys([*columns, "finish_reason"])]
+            always = [name for name in always if name in asked]
+            table = file.read(columns=[name for name in asked if name in present])
+            for name in (n for n in asked if n not in present):
+                table = table.append_column(name, pa.nulls(len(table), schema.REQUESTS.field(name).type))
             for name in always:
                 kind = schema.REQUESTS.field(name).type
                 if name != "segments":

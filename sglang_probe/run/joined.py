@@ -99,6 +99,10 @@ class Joined(Run):
         """As `parts`."""
         self.parts()
 
+    def requests_table(self, columns: Sequence[str]) -> NoReturn:
+        """As `parts`."""
+        self.parts()
+
     def tokens_of(self, rid: str) -> NoReturn:
         """As `parts`."""
         self.parts()

@@ -106,10 +106,10 @@ def append(run: Path, part: Part) -> None:
             while line:
                 line = line[f.write(line) :]
             os.fsync(f.fileno())
+            sync_folder(run)
         except BaseException:
             f.truncate(end)
             raise
-    sync_folder(run)
 
 
 def lock(run: Path, dp_rank: int, *, wait: float = 10.0) -> Held:

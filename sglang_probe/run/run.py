@@ -14,6 +14,8 @@ from sglang_probe.run.files import RunFiles
 from sglang_probe.run.samples import LEARNED, Samples
 from sglang_probe.run.scores import read_scores
 from sglang_probe.run.telemetry import read_telemetry
+from sglang_probe.run.tokens import PART
+from sglang_probe.run.tokens import iter_tokens as token_frames
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,16 @@ class Run(RunFiles):
         overshoot positions are those of the last output; -1 where a live recording has no ids.
         """
         return positions.read_tokens(self, interrupted=interrupted)
+
+    def iter_tokens(self, positions: int = PART) -> Iterator[pd.DataFrame]:
+        """What `tokens()` gives, whole requests at a time, in its order: for runs whose frame would be large.
+
+        Beside a frame it takes the memory of the spans, and 4 bytes for each position: token ids.
+
+        Args:
+            positions: of a frame; a longer request has a frame of its own. The index begins again with each frame.
+        """
+        return token_frames(self, positions)
 
     def tokens_of(self, rid: str) -> pd.DataFrame:
         """As `tokens()` for one request, without token ids and segments.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run import schema
@@ -27,12 +28,45 @@ def read_tokens(run: RunFiles, *, interrupted: bool) -> pd.DataFrame:
     return tokens.merge(_labels(requests), on=["rid", "position"], how="left", validate="many_to_one")
 
 
-def iter_tokens(run: RunFiles, positions: int) -> Iterator[pd.DataFrame]:
-    """What `read_tokens` gives without interrupted requests, some requests at a time: of so many positions, or of one
-    request. For runs whose frame would be large; the index begins again with each."""
-    requests = run.requests().sort_values("rid", kind="stable", ignore_index=True)
-    for some, tokens in iter_positions(run, requests, positions):
-        yield tokens.merge(_labels(some), on=["rid", "position"], how="left", validate="many_to_one")
+PART = 1 << 16
+"""Positions of a part, where nothing else is asked: a frame of about 10 MB."""
+
+
+def iter_tokens(run: RunFiles, positions: int = PART) -> Iterator[pd.DataFrame]:
+    """See `Run.iter_tokens`."""
+    yield from TokenFrames(run).parts(positions)
+
+
+class TokenFrames:
+    """Frames of `Run.tokens` of some requests at a time, for runs whose frame of all positions would be large.
+
+    Held are the spans, and of each request its token ids (4 bytes a position) and segments, as they are stored.
+    Requests in flight at a crash are left out.
+    """
+
+    def __init__(self, run: RunFiles) -> None:
+        table = run.requests_table(["rid", "index", "prompt_len", "output_len", "prompt_ids", "output_ids", "segments"])
+        rids = table["rid"].to_pandas()
+        order = np.argsort(rids.to_numpy(), kind="stable")
+        self._table, self._place = table, order
+        self.rids = rids.iloc[order].reset_index(drop=True)
+        """Served requests in the order of the frames, by rid."""
+        self._places = pd.Series(order, index=self.rids.to_numpy())
+        self._spans = _Spans(run.spans(), self.rids)
+
+    def parts(self, positions: int = PART) -> Iterator[pd.DataFrame]:
+        """All of them in the order of `Run.tokens`: so many positions at a time, or one request."""
+        for numbers in self._spans.parts(positions):
+            yield self._frame(numbers)
+
+    def of(self, rids: Any) -> pd.DataFrame:
+        """Those of the given requests that were served, ordered by rid."""
+        numbers = pd.Index(self.rids).get_indexer(rids)
+        return self._frame(np.sort(numbers[numbers >= 0]))
+
+    def _frame(self, numbers: Array) -> pd.DataFrame:
+        labels = _labels(self._table.take(pa.array(self._place[numbers])).to_pandas())
+        return self._spans.frame(numbers).merge(labels, on=["rid", "position"], how="left", validate="many_to_one")
 
 
 def iter_positions(
@@ -40,17 +74,38 @@ def iter_positions(
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Requests in their order, so many positions or one request at a time; each time the requests, and the columns of
     `read_tokens` but token id and segment, ordered by rid and position. Spans are looked up once for all of them."""
-    every = run.spans()
-    spans = every[every["attempt"] == every.groupby("rid")["attempt"].transform("max")]
-    ends = spans.groupby("rid")["end"].max().reindex(requests["rid"]).fillna(0).cumsum().to_numpy()
-    part = pd.Series((ends - 1) // positions, index=requests["rid"].to_numpy())
-    of_part = dict(list(spans.groupby(spans["rid"].map(part), sort=False)))
-    computed = Computed(every)
-    for number, some in requests.groupby(part.to_numpy(), sort=True):
-        if number in of_part:
-            tokens = expand(of_part.pop(number))
-            tokens["source_row"], tokens["covered"] = sources(tokens, computed)
-            yield some, tokens
+    spans = _Spans(run.spans(), requests["rid"])
+    for numbers in spans.parts(positions):
+        yield requests.iloc[numbers], spans.frame(numbers)
+
+
+class _Spans:
+    """Spans of the last attempts of requests, to be expanded some requests at a time."""
+
+    def __init__(self, every: pd.DataFrame, rids: pd.Series) -> None:
+        last = (every["attempt"] == every.groupby("rid")["attempt"].transform("max")).to_numpy()
+        number = pd.Index(rids).get_indexer(every["rid"])
+        order = np.flatnonzero(last & (number >= 0))
+        order = order[np.argsort(number[order], kind="stable")]
+        self._every, self._order, self._computed = every, order, Computed(every)
+        counts = np.bincount(number[order], minlength=len(rids))
+        self._edges = np.concatenate([[0], np.cumsum(counts)])
+        self._ends = np.zeros(len(rids), np.int64)
+        np.maximum.at(self._ends, number[order], every["end"].to_numpy()[order])
+
+    def parts(self, positions: int) -> Iterator[Array]:
+        """Numbers of consecutive requests: of so many positions together, or of one; none without spans."""
+        part = (np.cumsum(self._ends) - 1) // positions
+        for numbers in np.split(np.arange(len(part)), np.flatnonzero(np.diff(part)) + 1):
+            if len(numbers) and self._edges[numbers[0]] < self._edges[numbers[-1] + 1]:
+                yield numbers
+
+    def frame(self, numbers: Array) -> pd.DataFrame:
+        """The positions of some requests, by ascending numbers."""
+        places = [self._order[self._edges[n] : self._edges[n + 1]] for n in numbers.tolist()]
+        tokens = expand(self._every.iloc[np.concatenate(places) if places else []])
+        tokens["source_row"], tokens["covered"] = sources(tokens, self._computed)
+        return tokens
 
 
 def tokens_of(run: RunFiles, rid: str) -> pd.DataFrame:
@@ -76,6 +131,9 @@ def expand(spans: pd.DataFrame) -> pd.DataFrame:
     def each(column: str) -> Array:
         return np.repeat(spans[column].to_numpy(), lengths)
 
+    def names(column: str) -> Any:  # of one dtype, whether or not all of them are null
+        return pd.Series(each(column) if column in spans else None, index=range(len(inside)), dtype="str")
+
     steps = np.isin(each("phase").astype(object), schema.STEP_PHASES)
     row_start = each("row_start")
     return pd.DataFrame(
@@ -84,12 +142,12 @@ def expand(spans: pd.DataFrame) -> pd.DataFrame:
             "attempt": each("attempt"),
             "position": each("start") + inside,
             "status": each("status"),
-            "phase": each("phase"),
+            "phase": names("phase"),
             "forward_id": each("forward_id") + steps * inside,
             "row": np.where(row_start >= 0, row_start + each("row_step") * inside, -1),
-            "origin_rid": each("origin_rid"),
+            "origin_rid": names("origin_rid"),
             "origin_attempt": each("origin_attempt"),
-            "intervention": each("intervention") if "intervention" in spans else None,
+            "intervention": names("intervention"),
         }
     )
 

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.run.batches import queried
+from sglang_probe.run.batches import in_parts, queried
 from sglang_probe.run.run import Run
 from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.run.tokens import TokenFrames
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.sae import SAE
 
@@ -198,8 +199,8 @@ def _part(
 ) -> _Part:
     from scipy import sparse
 
-    tokens = _positions(run)
-    tokens = tokens[tokens["rid"].isin(rids)]
+    tokens = TokenFrames(run).of(rids)
+    tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
     requests = run.requests().set_index("rid").loc[rids]
     lists = [np.concatenate([p, o]) for p, o in zip(requests["prompt_ids"], requests["output_ids"], strict=True)]
     lengths = np.array([len(x) for x in lists])
@@ -246,21 +247,18 @@ def _encode(sae: SAE, x: torch.Tensor) -> Array:
         return sae.encode(x).float().numpy()
 
 
-def _positions(run: Run) -> pd.DataFrame:
-    tokens = run.tokens()
-    return tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-
-
 def _drawn(runs: Sequence[Run], point: str, most: int, seed: int) -> tuple[list[pd.Index], int]:
     """Requests drawn of each run, in the order in which it has them, and about how many rows they have."""
     found = []
     for run in runs:
-        tokens, requests = _positions(run), run.requests()
+        requests = run.requests()
         known = requests["prompt_ids"].notna() & requests["output_ids"].notna()
         if not known.any():
             raise ConfigError(f"{run.path} has no token ids", fix="record with privacy level `ids`")
         rids = pd.Index(requests.loc[known, "rid"])
-        found.append(tokens[run.holds(point, tokens["row"].to_numpy())].groupby("rid").size().reindex(rids).fillna(0))
+        held = (t.loc[run.holds(point, t["row"].to_numpy()), "rid"] for t in in_parts(run, None))
+        sizes = pd.concat([pd.Series(dtype="int64"), *(rid.value_counts(sort=False) for rid in held)])
+        found.append(sizes.reindex(rids).fillna(0))
     of = np.repeat(np.arange(len(runs)), [len(f) for f in found])
     counts = np.concatenate([f.to_numpy() for f in found])
     order = np.random.default_rng(seed).permutation(len(counts))

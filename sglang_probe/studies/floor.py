@@ -106,7 +106,7 @@ def cell_sums(positions: pd.DataFrame, l2: dict[str, Any], by: Sequence[str]) ->
     for hook_point, values in l2.items():
         frame = positions[keys].assign(n=1, same=values == 0, sum=values.astype(np.float64))
         sums = frame.groupby(keys, sort=False, observed=True)[["n", "same", "sum"]].sum().reset_index()
-        frames.append(sums.assign(hook_point=hook_point))
+        frames.append(sums.astype({k: "str" for k in keys if k in ("phase", "segment")}).assign(hook_point=hook_point))
     return pd.concat(frames, ignore_index=True)
 
 

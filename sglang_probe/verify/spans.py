@@ -71,7 +71,11 @@ def attempts_follow(run: Run) -> Check:
 def _attempts(run: Run, spans: pd.DataFrame) -> str | None:
     there = spans[["rid", "attempt"]].drop_duplicates()
     carried = {rid: attempt for rid, (attempt, _) in segment.carried_in(run).items()}
-    expected = there.groupby("rid").cumcount() + there["rid"].map(carried).fillna(0).astype(int)
+    first = there["rid"].map(carried).fillna(0).astype(int)
+    # Retracted in the segment before, or before anything more of that attempt was computed: it goes on with the next.
+    began = there.groupby("rid")["attempt"].transform("min")
+    first += there["rid"].isin(carried) & (began == first + 1)
+    expected = there.groupby("rid").cumcount() + first
     wrong = there[there["attempt"] != expected]
     if len(wrong):
         r = wrong.iloc[0]

@@ -25,13 +25,19 @@ KEY, ADMIN_KEY = "secret", "admin-secret"
 
 
 class LiveServer:
-    """`SGLANG_PROBE=probe.yaml python -m sglang.launch_server ...` on the CPU, bound to 127.0.0.1."""
+    """`SGLANG_PROBE=probe.yaml python -m sglang.launch_server ...` on the CPU, bound to 127.0.0.1.
+
+    Args:
+        environment: variables that may be read while SGLang is imported: the server starts anew, which takes longer.
+        read_late: variables that are not.
+    """
 
     def __init__(
         self,
         folder: Path,
         *arguments: str,
         environment: dict[str, str] | None = None,
+        read_late: dict[str, str] | None = None,
         probe: dict[str, Any] | None = None,
         **live: Any,
     ) -> None:
@@ -50,7 +56,7 @@ class LiveServer:
         if "--max-total-tokens" not in arguments:
             command += ["--max-total-tokens", "65536"]
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1", **(environment or {})}
+        env |= {"SGLANG_PROBE": str(config), "OMP_NUM_THREADS": "1", **(read_late or {}), **(environment or {})}
         self.process: subprocess.Popen[bytes] | Started
         if environment:  # read while SGLang is imported, for all we know
             with open(self.log, "w") as log:

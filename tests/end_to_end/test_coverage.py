@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from sglang_probe.run.run import Run
-from sglang_probe.run.weighting import weights_of
+from sglang_probe.run.weighting import Weights
 from sglang_probe.studies.coverage.prompts import coverage_by_segment
 from sglang_probe.studies.coverage.study import Study, study_coverage
 from sglang_probe.studies.coverage.weights import write_weights
@@ -67,7 +67,7 @@ def test_weighted_rows_have_the_class_frequencies_of_the_traffic(runs: dict[str,
     tokens = run.tokens()
     tokens = tokens[tokens["phase"] != "overshoot"]
     rows = tokens[tokens["row"] >= 0]
-    weighted = pd.Series(weights_of(rows, path)).groupby(rows["segment"].to_numpy()).sum()
+    weighted = pd.Series(Weights.read(path).of(rows)).groupby(rows["segment"].to_numpy()).sum()
     traffic = tokens.groupby("segment").size()
     assert weighted.to_dict() == pytest.approx(traffic.to_dict())
     batches = list(run.iter_batches("blocks.0.hook_resid_post", batch_size=512, weight=path))

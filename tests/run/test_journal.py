@@ -34,6 +34,22 @@ def test_a_damaged_line_in_the_middle_is_an_error_not_an_end(tmp_path: Path) -> 
         journal.read(tmp_path)
 
 
+def test_a_part_whose_folder_cannot_be_synced_is_not_named_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append(tmp_path, part(0))
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(journal, "sync_folder", full)
+        with pytest.raises(OSError, match="disk full"):
+            journal.append(tmp_path, part(1))
+    journal.append(tmp_path, part(1))
+    assert [p.number for p in journal.read(tmp_path)] == [0, 1]
+
+
 def test_files_that_no_part_names_are_left_overs(tmp_path: Path) -> None:
     journal.append(tmp_path, part(0))
     for n in (0, 1):

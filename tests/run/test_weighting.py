@@ -12,7 +12,7 @@ import pytest
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.run.run import Run
-from sglang_probe.run.weighting import copies, weights_of
+from sglang_probe.run.weighting import Copies, Weights
 from sglang_probe.studies.coverage.study import Study
 from sglang_probe.studies.coverage.weights import write_weights
 from tests.made_run import EMBEDDING
@@ -45,13 +45,13 @@ def test_the_weights_of_a_coverage_study_make_rows_look_like_the_traffic(
     tokens = run.tokens()
     tokens = tokens[(tokens["phase"] != "overshoot")]
     rows = tokens[tokens["row"] >= 0]
-    weighted = pd.Series(weights_of(rows, files["segment"])).groupby(rows["segment"].to_numpy()).sum()
+    weighted = pd.Series(Weights.read(files["segment"]).of(rows)).groupby(rows["segment"].to_numpy()).sum()
     assert weighted.to_dict() == tokens.groupby("segment").size().to_dict()
 
 
 def test_fractions_are_rounded_at_random_and_right_on_average() -> None:
     weights = np.array([0.25, 1.5, 2.0, 0.0, 0.75])
-    many = np.array([copies(weights, np.random.default_rng(seed)) for seed in range(4000)])
+    many = np.array([Copies(np.random.default_rng(seed)).of(weights) for seed in range(4000)])
     assert np.all(np.abs(many - weights) < 1)
     assert np.all(np.abs(many.sum(axis=1) - weights.sum()) < 1)
     assert np.allclose(many.mean(axis=0), weights, atol=0.03)

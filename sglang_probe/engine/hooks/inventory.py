@@ -41,6 +41,7 @@ class Target(Config):
         "steering",
         "control",
         "live",
+        "traces",
         "platform",
     ]
     why: str

@@ -75,6 +75,8 @@ class LiveConfig(Config):
     causes: bool = False
     """Whether `/metrics` has the causes of computed prompt tokens. They are found for each segment when it is closed,
     by a process of the lowest priority; `privacy` must be `ids` or `hashes`."""
+    traces: bool = False
+    """Whether SGLang's OpenTelemetry spans (`--enable-trace`) get the ledger's counts and ids of their requests."""
     rows: AnswersConfig = AnswersConfig()
     """Bounds of the rows that requests ask for (`asks: [rows]`)."""
     recent: int = Field(default=100, ge=0, le=10_000)

@@ -31,6 +31,7 @@ from sglang_probe.engine.live.privacy import Redactor
 from sglang_probe.engine.live.sink import Sink, rebase
 from sglang_probe.engine.live.stops import DISK, Stops
 from sglang_probe.engine.live.totals import Totals
+from sglang_probe.engine.live.traced import PREFIX
 
 _UPDATES = 100
 """Updates of the weights that a manifest lists."""
@@ -73,7 +74,7 @@ class LiveRecording:
         self.monitor = monitor
         self._order = 0
         """Commits that were handed to writers."""
-        self.totals = Totals(config.recent)
+        self.totals = Totals(config.recent, traces=config.traces)
         self.names = Names()
         self.stops = Stops()
         self.epoch = 1
@@ -163,6 +164,20 @@ class LiveRecording:
             return None
         current = self.totals.pending[0] if self.totals.pending else None
         return provenance.with_current(entry.spans, current, rid)
+
+    def traced(self, rid: str, *, finishing: bool) -> dict[str, int | str] | None:
+        """Attributes for the OpenTelemetry span of a request that is just ending, by its name; None: not known.
+
+        Takes no lock: the span of a request that was dropped may end where Python collects it, in the middle of `put`.
+
+        Args:
+            finishing: it finishes with the result that is being processed; else it is dropped.
+        """
+        so_far = self.totals.traced(rid)
+        if so_far is None:
+            return None
+        now = so_far.with_flight(list(self.totals.pending), rid, finishing=finishing)
+        return {f"{PREFIX}.request": rid, f"{PREFIX}.segment": self.segment.path.name, **now.attributes()}
 
     # ---------------------------------------------------------------- any thread
 

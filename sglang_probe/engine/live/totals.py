@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_probe.engine.ledger.facts import Commit, ForwardPlan
 from sglang_probe.engine.live import provenance
+from sglang_probe.engine.live.traced import Traced
 from sglang_probe.run import schema
 
 _RID, _ATTEMPT, _START, _END, _STATUS, _PHASE = (
@@ -34,6 +35,7 @@ class Entry:
     covered: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     spans: list[provenance.Span] | None = None  # kept only for a request that asked for its provenance
+    traced: Traced | None = None  # kept only where spans get attributes, of requests known from their beginning
     finish: str | None = None
     ended: float = 0.0  # unix seconds
 
@@ -47,9 +49,10 @@ class Totals:
 
     Args:
         recent: ended requests to list.
+        traces: whether OpenTelemetry spans get what is known of their requests.
     """
 
-    def __init__(self, recent: int) -> None:
+    def __init__(self, recent: int, *, traces: bool = False) -> None:
         self.positions = dict.fromkeys(CLASSES, 0)
         self.requests = 0
         self.unaccounted = 0
@@ -64,6 +67,7 @@ class Totals:
         self.pending: deque[ForwardPlan] = deque()
         """Launched and not yet committed."""
         self._recent = recent
+        self._traces = traces
         self._ended: dict[str, Entry] = {}
 
     def launch(self, plan: ForwardPlan, asking: set[str]) -> None:
@@ -75,7 +79,8 @@ class Totals:
                 spans: list[provenance.Span] | None = [] if rid in asking else None
                 self.asking += spans is not None
                 attempt, covered = plan.carried.get(rid, (0, 0))
-                self.active[rid] = Entry(plan.prompt_lens[i], attempt, covered, spans=spans)
+                traced = Traced() if self._traces and rid not in plan.carried else None
+                self.active[rid] = Entry(plan.prompt_lens[i], attempt, covered, spans=spans, traced=traced)
 
     def count(self, commit: Commit) -> None:
         """Add a commit."""
@@ -98,8 +103,15 @@ class Totals:
                 entry.attempt, entry.covered = span[_ATTEMPT], span[_END]
             if entry.spans is not None:
                 provenance.extend(entry.spans, span)
+            if entry.traced is not None:
+                entry.traced.add(span)
         for request in commit.requests:
             self._end(request)
+
+    def traced(self, rid: str) -> Traced | None:
+        """Of a request in flight, or that ended lately; None: not known, or not from its beginning."""
+        entry = self.active.get(rid) or self._ended.get(rid)
+        return None if entry is None else entry.traced
 
     def dropped(self, commit: Commit) -> None:
         """A commit that was counted could not be written."""

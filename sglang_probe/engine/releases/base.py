@@ -152,6 +152,12 @@ class Release(ABC):
     def live_hooks(self) -> list[Hook]:
         """Where the internal state is read, and where an answer's `meta_info` is built (`instruments/live.py`)."""
 
+    # Traces
+
+    @abstractmethod
+    def trace_hooks(self) -> list[Hook]:
+        """Where SGLang ends the OpenTelemetry span of a request in the scheduler (`instruments/traces.py`)."""
+
     # Server arguments
 
     @abstractmethod

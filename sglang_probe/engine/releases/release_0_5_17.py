@@ -35,6 +35,8 @@ class Adapter(Release):
         }
     )
 
+    not_shown = frozenset(("traces",))
+
     def publication_hooks(self) -> list[Hook]:
         from sglang_probe.engine.hooks import tree as lineage
 
@@ -132,6 +134,11 @@ class Adapter(Release):
             (f"{_COMPONENTS}.output_streamer._GenerationStreamAccumulator.to_payload", to_payload, "AFTER"),
             (f"{_SCHEDULER}.get_internal_state", live.get_internal_state, "AFTER"),
         ]
+
+    def trace_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks.instruments import traces
+
+        return [("sglang.srt.observability.trace.TraceReqContext.abort", traces.span_ends, "BEFORE")]
 
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(server_args)}

@@ -36,7 +36,7 @@ class Adapter(release_0_5_23.Adapter):
         }
     )
     not_shown = frozenset(
-        ("accelerator rows", "attention rows", "bypass", "eviction", "positions", "steering", "telemetry")
+        ("accelerator rows", "attention rows", "bypass", "eviction", "positions", "steering", "telemetry", "traces")
     )
     shown_points: ClassVar[frozenset[str] | None] = frozenset(("hook_embed",))
 

@@ -11,6 +11,7 @@ class Adapter(release_0_5_23.Adapter):
     """See `Release`."""
 
     version = "0.5.22"
+    not_shown = frozenset(("traces",))
 
     def request_hooks(self) -> list[Hook]:
         scheduler = "sglang.srt.managers.scheduler.Scheduler"

@@ -144,6 +144,12 @@ class Adapter(Release):
             (f"{_CONTROLLER}.get_internal_state", live.get_internal_state, "AFTER"),
         ]
 
+    def trace_hooks(self) -> list[Hook]:
+        from sglang_probe.engine.hooks.instruments import traces
+
+        kinds = ("trace.TraceReqContext", "trace_async.TraceReqContextAsync")
+        return [(f"sglang.srt.observability.{kind}.abort", traces.span_ends, "BEFORE") for kind in kinds]
+
     def argument_names(self, server_args: type[Any]) -> set[str]:
         return set(server_args.__struct_fields__)
 

@@ -111,7 +111,7 @@ def study_lossless(arms: Mapping[str, Sequence[Run]], name: str = "lossless") ->
         coverage=pd.DataFrame(coverage),
         distance=pd.concat(
             [
-                _distance(what, a, b, tokens, kinds[i]).assign(order="same" if i == j else "another")
+                _distance(what, a, b, kinds[i]).assign(order="same" if i == j else "another")
                 for what, i, j, a, b in pairs
             ],
             ignore_index=True,
@@ -123,7 +123,10 @@ def study_lossless(arms: Mapping[str, Sequence[Run]], name: str = "lossless") ->
 
 def _labelled(run: Run) -> pd.DataFrame:
     """Positions with the row that holds their activation, wherever it was computed, as `row`."""
-    tokens = run.tokens()
+    return _label(run.tokens())
+
+
+def _label(tokens: pd.DataFrame) -> pd.DataFrame:
     tokens = tokens[tokens["phase"] != schema.OVERSHOOT]
     reused = tokens["status"] == schema.REUSED
     label = np.where(reused, GATHERED, np.where(tokens["phase"] == schema.DECODE, DECODED, HERE))
@@ -149,10 +152,10 @@ def _kinds(run: Run, tokens: pd.DataFrame) -> pd.Series:
     return pd.Series(tokens["label"].to_numpy(), index=pd.MultiIndex.from_arrays(keys))
 
 
-def _distance(what: str, a: Run, b: Run, tokens: Mapping[int, pd.DataFrame], kinds: pd.Series) -> pd.DataFrame:
+def _distance(what: str, a: Run, b: Run, kinds: pd.Series) -> pd.DataFrame:
     """Relative L2 of rows by hook point, and by how the cached run of the replicate came by its row of the position: so
     that an effect and its floors are taken over the same positions."""
-    compared = compare_runs(a, b, tokens[id(a)], tokens[id(b)])
+    compared = compare_runs(a, b, prepare=_label)
     where = pd.MultiIndex.from_frame(compared.positions[["index", "position"]])
     kind = kinds.reindex(where).to_numpy()
     rows = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from sglang_probe.errors import ProbeError
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run
 from sglang_probe.studies.base import records
-from sglang_probe.studies.coverage.prompts import coverage_by_position, coverage_by_segment, totals
+from sglang_probe.studies.coverage.prompts import PromptCoverage, totals
 from sglang_probe.studies.drift import Compared, compare_runs, drift_table, first_divergence, in_common
 from sglang_probe.studies.floor import MARGIN, cell_sums, comparisons, floor_table
 from sglang_probe.verify.check import Check, all_hold
@@ -112,11 +112,13 @@ def study_ab(
     Raises:
         ProbeError: an arm did not produce the reference's output tokens, so that nothing can be compared.
     """
-    tokens: dict[str, pd.DataFrame] = {}
+    firsts = list(dict.fromkeys(arms.values()))
+    prompts: dict[str, PromptCoverage] = {}
     checks: dict[str, list[Check]] = {}
     for run_name, run in runs.items():
         tell(f"reading and verifying {run_name}")
-        tokens[run_name] = run.tokens()
+        if run_name in firsts:
+            prompts[run_name] = PromptCoverage(run.iter_tokens(), width=BIN)
         checks[run_name] = verify(run)
     reference = next(iter(runs))
     forced = any(run.manifest.get("forced_from") for run in runs.values())
@@ -124,7 +126,6 @@ def study_ab(
         for run_name in runs:
             _check_same_outputs(runs[reference], runs[run_name])
 
-    firsts = list(dict.fromkeys(arms.values()))
     baseline = baseline or arms[reference]
     drift: list[pd.DataFrame] = []
     sums: dict[str, list[pd.DataFrame]] = {"all": [], "segment": [], "start": []}
@@ -140,9 +141,10 @@ def study_ab(
             if known is None:
                 tell(f"comparing {c.a} with {c.b}")
                 until = None if forced else first_divergence(runs[c.a], runs[c.b])
-                known = compare_runs(runs[c.a], runs[c.b], tokens[c.a], tokens[c.b], until=until)
+                known = compare_runs(runs[c.a], runs[c.b], until=until)
                 what = {"kind": c.kind, "arm": c.arm, "comparison": c.label}
                 drift.append(drift_table(known).assign(**what))
+                known = replace(known, cosine={}, deviation={})  # the table has all that is asked of them
                 if until is not None:
                     flips.append({**what, **_flips(runs[c.b], until)})
                 if c.arm == baseline:
@@ -161,11 +163,9 @@ def study_ab(
     }
     return AbResult(
         name=name,
-        totals=pd.DataFrame([{"run": n, "arm": arms[n], **totals(r, tokens[n])} for n, r in runs.items()]),
-        by_segment=pd.concat([coverage_by_segment(tokens[a]).assign(arm=a) for a in firsts], ignore_index=True),
-        by_position=pd.concat(
-            [coverage_by_position(tokens[a], width=BIN).assign(arm=a) for a in firsts], ignore_index=True
-        ),
+        totals=pd.DataFrame([{"run": n, "arm": arms[n], **totals(r)} for n, r in runs.items()]),
+        by_segment=pd.concat([prompts[a].by_segment().assign(arm=a) for a in firsts], ignore_index=True),
+        by_position=pd.concat([prompts[a].by_position().assign(arm=a) for a in firsts], ignore_index=True),
         baseline=baseline,
         drift=pd.concat(drift, ignore_index=True),
         floors=tables["all"],

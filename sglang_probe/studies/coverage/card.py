@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pandas as pd
-
 from sglang_probe.errors import LedgerError
 from sglang_probe.report import markdown
 from sglang_probe.report.numbers import format_number
@@ -69,8 +67,7 @@ CARD = "README.md"
 def write_card(run: Run) -> None:
     """Write `README.md` into the run directory."""
     m = run.manifest
-    tokens = run.tokens()
-    t = totals(run, tokens)
+    t = totals(run)
     text = _CARD.format(
         name=markdown.escape(m["name"]),
         status="Complete." if run.complete else "**Incomplete.**",
@@ -91,7 +88,7 @@ def write_card(run: Run) -> None:
         computed=int(t["computed"]),
         reused=int(t["reused"]),
         generated=int(t["generated"]),
-        coverage=segments_table(tokens),
+        coverage=segments_table(run),
         methods=_methods(run),
         gaps=_gaps(m, t),
         path=_in_string(run.path.name),
@@ -101,9 +98,9 @@ def write_card(run: Run) -> None:
     seal.add(run.path, CARD)
 
 
-def segments_table(tokens: pd.DataFrame) -> str:
+def segments_table(run: Run) -> str:
     """Coverage by segment of the prompt as a Markdown table."""
-    found = coverage_by_segment(tokens)
+    found = coverage_by_segment(run.iter_tokens())
     counts = ["positions", "computed", "reused"]
     rows = [
         [markdown.code(r["segment"]), *(f"{r[c]:,}" for c in counts), format_number(r["coverage"], "percent")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from sglang_probe.axes.vocabulary import Vocabulary
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
 from sglang_probe.run import journal
-from sglang_probe.run.batches import queried
+from sglang_probe.run.batches import in_parts
 from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.schema import OVERSHOOT
+from sglang_probe.run.tokens import TokenFrames
 from sglang_probe.studies.base import Measured
 from sglang_probe.studies.lens.measure import Reading, kl, read, settled
 from sglang_probe.studies.lens.translators import Translator, TunedLens
@@ -147,16 +149,18 @@ def lens(
     unembedding, vocabulary = load_unembedding(folder), Vocabulary.load(folder)
     last = last_layer(run, points)
     translators = None if tuned is None else _translators(run, tuned, unembedding)
-    tokens = run.tokens()
-    tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
     requests = run.requests().set_index("rid")
     wanted = None if target is None else token_of(target, vocabulary)
-    tokens = tokens.assign(target=_next(tokens, requests) if wanted is None else wanted)
+
+    def targets(tokens: pd.DataFrame) -> pd.DataFrame:
+        return tokens.assign(target=_next(tokens, requests) if wanted is None else wanted)
+
     notes = _notes(run, points, last)
     if translators is not None:
         notes += _tuned_notes(run, points, last, translators)
-    chosen = drawn_positions(run, points, tokens, where, most, seed)
-    shown = _window(run, points, tokens, requests, rid, start, window)
+    frames = functools.partial(in_parts, run, where, prepare=targets, name="--where")
+    chosen = drawn_positions(run, points, frames, most, seed)
+    shown = targets(_window(run, points, requests, rid, start, window))
     total = len(chosen) + len(shown)
     rng = np.random.default_rng([seed, 1])
     other = rng.permutation(chosen["target"].to_numpy())
@@ -270,24 +274,38 @@ def _next(tokens: pd.DataFrame, requests: pd.DataFrame) -> Array:
 
 
 def drawn_positions(
-    run: Run, points: Mapping[int, str], tokens: pd.DataFrame, where: str | None, most: int, seed: int
+    run: Run, points: Mapping[int, str], frames: Callable[[], Iterable[pd.DataFrame]], most: int, seed: int
 ) -> pd.DataFrame:
-    """Computed positions that every layer holds, at most so many."""
-    tokens = queried(tokens, where, name="--where")
-    rows = tokens["row"].to_numpy()
-    held = np.logical_and.reduce([run.holds(name, rows) for name in points.values()])
-    tokens = tokens[held]
-    if tokens.empty:
+    """Computed positions that every layer holds, at most so many.
+
+    Args:
+        frames: gives the positions to draw from, some at a time; asked twice.
+    """
+    counts = [len(_held(run, points, tokens, "row")) for tokens in frames()]
+    total = sum(counts)
+    if not total:
         raise ConfigError(f"{run.path} has no position whose row all of {', '.join(points.values())} hold")
-    if len(tokens) > most:
-        tokens = tokens.iloc[np.sort(np.random.default_rng(seed).choice(len(tokens), most, replace=False))]
-    return tokens
+    drawn = np.arange(total)
+    if total > most:
+        drawn = np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
+    parts, first = [], 0
+    for tokens, count in zip(frames(), counts, strict=True):
+        mine = drawn[(drawn >= first) & (drawn < first + count)] - first
+        if len(mine):
+            parts.append(_held(run, points, tokens, "row").iloc[mine])
+        first += count
+    return pd.concat(parts, ignore_index=True)
+
+
+def _held(run: Run, points: Mapping[int, str], tokens: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Positions whose row every layer holds."""
+    rows = tokens[column].to_numpy()
+    return tokens[np.logical_and.reduce([run.holds(name, rows) for name in points.values()])]
 
 
 def _window(
     run: Run,
     points: Mapping[int, str],
-    tokens: pd.DataFrame,
     requests: pd.DataFrame,
     rid: str | None,
     start: int | None,
@@ -296,11 +314,16 @@ def _window(
     """The positions of the map."""
     if rid is not None and rid not in requests.index:
         raise ConfigError(f"{run.path} has no request `{rid}`", fix="`run.requests()` lists them")
-    rows = tokens["source_row"].to_numpy()
-    held = tokens[np.logical_and.reduce([run.holds(name, rows) for name in points.values()])]
+    every = TokenFrames(run)
+
+    def held(rid: str) -> pd.DataFrame:
+        tokens = every.of([rid])
+        tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
+        return _held(run, points, tokens, "source_row")
+
     if rid is None:
-        rid = next((r for r in requests.index if (held["rid"] == r).any()), None)
-    mine = held[held["rid"] == rid].sort_values("position")
+        rid = next((r for r in requests.index if len(held(r))), None)
+    mine = held(rid) if rid is not None else every.of([])
     if start is None and len(mine):
         border = int(requests.loc[rid, "prompt_len"]) if requests.loc[rid, "prompt_len"] is not None else 0
         start = max(0, min(border - window // 2, int(mine["position"].max()) - window + 1))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
+from sglang_probe.run.batches import in_parts
 from sglang_probe.run.run import load_run
-from sglang_probe.run.schema import OVERSHOOT
 from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.manifest import facts_of_run, model_of
 from sglang_probe.stats.intervals import mean_intervals
@@ -96,9 +96,7 @@ def tune(
         )
     if len(points) < 2:
         raise ConfigError(f"{path} has rows of the last layer alone: there is nothing to translate")
-    tokens = run.tokens()
-    tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-    chosen = drawn_positions(run, points, tokens, where, most, seed)
+    chosen = drawn_positions(run, points, lambda: in_parts(run, where, name="--where"), most, seed)
     rows = {layer: run.rows(name, chosen["row"].to_numpy()).float() for layer, name in points.items()}
     keep, left = _without_sinks(rows, chosen, sinks or Sinks())
     chosen, rows = chosen[keep], {layer: x[torch.from_numpy(keep)] for layer, x in rows.items()}

@@ -12,6 +12,7 @@ import torch
 from sglang_probe.errors import ProbeError
 from sglang_probe.eviction.likelihood import Unembedding
 from sglang_probe.run.run import Run
+from sglang_probe.run.tokens import PART, iter_positions
 from sglang_probe.sae.evaluation import evaluate
 from sglang_probe.sae.sae import SAE
 from sglang_probe.studies.phase.rows import row_indices
@@ -27,10 +28,11 @@ def where_of(run: Run, start: int, end: int, *, intervened: bool) -> tuple[Array
         ProbeError: a position was not computed by the run itself, or is under an intervention although none was asked,
             or the other way round.
     """
-    tokens = run.tokens()
-    within = tokens[(tokens["position"] >= start) & (tokens["position"] < end)]
-    marked = within["intervention"].notna()
-    if marked.any() if not intervened else not marked.all():
+    for _, tokens in iter_positions(run, run.requests_table(["rid"]).to_pandas(), PART):
+        within = tokens[(tokens["position"] >= start) & (tokens["position"] < end)]
+        marked = within["intervention"].notna()
+        if not (marked.any() if not intervened else not marked.all()):
+            continue
         raise ProbeError(f"{run.path} has positions that {'are' if not intervened else 'are not'} intervened on")
     return row_indices(run, start, end)
 

@@ -7,8 +7,8 @@ all the same and counted (`did_not_fit`): the engine would have let it wait or r
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,10 @@ class _Holding:
     inserted: int = 0
 
 
+Computed = tuple[tuple[str, int], int, bool]
+"""A request of a forward, by rid and attempt; up to where it is computed, and whether that is a step of its output."""
+
+
 class Cache:
     """Running requests over a tree."""
 
@@ -70,23 +74,32 @@ class Cache:
         self._running[key] = _Holding(self.tree.slots(node), self.tree.lock(node), given, given)
         return given
 
-    def compute(self, wanted: Sequence[tuple[tuple[str, int], int]]) -> None:
-        """A forward computes requests up to these lengths."""
+    def compute(self, wanted: Sequence[Computed]) -> None:
+        """A forward computes requests up to these lengths: what it prefills has its slots first, then its steps."""
+        for decodes in (False, True):
+            need = [(self._running[k], end) for k, end, step in wanted if step == decodes and k in self._running]
+            self._allocate(need, decodes)
+
+    def _allocate(self, need: Sequence[tuple[_Holding, int]], decodes: bool) -> None:
         page = self.tree.page
-        need = [(self._running[k], end) for k, end in wanted if k in self._running]
-        more = {id(h): max(-(-end // page) * page - len(h.slots), 0) for h, end in need}
-        total = sum(more.values())
-        if total:
-            # A prefill reserves a page a request beyond what it needs, and a decode step a page where one begins.
-            self.tree.make_room(total + (page * len(need) if page > 1 else 0))
+        if need and page == 1:
+            self.tree.make_room(sum(end - len(h.slots) for h, end in need))
+        elif need:  # SGLang asks for a page a request, whether it needs one or not (`mem_cache/allocation.py`)
+            self.tree.make_room(page * len(need) + (0 if decodes else sum(end - h.length for h, end in need)))
         for h, end in need:
-            if n := more[id(h)]:
+            if n := max(-(-end // page) * page - len(h.slots), 0):
                 slots = self.tree.take(n)
                 if slots is None:
                     self.did_not_fit += 1
                     continue
                 h.slots = _joined(h.slots, slots)
             h.length = max(h.length, end)
+
+    def check_step(self, keys: Sequence[tuple[str, int]]) -> None:
+        """SGLang looks whether these requests can decode a step (`check_decode_mem`), and makes room for it."""
+        page = self.tree.page
+        held = [h for k in keys if (h := self._running.get(k)) is not None]
+        self.tree.make_room(page * sum(h.length % page == 0 for h in held))
 
     def publish(self, key: tuple[str, int], ids: Sequence[int], prompt: int, space: str | None) -> None:
         """The tree takes what a request holds."""
@@ -143,6 +156,7 @@ def as_recorded(
         str(r.rid): ([*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)], int(r.prompt_len))
         for r in requests.itertuples()
     }
+    retractions = {str(r.rid): int(r.retractions) for r in requests.itertuples()}
     for rank in sorted(tree["dp_rank"].unique()):
         cache = Cache(make())
         own = tree[tree["dp_rank"] == rank].reset_index(drop=True)
@@ -150,19 +164,23 @@ def as_recorded(
         computing = _computing(of_rank)
         if cache.tree.page != recorded_page:
             own = own.assign(end=_whole(own, of_rank, recorded_page))
-        last = _last(own, computing)
+        of_forwards = forwards[forwards["dp_rank"] == rank]
+        decodes = of_forwards.loc[of_forwards["mode"] == "decode", "forward_id"].tolist()
+        last = _last(own, computing, decodes, retractions)
         epoch = (own["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
         events = own.assign(order=own["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
         events = _with_looks(events, looks)
         rows = list(events.itertuples())
         at = 0
         spaces = {(e.rid, e.attempt): _text(e.namespace) for e in rows if e.event == schema.MATCHED}
-        for forward in forwards.loc[forwards["dp_rank"] == rank, "forward_id"].tolist():
+        for forward in of_forwards["forward_id"].tolist():
             while at < len(rows) and rows[at].at_forward <= forward:
                 _event(cache, rows[at], ids, spaces, last, outcome)
                 at += 1
             computes = computing.get(forward, [])
             retracted = last.get(("before", forward), [])
+            if retracted:
+                cache.check_step([*retracted, *(key for key, _, _ in computes)])
             for i, key in enumerate(retracted):
                 cache.retract(key, len(computes) + len(retracted) - 1 - i)
             cache.compute(computes)
@@ -190,6 +208,10 @@ _LOOKED = "looked"
 def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outcome) -> None:
     if e.event in (schema.FLUSHED, schema.OPENED):
         cache.flush()
+    if e.event == schema.MATCHED:
+        together = last.get(("pause", e.order), [])
+        for i, key in enumerate(together):
+            cache.retract(key, len(together) - i)
     if e.event not in (schema.MATCHED, schema.PUBLISHED, _LOOKED) or e.rid not in ids:
         return
     key = (str(e.rid), int(e.attempt))
@@ -221,44 +243,79 @@ def _whole(tree: pd.DataFrame, spans: pd.DataFrame, page: int) -> pd.Series:
     return out
 
 
-def _computing(spans: pd.DataFrame) -> dict[int, list[tuple[tuple[str, int], int]]]:
-    """Of each forward, the requests that it computes something of, and up to where."""
-    out: dict[int, list[tuple[tuple[str, int], int]]] = {}
+def _computing(spans: pd.DataFrame) -> dict[int, list[Computed]]:
+    """Of each forward, what it computes."""
+    out: dict[int, list[Computed]] = {}
     for s in spans[spans["status"] == schema.COMPUTED].itertuples():
         key = (str(s.rid), int(s.attempt))
         if s.phase in schema.STEP_PHASES:
             for i in range(int(s.end) - int(s.start)):
-                out.setdefault(int(s.forward_id) + i, []).append((key, int(s.start) + i + 1))
+                out.setdefault(int(s.forward_id) + i, []).append((key, int(s.start) + i + 1, True))
         else:
-            out.setdefault(int(s.forward_id), []).append((key, int(s.end)))
+            out.setdefault(int(s.forward_id), []).append((key, int(s.end), False))
     return out
 
 
-def _last(tree: pd.DataFrame, computing: dict[int, list[tuple[tuple[str, int], int]]]) -> dict[Any, Any]:
-    """After which event of the tree, or which forward, each attempt is gone."""
-    used: dict[tuple[str, int], int] = {}
+def _last(
+    tree: pd.DataFrame,
+    computing: dict[int, list[Computed]],
+    decodes: Sequence[int],
+    retractions: Mapping[str, int],
+) -> dict[Any, Any]:
+    """After which event of the tree, or which forward, each attempt is gone; and before which it is retracted.
+
+    Args:
+        decodes: forwards that decode and do nothing else.
+        retractions: of each request; the last may have been aborted before it began again.
+    """
+    used: dict[tuple[str, int], tuple[int, int]] = {}
     for forward in sorted(computing):
-        for key, _ in computing[forward]:
-            used[key] = forward
+        for row, (key, _, _) in enumerate(computing[forward]):
+            used[key] = forward, row
     epoch = (tree["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
-    published = tree.assign(order=tree["order"] + epoch * (1 << 40))[tree["event"] == schema.PUBLISHED]
-    published = (
-        published[published["rid"].notna()].sort_values("order").drop_duplicates(["rid", "attempt"], keep="last")
-    )
+    tree = tree.assign(order=tree["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
+    matched = tree[tree["event"] == schema.MATCHED]
+    begins = {(str(e.rid), int(e.attempt)): int(e.at_forward) for e in matched.itertuples()}
+    published = tree[(tree["event"] == schema.PUBLISHED) & tree["rid"].notna()]
+    published = published.drop_duplicates(["rid", "attempt"], keep="last")
     after = {(str(e.rid), int(e.attempt)): (int(e.at_forward), int(e.order)) for e in published.itertuples()}
     out: dict[Any, Any] = {}
-    forwards = sorted(computing)
-    follows = dict(itertools.pairwise(forwards))
-    for key, forward in used.items():
-        if (key[0], key[1] + 1) in used and forward in follows:  # when the next forward was made up
-            out.setdefault(("before", follows[forward]), []).append(key)
+    paused: list[tuple[int, int, int, tuple[str, int]]] = []
+    for key, (forward, row) in used.items():
+        if key[1] < retractions.get(key[0], 0):
+            again = begins.get((key[0], key[1] + 1), _NEVER)
+            # SGLang retracts while it makes up a decode (`update_running_batch`); it does not between a request's last
+            # forward and its next attempt where that is a pause, which retracts all (`pause_generation`).
+            follows = bisect.bisect_right(decodes, forward)
+            if follows < len(decodes) and decodes[follows] < again:
+                out.setdefault(("before", decodes[follows]), []).append(key)
+            elif again == _NEVER:
+                out.setdefault(("forward", forward), []).append(key)
+            else:
+                paused.append((again, forward, row, key))
             continue
         at, order = after.get(key, (-1, -1))
         if at > forward:  # its end published it
             out["order", order] = key
         else:
             out.setdefault(("forward", forward), []).append(key)
+    for together in _pauses(paused):
+        last = max(forward for _, forward, _, _ in together)
+        order = int(matched.loc[matched["at_forward"] > last, "order"].iloc[0])
+        out["pause", order] = [key for *_, key in sorted(together, key=lambda p: p[1:3])]
     return out
+
+
+_NEVER = 1 << 62
+
+
+def _pauses(paused: Sequence[tuple[int, int, int, tuple[str, int]]]) -> Iterator[list[Any]]:
+    """Requests of one pause each: those that had been in a forward before the first of them began again."""
+    waiting = sorted(paused)
+    while waiting:
+        first = waiting[0][0]
+        yield [p for p in waiting if p[1] < first]
+        waiting = [p for p in waiting if p[1] >= first]
 
 
 def one_by_one(asked: Sequence[Asked], make: Callable[[], Tree], replicas: int = 1) -> Outcome:
@@ -268,11 +325,11 @@ def one_by_one(asked: Sequence[Asked], make: Callable[[], Tree], replicas: int =
     for a in asked:
         cache, key = caches[a.replica], (a.rid, 0)
         outcome.given[key] = cache.match(key, a.ids[: a.prompt], min(a.limit, a.prompt - 1), a.space)
-        cache.compute([(key, a.prompt)])
+        cache.compute([(key, a.prompt, False)])
         if a.publishes:
             cache.publish(key, a.ids[: a.prompt], a.prompt, a.space)
         for n in range(a.prompt + 1, len(a.ids) + 1):
-            cache.compute([(key, n)])
+            cache.compute([(key, n, True)])
         if a.publishes:
             cache.publish(key, a.ids, a.prompt, a.space)
         cache.end(key)

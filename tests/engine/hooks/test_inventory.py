@@ -33,7 +33,7 @@ def _assert_hooks_are_listed(reviewed: inventory.Inventory) -> None:
         hook_points=["hook_embed"],
         simulated_graphs="accelerator rows" in features,
         asks=["force", "cache", *(["positions"] if "positions" in features else [])],
-        live=LiveConfig(privacy="ids"),
+        live=LiveConfig(privacy="ids", traces=True),
     )
     listed = {(t.target, t.hook): t for t in reviewed.targets}
     for target, _hook, kind in all_hooks(config):

@@ -49,6 +49,7 @@ class FakeEngine:
         self.tokens: dict[str, list[int]] = {}
         self._prompt: dict[str, int] = {}
         self._cached: dict[str, int] = {}
+        self.retractions: dict[str, int] = {}
 
     def _recorder(self, rows: bool) -> Recorder:
         lineage = Lineage(1, 10_000)
@@ -79,6 +80,12 @@ class FakeEngine:
         self._publish(rid, protected=reused)
         self.tokens[rid].append(99)
 
+    def retract(self, rid: str, times: int = 1) -> None:
+        """Take back what a request has; it is computed anew at once."""
+        self.retractions[rid] = self.retractions.get(rid, 0) + times
+        self._forward("extend", [(rid, 0, len(self.tokens[rid]))])
+        self.tokens[rid].append(98)
+
     def decode(self, *rids: str, n: int = 1) -> None:
         for _ in range(n):
             self._forward("decode", [(r, len(self.tokens[r]) - 1, len(self.tokens[r])) for r in rids])
@@ -97,7 +104,9 @@ class FakeEngine:
             self.live.ending(name, self.tokens[r][: self._prompt[r]])
             n = len(self.tokens[r]) + 1 - self._prompt[r]
             output = [*self.tokens[r][self._prompt[r] :], 97]
-            ended.append(RequestEnd(name, self._prompt[r], n, self._cached[r], 0, reason, output))
+            ended.append(
+                RequestEnd(name, self._prompt[r], n, self._cached[r], self.retractions.get(r, 0), reason, output)
+            )
         return ended
 
     def serve(self, rid: str, prompt: list[int], n: int = 3, reused: int = 0) -> None:
@@ -115,7 +124,9 @@ class FakeEngine:
         length = self._prompt[rid]
         context = Context(np.array(self.tokens[rid]), None)
         name = self._names[rid]
-        self.recorder.publish(name, 0, context, length=length, first_new=protected, protected=protected)
+        self.recorder.publish(
+            name, self.retractions.get(rid, 0), context, length=length, first_new=protected, protected=protected
+        )
 
     def _forward(
         self,
@@ -136,7 +147,7 @@ class FakeEngine:
             [s for _, s, _ in rows],
             [e for _, _, e in rows],
             [decoding] * len(rows),
-            [0] * len(rows),
+            [self.retractions.get(r, 0) for r, _, _ in rows],
             [self._prompt[r] for r, _, _ in rows],
             [None if decoding else Context(np.array(self.tokens[r]), None) for r, _, _ in rows],
             sum(e - s for _, s, e in rows),

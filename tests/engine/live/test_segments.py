@@ -83,6 +83,21 @@ def test_requests_and_origins_may_lie_across_a_border(make_engine: Callable[...,
     assert set(spans.loc[spans["status"] == "reused", "origin_rid"]) == {"a"}
 
 
+@pytest.mark.parametrize(("times", "wrong"), [(1, []), (2, ["a: attempt 2 is there without the one before it"])])
+def test_a_request_that_is_retracted_at_a_border_goes_on_with_its_next_attempt(
+    make_engine: Callable[..., FakeEngine], times: int, wrong: list[str]
+) -> None:
+    engine = make_engine()
+    engine.prefill("a", A)
+    engine.decode("a", n=2)
+    engine.flush()
+    engine.retract("a", times)
+    engine.end("a")
+    after, checks = checked(engine.flush())
+    assert violations(checks) == wrong
+    assert after.manifest["segment"]["carried_in"] == {"a": [0, 6]}
+
+
 def test_a_border_that_is_not_written_down_is_a_gap(make_engine: Callable[..., FakeEngine]) -> None:
     """Negative control: without the manifest's word, the same spans are a violation."""
     engine = make_engine()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -41,6 +42,9 @@ class Run:
 
     def requests(self) -> pd.DataFrame:
         return pd.DataFrame({"rid": ["r"], "index": [0]})
+
+    def requests_table(self, columns: list[str]) -> pa.Table:
+        return pa.Table.from_pandas(self.requests()[columns])
 
 
 def test_predictions_are_those_of_the_rows_and_the_divergence_is_from_the_clean_ones() -> None:

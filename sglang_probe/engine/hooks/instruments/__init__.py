@@ -21,6 +21,7 @@ from sglang_probe.engine.hooks.instruments.rows import Rows
 from sglang_probe.engine.hooks.instruments.slot_truth import SlotTruth
 from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.telemetry import AttentionTelemetry
+from sglang_probe.engine.hooks.instruments.traces import Traces
 from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import InventoryError
@@ -57,6 +58,7 @@ INSTRUMENTS: tuple[type[Instrument], ...] = (
     Positions,
     KeptSets,
     SlotTruth,
+    Traces,
 )
 """In the order in which they are asked."""
 

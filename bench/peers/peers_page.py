@@ -1,0 +1,256 @@
+"""docs/evidence/peers.md and its figure, of the numbers in the JSON beside it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from environments import OURS, PEERS
+
+from sglang_probe.report import grouped_bars
+
+GOALS = {"unshared": 1.0, "shared": 3.0}
+MINE = next(iter(OURS))
+"""As it is installed."""
+
+HEAD = """# Beside what people would pick
+
+Written by `make bench-peers`; do not edit. The numbers are those of `peers.json` beside this page.
+
+How fast rows of the residual stream get to disk: the same token ids, the same layers, float32, on the CPU. Every peer
+has an environment of its own (`constraints/peers.txt`, one PyTorch for all) and a process that loads the model once;
+one process runs at a time, the others are stopped. In a warm-up round each peer is given the best of 1 and 2 threads
+and of the batch sizes tried, where nothing is shared, and keeps it. A round then visits everything once in a shuffled
+order, so that load of the machine, which was shared with other work, hits all alike: **a ratio is taken within a round,
+and only ratios are claimed**. What a harvest left to write to disk is written before the next one begins.
+
+*Positions covered per second* is what a user waits for: prompt positions whose rows can be read afterwards. *Rows on
+disk per second* counts what was computed and written. They differ for sglang-probe alone, which computes a shared
+prefix once and gathers its rows for the other prompts when they are read. A row of all layers counts once.
+*Per CPU second*: positions covered over the CPU time of all processes of a tool, again over that of the best other; it
+bends less on a busy machine, and says nothing of cores that idle.
+
+After every visit the row count is compared (rows and reused positions are all positions), and rows of 24 prompts,
+12 positions each, with those of sglang-probe: a peer whose rows are further than 0.001 of their length from ours ends
+the benchmark.
+"""
+
+SETUP = """## Where the time goes
+
+A sampling profile of the scheduler process of `probe-text` with nothing shared (py-spy, once, on the same busy
+machine): 89 % of its main thread's samples are in the model's forward, 57 % in products of float32 matrices alone, and
+at most 3 % in the probe's own hooks, with what SGLang does inside them; the writer's thread waits for nearly all of its
+time. The rest of the forward is what SGLang has for a CPU: attention request by request (21 %), operators that are not
+fused (12 %, half of it the rotary embedding). Beginning and closing a run took 1.2 s of 10 (reviewing
+SGLang's sources, `fsync`, tables, hashes), a fixed cost that short harvests feel. So neither disk nor ledger is what is
+left to mend where nothing is shared: a CPU second of the engine computes fewer positions than one of hooks, which is
+the column above, and nothing safe was found that changes it.
+
+Two threads for prefills of 256 tokens and more, one for decode steps, were tried in the same rounds (the code is not
+kept). They change no bit of a product, an attention or a norm at the shapes of both models. {tried} On a busy machine a
+parallel product waits for whichever thread has no core, and every peer was also faster on one thread than on two. On an
+idle machine two may gain what a second core gives hooks (1.6 times, measured once); that was not shown here, so that
+one thread stays the default. `OMP_NUM_THREADS=2` sets two for every forward.
+
+## How each is used
+
+* **transformers, hooks**: the model without its head, cut after the last layer asked; forward hooks, `inference_mode`,
+  batches of prompts of one length, so that nothing is padding.
+* **SAELens `ActivationsStore`**: `from_config_multi_hook` over `AutoModelForCausalLM`, `get_batch_tokens` and
+  `get_multi_hook_activations`, without its mixing buffer. It computes logits. Its own `CacheActivationsRunner` writes
+  one hook point only, so its rows are written as those of the others are.
+* **nnsight**: one `trace` a batch over the model without its head, ended at the last layer asked.
+* **interp-engine**: the eager backend, the one that runs without CUDA; `capture` of a batch, with attention `sdpa` in
+  place of its default. Its vLLM backends, which are its fast ones, were not run.
+* **sglang-probe**: `Experiment.record`, which is what `sglang-probe harvest` runs, with its defaults (16 requests in
+  flight), one output token. Its time includes checking the requests, ledger, journal, hashes, `fsync` and closing the
+  run directory; the others write safetensors files and no more.
+
+The peers could reuse a shared prefix too, with `past_key_values` and code of their own that knows which prompts share
+what; none of them does it by itself, and none was made to.
+
+Layers asked include the last one. Where only early layers are asked, hooks, nnsight and SAELens' TransformerLens models
+can stop after them, and an engine cannot: that case is better for them than these tables.
+"""
+
+
+def write(every: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """The page, and `<its name>.svg`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".svg").write_text(figure(every))
+    out.write_text(page(every, out.with_suffix(".svg").name))
+
+
+def page(every: Mapping[str, Mapping[str, Any]], figure_name: str) -> str:
+    """All of it."""
+    image = f"![Positions covered per second by model, prompts and tool]({figure_name})"
+    sections = [line for found in every.values() for line in _section(found)]
+    return "\n".join([HEAD, *verdict(every), "", image, "", *sections, SETUP.replace("{tried}", _tried(every))])
+
+
+def _tried(every: Mapping[str, Mapping[str, Any]]) -> str:
+    """Speed over one thread's, of models whose trial was kept beside the rounds: by hand, as its code was not kept."""
+    told = [
+        f"{found['model']}: {_told(found['tried'][w])} of the speed of one thread with {_prompts(found, w)}"
+        for found in every.values()
+        if "tried" in found
+        for w in GOALS
+    ]
+    return "; ".join(told) + "." if told else ""
+
+
+def covered_per_second(found: Mapping[str, Any], workload: str, name: str) -> list[float]:
+    """Prompt positions, by round."""
+    positions = found["prompts"] * found["length"]
+    visits = (r[workload][name] for r in found["rounds"])
+    return [positions / v["seconds"] for v in visits]
+
+
+def per_cpu_second(found: Mapping[str, Any], workload: str, name: str) -> list[float]:
+    """Prompt positions, by round, over the CPU time of all its processes."""
+    return [found["prompts"] * found["length"] / r[workload][name]["cpu_seconds"] for r in found["rounds"]]
+
+
+def rows_per_second(found: Mapping[str, Any], workload: str, name: str) -> list[float]:
+    """Positions written, by round."""
+    visits = (r[workload][name] for r in found["rounds"])
+    return [v["rows"] / v["seconds"] for v in visits]
+
+
+def others(found: Mapping[str, Any]) -> list[str]:
+    """Names of the peers that ran."""
+    return [name for name in found["chosen"] if name not in OURS]
+
+
+def best_other(found: Mapping[str, Any], workload: str) -> str:
+    """That with the highest median."""
+    return max(others(found), key=lambda n: statistics.median(covered_per_second(found, workload, n)))
+
+
+def ratios(found: Mapping[str, Any], workload: str, name: str, base: str) -> list[float]:
+    """Of positions covered per second, by round."""
+    pairs = zip(covered_per_second(found, workload, name), covered_per_second(found, workload, base), strict=True)
+    return [a / b for a, b in pairs]
+
+
+def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What came of the goals, in words."""
+    for found in every.values():
+        for workload, goal in GOALS.items():
+            base = best_other(found, workload)
+            got = ratios(found, workload, MINE, base)
+            crossed = "not settled: its rounds lie on both sides"
+            what = "reached" if min(got) >= goal else "missed" if max(got) < goal else crossed
+            spent = zip(*(per_cpu_second(found, workload, n) for n in (MINE, base)), strict=True)
+            yield (
+                f"* {found['model']}, {_prompts(found, workload)}: {_told(got)} of the best other, {base}, and "
+                f"{_told([a / b for a, b in spent])} per CPU second. The goal, {goal:.1f}, is **{what}**."
+            )
+    yield (
+        "\nOf the two ratios the one per CPU second can be trusted on so busy a machine; the other depends on which of "
+        "a tool's processes got a core. These harvests are short: prompts that share a prefix are in flight together, "
+        "so that less is reused than is shared, on SmolLM2 nothing, and a goal set for large harvests is not tested by "
+        "them. `--prompts 1024` asks on an idle machine."
+    )
+
+
+def figure(every: Mapping[str, Mapping[str, Any]]) -> str:
+    """Positions covered per second, as an SVG file of its own."""
+    rows = []
+    for found in every.values():
+        for name in found["chosen"]:
+            for workload in GOALS:
+                rates = covered_per_second(found, workload, name)
+                rows.append((f"{found['model']}: {name}", _SERIES[workload], statistics.median(rates)))
+    frame = pd.DataFrame(rows, columns=["tool", "prompts", "rate"])
+    return grouped_bars(
+        frame.assign(rate=frame["rate"].round()),
+        "tool",
+        "prompts",
+        "rate",
+        title="Prompt positions covered per second, disk included",
+        kind="integer",
+        unit="/s",
+    ).standalone()
+
+
+_SERIES = {"unshared": "nothing shared", "shared": "80 % shared"}
+
+
+def _prompts(found: Mapping[str, Any], workload: str) -> str:
+    share = found["shares"][workload]
+    return "nothing shared" if share < 0.02 else f"{100 * share:.0f} % shared"
+
+
+def _told(values: Sequence[float]) -> str:
+    return f"**{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f})"
+
+
+def _section(found: Mapping[str, Any]) -> Iterator[str]:
+    positions = found["prompts"] * found["length"]
+    layers = " and ".join(map(str, found["layers"]))
+    yield f"## {found['model']}\n"
+    yield (
+        f"{found['machine']}, load {found['load'][0]} in the minute before the tables. {found['prompts']} prompts of "
+        f"{found['length']} tokens, {positions:,} positions, residual stream after layers {layers}; families that "
+        f"share a prefix: {found['families']}. {len(found['rounds'])} rounds; median (range).\n"
+    )
+    for workload in GOALS:
+        yield f"### {found['model']}: {_prompts(found, workload)}\n"
+        yield from _table(found, workload)
+        yield ""
+        yield from _ours(found, workload)
+    yield from _processes(found)
+    for name, why in found["missing"].items():
+        yield f"\n{name} could not be run here: `{why}`"
+    if left := [p.name for p in PEERS if p.name not in {*found["chosen"], *found["missing"]}]:
+        yield f"\nLeft out of this measurement, for its time: {'; '.join(left)}."
+    yield ""
+
+
+def _table(found: Mapping[str, Any], workload: str) -> Iterator[str]:
+    best = best_other(found, workload)
+    base = f"over the best other ({best})"
+    yield f"| tool | positions covered/s | {base} | per CPU second | rows on disk/s | on disk, MB |"
+    yield "|---|---|---|---|---|---|"
+    order = sorted(found["chosen"], key=lambda n: -statistics.median(covered_per_second(found, workload, n)))
+    for name in order:
+        covered = statistics.median(covered_per_second(found, workload, name))
+        rows = statistics.median(rows_per_second(found, workload, name))
+        size = found["rounds"][-1][workload][name]["bytes"] / 1e6
+        ratio = "1" if name == best else _told(ratios(found, workload, name, best))
+        spent = zip(*(per_cpu_second(found, workload, n) for n in (name, best)), strict=True)
+        cpu = "1" if name == best else _told([a / b for a, b in spent])
+        yield f"| {name} | {covered:,.0f} | {ratio} | {cpu} | {rows:,.0f} | {size:.1f} |"
+
+
+def _ours(found: Mapping[str, Any], workload: str) -> Iterator[str]:
+    visits = [r[workload][MINE] for r in found["rounds"]]
+    reused = statistics.median(v["reused"] for v in visits) / (found["prompts"] * found["length"])
+    outside = statistics.median(1 - v["serving_seconds"] / v["seconds"] for v in visits)
+    yield (
+        f"sglang-probe reused {reused:.0%} of the positions; {found['shares'][workload]:.0%} are shared (prompts "
+        f"that are in flight together each compute what none has finished), and spent {outside:.0%} of its time before "
+        "the first request and after the last answer.\n"
+    )
+
+
+def _processes(found: Mapping[str, Any]) -> Iterator[str]:
+    yield f"### {found['model']}: processes\n"
+    yield "| tool | setting | load, s | peak memory, MiB | furthest row from ours | versions |"
+    yield "|---|---|---|---|---|---|"
+    for name, loaded in found["loaded"].items():
+        setting = ", ".join(f"{k} {v}" for k, v in found["chosen"][name].items()) or "defaults"
+        peak = max(r[w][name]["peak_rss_mib"] for r in found["rounds"] for w in GOALS)
+        said = ", ".join(f"{k} {v}" for k, v in loaded["versions"].items() if k != "python")
+        far = found["distance"][name]
+        yield f"| {name} | {setting} | {loaded['load_seconds']:.0f} | {peak:,.0f} | {far:.1g} | {said} |"
+    yield ""
+    yield (
+        "Load is imports, the model and, for sglang-probe, the start of SGLang's processes and a first request; it is "
+        "in no rate. Memory is the most that the process has had; for sglang-probe the sum over its processes, in "
+        "which pages that they share count several times, KV pool and prefix cache included."
+    )

@@ -1,0 +1,168 @@
+"""Runs that are read some requests at a time are read as they are from one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sglang_probe.export.hf import export_hf
+from sglang_probe.run import batches
+from sglang_probe.run import tokens as positions
+from sglang_probe.run.batches import by_position, in_parts
+from sglang_probe.run.run import Run
+from sglang_probe.run.tokens import TokenFrames
+from sglang_probe.studies.coverage.prompts import PromptCoverage, coverage_by_segment
+from sglang_probe.studies.drift import Compared, compare_runs, in_common
+from tests.rows_run import Text, write_run
+
+POINT = "blocks.0.hook_resid_post"
+IN_ONE = 1 << 40
+
+
+def long_run(path: Path, seed: int = 0) -> Run:
+    """Forty texts of families of four; all but the first of a family reuse its beginning, and submission is in another
+    order than that of the names."""
+    rng = np.random.default_rng(3)
+    noise = torch.Generator().manual_seed(seed)
+    texts, rows = {}, {}
+    for n in rng.permutation(40).tolist():
+        family = n // 4
+        first = min((int(t[1:]) for t in texts if int(t[1:]) // 4 == family), default=None)
+        own = rng.integers(0, 50, int(rng.integers(1, 20))).tolist()
+        prefix = [family] * 12
+        ids, output = prefix + own, rng.integers(0, 50, int(rng.integers(1, 9))).tolist()
+        segments = [("system", 0, 12), ("user" if n % 3 else "question", 12, len(ids))]
+        reuses = None if first is None else (f"t{first}", 11)
+        texts[f"t{n}"] = Text(ids, output, f"f{family}", reuses, segments)
+        rows[f"t{n}"] = torch.randn((len(ids) + len(output) - 1, 6), generator=noise).to(torch.bfloat16)
+    return write_run(path, texts, {POINT: rows})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return long_run(tmp_path / "run")
+
+
+@pytest.fixture
+def in_one_frame(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many positions a frame has."""
+
+    def set_part(n: int) -> None:
+        monkeypatch.setattr(batches, "_PART", n)
+        monkeypatch.setattr(Run, "iter_tokens", lambda self: positions.iter_tokens(self, n))
+
+    return set_part
+
+
+@pytest.mark.parametrize("size", [1, 50, 200, IN_ONE])
+def test_frames_are_the_frame_in_parts(run: Run, size: int) -> None:
+    frames = list(run.iter_tokens(size))
+    assert (len(frames) == 1) == (size == IN_ONE)
+    assert all(len(f) < size + 50 for f in frames)
+    pd.testing.assert_frame_equal(pd.concat(frames, ignore_index=True), run.tokens())
+
+
+def test_frames_of_named_requests_are_those_of_the_frame(run: Run, make_run: Callable[..., Run]) -> None:
+    whole = run.tokens()
+    mine = TokenFrames(run).of(["t31", "t4", "unknown"])
+    wanted = whole[whole["rid"].isin(["t31", "t4"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, wanted)
+    small = make_run("small")  # with a discarded step
+    pd.testing.assert_frame_equal(pd.concat(small.iter_tokens(1), ignore_index=True), small.tokens())
+
+
+@pytest.mark.parametrize(
+    ("where", "apart"),
+    [
+        ("position >= 3 and segment != 'system'", True),
+        ("segment in ['user', 'generated'] & ~(phase == 'decode')", True),
+        ("rid.str.startswith('t1') and row.isna() == False", True),
+        ("token_id % 2 == 0", True),
+        ("position > position.mean()", False),
+        ("index < 40", False),
+        ("row == row.max()", False),
+        ("`position` < 4", False),
+        ("position.rank() > 100", False),
+    ],
+)
+def test_a_query_chooses_the_same_positions_in_parts(
+    run: Run, in_one_frame: Callable[[int], None], where: str, apart: bool
+) -> None:
+    assert by_position(where) == apart
+    in_one_frame(30)
+    frames = list(in_parts(run, where))
+    assert (len(frames) > 1) == apart
+    found = pd.concat(frames)[["rid", "position"]].to_numpy().tolist()
+    assert found == run.tokens().query(where)[["rid", "position"]].to_numpy().tolist()
+    assert found
+
+
+@pytest.mark.parametrize("kind", ["unique", "traffic", "file"])
+def test_batches_are_the_same_whatever_the_parts(run: Run, in_one_frame: Callable[[int], None], kind: str) -> None:
+    tokens = run.tokens()
+    own = tokens[tokens["row"] >= 0]
+    weights = own[["rid"]].assign(start=own["position"], end=own["position"] + 1, weight=own["position"] % 5 / 3)
+
+    def rows() -> torch.Tensor:
+        how = {"where": "position > 0", "weight": weights if kind == "file" else kind, "seed": 4}
+        return torch.cat(list(run.iter_batches(POINT, batch_size=16, **how)))  # type: ignore[arg-type]
+
+    in_one_frame(IN_ONE)
+    whole = rows()
+    in_one_frame(20)
+    assert torch.equal(rows(), whole)
+    assert len(whole) > 100
+
+
+def test_coverage_is_counted_the_same_in_parts(run: Run) -> None:
+    tokens = run.tokens()
+    for whole, part in zip((tokens,), (run.iter_tokens(20),), strict=True):
+        a, b = PromptCoverage(whole, width=8), PromptCoverage(part, width=8)
+        pd.testing.assert_frame_equal(a.by_segment(), b.by_segment())
+        pd.testing.assert_frame_equal(a.by_position(), b.by_position())
+    prompt = tokens[tokens["segment"] != "generated"]
+    found = coverage_by_segment(run.iter_tokens(20)).set_index("segment")
+    by_hand = prompt.groupby("segment")["status"].agg(["size", lambda s: (s == "reused").sum()])
+    assert found.drop(index="all")[["positions", "reused"]].to_numpy().tolist() == (
+        by_hand.loc[found.index[:-1]].to_numpy().tolist()
+    )
+
+
+def test_an_export_has_the_same_bytes_whatever_the_parts(
+    run: Run, tmp_path: Path, in_one_frame: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_probe.export.hf._GROUP", 40)
+    for name, part in (("whole", IN_ONE), ("parts", 17)):
+        in_one_frame(part)
+        export_hf(run, tmp_path / name, where="position > 1", rows_per_file=110)
+    files = sorted((tmp_path / "whole" / "data").iterdir())
+    assert len(files) > 2
+    assert [pq.ParquetFile(f).metadata.num_rows for f in files[:-1]] == [110] * (len(files) - 1)
+    for file in [*files, tmp_path / "whole" / "README.md"]:
+        other = tmp_path / "parts" / file.relative_to(tmp_path / "whole")
+        assert file.read_bytes() == other.read_bytes()
+
+
+def test_runs_are_compared_the_same_in_parts(tmp_path: Path, in_one_frame: Callable[[int], None]) -> None:
+    a, b, c = (long_run(tmp_path / name, seed) for seed, name in enumerate("abc"))
+    pairs = [(a, b), (a, c), (b, c)]
+    until = a.requests().set_index("index")["prompt_len"] + 2
+
+    def compared() -> list[Compared]:
+        every = [compare_runs(x, y, until=until if y is c else None) for x, y in pairs]
+        return in_common(every)
+
+    in_one_frame(IN_ONE)
+    whole = compared()
+    in_one_frame(23)
+    for found, wanted in zip(compared(), whole, strict=True):
+        pd.testing.assert_frame_equal(found.positions, wanted.positions)
+        for x, y in zip(*((p.relative_l2, p.cosine, p.deviation) for p in (found, wanted)), strict=True):
+            assert np.array_equal(x[POINT], y[POINT])
+            assert len(x[POINT]) > 100
