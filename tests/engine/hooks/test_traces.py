@@ -96,6 +96,13 @@ def test_an_sdk_that_fails_stops_neither_the_request_nor_the_recording_and_is_lo
     assert session.recorder is not None
 
 
+def test_a_span_that_is_not_as_it_was_stops_no_recording(session: Session) -> None:
+    plan = ForwardPlan(0, "extend", ["r"], [0], [4], [False], [0], [4], [object()], 4)  # type: ignore[list-item]
+    session.instruments[0].launch([SimpleNamespace()], [], plan)
+    assert session.fault is None
+    assert session.recorder is not None
+
+
 @pytest.mark.engine
 def test_a_server_that_does_not_trace_refuses_to_promise_attributes(session: Session) -> None:
     with pytest.raises(UnsupportedError, match="this server makes none") as refused:

@@ -60,10 +60,13 @@ class Traces(Instrument):
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
         if plan.mode == "decode":
             return
-        epoch = guard.active().epoch
-        for req, name, context in zip(reqs, plan.rids, plan.contexts, strict=True):
-            if context is not None and (span := req.time_stats.trace_ctx).tracing_enable:
-                setattr(span, _NAME, (epoch, name))
+        try:  # this is guarded code, in which a fault would stop the recording
+            epoch = guard.active().epoch
+            for req, name, context in zip(reqs, plan.rids, plan.contexts, strict=True):
+                if context is not None and (span := req.time_stats.trace_ctx).tracing_enable:
+                    setattr(span, _NAME, (epoch, name))
+        except Exception:
+            _failed()
 
 
 def span_ends(span: Any, ts: int | None = None, abort_info: Any = None) -> None:
@@ -80,5 +83,9 @@ def span_ends(span: Any, ts: int | None = None, abort_info: Any = None) -> None:
         if told is not None:
             span.trace_set_thread_attrs(told)
     except Exception:
-        if next(_failures) == 0:  # an SDK that fails does so for every request
-            logger.exception("sglang-probe could not put attributes on a span; this is said once")
+        _failed()
+
+
+def _failed() -> None:
+    if next(_failures) == 0:  # an SDK that fails does so for every request
+        logger.exception("sglang-probe could not put attributes on a span; this is said once")
