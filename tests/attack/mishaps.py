@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KILLS = ("engine killed", "command killed", "all killed")
-"""SIGKILL. In a live round there is no command: the server's first process is one, and is called that."""
+"""SIGKILL. In a live round there is no command, and a kill is of the engine or of all of the server's processes."""
 ENDED = "command ended"
-"""SIGTERM."""
+"""SIGTERM; in a live round, of the server's first process."""
 DISK = ("disk full", "disk broken", "sync fails", "rename fails")
 OTHERS = ("short writes", "disk slow", "clock forward", "clock back")
 SIGNALS = (*KILLS, ENDED)

@@ -27,6 +27,10 @@ from tests.warm.commands import Started, shared
 COMMANDS = 10
 """Commands of a round at most, of which the last ones meet nothing."""
 FAULTY = 4
+PATIENCE = 600
+"""Seconds for a command. What a mishap makes of it, it ends by itself."""
+HUNG = 124
+"""The exit code that is noted of one that did not."""
 VOCABULARY = 3072
 """Of the built-in model."""
 
@@ -99,6 +103,8 @@ class HarvestRound:
             wrong, told = [f"the run was not completed; exit codes {self.codes}"], {}
         else:
             wrong, told = judge(load_run(self.run), self.asked)
+        if HUNG in self.codes:
+            wrong = [*wrong, f"a command did not end in {PATIENCE} s and was killed; exit codes {self.codes}"]
         facts = {"met": self.met, "missed": self.missed, "codes": self.codes, "options": plan.options}
         return {"kind": "harvest", **facts, "wrong": wrong, "counts": told}
 
@@ -132,11 +138,11 @@ class HarvestRound:
         try:
             if mishap and mishap.kind in SIGNALS:
                 self._signal(process, mishap)
-            return process.wait(timeout=600)
+            return process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return 124
+            return HUNG
         finally:
             if mishap and mishap.kind not in SIGNALS:
                 if mark.exists():

@@ -31,7 +31,7 @@ from tests.attack.plan import Plan
 from tests.attack.soak_harvest import Asked, configuration_of, requests_of
 from tests.end_to_end.live_server import LiveServer
 
-KINDS = tuple(kind for kind in ALL if kind != "all killed")
+KINDS = tuple(kind for kind in ALL if kind != KILLS[1])
 FAULTY = 3
 """Lives that meet something; one more does not."""
 BUSY = 503
@@ -147,7 +147,7 @@ class LiveRound:
             self.missed.append(mishap.kind)
             return
         engine = recorder_of(self.run)
-        kind = "all killed" if mishap.kind == KILLS[0] and engine is None else mishap.kind
+        kind = KILLS[2] if mishap.kind == KILLS[0] and engine is None else mishap.kind
         self.met.append((kind, "serving" if engine else "starting"))
         with suppress(ProcessLookupError):
             if kind == KILLS[0] and engine:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +20,10 @@ import pytest
 
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
-from tests.attack.mishaps import ALL, DISK, SIGNALS, Mishap, build_shim, mishaps_of
+from tests.attack.mishaps import ALL, DISK, KILLS, SIGNALS, Mishap, build_shim, mishaps_of
 from tests.attack.soak import page
-from tests.attack.soak_harvest import configuration_of, judge, requests_of
-from tests.attack.soak_live import Life
+from tests.attack.soak_harvest import HUNG, HarvestRound, configuration_of, judge, requests_of
+from tests.attack.soak_live import KINDS, Life, LiveRound
 from tests.attack.soak_live import judge as judge_live
 from tests.made_run import OUTPUTS, PROMPTS, make_run
 
@@ -63,12 +65,19 @@ print(round(offset - float(sys.argv[2])))
 FULL, BROKEN = "No space left on device", "Input/output error"
 
 
+def compiles_c() -> bool:
+    """Whether anything can be compiled here: then a `faults.c` that cannot is a failure, and no reason to skip."""
+    if shutil.which("cc") is None:
+        return False
+    command = ["cc", "-x", "c", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"#include <dlfcn.h>\n", capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 def test_disk_and_clock_fail_below_one_folder_alone_and_what_came_about_is_marked(tmp_path: Path) -> None:
-    try:
-        shim = build_shim(tmp_path)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no C compiler")
+    if not compiles_c():
+        pytest.skip("no C compiler, or no headers of the C library")
+    shim = build_shim(tmp_path)
     offset = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
     concerned, other = tmp_path / "run", tmp_path / "run-2"
     concerned.mkdir()
@@ -177,6 +186,27 @@ def test_a_request_in_two_segments_is_found(make_run: Callable[..., Run]) -> Non
     asked = dict(zip("ab", ASKED, strict=True))
     wrong, _ = judge_live([make_run("one"), make_run("two")], [told()], asked)
     assert wrong == ["2 requests ended twice, the first is a"]
+
+
+def test_a_kill_of_a_server_is_called_what_it_is(tmp_path: Path) -> None:
+    """A signal to the group of its processes is no kill of the first of them."""
+    round_ = LiveRound(3, 4, tmp_path, tmp_path / "shim")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) as process:
+        round_._signal(SimpleNamespace(process=process), Mishap("all killed"))  # type: ignore[arg-type]
+    assert process.returncode == -9
+    assert round_.met == [("all killed", "starting")]
+    assert [kind for kind in KINDS if kind in KILLS] == ["engine killed", "all killed"]
+
+
+def test_a_command_that_hung_is_wrong_also_if_the_next_one_completes_the_run(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = HarvestRound(1, 2, tmp_path, tmp_path / "shim")
+    round_.run, round_.asked = make_run().path, ASKED
+    codes = iter([HUNG, 0])
+    monkeypatch.setattr(round_, "_configure", lambda: (configuration_of(1, 2)[0], tmp_path))
+    monkeypatch.setattr(round_, "_command", lambda *_: next(codes))
+    assert round_.play()["wrong"] == ["a command did not end in 600 s and was killed; exit codes [124, 0]"]
 
 
 def test_the_page_counts_kills_that_landed_and_names_rounds_that_went_wrong() -> None:

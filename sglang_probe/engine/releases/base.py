@@ -50,7 +50,7 @@ class Release(ABC):
     """Server arguments that only this release has: the value that is fine, and what any other turns on."""
 
     not_shown: ClassVar[frozenset[str]] = frozenset()
-    """Features of the inventory that were read, and not compared with the model in an engine of this release."""
+    """Features of the inventory whose places were read, and which no engine of this release has shown to be right."""
 
     shown_points: ClassVar[frozenset[str] | None] = None
     """Hook points whose rows were compared with the model in an engine of this release; None: all that it captures."""

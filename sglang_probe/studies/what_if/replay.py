@@ -7,8 +7,7 @@ all the same and counted (`did_not_fit`): the engine would have let it wait or r
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from sglang_probe.harvest.simulate import Tree
 from sglang_probe.run import schema
 from sglang_probe.run.causes import page_size
 from sglang_probe.run.run import Run
+from sglang_probe.studies.what_if.schedule import Computed, computed_by, leaving, uncut
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ class _Holding:
     inserted: int = 0
 
 
-Computed = tuple[tuple[str, int], int, bool]
-"""A request of a forward, by rid and attempt; up to where it is computed, and whether that is a step of its output."""
-
-
 class Cache:
     """Running requests over a tree."""
 
@@ -77,8 +73,9 @@ class Cache:
     def compute(self, wanted: Sequence[Computed]) -> None:
         """A forward computes requests up to these lengths: what it prefills has its slots first, then its steps."""
         for decodes in (False, True):
-            need = [(self._running[k], end) for k, end, step in wanted if step == decodes and k in self._running]
-            self._allocate(need, decodes)
+            holding = [(self._running[k], end) for k, end, step in wanted if step == decodes and k in self._running]
+            # What this replay reuses and the recorded engine computed is no longer computed.
+            self._allocate([(h, end) for h, end in holding if end > h.length], decodes)
 
     def _allocate(self, need: Sequence[tuple[_Holding, int]], decodes: bool) -> None:
         page = self.tree.page
@@ -156,17 +153,18 @@ def as_recorded(
         str(r.rid): ([*r.prompt_ids, *([] if r.output_ids is None else r.output_ids)], int(r.prompt_len))
         for r in requests.itertuples()
     }
-    retractions = {str(r.rid): int(r.retractions) for r in requests.itertuples()}
+    ended = requests[requests["retractions"].notna()]  # not those that were in flight when their engine died
+    retractions = {str(r.rid): int(r.retractions) for r in ended.itertuples()}
     for rank in sorted(tree["dp_rank"].unique()):
         cache = Cache(make())
         own = tree[tree["dp_rank"] == rank].reset_index(drop=True)
         of_rank = spans[spans["dp_rank"] == rank]
-        computing = _computing(of_rank)
+        computing = computed_by(of_rank)
         if cache.tree.page != recorded_page:
-            own = own.assign(end=_whole(own, of_rank, recorded_page))
+            own = own.assign(end=uncut(own, of_rank, recorded_page))
         of_forwards = forwards[forwards["dp_rank"] == rank]
         decodes = of_forwards.loc[of_forwards["mode"] == "decode", "forward_id"].tolist()
-        last = _last(own, computing, decodes, retractions)
+        last = leaving(own, computing, decodes, retractions)
         epoch = (own["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
         events = own.assign(order=own["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
         events = _with_looks(events, looks)
@@ -226,96 +224,6 @@ def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outc
     cache.publish(key, tokens[: int(e.end)], prompt, spaces.get((e.rid, e.attempt)))
     if ("order", e.order) in last:
         cache.end(key)
-
-
-def _whole(tree: pd.DataFrame, spans: pd.DataFrame, page: int) -> pd.Series:
-    """`end` of each event, and of a publication what was published before it was cut to whole pages: the end of a
-    chunk, of the prompt, or of the request."""
-    done = spans[(spans["status"] == schema.COMPUTED) & (spans["phase"] != schema.OVERSHOOT)]
-    ends: dict[tuple[str, int], list[int]] = {
-        (str(rid), int(attempt)): sorted(of.tolist()) for (rid, attempt), of in done.groupby(["rid", "attempt"])["end"]
-    }
-    out = tree["end"].copy()
-    for e in tree[(tree["event"] == schema.PUBLISHED) & tree["rid"].notna()].itertuples():
-        at = int(e.end)
-        whole = next((n for n in ends.get((str(e.rid), int(e.attempt)), ()) if at <= n < at + page), at)
-        out.loc[e.Index] = whole
-    return out
-
-
-def _computing(spans: pd.DataFrame) -> dict[int, list[Computed]]:
-    """Of each forward, what it computes."""
-    out: dict[int, list[Computed]] = {}
-    for s in spans[spans["status"] == schema.COMPUTED].itertuples():
-        key = (str(s.rid), int(s.attempt))
-        if s.phase in schema.STEP_PHASES:
-            for i in range(int(s.end) - int(s.start)):
-                out.setdefault(int(s.forward_id) + i, []).append((key, int(s.start) + i + 1, True))
-        else:
-            out.setdefault(int(s.forward_id), []).append((key, int(s.end), False))
-    return out
-
-
-def _last(
-    tree: pd.DataFrame,
-    computing: dict[int, list[Computed]],
-    decodes: Sequence[int],
-    retractions: Mapping[str, int],
-) -> dict[Any, Any]:
-    """After which event of the tree, or which forward, each attempt is gone; and before which it is retracted.
-
-    Args:
-        decodes: forwards that decode and do nothing else.
-        retractions: of each request; the last may have been aborted before it began again.
-    """
-    used: dict[tuple[str, int], tuple[int, int]] = {}
-    for forward in sorted(computing):
-        for row, (key, _, _) in enumerate(computing[forward]):
-            used[key] = forward, row
-    epoch = (tree["event"] == schema.OPENED).cumsum().to_numpy(np.int64)
-    tree = tree.assign(order=tree["order"] + epoch * (1 << 40)).sort_values("order", kind="stable")
-    matched = tree[tree["event"] == schema.MATCHED]
-    begins = {(str(e.rid), int(e.attempt)): int(e.at_forward) for e in matched.itertuples()}
-    published = tree[(tree["event"] == schema.PUBLISHED) & tree["rid"].notna()]
-    published = published.drop_duplicates(["rid", "attempt"], keep="last")
-    after = {(str(e.rid), int(e.attempt)): (int(e.at_forward), int(e.order)) for e in published.itertuples()}
-    out: dict[Any, Any] = {}
-    paused: list[tuple[int, int, int, tuple[str, int]]] = []
-    for key, (forward, row) in used.items():
-        if key[1] < retractions.get(key[0], 0):
-            again = begins.get((key[0], key[1] + 1), _NEVER)
-            # SGLang retracts while it makes up a decode (`update_running_batch`); it does not between a request's last
-            # forward and its next attempt where that is a pause, which retracts all (`pause_generation`).
-            follows = bisect.bisect_right(decodes, forward)
-            if follows < len(decodes) and decodes[follows] < again:
-                out.setdefault(("before", decodes[follows]), []).append(key)
-            elif again == _NEVER:
-                out.setdefault(("forward", forward), []).append(key)
-            else:
-                paused.append((again, forward, row, key))
-            continue
-        at, order = after.get(key, (-1, -1))
-        if at > forward:  # its end published it
-            out["order", order] = key
-        else:
-            out.setdefault(("forward", forward), []).append(key)
-    for together in _pauses(paused):
-        last = max(forward for _, forward, _, _ in together)
-        order = int(matched.loc[matched["at_forward"] > last, "order"].iloc[0])
-        out["pause", order] = [key for *_, key in sorted(together, key=lambda p: p[1:3])]
-    return out
-
-
-_NEVER = 1 << 62
-
-
-def _pauses(paused: Sequence[tuple[int, int, int, tuple[str, int]]]) -> Iterator[list[Any]]:
-    """Requests of one pause each: those that had been in a forward before the first of them began again."""
-    waiting = sorted(paused)
-    while waiting:
-        first = waiting[0][0]
-        yield [p for p in waiting if p[1] < first]
-        waiting = [p for p in waiting if p[1] >= first]
 
 
 def one_by_one(asked: Sequence[Asked], make: Callable[[], Tree], replicas: int = 1) -> Outcome:

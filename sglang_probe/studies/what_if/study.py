@@ -143,7 +143,8 @@ def what_if(
     if differ:
         notes.append(
             f"Under the recorded settings {differ:,} of {len(replayed):,} matches are not what the engine gave: look "
-            "at `tables/requests`. A replay does not know how often SGLang asked the tree for requests that waited."
+            "at `tables/requests`. A known reason: a replay does not know how often SGLang asked the tree for "
+            "requests that waited."
         )
     return WhatIfResult(
         run=str(path),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import wanted
+from sglang_probe.engine.hooks.instruments import traces, wanted
 from sglang_probe.engine.hooks.instruments.traces import Traces, span_ends
 from sglang_probe.engine.hooks.session import Session
 from sglang_probe.engine.ledger.facts import ForwardPlan
@@ -82,10 +83,22 @@ def test_a_span_of_an_earlier_recording_gets_nothing(session: Session) -> None:
     assert span.attributes == {}
 
 
-def test_an_sdk_that_fails_stops_neither_the_request_nor_the_recording(session: Session) -> None:
-    span = Span(broken=True)
-    launch(session, span)
-    span_ends(span)
+def test_an_sdk_that_fails_stops_neither_the_request_nor_the_recording_and_is_logged_once(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(traces, "_failures", itertools.count())
+    for _ in range(3):
+        span = Span(broken=True)
+        launch(session, span)
+        span_ends(span)
+    assert [r.message for r in caplog.records if "attributes on a span" in r.message] == [caplog.records[-1].message]
+    assert session.fault is None
+    assert session.recorder is not None
+
+
+def test_a_span_that_is_not_as_it_was_stops_no_recording(session: Session) -> None:
+    plan = ForwardPlan(0, "extend", ["r"], [0], [4], [False], [0], [4], [object()], 4)  # type: ignore[list-item]
+    session.instruments[0].launch([SimpleNamespace()], [], plan)
     assert session.fault is None
     assert session.recorder is not None
 

@@ -81,12 +81,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"asks": ["cache"]}, "bypass"),
         ({"asks": ["positions"]}, "bypass, positions"),
         ({"telemetry": {}}, "attention rows, telemetry"),
+        ({"live": {"traces": True}}, "traces"),
     ],
 )
 @pytest.mark.usefixtures("installed")
 def test_what_was_not_compared_in_an_engine_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     config = EngineProbeConfig.model_validate({"run": Path("r"), **fields})
-    with pytest.raises(InventoryError, match=rf"^{named}: not compared with the model in an engine of SGLang 0.5.21"):
+    with pytest.raises(InventoryError, match=rf"^{named}: not shown to be right in an engine of SGLang 0.5.21"):
         instruments.require(config)
 
 

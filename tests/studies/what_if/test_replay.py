@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sglang_probe.errors import ConfigError, RunDirectoryError
 from sglang_probe.harvest.simulate import simulated_tree
+from sglang_probe.run import schema
+from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.studies.what_if.replay import Asked, one_by_one, ordered, routed
 from sglang_probe.studies.what_if.study import what_if
 from tests.small_cache import SmallCache
@@ -78,6 +82,24 @@ def test_another_page_size_gives_what_a_cache_of_that_page_size_gave(recorded: i
         cache.close()
     result = what_if(tmp_path / str(recorded), make=lambda of: simulated_tree(10_000, of.page, of.policy), page=other)
     assert result.table["reused"].tolist() == [given[recorded], given[other]]
+
+
+@pytest.mark.engine
+def test_a_run_whose_engine_died_with_a_request_in_flight_is_replayed(tmp_path: Path) -> None:
+    """Nobody knows how often that request was retracted."""
+    cache = SmallCache(tmp_path / "run")
+    for i in range(3):
+        cache.serve(f"r{i}", [*range(53), i])
+    cache.close()
+    path = tmp_path / "run" / REQUESTS_FILE
+    table = pq.read_table(path)
+    for name, value in (("retractions", None), ("finish_reason", schema.INTERRUPTED)):
+        column = [*table[name].to_pylist()[:-1], value]
+        kind = table.schema.field(name).type
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(column, kind))
+    pq.write_table(table, path)
+    result = what_if(tmp_path / "run", make=lambda of: simulated_tree(10_000, of.page, of.policy))
+    assert result.differ == 0
 
 
 def test_orders_keep_every_request() -> None:

@@ -100,8 +100,8 @@ def require(config: EngineProbeConfig, *further: str) -> Inventory:
         unshown += ["a monitor of rows"] if config.monitor is not None else []
     if unshown:
         raise InventoryError(
-            f"{', '.join(unshown)}: not compared with the model in an engine of SGLang {adapter.version}",
-            fix="use a release of which `docs/evidence/releases.md` says it was, or record the ledger alone"
+            f"{', '.join(unshown)}: not shown to be right in an engine of SGLang {adapter.version}",
+            fix="use a release of which `docs/evidence/releases.md` says it was, or leave it out"
             + (f" (hook points: {', '.join(sorted(points))} or none)" if points else ""),
         )
     return found

@@ -10,6 +10,7 @@ A fault here costs the attributes and nothing else: neither a request nor the re
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ logger = logging.getLogger("sglang_probe")
 
 _NAME = "_sglang_probe_name"
 """Attribute of a `TraceReqContext`: the epoch of the recording that follows the request, and its name there."""
+
+_failures = itertools.count()
 
 
 class Traces(Instrument):
@@ -57,10 +60,13 @@ class Traces(Instrument):
     def launch(self, reqs: Sequence[Any], asks: Sequence[Ask], plan: ForwardPlan) -> None:
         if plan.mode == "decode":
             return
-        epoch = guard.active().epoch
-        for req, name, context in zip(reqs, plan.rids, plan.contexts, strict=True):
-            if context is not None and (span := req.time_stats.trace_ctx).tracing_enable:
-                setattr(span, _NAME, (epoch, name))
+        try:  # this is guarded code, in which a fault would stop the recording
+            epoch = guard.active().epoch
+            for req, name, context in zip(reqs, plan.rids, plan.contexts, strict=True):
+                if context is not None and (span := req.time_stats.trace_ctx).tracing_enable:
+                    setattr(span, _NAME, (epoch, name))
+        except Exception:
+            _failed()
 
 
 def span_ends(span: Any, ts: int | None = None, abort_info: Any = None) -> None:
@@ -77,4 +83,9 @@ def span_ends(span: Any, ts: int | None = None, abort_info: Any = None) -> None:
         if told is not None:
             span.trace_set_thread_attrs(told)
     except Exception:
-        logger.exception("sglang-probe could not put attributes on a span")
+        _failed()
+
+
+def _failed() -> None:
+    if next(_failures) == 0:  # an SDK that fails does so for every request
+        logger.exception("sglang-probe could not put attributes on a span; this is said once")
