@@ -21,10 +21,12 @@ from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.batches import by_position, in_parts
 from sglang_probe.run.files import REQUESTS_FILE
-from sglang_probe.run.run import Run
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.schema import INTERRUPTED
 from sglang_probe.run.tokens import TokenFrames
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.coverage.prompts import PromptCoverage, coverage_by_segment
-from sglang_probe.studies.drift import Compared, compare_runs, in_common
+from sglang_probe.studies.drift import Compared, compare_runs, drift_table, in_common
 from sglang_probe.studies.lens.positions import drawn_positions, next_tokens, window_of
 from tests.rows_run import Text, write_run
 
@@ -128,6 +130,51 @@ def test_two_requests_of_one_name_are_refused(run: Run) -> None:
     pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), file)
     with pytest.raises(RunDirectoryError, match="twice"):
         next(run.iter_tokens())
+
+
+def _amended(run: Run, change: Callable[[pd.DataFrame], None]) -> Run:
+    """The run with other requests."""
+    file = run.path / REQUESTS_FILE
+    requests = pq.read_table(file).to_pandas()
+    change(requests)
+    pq.write_table(pa.Table.from_pandas(requests, schema=pq.read_schema(file), preserve_index=False), file)
+    return load_run(run.path)
+
+
+def _interrupt(requests: pd.DataFrame) -> None:
+    requests.loc[[3, 7, 20], "finish_reason"] = INTERRUPTED
+
+
+def _interrupt_all(requests: pd.DataFrame) -> None:
+    requests["finish_reason"] = INTERRUPTED
+
+
+def _drop_ids(requests: pd.DataFrame) -> None:
+    for column in ("prompt_ids", "output_ids"):
+        requests[column] = requests[column].where(requests.index % 3 != 0, None)
+
+
+@pytest.mark.parametrize("change", [_interrupt, _drop_ids])
+def test_interrupted_requests_and_those_without_token_ids_are_read_alike(
+    run: Run, change: Callable[[pd.DataFrame], None]
+) -> None:
+    before = len(run.tokens())
+    run = _amended(run, change)
+    whole = run.tokens()
+    for size in (1, 60, IN_ONE):
+        pd.testing.assert_frame_equal(pd.concat(run.iter_tokens(size), ignore_index=True), whole)
+    assert (len(whole) < before) == (change is _interrupt)
+    assert (whole["token_id"] == -1).any() == (change is _drop_ids)
+
+
+def test_a_run_that_served_nothing_has_no_frames_and_no_batches(run: Run, tmp_path: Path) -> None:
+    other = long_run(tmp_path / "other")
+    run = _amended(run, _interrupt_all)
+    assert list(run.iter_tokens()) == []
+    assert list(run.iter_batches(POINT, batch_size=4)) == []
+    for pair in ((run, other), (other, run)):
+        found = compare_runs(*pair)
+        assert len(found.positions) == len(found.relative_l2[POINT]) == len(drift_table(found)) == 0
 
 
 def test_batches_are_the_rows_of_the_frame(run: Run, in_one_frame: Callable[[int], None]) -> None:
@@ -256,6 +303,23 @@ def test_the_map_of_a_lens_is_of_the_first_request_that_has_rows(run: Run) -> No
     assert found[["rid", "position", "row", "source_row"]].to_numpy().tolist() == (
         mine[["rid", "position", "row", "source_row"]].to_numpy().tolist()
     )
+
+
+def test_a_comparison_is_that_of_merged_frames(tmp_path: Path, in_one_frame: Callable[[int], None]) -> None:
+    a, b = (long_run(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    in_one_frame(23)
+    found = compare_runs(a, b)
+    own = [run.tokens().query("row >= 0") for run in (a, b)]
+    both = own[0].merge(own[1], on=["rid", "position"], suffixes=("_a", "_b"))
+    requests = b.requests().set_index("rid")
+    assert found.positions["index"].tolist() == requests.loc[both["rid"], "index"].tolist()
+    assert found.positions["cluster"].tolist() == requests.loc[both["rid"], "family"].tolist()
+    assert found.positions["position"].tolist() == both["position"].tolist()
+    for column in ("segment", "phase"):
+        assert found.positions[column].tolist() == both[f"{column}_a"].tolist()
+    wanted = row_distance(a.rows(POINT, both["row_a"].to_numpy()), b.rows(POINT, both["row_b"].to_numpy()))
+    for measure, values in zip((found.relative_l2, found.cosine, found.deviation), wanted, strict=True):
+        np.testing.assert_array_equal(measure[POINT], values.astype(np.float32))
 
 
 def test_runs_are_compared_the_same_in_parts(tmp_path: Path, in_one_frame: Callable[[int], None]) -> None:
