@@ -14,9 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from alone import run_alone
 from page import machine, write_section
 
 from sglang_probe.paths import shipped
@@ -35,15 +35,8 @@ GOAL = "under 20 s and 2 GiB"
 def measure(run: Path, out: Path, options: list[str]) -> tuple[float, float, float]:
     """Wall seconds, CPU seconds and peak memory in GiB of one command."""
     command = [sys.executable, "-m", "sglang_probe", "coverage", str(run), "--output", str(out), *options]
-    began = time.perf_counter()
-    with open(os.devnull, "w") as null:
-        pid = os.posix_spawn(
-            sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null.fileno(), 1)]
-        )
-        _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    spent = run_alone(command)
+    return spent.seconds, spent.cpu_seconds, spent.peak_mib / 2**10
 
 
 def main() -> None:
@@ -56,7 +49,6 @@ def main() -> None:
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        # In a process of its own: what this one has held at most would count for its children too.
         generator = [sys.executable, str(Path(__file__).with_name("synthetic.py")), str(run)]
         made = subprocess.run(
             [*generator, "--requests", str(args.requests)], check=True, capture_output=True, text=True

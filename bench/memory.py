@@ -2,24 +2,28 @@
 
     python bench/memory.py [--requests 1000 4000] [--width 16] [--out docs/evidence/benchmarks.md]
 
-The runs are made by bench/synthetic.py. Each reading is a process of its own, and memory is the largest resident set
-that the system counted for it, which includes the pages of files that are mapped.
+The runs are made by bench/synthetic.py. Each reading is a process of its own (bench/alone.py), and memory is the
+largest resident set that the system counted for it, which includes the pages of files that are mapped.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from alone import run_alone
 from page import machine, write_section
 from synthetic import HOOK_POINT
 
 from sglang_probe.run.run import Run, load_run
+
+
+def start(_run: Run, _out: Path) -> None:
+    """Nothing: Python and the libraries that all of them import."""
 
 
 def frame(run: Run, _out: Path) -> None:
@@ -64,16 +68,14 @@ def coverage(run: Run, _out: Path) -> None:
     study_coverage(run, ["segment"])
 
 
-READINGS: dict[str, Callable[[Run, Path], None]] = {f.__name__: f for f in (frame, frames, ab, hf, training, coverage)}
+READINGS: dict[str, Callable[[Run, Path], None]] = {
+    f.__name__: f for f in (start, frame, frames, ab, hf, training, coverage)
+}
 
 
 def measure(name: str, run: Path, out: Path) -> float:
     """Peak memory of a reading in MiB."""
-    command = [sys.executable, __file__, "--one", name, str(run), str(out)]
-    _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss / 2**10
+    return run_alone([sys.executable, __file__, "--one", name, str(run), str(out)]).peak_mib
 
 
 def main() -> None:
@@ -90,7 +92,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs, positions = [Path(folder) / f"run-{n}" for n in args.requests], []
         for n, run in zip(args.requests, runs, strict=True):
-            # In a process of its own: what this one has held at most would count for its children too.
             generator = [sys.executable, str(Path(__file__).with_name("synthetic.py")), str(run)]
             options = ["--requests", str(n), "--width", str(args.width)]
             made = subprocess.run([*generator, *options], check=True, capture_output=True, text=True)
@@ -106,8 +107,8 @@ def main() -> None:
         f"{machine()}. `python bench/memory.py` on made-up runs (`bench/synthetic.py`) of "
         f"{args.requests[0]:,} and {args.requests[1]:,} requests, with a row of {args.width} bfloat16 numbers for each "
         "computed position at one hook point. Peak of the resident set, Python and libraries included; mapped pages of "
-        "shards count, which the system takes back when it needs them. Starting Python with the libraries takes about "
-        "730 MiB of each peak, and some MiB of each are chance, so that bytes for a position are rough.\n\n"
+        "shards count, which the system takes back when it needs them. Some tens of MiB of each peak are chance, so "
+        "that bytes for a position are rough; the first row is in all others, which may import more.\n\n"
         + "\n".join(lines)
         + "\n"
     )

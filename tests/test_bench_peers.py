@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,7 @@ def _measured() -> dict[str, Any]:
         "prompts": 10,
         "length": 100,
         "families": 2,
+        "batches": [4, 16],
         "shares": {"unshared": 0.0, "shared": 0.8},
         "loaded": {n: {"load_seconds": 5.0, "versions": {"python": "3", "torch": "2"}} for n in names},
         "chosen": {MINE: {}, HOOKS: {"batch": 16, "threads": 2}, OTHER: {"batch": 4, "threads": 1}},
@@ -112,7 +115,22 @@ def test_the_page_says_which_goal_is_missed_and_which_peer_is_not_there(part: An
     assert lines[0].endswith("The goal, 1.0, is **missed**.")
     assert lines[1].endswith("The goal, 3.0, is **reached**.")
     text = part("peers_page").page({"tiny": _measured()}, "peers.svg")
+    alone = _measured()
+    del alone["chosen"][OTHER]
+    assert "(0.50 to 0.50) of the only other that was measured, transformers, hooks" in next(
+        part("peers_page").verdict({"tiny": alone})
+    )
     assert "gone could not be run here: `no such package`" in text
+    assert "Batch sizes tried: 4 and 16." in text
+    assert "counted from what the benchmark held" not in text
+
+
+def test_the_peak_of_a_peer_does_not_begin_at_that_of_the_benchmark(part: Any) -> None:
+    held = torch.ones(200 << 20, dtype=torch.uint8)
+    child = "import sys; sys.path.insert(0, sys.argv[1]); import child; print(child.peak_rss_mib())"
+    command = [sys.executable, "-S", "-c", child, str(ROOT / "bench" / "peers")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert 1 < float(done.stdout) < held.nbytes / 2**20
 
 
 def test_the_committed_page_and_figure_are_what_the_script_makes_of_the_numbers(part: Any) -> None:

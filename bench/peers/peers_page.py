@@ -23,9 +23,10 @@ Written by `make bench-peers`; do not edit. The numbers are those of `peers.json
 How fast rows of the residual stream get to disk: the same token ids, the same layers, float32, on the CPU. Every peer
 has an environment of its own (`constraints/peers.txt`, one PyTorch for all) and a process that loads the model once;
 one process runs at a time, the others are stopped. In a warm-up round each peer is given the best of 1 and 2 threads
-and of the batch sizes tried, where nothing is shared, and keeps it. A round then visits everything once in a shuffled
-order, so that load of the machine, which was shared with other work, hits all alike: **a ratio is taken within a round,
-and only ratios are claimed**. What a harvest left to write to disk is written before the next one begins.
+and of the batch sizes that its section names, where nothing is shared, and keeps it. A round then visits everything
+once in a shuffled order, so that load of the machine, which was shared with other work, hits all alike: **a ratio is
+taken within a round, and only ratios are claimed**. What a harvest left to write to disk is written before the next one
+begins.
 
 *Positions covered per second* is what a user waits for: prompt positions whose rows can be read afterwards. *Rows on
 disk per second* counts what was computed and written. They differ for sglang-probe alone, which computes a shared
@@ -145,15 +146,16 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             crossed = "not settled: its rounds lie on both sides"
             what = "reached" if min(got) >= goal else "missed" if max(got) < goal else crossed
             spent = zip(*(per_cpu_second(found, workload, n) for n in (MINE, base)), strict=True)
+            which = "best other" if len(others(found)) > 1 else "only other that was measured"
             yield (
-                f"* {found['model']}, {_prompts(found, workload)}: {_told(got)} of the best other, {base}, and "
+                f"* {found['model']}, {_prompts(found, workload)}: {_told(got)} of the {which}, {base}, and "
                 f"{_told([a / b for a, b in spent])} per CPU second. The goal, {goal:.1f}, is **{what}**."
             )
     yield (
         "\nOf the two ratios the one per CPU second can be trusted on so busy a machine; the other depends on which of "
         "a tool's processes got a core. These harvests are short: prompts that share a prefix are in flight together, "
-        "so that less is reused than is shared, on SmolLM2 nothing, and a goal set for large harvests is not tested by "
-        "them. `--prompts 1024` asks on an idle machine."
+        "so that less is reused than is shared (the sections say how much), and a goal that was set for large harvests "
+        "is not tested by them. `bench/peers/run.py --prompts 1024` on an idle machine would test it."
     )
 
 
@@ -196,7 +198,8 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{found['machine']}, load {found['load'][0]} in the minute before the tables. {found['prompts']} prompts of "
         f"{found['length']} tokens, {positions:,} positions, residual stream after layers {layers}; families that "
-        f"share a prefix: {found['families']}. {len(found['rounds'])} rounds; median (range).\n"
+        f"share a prefix: {found['families']}. Batch sizes tried: {' and '.join(map(str, found['batches']))}. "
+        f"{len(found['rounds'])} rounds; median (range).\n"
     )
     for workload in GOALS:
         yield f"### {found['model']}: {_prompts(found, workload)}\n"
@@ -213,7 +216,7 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _table(found: Mapping[str, Any], workload: str) -> Iterator[str]:
     best = best_other(found, workload)
-    base = f"over the best other ({best})"
+    base = f"over the {'best' if len(others(found)) > 1 else 'only'} other ({best})"
     yield f"| tool | positions covered/s | {base} | per CPU second | rows on disk/s | on disk, MB |"
     yield "|---|---|---|---|---|---|"
     order = sorted(found["chosen"], key=lambda n: -statistics.median(covered_per_second(found, workload, n)))
@@ -254,3 +257,8 @@ def _processes(found: Mapping[str, Any]) -> Iterator[str]:
         "in no rate. Memory is the most that the process has had; for sglang-probe the sum over its processes, in "
         "which pages that they share count several times, KV pool and prefix cache included."
     )
+    if floor := found.get("peak_floor_mib"):  # of measurements that asked `getrusage`; by hand
+        yield (
+            f"\nMemory of the others was counted from what the benchmark held when it started them, about {floor} MiB: "
+            "a peer whose peak is near that may have needed less."
+        )

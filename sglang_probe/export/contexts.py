@@ -33,6 +33,8 @@ def cut(text: Array, has: Array, own: Array, length: int) -> Contexts:
 
     Without contexts, `places` is `[0, length]`.
     """
+    if not len(text):
+        return Contexts(np.zeros((0, length), np.int64), 0, 0)
     breaks = np.flatnonzero((np.diff(text) != 0) | (has[1:] != has[:-1])) + 1
     starts = np.concatenate([[0], breaks])
     ends = np.concatenate([breaks, [len(text)]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -176,16 +178,19 @@ _SYNTAX = (
     *(ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop),
     *(ast.Compare, ast.cmpop, ast.Name, ast.expr_context, ast.Constant, ast.List, ast.Tuple),
 )
+_IN_PANDAS = {"&": "and", "|": "or"}
+"""As pandas reads them, which binds them less tightly than Python does."""
 _METHODS = {"isna", "notna", "isin", "between", "abs"}
 _OF_TEXT = {"startswith", "endswith", "contains", "len", "lower", "upper", "match", "fullmatch"}
 
 
 def by_position(where: str) -> bool:
     """Whether a query surely asks of each position alone: it compares columns with constants and each other. One that
-    uses a mean, a maximum or the frame's index does not."""
+    uses a mean, a maximum, the frame's index, or all values of a column (`row in source_row`) does not."""
     try:
-        tree = ast.parse(where.strip(), mode="eval")
-    except SyntaxError:
+        words = [word[:2] for word in tokenize.generate_tokens(io.StringIO(where.strip()).readline)]
+        tree = ast.parse(tokenize.untokenize((kind, _IN_PANDAS.get(text, text)) for kind, text in words), mode="eval")
+    except (SyntaxError, tokenize.TokenError):
         return False
     return _by_position(tree)
 
@@ -197,10 +202,24 @@ def _by_position(node: ast.AST) -> bool:
             return False
         text = isinstance(called.value, ast.Attribute) and called.value.attr == "str"
         column = called.value.value if text and isinstance(called.value, ast.Attribute) else called.value
+        given = [*node.args, *(k.value for k in node.keywords)]
         known = called.attr in (_OF_TEXT if text else _METHODS)
-        return known and all(map(_by_position, [column, *node.args, *(k.value for k in node.keywords)]))
+        known &= called.attr != "isin" or all(map(_is_list_of_constants, given))
+        return known and all(map(_by_position, [column, *given]))
+    if isinstance(node, ast.Compare) and any(isinstance(o, ast.In | ast.NotIn) for o in node.ops):
+        return all(map(_is_list_of_constants, node.comparators)) and _by_position(node.left)
+    if isinstance(node, ast.List | ast.Tuple):
+        return _is_list_of_constants(node)
     known_name = not isinstance(node, ast.Name) or node.id not in ("index", "ilevel_0")
     return isinstance(node, _SYNTAX) and known_name and all(map(_by_position, ast.iter_child_nodes(node)))
+
+
+def _is_list_of_constants(node: ast.AST) -> bool:
+    """pandas asks of all values of a column whether a value is among them, where a column stands for a list."""
+    try:
+        return isinstance(ast.literal_eval(node), list | tuple)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        return False
 
 
 def queried(
@@ -215,7 +234,10 @@ def queried(
     if where is None:
         return tokens
     try:
-        return tokens.query(where)
+        mask = np.asarray(tokens.eval(where))
+        if len(tokens) and (mask.dtype != bool or mask.shape != (len(tokens),)):
+            raise ValueError("it is not true or false of each position")
+        return tokens[mask.astype(bool)] if len(tokens) else tokens
     except Exception as e:  # pandas raises a kind of its own for each mistake
         columns = ", ".join(map(str, tokens.columns))
         raise error(f"`{name}` cannot be used: {e}", fix=f"the columns are {columns}") from e

@@ -42,6 +42,9 @@ class TokenFrames:
 
     Held are the spans, and of each request its token ids (4 bytes a position) and segments, as they are stored.
     Requests in flight at a crash are left out.
+
+    Raises:
+        RunDirectoryError: the run cannot be read, or two requests have one id.
     """
 
     def __init__(self, run: RunFiles) -> None:
@@ -51,7 +54,11 @@ class TokenFrames:
         self._table, self._place = table, order
         self.rids = rids.iloc[order].reset_index(drop=True)
         """Served requests in the order of the frames, by rid."""
-        self._places = pd.Series(order, index=self.rids.to_numpy())
+        if not self.rids.is_unique:
+            raise RunDirectoryError(
+                f"{run.path} has request `{self.rids[self.rids.duplicated()].iloc[0]}` twice",
+                fix="`sglang-probe verify` says what is wrong with the run",
+            )
         self._spans = _Spans(run.spans(), self.rids)
 
     def parts(self, positions: int = PART) -> Iterator[pd.DataFrame]:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sglang_probe.errors import ConfigError, RunDirectoryError
+from sglang_probe.export.contexts import cut
 from sglang_probe.export.hf import export_hf
+from sglang_probe.export.saelens import _contexts
 from sglang_probe.run import batches
 from sglang_probe.run import tokens as positions
 from sglang_probe.run.batches import by_position, in_parts
-from sglang_probe.run.run import Run
+from sglang_probe.run.files import REQUESTS_FILE
+from sglang_probe.run.run import Run, load_run
+from sglang_probe.run.schema import INTERRUPTED
 from sglang_probe.run.tokens import TokenFrames
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.studies.coverage.prompts import PromptCoverage, coverage_by_segment
-from sglang_probe.studies.drift import Compared, compare_runs, in_common
+from sglang_probe.studies.drift import Compared, compare_runs, drift_table, in_common
+from sglang_probe.studies.lens.positions import drawn_positions, next_tokens, window_of
 from tests.rows_run import Text, write_run
 
 POINT = "blocks.0.hook_resid_post"
@@ -89,6 +98,12 @@ def test_frames_of_named_requests_are_those_of_the_frame(run: Run, make_run: Cal
         ("row == row.max()", False),
         ("`position` < 4", False),
         ("position.rank() > 100", False),
+        ("row in token_id", False),
+        ("row not in position", False),
+        ("token_id.isin(position)", False),
+        ("position == [1, token_id]", False),
+        ("token_id in [1, 2] or position.isin((3, 4))", True),
+        ("position == [-1, 4] and segment not in ['user']", True),
     ],
 )
 def test_a_query_chooses_the_same_positions_in_parts(
@@ -101,6 +116,81 @@ def test_a_query_chooses_the_same_positions_in_parts(
     found = pd.concat(frames)[["rid", "position"]].to_numpy().tolist()
     assert found == run.tokens().query(where)[["rid", "position"]].to_numpy().tolist()
     assert found
+
+
+@pytest.mark.parametrize("where", ["position", "'user'", "position + 1"])
+def test_a_query_that_is_not_true_or_false_of_each_position_is_refused(run: Run, where: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used"):
+        list(in_parts(run, where))
+
+
+def test_two_requests_of_one_name_are_refused(run: Run) -> None:
+    file = run.path / REQUESTS_FILE
+    table = pq.read_table(file)
+    pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), file)
+    with pytest.raises(RunDirectoryError, match="twice"):
+        next(run.iter_tokens())
+
+
+def _amended(run: Run, change: Callable[[pd.DataFrame], None]) -> Run:
+    """The run with other requests."""
+    file = run.path / REQUESTS_FILE
+    requests = pq.read_table(file).to_pandas()
+    change(requests)
+    pq.write_table(pa.Table.from_pandas(requests, schema=pq.read_schema(file), preserve_index=False), file)
+    return load_run(run.path)
+
+
+def _interrupt(requests: pd.DataFrame) -> None:
+    requests.loc[[3, 7, 20], "finish_reason"] = INTERRUPTED
+
+
+def _interrupt_all(requests: pd.DataFrame) -> None:
+    requests["finish_reason"] = INTERRUPTED
+
+
+def _drop_ids(requests: pd.DataFrame) -> None:
+    for column in ("prompt_ids", "output_ids"):
+        requests[column] = requests[column].where(requests.index % 3 != 0, None)
+
+
+@pytest.mark.parametrize("change", [_interrupt, _drop_ids])
+def test_interrupted_requests_and_those_without_token_ids_are_read_alike(
+    run: Run, change: Callable[[pd.DataFrame], None]
+) -> None:
+    before = len(run.tokens())
+    run = _amended(run, change)
+    whole = run.tokens()
+    for size in (1, 60, IN_ONE):
+        pd.testing.assert_frame_equal(pd.concat(run.iter_tokens(size), ignore_index=True), whole)
+    assert (len(whole) < before) == (change is _interrupt)
+    assert (whole["token_id"] == -1).any() == (change is _drop_ids)
+
+
+def test_a_run_that_served_nothing_has_no_frames_and_no_batches(run: Run, tmp_path: Path) -> None:
+    other = long_run(tmp_path / "other")
+    run = _amended(run, _interrupt_all)
+    assert list(run.iter_tokens()) == []
+    assert list(run.iter_batches(POINT, batch_size=4)) == []
+    for pair in ((run, other), (other, run)):
+        found = compare_runs(*pair)
+        assert len(found.positions) == len(found.relative_l2[POINT]) == len(drift_table(found)) == 0
+
+
+def test_batches_are_the_rows_of_the_frame(run: Run, in_one_frame: Callable[[int], None]) -> None:
+    in_one_frame(20)
+    tokens = run.tokens().query("position > 4 and segment != 'system'")
+    for weight, column in (("unique", "row"), ("traffic", "source_row")):
+        rows = tokens.loc[tokens[column] >= 0, column].to_numpy()
+        found = torch.cat(
+            list(
+                run.iter_batches(
+                    POINT, batch_size=16, where="position > 4 and segment != 'system'", weight=weight, shuffle=False
+                )
+            )
+        )
+        assert torch.equal(found.float(), run.rows(POINT, rows).float())
+    assert len(rows) > 100
 
 
 @pytest.mark.parametrize("kind", ["unique", "traffic", "file"])
@@ -147,6 +237,89 @@ def test_an_export_has_the_same_bytes_whatever_the_parts(
     for file in [*files, tmp_path / "whole" / "README.md"]:
         other = tmp_path / "parts" / file.relative_to(tmp_path / "whole")
         assert file.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("length", [3, 11, 25])
+def test_contexts_for_sae_lens_are_the_same_whatever_the_parts(
+    run: Run, in_one_frame: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    def contexts() -> tuple[list[list[int]], list[list[int]], int, int]:
+        rows, ids, repeated, rest = [], [], 0, 0
+        for source, token_ids, found in _contexts(run, POINT, length):
+            rows += source[found.places].tolist()
+            ids += token_ids[found.places].tolist()
+            repeated, rest = repeated + found.repeated, rest + found.rest
+        return rows, ids, repeated, rest
+
+    in_one_frame(IN_ONE)
+    whole = contexts()
+    in_one_frame(17)
+    assert contexts() == whole
+    assert whole[0]
+    assert length * (len(whole[0]) + whole[2]) + whole[3] == len(run.tokens())
+
+
+def test_a_part_without_positions_has_no_contexts() -> None:
+    nothing = np.zeros(0, bool)
+    found = cut(np.zeros(0, np.int64), nothing, nothing, 4)
+    assert (found.places.shape, found.repeated, found.rest) == ((0, 4), 0, 0)
+
+
+@pytest.mark.parametrize("most", [30, 10_000])
+def test_a_lens_draws_the_same_positions_whatever_the_parts(
+    run: Run, in_one_frame: Callable[[int], None], most: int
+) -> None:
+    requests = run.requests().set_index("rid")
+
+    def drawn() -> pd.DataFrame:
+        def prepare(tokens: pd.DataFrame) -> pd.DataFrame:
+            return tokens.assign(target=next_tokens(tokens, requests))
+
+        frames = functools.partial(in_parts, run, "position > 2 and target >= 0", prepare=prepare)
+        return drawn_positions(run, {0: POINT}, frames, most, seed=5)
+
+    in_one_frame(IN_ONE)
+    whole = drawn()
+    in_one_frame(17)
+    pd.testing.assert_frame_equal(drawn(), whole)
+    tokens = run.tokens()
+    after = tokens.set_index(["rid", "position"])["token_id"]
+    known = [after.get((r, p + 1), t) for r, p, t in whole[["rid", "position", "target"]].itertuples(index=False)]
+    assert whole["target"].tolist() == known
+    # The draw is that of one frame of all positions that have a row of their own.
+    own = tokens[(tokens["row"] >= 0) & (tokens["position"] > 2)].reset_index(drop=True)
+    chosen = np.arange(len(own))
+    if len(own) > most:
+        chosen = np.sort(np.random.default_rng(5).choice(len(own), most, replace=False))
+    assert whole[["rid", "position"]].to_numpy().tolist() == own.iloc[chosen][["rid", "position"]].to_numpy().tolist()
+
+
+def test_the_map_of_a_lens_is_of_the_first_request_that_has_rows(run: Run) -> None:
+    requests = run.requests().set_index("rid")
+    first = requests.index[0]
+    tokens = run.tokens()
+    mine = tokens[(tokens["rid"] == first) & (tokens["source_row"] >= 0)]
+    found = window_of(run, {0: POINT}, requests, None, 0, 10_000)
+    assert found[["rid", "position", "row", "source_row"]].to_numpy().tolist() == (
+        mine[["rid", "position", "row", "source_row"]].to_numpy().tolist()
+    )
+
+
+def test_a_comparison_is_that_of_merged_frames(tmp_path: Path, in_one_frame: Callable[[int], None]) -> None:
+    a, b = (long_run(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    in_one_frame(23)
+    found = compare_runs(a, b)
+    own = [run.tokens().query("row >= 0") for run in (a, b)]
+    both = own[0].merge(own[1], on=["rid", "position"], suffixes=("_a", "_b"))
+    requests = b.requests().set_index("rid")
+    assert found.positions["index"].tolist() == requests.loc[both["rid"], "index"].tolist()
+    assert found.positions["cluster"].tolist() == requests.loc[both["rid"], "family"].tolist()
+    assert found.positions["position"].tolist() == both["position"].tolist()
+    for column in ("segment", "phase"):
+        assert found.positions[column].tolist() == both[f"{column}_a"].tolist()
+    wanted = row_distance(a.rows(POINT, both["row_a"].to_numpy()), b.rows(POINT, both["row_b"].to_numpy()))
+    for measure, values in zip((found.relative_l2, found.cosine, found.deviation), wanted, strict=True):
+        np.testing.assert_array_equal(measure[POINT], values.astype(np.float32))
 
 
 def test_runs_are_compared_the_same_in_parts(tmp_path: Path, in_one_frame: Callable[[int], None]) -> None:

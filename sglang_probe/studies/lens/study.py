@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from sglang_probe.run.batches import in_parts
 from sglang_probe.run.hook_points import EMBED, RESID_POST, parse_hook_point
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run, load_run
-from sglang_probe.run.schema import OVERSHOOT
-from sglang_probe.run.tokens import TokenFrames
 from sglang_probe.studies.base import Measured
 from sglang_probe.studies.lens.measure import Reading, kl, read, settled
+from sglang_probe.studies.lens.positions import drawn_positions, next_tokens, window_of
 from sglang_probe.studies.lens.translators import Translator, TunedLens
 
 Array = np.ndarray[Any, Any]
@@ -153,14 +152,14 @@ def lens(
     wanted = None if target is None else token_of(target, vocabulary)
 
     def targets(tokens: pd.DataFrame) -> pd.DataFrame:
-        return tokens.assign(target=_next(tokens, requests) if wanted is None else wanted)
+        return tokens.assign(target=next_tokens(tokens, requests) if wanted is None else wanted)
 
     notes = _notes(run, points, last)
     if translators is not None:
         notes += _tuned_notes(run, points, last, translators)
     frames = functools.partial(in_parts, run, where, prepare=targets, name="--where")
     chosen = drawn_positions(run, points, frames, most, seed)
-    shown = targets(_window(run, points, requests, rid, start, window))
+    shown = targets(window_of(run, points, requests, rid, start, window))
     total = len(chosen) + len(shown)
     rng = np.random.default_rng([seed, 1])
     other = rng.permutation(chosen["target"].to_numpy())
@@ -257,80 +256,6 @@ def _notes(run: Run, points: Mapping[int, str], last: int | None) -> list[str]:
     if (run.manifest.get("model") or {}).get("weights_sha256") is None:
         notes.append("Whether the checkpoint is the one that made the rows is not known: the run has no hash of it.")
     return notes
-
-
-def _next(tokens: pd.DataFrame, requests: pd.DataFrame) -> Array:
-    """Id of the token after each position; -1 where it is not known."""
-    found = np.full(len(tokens), -1, dtype=np.int64)
-    position = tokens["position"].to_numpy()
-    for rid, at in tokens.groupby("rid").indices.items():
-        prompt, output = (requests.loc[rid, c] for c in ("prompt_ids", "output_ids"))
-        if prompt is None or output is None:
-            continue
-        ids = np.concatenate([prompt, output]).astype(np.int64)
-        inside = position[at] + 1 < len(ids)
-        found[at[inside]] = ids[position[at[inside]] + 1]
-    return found
-
-
-def drawn_positions(
-    run: Run, points: Mapping[int, str], frames: Callable[[], Iterable[pd.DataFrame]], most: int, seed: int
-) -> pd.DataFrame:
-    """Computed positions that every layer holds, at most so many.
-
-    Args:
-        frames: gives the positions to draw from, some at a time; asked twice.
-    """
-    counts = [len(_held(run, points, tokens, "row")) for tokens in frames()]
-    total = sum(counts)
-    if not total:
-        raise ConfigError(f"{run.path} has no position whose row all of {', '.join(points.values())} hold")
-    drawn = np.arange(total)
-    if total > most:
-        drawn = np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
-    parts, first = [], 0
-    for tokens, count in zip(frames(), counts, strict=True):
-        mine = drawn[(drawn >= first) & (drawn < first + count)] - first
-        if len(mine):
-            parts.append(_held(run, points, tokens, "row").iloc[mine])
-        first += count
-    return pd.concat(parts, ignore_index=True)
-
-
-def _held(run: Run, points: Mapping[int, str], tokens: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Positions whose row every layer holds."""
-    rows = tokens[column].to_numpy()
-    return tokens[np.logical_and.reduce([run.holds(name, rows) for name in points.values()])]
-
-
-def _window(
-    run: Run,
-    points: Mapping[int, str],
-    requests: pd.DataFrame,
-    rid: str | None,
-    start: int | None,
-    window: int,
-) -> pd.DataFrame:
-    """The positions of the map."""
-    if rid is not None and rid not in requests.index:
-        raise ConfigError(f"{run.path} has no request `{rid}`", fix="`run.requests()` lists them")
-    every = TokenFrames(run)
-
-    def held(rid: str) -> pd.DataFrame:
-        tokens = every.of([rid])
-        tokens = tokens[(tokens["phase"] != OVERSHOOT) & tokens["intervention"].isna()]
-        return _held(run, points, tokens, "source_row")
-
-    if rid is None:
-        rid = next((r for r in requests.index if len(held(r))), None)
-    mine = held(rid) if rid is not None else every.of([])
-    if start is None and len(mine):
-        border = int(requests.loc[rid, "prompt_len"]) if requests.loc[rid, "prompt_len"] is not None else 0
-        start = max(0, min(border - window // 2, int(mine["position"].max()) - window + 1))
-    shown = mine[mine["position"] >= (start or 0)].head(window)
-    if shown.empty:
-        raise ConfigError(f"request `{rid}` of {run.path} has no rows of these layers from position {start} on")
-    return shown
 
 
 @dataclass(frozen=True)

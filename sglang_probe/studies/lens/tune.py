@@ -20,7 +20,8 @@ from sglang_probe.sae.evaluation import Sinks
 from sglang_probe.sae.manifest import facts_of_run, model_of
 from sglang_probe.stats.intervals import mean_intervals
 from sglang_probe.studies.base import Measured
-from sglang_probe.studies.lens.study import EMBEDDING, captured_layers, checkpoint_of, drawn_positions, last_layer
+from sglang_probe.studies.lens.positions import drawn_positions
+from sglang_probe.studies.lens.study import EMBEDDING, captured_layers, checkpoint_of, last_layer
 from sglang_probe.studies.lens.translators import Translator, TunedLens, fit, log_probabilities, mean_kl
 
 Array = np.ndarray[Any, Any]
