@@ -18,63 +18,69 @@ MINE = next(iter(OURS))
 
 HEAD = """# Beside what people would pick
 
-Written by `make bench-peers`; do not edit. The numbers are those of `peers.json` beside this page.
+Written by `bench/peers/run.py` (`make bench-peers`); do not edit. The numbers are those of `peers.json` beside this
+page, and each section says with which prompts, batch sizes and rounds they were measured.
 
-How fast rows of the residual stream get to disk: the same token ids, the same layers, float32, on the CPU. Every peer
-has an environment of its own (`constraints/peers.txt`, one PyTorch for all) and a process that loads the model once;
-one process runs at a time, the others are stopped. In a warm-up round each peer is given the best of 1 and 2 threads
-and of the batch sizes that its section names, where nothing is shared, and keeps it. A round then visits everything
-once in a shuffled order, so that load of the machine, which was shared with other work, hits all alike: **a ratio is
-taken within a round, and only ratios are claimed**. What a harvest left to write to disk is written before the next one
-begins.
+How fast do rows of the residual stream get to disk? Every tool gets the same token ids and layers, in float32, on the
+CPU. Every other tool (a *peer*) has an environment of its own, of `constraints/peers.txt`, all with one release of
+PyTorch, and a process that loads the model once. One process runs at a time; the others are stopped. In a warm-up round
+with nothing shared, each peer tries 1 and 2 threads and the batch sizes that its section names, and keeps the fastest.
+sglang-probe runs as it is installed, with one thread. A round then runs every tool on every set of prompts once, in a
+shuffled order, so that other work on the shared machine slows all alike: **a ratio is taken within a round, and only
+ratios are claimed**. Before each harvest, what the one before it left in the page cache is written to disk.
 
 *Positions covered per second* is what a user waits for: prompt positions whose rows can be read afterwards. *Rows on
-disk per second* counts what was computed and written. They differ for sglang-probe alone, which computes a shared
-prefix once and gathers its rows for the other prompts when they are read. A row of all layers counts once.
-*Per CPU second*: positions covered over the CPU time of all processes of a tool, again over that of the best other; it
-bends less on a busy machine, and says nothing of cores that idle.
+disk per second* counts positions that were computed and written; the rows of all layers at a position count as one. The
+two differ for sglang-probe alone, which computes a shared prefix once and, when rows are read, gives the other prompts
+the rows of the one that computed it. *Per CPU second*: positions covered, over the CPU time of all processes of a tool,
+again as a ratio to the best other, which is the same peer in both columns. Other work on the machine changes this ratio
+less, and cores that idle do not count in it.
 
-After every visit the row count is compared (rows and reused positions are all positions), and rows of 24 prompts,
-12 positions each, with those of sglang-probe: a peer whose rows are further than 0.001 of their length from ours ends
-the benchmark.
+Every number with a range is the median of the rounds. A ratio is the median of the ratios of single rounds, and **not**
+the quotient of the rates in its table, which are medians of their own: where rounds differ much the two are far apart,
+and may even put tools in another order. *The best other* is the peer with the highest median rate.
+
+After every harvest the row count is checked (rows and reused positions together are all positions). Of up to 24
+prompts, 12 positions each, the rows are compared with those of sglang-probe: a peer with a row that is further from
+ours than 0.001 of the row's length ends the benchmark.
 """
 
 SETUP = """## Where the time goes
 
 A sampling profile of the scheduler process of `probe-text` with nothing shared (py-spy, once, on the same busy
-machine): 89 % of its main thread's samples are in the model's forward, 57 % in products of float32 matrices alone, and
-at most 3 % in the probe's own hooks, with what SGLang does inside them; the writer's thread waits for nearly all of its
-time. The rest of the forward is what SGLang has for a CPU: attention request by request (21 %), operators that are not
-fused (12 %, half of it the rotary embedding). Beginning and closing a run took 1.2 s of 10 (reviewing
-SGLang's sources, `fsync`, tables, hashes), a fixed cost that short harvests feel. So neither disk nor ledger is what is
-left to mend where nothing is shared: a CPU second of the engine computes fewer positions than one of hooks, which is
-the column above, and nothing safe was found that changes it.
+machine): 89 % of its main thread's samples are in the model's forward pass, 57 % in products of float32 matrices alone,
+and at most 3 % in the probe's own hooks, including what SGLang does inside them. The writer's thread waits nearly all
+of its time. The rest of the forward pass is SGLang's code for a CPU: attention request by request (21 %) and operators
+that are not fused (12 %, half of it the rotary embedding). Beginning and closing a run took 1.2 s of 10: reviewing
+SGLang's sources, `fsync`, tables, hashes. That is a fixed cost, which weighs more on short harvests. So where nothing
+is shared, neither the disk nor the ledger is what keeps sglang-probe slow: a CPU second of the engine computes fewer
+positions than one of hooks (the column *per CPU second*), and no safe change was found that mends this.
 
-Two threads for prefills of 256 tokens and more, one for decode steps, were tried in the same rounds (the code is not
-kept). They change no bit of a product, an attention or a norm at the shapes of both models. {tried} On a busy machine a
-parallel product waits for whichever thread has no core, and every peer was also faster on one thread than on two. On an
-idle machine two may gain what a second core gives hooks (1.6 times, measured once); that was not shown here, so that
-one thread stays the default. `OMP_NUM_THREADS=2` sets two for every forward.
+Two threads for prefills of 256 tokens and more, and one for decode steps, were tried in the same rounds; the code was
+not kept. They change no bit of a product, an attention or a norm at the shapes of both models. {tried} On a busy
+machine a parallel product waits for whichever thread has no core, and every peer was faster on one thread than on two
+as well. On an idle machine a second thread may gain as much as it gave hooks there (1.6 times, measured once). That was
+not shown here, so that one thread stays the default. `OMP_NUM_THREADS=2` sets two for every forward pass.
 
 ## How each is used
 
-* **transformers, hooks**: the model without its head, cut after the last layer asked; forward hooks, `inference_mode`,
+* **transformers, hooks**: the model without its head, cut after the last layer asked; forward hooks; `inference_mode`;
   batches of prompts of one length, so that nothing is padding.
 * **SAELens `ActivationsStore`**: `from_config_multi_hook` over `AutoModelForCausalLM`, `get_batch_tokens` and
   `get_multi_hook_activations`, without its mixing buffer. It computes logits. Its own `CacheActivationsRunner` writes
   one hook point only, so its rows are written as those of the others are.
-* **nnsight**: one `trace` a batch over the model without its head, ended at the last layer asked.
+* **nnsight**: one `trace` per batch over the model without its head, ended at the last layer asked.
 * **interp-engine**: the eager backend, the one that runs without CUDA; `capture` of a batch, with attention `sdpa` in
   place of its default. Its vLLM backends, which are its fast ones, were not run.
 * **sglang-probe**: `Experiment.record`, which is what `sglang-probe harvest` runs, with its defaults (16 requests in
-  flight), one output token. Its time includes checking the requests, ledger, journal, hashes, `fsync` and closing the
-  run directory; the others write safetensors files and no more.
+  flight) and one output token. Its time includes checking the requests, ledger, journal, hashes, `fsync` and closing
+  the run directory; the others write safetensors files and no more.
 
-The peers could reuse a shared prefix too, with `past_key_values` and code of their own that knows which prompts share
-what; none of them does it by itself, and none was made to.
+The peers could reuse a shared prefix too, with `past_key_values` and code by the user that knows which prompts share
+what. None of them does it by itself, and no such code was written for them.
 
-Layers asked include the last one. Where only early layers are asked, hooks, nnsight and SAELens' TransformerLens models
-can stop after them, and an engine cannot: that case is better for them than these tables.
+The layers that were asked for include the last one. If only early layers are asked for, hooks, nnsight and SAELens'
+TransformerLens models can stop after them, and an engine cannot: there they do better than in these tables.
 """
 
 
@@ -95,12 +101,12 @@ def page(every: Mapping[str, Mapping[str, Any]], figure_name: str) -> str:
 def _tried(every: Mapping[str, Mapping[str, Any]]) -> str:
     """Speed over one thread's, of models whose trial was kept beside the rounds: by hand, as its code was not kept."""
     told = [
-        f"{found['model']}: {_told(found['tried'][w])} of the speed of one thread with {_prompts(found, w)}"
+        f"{found['model']} with {_prompts(found, w)}, {_told(found['tried'][w])} of the speed of one thread"
         for found in every.values()
         if "tried" in found
         for w in GOALS
     ]
-    return "; ".join(told) + "." if told else ""
+    return "With two threads, " + "; ".join(told) + "." if told else ""
 
 
 def covered_per_second(found: Mapping[str, Any], workload: str, name: str) -> list[float]:
@@ -152,10 +158,11 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"{_told([a / b for a, b in spent])} per CPU second. The goal, {goal:.1f}, is **{what}**."
             )
     yield (
-        "\nOf the two ratios the one per CPU second can be trusted on so busy a machine; the other depends on which of "
-        "a tool's processes got a core. These harvests are short: prompts that share a prefix are in flight together, "
-        "so that less is reused than is shared (the sections say how much), and a goal that was set for large harvests "
-        "is not tested by them. `bench/peers/run.py --prompts 1024` on an idle machine would test it."
+        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Of the two ratios, trust "
+        "the one per CPU second on so busy a machine; the other depends on which of a tool's processes got a core. "
+        "These harvests are short: prompts that share a prefix are in flight together, so that less is reused than is "
+        "shared, or nothing (each section says how much). The goal for shared prompts was set for large harvests, and "
+        "these do not test it; `bench/peers/run.py --prompts 1024` on an idle machine would."
     )
 
 
@@ -196,9 +203,10 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
     layers = " and ".join(map(str, found["layers"]))
     yield f"## {found['model']}\n"
     yield (
-        f"{found['machine']}, load {found['load'][0]} in the minute before the tables. {found['prompts']} prompts of "
-        f"{found['length']} tokens, {positions:,} positions, residual stream after layers {layers}; families that "
-        f"share a prefix: {found['families']}. Batch sizes tried: {' and '.join(map(str, found['batches']))}. "
+        f"{found['machine']}, load average {found['load'][0]} in the last minute of the measurement. "
+        f"{found['prompts']} prompts of {found['length']} tokens, {positions:,} positions, residual stream after layers {layers} (counted from 0). "
+        f"Of the shared prompts, families that share a prefix: {found['families']}. "
+        f"Batch sizes tried: {' and '.join(map(str, found['batches']))}. "
         f"{len(found['rounds'])} rounds; median (range).\n"
     )
     for workload in GOALS:
@@ -210,7 +218,7 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
     for name, why in found["missing"].items():
         yield f"\n{name} could not be run here: `{why}`"
     if left := [p.name for p in PEERS if p.name not in {*found["chosen"], *found["missing"]}]:
-        yield f"\nLeft out of this measurement, for its time: {'; '.join(left)}."
+        yield f"\nNot measured here, to save time: {'; '.join(left)}."
     yield ""
 
 
@@ -235,15 +243,15 @@ def _ours(found: Mapping[str, Any], workload: str) -> Iterator[str]:
     reused = statistics.median(v["reused"] for v in visits) / (found["prompts"] * found["length"])
     outside = statistics.median(1 - v["serving_seconds"] / v["seconds"] for v in visits)
     yield (
-        f"sglang-probe reused {reused:.0%} of the positions; {found['shares'][workload]:.0%} are shared (prompts "
-        f"that are in flight together each compute what none has finished), and spent {outside:.0%} of its time before "
+        f"sglang-probe reused {reused:.0%} of the positions; {found['shares'][workload]:.0%} are shared (prompts in "
+        f"flight together each compute what none of them has finished). It spent {outside:.0%} of its time before "
         "the first request and after the last answer.\n"
     )
 
 
 def _processes(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"### {found['model']}: processes\n"
-    yield "| tool | setting | load, s | peak memory, MiB | furthest row from ours | versions |"
+    yield "| tool | setting | start, s | peak memory, MiB | furthest row from ours | versions |"
     yield "|---|---|---|---|---|---|"
     for name, loaded in found["loaded"].items():
         setting = ", ".join(f"{k} {v}" for k, v in found["chosen"][name].items()) or "defaults"
@@ -253,12 +261,13 @@ def _processes(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name} | {setting} | {loaded['load_seconds']:.0f} | {peak:,.0f} | {far:.1g} | {said} |"
     yield ""
     yield (
-        "Load is imports, the model and, for sglang-probe, the start of SGLang's processes and a first request; it is "
-        "in no rate. Memory is the most that the process has had; for sglang-probe the sum over its processes, in "
-        "which pages that they share count several times, KV pool and prefix cache included."
+        "Start: imports, loading the model and, for sglang-probe, the start of SGLang's processes and a first request; "
+        "no rate includes it. Memory: the most that the process ever had; for sglang-probe the sum over its processes, "
+        "KV pool and prefix cache included, in which pages that they share count several times. Furthest row from "
+        "ours: the largest distance of a row, over the length of the row; 0: all numbers that were compared are equal."
     )
     if floor := found.get("peak_floor_mib"):  # of measurements that asked `getrusage`; by hand
         yield (
-            f"\nMemory of the others was counted from what the benchmark held when it started them, about {floor} MiB: "
-            "a peer whose peak is near that may have needed less."
+            f"\nMemory of the others was counted from what the benchmark held when it started them, about {floor} MiB, "
+            "and cannot be shown as less: a peer whose peak is near that may have needed less."
         )
