@@ -42,7 +42,7 @@ attack: setup ## random traffic, steered and plain, against itself alone; then i
 	$(BIN)/python -m tests.attack.steering
 	$(BIN)/python -m tests.attack.sweep --out runs/attack --document docs/evidence/attack.md
 
-soak: setup ## an hour of harvests and servers that are killed, and whose disks and clocks fail; resumable
+soak: setup ## an hour of harvests and servers that are killed, whose disks fail and whose clocks are set; resumable
 	$(BIN)/python -m tests.attack.soak --out runs/soak --hours 1 --document docs/evidence/soak.md
 
 bench: setup ## measure overhead and studies, and write docs/evidence/benchmarks.md

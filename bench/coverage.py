@@ -69,7 +69,7 @@ def main() -> None:
         f"in families of 100 that share a prefix, {made.stdout.strip()}; the spans are {spans:.0f} MiB and the "
         f"requests with their token ids {requests:.0f} MiB on disk. The whole command, with bootstrap, report and "
         f"weights; median of {args.rounds} rounds for the default, one round for the others; load when it began: "
-        f"{busy:.0f}, which seconds feel and CPU seconds hardly.\n\n"
+        f"{busy:.0f}, which lengthens the seconds and hardly the CPU seconds.\n\n"
         + "\n".join(lines)
         + "\n\nThe token ids are random, so for `repeat` almost every sequence of eight tokens outside the shared "
         "prefixes is new, which is its worst case: its memory grows by 8 bytes for each.\n"

@@ -108,9 +108,8 @@ def main() -> None:
         f"{args.requests[0]:,} and {args.requests[1]:,} requests, with a row of {args.width} bfloat16 numbers for each "
         "computed position at one hook point. Peak of the resident set, Python and libraries included; mapped pages of "
         "shards count, which the system takes back when it needs them. Some tens of MiB of each peak are chance, so "
-        "that bytes for a position are rough; the first row is in all others, which may import more.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        "that the bytes for a position are rough. The memory of the first row is part of every other row, and some of "
+        "them import more libraries.\n\n" + "\n".join(lines) + "\n"
     )
     write_section(args.out, "Memory of reading large runs", text)
 

@@ -101,12 +101,12 @@ def page(every: Mapping[str, Mapping[str, Any]], figure_name: str) -> str:
 def _tried(every: Mapping[str, Mapping[str, Any]]) -> str:
     """Speed over one thread's, of models whose trial was kept beside the rounds: by hand, as its code was not kept."""
     told = [
-        f"{found['model']} with {_prompts(found, w)}, {_told(found['tried'][w])} of the speed of one thread"
+        f"{_told(found['tried'][w])} of the speed of one thread for {found['model']} with {_prompts(found, w)}"
         for found in every.values()
         if "tried" in found
         for w in GOALS
     ]
-    return "With two threads, " + "; ".join(told) + "." if told else ""
+    return f"They reached {' and '.join(told)}." if told else ""
 
 
 def covered_per_second(found: Mapping[str, Any], workload: str, name: str) -> list[float]:
@@ -158,11 +158,11 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"{_told([a / b for a, b in spent])} per CPU second. The goal, {goal:.1f}, is **{what}**."
             )
     yield (
-        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Of the two ratios, trust "
-        "the one per CPU second on so busy a machine; the other depends on which of a tool's processes got a core. "
-        "These harvests are short: prompts that share a prefix are in flight together, so that less is reused than is "
-        "shared, or nothing (each section says how much). The goal for shared prompts was set for large harvests, and "
-        "these do not test it; `bench/peers/run.py --prompts 1024` on an idle machine would."
+        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Of the two ratios, "
+        "trust the one per CPU second on so busy a machine: the other depends on which of a tool's processes got a "
+        "core. These harvests are short: prompts that share a prefix are in flight together, so that less is reused "
+        "than is shared, or nothing (each section says how much). The goal for shared prompts was set for large "
+        "harvests, and these do not test it; `bench/peers/run.py --prompts 1024` on an idle machine would."
     )
 
 
@@ -204,8 +204,8 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {found['model']}\n"
     yield (
         f"{found['machine']}, load average {found['load'][0]} in the last minute of the measurement. "
-        f"{found['prompts']} prompts of {found['length']} tokens, {positions:,} positions, residual stream after layers {layers} (counted from 0). "
-        f"Of the shared prompts, families that share a prefix: {found['families']}. "
+        f"{found['prompts']} prompts of {found['length']} tokens, {positions:,} positions, residual stream after "
+        f"layers {layers} (counted from 0). Of the shared prompts, families that share a prefix: {found['families']}. "
         f"Batch sizes tried: {' and '.join(map(str, found['batches']))}. "
         f"{len(found['rounds'])} rounds; median (range).\n"
     )

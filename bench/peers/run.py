@@ -38,16 +38,16 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="probe-text", help="a name of `sglang-probe model list`, or a folder")
-    parser.add_argument("--name", help="of the model on the page; default: the last part of --model")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="of the residual stream; default: 1 3")
+    parser.add_argument("--name", help="name of the model on the page; default: the last part of --model")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="whose outputs are written; default: 1 3")
     parser.add_argument(
-        "--prompts", type=int, default=256, help="a multiple of 64, or of fewer of its own; default: 256"
+        "--prompts", type=int, default=256, help="a multiple of --families and of each batch size; default: 256"
     )
-    parser.add_argument("--length", type=int, default=256, help="tokens of each; default: 256")
-    parser.add_argument("--families", type=int, default=8, help="that share a prefix; default: 8")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16], help="prompts of a forward that are tried")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each prompt; default: 256")
+    parser.add_argument("--families", type=int, default=8, help="families of prompts that share a prefix; default: 8")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16], help="batch sizes to try; default: 4 16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many no round is begun")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after so many")
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="settings of sglang-probe")

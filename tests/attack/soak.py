@@ -5,7 +5,7 @@ goes wrong (`mishaps.py`). Two of three rounds are harvests, resumed until they 
 third is a live recording beside SGLang's server (`soak_live.py`).
 
 A finished round leaves `DIR/round-N.json` and is not done again, so that a soak can be interrupted and extended. The
-folder of a round stays only if something is wrong. Exit code 1 if anything is. Linux alone, with a C compiler.
+folder of a round stays only if something is wrong. Exit code 1 if anything is. Needs Linux and a C compiler.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ REQUESTS, KILLED = 1_000_000, 1_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the results of rounds")
-    parser.add_argument("--hours", type=float, default=1.0, help="no round begins later than that (default 1)")
-    parser.add_argument("--requests", type=int, default=200, help="requests a round (default 200)")
+    parser.add_argument("--hours", type=float, default=1.0, help="no round begins after so many hours (default 1)")
+    parser.add_argument("--requests", type=int, default=200, help="requests in each round (default 200)")
     parser.add_argument("--first", type=int, default=1, help="number of the first round (default 1)")
-    parser.add_argument("--rounds", type=int, help="how many at most")
+    parser.add_argument("--rounds", type=int, help="how many at most (default: as many as the hours allow)")
     parser.add_argument("--document", type=Path, help="a Markdown file whose part after `## The run` is written anew")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -126,15 +126,15 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"{total('refused'):,} are recorded as refused (by SGLang, or because an engine was killed twice while the "
         f"request was in flight, the second time alone). Of the {total('requests', 'live'):,} requests to servers "
         f"{total('answered'):,} were answered, {total('busy'):,} met a full queue, and {total('recorded'):,} of the "
-        f"answered ones are in {total('segments'):,} segments; the others of these met a server that got a "
-        "signal, a disk that failed, or a segment that is named below.",
+        f"answered ones are in {total('segments'):,} segments. The answered requests that are in none met a server "
+        "that got a signal, a disk that failed, or a segment that is named below.",
         "",
         f"The aim is a million requests and a thousand kills: this is {requests / REQUESTS:.2%} and "
         f"{kills / KILLED:.1%} of it. {_at_this_rate(hours, requests, kills)}",
         "",
         f"Device: {each('device')}. Versions: {each('versions')}. Commit: {each('commit')}.",
         "",
-        "| what went wrong | while starting | while serving | drawn, and the command had ended before |",
+        "| what went wrong | while starting | while serving | drawn, but the command had ended by then |",
         "|---|---|---|---|",
         *(f"| {k} | {met[k, 'starting']} | {met[k, 'serving']} | {missed[k]} |" for k in ALL),
     ]
