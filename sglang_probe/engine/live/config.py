@@ -76,7 +76,8 @@ class LiveConfig(Config):
     """Whether `/metrics` has the causes of computed prompt tokens. They are found for each segment when it is closed,
     by a process of the lowest priority; `privacy` must be `ids` or `hashes`."""
     traces: bool = False
-    """Whether SGLang's OpenTelemetry spans (`--enable-trace`) get the ledger's counts and ids of their requests."""
+    """Whether SGLang's OpenTelemetry spans of requests (`--enable-trace`) get what the ledger knows of the request, as
+    counts and ids. SGLang 0.5.23 only."""
     rows: AnswersConfig = AnswersConfig()
     """Bounds of the rows that requests ask for (`asks: [rows]`)."""
     recent: int = Field(default=100, ge=0, le=10_000)
