@@ -266,6 +266,11 @@ def _processes(found: Mapping[str, Any]) -> Iterator[str]:
         "KV pool and prefix cache included, in which pages that they share count several times. Furthest row from "
         "ours: the largest distance of a row, over the length of the row; 0: all numbers that were compared are equal."
     )
+    if found["length"] % 16 == 0:
+        yield (
+            f"\nPrompts have {found['length']} tokens. On another run on such a machine, [only rows past the last "
+            "multiple of 16 had other bits](../../experiments/row-counts/RESULT.md) when a text was computed in pieces."
+        )
     if floor := found.get("peak_floor_mib"):  # of measurements that asked `getrusage`; by hand
         yield (
             f"\nMemory of the others was counted from what the benchmark held when it started them, about {floor} MiB, "

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from sglang_probe.errors import ProbeError
+from sglang_probe.run import tokens
 from sglang_probe.run.run import Run
 from sglang_probe.studies.ab.lossless import DECODED, GATHERED, HERE, LosslessResult, study_lossless
 
@@ -47,16 +48,14 @@ def test_a_cached_run_covers_every_position_with_fewer_rows(runs: dict[str, Run]
 
 
 def test_rows_of_other_positions_would_be_seen(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = Run.tokens
-
-    def shifted(run: Run) -> pd.DataFrame:
-        frame = tokens(run)
+    def shifted(frame: pd.DataFrame, spans: tokens.Computed) -> tuple[np.ndarray, np.ndarray]:
+        rows, covered = sources(frame, spans)
         reused = (frame["status"] == "reused").to_numpy()
-        rows = frame["source_row"].to_numpy().copy()
         rows[reused] = np.roll(rows[reused], 1)
-        return frame.assign(source_row=rows)
+        return rows, covered
 
-    monkeypatch.setattr(Run, "tokens", shifted)
+    sources = tokens.sources
+    monkeypatch.setattr(tokens, "sources", shifted)
     wrong = effect(study(runs), LAYER)
     assert wrong.loc[GATHERED, "l2_median"] > 0.1
     assert wrong.loc[HERE, "l2_max"] < 0.05

@@ -269,6 +269,7 @@ class Session:
         A forward pass in flight may be the one that failed: it counts as never run.
         """
         in_flight = 0 if self.live is None else len(self.live.totals.active)
+        closed = self.recorder is None and self.fault is None
         self._let_go()
         if isinstance(error, KeyboardInterrupt):
             self.fault = f"the server was ended by Ctrl-C with {in_flight} requests in flight"
@@ -280,7 +281,9 @@ class Session:
             else:
                 self.live.close(status="interrupted", fault=self.fault)
         elif isinstance(self.writer, Writer):
-            self._tell_fault(self.fault)  # first: what follows takes time, and who waits may end this process
+            # First: what follows takes time, and who waits may end this process. A closed run is whole whatever comes
+            # after: of several ranks, one may see the others end before it is told to.
+            self._tell_fault(self.fault, of_run=not closed)
             with suppress(OSError, TimeoutError):
                 self.writer.flush(timeout=20)
 
@@ -305,9 +308,9 @@ class Session:
             return
         self._tell_fault(message)
 
-    def _tell_fault(self, fault: str) -> None:
+    def _tell_fault(self, fault: str, *, of_run: bool = True) -> None:
         """Leave a word to who started this engine: in the run, or beside the configuration if that disk is full."""
-        folders = [self.config.run]
+        folders = [self.config.run] if of_run else []
         if self.config.live is None and CONFIG_VARIABLE in os.environ:
             folders.append(Path(os.environ[CONFIG_VARIABLE]).parent)
         for path in (folder / fault_file(self.config.replica) for folder in folders):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sglang_probe.engine.hooks import http, resolved, scheduler
-from sglang_probe.engine.hooks.config import EngineProbeConfig
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import live
 from sglang_probe.engine.hooks.session import Session
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan
@@ -87,6 +87,25 @@ class TestHowTheSchedulerEnds:
         self.recorded(tmp_path, monkeypatch)
         assert scheduler.run_event_loop(lambda _scheduler: "ended", object()) == "ended"
         assert load_run(tmp_path / "segment-00000").complete
+
+    def test_a_crash_after_a_harvest_was_closed_is_told_beside_its_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, folder = tmp_path / "run", tmp_path / "folder"
+        run.mkdir(), folder.mkdir()
+        session = make_session(monkeypatch, EngineProbeConfig(run=run))
+        monkeypatch.setenv(CONFIG_VARIABLE, str(folder / "probe-0.yaml"))
+        session.writer = Writer(run)
+        session.recorder = Recorder(session.writer, lineage=Lineage(1, 1000), captures_rows=False)
+        session.close()
+
+        def crash(_scheduler: object) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+        with pytest.raises(RuntimeError):
+            scheduler.run_event_loop(crash, object())
+        assert fault_of(run) is None
+        assert "Connection reset" in str(fault_of(folder))
 
     def test_of_a_harvest_a_crash_leaves_the_reason_and_what_was_committed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
