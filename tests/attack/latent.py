@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 
-from sglang_probe.paths import shipped
+from tests.attack.tokenizer import give_tokenizer
 
 ROUTING = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """What DeepSeek's own configuration says, SGLang asks for, and `transformers` has no field for."""
@@ -57,6 +56,5 @@ def make_latent(folder: Path) -> Path:
     DeepseekV3ForCausalLM(config).save_pretrained(folder)
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, **ROUTING}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(shipped("models/probe-text/checkpoint") / name, folder / name)
+    give_tokenizer(folder)
     return folder

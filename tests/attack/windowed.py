@@ -4,14 +4,13 @@ former in a pool of their own, and drops them past the window."""
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 
 import torch
 
-from sglang_probe.paths import shipped
 from sglang_probe.prove.traffic import Traffic
 from sglang_probe.workload.request import Request, SegmentSpan
+from tests.attack.tokenizer import give_tokenizer
 
 WINDOW = 48
 """Positions that a sliding layer attends to: shorter than most prompts of the traffic."""
@@ -47,8 +46,7 @@ def make_windowed(folder: Path) -> Path:
         pad_token_id=0,
     )
     MellumForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(shipped("models/probe-text/checkpoint") / name, folder / name)
+    give_tokenizer(folder)
     return folder
 
 

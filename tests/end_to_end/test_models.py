@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_probe.paths import shipped
 from sglang_probe.run.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
 from tests.attack.latent import make_latent
+from tests.attack.tokenizer import give_tokenizer
 from tests.attack.windowed import make_windowed
 
 pytestmark = pytest.mark.engine
@@ -58,8 +57,7 @@ def make_model(folder: Path, kind: str) -> Path:
     for parameter in model.parameters():  # norms of one and biases of zero would hide a wrong tensor
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(shipped("models/probe-text/checkpoint") / name, folder / name)
+    give_tokenizer(folder)
     return folder
 
 
