@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.attack.latent import LATENT, ROUTING
+
 _TINY = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -76,37 +78,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
         },
     ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        "DeepseekV3ForCausalLM",
-        {
-            **_EXPERTS,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "moe_layer_freq": 1,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "n_group": 1,
-            "topk_group": 1,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 512,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
-        },
-    ),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_EXPERTS, **LATENT, **ROUTING}),
 }
 _SPECULATIVE = {"speculative_num_draft_tokens": 4}
 RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
