@@ -35,8 +35,9 @@ from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.stats.distance import row_distance
-from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.library import MadeBy, write
 from sglang_probe.workload.build import Workload
 from sglang_probe.workload.request import Request
 from tests.attack.steering import request

@@ -33,8 +33,8 @@ from sglang_probe.monitor.trajectories import Trajectories
 from sglang_probe.paths import shipped
 from sglang_probe.run.journal import NAME
 from sglang_probe.run.run import load_run
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.sae.folder import read_sae, weights_sha256
-from sglang_probe.steering.library import weight_hash_of_folder
 from tests.steering.clamped import make_clamp, write_gate
 
 SAE = shipped("models/sae-probe-text/seed-0")

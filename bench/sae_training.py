@@ -87,8 +87,9 @@ def _ours(given: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from sglang_probe.run.run import load_run
-    from sglang_probe.sae.harvested import listed, schedule
+    from sglang_probe.sae.harvested import listed
     from sglang_probe.sae.recipe import Recipe
+    from sglang_probe.sae.schedule import schedule
     from sglang_probe.sae.shelf import Shelf
     from sglang_probe.sae.train import Task, norm_scale, train
 

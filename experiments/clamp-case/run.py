@@ -41,10 +41,11 @@ from sglang_probe.report.page import write
 from sglang_probe.run.journal import sha256
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.sae.folder import weights_sha256
 from sglang_probe.steering import contrast, make, probe
 from sglang_probe.steering.features import Direction, FeatureManifest, read_features, write_features
-from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.steering.library import Library
 from sglang_probe.steering.make import Target
 from sglang_probe.workload.build import Workload
 

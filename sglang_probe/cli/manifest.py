@@ -50,8 +50,9 @@ def check(
     from sglang_probe.run.journal import sha256
     from sglang_probe.run.manifest import MANIFEST
     from sglang_probe.run.run import load_run
+    from sglang_probe.run.weights import weight_hash
     from sglang_probe.steering.features import read_features
-    from sglang_probe.steering.library import Library, weight_hash
+    from sglang_probe.steering.library import Library
 
     found = read_features(manifest)
     if run is not None:

@@ -42,7 +42,8 @@ from sglang_probe.run.hook_points import (
 )
 from sglang_probe.run.selection import check_selection, expanded, selected_heads
 from sglang_probe.run.telemetry_options import layers_of
-from sglang_probe.steering.library import Library, Vector, weight_hash
+from sglang_probe.run.weights import weight_hash
+from sglang_probe.steering.library import Library, Vector
 from sglang_probe.steering.scores import vectors_of
 from sglang_probe.workload.build import Workload, WorkloadConfig, build_requests, check_fits, new_tokens
 from sglang_probe.workload.request import Request

@@ -9,9 +9,10 @@ from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.harvest.model import Model
 from sglang_probe.policy.arm import Arm
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.config import SteerConfig
-from sglang_probe.steering.library import Library, weight_hash
+from sglang_probe.steering.library import Library
 from sglang_probe.steering.resolve import spec_of
 
 

@@ -15,10 +15,11 @@ from sglang_probe.monitor.trajectories import read, read_monitored
 from sglang_probe.run import journal
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.sae.manifest import model_of, refuse_other_model
 from sglang_probe.steering.card import Card
-from sglang_probe.steering.library import Library, Vector, weight_hash
+from sglang_probe.steering.library import Library, Vector
 
 
 def from_rows(

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.harvested import Schedule
+from sglang_probe.sae.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_probe.sae.harvested import Listed, Schedule
+from sglang_probe.sae.harvested import Listed
+from sglang_probe.sae.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """Batches from rows that pass by: a buffer is filled, shuffled and used up, and filled again.
 
-The order is that of `harvested.Schedule`, of the rows that are in the buffer. Where all of them fit, the buffer is
+The order is that of `schedule.Schedule`, of the rows that are in the buffer. Where all of them fit, the buffer is
 filled once, and the batches are those of the same rows read from a run directory.
 
 Where a training ends before its time, `Buffer.state` has said which rows the buffer held and how many of them were
@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.harvested import Harvested, Schedule, joined, schedule
+from sglang_probe.sae.harvested import Harvested, joined
+from sglang_probe.sae.schedule import Schedule, schedule
 
 if TYPE_CHECKING:
     import torch

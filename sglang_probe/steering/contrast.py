@@ -19,9 +19,9 @@ from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal, schema
 from sglang_probe.run.manifest import MANIFEST
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.stats.auc import auc_interval
 from sglang_probe.stats.intervals import Interval
-from sglang_probe.steering.library import weight_hash
 
 if TYPE_CHECKING:
     import torch

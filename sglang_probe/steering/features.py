@@ -189,7 +189,7 @@ class FeatureManifest(Config):
     """`sha256` of the revision before; null in the first."""
     model: str
     model_weight_hash: str = Field(pattern=SHA256)
-    """`sglang_probe.steering.library.weight_hash` of the model's files."""
+    """`sglang_probe.run.weights.weight_hash` of the model's files."""
     tokenizer_sha256: str | None = Field(default=None, pattern=SHA256)
     hook_point: str | None = None
     """Of the SAE; null without one. A direction has its own."""

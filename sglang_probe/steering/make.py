@@ -18,6 +18,7 @@ import numpy as np
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.sae import manifest
 from sglang_probe.sae.folder import read_sae, weights_sha256
 from sglang_probe.steering import contrast, library
@@ -267,7 +268,7 @@ def whole_sae(
     if sae.hook_point is None:
         raise ConfigError(f"{folder} does not say where its rows come from", fix="give `--hook-point`")
     told = manifest.of(sae) or {}
-    theirs = library.weight_hash((told.get("model") or {}).get("weights_sha256"))
+    theirs = weight_hash((told.get("model") or {}).get("weights_sha256"))
     model = contrast.without_path(str(sae.metadata.get("model_name") or "unknown"))
     digest = theirs
     if run is not None:

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.run.weights import weight_hash_of_folder
 
 KEY_VARIABLE = "SGLANG_PROBE_LABEL_KEY"
 ANSWERS = "answers.jsonl"
@@ -44,7 +44,7 @@ class Served:
     host: str
     """Host and port of the endpoint, without key or path."""
     weights_sha256: str | None
-    """`sglang_probe.steering.library.weight_hash` of its files, where the server names a folder of this machine."""
+    """`sglang_probe.run.weights.weight_hash` of its files, where the server names a folder of this machine."""
     server: dict[str, Any]
     """What the server says of the model, paths left out."""
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from sglang_probe.paths import shipped
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.apply import Bank, intervene, parts_of
-from sglang_probe.steering.library import Library, MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.library import Library, MadeBy, write
 from sglang_probe.steering.plan import rows_of
 from sglang_probe.steering.resolve import spec_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.studies.endpoint import KEY_VARIABLE, Endpoint
 from sglang_probe.studies.features.asked import Asking
 from sglang_probe.studies.features.study import study

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sglang_probe import load_run
-from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.run.weights import weight_hash_of_folder
+from sglang_probe.steering.library import Library
 from sglang_probe.verify.verify import verify
 from tests.end_to_end.steering import MODEL, POINTS
 

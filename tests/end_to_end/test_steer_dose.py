@@ -18,8 +18,9 @@ from sglang_probe.eviction.likelihood import Unembedding, load_unembedding
 from sglang_probe.harvest.experiment import RunSpec, record
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering.features import FeatureManifest
-from sglang_probe.steering.library import MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.library import MadeBy, write
 from sglang_probe.studies.replay import runs as replaying
 from sglang_probe.studies.replay.command import Replay
 from sglang_probe.studies.replay.study import ReplayResult, study_replay

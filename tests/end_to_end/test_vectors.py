@@ -24,8 +24,9 @@ from sglang_probe.paths import shipped
 from sglang_probe.run import journal
 from sglang_probe.run.run import Run
 from sglang_probe.run.scores import WEIGHTS_FILE
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering import make
-from sglang_probe.steering.library import Library, MadeBy, weight_hash_of_folder, write
+from sglang_probe.steering.library import Library, MadeBy, write
 from sglang_probe.verify.reference import check_against_transformers, compare
 from sglang_probe.verify.verify import verify
 from sglang_probe.workload.request import Request, SegmentSpan

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sglang_probe.errors import ConfigError
-from sglang_probe.sae.harvested import Schedule
 from sglang_probe.sae.keys import Keyed, KeySchedule, coverage, mixed, places
+from sglang_probe.sae.schedule import Schedule
 
 KEYS = pd.DataFrame(
     {"rid": np.repeat(["a", "b"], 20), "position": [*range(20)] * 2, "segment": ["system"] * 10 + ["user"] * 30}

@@ -17,7 +17,8 @@ from sglang_probe.run import batches as batches_of_run
 from sglang_probe.run import shards
 from sglang_probe.run.run import Run
 from sglang_probe.sae.evaluation import Sinks
-from sglang_probe.sae.harvested import Schedule, harvested, listed, schedule
+from sglang_probe.sae.harvested import harvested, listed
+from sglang_probe.sae.schedule import Schedule, schedule
 from sglang_probe.sae.shelf import Shelf
 from sglang_probe.sae.train import norm_scale
 from tests.sae.made_rows import POINT, Text, make_run_of

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from sglang_probe.config import parse_config
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.sae.folder import weights_sha256, write_sae
 from sglang_probe.sae.sae import SAE
 from sglang_probe.steering.features import Direction, FeatureManifest, write_features
-from sglang_probe.steering.library import MadeBy, Vector, weight_hash_of_folder, write
+from sglang_probe.steering.library import MadeBy, Vector, write
 from sglang_probe.steering.probe import fit
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH
 from tests.steering.test_features import measured

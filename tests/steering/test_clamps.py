@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from sglang_probe.errors import ConfigError
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steer_ask import Steer
 from sglang_probe.steering.clamps import ClampConfig, read_clamps, spec_of_clamps
 from sglang_probe.steering.evidence import Evidence
-from sglang_probe.steering.library import THRESHOLD, Library, weight_hash_of_folder
+from sglang_probe.steering.library import THRESHOLD, Library
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import merged
 from tests.end_to_end.steering import MODEL, POINTS, WIDTH, make_library

@@ -13,8 +13,9 @@ import torch
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.steering.features import Direction, FeatureManifest, read_features, write_features
-from sglang_probe.steering.library import THRESHOLD, VECTOR, Library, MadeBy, Vector, weight_hash, write
+from sglang_probe.steering.library import THRESHOLD, VECTOR, Library, MadeBy, Vector, write
 from tests.verify.good_run import make_good_run
 
 EVIDENCE: dict[str, Any] = {

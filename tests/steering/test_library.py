@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run import journal
-from sglang_probe.steering.library import Library, check_vector, weight_hash, weight_hash_of_folder, write
+from sglang_probe.steering.library import Library, check_vector, write
 
 WEIGHTS = "a" * 64
 D = 4
@@ -238,14 +238,3 @@ def test_no_folder_is_a_sentence(tmp_path: Path) -> None:
         Library.open(tmp_path / "file")
     (tmp_path / "file").unlink()
     assert len(Library.open(tmp_path)) == 0
-
-
-def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
-    one, two, three = (tmp_path / n for n in ("one", "two", "three"))
-    for folder, name, data in ((one, "a", b"x"), (two, "b", b"x"), (three, "a", b"y")):
-        folder.mkdir()
-        (folder / f"{name}.safetensors").write_bytes(data)
-    assert weight_hash_of_folder(one) == weight_hash_of_folder(two) != weight_hash_of_folder(three)
-    assert weight_hash({"a": journal.sha256(one / "a.safetensors")}) == weight_hash_of_folder(one)
-    assert weight_hash_of_folder(tmp_path / "none") is None
-    assert weight_hash(None) is None

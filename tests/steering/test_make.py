@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from sglang_probe.errors import ConfigError
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.stats.intervals import LEAST_CLUSTERS
 from sglang_probe.steering import contrast, library, make
 from sglang_probe.steering.contrast import Rows
@@ -88,7 +89,7 @@ def test_a_mean_difference_is_written_with_what_it_was_made_from(rows_run: MakeR
     card = library.Library.open(tmp_path / "lib")["v"].card
     assert card == vector.card
     assert card.norm == pytest.approx(40**0.5)
-    assert card.model_weight_hash == library.weight_hash(WEIGHTS)
+    assert card.model_weight_hash == weight_hash(WEIGHTS)
     assert card.made_by.inputs["positive"]["requests"] == 2
     assert card.made_by.phase == "prefill"
     assert card.evidence["held_out_auc"]["low"] is None  # one prompt of each kind is no interval

@@ -21,9 +21,10 @@ from sglang_probe.harvest.progress import Reporter
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.hook_points import score_points
 from sglang_probe.run.run import Run
+from sglang_probe.run.weights import weight_hash
 from sglang_probe.steering.config import SteerConfig
 from sglang_probe.steering.features import Direction, Feature, FeatureManifest
-from sglang_probe.steering.library import Library, weight_hash
+from sglang_probe.steering.library import Library
 from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.clamped import clamped, clamps_of
 from sglang_probe.studies.replay.stated import NONE, Stated, entries_of, stated

@@ -23,8 +23,9 @@ from sglang_probe.run import journal
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.sae.evaluation import evaluate, variance_of
 from sglang_probe.sae.folder import read_sae, weights_sha256, write_sae
-from sglang_probe.sae.harvested import Harvested, Listed, Schedule, listed, schedule
+from sglang_probe.sae.harvested import Harvested, Listed, listed
 from sglang_probe.sae.manifest import KEY, facts_of_run, manifest_from, model_of
+from sglang_probe.sae.schedule import Schedule, schedule
 from sglang_probe.sae.shelf import Shelf
 from sglang_probe.sae.threshold import shared_threshold, threshold_for
 from sglang_probe.sae.train import CHECKPOINT, NORM_ROWS, Task, Trained, norm_scale, require_sae_lens, train

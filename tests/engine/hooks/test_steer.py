@@ -21,8 +21,9 @@ from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import made, read_limit
 from sglang_probe.errors import ConfigError, UnsupportedError
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.sae.folder import write_sae
-from sglang_probe.steering.library import weight_hash_of_folder, write_sae_entry
+from sglang_probe.steering.library import write_sae_entry
 from tests.end_to_end.steering import MODEL, WIDTH, make_library
 from tests.engine.made_session import SCHEDULER, make_session
 from tests.sae.small import random_sae

@@ -10,9 +10,10 @@ import pytest
 
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering.clamps import Clamp, ClampConfig, read_clamps, spec_of_clamps
 from sglang_probe.steering.features import FeatureManifest, read_features, write_features
-from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.steering.library import Library
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import Spec
 from sglang_probe.studies.replay.clamped import Clamped, clamped, clamps_of

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, steered_of
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering.clamps import Clamp, ClampConfig, read_clamps, spec_of_clamps
-from sglang_probe.steering.library import Vector, weight_hash_of_folder
+from sglang_probe.steering.library import Vector
 from sglang_probe.steering.spec import Isolation, Spec
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from sglang_probe.engine.releases import release
 from sglang_probe.errors import ConfigError, UnsupportedError
 from sglang_probe.monitor.config import check_projections
 from sglang_probe.run.hook_points import check_architecture
-from sglang_probe.steering.library import Library, check_vector, weight_hash_of_folder
+from sglang_probe.run.weights import weight_hash_of_folder
+from sglang_probe.steering.library import Library, check_vector
 from sglang_probe.steering.spec import layer_of
 
 if TYPE_CHECKING:

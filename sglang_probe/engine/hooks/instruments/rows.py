@@ -36,7 +36,7 @@ from sglang_probe.run.hook_points import (
     score_points,
 )
 from sglang_probe.run.selection import Selected, expanded, selected_heads
-from sglang_probe.steering.library import weight_hash_of_folder
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering.scores import told, vectors_of, weights_DK
 
 if TYPE_CHECKING:

@@ -41,8 +41,9 @@ from sglang_probe.engine.releases import release
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import check_architecture
+from sglang_probe.run.weights import weight_hash_of_folder
 from sglang_probe.steering.config import told
-from sglang_probe.steering.library import Library, weight_hash_of_folder
+from sglang_probe.steering.library import Library
 from sglang_probe.steering.plan import Rows, rows_of
 from sglang_probe.steering.resolve import spec_of
 from sglang_probe.steering.spec import Isolation, Spec, joined, layer_of, merged
