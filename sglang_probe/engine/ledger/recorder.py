@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from sglang_probe.engine.ledger import spans
 from sglang_probe.engine.ledger.clock import now
 from sglang_probe.engine.ledger.facts import Commit, Context, ForwardPlan, RequestEnd, Sink, Under, cut
-from sglang_probe.engine.ledger.lineage import Lineage, Origin
+from sglang_probe.engine.ledger.lineage import Lineage
 from sglang_probe.engine.ledger.tree_events import TreeEvents
 from sglang_probe.errors import LedgerError
 from sglang_probe.run import schema
@@ -179,7 +180,7 @@ class Recorder:
         for start, stop in (*taken, (first_new, length)):
             self._tree.published(self._next_forward, rid, attempt, context, start, stop)
         for o in rebound:
-            self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, _or_none(o)))
+            self._rebinds.append((rid, attempt, o.start, o.end, self._next_forward, o.rid, spans.attempt_of(o)))
 
     def end(self, end: RequestEnd) -> None:
         """Note a finished or aborted request; what is in flight for it will be discarded.
@@ -303,7 +304,7 @@ class Recorder:
             p = _Progress(attempt, covered=start)
         if start < p.covered:
             raise LedgerError(f"{rid}: position {start} launched again in attempt {attempt}; {p.covered} accounted")
-        under, spans = plan.under.get(i), commit.spans
+        under, out = plan.under.get(i), commit.spans
         if under is not None:
             self._under[rid] = commit.interventions[rid] = under
         if (decision := plan.gates.get(i)) is not None:
@@ -312,12 +313,12 @@ class Recorder:
             if start != p.covered:
                 raise LedgerError(f"{rid}: decode of position {start}, but {p.covered} positions are accounted for")
             phase = schema.OVERSHOOT if rid in plan.discarded else schema.DECODE
-            spans.extend(_computed(rid, attempt, start, end, phase, plan.forward_id, -1, row, under))
+            out.extend(spans.computed(rid, attempt, start, end, phase, plan.forward_id, -1, row, under))
         else:
             if start > p.covered:
-                spans.extend(_reused(plan, i, p, self._under))
+                out.extend(spans.reused(plan, i, p.covered, p.chunks, self._under))
             phase = schema.RECOMPUTE if attempt else schema.PREFILL
-            spans.extend(_computed(rid, attempt, start, end, phase, plan.forward_id, p.chunks, row, under))
+            out.extend(spans.computed(rid, attempt, start, end, phase, plan.forward_id, p.chunks, row, under))
             p.chunks += 1
         p.covered = end
 
@@ -332,12 +333,10 @@ class Recorder:
                 end = replace(end, finish_reason=schema.UNACCOUNTED)
                 attempt, covered = (p.attempt, p.covered) if p else (0, 0)
                 if covered < due:
-                    fate = (schema.DROPPED, None, *_NOWHERE, None, None, None)
-                    commit.spans.append((end.rid, attempt, covered, due, *fate))
+                    commit.spans.append(spans.nowhere(end.rid, attempt, covered, due, schema.DROPPED))
             elif launched < due:  # aborted before its prompt was done, or what a retraction had thrown away
                 attempt = p.attempt if p else 0
-                fate = (schema.UNREQUESTED, None, *_NOWHERE, None, None, None)
-                commit.spans.append((end.rid, attempt, launched, due, *fate))
+                commit.spans.append(spans.nowhere(end.rid, attempt, launched, due, schema.UNREQUESTED))
             commit.requests.append(
                 (
                     end.rid,
@@ -369,43 +368,5 @@ class Recorder:
         self._under_limit = max(_UNDER, 2 * len(self._under))
 
 
-_NOWHERE = (-1, -1, None, -1, 0)
-"""forward_id, chunk, tier, row_start and row_step of a span that was never computed."""
-
-
 _UNDER = 4096
 """Requests whose interventions are kept before those of forgotten ones are looked for."""
-
-
-def _computed(
-    rid: str, attempt: int, start: int, end: int, phase: str, forward: int, chunk: int, row: int, under: Under | None
-) -> list[tuple[Any, ...]]:
-    step = 1 if row >= 0 else 0
-    pieces = [(start, end, None)] if under is None else under.cut(start, end)
-    return [
-        (
-            *(rid, attempt, a, b, schema.COMPUTED, phase, forward, chunk, None),
-            *(row + a - start if row >= 0 else -1, step, None, None, mark),
-        )
-        for a, b, mark in pieces
-    ]
-
-
-def _reused(plan: ForwardPlan, i: int, p: _Progress, written_under: Mapping[str, Under]) -> list[tuple[Any, ...]]:
-    """Spans `[p.covered, start)` of a prefill row, cut where the origin changes, and where the interventions began
-    under which it wrote the entries."""
-    rid, start = plan.rids[i], plan.starts[i]
-    origins = plan.origins.get(i)
-    if not origins or origins[0].start != p.covered or origins[-1].end != start:
-        raise LedgerError(f"{rid}: origins {origins} do not fill the reused positions {p.covered} to {start}")
-    fate = (schema.REUSED, None, plan.forward_id, p.chunks, "device", -1, 0)
-    spans = []
-    for o in origins:
-        under = None if o.rid is None else written_under.get(o.rid)
-        for a, b, mark in [(o.start, o.end, None)] if under is None else under.cut(o.start, o.end):
-            spans.append((rid, p.attempt, a, b, *fate, o.rid, _or_none(o), mark))
-    return spans
-
-
-def _or_none(origin: Origin) -> int | None:
-    return None if origin.rid is None else origin.attempt

@@ -17,6 +17,7 @@ from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks import scheduler
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import steer as module
+from sglang_probe.engine.hooks.instruments import steer_graphs
 from sglang_probe.engine.hooks.instruments.steer import Steering
 from sglang_probe.engine.hooks.instruments.steered import steered_of
 from sglang_probe.engine.hooks.requests import made, read_limit
@@ -89,7 +90,7 @@ def attached(
             **({"live": {}} if "clamps" in steer else {}),
         }
     )
-    monkeypatch.setattr(module, "graph_rows", lambda: 4)
+    monkeypatch.setattr(steer_graphs, "graph_rows", lambda: 4)
     session = make_session(monkeypatch, config)
     session.tp_size = tp_size
     steering = session.of(Steering)

@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any
 from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.capture.graph_steering import GraphSteering
 from sglang_probe.engine.hooks import guard
-from sglang_probe.engine.hooks.instruments.accelerator import check_device, graph_rows, recording_on
+from sglang_probe.engine.hooks.instruments.accelerator import check_device
 from sglang_probe.engine.hooks.instruments.base import Instrument, forward_batch_of
 from sglang_probe.engine.hooks.instruments.budget import Budget
 from sglang_probe.engine.hooks.instruments.clamps import Clamping, is_untouched
 from sglang_probe.engine.hooks.instruments.gates import Gates
+from sglang_probe.engine.hooks.instruments.steer_graphs import graph_steering, refuse_more, refuse_spliced
 from sglang_probe.engine.hooks.instruments.steered import Steered, gated, mark, of_length, steered_of
 from sglang_probe.engine.ledger.facts import Under
 from sglang_probe.engine.releases import release
@@ -183,7 +184,7 @@ class Steering(Instrument):
             return
         if self._graph is not None:
             refuse_spliced(spec, f"{WHERE}.steer")
-            _refuse_more(spec, self._graph.passes)
+            refuse_more(spec, self._graph.passes)
         if self.budget is not None and not self.budget.admits():
             if self.budget.refuses:
                 raise ConfigError(f"{WHERE}.steer: {self.budget.refusal()}")
@@ -370,47 +371,6 @@ class Steering(Instrument):
     def facts(self) -> dict[str, Any]:
         clamps = () if self._clamping is None else self._clamping.clamps
         return {"steer": None if self._library is None else told(self._given, self._library, clamps)}
-
-
-def graph_steering(runner: Any, bank: Bank, layers: Sequence[int], passes: int, fused: bool) -> GraphSteering:
-    """Buffers with room for the largest shape that will be captured."""
-    return GraphSteering(
-        bank,
-        layers,
-        passes=passes,
-        capacity=graph_rows(),
-        device=runner.device,
-        recording=recording_on(runner),
-        fused=fused and runner.device == "cuda",
-    )
-
-
-def refuse_spliced(spec: Spec, where: str) -> None:
-    """Refuse `splice` where interventions are recorded into graphs.
-
-    Raises:
-        ConfigError: names the entry.
-    """
-    if (step := next((s for s in spec.steps if s.op == "splice"), None)) is not None:
-        raise ConfigError(
-            f"{where}: `splice` by `{step.vector}` is not made in graphs, where every forward would pay for it",
-            fix="serve it on the CPU",
-        )
-
-
-def _refuse_more(spec: Spec, passes: int) -> None:
-    """Refuse a specification that a layer has more steps of than were recorded.
-
-    Raises:
-        ConfigError: names the layer.
-    """
-    layers = [s.layer for s in spec.steps]
-    more = next((layer for layer in layers if layers.count(layer) > passes), None)
-    if more is not None:
-        raise ConfigError(
-            f"{WHERE}.steer: {layers.count(more)} interventions after layer {more}, and the engine's graphs have "
-            f"{passes} (`steer: {{passes: ...}}` of the server)"
-        )
 
 
 def steering_of_session() -> Steering | None:
