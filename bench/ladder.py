@@ -76,6 +76,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "full_attention_interval": 4,  # what SGLang's own configuration reads
         },
     ),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_EXPERTS, **LATENT, **ROUTING}),
@@ -89,7 +90,10 @@ RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding windows, a pool of their own (Mellum)": ("mellum", {}),
     "sliding windows, a pool of their own (Gemma 4)": ("gemma4", {}),
     "sliding windows and sinks (gpt-oss)": ("gpt_oss", {}),
-    "linear attention and full (Qwen3-Next)": ("qwen3_next", {"mamba_radix_cache_strategy": "no_buffer"}),
+    "linear attention and full (Qwen3-Next)": (
+        "qwen3_next",
+        {"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True},
+    ),
     "MLA (DeepSeek V3)": ("deepseek_v3", {}),
     "LoRA": (
         "llama",

@@ -17,6 +17,7 @@ from sglang_probe.engine.hooks.instruments import require
 from sglang_probe.engine.hooks.supported import refuse_unsupported
 from sglang_probe.engine.platform.environment import accelerator_present, choose_cpu
 from sglang_probe.engine.platform.limits import refuse_without_gpu
+from sglang_probe.engine.releases import release
 from sglang_probe.errors import ConfigError, ProbeError, WorkloadError
 from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.engine import (
@@ -33,8 +34,8 @@ from sglang_probe.harvest.steer import check_arms, check_steer, open_library
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run import certificate
 from sglang_probe.run.hook_points import (
-    check_architecture,
     check_hook_points,
+    check_rows_of,
     check_sliding_window,
     check_tensor_parallel,
     head_counts,
@@ -238,11 +239,13 @@ def capture_of(
         return Capture({}, {}, layers)
     check_hook_points(list(hook_points), model.layers)
     check_selection(config.rows, hook_points)
-    check_architecture(model.architecture)
+    telemetry = config.telemetry is not None
+    check_rows_of(model.architecture, hook_points, release().residual_of, telemetry=telemetry)
     counts = head_counts(hook_points, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim)
     for server in servers:
-        check_sliding_window(model.config, int(server.get("context_length") or model.context_length))
-        check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=config.telemetry is not None)
+        longest = int(server.get("context_length") or model.context_length)
+        check_sliding_window(model.config, longest, model.architecture)
+        check_tensor_parallel(hook_points, int(server.get("tp_size", 1)), telemetry=telemetry)
     scores: dict[str, list[Vector]] = {}
     library = ""
     if score_points(hook_points):

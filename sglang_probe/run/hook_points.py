@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,6 +241,8 @@ REVIEWED_ARCHITECTURES = (
 """Architectures whose captured rows were compared with `transformers` at every kind of hook point
 (tests/end_to_end/test_models.py, tests/end_to_end/test_queries.py)."""
 
+_WINDOWED = ("MellumForCausalLM",)
+"""Architectures to which SGLang gives the windows of their configuration."""
 
 _MLA = (
     "{name} has multi-head latent attention (MLA): its queries are absorbed into the latent space and its cache holds "
@@ -258,7 +260,7 @@ _REFUSED_ARCHITECTURES = {
 
 
 def check_architecture(name: str) -> None:
-    """Refuse to capture rows of an architecture that was not compared with a reference.
+    """Refuse to read or change an architecture that was not compared with a reference at every kind of hook point.
 
     Raises:
         UnsupportedError: names the reviewed ones.
@@ -273,17 +275,44 @@ def check_architecture(name: str) -> None:
         )
 
 
-def check_sliding_window(config: Mapping[str, Any], context_length: int) -> None:
-    """Refuse a sliding window that SGLang ignores: of the reviewed architectures it gives none a window
-    (`models/llama.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`), so that beyond it the engine does not compute the model.
+def check_rows_of(name: str, points: Iterable[str], residual_of: Collection[str], *, telemetry: bool) -> None:
+    """Refuse rows of an architecture that were not compared with a reference.
+
+    Args:
+        points: hook points.
+        residual_of: architectures of which the residual stream was compared, and nothing else: in these its hook points
+            are not refused.
+        telemetry: whether attention is measured.
+
+    Raises:
+        UnsupportedError: names the architecture and, where others of it may be captured, the hook point.
+    """
+    if name not in residual_of:
+        return check_architecture(name)
+    inside = [h.name for h in attention_points(points)]
+    if not inside and not telemetry:
+        return
+    why = next((why for start, why in _REFUSED_ARCHITECTURES.items() if name.startswith(start)), None)
+    raise UnsupportedError(
+        f"`{inside[0] if inside else 'telemetry'}` of {name}: of this architecture the residual stream alone was "
+        "compared with a reference" + (f"; {why.format(name=name)}" if why else ""),
+        fix=f"capture `{EMBED}` and `blocks.<layer>.{RESID_POST}` alone",
+    )
+
+
+def check_sliding_window(config: Mapping[str, Any], context_length: int, architecture: str = "") -> None:
+    """Refuse a sliding window that SGLang ignores: of the architectures that were compared at every hook point it gives
+    none a window (`models/llama.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`), so that beyond it the engine does not
+    compute the model.
 
     Args:
         config: the text model's configuration. context_length: longest request that the engine takes.
+        architecture: the model's.
 
     Raises:
         UnsupportedError: requests may be longer than the window.
     """
-    window = config.get("sliding_window")
+    window = None if architecture in _WINDOWED else config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False or context_length <= int(window):
         return
     if "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):

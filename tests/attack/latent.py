@@ -58,7 +58,9 @@ def make_latent(folder: Path) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    DeepseekV3ForCausalLM(config).save_pretrained(folder)
+    model = DeepseekV3ForCausalLM(config)
+    model.model.embed_tokens.weight.data[0].normal_(std=0.02)  # zero for padding, and so the row of a refused prompt
+    model.save_pretrained(folder)
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, **ROUTING}))
     give_tokenizer(folder)

@@ -45,7 +45,9 @@ def make_windowed(folder: Path) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    MellumForCausalLM(config).save_pretrained(folder)
+    model = MellumForCausalLM(config)
+    model.model.embed_tokens.weight.data[0].normal_(std=0.02)  # zero for padding, and so the row of a refused prompt
+    model.save_pretrained(folder)
     give_tokenizer(folder)
     return folder
 

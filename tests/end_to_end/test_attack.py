@@ -30,10 +30,9 @@ CALM = {
     "hook_points": ["hook_embed"],
     "refused": None,
 }
+STREAM = ["hook_embed", "blocks.1.hook_resid_post"]
 RETRACT = {"SGLANG_TEST_RETRACT": "1"}
-NEWER_TREE = pytest.mark.skipif(
-    not release().tree.endswith("UnifiedRadixCache"), reason="not attacked with the tree of that release"
-)
+NEWER_TREE = pytest.mark.skipif(not release().latent, reason="other caches are refused on that release")
 
 
 def tight(env: dict[str, str] | None = None, *, refusals: bool = False, **server: Any) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def test_random_traffic_keeps_every_invariant_and_every_owner(tmp_path: Path) ->
 
 def windowed(folder: Path, env: dict[str, str] | None = None, **server: Any) -> dict[str, Any]:
     """The same with a model whose sliding layers keep their entries in a pool of their own."""
-    return {**tight(env, **server), "model": str(make_windowed(folder / "model")), "hook_points": []}
+    return {**tight(env, **server), "model": str(make_windowed(folder / "model")), "hook_points": STREAM}
 
 
 def renewed(folder: Path) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def test_what_is_planted_among_sliding_windows_is_noticed(planted: str, tmp_path
 
 def latent(folder: Path, env: dict[str, str] | None = None, **server: Any) -> dict[str, Any]:
     """The same with a model whose cache holds one latent vector a position."""
-    return {**tight(env, **server), "model": str(make_latent(folder / "model")), "hook_points": []}
+    return {**tight(env, **server), "model": str(make_latent(folder / "model")), "hook_points": STREAM}
 
 
 @NEWER_TREE

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from sglang_probe.engine.releases import release
 from sglang_probe.run.hook_points import ATTENTION, REVIEWED_ARCHITECTURES
 from sglang_probe.run.run import load_run
+from sglang_probe.stats.distance import row_distance
 from sglang_probe.verify.reference import reference_errors
 from sglang_probe.verify.verify import verify
 from tests.attack.latent import make_latent
@@ -53,11 +57,18 @@ def make_model(folder: Path, kind: str) -> Path:
         tie_word_embeddings=False,
         **options,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # norms of one and biases of zero would hide a wrong tensor
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     give_tokenizer(folder)
+    return roughened(folder)
+
+
+def roughened(folder: Path) -> Path:
+    """The model with noise on every weight: norms of one and biases of zero would hide a wrong tensor, and layers of
+    small weights that of the layer before."""
+    path = folder / "model.safetensors"
+    torch.manual_seed(0)
+    noisy = {name: w + torch.randn_like(w) * 0.1 for name, w in load_file(path).items()}
+    save_file(noisy, path, metadata={"format": "pt"})
     return folder
 
 
@@ -89,6 +100,51 @@ def test_fp32_rows_agree_with_transformers(
     assert all(c.holds for c in verify(run))
     errors = reference_errors(run, str(model), requests=3)
     assert max(float(e.max()) for e in errors.values()) < 1e-4
+
+
+RESIDUAL_ALONE = {"DeepseekV3ForCausalLM": make_latent, "MellumForCausalLM": make_windowed}
+
+
+def test_every_architecture_of_the_residual_stream_alone_is_compared_here() -> None:
+    assert release().residual_of <= set(RESIDUAL_ALONE)
+
+
+@pytest.mark.parametrize("architecture", RESIDUAL_ALONE)
+def test_the_residual_stream_agrees_with_transformers(
+    architecture: str, cli: Callable, write_yaml: Callable, tmp_path: Path
+) -> None:
+    """In prompts in chunks, behind reused prefixes, in decode steps and in batches of both."""
+    if architecture not in release().residual_of:
+        pytest.skip("not reviewed on this release")
+    model = roughened(RESIDUAL_ALONE[architecture](tmp_path / "model"))
+    config = write_yaml(
+        "model",
+        model=str(model),
+        dtype="float32",
+        hook_points=["hook_embed", "blocks.*.hook_resid_post"],
+        arm={"cache": "on"},
+        concurrency=3,
+        server={"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+        sampling={"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
+        workload={"families": 2, "requests_per_family": 4, "exemplars": 1},
+    )
+    done = cli("harvest", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = load_run(tmp_path / "run")
+    assert all(c.holds for c in verify(run))
+    spans = run.spans()
+    assert {"computed", "reused"} <= set(spans["status"])
+    assert {"prefill", "decode"} <= set(spans["phase"])
+    assert spans["chunk"].max() > 0
+    assert (run.forwards()["mode"] == "mixed").any()
+    errors = reference_errors(run, str(model), requests=8)
+    assert set(errors) == set(run.hook_points)
+    assert {len(e) for e in errors.values()} == {int((run.tokens()["row"] >= 0).sum())}
+    assert max(float(e.max()) for e in errors.values()) < 1e-4
+    rows = run.tokens()["row"].to_numpy()
+    rows = rows[rows >= 0]
+    for before, after in itertools.pairwise(run.hook_points):  # those of another layer would be seen
+        assert row_distance(run.rows(before, rows), run.rows(after, rows))[0].min() > 1e-2
 
 
 @pytest.mark.slow

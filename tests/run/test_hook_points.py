@@ -13,6 +13,7 @@ from sglang_probe.run.hook_points import (
     attention_points,
     check_architecture,
     check_hook_points,
+    check_rows_of,
     check_sliding_window,
     check_tensor_parallel,
     engine_module,
@@ -72,6 +73,19 @@ def test_architectures_without_a_comparison_are_refused_and_why(name: str, why: 
         check_architecture(name)
 
 
+def test_where_the_residual_stream_alone_was_compared_nothing_else_is_captured() -> None:
+    residual_of = {"DeepseekV3ForCausalLM", "MellumForCausalLM"}
+    stream = ["hook_embed", "blocks.1.hook_resid_post"]
+    check_rows_of("DeepseekV3ForCausalLM", stream, residual_of, telemetry=False)
+    with pytest.raises(UnsupportedError, match=r"blocks\.0\.attn\.hook_rot_q.*DeepseekV3.*residual stream alone.*MLA"):
+        check_rows_of("DeepseekV3ForCausalLM", [*stream, "blocks.0.attn.hook_rot_q"], residual_of, telemetry=False)
+    with pytest.raises(UnsupportedError, match=r"`telemetry` of MellumForCausalLM.*residual stream alone"):
+        check_rows_of("MellumForCausalLM", stream, residual_of, telemetry=True)
+    with pytest.raises(UnsupportedError, match="MellumForCausalLM has not been compared"):
+        check_rows_of("MellumForCausalLM", stream, (), telemetry=False)
+    check_rows_of("LlamaForCausalLM", [*stream, "blocks.0.attn.hook_q"], (), telemetry=True)
+
+
 _SLIDING = "sliding_attention"
 
 
@@ -96,6 +110,7 @@ def test_a_window_that_sglang_ignores_is_refused(more: dict[str, object]) -> Non
     with pytest.raises(UnsupportedError, match=r"window of 1024 tokens, which SGLang ignores.*up to 2048") as refused:
         check_sliding_window({"sliding_window": 1024, **more}, 2048)
     assert "context_length: 1024" in str(refused.value)
+    check_sliding_window({"sliding_window": 1024, **more}, 2048, "MellumForCausalLM")
 
 
 def test_keys_and_values_have_kv_heads() -> None:

@@ -99,12 +99,6 @@ class EngineProbeConfig(Config):
             parse_pattern(name)
         return names
 
-    @property
-    def in_the_model(self) -> bool:
-        """Whether rows are read or changed, and not the ledger alone written."""
-        asked = (self.telemetry, self.steer, self.monitor, self.kept)
-        return bool(self.hook_points) or any(a is not None for a in asked)
-
     def of_layers(self, layers: int) -> EngineProbeConfig:
         """With the hook points that its patterns mean in a model of so many layers.
 

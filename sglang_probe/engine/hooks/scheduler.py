@@ -15,7 +15,7 @@ from sglang_probe.engine.hooks.instruments.labels import labels_of
 from sglang_probe.engine.hooks.instruments.steer import Steering, steering_of_session
 from sglang_probe.engine.hooks.requests import ask_of, asks_of
 from sglang_probe.engine.hooks.supported import refuse_unsupported
-from sglang_probe.engine.hooks.tree import matched, refuse_other_trees, refuse_rows_of
+from sglang_probe.engine.hooks.tree import matched, refuse_beside_rows, refuse_latent, refuse_other_trees
 from sglang_probe.engine.ledger.facts import Context, ForwardPlan, RequestEnd
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import LedgerError, UnsupportedError
@@ -30,8 +30,8 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
 
     refuse_unsupported(server_args)
     refuse_other_trees(scheduler.tree_cache)
-    if guard.active().config.in_the_model:
-        refuse_rows_of(scheduler.tree_cache)
+    refuse_latent(scheduler.model_config)
+    refuse_beside_rows(scheduler.tree_cache, guard.active().config)
     if scheduler.model_config.is_multimodal:
         raise UnsupportedError(
             "the accounting is not proved for multimodal models, whose prompts hold positions without a token",
@@ -45,8 +45,8 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
         server_args,
         dp_rank=session.config.replica + release().dp_rank(scheduler),
         tp_size=get_parallel().tp_size,
-        # Every tensor-parallel rank sees the same requests and plans; the first records them.
-        records=get_parallel().tp_rank == 0,
+        # Every tensor-parallel rank and every stage sees the same requests and plans; the first records them.
+        records=get_parallel().tp_rank == 0 and get_parallel().pp_rank == 0,
     )
     if session.records and session.config.live is not None:
         session.set_policy()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_probe.engine.hooks import guard, requests
 from sglang_probe.engine.hooks.instruments import live as live_server
@@ -17,6 +17,9 @@ from sglang_probe.engine.ledger.facts import Context, Matched
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.run import schema
+
+if TYPE_CHECKING:
+    from sglang_probe.engine.hooks.config import EngineProbeConfig
 
 MATCHED = "_sglang_probe_matched"
 """Attribute of a `Req`: when the tree was asked last (`Recorder.asked`), `max_prefix_len`, and whether it is off."""
@@ -40,17 +43,33 @@ def refuse_other_trees(tree: Any) -> None:
         )
 
 
-def refuse_rows_of(tree: Any) -> None:
-    """Refuse rows, telemetry, interventions and kept sets where a slot is not the entry of every layer.
+def refuse_latent(model_config: Any) -> None:
+    """Refuse models with multi-head latent attention on releases on which their ledger was not attacked.
+
+    Raises:
+        UnsupportedError: the model is one.
+    """
+    if model_config.attention_arch.name == "MLA" and not release().latent:
+        raise UnsupportedError(
+            "the accounting of models with multi-head latent attention (MLA) is not proved on SGLang "
+            f"{release().version}",
+            fix="use SGLang 0.5.23, or run without the probe",
+        )
+
+
+def refuse_beside_rows(tree: Any, config: EngineProbeConfig) -> None:
+    """Refuse telemetry, interventions, monitors and kept sets where a slot is not the entry of every layer. Rows are
+    those of the forward's own tokens, whatever their slots.
 
     Raises:
         UnsupportedError: the cache has a component beside that of full attention.
     """
-    if len(getattr(tree, "components", ())) > 1:
+    asked = [n for n in ("telemetry", "steer", "monitor", "kept") if getattr(config, n) is not None]
+    if asked and len(getattr(tree, "components", ())) > 1:
         raise UnsupportedError(
-            "rows, telemetry, interventions and kept sets are not proved for models whose sliding layers keep their "
-            "entries in a pool of their own: a position's slot is that of the other layers alone",
-            fix="record the ledger alone (`hook_points: []`, no `telemetry`, `steer`, `monitor` or `kept`)",
+            f"`{asked[0]}` is not proved for models whose sliding layers keep their entries in a pool of their own: "
+            "a position's slot is that of the other layers alone",
+            fix="record the ledger and rows of the residual stream (no `telemetry`, `steer`, `monitor` or `kept`)",
         )
 
 

@@ -24,6 +24,9 @@ class Release(ABC):
     trees: ClassVar[str] = "the radix tree of full attention"
     """What `is_handled_tree` accepts, in words."""
 
+    latent: ClassVar[bool] = False
+    """Whether the ledger of models with multi-head latent attention was attacked."""
+
     cpu_platform: ClassVar[str]
     """Dotted path of the CPU reference platform."""
 
@@ -54,6 +57,10 @@ class Release(ABC):
 
     shown_points: ClassVar[frozenset[str] | None] = None
     """Hook points whose rows were compared with the model in an engine of this release; None: all that it captures."""
+
+    residual_of: ClassVar[frozenset[str]] = frozenset()
+    """Architectures beside the reviewed ones whose embeddings and residual stream, and nothing else, were compared with
+    the model in an engine of this release (`run/hook_points.py`, `check_rows_of`)."""
 
     # The radix tree and its publications
 

@@ -22,6 +22,7 @@ class Adapter(release_0_5_23.Adapter):
 
     version = "0.5.21"
     trees = "the radix tree of full attention"  # the platform has no KV pool for sliding windows here
+    latent = False  # not attacked
     cpu_platform = "sglang_probe.engine.platform.cpu_0_5_17.ReferenceCpuPlatform"
     cpu_attention: ClassVar[tuple[str, ...]] = ("torch_native",)  # Triton kernels write the slots of any other
     cpu_widens = False  # no `post_load_model`
@@ -38,6 +39,7 @@ class Adapter(release_0_5_23.Adapter):
     not_shown = frozenset(
         ("accelerator rows", "attention rows", "bypass", "eviction", "positions", "steering", "telemetry", "traces")
     )
+    residual_of: ClassVar[frozenset[str]] = frozenset()
     shown_points: ClassVar[frozenset[str] | None] = frozenset(("hook_embed",))
 
     def publication_hooks(self) -> list[Hook]:

@@ -24,6 +24,7 @@ class Adapter(Release):
     version = "0.5.23"
     tree = _TREE
     trees = "the radix tree of full attention, alone or with sliding windows,"
+    latent = True
     cpu_platform = "sglang_probe.engine.platform.cpu.ReferenceCpuPlatform"
     cpu_attention: ClassVar[tuple[str, ...]] = ("probe_torch", "torch_native")
     cpu_widens = True
@@ -31,6 +32,7 @@ class Adapter(Release):
     row_channel = "sglang.srt.managers.auxiliary_output"
     overshoots_at_length = False  # `Scheduler._reqs_finishing_inflight`
     namespace_fields = ("extra_key", "cache_salt")
+    residual_of: ClassVar[frozenset[str]] = frozenset(("DeepseekV3ForCausalLM", "MellumForCausalLM"))
     refused = MappingProxyType({"enable_unified_cache_external_linker": (False, "an external KV store")})
 
     def publication_hooks(self) -> list[Hook]:
@@ -89,7 +91,9 @@ class Adapter(Release):
         return get_parallel().dp_rank or 0
 
     def residual(self, forward_batch: Any, output: Any) -> Any:
-        return forward_batch.residual_stream.snapshot(output)
+        # DeepSeek's layers return, beside it, which entries later layers attend to (none without sparse attention).
+        hidden = output[0] if isinstance(output, tuple) else output
+        return forward_batch.residual_stream.snapshot(hidden)
 
     def changeable_residual(self, forward_batch: Any, output: Any) -> Any:
         stream = forward_batch.residual_stream

@@ -30,7 +30,7 @@ from sglang_probe.errors import LedgerError, UnsupportedError
 from sglang_probe.run.hook_points import (
     EMBED,
     RESID_POST,
-    check_architecture,
+    check_rows_of,
     check_sliding_window,
     check_tensor_parallel,
     parse_hook_point,
@@ -84,8 +84,9 @@ def check_model(runner: Any, config: EngineProbeConfig) -> None:
     check_tensor_parallel(config.hook_points, guard.active().tp_size, telemetry=telemetry)
     check_device(runner.device)
     check_server(runner.server_args)
-    check_architecture(type(runner.model).__name__)
-    check_sliding_window(runner.model_config.hf_text_config.to_dict(), runner.model_config.context_len)
+    name, longest = type(runner.model).__name__, runner.model_config.context_len
+    check_rows_of(name, config.hook_points, release().residual_of, telemetry=telemetry)
+    check_sliding_window(runner.model_config.hf_text_config.to_dict(), longest, name)
 
 
 def check_device(device: str) -> None:

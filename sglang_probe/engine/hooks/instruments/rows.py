@@ -28,8 +28,8 @@ from sglang_probe.run.hook_points import (
     RESID_POST,
     SCORES,
     attention_points,
-    check_architecture,
     check_hook_points,
+    check_rows_of,
     head_counts,
     parse_hook_point,
     parse_pattern,
@@ -162,7 +162,7 @@ def install_taps(model: Any, hook_points: list[str], rows: Rows) -> None:
         UnsupportedError: rows of this architecture have not been compared with a reference.
         ConfigError: a layer does not exist.
     """
-    check_architecture(type(model).__name__)
+    check_rows_of(type(model).__name__, hook_points, release().residual_of, telemetry=False)
     layers = model.model.layers
     check_hook_points(hook_points, len(layers))
     of_layer: dict[int, list[str]] = {}
