@@ -16,8 +16,10 @@ from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.kept_requests import KeptRequest, record_kept
 from sglang_probe.harvest.prepare import prepare
-from sglang_probe.kept_set import Kept, write_kept
+from sglang_probe.kept_set import Kept, KeptFile, write_kept
+from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
+from sglang_probe.prove import kept_sets
 from sglang_probe.run import schema
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.run.telemetry_options import REGIONS, TelemetryOptions
@@ -63,7 +65,7 @@ def test_masses_and_entropies_are_those_of_captured_rows(
     online = online[~thrown].set_index(KEY).sort_index()
     offline = offline.sort_index()
     assert online.index.equals(offline.index)
-    assert len(online) > 300
+    assert len(online) > 200
     names = ["entropy", "entropy_without_sinks", *(f"mass_{r}" for r in REGIONS)]
     np.testing.assert_allclose(online[names], offline[names], atol=1e-5)
     np.testing.assert_allclose(online["support"], offline["support"], rtol=1e-4)
@@ -121,3 +123,12 @@ def test_kept_sets_by_lists_give_the_tokens_of_the_reference_platform(tmp_path: 
             assert rid == like or off[n] > 1e-2, rid  # the first query past the cache
         else:
             assert tokens[rid] == tokens[like]
+    kept = KeptFile(folders[0] / "kept")
+    model = str(shipped("models/probe-text/checkpoint"))
+    proved = kept_sets.checks(lists, kept, model, LAST)
+    assert [c.violation for c in proved] == [None, None]
+    assert min(c.covered for c in proved) > sum(LENGTHS)
+    shifted = {key: Kept(of.keep_SYGN.roll(1, -1)) for key, of in kept.items()}
+    whole, half = kept_sets.checks(lists, shifted, model, LAST)
+    assert whole.holds  # everything is everything
+    assert "relative error" in str(half.violation)
