@@ -147,15 +147,16 @@ class KeptByLists:
             k_SGD = check_keys(self._pool.get_key_buffer(core.layer_id))
             v_SGD = self._pool.get_value_buffer(core.layer_id)
             q_NHD = args[0].view(len(args[0]), -1, core.head_dim)
+            flat = output.view(len(output), -1)
             if self._steps is not None:
                 found_BHD = self._decode(layer, q_NHD.index_select(0, self._steps.rows_B), k_SGD, v_SGD, core.scaling)
-                output.index_copy_(0, self._steps.rows_B, found_BHD.flatten(1).to(output.dtype))
+                flat.index_copy_(0, self._steps.rows_B, found_BHD.flatten(1).to(flat.dtype))
             for s in self._several:
                 rows = slice(s.row, s.row + s.end - s.start)
                 k_LGD, v_LGD = (pool.index_select(0, s.slots_L) for pool in (k_SGD, v_SGD))
                 seen = seen_behind_cache(s.kept, layer, s.start, s.end).to(self._device, non_blocking=True)
                 found_NHD = attend_masked(q_NHD[rows], k_LGD, v_LGD, seen, core.scaling)
-                output[rows] = found_NHD.flatten(1).to(output.dtype)
+                flat[rows] = found_NHD.flatten(1).to(flat.dtype)
             return output
 
         return replace

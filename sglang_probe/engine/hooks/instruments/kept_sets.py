@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.accelerator import check_model
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.environment import accelerator_present
@@ -64,6 +65,7 @@ class KeptSets(Instrument):
         if guard.active().in_graphs and backends_of(runner.server_args) != {PROBE_TORCH}:
             from sglang_probe.engine.hooks.instruments.kept_lists import KeptByLists
 
+            check_model(runner, self.config)
             self.lists = KeptByLists(runner)
 
     def before(self, forward: Forward) -> None:
