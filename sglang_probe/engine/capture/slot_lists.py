@@ -19,6 +19,8 @@ Shapes: B requests, R regions, H query heads, G kv heads, D head dim, J position
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +173,11 @@ class RegionDecode:
             UnsupportedError: they differ.
         """
         q, pool = (_random(n, h, head_dim, dtype, device) for n, h in ((2, heads), (64, kv_heads)))
-        base = log_base(decodes, pool, heads, dtype)
         slots = torch.arange(63, -1, -1, device=device).view(2, 32)
         ends = np.array([[3, 3, 32], [1, 20, 31]])
-        found = RegionLists(slots, ends).summary(decodes, q, pool, scaling=head_dim**-0.5, base=base)
+        with _trying():
+            base = log_base(decodes, pool, heads, dtype)
+            found = RegionLists(slots, ends).summary(decodes, q, pool, scaling=head_dim**-0.5, base=base)
         on_device = (upload(x, device) for x in (ends[:, -1], ends, np.arange(heads)))
         true = attention_summary(q, pool, slots, *on_device, scaling=head_dim**-0.5, top_k=1)
         _agree("weights by region", found.mass(), true.mass())
@@ -227,12 +230,27 @@ def try_kept(
     counts, after = 1 + np.arange(2 * kv_heads).reshape(2, -1) % 28, np.array([3, 1])
     entry_BGJ = slots_BJ[:, None] * kv_heads + head[:, None]  # 28 columns that may be kept, 4 after them
     lists = kept_lists(entry_BGJ, counts, 28, after)
-    found = attend_by_lists(decodes, q, k, v, lists, head_dim**-0.5)
+    with _trying():
+        found = attend_by_lists(decodes, q, k, v, lists, head_dim**-0.5)
     j = np.arange(32)
     seen = (j < counts[..., None]) | ((j >= 28) & (j < 28 + after[:, None, None]))
     bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(upload(~seen, device), -torch.inf)
     k_BGJD, v_BGJD = (pool[slots_BJ].transpose(1, 2) for pool in (k, v))
     return _agree("kept sets", found, attend_one_query(q, k_BGJD, v_BGJD, bias, head_dim**-0.5))
+
+
+@contextmanager
+def _trying() -> Iterator[None]:
+    """Whatever a kernel says of what it cannot do, as a refusal."""
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except Exception as e:
+        raise UnsupportedError(
+            f"a paged decode over lists of cache entries does not run here: {type(e).__name__}: {e}",
+            fix="leave out `by: lists` and kept sets, or use a dtype and a model that FlashInfer has a kernel for",
+        ) from e
 
 
 def _random(n: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

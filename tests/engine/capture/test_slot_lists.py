@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from typing import Any
@@ -19,6 +20,7 @@ from sglang_probe.engine.capture.slot_lists import (
     kept_lists,
     lists_of,
     log_base,
+    try_kept,
 )
 from sglang_probe.engine.platform.kept_attention import attend_one_query
 from sglang_probe.engine.platform.kept_entries import KeptEntries
@@ -102,6 +104,27 @@ def test_a_decode_that_is_wrong_is_refused_when_it_is_tried() -> None:
     assert RegionDecode.tried(decodes_on(torch.device("cpu"), torch.float32, 3), **shape, **on_cpu).base == 2.0
     with pytest.raises(UnsupportedError, match="weights by region by lists of cache entries differ"):
         RegionDecode.tried(Decodes(Shifted), **shape, **on_cpu)
+    with pytest.raises(UnsupportedError, match="kept sets by lists of cache entries differ"):
+        try_kept(Decodes(Shifted), **shape, **on_cpu)
+    assert try_kept(Decodes(TorchDecode), **shape, **on_cpu) < 1e-6
+
+
+def test_what_a_kernel_cannot_do_is_a_refusal() -> None:
+    class Lacking(TorchDecode):
+        def plan(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("no kernel for heads of 80")
+
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
+    for tried in (RegionDecode.tried, try_kept):
+        with pytest.raises(UnsupportedError, match="does not run here: RuntimeError: no kernel for heads of 80"):
+            tried(Decodes(Lacking), **shape, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_without_flashinfer_a_gpu_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UnsupportedError, match="FlashInfer is not installed") as refused:
+        decodes_on(torch.device("cuda"), torch.bfloat16, 4)
+    assert "by: kernel" in str(refused.value)
 
 
 def test_a_decode_is_not_planned_again_while_its_plan_is_still_being_copied() -> None:
