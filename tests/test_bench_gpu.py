@@ -62,3 +62,10 @@ def test_the_script_runs_from_end_to_end_in_a_rehearsal(tmp_path: Path) -> None:
     assert {"skipped"} == set(found["kernel"]["kernel"]) == set(found["deterministic"]["deterministic"])
     again = _bench("--out", tmp_path, "--rehearse")  # nothing is left to run
     assert "..." not in again.stdout
+
+
+def test_lists_are_timed_beside_the_kernel_in_a_rehearsal() -> None:
+    found = runpy.run_path(str(ROOT / "bench/gpu_lists.py"))["measure"](rehearse=True, rounds=1)
+    assert set(found["milliseconds"]) == {"kernel", "lists", "lists, with the layout and the plan of a forward"}
+    assert max(found["largest error of a weight"].values()) < 1e-5
+    assert max(found["largest error of an entropy"].values()) < 5e-2

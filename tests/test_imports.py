@@ -84,6 +84,7 @@ LAZY = {
     "sae/train.py": {"sae_lens"},
     "studies/trace/setup.py": {"transformers"},
     "verify/listen.py": {"msgspec"},
+    "verify/masked_model.py": {"transformers"},
     "verify/reference.py": {"transformers"},
 }
 """Undeclared packages that a reader of runs may ask for when it is called; without them it says so in a sentence."""

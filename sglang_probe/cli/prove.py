@@ -32,6 +32,10 @@ def command(
     requests: Annotated[int, typer.Option(help="Of each of three recordings.")] = 40,
     transformers: Annotated[int, typer.Option(help="Requests that `transformers` computes again.")] = 4,
     rounds: Annotated[int, typer.Option(help="Of the measurement of what recording costs; 6 for an interval.")] = 8,
+    kept_sets: Annotated[
+        bool,
+        typer.Option(help="Prove kept sets (`evict`) too; with an accelerator `disable_cuda_graph` must be set."),
+    ] = False,
     keep: Annotated[Path | None, typer.Option(help="Leave the recordings in this folder, which must be new.")] = None,
     accept_drift: Annotated[
         bool,
@@ -72,7 +76,7 @@ def command(
     if keep is not None and keep.exists():
         raise ConfigError(f"`--keep {keep}` exists", fix="name a new folder")
     given: dict[str, Any] = {"model": model, "dtype": dtype, "server": arguments, "hook_points": hook_point or []}
-    given |= {"seed": seed, "requests": requests, "references": transformers, "rounds": rounds}
+    given |= {"kept_sets": kept_sets, "seed": seed, "requests": requests, "references": transformers, "rounds": rounds}
     config = parse_config(given, ProofConfig, where="prove")
     console = Console(stderr=as_json)
     if accept_drift:

@@ -16,7 +16,7 @@ from sglang_probe.engine.platform.environment import accelerator_present, platfo
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.pool import left_open
-from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests
+from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests, require_certificate
 from sglang_probe.harvest.requests_table import workload_columns
 from sglang_probe.harvest.steer import check_arms
 from sglang_probe.kept_set import KeptFile
@@ -115,7 +115,9 @@ def job_of(
     check_arms({name: arm}, prepared.library)
     check_kept(requests, kept, prepared.model)
     if kept is not None:
-        check_backend(server)
+        check_backend(server, simulated=config.simulated_graphs)
+        if not prepared.proving:
+            require_certificate(config, prepared.model, server, evict=True)
         if config.telemetry is not None:
             raise ConfigError(
                 "telemetry is computed from every cached key, and a request with a kept set attends to some of them",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sglang_probe.engine.hooks.instruments.kept_sets import GRAPHS
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -59,18 +60,23 @@ def check_key(request: Request, kept: KeptFile | None, model: Model) -> None:
         raise ConfigError(f"`evict: {key}` is for {length} positions and the prompt has {len(request.prompt_ids)}")
 
 
-def check_backend(server: dict[str, Any]) -> None:
+def check_backend(server: dict[str, Any], *, simulated: bool = False) -> None:
     """Refuse server arguments under which nothing attends to kept sets.
+
+    Args:
+        simulated: the probe's own tests take the path to an accelerator on a CPU.
 
     Raises:
         UnsupportedError: names the argument.
     """
-    fix = f"set `attention_backend: {PROBE_TORCH}` or nothing"
-    if accelerator_present():
-        raise UnsupportedError("kept sets need the CPU reference platform; this machine has an accelerator")
+    if accelerator_present() and not server.get("disable_cuda_graph"):
+        raise UnsupportedError(GRAPHS, fix="set `server: {disable_cuda_graph: true}`")
     for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        if server.get(name) not in (None, PROBE_TORCH):
-            raise UnsupportedError(f"`{name}: {server[name]}` knows nothing of kept sets", fix=fix)
+        if not (simulated or accelerator_present()) and server.get(name) not in (None, PROBE_TORCH):
+            raise UnsupportedError(
+                f"on a CPU `{name}: {server[name]}` knows nothing of kept sets",
+                fix=f"set `attention_backend: {PROBE_TORCH}` or nothing",
+            )
     if server.get("tp_size", 1) != 1:
         raise UnsupportedError("under tensor parallelism each rank has a share of the kv heads", fix="set `tp_size: 1`")
 

@@ -42,7 +42,7 @@ from sglang_probe.run.hook_points import (
     score_points,
 )
 from sglang_probe.run.selection import check_selection, expanded, selected_heads
-from sglang_probe.run.telemetry_options import layers_of
+from sglang_probe.run.telemetry_options import check_lists, layers_of
 from sglang_probe.run.weights import weight_hash
 from sglang_probe.steering.library import Library, Vector
 from sglang_probe.steering.scores import vectors_of
@@ -180,14 +180,18 @@ def prepare(
     return prepared
 
 
-def require_certificate(config: Recording, model: Model, server: Mapping[str, Any]) -> None:
+def require_certificate(config: Recording, model: Model, server: Mapping[str, Any], *, evict: bool = False) -> None:
     """Refuse rows, telemetry and interventions on an accelerator that nothing proves, as far as that can be told before
     the engine starts. The engine asks again, and then knows what SGLang chose.
+
+    Args:
+        evict: requests may name kept sets.
 
     Raises:
         UnsupportedError: names the command that proves them.
     """
-    kinds = kinds_needed(config.hook_points, telemetry=config.telemetry is not None, steer=config.steer is not None)
+    of_config = {"telemetry": config.telemetry is not None, "steer": config.steer is not None}
+    kinds = kinds_needed(config.hook_points, **of_config, evict=evict)
     if not kinds or not accelerator_present():
         return
     subject = subject_installed() | certificate.model_facts(Path(model.path))
@@ -235,6 +239,8 @@ def capture_of(
         ConfigError, UnsupportedError: they cannot be captured.
     """
     layers = [] if config.telemetry is None else layers_of(config.telemetry, model.layers)
+    if config.telemetry is not None:
+        check_lists(config.telemetry, in_graphs=config.simulated_graphs or accelerator_present())
     if not hook_points and config.telemetry is None:
         return Capture({}, {}, layers)
     check_hook_points(list(hook_points), model.layers)

@@ -25,6 +25,8 @@ class ProofConfig(Config):
     """Of each of two recordings."""
     references: int = Field(default=4, ge=1)
     """Requests that `transformers` computes again."""
+    kept_sets: bool = False
+    """Kept sets of requests (`evict`) are proved too. On an accelerator that needs `disable_cuda_graph`."""
     rounds: int = Field(default=8, ge=1)
     """Of the measurement of overhead, each of two batches that are recorded and two that are not."""
 

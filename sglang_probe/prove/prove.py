@@ -2,7 +2,7 @@
 
 Three recordings in one engine: the traffic as the engine is configured, and again in small chunks and mixed batches,
 both with the true owner of every KV slot read from the device; and the second once more with nothing that waits for it,
-as in production. Then rows against `transformers`, and what recording costs.
+as in production. Then rows against `transformers`, kept sets if they are asked for, and what recording costs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from sglang_probe.harvest.config import Recording
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.in_flight import Answer
 from sglang_probe.harvest.job import job_of
+from sglang_probe.harvest.kept import check_backend
+from sglang_probe.harvest.kept_requests import ASKS
 from sglang_probe.harvest.model import resolve_model
 from sglang_probe.harvest.pool import left_open
 from sglang_probe.harvest.prepare import choose_device, prepare
 from sglang_probe.harvest.progress import Quiet, Reporter
 from sglang_probe.harvest.recording import harvest
+from sglang_probe.kept_set import KeptFile
 from sglang_probe.policy.arm import Arm
-from sglang_probe.prove import checks
+from sglang_probe.prove import checks, kept_sets
 from sglang_probe.prove.checks import Asked, timed
 from sglang_probe.prove.clients import Clients
 from sglang_probe.prove.config import ProofConfig, default_points
@@ -84,7 +87,7 @@ class Proof:
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "passed": self.passed,
                 "subject": self.subject,
-                "kinds": certificate.kinds_of(self.hook_points),
+                "kinds": certificate.kinds_of(self.hook_points) + ([certificate.KEPT_SETS] if config.kept_sets else []),
                 "hook_points": self.hook_points,
                 "graphs": self.graphs,
                 "server_given": without_secrets(config.server),
@@ -156,7 +159,11 @@ class _Proving:
             hook_points=proof.hook_points,
             concurrency=self._habits(0).concurrency,
         )
+        self.asks = frozenset({"cache", *(ASKS if config.kept_sets else ())})
+        if config.kept_sets:
+            check_backend(server)
         self.prepared = prepare(recording, workload=Workload(tuple(t.request for t in first)), proving=True)
+        self.residual = kept_sets.deepest(self.prepared.config.hook_points) if config.kept_sets else ""
 
     def run(self) -> None:
         """Ask everything, up to a recording that fails."""
@@ -175,6 +182,9 @@ class _Proving:
         self._ask("P2", lambda: checks.reached(runs, cached=self.cached, prefill_graphs=prefill_graphs))
         with self.reporter.stage("rows against transformers"):
             self._ask("P3", lambda: self._reference(runs[0]))
+        if self.config.kept_sets:
+            with self.reporter.stage("kept sets"):
+                self._kept_sets()
         with self.reporter.stage("recording against not recording"):
             self._overhead()
 
@@ -216,7 +226,7 @@ class _Proving:
                         counter.advance(len(answer.output_ids) if isinstance(answer, Answer) else 0)
                         yield answer
 
-                run = harvest(job, path, self.host, asks=frozenset({"cache"}), serving=serve)
+                run = harvest(job, path, self.host, asks=self.asks, serving=serve)
         except ProbeError as e:
             if not (path / MANIFEST).exists():
                 raise
@@ -259,6 +269,16 @@ class _Proving:
 
     def _reference(self, run: Run) -> Check:
         return check_against_transformers(load_run(run.path), self.model.path, requests=self.config.references)
+
+    def _kept_sets(self) -> None:
+        began = time.perf_counter()
+        (folder := self.folder / "kept sets").mkdir()
+        prompts = [r.prompt_ids for r in self.prepared.workload.requests]
+        run = kept_sets.record(self.prepared, prompts, folder, self.host, self.config.seed)
+        kept = KeptFile(folder / "kept.safetensors")
+        found = kept_sets.checks(run, kept, self.model.path, self.residual)
+        found = [checks.invariants(run, kept_sets.NAME), *found]
+        self.proof.asked += [Asked("P3", c, (time.perf_counter() - began) / len(found)) for c in found]
 
     def _overhead(self) -> None:
         began = time.perf_counter()

@@ -22,6 +22,8 @@ from sglang_probe.run.hook_points import parse_pattern
 SCHEMA = 1
 FOLDER = "certificates"
 """In the cache folder: where `prove` writes and `auto` looks."""
+KEPT_SETS = "kept sets"
+"""Among the kinds of hook points: requests may name kept sets. `prove --kept-sets` proves it."""
 
 _IN_THE_NAME = (
     *("sglang", "inventory", "device", "config_sha256", "dtype", "attention_backend", "tp_size"),
@@ -55,11 +57,12 @@ def model_facts(folder: Path | None) -> dict[str, Any]:
     return {"config_sha256": digest_of_file, "weights_bytes": {p.name: p.stat().st_size for p in files}}
 
 
-def command(model: str, server: Mapping[str, Any]) -> str:
+def command(model: str, server: Mapping[str, Any], *, kept_sets: bool = False) -> str:
     """The command that proves a configuration; a `dtype` among the arguments becomes its option."""
     server = {k: v for k, v in server.items() if v is not None}
     dtype = server.pop("dtype", None)
     words = ["sglang-probe", "prove", "--model", model, *(["--dtype", str(dtype)] if dtype else [])]
+    words += ["--kept-sets"] if kept_sets else []
     return shlex.join([*words, *(["--server", json.dumps(server)] if server else [])])
 
 
@@ -115,7 +118,10 @@ def misses(certificate: Mapping[str, Any], subject: Mapping[str, Any], kinds: Co
     for name, value in subject.items():
         if proved.get(name) != value:
             return f"it is of {name} {_short(proved.get(name))}, and this is {_short(value)}"
-    if missing := sorted(set(kinds) - set(certificate.get("kinds", ()))):
+    missing = sorted(set(kinds) - set(certificate.get("kinds", ())))
+    if KEPT_SETS in missing:
+        return "it is not of kept sets"
+    if missing:
         return f"it is not of rows of {', '.join(missing)}"
     return None
 

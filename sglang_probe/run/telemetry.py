@@ -54,5 +54,5 @@ def read_telemetry(run: RunFiles) -> pd.DataFrame:
         columns[name] = np.concatenate(table[name].to_list()) if len(table) else np.empty(0, np.float32)
     for name in ("top_positions", "top_weights"):
         flat = np.concatenate(table[name].to_list()) if len(table) else np.empty(0)
-        columns[name] = list(flat.reshape(-1, options.top_k))
+        columns[name] = list(flat.reshape(len(columns["head"]), options.top_k))
     return pd.DataFrame(columns)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from sglang_probe.config import Config
-from sglang_probe.errors import ConfigError
+from sglang_probe.errors import ConfigError, UnsupportedError
 
 REGIONS = ("sinks", "system", "prompt", "window", "generated")
 """Where weight goes: the first positions, the rest of the system prompt, the rest of the prompt, its last positions
@@ -40,6 +40,28 @@ class TelemetryConfig(TelemetryOptions):
     """Layers that are measured, by number from 0."""
     every: PositiveInt = 4
     """Decode steps 1, 1 + every, 1 + 2 · every, ... are measured."""
+    top_k: int = Field(default=8, ge=0)
+    """Positions listed with the most weight: at least one, and none with `by: lists`."""
+    memory: int = Field(default=4, ge=0)
+    """Measured steps before, whose mean a step is compared with for its jump score; none with `by: lists`."""
+    by: Literal["kernel", "lists"] = "kernel"
+    """What computes it on an accelerator: our Triton `kernel`; or FlashInfer's paged decode, given each region as one
+    of its `lists` of cache entries, which knows no single positions: there are no top positions and no `jump`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_know_no_positions(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if given.get("by") != "lists":
+            if 0 in (given.get("top_k"), given.get("memory")):
+                raise ValueError("`top_k` and `memory` are at least 1 with `by: kernel`")
+            return given
+        if asked := [name for name in ("top_k", "memory") if given.get(name)]:
+            raise ValueError(
+                f"`{asked[0]}` needs `by: kernel`: lists give weights by region, no top positions and no `jump`"
+            )
+        return {**given, "top_k": 0, "memory": 0}
 
     @field_validator("layers")
     @classmethod
@@ -50,7 +72,20 @@ class TelemetryConfig(TelemetryOptions):
 
     def options(self) -> TelemetryOptions:
         """What the numbers depend on."""
-        return TelemetryOptions(**self.model_dump(exclude={"layers"}))
+        return TelemetryOptions.model_construct(**self.model_dump(exclude={"layers", "by"}))
+
+
+def check_lists(config: TelemetryConfig, *, in_graphs: bool) -> None:
+    """Refuse `by: lists` where telemetry is not computed on an accelerator.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    if config.by == "lists" and not in_graphs:
+        raise UnsupportedError(
+            "`telemetry: {by: lists}` says what computes it on an accelerator, and this engine is on a CPU",
+            fix="leave out `by`",
+        )
 
 
 def layers_of(config: TelemetryConfig, layers: int) -> list[int]:

@@ -64,7 +64,7 @@ def _numbers_fit(table: pd.DataFrame) -> str | None:
         "entropy is not within 0 and 1": np.stack(table["entropy"].to_list()).max(1) > 1 + 1e-4,
     }
     top = np.stack(table["top_positions"].to_list())
-    wrong["a top position lies past the step"] = top.max(1) > table["position"].to_numpy()
+    wrong["a top position lies past the step"] = top.max(1, initial=-1) > table["position"].to_numpy()
     for what, bad in wrong.items():
         if bad.any():
             r = table.iloc[int(np.argmax(bad))]

@@ -28,9 +28,9 @@ from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run, load_run
 from sglang_probe.stats.distance import row_distance
+from sglang_probe.verify import masked_model
 from sglang_probe.verify.verify import verify
 from tests.amended import amend
-from tests.end_to_end import masked_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")

@@ -17,8 +17,8 @@ from sglang_probe.kept_set import Kept, write_kept
 from sglang_probe.paths import shipped
 from sglang_probe.policy.arm import Arm
 from sglang_probe.stats.distance import row_distance
+from sglang_probe.verify import masked_model
 from sglang_probe.verify.verify import verify
-from tests.end_to_end import masked_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("eviction")]
 MODEL = shipped("models/probe-text/checkpoint")

@@ -49,6 +49,17 @@ def test_the_reference_platform_is_proved(cli: Callable, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.reviewed("eviction")
+def test_kept_sets_are_proved_where_it_is_asked(cli: Callable, tmp_path: Path) -> None:
+    code, made = prove(cli, tmp_path, "", "--kept-sets")
+    assert (code, violated(made)) == (0, {})
+    assert "kept sets" in made["kinds"]
+    found = {c["name"]: c for c in made["checks"] if c["name"].startswith("kept sets")}
+    assert set(found) == {"kept sets, everything", "kept sets, half"}
+    assert "equal tokens in 4 of 4 requests" in found["kept sets, everything"]["note"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "name", "said"),
     [

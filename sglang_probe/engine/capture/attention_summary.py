@@ -3,7 +3,7 @@
 Per region of positions (sinks, system prompt, rest of the prompt, window, generated, ...) two numbers are kept: the
 log-sum-exp of the logits and the mean logit under the region's own weights. Mass by region and the entropy over any
 union of regions follow from them exactly: an entropy is the log-sum-exp minus the mean logit. FlashInfer's paged decode
-returns the first of the two (`return_lse`), so that masses can be had from it as well; entropy and top-k cannot.
+gives both as well (`slot_lists.py`), and no top-k.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Attention telemetry of decode steps without the host ever waiting for the device.
 
 What the device has to be told of a forward is host integers, uploaded at once before it runs. After it a summary of
-each layer's attention (`attention_kernel.py`, on a CPU `attention_reference.py`) gives the numbers of
-`engine/capture/telemetry.py`, which travel to the host as one tensor. Shapes as there, and R regions of positions.
+each layer's attention (`attention_kernel.py`, on a CPU `attention_reference.py`; `slot_lists.py` for `by: lists`) gives
+the numbers of `engine/capture/telemetry.py`, which travel to the host as one tensor. Shapes as there, and R regions of
+positions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.graph_taps import GraphTaps, refuse_unwritten
+from sglang_probe.engine.capture.slot_lists import RegionDecode, RegionLists
 from sglang_probe.engine.capture.telemetry import SYSTEM, Measured, Memory, Steps, jump_scores, relative
 from sglang_probe.engine.capture.transfer import Transfer, upload
 from sglang_probe.run.telemetry_options import NUMBERS, REGIONS, TelemetryOptions
@@ -69,6 +71,8 @@ class Prepared:
     """Keys of the longest prompt, rounded up."""
     on_device: dict[str, Tensor]
     slots_BJ: Tensor
+    ends: Array
+    """`region_ends`."""
 
 
 class DeviceTelemetry:
@@ -76,7 +80,7 @@ class DeviceTelemetry:
 
     Args:
         layers: their numbers, in the order in which `measure` takes them. heads: query heads of each.
-        summarise: `attention_summary` of `attention_kernel` or of `attention_reference`.
+        summarise: `attention_summary` of `attention_kernel` or of `attention_reference`; or decodes of lists.
     """
 
     def __init__(
@@ -86,11 +90,11 @@ class DeviceTelemetry:
         *,
         heads: int,
         device: torch.device,
-        summarise: Callable[..., AttentionSummary],
+        summarise: Callable[..., AttentionSummary] | RegionDecode,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.layers, self.options, self._device = layers, options, device
-        self.memory = Memory(len(layers), options.memory, most_bytes)
+        self.memory = Memory(len(layers), max(1, options.memory), most_bytes)
         self._summarise = summarise
         self._heads = heads
         self._heads_N = upload(np.arange(heads), device)
@@ -122,7 +126,7 @@ class DeviceTelemetry:
             self._device,
         )
         slots_BJ = table[:, : _rounded(steps.keys)].index_select(0, requests_B.index_select(0, on_device["at"]))
-        return Prepared(steps, rids, places, step, _rounded(steps.prompt), on_device, slots_BJ)
+        return Prepared(steps, rids, places, step, _rounded(steps.prompt), on_device, slots_BJ, ends)
 
     def measure(self, at: Prepared, q_LBHD: Sequence[Tensor], pools: Sequence[Tensor], scaling: list[float]) -> Tensor:
         """After the forward: the numbers in the order of `NUMBERS`, then the top positions (int32 by their bits) and
@@ -131,22 +135,27 @@ class DeviceTelemetry:
         Args:
             q_LBHD: rotated queries of the steps, of each layer. pools: the layers' `[slots, G, D]` keys.
         """
-        x, memory = at.on_device, self.memory
-        remembers = memory.has_room(self._heads, at.longest)
+        x, memory, summarise = at.on_device, self.memory, self._summarise
+        lists = RegionLists(at.slots_BJ, at.ends) if isinstance(summarise, RegionDecode) else None
+        remembers = lists is None and memory.has_room(self._heads, at.longest)
         found = []
         for i, (q_BHD, pool_SGD) in enumerate(zip(q_LBHD, pools, strict=True)):
-            summary = self._summarise(
-                q_BHD,
-                pool_SGD,
-                at.slots_BJ,
-                x["keys"],
-                x["ends"],
-                self._heads_N,
-                scaling=scaling[i],
-                top_k=self.options.top_k,
-                first_B=x["prompt"] if remembers else None,
-                longest=at.longest if remembers else 0,
-            )
+            if isinstance(summarise, RegionDecode):
+                assert lists is not None
+                summary = lists.summary(summarise.decodes, q_BHD, pool_SGD, scaling=scaling[i], base=summarise.base)
+            else:
+                summary = summarise(
+                    q_BHD,
+                    pool_SGD,
+                    at.slots_BJ,
+                    x["keys"],
+                    x["ends"],
+                    self._heads_N,
+                    scaling=scaling[i],
+                    top_k=self.options.top_k,
+                    first_B=x["prompt"] if remembers else None,
+                    longest=at.longest if remembers else 0,
+                )
             if summary.first_logits is None:
                 jump_BH = torch.full_like(summary.lse[..., 0], torch.nan)
             else:

@@ -31,7 +31,8 @@ def certified(config: EngineProbeConfig, device: str, in_force: Callable[[], dic
     Raises:
         UnsupportedError: nothing proves it; the command that would is named.
     """
-    kinds = kinds_needed(config.hook_points, telemetry=config.telemetry is not None, steer=config.steer is not None)
+    of_config = {"telemetry": config.telemetry is not None, "steer": config.steer is not None}
+    kinds = kinds_needed(config.hook_points, **of_config, evict="evict" in config.asks)
     if device == "cpu" or config.proving or not kinds:
         return None
     resolved = in_force()
@@ -43,10 +44,11 @@ def certified(config: EngineProbeConfig, device: str, in_force: Callable[[], dic
     return cite(config.certificate, subject, kinds, model_path, prove_arguments(resolved))
 
 
-def kinds_needed(hook_points: list[str], *, telemetry: bool, steer: bool) -> set[str]:
+def kinds_needed(hook_points: list[str], *, telemetry: bool, steer: bool, evict: bool = False) -> set[str]:
     """Kinds of hook points that have to be proved for what is asked. Scores are taken where residuals are, queries of
     telemetry where those of rows are, and interventions change what residuals are rows of."""
     kinds = {RESID_POST if kind == SCORES else kind for kind in certificate.kinds_of(hook_points)}
+    kinds |= {certificate.KEPT_SETS} if evict else set()
     return kinds | (set(_TELEMETRY) if telemetry else set()) | ({RESID_POST} if steer else set())
 
 
@@ -95,9 +97,10 @@ def cite(
         except ConfigError as e:
             why = e.message
     if path is None:
+        command = certificate.command(model, server, kept_sets=certificate.KEPT_SETS in kinds)
         raise UnsupportedError(
             f"nothing proves that rows, telemetry and interventions are right here: no certificate covers it ({why})",
-            fix=f"run `{certificate.command(model, server)}` on this machine (about two minutes), "
+            fix=f"run `{command}` on this machine (about two minutes), "
             "or record the ledger alone (`hook_points: []`, no `telemetry`, no `steer`)",
         )
     found = certificate.read_certificate(path)

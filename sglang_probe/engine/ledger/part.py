@@ -180,7 +180,7 @@ def _telemetry_table(measured: list[Measured]) -> pa.Table:
     lists = {name: [m.numbers[name] for m in measured] for name in measured[0].numbers}
     lists |= {name: [getattr(m, name) for m in measured] for name in ("top_positions", "top_weights")}
     for name, pieces in lists.items():
-        flat = np.concatenate([x.reshape(-1, int(np.prod(x.shape[2:]))) for x in pieces])
+        flat = np.concatenate([x.reshape(x.shape[0] * x.shape[1], int(np.prod(x.shape[2:]))) for x in pieces])
         offsets = np.arange(len(flat) + 1, dtype=np.int32) * flat.shape[1]
         columns[name] = pa.ListArray.from_arrays(offsets, flat.ravel())
     fields = schema.TELEMETRY

@@ -6,11 +6,15 @@ Query head h reads kv head h // (H / G).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sglang_probe import bf16
-from sglang_probe.kept_set import Kept
+
+if TYPE_CHECKING:
+    from sglang_probe.kept_set import Kept
 
 
 def attend_one_query(

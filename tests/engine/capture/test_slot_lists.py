@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sglang_probe.engine.capture.attention_reference import attention_summary
-from sglang_probe.engine.capture.slot_lists import attend_by_lists, kept_lists, lists_of, log_base, summary_by_lists
+from sglang_probe.engine.capture.paged_decode import Decodes, TorchDecode, decodes_on
+from sglang_probe.engine.capture.slot_lists import (
+    RegionDecode,
+    RegionLists,
+    attend_by_lists,
+    kept_lists,
+    lists_of,
+    log_base,
+    try_kept,
+)
 from sglang_probe.engine.platform.kept_attention import attend_one_query
 from sglang_probe.engine.platform.kept_entries import KeptEntries
 from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.kept_slots import KeptSlots
 from sglang_probe.errors import UnsupportedError
 from sglang_probe.kept_set import Kept
-from tests.engine.capture.paged_decode import PagedDecode
 
 SLOTS, HEADS, KV_HEADS, DIM = 200, 6, 2, 16
 SCALING = DIM**-0.5
@@ -24,6 +35,10 @@ SCALING = DIM**-0.5
 
 def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def with_base(base: float = 2.0) -> Decodes:
+    return Decodes(lambda: TorchDecode(base))
 
 
 def test_lists_are_the_named_stretches_of_a_table() -> None:
@@ -42,9 +57,9 @@ def test_masses_and_entropies_by_region_are_those_of_the_reference(base: float, 
     q, pool = made(3, HEADS, DIM, dtype=dtype), made(SLOTS, KV_HEADS, DIM, dtype=dtype)
     slots = torch.from_numpy(np.random.default_rng(0).permutation(SLOTS)[: 3 * 64].reshape(3, 64))
     slots = torch.cat([slots, slots[:, :6].flip(0)], 1)  # entries may be shared
-    decode = PagedDecode(base)
-    assert log_base(decode, pool, HEADS, dtype) == base
-    found = summary_by_lists(decode, q, pool, slots, ends, scaling=SCALING, base=base, top_k=2)
+    decodes = with_base(base)
+    assert log_base(decodes, pool, HEADS, dtype) == base
+    found = RegionLists(slots, ends).summary(decodes, q, pool, scaling=SCALING, base=base)
     true = attention_summary(
         q,
         pool,
@@ -60,13 +75,12 @@ def test_masses_and_entropies_by_region_are_those_of_the_reference(base: float, 
     torch.testing.assert_close(found.mean_logit, true.mean_logit, atol=off, rtol=1e-6)
     torch.testing.assert_close(found.entropy(), true.entropy(), atol=off, rtol=1e-6)
     torch.testing.assert_close(found.entropy(without=(0,)), true.entropy(without=(0,)), atol=off, rtol=1e-6)
-    assert bool((found.top_positions == -1).all())
-    assert not bool(found.top_weights.any())
+    assert found.top_positions.shape == found.top_weights.shape == (3, HEADS, 0)
 
 
 def test_a_sum_to_a_base_that_is_not_known_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="neither to base 2 nor to base e"):
-        log_base(PagedDecode(10.0), made(SLOTS, KV_HEADS, DIM), HEADS, torch.float32)
+        log_base(with_base(10.0), made(SLOTS, KV_HEADS, DIM), HEADS, torch.float32)
 
 
 def test_the_wrong_base_gives_other_masses() -> None:
@@ -74,10 +88,83 @@ def test_the_wrong_base_gives_other_masses() -> None:
     q, pool, slots = made(1, HEADS, DIM), made(SLOTS, KV_HEADS, DIM), torch.arange(64)[None]
     ends = np.array([[8, 64]])
     right, wrong = (
-        summary_by_lists(PagedDecode(2.0), q, pool, slots, ends, scaling=SCALING, base=base).mass()
+        RegionLists(slots, ends).summary(with_base(2.0), q, pool, scaling=SCALING, base=base).mass()
         for base in (2.0, math.e)
     )
     assert float((right - wrong).abs().max()) > 0.01
+
+
+def test_a_decode_that_is_wrong_is_refused_when_it_is_tried() -> None:
+    class Shifted(TorchDecode):
+        def plan(self, indptr: Any, indices: Any, *rest: Any, **options: Any) -> None:
+            super().plan(indptr, (indices - 1).clamp(min=0), *rest, **options)
+
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    assert RegionDecode.tried(decodes_on(torch.device("cpu"), torch.float32, 3), **shape, **on_cpu).base == 2.0
+    with pytest.raises(UnsupportedError, match="weights by region by lists of cache entries differ"):
+        RegionDecode.tried(Decodes(Shifted), **shape, **on_cpu)
+    with pytest.raises(UnsupportedError, match="kept sets by lists of cache entries differ"):
+        try_kept(Decodes(Shifted), **shape, **on_cpu)
+    assert try_kept(Decodes(TorchDecode), **shape, **on_cpu) < 1e-6
+
+
+def test_what_a_kernel_cannot_do_is_a_refusal() -> None:
+    class Lacking(TorchDecode):
+        def plan(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("no kernel for heads of 80")
+
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
+    for tried in (RegionDecode.tried, try_kept):
+        with pytest.raises(UnsupportedError, match="does not run here: RuntimeError: no kernel for heads of 80"):
+            tried(Decodes(Lacking), **shape, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_without_flashinfer_a_gpu_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UnsupportedError, match="FlashInfer is not installed") as refused:
+        decodes_on(torch.device("cuda"), torch.bfloat16, 4)
+    assert "by: kernel" in str(refused.value)
+
+
+def test_a_decode_is_not_planned_again_while_its_plan_is_still_being_copied() -> None:
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+    decodes = Decodes(TorchDecode)
+    four = lists_of(torch.arange(4), np.array([0]), np.array([4]))
+    q, pool = torch.zeros(1, HEADS, DIM), torch.zeros(8, 1, KV_HEADS, DIM)
+    first = four.planned(decodes, q, pool, 1.0)
+    event = Event()
+    decodes._planned[0] = (event, first)
+    assert four.planned(decodes, q, pool, 1.0) is not first
+    event.done = True
+    assert four.planned(decodes, q, pool, 1.0) is first
+    assert len(decodes._planned) == 2
+
+
+def test_what_is_given_to_flashinfer_fits_its_own_signatures() -> None:
+    flashinfer = pytest.importorskip("flashinfer")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    given: dict[str, Any] = {}
+
+    class Noted(TorchDecode):
+        def plan(self, *args: Any, **options: Any) -> None:
+            given["plan"] = inspect.signature(wrapper._plan_impl).bind(self, *args, **options).arguments
+            inspect.signature(wrapper.plan).bind(self, *args, **options)
+            super().plan(*args, **options)
+
+        def run(self, *args: Any, **options: Any) -> Any:
+            inspect.signature(wrapper.run).bind(self, *args, **options)
+            return super().run(*args, **options)
+
+    inspect.signature(wrapper.__init__).bind(None, None, "NHD", backend="fa2", use_tensor_cores=True)
+    log_base(Decodes(Noted), made(SLOTS, KV_HEADS, DIM), HEADS, torch.float32)
+    assert (given["plan"]["page_size"], given["plan"]["num_kv_heads"]) == (1, KV_HEADS)
+    assert {given["plan"][name].device.type for name in ("indptr", "last_page_len")} == {"cpu"}
 
 
 def test_kept_sets_per_kv_head_attend_as_the_reference_platform_does() -> None:
@@ -108,10 +195,10 @@ def test_kept_sets_per_kv_head_attend_as_the_reference_platform_does() -> None:
             after = np.array(ends) - np.array(cache)
             lists = kept_lists(slots.entry[layer], counts, slots.width, after)
             assert lists.indptr.diff().tolist() == (counts + after[:, None]).ravel().tolist()
-            found = attend_by_lists(PagedDecode(), q, k_pool, v_pool, lists, SCALING)
+            found = attend_by_lists(with_base(), q, k_pool, v_pool, lists, SCALING)
             true = attend_one_query(q, *entries.of_layer(layer, k_pool, v_pool), SCALING)
             torch.testing.assert_close(found, true, atol=1e-6, rtol=1e-5)
             if step == 1 and layer == 1:  # another head's entries are another answer
                 other = kept_lists(slots.entry[layer].flip(1), counts[:, ::-1].copy(), slots.width, after)
-                wrong = attend_by_lists(PagedDecode(), q, k_pool, v_pool, other, SCALING)
+                wrong = attend_by_lists(with_base(), q, k_pool, v_pool, other, SCALING)
                 assert float((wrong - true).abs().max()) > 0.1

@@ -61,6 +61,30 @@ def test_without_a_certificate_the_engine_is_refused_and_the_command_is_named() 
     assert '{"attention_backend": "triton"}' in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("backend", "named"),
+    [
+        ("flashinfer", '"attention_backend": "flashinfer"'),
+        ("fa3", '"attention_backend": "fa3"'),
+        ("fa3 (prefill), flashinfer (decode)", '"decode_attention_backend": "flashinfer"'),
+    ],
+)
+def test_a_certificate_is_of_one_attention_backend(backend: str, named: str) -> None:
+    """Rows, telemetry by either way, interventions and kept sets: each refusal names the command."""
+    there = {**RESOLVED, "attention_backend": backend}
+    prove()  # of Triton
+    for asked in ({}, {"telemetry": {}}, {"telemetry": {"by": "lists"}}, {"hook_points": [], "asks": ["evict"]}):
+        with pytest.raises(UnsupportedError, match="no certificate covers it") as refused:
+            ask(resolved=there, **asked)
+        assert named in str(refused.value)
+        assert ("--kept-sets" in str(refused.value)) == ("asks" in asked)
+    made = prove(attention_backend=backend)
+    assert made["subject"]["attention_backend"] == backend
+    assert ask(resolved=there) is not None
+    with pytest.raises(UnsupportedError, match="it is not of kept sets"):
+        ask(resolved=there, asks=["evict"])
+
+
 def test_the_certificate_is_cited_by_its_hash() -> None:
     made = prove()
     found = ask()

@@ -25,6 +25,7 @@ from tests.engine.hooks.test_replay import LAYERS, LlamaForCausalLM, expected
 from tests.engine.made_session import make_session
 
 OPTIONS = TelemetryConfig(every=2, sinks=1, window=2, top_k=3)
+BY_LISTS = TelemetryConfig.model_validate({"every": 2, "sinks": 1, "window": 2, "by": "lists"})
 POOL = torch.randn(2, 40, 1, WIDTH, generator=torch.Generator().manual_seed(0))
 TABLE = torch.randperm(40, generator=torch.Generator().manual_seed(1)).view(4, 10).int()
 
@@ -39,7 +40,7 @@ class Engine:
         self.model = LlamaForCausalLM()
         for i, layer in enumerate(self.model.model.layers):
             core = layer.self_attn.attn
-            core.tp_q_head_num, core.layer_id, core.scaling = 1, i, 0.3
+            core.tp_q_head_num, core.tp_k_head_num, core.layer_id, core.scaling = 1, 1, i, 0.3
             core.logit_cap, core.sliding_window_size = 0, -1
         self.capturing = False
         self.runner = SimpleNamespace(
@@ -48,11 +49,11 @@ class Engine:
             token_to_kv_pool=SimpleNamespace(get_key_buffer=lambda i: POOL[i]),
         )
 
-    def install(self) -> AcceleratorTelemetry:
+    def install(self, options: TelemetryConfig = OPTIONS) -> AcceleratorTelemetry:
         def make_taps(columns: dict) -> GraphTaps:
             return GraphTaps(columns, capacity=8, device="cpu", recording=lambda: self.capturing)
 
-        found = AcceleratorTelemetry(self.model.model.layers, OPTIONS, make_taps, torch.float32)
+        found = AcceleratorTelemetry(self.model.model.layers, options, make_taps, torch.float32)
         instrument = self.session.of(AttentionTelemetry)
         assert instrument is not None
         instrument.measurements = found
@@ -103,8 +104,9 @@ def _arrived(plan: ForwardPlan) -> Any:
     return way.finish()
 
 
-def test_a_replay_gives_the_numbers_of_its_own_queries(engine: Engine) -> None:
-    engine.install()
+@pytest.mark.parametrize("options", [OPTIONS, BY_LISTS], ids=["kernel", "lists"])
+def test_a_replay_gives_the_numbers_of_its_own_queries(options: TelemetryConfig, engine: Engine) -> None:
+    engine.install(options)
     graph = engine.capture()
     accelerator.check_captured(None, None, None, 8)
     assert engine.session.fault is None
@@ -132,8 +134,10 @@ def test_a_replay_gives_the_numbers_of_its_own_queries(engine: Engine) -> None:
             )
             torch.testing.assert_close(torch.from_numpy(found.numbers["support"][i]), want.entropy().exp())
             torch.testing.assert_close(torch.from_numpy(found.numbers["mass_sinks"][i]), want.mass()[..., 0])
-            assert found.top_positions[i].tolist() == want.top_positions.tolist()
-            torch.testing.assert_close(torch.from_numpy(eager.top_weights[i]), want.top_weights)
+            torch.testing.assert_close(torch.from_numpy(eager.numbers["mass_sinks"][i]), want.mass()[..., 0])
+            if options.by == "kernel":
+                assert found.top_positions[i].tolist() == want.top_positions.tolist()
+                torch.testing.assert_close(torch.from_numpy(eager.top_weights[i]), want.top_weights)
 
 
 def test_steps_that_are_not_measured_cost_nothing_outside_the_graph(engine: Engine) -> None:

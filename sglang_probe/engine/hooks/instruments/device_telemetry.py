@@ -18,6 +18,8 @@ import torch
 from sglang_probe.engine.capture.attention_summary import AttentionSummary
 from sglang_probe.engine.capture.device_telemetry import DeviceTelemetry, Prepared, TelemetryOnTheWay
 from sglang_probe.engine.capture.graph_taps import GraphTaps
+from sglang_probe.engine.capture.paged_decode import decodes_on
+from sglang_probe.engine.capture.slot_lists import RegionDecode
 from sglang_probe.engine.capture.telemetry import Measured
 from sglang_probe.engine.hooks import guard
 from sglang_probe.engine.hooks.instruments.host_telemetry import AskedTelemetry, check_keys, first_rows
@@ -35,7 +37,8 @@ class AcceleratorTelemetry(AskedTelemetry):
         make_taps: makes graph taps of these columns, on the model's device.
 
     Raises (on construction):
-        ConfigError: a layer does not exist. UnsupportedError: its attention is not a softmax over all keys.
+        ConfigError: a layer does not exist. UnsupportedError: its attention is not a softmax over all keys, or what
+            `by: lists` needs is not there or not right.
     """
 
     def __init__(
@@ -51,18 +54,19 @@ class AcceleratorTelemetry(AskedTelemetry):
         self.taps = make_taps({name: (width, dtype) for name, width in zip(self._names, widths, strict=True)})
         for name, core in zip(self._names, self._cores, strict=True):
             core.register_forward_pre_hook(self._query_hook(name))
+        device = self.taps.buffer.device
+        self._summarise = _by_lists(self._cores[0], dtype, device) if config.by == "lists" else _by_kernel(device)
         self.restart()
 
     def restart(self) -> None:
         super().restart()
-        device = self.taps.buffer.device
         self._prepared: Prepared | None = None
         self._telemetry = DeviceTelemetry(
             self.layers,
             self._config.options(),
             heads=self._cores[0].tp_q_head_num,
-            device=device,
-            summarise=_summarise(device),
+            device=self.taps.buffer.device,
+            summarise=self._summarise,
         )
 
     def prepare(self, runner: Any, forward_batch: Any, plan: ForwardPlan) -> None:
@@ -116,7 +120,14 @@ class AcceleratorTelemetry(AskedTelemetry):
         return write_query
 
 
-def _summarise(device: torch.device) -> Callable[..., AttentionSummary]:
+def _by_lists(core: Any, dtype: torch.dtype, device: torch.device) -> RegionDecode:
+    heads, kv_heads = core.tp_q_head_num, core.tp_k_head_num
+    decodes = decodes_on(device, dtype, heads // kv_heads)
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": core.head_dim}
+    return RegionDecode.tried(decodes, **shape, dtype=dtype, device=device)
+
+
+def _by_kernel(device: torch.device) -> Callable[..., AttentionSummary]:
     if device.type == "cuda":
         from sglang_probe.engine.capture.attention_kernel import attention_summary
     else:

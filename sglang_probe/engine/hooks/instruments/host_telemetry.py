@@ -41,7 +41,7 @@ class AskedTelemetry:
         for i in self.layers:
             check_attention(layers[i].self_attn, i)
             core = layers[i].self_attn.attn
-            _check_softmax(core, i)
+            check_softmax(core, i, "telemetry")
             self._cores.append(core)
         self._system: dict[str, Sequence[Sequence[int]]] = {}
         self._steps: Steps | None = None
@@ -171,8 +171,13 @@ def check_keys(keys: torch.Tensor) -> torch.Tensor:
     return keys
 
 
-def _check_softmax(core: Any, layer: int) -> None:
+def check_softmax(core: Any, layer: int, of: str) -> None:
+    """Refuse attention that is not a softmax over all keys.
+
+    Raises:
+        UnsupportedError: names layer and what it has, and `of` what.
+    """
     window = core.sliding_window_size
     if core.logit_cap or (window is not None and window > -1):
         what = f"soft-capped logits ({core.logit_cap})" if core.logit_cap else f"a sliding window ({window})"
-        raise UnsupportedError(f"telemetry of layer {layer}, which has {what}", fix="leave the layer out")
+        raise UnsupportedError(f"{of} of layer {layer}, which has {what}", fix="leave it out")

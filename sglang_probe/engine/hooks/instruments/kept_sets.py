@@ -2,7 +2,8 @@
 
 Past its first `n` positions such a request's entries are computed from a compressed cache and are no other request's to
 reuse, so it publishes nothing; nor may it reuse those that another request computed from a full cache, so its match
-ends at `n`. The attention itself is `engine/platform/attention.py`.
+ends at `n`. The attention itself is `engine/platform/attention.py` on the reference platform, and `kept_lists.py` with
+any other backend on an accelerator.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
-from sglang_probe.engine.hooks.instruments.base import Instrument
+from sglang_probe.engine.hooks import guard
+from sglang_probe.engine.hooks.instruments.accelerator import check_model
+from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.platform import kept_rows
+from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.engine.releases.base import Hook, Release
@@ -22,8 +26,11 @@ from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
+    from sglang_probe.engine.hooks.instruments.kept_lists import KeptByLists
     from sglang_probe.engine.ledger.facts import ForwardPlan
     from sglang_probe.kept_set import KeptFile
+
+GRAPHS = "nothing attends to kept sets in a replayed graph, and this engine has graphs"
 
 _UNPACKED = 1024
 """Kept sets held unpacked: more than a batch has requests."""
@@ -35,7 +42,15 @@ class KeptSets(Instrument):
     name = "kept sets"
     field = "evict"
     features = ("bypass", "eviction")
+    in_model = True
     sets: SetsOfRecording | None = None
+    lists: KeptByLists | None = None
+    """Set once the model is loaded, where another backend than the reference platform's attends."""
+
+    @classmethod
+    def needs(cls, config: EngineProbeConfig) -> Sequence[str]:
+        in_graphs = config.simulated_graphs or accelerator_present()
+        return [*cls.features, *(("rows", "attention rows", "telemetry") if in_graphs else ())]
 
     @classmethod
     def hooks(cls, release: Release) -> list[Hook]:
@@ -44,7 +59,22 @@ class KeptSets(Instrument):
     def open(self, config: EngineProbeConfig, scheduler: Any) -> None:
         super().open(config, scheduler)
         kept_rows.at_hand = ()
-        self.sets = None if config.kept is None else open_sets(scheduler, config.kept)
+        self.sets = None if config.kept is None else open_sets(scheduler, config.kept, by_lists=self.lists is not None)
+
+    def attach(self, runner: Any) -> None:
+        if guard.active().in_graphs and backends_of(runner.server_args) != {PROBE_TORCH}:
+            from sglang_probe.engine.hooks.instruments.kept_lists import KeptByLists
+
+            check_model(runner, self.config)
+            self.lists = KeptByLists(runner)
+
+    def before(self, forward: Forward) -> None:
+        if self.lists is not None:
+            self.lists.before(forward, kept_rows.at_hand)
+
+    def after(self, forward: Forward) -> None:
+        if self.lists is not None:
+            self.lists.after(forward)
 
     def admit(self, ask: Ask, req: Any) -> None:
         if ask.evict is None:
@@ -67,6 +97,8 @@ class KeptSets(Instrument):
 
     def drop(self) -> None:
         kept_rows.at_hand = ()
+        if self.lists is not None:
+            self.lists.drop()
 
 
 class SetsOfRecording:
@@ -95,8 +127,17 @@ class SetsOfRecording:
         return None
 
 
-def open_sets(scheduler: Any, path: Path) -> SetsOfRecording:
+def backends_of(server_args: Any) -> set[str]:
+    """Attention backends that were asked for."""
+    asked = {getattr(server_args, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")}
+    return asked - {None}
+
+
+def open_sets(scheduler: Any, path: Path, *, by_lists: bool) -> SetsOfRecording:
     """The kept sets that a recording names.
+
+    Args:
+        by_lists: whether queries past their cache are answered by lists, so that the backend may be any.
 
     Raises:
         ProbeError: as `SetsOfRecording`. UnsupportedError: the engine does not attend as a kept set needs.
@@ -104,12 +145,14 @@ def open_sets(scheduler: Any, path: Path) -> SetsOfRecording:
     from sglang_probe.kept_set import KeptFile
 
     server, model = scheduler.server_args, scheduler.model_config
-    backends = {getattr(server, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")} - {None}
-    if backends != {PROBE_TORCH}:
+    backends = backends_of(server)
+    if not by_lists and backends != {PROBE_TORCH}:
         raise UnsupportedError(
             f"kept sets need the attention backend `{PROBE_TORCH}`; this engine has {sorted(backends)}",
             fix=f"set `server: {{attention_backend: {PROBE_TORCH}}}` on a machine without an accelerator",
         )
+    if by_lists and scheduler.tp_worker.model_runner.device != "cpu" and not server.disable_cuda_graph:
+        raise UnsupportedError(GRAPHS, fix="set `server: {disable_cuda_graph: true}`")
     if server.tp_size != 1:
         raise UnsupportedError("under tensor parallelism each rank has a share of the kv heads", fix="set `tp_size: 1`")
     return SetsOfRecording(KeptFile(path), layers=model.num_hidden_layers, kv_heads=model.get_num_kv_heads(1))

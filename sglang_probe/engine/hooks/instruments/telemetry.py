@@ -17,6 +17,7 @@ from sglang_probe.engine.hooks.instruments.accelerator import check_model, check
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.hooks.instruments.device_telemetry import AcceleratorTelemetry
 from sglang_probe.engine.hooks.instruments.host_telemetry import EngineTelemetry
+from sglang_probe.run.telemetry_options import check_lists
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
@@ -44,6 +45,7 @@ class AttentionTelemetry(Instrument):
     def attach(self, runner: Any) -> None:
         check_model(runner, self.config)
         assert self.config.telemetry is not None
+        check_lists(self.config.telemetry, in_graphs=guard.active().in_graphs)
         asked = runner.model.model.layers, self.config.telemetry
         self.measurements = (
             AcceleratorTelemetry(*asked, functools.partial(make_taps, runner), runner.dtype)
