@@ -172,7 +172,7 @@ class _Recording:
             assert not isinstance(engine, Replicas)
             answers = self.serving(engine)
         else:
-            answers = engine.serve_groups(todo, concurrency)
+            answers = engine.serve_groups(todo, concurrency, order=self.job.order)
         began, ended = time.perf_counter(), set()
         async for answer in answers:
             self._note_restarts(engine, time.perf_counter() - began)
