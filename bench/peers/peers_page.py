@@ -80,9 +80,9 @@ times as many with 80 % shared.
 * **nnsight**: one `trace` per batch over the model without its head, ended at the last layer asked.
 * **interp-engine**: the eager backend, the one that runs without CUDA; `capture` of a batch, with attention `sdpa` in
   place of its default. Its vLLM backends, which are its fast ones, were not run.
-* **sglang-probe**: `Experiment.record`, which is what `sglang-probe harvest` runs, with its defaults (16 requests in
-  flight, `order: families`) and one output token. Its time includes checking the requests, ledger, journal, hashes, `fsync` and closing
-  the run directory; the others write safetensors files and no more.
+* **sglang-probe**: `Experiment.record`, which is what `sglang-probe harvest` runs, with the defaults of that command
+  (16 requests in flight, `order: families`) and one output token. Its time includes checking the requests, ledger,
+  journal, hashes, `fsync` and closing the run directory; the others write safetensors files and no more.
 
 The peers could reuse a shared prefix too, with `past_key_values` and code by the user that knows which prompts share
 what. None of them does it by itself, and no such code was written for them.
@@ -153,10 +153,10 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
             for name in (n for n in OURS if n != MINE and n in found["chosen"]):
                 other = ratios(found, workload, name, base)
-                yield f"  With {name.partition(', ')[2]}: {_told(other)} of {base}, by which it is **{_outcome(other, goal)}**."
+                yield f"  With {name.partition(', ')[2]}: {_told(other)} of {base}: **{_outcome(other, goal)}**."
     yield (
-        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Where other work ran on "
-        "the machine (each section says so), trust the ratio per CPU second: the other depends on which of a tool's "
+        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Where other work ran "
+        "on the machine (each section says so), trust the ratio per CPU second: the other depends on which of a tool's "
         "processes got a core."
     )
 

@@ -155,7 +155,7 @@ class HarvestConfig(WorkloadRecording):
     """One run."""
 
     order: Order = "families"
-    """As for every recording; but one that is compared with no other computes what its requests share once."""
+    """As in every recording, with another default: what the requests of one run share is computed once."""
     name: FolderName | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
