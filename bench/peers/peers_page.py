@@ -240,7 +240,7 @@ def _section(found: Mapping[str, Any]) -> Iterator[str]:
 def _beside(found: Mapping[str, Any]) -> str:
     """What else the machine did."""
     if found.get("quiet"):
-        return "nothing else computed on the machine"
+        return f"no other engine or training ran beside it, load average {found['load'][0]} in the last minute"
     return f"other work ran beside it, load average {found['load'][0]} in the last minute"
 
 

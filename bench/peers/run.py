@@ -51,7 +51,7 @@ def main() -> None:
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="settings of sglang-probe")
-    parser.add_argument("--quiet", action="store_true", help="nothing else computes on this machine: the page says so")
+    parser.add_argument("--quiet", action="store_true", help="no other engine or training runs here: the page says so")
     parser.add_argument("--environments", type=Path, default=ROOT / ".cache" / "peers")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence" / "peers.md")
     given = parser.parse_args()
