@@ -76,6 +76,8 @@ def harvest(
     with directory.hold_directory(path):
         directory.settle(path)
         manifest = manifest_of(job, path)
+        if serving is not None:
+            manifest["order"] = None  # that one's own
         if resume and (run := directory.complete_run(path, manifest)) is not None:
             return run
         probe = probe_config(job, path, job.asks | asks)
