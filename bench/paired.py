@@ -9,7 +9,6 @@ begins with an empty cache.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from stopped import end_with_parent, signal_all
 
 from sglang_probe.paths import shipped
 
@@ -37,7 +37,6 @@ CHECKPOINT_SECONDS = 2
 """Shorter than a pass, so that what is timed includes writing to disk."""
 WARM = 8
 """Tokens of an output of the pass before each measurement, after the engine was stopped."""
-_PR_SET_PDEATHSIG = 1
 SUFFIX = 3001
 """Token id that ends the prompts of kind `marked`, and is in no other prompt."""
 
@@ -126,9 +125,7 @@ class Paired:
         raise SystemExit(f"the engine `{name}` ended:\n{log[-4000:]}")
 
     def _signal(self, name: str, number: signal.Signals) -> None:
-        child = psutil.Process(self._children[name].pid)
-        for process in (child, *child.children(recursive=True)):
-            process.send_signal(number)
+        signal_all(self._children[name].pid, number)
 
 
 def rounds_of(
@@ -191,8 +188,7 @@ def _serve(probe: dict[str, Any] | None, server: dict[str, Any]) -> None:
     from sglang_probe.engine.platform.environment import prepare_this_process
 
     prepare_this_process()
-    # A stopped process does not notice that its parent has ended; SGLang's own follow their parent alike.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if probe == STOCK:
         os.environ["SGLANG_PLUGINS"] = "sglang_probe_cpu"
     elif probe is not None:

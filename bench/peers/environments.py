@@ -24,7 +24,7 @@ class Peer:
     threads: tuple[int, ...] = (1, 2)
 
 
-OURS = {"sglang-probe": None}
+OURS = {"sglang-probe": None, "sglang-probe, 2 threads": 2}
 """By name, the `OMP_NUM_THREADS` that it is started with; None: it chooses one thread, as it does for every user."""
 PEERS = (
     Peer("transformers, hooks", "hooks.py", ("transformers",)),

@@ -28,7 +28,13 @@ def main() -> None:
     sampling = {"max_new_tokens": 1, "temperature": 0.0}
     # All of them, because the size of the KV pool is settled when the engine starts.
     every = [ids for path in given["prompts"] for ids in json.loads(Path(path).read_text())]
-    options: Any = {"dtype": "float32", "hook_points": points, "sampling": sampling, **given.get("options", {})}
+    options: Any = {
+        "dtype": "float32",
+        "hook_points": points,
+        "sampling": sampling,
+        "order": "families",
+        **given.get("options", {}),
+    }
     with Experiment(model=given["model"], prompts=every, **options) as experiment:
         with tempfile.TemporaryDirectory(dir=given["scratch"]) as folder:
             experiment.record(Path(folder) / "first", requests=experiment.requests[:1])

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 from child import MARK
 
+sys.path.append(str(Path(__file__).parents[1]))
+from stopped import end_with_parent, signal_all
+
 HERE = Path(__file__).parent
-_PR_SET_PDEATHSIG = 1
-
-
-def _follow_the_driver() -> None:
-    """A stopped process does not notice that its parent has ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Running:
@@ -50,7 +46,7 @@ class Running:
                 env=env,
                 cwd=log.parent,
                 start_new_session=True,
-                preexec_fn=_follow_the_driver,
+                preexec_fn=end_with_parent,
             )
         self.loaded = self._answer()
         self._signal(signal.SIGSTOP)
@@ -87,6 +83,4 @@ class Running:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._child.poll() is None:
-            child = psutil.Process(self._child.pid)
-            for process in (child, *child.children(recursive=True)):
-                process.send_signal(number)
+            signal_all(self._child.pid, number)

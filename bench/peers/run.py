@@ -51,6 +51,7 @@ def main() -> None:
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="settings of sglang-probe")
+    parser.add_argument("--quiet", action="store_true", help="no other engine or training runs here: the page says so")
     parser.add_argument("--environments", type=Path, default=ROOT / ".cache" / "peers")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence" / "peers.md")
     given = parser.parse_args()
@@ -86,6 +87,7 @@ def measure(given: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]
                 "model": given.name or Path(given.model).name,
                 "machine": machine(),
                 "load": [round(x, 1) for x in os.getloadavg()],
+                "quiet": given.quiet,
                 "layers": given.layers,
                 "prompts": given.prompts,
                 "length": given.length,

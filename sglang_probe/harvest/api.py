@@ -16,7 +16,7 @@ from typing import Any
 from sglang_probe.ask import Ask
 from sglang_probe.config import parse_config
 from sglang_probe.errors import ConfigError
-from sglang_probe.harvest.config import Recording, WorkloadRecording
+from sglang_probe.harvest.config import HarvestConfig, Recording, WorkloadRecording
 from sglang_probe.harvest.experiment import RunSpec, record_job
 from sglang_probe.harvest.experiment import record as record_specs
 from sglang_probe.harvest.host import EngineHost
@@ -56,7 +56,7 @@ class Experiment:
             without them it is started again when a run needs more.
         reporter: told of the progress, e.g. `sglang_probe.harvest.progress.Terminal`.
         options: everything else that a YAML may say of a recording: `dtype`, `sampling`, `rows`, `telemetry`, `server`,
-            `concurrency`, `checkpoint_seconds`, `certificate`.
+            `concurrency`, `order`, `checkpoint_seconds`, `certificate`.
 
     Raises:
         ProbeError: a child of it for every kind of bad input; nothing was started then.
@@ -216,13 +216,14 @@ def record(
 ) -> Run:
     """Start an engine, serve the requests, and write the run directory `output`.
 
-    Args: as `Experiment` and `Experiment.record`.
+    Args: as `Experiment` and `Experiment.record`; `order` is `families`, as that of `sglang-probe harvest`.
 
     Raises:
         ProbeError: as these.
     """
     arms = {} if arm is None else {"arm": arm}
     sources: Any = {"workload": workload, "prompts": prompts, "requests": requests}
+    options.setdefault("order", HarvestConfig.model_fields["order"].default)
     with Experiment(
         model=model, arms=arms, hook_points=hook_points, reporter=reporter, **sources, **options
     ) as experiment:

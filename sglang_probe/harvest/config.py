@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from sglang_probe.config import Config, FolderName, InputPath, beside
 from sglang_probe.errors import ConfigError
+from sglang_probe.harvest.families import Order
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
 from sglang_probe.privacy.rule import Withhold
@@ -56,6 +57,10 @@ class Recording(Config):
     """SGLang server arguments, e.g. `chunked_prefill_size: 256`."""
     concurrency: int = Field(default=16, ge=1)
     """Requests in flight at once, in each replica."""
+    order: Order = "as_given"
+    """`as_given`: requests are sent in their order. `families`: one that begins like an earlier one, for 32 tokens or
+    more, is not sent before that one's prompt is computed, so that the prefix cache has it, and others are sent
+    meanwhile. Without effect where nothing is reused, or `partners` are served in groups."""
     replicas: int = Field(default=1, ge=1)
     """Engines that make the recording together, each with a cache of its own; several need Ray
     (`sglang-probe[ray]`). Requests that begin alike stay together."""
@@ -149,6 +154,8 @@ def _skipping(workload: WorkloadConfig) -> WorkloadConfig:
 class HarvestConfig(WorkloadRecording):
     """One run."""
 
+    order: Order = "families"
+    """As in every recording, with another default: what the requests of one run share is computed once."""
     name: FolderName | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()

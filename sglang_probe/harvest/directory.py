@@ -65,6 +65,7 @@ CONFIGURATION = (
     "steer",
     "scores",
     "submission_order",
+    "order",
     "policy",
     "versions",
     "platform",
@@ -74,7 +75,7 @@ CONFIGURATION = (
 _SINCE_SCHEMA_4 = frozenset({"forced_digest", "kept_digest"})
 """Keys that older manifests do not have: of those runs this much is unknown, and taken on trust."""
 
-_NOT_IN_ALL = frozenset({"platform", "steer", "scores"})
+_NOT_IN_ALL = frozenset({"platform", "steer", "scores", "order"})
 """Keys that manifests of this schema may lack; taken on trust as well."""
 
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import typing
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from sglang_probe.engine.platform.environment import accelerator_present, bind_c
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.death import RESUME, Children, EngineDied
-from sglang_probe.harvest.in_flight import LOOK_SECONDS, Answer, Asked, InFlight, Refusal, RequestRefused
+from sglang_probe.harvest.families import Order, turns_by_families
+from sglang_probe.harvest.in_flight import LOOK_SECONDS, Answer, Asked, InFlight, Refusal, RequestRefused, Turn
 from sglang_probe.harvest.signals import EngineSignals
 
 PROBE_FILE = "probe.yaml"
@@ -31,7 +32,8 @@ def default_server_args() -> dict[str, Any]:
     """Arguments that a user would otherwise have to know on a machine without an accelerator."""
     if accelerator_present():
         return {}
-    return {"device": "cpu", **cpu_defaults()}
+    # A scheduler without requests spins otherwise, on a core that other processes of the harvest could use.
+    return {"device": "cpu", "sleep_on_idle": True, **cpu_defaults()}
 
 
 def server_argument_names() -> set[str]:
@@ -232,17 +234,34 @@ class ProbedEngine:
         """Run a coroutine on the engine's event loop."""
         return self._engine.loop.run_until_complete(main)
 
-    async def generate(self, rid: str, prompt_ids: Sequence[int], sampling_params: dict[str, Any]) -> Answer:
+    async def generate(
+        self,
+        rid: str,
+        prompt_ids: Sequence[int],
+        sampling_params: dict[str, Any],
+        begun: Callable[[], None] | None = None,
+    ) -> Answer:
         """Serve one request and wait for its end.
+
+        Args:
+            begun: called when its first token came, if it can be told before its end.
 
         Raises:
             RequestRefused: SGLang refuses it, in whatever way. EngineDied: the engine ended.
         """
+        # Where tokens come alone, and not with those before them, nobody puts them together here.
+        stream = begun is not None and not self._server.get("incremental_streaming_output")
         self._in_flight[rid] = None
         try:
             out = await self._engine.async_generate(
-                input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=False
+                input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=stream
             )
+            if begun is not None and stream:
+                answers, out = out, None
+                async for told in answers:
+                    if out is None:
+                        begun()
+                    out = told
         except Exception as e:
             # The check of a value, the template, the queue and the scheduler each have an exception of their own; what
             # they have in common is that they end this request alone, as long as the engine lives.
@@ -280,14 +299,19 @@ class ProbedEngine:
 
         await self.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
 
-    async def serve(self, requests: Sequence[Asked], concurrency: int) -> AsyncIterator[Answer | Refusal]:
+    async def serve(
+        self, requests: Sequence[Asked], concurrency: int, turns: Mapping[str, Turn] | None = None
+    ) -> AsyncIterator[Answer | Refusal]:
         """Serve requests in order with at most `concurrency` in flight; answers come as they finish.
+
+        Args:
+            turns: by a request's own id; those that have one are sent by it.
 
         Raises:
             EngineDied: the engine ended. ProbeError: the recording stopped; nothing more is served.
         """
         requests_in_flight = InFlight(self)
-        requests_in_flight.add(requests)
+        requests_in_flight.add(requests, turns)
         try:
             while requests_in_flight:
                 for answer in await requests_in_flight.answered(concurrency):
@@ -318,15 +342,18 @@ class ProbedEngine:
         return fault_of(self._probe.run, replica) or fault_of(Path(self._folder.name), replica)
 
     async def serve_groups(
-        self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None
+        self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None, *, order: Order = "as_given"
     ) -> AsyncIterator[Answer | Refusal]:
         """Serve groups of requests one after the other, as `serve`.
 
         Args:
             concurrency: at most so many of a group in flight; None: all of them.
+            order: of the requests of each group.
         """
+        page_size = int(self._server.get("page_size") or 1)
         for group in groups:
-            async for answer in self.serve(group, concurrency or len(group)):
+            turns = turns_by_families(group, page_size=page_size) if order == "families" else None
+            async for answer in self.serve(group, concurrency or len(group), turns):
                 yield answer
 
     def close_recording(self, timeout: float = 120) -> None:

@@ -12,13 +12,23 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
+from sglang_probe.ask import Ask
 from sglang_probe.harvest.in_flight import Asked, Turn
 from sglang_probe.harvest.pool import shared_length
 from sglang_probe.workload.build import new_tokens
 from sglang_probe.workload.request import asked_rid
+
+Order = Literal["as_given", "families"]
+"""How the requests of a recording are sent: in their order, or so that what they share is computed once."""
+
+WORTH_WAITING_FOR = 32
+"""Tokens that requests share, at least, for one to wait for the other. SGLang's own scheduler lets a request wait for
+another of its queue from as many on (`IN_BATCH_PREFIX_CACHING_DEPRIORITIZE_THRESHOLD`), if its policy is `lpm`; but it
+knows those alone that are in flight, and takes both into one batch where there is room."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,63 @@ def turns_of(requests: Sequence[Asked], families: Sequence[Family], concurrency:
                 last += 1
             turns[name] = Turn(numbers[name], names[last] if last >= 0 else None)
     return turns
+
+
+def turns_by_families(requests: Sequence[Asked], *, page_size: int) -> dict[str, Turn]:
+    """By a request's own id: not before the prompt was computed of the first one that begins with all that it shares
+    with any earlier one. Whatever can be sent is sent in the given order, so that a cache that is smaller than the
+    workload holds what is needed next.
+
+    A request that says itself how it uses the cache, or rotates positions of its own, waits for nobody and is waited
+    for by nobody. Those that are steered alike share with each other.
+
+    Args:
+        requests: in the order in which they are to be served.
+        page_size: tokens are shared in whole pages.
+    """
+    turns = {asked_rid(rid): Turn(i) for i, (rid, _, _) in enumerate(requests)}
+    spaces: dict[str, list[int]] = {}
+    for i, (_, _, sampling) in enumerate(requests):
+        ask = Ask.of(sampling)
+        if ask.cache is None and ask.positions is None:
+            spaces.setdefault(repr(ask.steer), []).append(i)
+    for numbers in spaces.values():
+        owners = _owners([tuple(requests[i][1]) for i in numbers], page_size)
+        for i, owner in zip(numbers, owners, strict=True):
+            if owner is not None:
+                after = asked_rid(requests[numbers[owner]][0])
+                turns[asked_rid(requests[i][0])] = Turn(i, after, begun=True)
+    return turns
+
+
+def _owners(prompts: Sequence[tuple[int, ...]], page_size: int) -> list[int | None]:
+    """Of each prompt, the first one that begins with all that it shares with any before it; None: that is too little.
+
+    In sorted order, the nearest earlier prompt to the left or to the right shares most with it. Prompts are taken out
+    of that order from the last one on, so that all that are left are earlier ones.
+    """
+    n = len(prompts)
+    order = sorted(range(n), key=prompts.__getitem__)
+    left, right = [-1] * n, [-1] * n
+    with_right = [0] * n  # tokens that a prompt shares with the one to its right
+    for a, b in pairwise(order):
+        left[b], right[a] = a, b
+        with_right[a] = shared_length(prompts[a], prompts[b]) // page_size * page_size
+    nearest: list[tuple[int, int]] = [(0, -1)] * n
+    for i in reversed(range(n)):
+        a, b = left[i], right[i]
+        to_left, to_right = with_right[a] if a >= 0 else 0, with_right[i]
+        nearest[i] = (to_left, a) if to_left >= to_right else (to_right, b)
+        if a >= 0:
+            right[a], with_right[a] = b, min(to_left, to_right)
+        if b >= 0:
+            left[b] = a
+    owners: list[int | None] = []
+    for shared, owner in nearest:
+        while owner >= 0 and nearest[owner][0] >= shared > 0:  # all that is shared was another one's before
+            owner = nearest[owner][1]
+        owners.append(owner if shared >= WORTH_WAITING_FOR else None)
+    return owners
 
 
 def ready(requests: Collection[str], turns: Mapping[str, Turn]) -> list[str]:

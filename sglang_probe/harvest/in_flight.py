@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ class Turn:
     """Before all of a higher number that could be sent too."""
     after: str | None = None
     """Not before this one, by its own id, was answered by the same engine, if that engine has it."""
+    begun: bool = False
+    """Its first token is enough: its prompt is in the prefix cache then."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ class RequestRefused(ProbeError):
 class Generates(Protocol):
     """What is needed of an engine (`harvest/engine.py`)."""
 
-    async def generate(self, rid: str, prompt_ids: Sequence[int], sampling_params: dict[str, Any]) -> Answer: ...
+    async def generate(
+        self,
+        rid: str,
+        prompt_ids: Sequence[int],
+        sampling_params: dict[str, Any],
+        begun: Callable[[], None] | None = None,
+    ) -> Answer: ...
 
     def look(self) -> None: ...
 
@@ -70,7 +79,9 @@ class InFlight:
         self._waiting: list[tuple[int, int, Asked]] = []
         """A heap of what can be sent: number of its turn, how many were added before it, request."""
         self._followers: dict[str, list[tuple[int, int, Asked]]] = {}
-        """By the own id of a request that was not answered: those that wait for its answer."""
+        """By the own id of a request that was not answered: those that wait for it."""
+        self._watched: set[str] = set()
+        """Own ids of those of which a first token is waited for."""
         self._running: dict[asyncio.Task[Answer], str] = {}
         self._added = 0
         self._left = 0
@@ -98,6 +109,8 @@ class InFlight:
             self._followers[name] = []
             if turn.after in self._followers:
                 self._followers[turn.after].append(entry)
+                if turn.begun:
+                    self._watched.add(turn.after)
             else:
                 heapq.heappush(self._waiting, entry)
 
@@ -112,8 +125,7 @@ class InFlight:
             done, _ = await asyncio.wait(self._running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 self._left -= 1
-                for entry in self._followers.pop(self._running.pop(task), []):
-                    heapq.heappush(self._waiting, entry)
+                self._release(self._running.pop(task))
         else:
             done = set()
             await asyncio.sleep(LOOK_SECONDS)
@@ -131,7 +143,20 @@ class InFlight:
     def _admit(self, concurrency: int) -> None:
         while self._waiting and len(self._running) < concurrency:
             _, _, request = heapq.heappop(self._waiting)
-            self._running[asyncio.ensure_future(self._engine.generate(*request))] = asked_rid(request[0])
+            name = asked_rid(request[0])
+            begun = None
+            if name in self._watched:
+                begun = functools.partial(self._begun, name, concurrency)
+            self._running[asyncio.ensure_future(self._engine.generate(*request, begun))] = name
+
+    def _begun(self, name: str, concurrency: int) -> None:
+        """The first token of a request came."""
+        self._release(name)
+        self._admit(concurrency)
+
+    def _release(self, name: str) -> None:
+        for entry in self._followers.pop(name, []):
+            heapq.heappush(self._waiting, entry)
 
 
 def _outcome(task: asyncio.Task[Answer]) -> Answer | Refusal:

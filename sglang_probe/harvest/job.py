@@ -14,6 +14,7 @@ from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import ONE_RANK
 from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
+from sglang_probe.harvest.families import Order
 from sglang_probe.harvest.kept import KEPT_FILE, check_backend, check_kept, digest_of_kept
 from sglang_probe.harvest.pool import left_open
 from sglang_probe.harvest.prepare import Capture, Prepared, capture_of, check_requests, require_certificate
@@ -67,6 +68,12 @@ class Job:
         if accelerator_present() or not left_open(self.server):
             return None
         return self.prepared.pool.tokens(self.requests)
+
+    @property
+    def order(self) -> Order:
+        """How its requests are sent: `families` where that can change what is reused."""
+        reuses = self.arm.cache == "on" and not self.server.get("disable_radix_cache") and self.arm.partners is None
+        return self.prepared.config.order if reuses else "as_given"
 
     def asked(self, request: Request) -> dict[str, Any]:
         """The sampling parameters that a request is served with."""
@@ -228,6 +235,7 @@ def manifest_of(job: Job, path: Path) -> dict[str, Any]:
         sampling=config.sampling,
         concurrency=config.concurrency,
         submission_order=job.order_seed,
+        order=job.order,
         server_given=without_secrets(job.server),
         switches=arm.switches(config.server).model_dump(mode="json", exclude_none=True),
         partners=None if arm.partners is None else arm.partners.model_dump(mode="json"),

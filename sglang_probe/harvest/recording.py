@@ -76,6 +76,8 @@ def harvest(
     with directory.hold_directory(path):
         directory.settle(path)
         manifest = manifest_of(job, path)
+        if serving is not None:
+            manifest["order"] = None  # that one's own
         if resume and (run := directory.complete_run(path, manifest)) is not None:
             return run
         probe = probe_config(job, path, job.asks | asks)
@@ -172,7 +174,7 @@ class _Recording:
             assert not isinstance(engine, Replicas)
             answers = self.serving(engine)
         else:
-            answers = engine.serve_groups(todo, concurrency)
+            answers = engine.serve_groups(todo, concurrency, order=self.job.order)
         began, ended = time.perf_counter(), set()
         async for answer in answers:
             self._note_restarts(engine, time.perf_counter() - began)

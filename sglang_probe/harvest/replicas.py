@@ -23,7 +23,16 @@ from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig, fau
 from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.harvest.death import EngineDied
 from sglang_probe.harvest.directory import served
-from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of, ready, turns_of
+from sglang_probe.harvest.families import (
+    Cut,
+    Family,
+    FamilyQueue,
+    Order,
+    families_of,
+    ready,
+    turns_by_families,
+    turns_of,
+)
 from sglang_probe.harvest.in_flight import Answer, Asked, Refusal, Turn
 from sglang_probe.harvest.places import Lost, Place, Places
 from sglang_probe.harvest.replica import EngineArguments, Told
@@ -137,13 +146,14 @@ class Replicas:
         return {**told, "replicas": shared}
 
     async def serve_groups(
-        self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None
+        self, groups: Sequence[Sequence[Asked]], concurrency: int | None = None, *, order: Order = "as_given"
     ) -> AsyncIterator[Answer | Refusal]:
         """Serve requests, and close the recording; a request that was asked again is answered again.
 
         Args:
             groups: the first is served by families; those of the others, one at a time, once nothing else waits.
             concurrency: at most so many in flight in each engine.
+            order: of the requests of each family.
 
         Raises:
             EngineDied: an engine ended again and again. ProbeError: the recording stopped.
@@ -153,7 +163,12 @@ class Replicas:
         page_size = int(self._server.get("page_size") or 1)
         self._families, self._cuts = families_of(first, page_size=page_size, engines=len(self._workers))
         self._queue = FamilyQueue(self._families, len(self._workers))
-        self._turns = turns_of(first, self._families, each)
+        if order == "families":
+            self._turns = {}
+            for family in self._families:
+                self._turns.update(turns_by_families(family.requests, page_size=page_size))
+        else:
+            self._turns = turns_of(first, self._families, each)
         self._family = {asked_rid(rid): i for i, f in enumerate(self._families) for rid, _, _ in f.requests}
         alone = [request for group in others for request in group]
         ends = Counter({asked_rid(rid): 1 for rid, _, _ in alone})

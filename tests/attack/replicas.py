@@ -41,6 +41,7 @@ def configure(path: Path, *, concurrency: int, replicas: int, families: int = 6,
         "server": {"page_size": 16},
         "concurrency": concurrency,
         "checkpoint_seconds": 0.5,
+        "order": "as_given",  # several engines are to reuse what one does without waiting
         "replicas": replicas,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,7 @@ class HarvestRound:
             "server": server,
             "arm": {"cache": plan.cache},
             "concurrency": plan.concurrency,
+            "order": random.Random(self.number).choice(["as_given", "families"]),
             "checkpoint_seconds": random.Random(self.number).choice([0.2, 1.0, 5.0]),
         }
         config = self.folder / "run.yaml"

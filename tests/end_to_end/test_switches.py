@@ -17,7 +17,9 @@ from sglang_probe import bf16
 from sglang_probe.engine.releases import release
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.experiment import RunSpec, record
+from sglang_probe.harvest.families import WORTH_WAITING_FOR
 from sglang_probe.harvest.host import EngineHost
+from sglang_probe.harvest.pool import shared_length
 from sglang_probe.harvest.prepare import Prepared, prepare
 from sglang_probe.policy.arm import Arm
 from sglang_probe.run.run import Run
@@ -66,8 +68,10 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         requests, how = ours.workload.requests, {"asks": {"cache"}, "host": host}
         runs = record([RunSpec(n, requests, arm) for n, arm in ARMS.items()], ours, folder, **how)
         assert host.starts == 1
-        several = prepared(concurrency=8)
+        several = prepared(concurrency=8, order="as_given")
         runs |= record([RunSpec("mixed", requests, ARMS["mixed"])], several, folder / "of 8", **how)
+        of_families = prepared(concurrency=8, order="families")
+        runs |= record([RunSpec("families", requests)], of_families, folder, **how)
         assert host.starts == 1
         engine = [p for p in psutil.Process().children(recursive=True) if p.pid not in others]
         host.stop()
@@ -98,6 +102,20 @@ def _spans(run: Run) -> list[tuple[Any, ...]]:
 def test_every_invariant_holds_under_every_policy(switched: dict[str, Run]) -> None:
     for name, run in switched.items():
         assert [str(c) for c in verify(run) if not c.holds] == [], name
+
+
+def test_what_requests_in_flight_together_share_is_computed_once(switched: dict[str, Run]) -> None:
+    run = switched["families"]
+    prompts = {r.rid: tuple(r.prompt_ids) for r in run.requests().itertuples()}
+    reused = run.spans().query("status == 'reused'").groupby("rid")["end"].max()
+    waited = 0
+    for i, (rid, prompt) in enumerate(prompts.items()):
+        shared = max((shared_length(prompt, p) for p in list(prompts.values())[:i]), default=0)
+        if shared >= WORTH_WAITING_FOR:
+            assert reused[rid] == min(shared, len(prompt) - 1)
+            waited += 1
+    assert waited >= 6, "all but the first of each of two families"
+    assert (run.manifest["order"], switched["off"].manifest["order"]) == ("families", "as_given")
 
 
 def test_a_switched_engine_computes_what_a_started_one_does(switched: dict[str, Run], started: Run) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_probe.harvest.families import Cut, Family, FamilyQueue, families_of, ready, turns_of
+from sglang_probe.ask import Ask
+from sglang_probe.harvest.families import (
+    Cut,
+    Family,
+    FamilyQueue,
+    families_of,
+    ready,
+    turns_by_families,
+    turns_of,
+)
 from sglang_probe.harvest.in_flight import Asked
+from sglang_probe.steer_ask import Steer
 
 
 def _requests(*prompts: list[int]) -> list[Asked]:
@@ -128,3 +139,46 @@ def test_an_engine_that_has_enough_to_do_takes_nothing_of_others() -> None:
     assert queue.take(0, steal=False) is None
     assert queue.take(0) is not None
     assert (queue.stolen, queue.waiting) == (1, False)
+
+
+def _long(*prompts: str) -> list[Asked]:
+    """Every letter stands for 32 tokens."""
+    return [(f"r{i}", [ord(c) for c in p for _ in range(32)], {}) for i, p in enumerate(prompts)]
+
+
+def _after(requests: list[Asked], page_size: int = 1) -> dict[str, str | None]:
+    return {rid: turn.after for rid, turn in turns_by_families(requests, page_size=page_size).items()}
+
+
+def test_a_request_waits_for_the_first_one_that_begins_with_all_that_it_shares() -> None:
+    """Not for a sibling that waits itself, and not for one that shares less."""
+    found = _after(_long("abc", "abd", "abe", "axy", "axz", "q"))
+    assert found == {"r0": None, "r1": "r0", "r2": "r0", "r3": "r0", "r4": "r3", "r5": None}
+
+
+def test_too_little_that_is_shared_is_not_waited_for() -> None:
+    requests = _long("ab", "ac")
+    assert _after(requests)["r1"] == "r0"
+    assert _after(requests, page_size=64)["r1"] is None
+    requests[1][1][31] = 0  # type: ignore[index]
+    assert _after(requests)["r1"] is None
+
+
+def test_a_request_that_publishes_or_reuses_nothing_is_in_no_family() -> None:
+    a, b, c, d = _long("ab", "ac", "ad", "ae")
+    alone = Ask(cache="off").into({})
+    steered = Ask(steer=(Steer(vector="joy", strength=2.0),)).into({})
+    found = _after([(a[0], a[1], alone), b, (c[0], c[1], steered), (d[0], d[1], steered)])
+    assert found == {"r0": None, "r1": None, "r2": None, "r3": "r2"}
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=20))
+def test_whoever_is_waited_for_shares_most_and_is_the_first_to(words: list[str]) -> None:
+    requests = _long(*words)
+
+    def shared(i: int, j: int) -> int:
+        return 32 * sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words[i], words[j], strict=False)))
+
+    for i, after in enumerate(_after(requests).values()):
+        most = max((shared(i, j) for j in range(i)), default=0)
+        assert after == (None if most < 32 else f"r{next(j for j in range(i) if shared(i, j) == most)}")

@@ -64,7 +64,7 @@ class MadeEngine:
         return asyncio.run(main)
 
     async def serve_groups(
-        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None
+        self, groups: Sequence[Sequence[tuple[str, Sequence[int], dict[str, Any]]]], concurrency: int | None, order: str
     ) -> AsyncIterator[Answer | Refusal]:
         for group in groups:
             n = concurrency or len(group)

@@ -328,7 +328,7 @@ def test_a_request_waits_for_the_one_before_it_and_those_that_can_be_sent_go_by_
             self.asked: list[str] = []
             self.ends: dict[str, asyncio.Event] = {}
 
-        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any) -> Answer:
+        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any, _begun: Any = None) -> Answer:
             self.asked.append(rid)
             self.ends[rid] = asyncio.Event()
             await self.ends[rid].wait()
@@ -365,7 +365,7 @@ def test_requests_are_admitted_in_order_up_to_the_bound_and_added_ones_come_afte
             self.asked: list[str] = []
             self.most = self.now = 0
 
-        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any) -> Answer:
+        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any, _begun: Any = None) -> Answer:
             self.asked.append(rid)
             self.now += 1
             self.most = max(self.most, self.now)
@@ -390,3 +390,36 @@ def test_requests_are_admitted_in_order_up_to_the_bound_and_added_ones_come_afte
     assert engine.asked == ["a0", "a1", "a2", "b0", "b1", "b2"]
     assert sorted(answered) == sorted(engine.asked)
     assert engine.most == 2
+
+
+def test_a_first_token_is_enough_for_those_that_wait_for_it_alone() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+            self.begun: dict[str, Any] = {}
+
+        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any, begun: Any = None) -> Answer:
+            self.asked.append(rid)
+            self.begun[rid] = begun
+            await asyncio.Event().wait()
+            raise AssertionError("nobody ends it")
+
+        def look(self) -> None:
+            pass
+
+    async def serve() -> Engine:
+        engine = Engine()
+        requests = InFlight(engine)
+        turns = {"a1": Turn(0), "a2": Turn(1, "a1", begun=True), "b": Turn(2)}
+        requests.add([(rid, [1], {}) for rid in turns], turns)
+        requests._admit(3)
+        await asyncio.sleep(0)
+        assert engine.asked == ["a1", "b"]
+        engine.begun["a1"]()
+        await asyncio.sleep(0)
+        requests.cancel()
+        return engine
+
+    engine = asyncio.run(serve())
+    assert engine.asked == ["a1", "b", "a2"]
+    assert engine.begun["b"] is None, "nobody waits for it, so that it need not be told"

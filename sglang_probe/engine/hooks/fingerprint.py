@@ -90,6 +90,12 @@ def fingerprint(dotted: str, relies_on: Sequence[str] | None = None, source: Sou
     Returns:
         None if the target does not exist, or mentions one of the names nowhere.
     """
+    return _fingerprint(dotted, None if relies_on is None else tuple(relies_on), source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fingerprint(dotted: str, relies_on: tuple[str, ...] | None, source: Source) -> str | None:
+    """Once for a process, as its source is read once (`_parsed`), and what it has imported stays as it was."""
     node = find(dotted, source)
     if node is None or absent(node, relies_on or ()):
         return None

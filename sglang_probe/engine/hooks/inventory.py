@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator
@@ -131,6 +132,13 @@ def load_inventory(version: str | None = None) -> Inventory:
             f"SGLang {version} is installed, but the probe has been reviewed only for {', '.join(known_versions())}",
             fix="install one of these, or try this one with `sglang-probe prove --accept-drift`",
         )
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, _changed: int, _size: int) -> Inventory:
+    """Read again if the file was changed: YAML of this length takes as long as comparing all targets."""
     return parse_config(yaml.safe_load(path.read_text()), Inventory, where=str(path))
 
 

@@ -81,7 +81,8 @@ class ProbeTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
         ):
             slots = req_to_token[request, :total]
-            q_NHD, k_LGD, v_LGD = query[start : start + new], k_cache[slots], v_cache[slots]
+            q_NHD = query[start : start + new]
+            k_LGD, v_LGD = k_cache.index_select(0, slots), v_cache.index_select(0, slots)
             done = None
             if row in evicted:
                 done = self._extend_kept(evicted[row], q_NHD, k_LGD, v_LGD, scaling)

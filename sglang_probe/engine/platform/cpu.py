@@ -48,8 +48,12 @@ class ReferenceCpuPlatform(CpuSRTPlatform):  # type: ignore[misc]
         widen(model)
 
     def init_backend(self) -> None:
-        """Register the attention backend; SGLang calls this when it imports its model runner."""
+        """Register the attention backend and operators; SGLang calls this when it imports its model runner."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from sglang_probe.engine.platform import operators
+
+        operators.register(self.get_dispatch_key_name())
 
         @register_attention_backend(PROBE_TORCH)  # type: ignore[untyped-decorator]
         def create(runner: Any) -> Any:
