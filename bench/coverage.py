@@ -4,8 +4,8 @@
     python bench/coverage.py --requests 2000000 --rounds 1        # a billion: the default axes alone
 
 Each size has a section of its own, which stays as it is while another size is measured. The run is made by
-bench/synthetic.py, or was made by it before (`--run`). Each measurement is the whole command in a process of its own: start of Python,
-study, bootstrap, report and weights. Memory is the largest resident set.
+bench/synthetic.py, or was made by it before (`--run`). Each measurement is the whole command in a process of its own:
+start of Python, study, bootstrap, report and weights. Memory is the largest resident set.
 """
 
 from __future__ import annotations
