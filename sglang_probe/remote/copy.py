@@ -19,7 +19,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sglang_probe.errors import RunDirectoryError
 from sglang_probe.remote.target import Target
@@ -39,8 +39,8 @@ class Progress(Protocol):
     def waiting(self, files: int, size: int) -> None:
         """So many files, and bytes, are to be copied now."""
 
-    def moved(self, size: int) -> None:
-        """So many more bytes have gone out; 0 to say that it goes on."""
+    def moved(self) -> None:
+        """It goes on."""
 
     def arrived(self, size: int) -> None:
         """A file of so many bytes is there."""
@@ -87,18 +87,14 @@ class RunCopy:
             self._there = self._look(parts)
         beside = self._beside(closed=closed)
         self._tell(progress, parts, beside)
-        try:
-            if closed:
-                self._close(parts, beside, text, progress)
-                self._done = times
-            else:
-                self._small(MANIFEST, text)
-                self._closed_there = False
-                self._files(beside, progress)
-                self._parts(parts, progress)
-        except BaseException:
-            self._there = None  # what arrived of it is for the target to say
-            raise
+        if closed:
+            self._close(parts, beside, text, progress)
+            self._done = times
+        else:
+            self._small(MANIFEST, text)
+            self._closed_there = False
+            self._files(beside, progress)
+            self._parts(parts, progress)
         return closed
 
     def _close(self, parts: list[journal.Part], beside: dict[str, str], text: bytes, progress: Progress) -> None:
@@ -240,7 +236,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _json(data: bytes) -> dict[str, object] | None:
+def _json(data: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(data)
     except ValueError:

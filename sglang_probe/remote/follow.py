@@ -139,7 +139,7 @@ class Follower:
         self.state.waiting_bytes += size
         self._say()
 
-    def moved(self, size: int) -> None:
+    def moved(self) -> None:
         """See `Progress`."""
         self._moved = self._clock()
         self._say()
@@ -150,7 +150,7 @@ class Follower:
         self.state.bytes += size
         self.state.waiting -= 1
         self.state.waiting_bytes -= size
-        self.moved(size)
+        self.moved()
 
     def _say(self) -> None:
         self.state.seconds = round(self._clock() - self._moved, 1)

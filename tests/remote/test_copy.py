@@ -26,7 +26,7 @@ class Silent:
 
     def waiting(self, files: int, size: int) -> None: ...
 
-    def moved(self, size: int) -> None: ...
+    def moved(self) -> None: ...
 
     def arrived(self, size: int) -> None: ...
 
@@ -134,10 +134,10 @@ def test_a_target_that_is_slow_is_waited_for_while_it_moves(recorded: Recorded) 
     target = Target("memory://slow/run")
     put = target.put
 
-    def slow(file: Path, name: str, moved: Callable[[int], None] = lambda _: None) -> None:
+    def slow(file: Path, name: str, moved: Callable[[], None] = lambda: None) -> None:
         for _ in range(3):
             now[0] += 9.0
-            moved(1)
+            moved()
         put(file, name)
 
     target.put = slow  # type: ignore[method-assign]
@@ -154,6 +154,22 @@ def test_a_run_that_is_resumed_takes_its_copy_with_it(recorded: Recorded, url: s
     assert not closed_there(seen)
     recorded.close()
     assert copying.turn()
+    assert whole_there(seen)
+
+
+@pytest.mark.parametrize("fails_from", range(1, 8))
+def test_a_copy_that_is_replaced_says_at_no_moment_that_it_is_whole_when_it_is_not(
+    recorded: Recorded, url: str, seen: Target, fails_from: int
+) -> None:
+    recorded.close("incomplete")
+    finished(recorded.path, Target(url))
+    recorded.part()
+    recorded.close()  # resumed and closed again, while nobody copied
+    target = Target(url)
+    Faulty(target, lambda n: n >= fails_from)
+    follower(recorded.path, target).turn()
+    assert not closed_there(seen) or whole_there(seen)
+    assert finished(recorded.path, Target(url)).done
     assert whole_there(seen)
 
 
