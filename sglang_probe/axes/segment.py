@@ -27,7 +27,7 @@ class Segment(Axis):
         codes = batch.paint(SEGMENT, unknown)
         gaps = codes == unknown
         if gaps.any():
-            codes[gaps & (batch.depth >= 0) & batch.each(batch.prompt_len >= 0)] = generated
+            np.copyto(codes, np.uint16(generated), where=gaps & _after_the_prompt(batch))
         return codes
 
 
@@ -40,3 +40,11 @@ class Labelled(Axis):
     def labels(self, batch: Batch) -> Array:
         """See `Axis`."""
         return batch.paint(self.name, len(self.classes) - 1).astype(np.uint16, copy=False)
+
+
+def _after_the_prompt(batch: Batch) -> Array:
+    """bool [N]: positions after the prompt; False where its length is unknown."""
+    lengths = np.diff(batch.offsets)
+    inside = np.where(batch.prompt_len >= 0, np.clip(batch.prompt_len - batch.begin, 0, lengths), lengths)
+    parts = np.stack([inside, lengths - inside], axis=1).ravel()
+    return np.repeat(np.tile(np.array([False, True]), len(lengths)), parts)

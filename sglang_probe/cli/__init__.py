@@ -19,6 +19,7 @@ from sglang_probe.cli import (
     model,
     profile,
     prove,
+    remote,
     scrub,
     vector,
     verify,
@@ -79,6 +80,8 @@ app.command("profile")(profile.command)
 app.command("verify")(verify.command)
 app.command("witness")(witness.command)
 app.command("scrub")(scrub.command)
+app.command("upload")(remote.upload)
+app.command("download")(remote.download)
 app.command("prove")(prove.command)
 app.command("gate")(gate.command)
 app.command("audit")(audit.command)

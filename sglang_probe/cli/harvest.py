@@ -60,6 +60,7 @@ def command(
     """
     from rich.console import Console
 
+    from sglang_probe.cli.remote import finish
     from sglang_probe.config import load_config
     from sglang_probe.harvest.config import HarvestConfig, with_skip_bad
     from sglang_probe.harvest.directory import refuse_soon
@@ -68,6 +69,8 @@ def command(
     from sglang_probe.harvest.progress import Terminal
     from sglang_probe.harvest.withholding import settle_withheld, withhold_recorded
     from sglang_probe.privacy.withhold import is_scrubbed
+    from sglang_probe.remote.process import Uploading
+    from sglang_probe.remote.target import Target
     from sglang_probe.report.tables import Column, Table
     from sglang_probe.report.terminal import print_table
     from sglang_probe.studies.coverage.card import write_card
@@ -79,18 +82,33 @@ def command(
     path = output or cfg.output / name
     settle_withheld(path)
     refuse_soon(path, overwrite=overwrite, resume=resume)
+    if cfg.upload is not None:
+        Target(cfg.upload.to)  # refused before anything is served
     if resume and cfg.withhold is not None and is_scrubbed(path):
         console.print(f"{path} is complete, and positions are withheld already", markup=False, soft_wrap=True)
+        if cfg.upload is not None:
+            finish(Uploading(path, cfg.upload, single=True), console, path, cfg.upload.to)
         return
     terminal = Terminal(console)
     with terminal.stage("checking model and workload"):
         prepared = prepare(cfg, {"arm": cfg.arm})
     spec = RunSpec(path.name, prepared.workload.requests, cfg.arm)
-    runs = record([spec], prepared, path.parent, overwrite=overwrite, resume=resume, reporter=terminal)
+    # What is to be withheld is on disk while it is recorded, and must not leave this machine.
+    early = cfg.upload is not None and cfg.withhold is None
+    uploading = Uploading(path, cfg.upload, single=True, overwrite=overwrite) if early and cfg.upload else None
+    try:
+        runs = record([spec], prepared, path.parent, overwrite=overwrite, resume=resume, reporter=terminal)
+    except BaseException:
+        if uploading is not None:
+            uploading.end()  # what is there goes out all the same, by a process that nobody waits for
+        raise
     run = runs[spec.name]
     if cfg.withhold is not None:
         run = withhold_recorded(run, Path(prepared.model.path), cfg.withhold)
     write_card(run)
+    if cfg.upload is not None:
+        uploading = uploading or Uploading(path, cfg.upload, single=True, overwrite=overwrite)
+        finish(uploading, console, path, cfg.upload.to)
 
     columns = [Column("segment"), Column("coverage", kind="percent")]
     columns += [Column(c) for c in ("positions", "computed", "reused")]

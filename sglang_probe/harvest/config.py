@@ -14,6 +14,7 @@ from sglang_probe.harvest.families import Order
 from sglang_probe.paths import BUILT_IN_MODEL, BUILT_IN_MODELS
 from sglang_probe.policy.arm import Arm
 from sglang_probe.privacy.rule import Withhold
+from sglang_probe.remote.config import UploadConfig
 from sglang_probe.run.hook_points import EMBED, parse_pattern
 from sglang_probe.run.selection import RowsConfig, Selected, expanded
 from sglang_probe.run.telemetry_options import TelemetryConfig
@@ -163,3 +164,7 @@ class HarvestConfig(WorkloadRecording):
     withhold: Withhold | None = None
     """Take personal data out of the run before the command ends: `{pii: [email, ...], neighbours: 1}`. Until then it is
     on disk. Absent: nothing is."""
+    upload: UploadConfig | None = None
+    """Copy the run to an object store or another file system, part by part, while it is recorded:
+    `{to: s3://bucket/path}`. With `withhold`, only once that is done. A target that is down holds up nothing. Absent:
+    it stays here."""

@@ -76,7 +76,7 @@ def ranks(run: Path) -> list[int]:
 
 def read_rank(run: Path, dp_rank: int) -> list[Part]:
     """Parts of one data-parallel rank; as `read`."""
-    path = run / _name(dp_rank)
+    path = run / name_of(dp_rank)
     if not path.exists():
         return []
     try:
@@ -97,7 +97,7 @@ def append(run: Path, part: Part) -> None:
     Raises:
         OSError: the disk does not take it; the journal is as before, so that it can be tried again.
     """
-    with open(run / _name(part.dp_rank), "a+b", buffering=0) as f:
+    with open(run / name_of(part.dp_rank), "a+b", buffering=0) as f:
         f.seek(0)
         end = f.readall().rfind(b"\n") + 1
         f.truncate(end)
@@ -125,7 +125,8 @@ def lock(run: Path, dp_rank: int, *, wait: float = 10.0) -> Held:
     return hold(run / name, f"another process writes into {run}", fix="wait until it ends, or end it", wait=wait)
 
 
-def _name(dp_rank: int) -> str:
+def name_of(dp_rank: int) -> str:
+    """The journal of a data-parallel rank."""
     return NAME if dp_rank == 0 else f"journal-dp{dp_rank}.jsonl"
 
 

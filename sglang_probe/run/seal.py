@@ -67,7 +67,12 @@ def read(run: Path) -> dict[str, str]:
 
 def ours(run: Path) -> list[str]:
     """Files beside the manifest that are ours by their name, sorted."""
-    return sorted(p.name for p in run.iterdir() if _OURS.fullmatch(p.name))
+    return sorted(p.name for p in run.iterdir() if is_ours(p.name))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file beside the manifest is ours by its name."""
+    return _OURS.fullmatch(name) is not None
 
 
 def _write(run: Path, files: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sglang_probe.config import Config
+from sglang_probe.remote.config import UploadConfig
 
 Privacy = Literal["ids", "hashes", "none"]
 
@@ -80,6 +81,10 @@ class LiveConfig(Config):
     counts and ids. SGLang 0.5.23 only."""
     rows: AnswersConfig = AnswersConfig()
     """Bounds of the rows that requests ask for (`asks: [rows]`)."""
+    upload: UploadConfig | None = None
+    """Copy the segments to an object store or another file system, part by part, by a process of the lowest priority:
+    `{to: s3://bucket/path}`. A target that is down holds up nothing: the copy lags, and `GET /probe/status` says so.
+    Absent: they stay here."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""
 

@@ -17,6 +17,7 @@ from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.metrics import Metrics
 from sglang_probe.engine.live.open_segment import Handover, OpenSegment
 from sglang_probe.engine.live.stops import DISK
+from sglang_probe.remote.process import Uploading
 
 if TYPE_CHECKING:
     from sglang_probe.engine.live.recording import LiveRecording
@@ -68,6 +69,7 @@ class Keeper:
         self._recovered = segments.recover(root)
         live.segment = self._open(segments.next_number(root), first=True)
         live.segment.closable = live.segment.opened  # the first flush need not wait
+        self._upload = None if config.upload is None else Uploading(root, config.upload, single=False)
         self._thread = threading.Thread(target=self._keep, name="sglang-probe-keeper", daemon=True)
 
     # ---------------------------------------------------------------- any thread
@@ -94,6 +96,8 @@ class Keeper:
         self.closing = True
         self._wake.set()
         self._thread.join(timeout)
+        if self._upload is not None:
+            self._upload.end()
 
     def state(self) -> dict[str, Any]:
         """Its part of `LiveRecording.status`."""
@@ -108,6 +112,7 @@ class Keeper:
                 "nothing_new": self._nothing_new,
                 "at_most_every": self._config.segments.min_seconds,
             },
+            **({} if self._upload is None else {"upload": self._upload.state()}),
         }
 
     # ---------------------------------------------------------------- its own thread

@@ -155,8 +155,7 @@ def _gather(second_pass: Pass, request: Array, start: Array, group: Array) -> Ar
 def _longest_shared(request: Array, keyed: Array) -> tuple[Array, Array]:
     """For each row the longest beginning that it shares with a row of the same group and an earlier request.
 
-    Returns the length (-1: no such row) and that row's request. In sorted order the best earlier row is a neighbour
-    once all later requests are taken out, so rows are taken out of a linked list, latest first.
+    Returns the length (-1: no such row), and the earliest request that shares so much.
     """
     count = len(request)
     best, whom = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
@@ -168,21 +167,16 @@ def _longest_shared(request: Array, keyed: Array) -> tuple[Array, Array]:
         some = keyed[order[low : low + _ROWS + 1]]
         same = (some[1:] == some[:-1]) & (some[1:] > 0)
         shared[low : low + len(same)] = np.where(same.all(axis=1), BLOCK, np.argmin(same, axis=1) - 1)
-    left, right = list(range(-1, count - 1)), [*range(1, count), -1]
-    to_left = [-1, *shared.tolist()]  # what a row shares with its left neighbour; -1: another group
+    # Sorted rows that share at least so much lie side by side. Of each such stretch every row but that of the earliest
+    # request shares so much with it.
     requests = request[order]
-    places, lengths, neighbours = [], [], []
-    for k in np.argsort(-requests, kind="stable").tolist():
-        a, b = left[k], right[k]
-        with_a, with_b = to_left[k], to_left[b] if b >= 0 else -1
-        if with_a >= 0 or with_b >= 0:
-            places.append(k)
-            lengths.append(max(with_a, with_b))
-            neighbours.append(a if with_a >= with_b else b)
-        if b >= 0:
-            left[b], to_left[b] = a, min(with_a, with_b)
-        if a >= 0:
-            right[a] = b
-    best[order[places]] = lengths
-    whom[order[places]] = requests[neighbours]
+    length, neighbour = np.full(count, -1, dtype=np.int64), np.full(count, -1, dtype=np.int64)
+    for least in range(int(shared.max()), -1, -1):
+        begins = np.concatenate([[0], np.flatnonzero(shared < least) + 1])
+        earliest = np.minimum.reduceat(requests, begins)
+        earliest = np.repeat(earliest, np.diff(begins, append=count))
+        found = (length < 0) & (requests > earliest)
+        length[found] = least
+        neighbour[found] = earliest[found]
+    best[order], whom[order] = length, neighbour
     return best, whom

@@ -85,14 +85,19 @@ class Study:
         moments = np.zeros(2)
         for step, labels in self.labelled():
             state = step.each_fate() * np.uint8(4) + _context(step, new_from, counted, never)
-            computed = np.flatnonzero(step.each_fate() == COMPUTED)
-            multiplicity = _multiplicity(step, reuses, walk)[computed]
-            moments += multiplicity.sum(), np.square(multiplicity).sum()
+            changes, level = _multiplicity(step, reuses, walk)
+            runs = step.runs(state, *labels.values(), edges=changes)
+            state = state[runs.start]
+            computed = np.flatnonzero(state // 4 == COMPUTED)
+            length = runs.length[computed]
+            multiplicity = level[np.searchsorted(changes, runs.start[computed], side="right")]
+            moments += (multiplicity * length).sum(), (np.square(multiplicity) * length).sum()
             bins = _BIN_OF[np.minimum(multiplicity, len(_BIN_OF) - 1)]
-            group = step.batch.each(families.group[step.low : step.high])
-            whole.add([np.zeros(len(step.batch), dtype=np.uint8)], np.zeros_like(group), state, computed, bins)
+            group = families.group[step.low : step.high][runs.request]
+            told = {name: label[runs.start] for name, label in labels.items()}
+            whole.add([], np.zeros_like(group), state, runs.length, computed, bins)
             for tally in tallies:
-                tally.add([labels[a.name] for a in tally.axes], group, state, computed, bins)
+                tally.add([told[a.name] for a in tally.axes], group, state, runs.length, computed, bins)
         return Coverage(
             run=str(self.run.manifest.get("name", self.run.path.name)),
             totals=totals_of(whole, moments, len(walk.requests), families.count, known=bool(counted.any())),
@@ -201,13 +206,12 @@ def _context(step: Step, new_from: Array, counted: Array, never: dict[int, linea
     return context
 
 
-def _multiplicity(step: Step, reuses: lineage.Reuses, walk: Walk) -> Array:
-    """int64 [N]: occurrences in traffic that each computed position stands for, its own included."""
+def _multiplicity(step: Step, reuses: lineage.Reuses, walk: Walk) -> tuple[Array, Array]:
+    """Occurrences in traffic that each computed position stands for, its own included: where in the batch the number
+    changes, ascending, and what it is before the first change and after each, int64."""
     a, b = np.searchsorted(reuses.request, np.array([step.low, step.high], dtype=reuses.request.dtype))
     offsets = step.batch.offsets
     local = reuses.request[a:b] - step.low
     at = offsets[local] + reuses.position[a:b] - walk.traffic.begin[step.low : step.high][local]
     # Between two steps the number is constant, and after the last step of a request it is one again.
-    edges = np.concatenate([[0], at, [len(step.batch)]])
-    level = 1 + np.concatenate([[0], np.cumsum(reuses.step[a:b])])
-    return np.repeat(level, np.diff(edges))
+    return at, 1 + np.concatenate([[0], np.cumsum(reuses.step[a:b])])

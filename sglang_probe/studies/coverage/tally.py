@@ -1,4 +1,4 @@
-"""Counting positions by class, fate and context: one number per position, one bincount per batch."""
+"""Counting positions by class, fate and context: one number per run of positions, one bincount per batch."""
 
 from __future__ import annotations
 
@@ -50,34 +50,35 @@ class Tally:
         """int64 [classes of the first axis, ..., BINS]: computed positions by the occurrences they stand for."""
         return self._multiplicity
 
-    def add(self, labels: Sequence[Array], group: Array, state: Array, computed: Array, bins: Array) -> None:
-        """Count a batch.
+    def add(
+        self, labels: Sequence[Array], group: Array, state: Array, length: Array, computed: Array, bins: Array
+    ) -> None:
+        """Count a batch, given as r runs of positions.
 
         Args:
-            labels: class numbers for each axis, `[N]`.
-            group: int64 [N].
-            state: uint8 [N].
-            computed: indices of computed positions, `[c]`.
+            labels: class numbers for each axis, `[r]`.
+            group: int64 [r].
+            state: uint8 [r].
+            length: positions of each run, int64 [r].
+            computed: indices of computed runs, `[c]`.
             bins: multiplicity bin of each of them, `[c]`.
         """
         self._grow()
-        cell = labels[0].astype(np.int64)
-        for axis_labels, size in zip(labels[1:], self._shape[1:], strict=True):
+        cell = np.zeros(len(length), dtype=np.int64)
+        for axis_labels, size in zip(labels, self._shape, strict=True):
             cell *= size
             cell += axis_labels
         size = int(np.prod(self._shape))
         if len(computed):
-            of_computed = cell[computed] if len(computed) < len(cell) else cell.copy()
-            of_computed *= BINS
-            of_computed += bins
-            self._multiplicity += np.bincount(of_computed, minlength=size * BINS).reshape(self._multiplicity.shape)
+            found = _sums(cell[computed] * BINS + bins, length[computed], size * BINS)
+            self._multiplicity += found.reshape(self._multiplicity.shape)
         cell += group * size
         cell *= STATES
         cell += state
         # Consecutive requests are in few groups: count from the lowest to the highest that occurs.
         low = int(group.min(initial=self._groups)) * size * STATES
         if len(cell):
-            found = np.bincount(cell - low)
+            found = _sums(cell - low, length)
             self._counts.reshape(-1)[low : low + len(found)] += found
 
     def _grow(self) -> None:
@@ -101,3 +102,8 @@ class Tally:
         """Positions and computed positions of each group and class, int64 [groups, cells] each."""
         cells = self._counts.reshape(self._groups, int(np.prod(self._shape)), len(FATES), 4).sum(axis=-1)
         return cells.sum(axis=-1), cells[..., COMPUTED]
+
+
+def _sums(cell: Array, length: Array, cells: int = 0) -> Array:
+    """Positions of each cell, int64: of a batch they are few enough to be exact as floats."""
+    return np.bincount(cell, weights=length, minlength=cells).astype(np.int64)

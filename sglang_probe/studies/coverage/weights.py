@@ -8,6 +8,7 @@ have no captured row. `Run.iter_batches(weight=PATH)` draws each row as often as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from sglang_probe.studies.coverage.result import Map
 from sglang_probe.studies.coverage.reuse import COMPUTED
 from sglang_probe.studies.coverage.study import Study
-from sglang_probe.studies.coverage.walk import Step
+from sglang_probe.studies.coverage.walk import Runs, Step
 
 Array = np.ndarray[Any, Any]
 
@@ -33,9 +34,13 @@ def write_weights(study: Study, maps: list[Map], folder: Path) -> dict[str, Path
     tables = {m.name: _table(m, study) for m in maps}
     try:
         for step, labels in study.labelled():
-            computed = step.each_fate() == COMPUTED
+            fate = step.each_fate()
+            runs = step.runs(fate, *labels.values())
+            computed = fate[runs.start] == COMPUTED
+            told = {name: label[runs.start] for name, label in labels.items()}
             for m in maps:
-                writers[m.name].write_table(_ranges(step, study, computed, tables[m.name], [labels[a] for a in m.axes]))
+                cells = [told[a] for a in m.axes]
+                writers[m.name].write_table(_ranges(step, study, runs, computed, tables[m.name], cells))
     finally:
         for writer in writers.values():
             writer.close()
@@ -52,21 +57,19 @@ def _table(m: Map, study: Study) -> Array:
     return table
 
 
-def _ranges(step: Step, study: Study, computed: Array, table: Array, labels: list[Array]) -> pa.Table:
+def _ranges(step: Step, study: Study, runs: Runs, computed: Array, table: Array, labels: Sequence[Array]) -> pa.Table:
+    """Rows of the file: neighbouring runs of a request whose cell is the same are one."""
     batch = step.batch
     cell = labels[0].astype(np.int32)
     for more, size in zip(labels[1:], table.shape[1:], strict=True):
         cell = cell * np.int32(size) + more
     cell = np.where(computed, cell, np.int32(-1))
-    changes = np.empty(len(cell), dtype=bool)
-    changes[:1] = True
-    np.not_equal(cell[1:], cell[:-1], out=changes[1:])
-    starts = batch.offsets[:-1]
-    changes[starts[starts < len(cell)]] = True
-    low = np.flatnonzero(changes)
-    high = np.append(low[1:], len(cell))
-    low, high = low[cell[low] >= 0], high[cell[low] >= 0]
-    request = np.searchsorted(batch.offsets, low, side="right") - 1
+    first = np.ones(len(cell), dtype=bool)
+    first[1:] = (cell[1:] != cell[:-1]) | (runs.request[1:] != runs.request[:-1])
+    ends = np.append(runs.start[first][1:], len(batch))
+    kept = cell[first] >= 0
+    low, high = runs.start[first][kept], ends[kept]
+    request, cell = runs.request[first][kept], cell[first][kept]
     shift = batch.begin[request] - batch.offsets[request]
     rids = study.walk.requests.rid
     return pa.table(
@@ -74,7 +77,7 @@ def _ranges(step: Step, study: Study, computed: Array, table: Array, labels: lis
             "rid": rids.take(pa.array(request + step.low)).cast(pa.string()),
             "start": (low + shift).astype(np.int32),
             "end": (high + shift).astype(np.int32),
-            "weight": table.ravel()[cell[low]],
+            "weight": table.ravel()[cell],
         },
         schema=SCHEMA,
     )

@@ -115,9 +115,13 @@ def start(config: EngineProbeConfig, server_args: Any, dp_rank: int, resolved: d
         "rows_dropped": 0,
     }
     drops = config.live.when_full == "drop" or (config.live.when_full is None and not config.hook_points)
+    live_config = config.live
+    if several and live_config.upload is not None:
+        upload = live_config.upload.model_copy(update={"to": f"{live_config.upload.to.rstrip('/')}/dp{dp_rank}"})
+        live_config = live_config.model_copy(update={"upload": upload})
     live = LiveRecording(
         config.run.resolve() / f"dp{dp_rank}" if several else config.run.resolve(),
-        config.live,
+        live_config,
         {**facts, "dp_rank": dp_rank},
         part_seconds=config.checkpoint_seconds,
         drops=drops,

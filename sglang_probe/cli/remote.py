@@ -1,0 +1,126 @@
+"""`sglang-probe upload` and `sglang-probe download`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_probe.remote.process import Uploading
+
+
+def upload(
+    run: Annotated[Path, typer.Argument(help="Run directory, or the folder of a live recording.")],
+    to: Annotated[str, typer.Argument(help="URL of a folder: `s3://bucket/path`, `gs://...`, `file:///...`.")],
+    overwrite: Annotated[bool, typer.Option(help="Delete another run that is there first.")] = False,
+    patience: Annotated[float, typer.Option(help="Seconds without progress after which it is given up.")] = 300.0,
+) -> None:
+    """Copy a run to an object store or another file system, or finish such a copy.
+
+    What is there already is not copied again. Nothing half-written has its final name, and the manifest comes last: a
+    copy that says that the run is closed is whole. The driver (`s3fs`, `gcsfs`, ...) must be installed, and finds its
+    credentials itself. `sglang-probe download` fetches the copy and compares every file with its hash.
+
+    `upload: {to: URL}` in the YAML of a harvest, or below `live`, does the same while it is recorded.
+
+    Example: `sglang-probe upload runs/mine s3://bucket/runs/mine`
+    """
+    import threading
+
+    from rich.console import Console
+
+    from sglang_probe.errors import ProbeError
+    from sglang_probe.remote.follow import Follower
+    from sglang_probe.remote.process import hold_copy
+    from sglang_probe.remote.target import Target
+    from sglang_probe.run.files import no_run
+    from sglang_probe.run.manifest import MANIFEST
+
+    console = Console()
+    single = (run / MANIFEST).exists()
+    if not single and not any(run.glob(f"**/segment-*/{MANIFEST}")):
+        raise no_run(run)
+    target, ended = Target(to), threading.Event()
+    ended.set()
+    with hold_copy(run), _Bar(console) as shown:
+        follower = Follower(
+            run,
+            target,
+            single=single,
+            overwrite=overwrite,
+            patience=patience,
+            tell=lambda s: shown(s.files, s.waiting, s.bytes),
+        )
+        state = follower.run(ended)
+    if state.refused is not None or state.error is not None:
+        raise ProbeError(
+            f"not everything is at {to}: {state.refused or state.error}",
+            fix=None if state.refused else "the same command goes on with it",
+        )
+    console.print(f"{to}: {state.files} files copied", end="", markup=False, highlight=False, soft_wrap=True)
+    console.print("" if state.done else "; the run is not closed, so that more may come", soft_wrap=True)
+
+
+def download(
+    source: Annotated[str, typer.Argument(help="URL that a run was uploaded to.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Fetch a run from an object store or another file system; every file is compared with its hash.
+
+    The folder is there with everything or not at all; what was fetched before a failure is taken up by the
+    same command. A copy of a run that was not closed is like a run whose engine was killed: `harvest --resume`
+    finishes it.
+
+    Example: `sglang-probe download s3://bucket/runs/mine runs/mine`
+    """
+    from rich.console import Console
+
+    from sglang_probe.remote.download import download as fetch
+    from sglang_probe.remote.target import Target
+
+    console = Console()
+    with _Bar(console) as shown:
+        found = fetch(Target(source), folder, moved=lambda _name, done, of: shown(done, of - done, 0))
+    for within, status in found.items():
+        console.print(f"{folder / within}: {status}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"check it: sglang-probe verify {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def finish(uploading: Uploading, console: Console, run: Path, to: str) -> None:
+    """Wait for the copy of a harvest, and say what came of it; a copy that lags is no failure of the harvest."""
+    with _Bar(console) as shown:
+        state: dict[str, Any] = uploading.finish(lambda s: shown(s["files"], s["waiting"], s["bytes"]))
+    if state["done"]:
+        console.print(f"copied to {to}", markup=False, highlight=False, soft_wrap=True)
+        return
+    why = state["refused"] or state["error"] or "the run is not closed"
+    console.print(f"not everything is at {to}: {why}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"  to finish the copy: sglang-probe upload {run} {to}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+class _Bar:
+    """A bar of files; call it with how many are there, how many wait, and bytes."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        self._task = self._progress.add_task("files", total=None)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, waiting: int, size: int) -> None:
+        told = f"files, {size / 1e6:,.0f} MB" if size else "files"
+        self._progress.update(self._task, completed=done, total=done + waiting, description=told)

@@ -1,0 +1,26 @@
+"""The `upload` section of a recording's YAML."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from sglang_probe.config import Config
+
+
+class UploadConfig(Config):
+    """Where a recording is copied to while it is made, part by part."""
+
+    to: str
+    """A folder of an object store or of another file system, by any URL that fsspec knows: `s3://bucket/runs/mine`,
+    `gs://...`, `file:///mnt/shared/...`. Its driver (`s3fs`, `gcsfs`, ...) must be installed, and finds its credentials
+    itself."""
+    patience: float = Field(default=300.0, gt=0)
+    """Seconds without any progress after which, once the recording has ended, the rest is given up. It can be copied
+    later (`sglang-probe upload`, or `--resume`)."""
+
+    @field_validator("to")
+    @classmethod
+    def _is_a_url(cls, url: str) -> str:
+        if "://" not in url:
+            raise ValueError(f"`{url}` is no URL: `s3://bucket/path`, or `file:///path` for a folder of this machine")
+        return url
