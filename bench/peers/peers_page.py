@@ -23,12 +23,12 @@ page, and each section says with which prompts, batch sizes and rounds they were
 
 How fast do rows of the residual stream get to disk? Every tool gets the same token ids and layers, in float32, on the
 CPU. Every other tool (a *peer*) has an environment of its own, of `constraints/peers.txt`, all with one release of
-PyTorch (the tables name those of everything else), and a process that loads the model once. One process runs at a time; the others are stopped. In a warm-up round
-with nothing shared, each peer tries 1 and 2 threads and the batch sizes that its section names, and keeps the fastest.
-sglang-probe runs as it is installed, with one thread, and where a row says so with `OMP_NUM_THREADS=2`. A round then
-runs every tool on every set of prompts once, in a shuffled order, so that other work on the machine slows all alike:
-**a ratio is taken within a round, and only ratios are claimed**. Before each harvest, what the one before it left in
-the page cache is written to disk.
+PyTorch (the tables name those of everything else), and a process that loads the model once. One process runs at a time;
+the others are stopped. In a warm-up round with nothing shared, each peer tries 1 and 2 threads and the batch sizes that
+its section names, and keeps the fastest. sglang-probe runs as it is installed, with one thread, and where a row says so
+with `OMP_NUM_THREADS=2`. A round then runs every tool on every set of prompts once, in a shuffled order, so that other
+work on the machine slows all alike: **a ratio is taken within a round, and only ratios are claimed**. Before each
+harvest, what the one before it left in the page cache is written to disk.
 
 *Positions covered per second* is what a user waits for: prompt positions whose rows can be read afterwards. *Rows on
 disk per second* counts positions that were computed and written; the rows of all layers at a position count as one. The
@@ -97,6 +97,9 @@ shapes of both models.
 
 The peers could reuse a shared prefix too, with `past_key_values` and code by the user that knows which prompts share
 what. None of them does it by itself, and no such code was written for them.
+
+Three environments had transformers 5.24.0 in the measurement of probe-text, where `constraints/peers.txt` says 5.19.0.
+Their rows are equal to ours all the same.
 
 The layers that were asked for include the last one. If only early layers are asked for, hooks, nnsight and SAELens'
 TransformerLens models can stop after them, and an engine cannot: there they do better than in these tables.
