@@ -259,6 +259,10 @@ class ProbedEngine:
             if begun is not None and stream:
                 answers, out = out, None
                 async for told in answers:
+                    # SGLang raises this for a request without a stream (`_handle_abort_finish_reason`).
+                    finish = told["meta_info"].get("finish_reason") or {}
+                    if finish.get("type") == "abort" and 400 <= (finish.get("status_code") or 0) < 600:
+                        raise ValueError(finish["message"])
                     if out is None:
                         begun()
                     out = told
