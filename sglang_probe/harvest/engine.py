@@ -22,7 +22,16 @@ from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
 from sglang_probe.harvest.death import RESUME, Children, EngineDied
 from sglang_probe.harvest.families import Order, turns_by_families
-from sglang_probe.harvest.in_flight import LOOK_SECONDS, Answer, Asked, InFlight, Refusal, RequestRefused, Turn
+from sglang_probe.harvest.in_flight import (
+    LOOK_SECONDS,
+    Answer,
+    Asked,
+    InFlight,
+    Refusal,
+    RequestRefused,
+    Turn,
+    last_of,
+)
 from sglang_probe.harvest.signals import EngineSignals
 
 PROBE_FILE = "probe.yaml"
@@ -257,11 +266,7 @@ class ProbedEngine:
                 input_ids=list(prompt_ids), sampling_params=sampling_params, rid=rid, stream=stream
             )
             if begun is not None and stream:
-                answers, out = out, None
-                async for told in answers:
-                    if out is None:
-                        begun()
-                    out = told
+                out = await last_of(out, begun)
         except Exception as e:
             # The check of a value, the template, the queue and the scheduler each have an exception of their own; what
             # they have in common is that they end this request alone, as long as the engine lives.

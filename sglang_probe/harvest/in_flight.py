@@ -6,7 +6,7 @@ import asyncio
 import functools
 import heapq
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,6 +157,27 @@ class InFlight:
     def _release(self, name: str) -> None:
         for entry in self._followers.pop(name, []):
             heapq.heappush(self._waiting, entry)
+
+
+async def last_of(answers: AsyncIterator[dict[str, Any]], begun: Callable[[], None]) -> dict[str, Any]:
+    """The last answer of a stream of SGLang's, each of which has the tokens of those before it; `begun` is called at
+    the first.
+
+    Raises:
+        ValueError: SGLang did not serve the request, which it raises by itself where there is no stream
+            (`TokenizerManager._handle_abort_finish_reason`).
+    """
+    last: dict[str, Any] | None = None
+    async for told in answers:
+        finish = told["meta_info"].get("finish_reason") or {}
+        if finish.get("type") == "abort" and 400 <= (finish.get("status_code") or 0) < 600:
+            raise ValueError(finish["message"])
+        if last is None:
+            begun()
+        last = told
+    if last is None:
+        raise ValueError("SGLang answered nothing")
+    return last
 
 
 def _outcome(task: asyncio.Task[Answer]) -> Answer | Refusal:

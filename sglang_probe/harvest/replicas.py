@@ -163,12 +163,10 @@ class Replicas:
         page_size = int(self._server.get("page_size") or 1)
         self._families, self._cuts = families_of(first, page_size=page_size, engines=len(self._workers))
         self._queue = FamilyQueue(self._families, len(self._workers))
+        self._turns = turns_of(first, self._families, each)
         if order == "families":
-            self._turns = {}
-            for family in self._families:
-                self._turns.update(turns_by_families(family.requests, page_size=page_size))
-        else:
-            self._turns = turns_of(first, self._families, each)
+            for f in self._families:
+                self._turns |= turns_by_families(f.requests, page_size=page_size)
         self._family = {asked_rid(rid): i for i, f in enumerate(self._families) for rid, _, _ in f.requests}
         alone = [request for group in others for request in group]
         ends = Counter({asked_rid(rid): 1 for rid, _, _ in alone})

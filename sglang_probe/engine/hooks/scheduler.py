@@ -45,8 +45,8 @@ def scheduler_init(_result: None, scheduler: Any, server_args: Any, *_args: Any,
         server_args,
         dp_rank=session.config.replica + release().dp_rank(scheduler),
         tp_size=get_parallel().tp_size,
-        # Every tensor-parallel rank and every stage sees the same requests and plans; the first records them.
-        records=get_parallel().tp_rank == 0 and get_parallel().pp_rank == 0,
+        # Every tensor-parallel rank sees the same requests and plans; the first records them.
+        records=get_parallel().tp_rank == 0,
     )
     if session.records and session.config.live is not None:
         session.set_policy()
