@@ -36,7 +36,7 @@ MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "report": set(),
     "stats": {"errors"},
-    "gate": {"run", "stats", "report", *GROUND},
+    "gate": {"client", "run", "stats", "report", *GROUND},
     "policy": GROUND,
     "axes": GROUND,
     "workload": {"axes", *GROUND},

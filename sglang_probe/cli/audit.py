@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sglang_probe.gate.audit import Audited
+
+SHOWN = 8
+"""Positions that an alarm names; the file has all."""
 
 
 def command(
@@ -23,8 +30,10 @@ def command(
     For each drawn request three twins are asked, one that reuses the same entries and two that compute everything. They
     are asked only while nothing is in flight, within a budget; the request itself is not touched. SGLang caches what it
     computes: each audit leaves two whole prompts in the cache that nobody asks again, and a full cache evicts entries
-    of clients for them; the budget counts them. Needs closed segments of the recording (`segments: {max_seconds: 300}`)
-    with token ids.
+    of clients for them; the budget counts them. If the server hands out rows (`asks: [rows]`), rows after the reused
+    prefix are compared at each hook point, too: an alarm names the first layer and the positions. The rows that were
+    recorded of the request itself are compared with the computed ones as well. Needs closed segments of the recording
+    (`segments: {max_seconds: 300}`) with token ids.
 
     A key is read from `SGLANG_PROBE_GATE_KEY`. Exit codes: 12 with an alarm; 13 if twins that reuse got no answer,
     where those that compute did, or if nothing could be judged; else 0.
@@ -32,7 +41,6 @@ def command(
     Example: `sglang-probe audit http://127.0.0.1:30000 runs/live --output audit.jsonl --share 0.05`
     """
     import json
-    import math
     import time
     from collections import Counter
     from collections.abc import Callable, Iterator
@@ -43,7 +51,7 @@ def command(
 
     from sglang_probe.errors import ConfigError
     from sglang_probe.gate.arms import how_to_be_cold
-    from sglang_probe.gate.audit import JUDGED, Auditor, Candidate, candidates, drawn, idle
+    from sglang_probe.gate.audit import ALARMS, JUDGED, Auditor, Candidate, candidates, drawn, idle
     from sglang_probe.gate.client import Client
     from sglang_probe.run import seal
     from sglang_probe.run.manifest import MANIFEST
@@ -72,20 +80,43 @@ def command(
                     how_to_be_cold(client, one.prompt),
                     room=partial(idle, client),
                     tokens_per_minute=tokens_per_minute,
+                    fetch=client.rows if facts.rows else None,
                     until=until,
                 )
             said = auditor.audit(one)
             counts[said.found] += 1
-            told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(said).items()}
-            out.write(json.dumps({"segment": segment, **told}, allow_nan=False) + "\n")
+            told = _finite({"segment": segment, **asdict(said)})
+            out.write(json.dumps(told, allow_nan=False) + "\n")
             out.flush()
-            if said.found in ("wrong", "no answer"):
-                what = {"wrong": f"{said.moved:.3g} nats", "no answer": "no answer"}[said.found]
-                of = "; ".join(said.origins)
-                alarm = "ALARM" if said.found == "wrong" else "note:"
-                console.print(f"{alarm} {said.rid}: {what} after {said.border} reused tokens, of {of}", markup=False)
+            if said.origins:
+                console.print(in_words(said), markup=False)
     words = ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "nothing to audit"
     computed, filled = (auditor.computed, auditor.filled) if auditor else (0, 0)
     typer.echo(f"{words}; {computed:,} tokens computed, {filled:,} of the cache filled with what nobody asks again")
     unknown = counts["no answer"] or (counts and not any(counts[found] for found in JUDGED))
-    raise typer.Exit(12 if counts["wrong"] else 13 if unknown else 0)
+    if auditor is not None and auditor.without_rows:
+        console.print(f"no rows came of {auditor.without_rows} twins: these were judged by log-probabilities alone")
+    raise typer.Exit(12 if any(counts[found] for found in ALARMS) else 13 if unknown else 0)
+
+
+def in_words(said: Audited) -> str:
+    """One line of an alarm: what is wrong, where in the model, at which positions, and whose entries they are."""
+    of = f"after {said.border} reused tokens, of {'; '.join(said.origins)}"
+    if said.found == "no answer":
+        return f"note: {said.rid}: no answer {of}"
+    parts = [] if math.isnan(said.moved) else [f"log-probabilities by {said.moved:.3g} nats (T {said.threshold:.3g})"]
+    if said.rows is not None and said.rows.past:
+        at = [str(p) for p in said.rows.positions[:SHOWN]] + ["..."] * (len(said.rows.positions) > SHOWN)
+        parts.append(
+            f"rows by {said.rows.distance:.3g} of their length (T {said.rows.threshold:.3g}) from "
+            f"{said.rows.hook_point} on, at positions {', '.join(at)}"
+        )
+    what = "was answered over wrong entries" if said.found == "was wrong" else "reuses wrong entries"
+    return f"ALARM {said.rid} {what}: {'; '.join(parts)}; {of}"
+
+
+def _finite(told: Any) -> Any:
+    """For JSON: what is not finite is null."""
+    if isinstance(told, dict):
+        return {k: _finite(v) for k, v in told.items()}
+    return None if isinstance(told, float) and not math.isfinite(told) else told

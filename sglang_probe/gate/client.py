@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from sglang_probe.client import FetchedRows, RowsError, fetch_rows
 from sglang_probe.errors import ConfigError, ProbeError
 
 KEY_VARIABLE = "SGLANG_PROBE_GATE_KEY"
@@ -72,6 +73,8 @@ class Facts:
     radix: bool | None = None
     probe: bool = False
     """Whether it records with this package's plugin, which then names the origin of reused entries."""
+    rows: bool = False
+    """Whether it hands out rows to who asks (`asks: [rows]`)."""
     further: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,6 +137,7 @@ class Client:
             context=told("context_length", int) or told("max_req_input_len", int),
             radix=None if off is None else not off,
             probe=status.get("recording") is True,
+            rows=isinstance(status.get("rows_asked"), dict),
             further={k: told(k, object) for k in ("attention_backend", "tp_size", "dp_size", "kv_cache_dtype")},
         )
 
@@ -159,6 +163,7 @@ class Client:
         salt: Mapping[str, str] | None = None,
         origin: bool = False,
         rid: str | None = None,
+        asks: Mapping[str, Any] | None = None,
     ) -> Answer:
         """One greedy request.
 
@@ -167,13 +172,14 @@ class Client:
             salt: fields of the request that separate its cache entries from others'.
             origin: also ask the probe which request's entries were reused.
             rid: name of the request; default: the server gives one.
+            asks: what else is asked of the probe (`custom_params.probe`).
 
         Raises:
             RefusedError: the server refuses it, or answers without log-probabilities, or with fewer tokens than asked.
         """
         params: dict[str, Any] = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-        if origin:
-            params["custom_params"] = {"probe": {"provenance": True}}
+        if probe := {**({"provenance": True} if origin else {}), **(asks or {})}:
+            params["custom_params"] = {"probe": probe}
         body = {"input_ids": list(ids), "sampling_params": params, "return_logprob": True, **(salt or {})}
         body |= {"logprob_start_len": start, "top_logprobs_num": TOP}
         told = self.call("/generate", body if rid is None else {**body, "rid": rid})
@@ -182,6 +188,13 @@ class Client:
             reason = (told["meta_info"].get("finish_reason") or {}).get("type")
             raise RefusedError(f"{len(answer.output)} of {new} tokens came back (`finish_reason: {reason}`)")
         return answer
+
+    def rows(self, asked: Mapping[str, Any], timeout: float = 20.0) -> FetchedRows | None:
+        """Rows of a request that asked for them (`asks`); None: the server has none, or not in time."""
+        try:
+            return fetch_rows(self.url, asked, api_key=self._key or None, timeout=timeout)
+        except (RowsError, OSError):
+            return None
 
     def give_up(self, ids: Sequence[int], *, salt: Mapping[str, str] | None = None) -> None:
         """A request whose client goes away once it has the first piece of a long answer.

@@ -60,6 +60,12 @@ def test_the_endpoints_ask_for_the_servers_keys(server: LiveServer) -> None:
         (server.http, "/probe/coverage", 200),
     ):
         assert client.get(path).status_code == expected, path
+    server.generate([*range(30, 60)], rid="somebodys-own-words")
+    _settled(server)
+    named = server.admin.get("/probe/coverage/ids?n=1").json()["recent"]
+    assert [r["rid"] for r in named] == ["somebodys-own-words"]
+    assert server.http.get("/probe/coverage/ids").status_code == 401
+    assert "rid" not in server.http.get("/probe/coverage?n=1").json()["recent"][0]
     assert server.anybody.post("/probe/flush").status_code == 401
     assert server.http.post("/probe/flush").status_code == 401  # there is an admin key, so it is the admin's
     assert server.admin.post("/probe/flush").status_code == 200

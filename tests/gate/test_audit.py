@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_probe.client import FetchedRows
 from sglang_probe.gate import audit
-from sglang_probe.gate.audit import WARM_UP, Auditor, Candidate, candidates, drawn
+from sglang_probe.gate.audit import MORE, WARM_UP, Auditor, Candidate, candidates, drawn
 from sglang_probe.gate.client import Answer, Facts, Ids, RefusedError
+from sglang_probe.gate.rows import Held
 from sglang_probe.run.run import Run
 
 BORDER, TAIL = 60, 30
@@ -125,9 +128,9 @@ def test_the_budget_counts_what_twins_compute_and_what_they_take_of_the_cache() 
     one = auditor(Server(), tokens_per_minute=6000, clock=lambda: now[0], sleep=sleep)
     one.audit(candidate(0))
     tail, whole = TAIL, BORDER + TAIL
-    assert (one.computed, one.filled) == (tail + 2 * whole, 2 * whole)
+    assert (one.computed, one.filled) == (tail + 2 * whole + MORE, 2 * whole + MORE)
     one.audit(candidate(1))
-    assert now[0] == pytest.approx((tail + 4 * whole) / 100)
+    assert now[0] == pytest.approx((tail + 4 * whole + 2 * MORE) / 100)
 
 
 class Failing(Server):
@@ -142,6 +145,67 @@ class Failing(Server):
         if self.refuses == ("cold" if salt else "warm"):
             raise RefusedError("500")
         return Answer(a.rid, a.cached, a.prompt + (self.cold if salt else math.nan), a.output, a.chosen)
+
+
+class WithRows(Server):
+    """Also hands out rows, of which those after wrong entries are moved; probabilities are not."""
+
+    def __init__(self, moved: Callable[[Ids], float], **more: Any) -> None:
+        super().__init__(**more)
+        self.moved, self.last, self.refuses_rows = moved, (0, False), False
+
+    def ask(self, ids: Sequence[int], *, asks: Any = None, salt: Mapping[str, str], **more: Any) -> Answer:
+        if asks is not None and self.refuses_rows:
+            refused = RefusedError("too many rows")
+            refused.status = 400
+            raise refused
+        self.last = ids[0], not salt
+        return super().ask(ids, salt=salt, **more)
+
+    def fetch(self, _asked: Any) -> FetchedRows:
+        first, warm = self.last
+        rows = self.rows(first, self.moved((first,)) if warm else 0.0)
+        have = np.ones(TAIL, dtype=bool)
+        return FetchedRows(rows.position, {"hook_embed": have}, [], {}, "r", BORDER + TAIL, {"hook_embed": rows.rows})
+
+    def rows(self, first: int, moved: float) -> Held:
+        true = np.random.default_rng(first).standard_normal((TAIL, 8))
+        return Held(np.arange(BORDER, BORDER + TAIL), true + (1e-6 + moved) * self.rng.standard_normal((TAIL, 8)))
+
+
+def test_rows_find_a_wrong_entry_that_moves_no_probability() -> None:
+    server = WithRows(lambda prompt: 0.01 * (prompt[0] == 40))
+    one = auditor(server, fetch=server.fetch)
+    found = {a.rid: a for a in (one.audit(candidate(i)) for i in range(60))}
+    assert [rid for rid, a in found.items() if a.found == "wrong"] == ["r40"]
+    said = found["r40"]
+    assert said.moved < said.threshold
+    assert said.rows is not None
+    assert (said.rows.hook_point, said.rows.past, said.rows.positions[0]) == ("hook_embed", True, BORDER)
+    assert said.origins == (f"o40 [0, {BORDER})",)
+
+
+@pytest.mark.parametrize(("cached", "else_"), [(BORDER, "right"), (0, "was right")])
+def test_a_request_that_was_answered_over_wrong_entries_is_found_by_its_own_rows(cached: int, else_: str) -> None:
+    """Whether its entries are cached still, and right by now, or gone."""
+    server = WithRows(lambda prompt: 0.0, cached=cached)
+    one = auditor(server, fetch=server.fetch)
+    found = {}
+    for i in range(60):
+        rows = {"hook_embed": server.rows(i, 0.01 * (i == 40))}
+        said = one.audit(dataclasses.replace(candidate(i), rows=lambda rows=rows: rows))  # type: ignore[misc]
+        found[said.rid] = said
+    assert [rid for rid, a in found.items() if a.found == "was wrong"] == ["r40"]
+    assert {a.found for a in found.values()} == {"too early", else_, "was wrong"}
+    assert found["r40"].origins == (f"o40 [0, {BORDER})",)
+
+
+def test_a_server_that_gives_no_rows_is_audited_by_log_probabilities() -> None:
+    server = WithRows(lambda prompt: 0.01)
+    server.refuses_rows = True
+    one = auditor(server, fetch=server.fetch)
+    assert {one.audit(candidate(i)).found for i in range(30)} == {"too early", "right"}
+    assert one.without_rows == 90
 
 
 def test_a_warm_twin_without_numbers_is_wrong_from_the_first_audit_on() -> None:

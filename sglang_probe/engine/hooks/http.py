@@ -77,10 +77,14 @@ def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs:
             _emptier(tokenizer_manager),
             _libraries(),
             _answers(),
+            ids=not server_args.admin_api_key,
         )
         app.add_api_route("/probe/status", endpoints.status, methods=["GET"])
         app.add_api_route("/probe/coverage", endpoints.coverage, methods=["GET"])
         app.add_api_route("/probe/alerts", endpoints.alerts, methods=["GET"])
+        for name, named in (("coverage", endpoints.coverage_by_id), ("alerts", endpoints.alerts_by_id)):
+            by_id = auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(named))
+            app.add_api_route(f"/probe/{name}/ids", by_id, methods=["GET"])
         app.add_api_route("/probe/vectors", endpoints.vectors, methods=["GET"])
         app.add_api_route("/probe/why", auth_level(AuthLevel.ADMIN_OPTIONAL)(_function(endpoints.why)), methods=["GET"])
         app.add_api_route("/probe/rows/{handle}", endpoints.rows, methods=["GET"])
@@ -99,6 +103,7 @@ class Endpoints:
         empty: flushes the radix cache once nothing is in flight, if that is so within so many seconds; whether it did.
         libraries: of vectors, by what they are for.
         answers: folder where rows wait for those who asked for them; None: nobody may ask.
+        ids: whether `coverage` and `alerts` name requests: where there is no admin key, whoever may ask is trusted.
     """
 
     def __init__(
@@ -108,7 +113,10 @@ class Endpoints:
         empty: Callable[[float], Awaitable[bool]],
         libraries: Mapping[str, Library] = MappingProxyType({}),
         answers: Path | None = None,
+        *,
+        ids: bool = True,
     ) -> None:
+        self._ids = ids
         self._states = states
         self._close = close
         self._empty = empty
@@ -127,7 +135,13 @@ class Endpoints:
         return {**told, "versions": versions}
 
     async def coverage(self, n: int = 20) -> dict[str, Any]:
-        """`GET /probe/coverage?n=20`: totals by class, and the last `n` requests."""
+        """`GET /probe/coverage?n=20`: totals by class, and the last `n` requests; without their ids where there is an
+        admin key."""
+        told = await self.coverage_by_id(n)
+        return told if self._ids else _unnamed(told)
+
+    async def coverage_by_id(self, n: int = 20) -> dict[str, Any]:
+        """`GET /probe/coverage/ids?n=20`: the same with the ids, for the admin key."""
         state = await self._state()
         out = {k: state[k] for k in _COVERAGE if k in state}
         out["recent"] = out.get("recent", [])[: max(n, 0)]
@@ -138,10 +152,16 @@ class Endpoints:
 
     async def alerts(self, n: int = 20) -> Any:
         """`GET /probe/alerts?n=20`: of the monitor, the last `n` requests that were unusual and every event, with its
-        evidence; how far each detector of drift is from its alarm. 404 where the server has no monitor.
+        evidence; how far each detector of drift is from its alarm. 404 where the server has no monitor. Without the
+        requests' ids where there is an admin key.
 
         Of several data-parallel ranks each has a monitor of its own (`ranks`).
         """
+        told = await self.alerts_by_id(n)
+        return told if self._ids or not isinstance(told, dict) else _unnamed(told)
+
+    async def alerts_by_id(self, n: int = 20) -> Any:
+        """`GET /probe/alerts/ids?n=20`: the same with the ids, for the admin key."""
         from fastapi.responses import JSONResponse
 
         states = await self._each()
@@ -342,6 +362,13 @@ def libraries_of(config: EngineProbeConfig) -> dict[str, Library]:
     """
     given = {"steer": config.steer, "scores": config.scores}
     return {what: Library.open(c.library).without_saes() for what, c in given.items() if c is not None}
+
+
+def _unnamed(told: Any) -> Any:
+    """Without ids of requests, at any depth."""
+    if isinstance(told, dict):
+        return {k: _unnamed(v) for k, v in told.items() if k != "rid"}
+    return [_unnamed(v) for v in told] if isinstance(told, list) else told
 
 
 def _not_flushed(state: dict[str, Any], status: int) -> Any:

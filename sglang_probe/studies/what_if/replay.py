@@ -215,7 +215,8 @@ def _event(cache: Cache, e: Any, ids: Any, spaces: Any, last: Any, outcome: Outc
     key = (str(e.rid), int(e.attempt))
     tokens, prompt = ids[e.rid]
     if e.event == _LOOKED:
-        cache.tree.match(tokens, int(e.limit), spaces.get((e.rid, 0)))
+        if (e.rid, 0) in spaces:  # of one that was never launched the namespace is not known
+            cache.tree.match(tokens, int(e.limit), spaces[e.rid, 0])
         return
     if e.event == schema.MATCHED:
         limit = prompt - 1 if pd.isna(e.limit) else int(e.limit)

@@ -96,7 +96,8 @@ def what_if(
     if run.tree().empty:
         raise RunDirectoryError(f"{path}: not recorded: what the radix tree took and gave", fix="record it again")
     requests = run.requests(interrupted=True)
-    requests = requests[requests["prompt_ids"].notna() & (requests["finish_reason"] != schema.REFUSED)]
+    # SGLang serves what it refuses as a prompt of one token, which takes slots and is published like any other.
+    requests = requests[requests["prompt_ids"].notna() & (requests["prompt_len"] > 0)]
     if requests.empty:
         raise RunDirectoryError(f"{path} has no token ids, and a tree is driven by them", fix="`live: {privacy: ids}`")
     ours = _recorded_settings(run)

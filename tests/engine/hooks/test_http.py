@@ -65,6 +65,20 @@ def test_vectors_are_listed_without_their_tensors(tmp_path: Path) -> None:
     assert asyncio.run(_endpoints([STATE]).vectors()) == {}
 
 
+def test_where_there_is_an_admin_key_other_clients_learn_no_ids_of_requests() -> None:
+    event = {"evidence": {"rid": "theirs", "of": "hook"}, "last": [{"rid": "theirs", "p": 0.5}]}
+    monitor = {"requests": 1, "alerts": [{"alert": "request", "rid": "theirs", "score": 9.0}], "events": [event]}
+    state = {**STATE, "recent": [{"rid": "theirs", "prompt": 7}], "monitor": monitor}
+    endpoints = _endpoints([state, {**state, "dp_rank": 1}])
+    endpoints._ids = False
+    for shown, named in ((endpoints.coverage, endpoints.coverage_by_id), (endpoints.alerts, endpoints.alerts_by_id)):
+        assert "theirs" not in json.dumps(asyncio.run(shown()))  # type: ignore[operator]
+        assert "theirs" in json.dumps(asyncio.run(named()))  # type: ignore[operator]
+    assert asyncio.run(endpoints.coverage())["recent"][0]["prompt"] == 7
+    endpoints._ids = True  # nobody but the admin, or everybody, may ask
+    assert "theirs" in json.dumps(asyncio.run(endpoints.alerts()))
+
+
 def test_coverage_lists_as_many_requests_as_asked() -> None:
     out = asyncio.run(_endpoints([STATE]).coverage(n=2))
     assert [r["rid"] for r in out["recent"]] == ["0", "1"]
