@@ -62,7 +62,7 @@ def test_what_is_withheld_was_never_at_the_target(cli: Callable, tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "copied to file://" in done.stdout
     there = contents(tmp_path / "there")
-    assert load_run(tmp_path / "there").manifest["withheld"]["positions"]["email"] > 0
+    assert load_run(tmp_path / "there").manifest["withheld"]["positions"]["pii:email"] > 0
     assert there == contents(tmp_path / "run")
     assert {(n, d) for n, d in seen if n.split("/")[0] in ("rows", "ledger")} <= set(there.items())
 
