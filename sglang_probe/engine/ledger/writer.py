@@ -204,8 +204,8 @@ class Writer:
         with self._work:
             self._work.wait_for(self._called, timeout=max(self._due - self._clock(), 0.0))
             asked, self._asked = self._asked, []
-            stopping = self._stopping
-            if self._failing is None:  # else what is handed over waits where the bounds count it
+            stopping, failed = self._stopping, self._failing is not None
+            if not failed:  # else what is handed over waits where the bounds count it
                 self._taken.extend(self._handed)
                 self._handed = []
                 self._taken_bytes, self._handed_bytes = self._handed_bytes, 0
@@ -216,13 +216,13 @@ class Writer:
                 self._taken.clear()
             if answered:
                 self._taken_bytes = 0
-            else:
-                self._asked = asked + self._asked
+            left = failed and bool(self._handed)  # the disk takes parts again, and this was not taken yet
+            if left or not answered:
+                self._asked, asked = asked + self._asked, []
             self._room.notify_all()
-        if answered:
-            for event in asked:
-                event.set()
-        return not stopping
+        for event in asked:
+            event.set()
+        return left or not stopping
 
     def _called(self) -> bool:
         if self._failing is not None:  # nothing but the time of the next attempt

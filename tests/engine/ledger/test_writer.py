@@ -166,6 +166,30 @@ def test_a_part_that_a_full_disk_does_not_take_is_tried_again(
     assert parts[-1].rows_end == 200 * 4
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["asked for", "stopped"])
+def test_what_was_handed_over_while_the_disk_was_full_is_durable_when_that_is_told(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(tmp_path, monkeypatch, part_seconds=1.0, patience=10.0)
+    disk = FullDisk(monkeypatch, "the journal")
+    clock.writer.put(commit(0))
+    clock.until(101)
+    assert disk.refused == 1
+    clock.writer.put(commit(1))  # after the part that waits
+    done = clock.writer.checkpoint()
+    if stopped:
+        clock.writer.stop()
+    disk.room = True
+    clock.now = 102
+    turns = 0
+    while not done.is_set() and turns < 3:
+        assert clock.writer._called() or clock.now >= clock.writer._due
+        goes_on, turns = clock.writer._turn(), turns + 1
+    assert done.is_set()
+    assert clock.durable() == 2
+    assert goes_on is not stopped
+
+
 def test_patience_with_a_full_disk_ends_and_its_files_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(tmp_path, monkeypatch, part_seconds=1.0, patience=10.0)
     FullDisk(monkeypatch, "table")
