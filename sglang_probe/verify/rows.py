@@ -74,6 +74,7 @@ def rows_are_possible(run: Run, *, proved: bool = True, progress: Progress = not
     covered, violation = 0, None
     dtype = run.manifest.get("rows_dtype")
     embedded: Array | None = None
+    blank: set[int] = set()
     sums: dict[str, str] = {}
     points = sorted(run.hook_points, key=lambda h: h != EMBED)
     widths: dict[str, int] = {}
@@ -85,7 +86,7 @@ def rows_are_possible(run: Run, *, proved: bool = True, progress: Progress = not
         for shard in shards_of(run, h):
             progress(f"rows of {h}", done, len(points))
             dtype = dtype or str(shard.rows.dtype).removeprefix("torch.")
-            violation = shape_of(run, h, shard, dtype, widths) or _values(h, shard)
+            violation = shape_of(run, h, shard, dtype, widths) or _values(h, shard, blank if proved else set())
             if violation:
                 return Check(name, claim, covered, "rows", f"{shard.file}: {violation}")
             covered += len(shard.rows)
@@ -183,17 +184,25 @@ def _width(run: Run, hook_point: str) -> int | None:
     return None if width is None else int(width)
 
 
-def _values(hook_point: str, shard: Shard) -> str | None:
+def _values(hook_point: str, shard: Shard, blank: set[int]) -> str | None:
+    """What is wrong with the values of a shard's rows.
+
+    Args:
+        blank: numbers of rows whose token is embedded as zero (padding, which SGLang runs in the place of a refused
+            prompt); those of `hook_embed` are added. Where the stream begins at zero it may stay there.
+    """
+    first = shard.part.rows_end - shard.part.rows
     for begin in range(0, len(shard.rows), _CHUNK):
         rows = shard.rows[begin : begin + _CHUNK]
         bad = ~rows.isfinite().all(1)
         if bool(bad.any()):
             return f"row {begin + int(bad.int().argmax())} of the file is not finite"
-        if hook_point == EMBED:  # a padding token's embedding may be zero
-            continue
-        bad = (rows == 0).all(1)
-        if bool(bad.any()):
-            return f"row {begin + int(bad.int().argmax())} of the file is zero"
+        for at in (begin + (rows == 0).all(1).nonzero().flatten()).tolist():
+            number = first + at if shard.index is None else first + int(shard.index[at])
+            if hook_point == EMBED:
+                blank.add(number)
+            elif number not in blank:
+                return f"row {at} of the file is zero"
     return None
 
 
