@@ -29,7 +29,7 @@ from sglang_probe.studies.steer_decay.target import lens_tokens, log_odds
 from tests.declared import run_commands
 from tests.end_to_end.steering import MODEL, Reference, make_library
 
-pytestmark = [pytest.mark.engine, pytest.mark.reviewed("steering")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.reviewed("steering")]
 PROMPT, ONSETS, WINDOW, AFTER, STRENGTH = 24, [1, 6], 3, 4, 40.0
 FEATURES = list(range(0, 1024, 4))
 

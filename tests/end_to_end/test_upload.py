@@ -34,6 +34,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_what_is_withheld_was_never_at_the_target(cli: Callable, tmp_path: Path) -> None:
     lines = [{"prompt": f"Write to jane.doe{i}@example.org about the function number {i}."} for i in range(6)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
