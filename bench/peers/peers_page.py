@@ -54,8 +54,8 @@ The goals are ratios of positions covered per second to the best other: 1.0 with
 
 MEANING = (
     "**What it means for you**: where prompts share much, sglang-probe was ahead of every peer that was measured. "
-    "Where they share nothing it was not faster, and with one thread about half as fast; what it adds there is the ledger. "
-    "With a free core, set `OMP_NUM_THREADS=2` for a harvest that is mostly prefill."
+    "Where they share nothing it was not faster, and with one thread about half as fast; what it adds there is the "
+    "ledger. With a free core, set `OMP_NUM_THREADS=2` for a harvest that is mostly prefill."
 )
 """Of the numbers that are in the JSON now: to be read again after a measurement."""
 
