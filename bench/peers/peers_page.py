@@ -21,31 +21,43 @@ HEAD = """# Beside what people would pick
 Written by `bench/peers/run.py` (`make bench-peers`); do not edit. The numbers are those of `peers.json` beside this
 page, and each section says with which prompts, batch sizes and rounds they were measured.
 
-How fast do rows of the residual stream get to disk? Every tool gets the same token ids and layers, in float32, on the
-CPU. Every other tool (a *peer*) has an environment of its own, of `constraints/peers.txt`, all with one release of
-PyTorch (the tables name those of everything else), and a process that loads the model once. One process runs at a time;
-the others are stopped. In a warm-up round with nothing shared, each peer tries 1 and 2 threads and the batch sizes that
-its section names, and keeps the fastest. sglang-probe runs as it is installed, with one thread, and where a row says so
-with `OMP_NUM_THREADS=2`. A round then runs every tool on every set of prompts once, in a shuffled order, so that other
-work on the machine slows all alike: **a ratio is taken within a round, and only ratios are claimed**. Before each
-harvest, what the one before it left in the page cache is written to disk.
+How fast do rows of the residual stream get to disk? [In short](#in-short) has the outcome; first, how it was measured.
+Every tool gets the same token ids and layers, in float32, on the CPU. Every other tool (a *peer*) has an environment of
+its own, installed from `constraints/peers.txt`, and a process that loads the model once. All environments have one
+release of PyTorch; the tables name the other versions. One process runs at a time; the others are stopped. In a warm-up
+round with nothing shared, each peer tries 1 and 2 threads and the batch sizes that its section names, and keeps the
+fastest. sglang-probe runs as it is installed, with one thread, and in rows named *2 threads* with `OMP_NUM_THREADS=2`.
+A round then runs every tool on every set of prompts once, in a shuffled order, so that other work on the machine slows
+all alike: **a ratio is taken within a round, and only ratios are claimed**. Before each harvest, what the one before it
+left in the page cache is written to disk.
 
 *Positions covered per second* is what a user waits for: prompt positions whose rows can be read afterwards. *Rows on
 disk per second* counts positions that were computed and written; the rows of all layers at a position count as one. The
 two differ for sglang-probe alone, which computes a shared prefix once and, when rows are read, gives the other prompts
-the rows of the one that computed it. *Per CPU second*: positions covered, over the CPU time of all processes of a tool,
-again as a ratio to the best other, which is the same peer in both columns. It is the peer that covers most positions
-per second; where another one covers more per CPU second, the goals below name that one too. Other work on the machine
-changes this ratio less, and cores that idle do not count in it.
+the rows of the one that computed it. *Per CPU second* is the number of positions covered over the CPU time of all
+processes of a tool, again as a ratio. Other work on the machine changes this ratio less, and idle cores do not count in
+it. *The best other* is the peer with the highest median of positions covered per second; both columns of ratios are to
+it. Where another peer covers more per CPU second, the goals below name that one too.
 
 Every number with a range is the median of the rounds. A ratio is the median of the ratios of single rounds, and **not**
 the quotient of the rates in its table, which are medians of their own: where rounds differ much the two are far apart,
-and may even put tools in another order. *The best other* is the peer with the highest median rate.
+and may even put tools in another order.
 
 After every harvest the row count is checked (rows and reused positions together are all positions). Of up to 24
 prompts, 12 positions each, the rows are compared with those of sglang-probe: a peer with a row that is further from
 ours than 0.001 of the row's length ends the benchmark.
+
+## In short
+
+The goals are ratios of positions covered per second to the best other: 1.0 with nothing shared, 3.0 with 80 % shared.
 """
+
+MEANING = (
+    "**What it means for you**: where prompts share much, sglang-probe was ahead of every peer that was measured. "
+    "Where they share nothing it was not faster, and with one thread about half as fast; what it adds there is the "
+    "ledger. With a free core, set `OMP_NUM_THREADS=2` for a harvest that is mostly prefill."
+)
+"""Of the numbers that are in the JSON now: to be read again after a measurement."""
 
 SETUP = """## Where the time goes
 
@@ -57,16 +69,16 @@ hooks, including what SGLang does inside them. The peers compute the same produc
 kernels: timed alone, attention request by request costs what it costs as one batch. The writer's thread waits nearly
 all of its time. So where nothing is shared, neither the disk nor the ledger is what bounds sglang-probe.
 
-What was mended since the first measurement of this page, with the same bits of every row:
+What was made faster since the first measurement of this page, without changing a bit of any row:
 
 * `order: families`, the default of `sglang-probe harvest`: a request that begins like an earlier one waits until that
   one's prompt is computed. Requests that were in flight together computed their common beginning each for itself.
 * The rotary embedding and the activation make fewer passes over memory (`engine/platform/operators.py`).
 * The scheduler sleeps when it has no requests (SGLang's `sleep_on_idle`). It spun on a core while a run was opened,
   closed and read.
-* What was reviewed of SGLang's source is compared once for a process, not at each recording.
+* Whether SGLang's source is as it was reviewed is checked once in each process, not at each recording.
 
-Beside the engine before these changes, in four interleaved rounds of 128 prompts of 256 tokens on a busy machine, they
+Against the engine before these changes, in four interleaved rounds of 128 prompts of 256 tokens on a busy machine, they
 gave **1.13** (1.11 to 1.15) times as many positions for a CPU second with nothing shared, and **1.80** (1.43 to 3.25)
 times as many with 80 % shared.
 
@@ -74,21 +86,21 @@ Rows, outputs and spans of the engine before and after are equal to the bit: of 
 bfloat16 too, with prompts in one piece, in chunks of 64 and after a cached prefix, and 12 decode steps, at three
 layers.
 
-**One thread or two.** On a machine with a core to spare, `OMP_NUM_THREADS=2` is what to set for a harvest that is
-mostly prefill: see the rows *2 threads* above. One thread stays the default, because on a busy machine a parallel
-product waits for whichever thread has no core: there, two threads for prefills reached **0.27** (0.14 to 0.46) of the
+**One thread or two.** On a machine with a free core, set `OMP_NUM_THREADS=2` for a harvest that is mostly prefill: see
+the rows *2 threads* above. One thread stays the default, because on a busy machine a parallel product waits for
+whichever thread has no core. There, two threads for prefills reached **0.27** (0.14 to 0.46) of the
 speed of one where nothing was shared, and **0.13** (0.12 to 0.27) with 80 % shared, in three rounds of an earlier
 measurement. PyTorch may also sum in another order with another number of threads, although no bit differed at the
 shapes of both models.
 
 ## How each is used
 
-* **transformers, hooks**: the model without its head, cut after the last layer asked; forward hooks; `inference_mode`;
-  batches of prompts of one length, so that nothing is padding.
+* **transformers, hooks**: the model without its head, cut after the last layer that is captured; forward hooks;
+  `inference_mode`; batches of prompts of one length, so that nothing is padding.
 * **SAELens `ActivationsStore`**: `from_config_multi_hook` over `AutoModelForCausalLM`, `get_batch_tokens` and
   `get_multi_hook_activations`, without its mixing buffer. It computes logits. Its own `CacheActivationsRunner` writes
   one hook point only, so its rows are written as those of the others are.
-* **nnsight**: one `trace` per batch over the model without its head, ended at the last layer asked.
+* **nnsight**: one `trace` per batch over the model without its head, ended at the last layer that is captured.
 * **interp-engine**: the eager backend, the one that runs without CUDA; `capture` of a batch, with attention `sdpa` in
   place of its default. Its vLLM backends, which are its fast ones, were not run.
 * **sglang-probe**: `Experiment.record`, which is what `sglang-probe harvest` runs, with the defaults of that command
@@ -98,11 +110,11 @@ shapes of both models.
 The peers could reuse a shared prefix too, with `past_key_values` and code by the user that knows which prompts share
 what. None of them does it by itself, and no such code was written for them.
 
-Three environments had transformers 5.24.0 in the measurement of probe-text, where `constraints/peers.txt` says 5.19.0.
-Their rows are equal to ours all the same.
+In the measurement of probe-text three environments had transformers 5.24.0, although `constraints/peers.txt` says
+5.19.0. Their rows are equal to ours all the same.
 
-The layers that were asked for include the last one. If only early layers are asked for, hooks, nnsight and SAELens'
-TransformerLens models can stop after them, and an engine cannot: there they do better than in these tables.
+The layers that are captured here include the last one. If you capture early layers only, hooks, nnsight and SAELens'
+TransformerLens models can stop after them, and an engine cannot: then they do better than in these tables.
 """
 
 
@@ -169,9 +181,8 @@ def verdict(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 other = ratios(found, workload, name, base)
                 yield f"  With {name.partition(', ')[2]}: {_told(other)} of {base}: **{_outcome(other, goal)}**."
     yield (
-        "\nThe first ratio of each line is of positions covered per second, and so is the goal. Where other work ran "
-        "on the machine (each section says so), trust the ratio per CPU second: the other depends on which of a tool's "
-        "processes got a core."
+        f"\n{MEANING} Where other work ran on the machine (each section says so), trust the ratio per CPU second: the "
+        "other depends on which of a tool's processes got a core."
     )
 
 

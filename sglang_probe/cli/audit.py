@@ -19,21 +19,26 @@ def command(
     server: Annotated[str, typer.Argument(help="Address of a server that records with `privacy: ids`.")],
     run: Annotated[Path, typer.Argument(help="The folder that it records into (`run:` of its configuration).")],
     output: Annotated[Path, typer.Option(help="JSONL: a line an audit, without anything of a prompt.")],
-    share: Annotated[float, typer.Option(help="Of the requests that reused something.")] = 0.02,
-    tokens_per_minute: Annotated[float, typer.Option(help="What twins may compute, and take of the cache.")] = 20_000,
+    share: Annotated[float, typer.Option(help="Share of the requests that reused something.")] = 0.02,
+    tokens_per_minute: Annotated[
+        float, typer.Option(help="Most tokens that twins may compute and take of the cache.")
+    ] = 20_000,
     minutes: Annotated[float, typer.Option(help="How long; default: until Ctrl-C.")] = float("inf"),
     once: Annotated[bool, typer.Option(help="Audit the segments that are closed already, and end.")] = False,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
 ) -> None:
     """Recompute a share of what a live server reused, and compare: an alarm names the request that the entries are of.
 
-    For each drawn request three twins are asked, one that reuses the same entries and two that compute everything. They
-    are asked only while nothing is in flight, within a budget; the request itself is not touched. SGLang caches what it
-    computes: each audit leaves two whole prompts in the cache that nobody asks again, and a full cache evicts entries
-    of clients for them; the budget counts them. If the server hands out rows (`asks: [rows]`), rows after the reused
-    prefix are compared at each hook point, too: an alarm names the first layer and the positions. The rows that were
-    recorded of the request itself are compared with the computed ones as well. Needs closed segments of the recording
-    (`segments: {max_seconds: 300}`) with token ids.
+    For each drawn request three twins (copies) are asked: one reuses the same entries, two compute everything. They are
+    asked only while nothing is in flight, within a budget; the request itself is not touched. SGLang caches what it
+    computes, so that each audit leaves two whole prompts in the cache that nobody asks again, and a full cache evicts
+    entries of clients for them; the budget counts them.
+
+    Log-probabilities after the reused prefix are compared. If the server hands out rows (`hook_points` and
+    `asks: [rows]`), so are rows at each hook point: an alarm names the first layer that differs, and the positions. The
+    rows that were recorded of the request itself are then compared with the computed ones as well.
+
+    Needs closed segments of the recording (`segments: {max_seconds: 300}`) with token ids.
 
     A key is read from `SGLANG_PROBE_GATE_KEY`. Exit codes: 12 with an alarm; 13 if twins that reuse got no answer,
     where those that compute did, or if nothing could be judged; else 0.

@@ -47,6 +47,10 @@ def command(
 ) -> None:
     """Run a workload through SGLang and write a run directory: ledger, captured rows, manifest.
 
+    Of prompts that begin alike the first is computed before the others are sent, so that what they share is computed
+    once; `order: as_given` sends all in the order of the file. `upload: {to: URL}` copies the run to another place
+    while it is recorded.
+
     A request that SGLang refuses is recorded as refused, and the rest is served. Ctrl-C, SIGTERM and SIGHUP close the
     run as incomplete; `--resume` finishes it.
 

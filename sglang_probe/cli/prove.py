@@ -34,7 +34,7 @@ def command(
     rounds: Annotated[int, typer.Option(help="Of the measurement of what recording costs; 6 for an interval.")] = 8,
     kept_sets: Annotated[
         bool,
-        typer.Option(help="Prove kept sets (`evict`) too; with an accelerator `disable_cuda_graph` must be set."),
+        typer.Option(help="Prove kept sets (`evict`) too; on an accelerator set `disable_cuda_graph` in `--server`."),
     ] = False,
     keep: Annotated[Path | None, typer.Option(help="Leave the recordings in this folder, which must be new.")] = None,
     accept_drift: Annotated[
@@ -47,8 +47,9 @@ def command(
 
     Starts one engine, serves random traffic (shared prefixes, twins, continuations, chunks, mixed batches, aborts,
     retractions) and checks: every invariant of `verify`; the owner of every attended position against the KV slots read
-    from the device; rows against `transformers`; and measures what recording costs. Takes minutes: 3 to 11 on two
-    busy cores.
+    from the device; rows against `transformers`; with `--kept-sets`, requests that attend to a part of their cache
+    against a `transformers` model under the same masks. Measures what recording costs, too. Takes minutes: 3 to 11 on
+    two busy cores.
 
     Writes a certificate (JSON) into the cache folder, where later recordings find it, and to `--output`. Exit code 0 if
     everything holds, 1 if something does not, 2 if the engine cannot be started so.

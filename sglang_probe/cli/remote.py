@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 def upload(
     run: Annotated[Path, typer.Argument(help="Run directory, or the folder of a live recording.")],
     to: Annotated[str, typer.Argument(help="URL of a folder: `s3://bucket/path`, `gs://...`, `file:///...`.")],
-    overwrite: Annotated[bool, typer.Option(help="Delete another run that is there first.")] = False,
-    patience: Annotated[float, typer.Option(help="Seconds without progress after which it is given up.")] = 300.0,
+    overwrite: Annotated[bool, typer.Option(help="If another run is there, delete it first.")] = False,
+    patience: Annotated[float, typer.Option(help="Give up after so many seconds without progress.")] = 300.0,
 ) -> None:
     """Copy a run to an object store or another file system, or finish such a copy.
 
-    What is there already is not copied again. Nothing half-written has its final name, and the manifest comes last: a
-    copy that says that the run is closed is whole. The driver (`s3fs`, `gcsfs`, ...) must be installed, and finds its
-    credentials itself. `sglang-probe download` fetches the copy and compares every file with its hash.
+    What is there already is not copied again. A file gets its name once all of it has arrived, and the manifest comes
+    last: a copy whose manifest says that the run is closed is whole. Install the driver of the store (`s3fs`,
+    `gcsfs`, ...) first; it finds its credentials itself. `sglang-probe download` fetches the copy and compares every
+    file with its hash.
 
-    `upload: {to: URL}` in the YAML of a harvest, or below `live`, does the same while it is recorded.
+    To copy a run while it is recorded, put `upload: {to: URL}` into the YAML of the harvest, or below `live` in that of
+    a server.
 
     Example: `sglang-probe upload runs/mine s3://bucket/runs/mine`
     """
@@ -66,14 +68,13 @@ def upload(
 
 
 def download(
-    source: Annotated[str, typer.Argument(help="URL that a run was uploaded to.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    source: Annotated[str, typer.Argument(help="URL that a run or a live recording was uploaded to.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
 ) -> None:
     """Fetch a run from an object store or another file system; every file is compared with its hash.
 
-    The folder is there with everything or not at all; what was fetched before a failure is taken up by the
-    same command. A copy of a run that was not closed is like a run whose engine was killed: `harvest --resume`
-    finishes it.
+    The folder appears once everything is there. After a failure the same command goes on with what was fetched. A copy
+    of a run that was not closed is like a run whose engine was killed: `harvest --resume` finishes it.
 
     Example: `sglang-probe download s3://bucket/runs/mine runs/mine`
     """

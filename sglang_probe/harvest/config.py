@@ -59,9 +59,9 @@ class Recording(Config):
     concurrency: int = Field(default=16, ge=1)
     """Requests in flight at once, in each replica."""
     order: Order = "as_given"
-    """`as_given`: requests are sent in their order. `families`: one that begins like an earlier one, for 32 tokens or
-    more, is not sent before that one's prompt is computed, so that the prefix cache has it, and others are sent
-    meanwhile. Without effect where nothing is reused, or `partners` are served in groups."""
+    """`as_given`: requests are sent in the order of the workload. `families`: a request that shares its first 32 tokens
+    or more with an earlier one waits until that one's prompt is computed and in the prefix cache; others are sent
+    meanwhile. Has no effect where nothing is reused, or where `partners` are served in groups."""
     replicas: int = Field(default=1, ge=1)
     """Engines that make the recording together, each with a cache of its own; several need Ray
     (`sglang-probe[ray]`). Requests that begin alike stay together."""
@@ -156,7 +156,7 @@ class HarvestConfig(WorkloadRecording):
     """One run."""
 
     order: Order = "families"
-    """As in every recording, with another default: what the requests of one run share is computed once."""
+    """As in every recording, but `families` by default, so that what requests share is computed once."""
     name: FolderName | None = None
     """Name of the run directory; by default the name of the YAML file."""
     arm: Arm = Arm()
@@ -166,5 +166,5 @@ class HarvestConfig(WorkloadRecording):
     on disk. Absent: nothing is."""
     upload: UploadConfig | None = None
     """Copy the run to an object store or another file system, part by part, while it is recorded:
-    `{to: s3://bucket/path}`. With `withhold`, only once that is done. A target that is down holds up nothing. Absent:
-    it stays here."""
+    `{to: s3://bucket/path}`. With `withhold`, only after the data was taken out. A target that is down does not hold up
+    the recording. Absent: the run is not copied."""

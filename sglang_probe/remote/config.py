@@ -11,12 +11,12 @@ class UploadConfig(Config):
     """Where a recording is copied to while it is made, part by part."""
 
     to: str
-    """A folder of an object store or of another file system, by any URL that fsspec knows: `s3://bucket/runs/mine`,
+    """URL of a folder of an object store or of another file system, as fsspec writes it: `s3://bucket/runs/mine`,
     `gs://...`, `file:///mnt/shared/...`. Its driver (`s3fs`, `gcsfs`, ...) must be installed, and finds its credentials
     itself."""
     patience: float = Field(default=300.0, gt=0)
-    """Seconds without any progress after which, once the recording has ended, the rest is given up. It can be copied
-    later (`sglang-probe upload`, or `--resume`)."""
+    """After the recording has ended: give up after so many seconds without progress. The rest can be copied later
+    (`sglang-probe upload`, or `--resume` of a harvest)."""
 
     @field_validator("to")
     @classmethod

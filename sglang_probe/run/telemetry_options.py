@@ -41,12 +41,13 @@ class TelemetryConfig(TelemetryOptions):
     every: PositiveInt = 4
     """Decode steps 1, 1 + every, 1 + 2 · every, ... are measured."""
     top_k: int = Field(default=8, ge=0)
-    """Positions listed with the most weight: at least one, and none with `by: lists`."""
+    """Positions listed with the most weight: at least one; with `by: lists` there are none."""
     memory: int = Field(default=4, ge=0)
-    """Measured steps before, whose mean a step is compared with for its jump score; none with `by: lists`."""
+    """Measured steps before, whose mean a step is compared with for its jump score; with `by: lists` there are none."""
     by: Literal["kernel", "lists"] = "kernel"
-    """What computes it on an accelerator: our Triton `kernel`; or FlashInfer's paged decode, given each region as one
-    of its `lists` of cache entries, which knows no single positions: there are no top positions and no `jump`."""
+    """What computes telemetry on an accelerator. `kernel`: a Triton kernel of ours. `lists`: FlashInfer's paged decode,
+    which is given each region as a list of cache entries. It gives no weights of single positions, so that no top
+    positions are listed and `jump` is NaN."""
 
     @model_validator(mode="before")
     @classmethod

@@ -99,9 +99,9 @@ def cite(
     if path is None:
         command = certificate.command(model, server, kept_sets=certificate.KEPT_SETS in kinds)
         raise UnsupportedError(
-            f"nothing proves that rows, telemetry and interventions are right here: no certificate covers it ({why})",
-            fix=f"run `{command}` on this machine (about two minutes), "
-            "or record the ledger alone (`hook_points: []`, no `telemetry`, no `steer`)",
+            f"nothing proves that what you asked for is right here: no certificate covers it ({why})",
+            fix=f"run `{command}` on this machine (some minutes), "
+            "or record the ledger alone (`hook_points: []`, no `telemetry`, `steer` or kept sets)",
         )
     found = certificate.read_certificate(path)
     return {"file": path.name, "sha256": found["sha256"], "time": found["time"]}

@@ -53,7 +53,7 @@ def refuse_latent(model_config: Any) -> None:
         raise UnsupportedError(
             "the accounting of models with multi-head latent attention (MLA) is not proved on SGLang "
             f"{release().version}",
-            fix="use SGLang 0.5.23, or run without the probe",
+            fix="use SGLang 0.5.22 or 0.5.23, or run without the probe",
         )
 
 

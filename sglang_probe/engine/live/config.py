@@ -83,8 +83,8 @@ class LiveConfig(Config):
     """Bounds of the rows that requests ask for (`asks: [rows]`)."""
     upload: UploadConfig | None = None
     """Copy the segments to an object store or another file system, part by part, by a process of the lowest priority:
-    `{to: s3://bucket/path}`. A target that is down holds up nothing: the copy lags, and `GET /probe/status` says so.
-    Absent: they stay here."""
+    `{to: s3://bucket/path}`. A target that is down does not hold up the recording: the copy lags, and
+    `GET /probe/status` says so. Absent: they are not copied."""
     recent: int = Field(default=100, ge=0, le=10_000)
     """Requests listed by `GET /probe/coverage`."""
 
