@@ -99,9 +99,10 @@ def cite(
     if path is None:
         command = certificate.command(model, server, kept_sets=certificate.KEPT_SETS in kinds)
         raise UnsupportedError(
-            f"nothing proves that rows, telemetry and interventions are right here: no certificate covers it ({why})",
+            "nothing proves that rows, telemetry, interventions and kept sets are right here: "
+            f"no certificate covers it ({why})",
             fix=f"run `{command}` on this machine (about two minutes), "
-            "or record the ledger alone (`hook_points: []`, no `telemetry`, no `steer`)",
+            "or record the ledger alone (`hook_points: []`, no `telemetry`, no `steer`, no kept sets)",
         )
     found = certificate.read_certificate(path)
     return {"file": path.name, "sha256": found["sha256"], "time": found["time"]}
