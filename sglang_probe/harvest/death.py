@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+from sglang_probe.engine.hooks.config import CRASHED, fault_file
 from sglang_probe.engine.platform.defaults import SGLANG_WATCHDOG_SECONDS, WATCHDOG_SECONDS
 from sglang_probe.errors import ProbeError
 
@@ -33,6 +35,17 @@ class EngineDied(ProbeError):
     def __init__(self, message: str, *, fix: str, in_flight: Sequence[str] = ()) -> None:
         super().__init__(message, fix=fix)
         self.in_flight = tuple(in_flight)
+
+
+def crashed(fault: str | None) -> bool:
+    """Whether this is what a scheduler says that ends by an exception."""
+    return fault is not None and fault.startswith(CRASHED)
+
+
+def fault_of(run: Path, replica: int = 0) -> str | None:
+    """Why the probe stopped recording in an engine of this run, if it did."""
+    path = run / fault_file(replica)
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 @dataclass(frozen=True)

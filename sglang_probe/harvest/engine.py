@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, CRASHED, ENGINE_FILE, EngineProbeConfig, fault_file
+from sglang_probe.engine.hooks.config import CONFIG_VARIABLE, ENGINE_FILE, EngineProbeConfig, fault_file
 from sglang_probe.engine.hooks.control import CLOSE, OPEN
 from sglang_probe.engine.platform.defaults import cpu_defaults, watchdog_seconds
 from sglang_probe.engine.platform.environment import accelerator_present, bind_cpus, prepare_this_process
 from sglang_probe.engine.releases import release
 from sglang_probe.errors import ProbeError
-from sglang_probe.harvest.death import RESUME, Children, EngineDied
+from sglang_probe.harvest.death import RESUME, Children, EngineDied, crashed, fault_of
 from sglang_probe.harvest.families import Order, turns_by_families
 from sglang_probe.harvest.in_flight import (
     LOOK_SECONDS,
@@ -31,6 +31,7 @@ from sglang_probe.harvest.in_flight import (
     RequestRefused,
     Turn,
     last_of,
+    words_of,
 )
 from sglang_probe.harvest.signals import EngineSignals
 
@@ -271,7 +272,7 @@ class ProbedEngine:
             # The check of a value, the template, the queue and the scheduler each have an exception of their own; what
             # they have in common is that they end this request alone, as long as the engine lives.
             self.look()
-            raise RequestRefused(Refusal(rid, _words(e))) from e
+            raise RequestRefused(Refusal(rid, words_of(e))) from e
         finally:
             self._in_flight.pop(rid, None)
         return Answer(rid, list(out["output_ids"]), int(out["meta_info"]["cached_tokens"]))
@@ -395,19 +396,3 @@ class ProbedEngine:
 
         replies: list[bool] = self.run(tell())
         return replies
-
-
-def crashed(fault: str | None) -> bool:
-    """Whether this is what a scheduler says that ends by an exception."""
-    return fault is not None and fault.startswith(CRASHED)
-
-
-def fault_of(run: Path, replica: int = 0) -> str | None:
-    """Why the probe stopped recording in an engine of this run, if it did."""
-    path = run / fault_file(replica)
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
-
-
-def _words(error: Exception) -> str:
-    """What an exception says. FastAPI's has the message in `detail`."""
-    return str(getattr(error, "detail", None) or error) or type(error).__name__

@@ -185,3 +185,8 @@ def _outcome(task: asyncio.Task[Answer]) -> Answer | Refusal:
         return task.result()
     except RequestRefused as e:
         return e.refusal
+
+
+def words_of(error: Exception) -> str:
+    """What an exception says. FastAPI's has the message in `detail`."""
+    return str(getattr(error, "detail", None) or error) or type(error).__name__

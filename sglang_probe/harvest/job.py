@@ -12,6 +12,7 @@ from typing import Any
 from sglang_probe.ask import Ask
 from sglang_probe.engine.hooks.config import EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import ONE_RANK
+from sglang_probe.engine.hooks.instruments.kept_sets import check_reviewed
 from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
 from sglang_probe.harvest.families import Order
@@ -122,6 +123,7 @@ def job_of(
     check_arms({name: arm}, prepared.library)
     check_kept(requests, kept, prepared.model)
     if kept is not None:
+        check_reviewed(prepared.model.architecture)
         check_backend(server, simulated=config.simulated_graphs)
         if not prepared.proving:
             require_certificate(config, prepared.model, server, evict=True)

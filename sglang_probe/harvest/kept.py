@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_probe.engine.hooks.instruments.kept_sets import GRAPHS
+from sglang_probe.engine.hooks.instruments.kept_sets import GRAPHS, NO_GRAPHS
 from sglang_probe.engine.platform.environment import accelerator_present
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.errors import ConfigError, UnsupportedError
@@ -17,6 +17,8 @@ from sglang_probe.workload.request import Request
 
 KEPT_FILE = "kept.safetensors"
 """In the run directory: the sets that were in force."""
+_OF_A_PHASE = ("cuda_graph_config", "cuda_graph_backend_decode", "cuda_graph_backend_prefill")
+"""Server arguments that go before `disable_cuda_graph`."""
 
 
 def check_kept(requests: Iterable[Request], kept: KeptFile | None, model: Model) -> None:
@@ -69,8 +71,9 @@ def check_backend(server: dict[str, Any], *, simulated: bool = False) -> None:
     Raises:
         UnsupportedError: names the argument.
     """
-    if accelerator_present() and not server.get("disable_cuda_graph"):
-        raise UnsupportedError(GRAPHS, fix="set `server: {disable_cuda_graph: true}`")
+    given_back = [n for n in _OF_A_PHASE if server.get(n) not in (None, "disabled")]
+    if accelerator_present() and (given_back or not server.get("disable_cuda_graph")):
+        raise UnsupportedError(GRAPHS + "".join(f" (`{name}`)" for name in given_back), fix=NO_GRAPHS)
     for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         if not (simulated or accelerator_present()) and server.get(name) not in (None, PROBE_TORCH):
             raise UnsupportedError(

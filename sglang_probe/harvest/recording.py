@@ -15,8 +15,8 @@ from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig
 from sglang_probe.engine.hooks.instruments import require
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest import directory
-from sglang_probe.harvest.death import RESUME, EngineDied
-from sglang_probe.harvest.engine import ProbedEngine, crashed, fault_of
+from sglang_probe.harvest.death import RESUME, EngineDied, crashed, fault_of
+from sglang_probe.harvest.engine import ProbedEngine
 from sglang_probe.harvest.host import EngineHost
 from sglang_probe.harvest.in_flight import Answer, Asked, Refusal
 from sglang_probe.harvest.job import Job, digests, manifest_of, probe_config

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_probe.engine.hooks.certified import subject_in_force
+from sglang_probe.engine.hooks.instruments.kept_sets import check_reviewed
 from sglang_probe.engine.platform.environment import accelerator_present, platform_facts
 from sglang_probe.errors import ConfigError, ProbeError
 from sglang_probe.harvest.config import Recording
@@ -161,6 +162,7 @@ class _Proving:
         )
         self.asks = frozenset({"cache", *(ASKS if config.kept_sets else ())})
         if config.kept_sets:
+            check_reviewed(self.model.architecture)
             check_backend(server)
         self.prepared = prepare(recording, workload=Workload(tuple(t.request for t in first)), proving=True)
         self.residual = kept_sets.deepest(self.prepared.config.hook_points) if config.kept_sets else ""

@@ -55,14 +55,18 @@ class TelemetryConfig(TelemetryOptions):
         if not isinstance(given, dict):
             return given
         if given.get("by") != "lists":
-            if 0 in (given.get("top_k"), given.get("memory")):
-                raise ValueError("`top_k` and `memory` are at least 1 with `by: kernel`")
             return given
         if asked := [name for name in ("top_k", "memory") if given.get(name)]:
             raise ValueError(
                 f"`{asked[0]}` needs `by: kernel`: lists give weights by region, no top positions and no `jump`"
             )
         return {**given, "top_k": 0, "memory": 0}
+
+    @model_validator(mode="after")
+    def _a_kernel_lists_positions(self) -> TelemetryConfig:
+        if self.by == "kernel" and 0 in (self.top_k, self.memory):
+            raise ValueError("`top_k` and `memory` are at least 1 with `by: kernel`")
+        return self
 
     @field_validator("layers")
     @classmethod

@@ -105,7 +105,7 @@ def test_a_budget_of_everything_in_bfloat16_parts_from_the_full_cache_at_ties_on
         same += parts is None
         shared = len(p) + (NEW - 1 if parts is None else parts)
         rows = [run.activations(rid, LAST)[:shared] for run, rid in ((kept, f"a{i}"), (full, f"f{i}"))]
-        assert row_distance(*rows)[0][: len(p)].max() == 0
+        # Of the prompt too: what is computed together, and so how it rounds, depends on what came when.
         assert row_distance(*rows)[0].max() < 2e-2
         if parts is not None:
             logits = output_logits(full, f"f{i}", unembedding)[parts]

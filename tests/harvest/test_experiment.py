@@ -200,6 +200,18 @@ def test_a_complete_run_is_kept_and_one_of_something_else_refused_by_name(prepar
         again(spec, dtype="float32")
 
 
+def test_kept_sets_of_a_model_that_was_not_reviewed_are_refused_before_an_engine_starts(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    """Rows of its residual stream may be captured all the same."""
+    write_kept(tmp_path / "kept", {"k": Kept(torch.ones(1, 4, 4, 3, dtype=torch.bool))})
+    spec = RunSpec("run", requests_of([KeptRequest("mine", [1, 2, 3], "k")], {}), kept=tmp_path / "kept")
+    config = prepared.config.model_copy(update={"hook_points": ["hook_embed"]})
+    latent = replace(prepared, config=config, model=replace(prepared.model, architecture="DeepseekV3ForCausalLM"))
+    with pytest.raises(UnsupportedError, match="kept sets of DeepseekV3ForCausalLM"):
+        record([spec], latent, tmp_path)
+
+
 def test_a_changed_kept_set_is_noticed_and_one_that_nobody_names_is_not(prepared: Prepared, tmp_path: Path) -> None:
     length = len(prepared.workload.requests[0].prompt_ids)
     keep = torch.ones(1, 4, 4, length, dtype=torch.bool)

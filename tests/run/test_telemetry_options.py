@@ -28,6 +28,8 @@ def test_what_only_the_kernel_gives_is_refused_by_name(name: str) -> None:
         parse(by="lists", **{name: 4})
     with pytest.raises(ConfigError, match="at least 1"):
         parse(**{name: 0})
+    with pytest.raises(ConfigError, match="at least 1"):
+        parse(**{name: "0"})  # pydantic reads it as a number
     with pytest.raises(ConfigError):
         parse(**{name: -1})
 

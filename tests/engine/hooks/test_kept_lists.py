@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sglang_probe.engine.capture.transfer import upload
 from sglang_probe.engine.hooks.config import EngineProbeConfig
-from sglang_probe.engine.hooks.instruments import kept_lists
+from sglang_probe.engine.hooks.instruments import accelerator, kept_lists, kept_sets
 from sglang_probe.engine.hooks.instruments.base import Forward
 from sglang_probe.engine.hooks.instruments.kept_lists import KeptByLists
 from sglang_probe.engine.hooks.instruments.kept_sets import GRAPHS, KeptSets, open_sets
@@ -162,6 +163,7 @@ def test_an_engine_with_graphs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
             model_config=None,
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cuda")),
         )
+        monkeypatch.setattr(kept_sets, "has_graphs", lambda: True)
         with pytest.raises(UnsupportedError, match="has graphs"):
             open_sets(scheduler, tmp_path, by_lists=True)
         with pytest.raises(UnsupportedError, match=f"this engine has \\['{backend}'\\]"):
@@ -169,4 +171,37 @@ def test_an_engine_with_graphs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(harvest_kept, "accelerator_present", lambda: True)
         with pytest.raises(UnsupportedError, match=GRAPHS):
             harvest_kept.check_backend({"attention_backend": backend})
-        harvest_kept.check_backend({"attention_backend": backend, "disable_cuda_graph": True})
+        without = {"attention_backend": backend, "disable_cuda_graph": True}
+        harvest_kept.check_backend(without)
+        harvest_kept.check_backend({**without, "cuda_graph_backend_prefill": "disabled"})
+        with pytest.raises(UnsupportedError, match="`cuda_graph_backend_prefill`"):
+            harvest_kept.check_backend({**without, "cuda_graph_backend_prefill": "breakable"})
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [("full", "disabled"), ("disabled", "breakable")])
+def test_what_is_set_for_a_phase_goes_before_disable_cuda_graph(
+    monkeypatch: pytest.MonkeyPatch, decode: str, prefill: str
+) -> None:
+    from sglang.srt import runtime_context
+
+    phases = SimpleNamespace(decode=SimpleNamespace(backend=decode), prefill=SimpleNamespace(backend=prefill))
+    told = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=phases, disable_cuda_graph=True))
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: told)
+    assert accelerator.has_graphs()
+    phases.decode.backend = phases.prefill.backend = "disabled"
+    assert not accelerator.has_graphs()
+
+
+def test_an_engine_of_a_model_that_was_not_reviewed_is_refused_whatever_attends(tmp_path: Path) -> None:
+    kept_sets_of = KeptSets(EngineProbeConfig(run=tmp_path, asks=["evict"]))
+    with pytest.raises(UnsupportedError, match="kept sets of Core"):
+        kept_sets_of.attach(SimpleNamespace(model=Core(0)))
+
+
+def test_masks_are_uploaded_from_pinned_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from pageable memory makes the host wait, `non_blocking` or not."""
+    uploaded = []
+    monkeypatch.setattr(kept_lists, "upload", lambda x, device: uploaded.append(x.shape) or upload(x, device))
+    engine.before([9], [16], [KeptRow(0, "0", 0, kept(11), 9, 16)])
+    engine.cores[0](torch.ones(7, HEADS * DIM))
+    assert uploaded == [(KV_HEADS, 5, 16)]

@@ -19,7 +19,7 @@ from sglang_probe.engine.ledger.recorder import Recorder
 from sglang_probe.engine.ledger.writer import Writer
 from sglang_probe.engine.live.config import LiveConfig
 from sglang_probe.engine.live.recording import LiveRecording
-from sglang_probe.harvest.engine import fault_of
+from sglang_probe.harvest.death import fault_of
 from sglang_probe.run import journal
 from sglang_probe.run.run import load_run
 from tests.engine.made_session import make_session

@@ -197,6 +197,15 @@ def _copies_elsewhere() -> bool:
     return bool(is_confidential_compute())
 
 
+def has_graphs() -> bool:
+    """Whether decode steps or prefills are replayed from graphs. `disable_cuda_graph` does not say: what is set for a
+    phase goes before it (`arg_groups/cuda_graph_hook.py`)."""
+    from sglang.srt.runtime_context import get_exec
+
+    config = get_exec().graph.cuda_graph_config
+    return any(phase.backend != "disabled" for phase in (config.decode, config.prefill))
+
+
 def graph_rows() -> int:
     """Rows of the largest shape that will be captured, rounded up."""
     from sglang.srt.runtime_context import get_exec

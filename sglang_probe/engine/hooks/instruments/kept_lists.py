@@ -154,7 +154,7 @@ class KeptByLists:
             for s in self._several:
                 rows = slice(s.row, s.row + s.end - s.start)
                 k_LGD, v_LGD = (pool.index_select(0, s.slots_L) for pool in (k_SGD, v_SGD))
-                seen = seen_behind_cache(s.kept, layer, s.start, s.end).to(self._device, non_blocking=True)
+                seen = upload(seen_behind_cache(s.kept, layer, s.start, s.end).numpy(), self._device)
                 found_NHD = attend_masked(q_NHD[rows], k_LGD, v_LGD, seen, core.scaling)
                 flat[rows] = found_NHD.flatten(1).to(flat.dtype)
             return output

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_probe.ask import WHERE, Ask
 from sglang_probe.engine.hooks import guard
-from sglang_probe.engine.hooks.instruments.accelerator import check_model
+from sglang_probe.engine.hooks.instruments.accelerator import check_model, has_graphs
 from sglang_probe.engine.hooks.instruments.base import Forward, Instrument
 from sglang_probe.engine.platform import kept_rows
 from sglang_probe.engine.platform.environment import accelerator_present
@@ -23,6 +23,7 @@ from sglang_probe.engine.platform.kept_rows import KeptRow
 from sglang_probe.engine.platform.limits import PROBE_TORCH
 from sglang_probe.engine.releases.base import Hook, Release
 from sglang_probe.errors import ConfigError, ProbeError, UnsupportedError
+from sglang_probe.run.hook_points import REVIEWED_ARCHITECTURES
 
 if TYPE_CHECKING:
     from sglang_probe.engine.hooks.config import EngineProbeConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sglang_probe.kept_set import KeptFile
 
 GRAPHS = "nothing attends to kept sets in a replayed graph, and this engine has graphs"
+NO_GRAPHS = "set `server: {disable_cuda_graph: true}`, and nothing for the graphs of a phase, which goes before it"
 
 _UNPACKED = 1024
 """Kept sets held unpacked: more than a batch has requests."""
@@ -62,6 +64,7 @@ class KeptSets(Instrument):
         self.sets = None if config.kept is None else open_sets(scheduler, config.kept, by_lists=self.lists is not None)
 
     def attach(self, runner: Any) -> None:
+        check_reviewed(type(runner.model).__name__)
         if guard.active().in_graphs and backends_of(runner.server_args) != {PROBE_TORCH}:
             from sglang_probe.engine.hooks.instruments.kept_lists import KeptByLists
 
@@ -127,6 +130,20 @@ class SetsOfRecording:
         return None
 
 
+def check_reviewed(architecture: str) -> None:
+    """Refuse kept sets of a model whose attention was not compared with a reference, whatever rows are captured of it:
+    with latent attention or a window the entries of a slot are not those of each kv head.
+
+    Raises:
+        UnsupportedError: names the reviewed architectures.
+    """
+    if architecture not in REVIEWED_ARCHITECTURES:
+        raise UnsupportedError(
+            f"kept sets of {architecture}: attention to them was not compared with a reference",
+            fix=f"serve it without kept sets; reviewed: {', '.join(REVIEWED_ARCHITECTURES)}",
+        )
+
+
 def backends_of(server_args: Any) -> set[str]:
     """Attention backends that were asked for."""
     asked = {getattr(server_args, f"{phase}attention_backend") for phase in ("", "prefill_", "decode_")}
@@ -151,8 +168,8 @@ def open_sets(scheduler: Any, path: Path, *, by_lists: bool) -> SetsOfRecording:
             f"kept sets need the attention backend `{PROBE_TORCH}`; this engine has {sorted(backends)}",
             fix=f"set `server: {{attention_backend: {PROBE_TORCH}}}` on a machine without an accelerator",
         )
-    if by_lists and scheduler.tp_worker.model_runner.device != "cpu" and not server.disable_cuda_graph:
-        raise UnsupportedError(GRAPHS, fix="set `server: {disable_cuda_graph: true}`")
+    if by_lists and scheduler.tp_worker.model_runner.device != "cpu" and has_graphs():
+        raise UnsupportedError(GRAPHS, fix=NO_GRAPHS)
     if server.tp_size != 1:
         raise UnsupportedError("under tensor parallelism each rank has a share of the kv heads", fix="set `tp_size: 1`")
     return SetsOfRecording(KeptFile(path), layers=model.num_hidden_layers, kv_heads=model.get_num_kv_heads(1))
