@@ -459,30 +459,6 @@ def test_those_that_wait_for_a_request_that_is_refused_wait_for_their_first() ->
     assert engine.both[0] == ["a0", "a1", "a2"], "one after the other, until one is served"
 
 
-def test_a_request_that_takes_the_process_away_before_its_sibling_was_answered_is_found(
-    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was sent at the first token of another, which is still being served."""
-    file = tmp_path / "requests.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": "the same beginning " * 12 + str(i)}) for i in range(4)))
-    fields = config.model_dump(exclude_unset=True) | {"workload": {"source": "jsonl", "path": file}}
-    monkeypatch.setattr(preparing, "require_ray", lambda: None)
-    prepared = prepare(HarvestConfig.model_validate(fields), {"arm": Arm()})
-    job = job_of(prepared, "run", prepared.workload.requests, arm=Arm())
-    assert job.order == "families"
-    step = MadePlace._step
-
-    async def second_first(self: MadePlace, more: list[Asked], *args: Any) -> Told:
-        self._waiting += more
-        self._waiting.sort(key=lambda request: asked_rid(request[0]) != job.requests[1].rid)
-        return await step(self, [], *args)
-
-    monkeypatch.setattr(MadePlace, "_step", second_first)
-    number = int(job.requests[1].rid[1:])
-    run, _, said = _record(job, tmp_path / "run", {(number, "gone"): 9})
-    assert (said, list(run.manifest["refused"])) == ("", [job.requests[1].rid])
-
-
 def test_requests_of_several_families_are_sent_by_their_number_in_the_workload() -> None:
     replicas = Replicas("model", EngineProbeConfig(run=Path("run")), {}, 1, MadePlaces({}))
     replicas._order = "families"
