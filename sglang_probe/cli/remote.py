@@ -48,22 +48,22 @@ def upload(
         raise no_run(run)
     target, ended = Target(to), threading.Event()
     ended.set()
-    with hold_copy(run), _Bar(console) as shown:
+    with hold_copy(run), _Bar(console) as bar:
         follower = Follower(
             run,
             target,
             single=single,
             overwrite=overwrite,
             patience=patience,
-            tell=lambda s: shown(s.files, s.waiting, s.bytes),
+            tell=lambda s: bar(s.files, s.waiting, s.bytes, s.error),
         )
         state = follower.run(ended)
     if state.refused is not None or state.error is not None:
         raise ProbeError(
-            f"not everything is at {to}: {state.refused or state.error}",
+            f"not everything is at {target.url}: {state.refused or state.error}",
             fix=None if state.refused else "the same command goes on with it",
         )
-    console.print(f"{to}: {state.files} files copied", end="", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{target.url}: {state.files} files copied", end="", markup=False, highlight=False, soft_wrap=True)
     console.print("" if state.done else "; the run is not closed, so that more may come", soft_wrap=True)
 
 
@@ -84,8 +84,8 @@ def download(
     from sglang_probe.remote.target import Target
 
     console = Console()
-    with _Bar(console) as shown:
-        found = fetch(Target(source), folder, moved=lambda _name, done, of: shown(done, of - done, 0))
+    with _Bar(console) as bar:
+        found = fetch(Target(source), folder, moved=lambda _name, done, of: bar(done, of - done, 0))
     for within, status in found.items():
         console.print(f"{folder / within}: {status}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"check it: sglang-probe verify {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -93,8 +93,11 @@ def download(
 
 def finish(uploading: Uploading, console: Console, run: Path, to: str) -> None:
     """Wait for the copy of a harvest, and say what came of it; a copy that lags is no failure of the harvest."""
-    with _Bar(console) as shown:
-        state: dict[str, Any] = uploading.finish(lambda s: shown(s["files"], s["waiting"], s["bytes"]))
+    from sglang_probe.remote.target import shown
+
+    to = shown(to)
+    with _Bar(console) as bar:
+        state: dict[str, Any] = uploading.finish(lambda s: bar(s["files"], s["waiting"], s["bytes"], s["error"]))
     if state["done"]:
         console.print(f"copied to {to}", markup=False, highlight=False, soft_wrap=True)
         return
@@ -106,7 +109,7 @@ def finish(uploading: Uploading, console: Console, run: Path, to: str) -> None:
 
 
 class _Bar:
-    """A bar of files; call it with how many are there, how many wait, and bytes."""
+    """A bar of files; call it with how many are there, how many wait, bytes, and why it is tried again."""
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -122,6 +125,10 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def __call__(self, done: int, waiting: int, size: int) -> None:
+    def __call__(self, done: int, waiting: int, size: int, error: str | None = None) -> None:
+        from rich.markup import escape
+
         told = f"files, {size / 1e6:,.0f} MB" if size else "files"
+        if error is not None:
+            told += f"; tried again: {escape(error)}"
         self._progress.update(self._task, completed=done, total=done + waiting, description=told)

@@ -178,6 +178,22 @@ def ready(requests: Collection[str], turns: Mapping[str, Turn]) -> list[str]:
     return sorted((rid for rid in requests if turn[rid].after not in names), key=lambda rid: turn[rid].number)
 
 
+def perhaps_in_flight(requests: Collection[str], turns: Mapping[str, Turn], concurrency: int) -> list[str]:
+    """Of what an engine that is lost had not answered, what it may have been serving; rids.
+
+    Besides those that wait for no other, the first `concurrency` of those for which a first token is enough: it may
+    have come, and that it did nobody can say any more.
+    """
+    alone = ready(requests, turns)
+    sent, begun = set(map(asked_rid, alone)), []
+    for rid in sorted(requests, key=lambda rid: turns.get(asked_rid(rid), Turn(0)).number):
+        turn = turns.get(asked_rid(rid), Turn(0))
+        if turn.begun and turn.after in sent and asked_rid(rid) not in sent:
+            sent.add(asked_rid(rid))
+            begun.append(rid)
+    return alone + begun[:concurrency]
+
+
 def _weight(request: Asked) -> int:
     _, prompt, sampling = request
     return len(prompt) + new_tokens(sampling)

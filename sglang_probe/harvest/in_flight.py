@@ -125,7 +125,10 @@ class InFlight:
             done, _ = await asyncio.wait(self._running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 self._left -= 1
-                self._release(self._running.pop(task))
+                name = self._running.pop(task)
+                if task.exception() is not None and name in self._watched:
+                    self._hand_on(name)  # before its first token, or nobody waits for it any more
+                self._release(name)
         else:
             done = set()
             await asyncio.sleep(LOOK_SECONDS)
@@ -157,6 +160,16 @@ class InFlight:
     def _release(self, name: str) -> None:
         for entry in self._followers.pop(name, []):
             heapq.heappush(self._waiting, entry)
+
+    def _hand_on(self, name: str) -> None:
+        """A request was refused: its prompt is not in the cache, and those that wait for it wait for their first."""
+        if not (followers := sorted(self._followers.pop(name, []), key=lambda entry: entry[:2])):
+            return
+        heapq.heappush(self._waiting, followers[0])
+        if followers[1:]:
+            heir = asked_rid(followers[0][2][0])
+            self._followers[heir] += followers[1:]
+            self._watched.add(heir)
 
 
 async def last_of(answers: AsyncIterator[dict[str, Any]], begun: Callable[[], None]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_probe.engine.hooks.config import ENGINE_FILE, EngineProbeConfig, fault_file
@@ -29,6 +29,7 @@ from sglang_probe.harvest.families import (
     FamilyQueue,
     Order,
     families_of,
+    perhaps_in_flight,
     ready,
     turns_by_families,
     turns_of,
@@ -91,6 +92,8 @@ class Replicas:
         self._workers = [_Worker(rank) for rank in range(count)]
         self.restarts = 0
         """Engines that took the place of others in this recording."""
+        self._order: Order = "as_given"
+        self._each = 1
         self._turns: dict[str, Turn] = {}
         self._family: dict[str, int] = {}
         self._queue = FamilyQueue([], count)
@@ -159,14 +162,14 @@ class Replicas:
             EngineDied: an engine ended again and again. ProbeError: the recording stopped.
         """
         first, *others = groups or [[]]
-        each = concurrency or max(len(first), 1)
+        self._each = each = concurrency or max(len(first), 1)
         page_size = int(self._server.get("page_size") or 1)
         self._families, self._cuts = families_of(first, page_size=page_size, engines=len(self._workers))
         self._queue = FamilyQueue(self._families, len(self._workers))
         self._turns = turns_of(first, self._families, each)
-        if order == "families":
-            for f in self._families:
-                self._turns |= turns_by_families(f.requests, page_size=page_size)
+        self._order = order
+        for f in self._families:
+            self._take_turns(f.requests)
         self._family = {asked_rid(rid): i for i, f in enumerate(self._families) for rid, _, _ in f.requests}
         alone = [request for group in others for request in group]
         ends = Counter({asked_rid(rid): 1 for rid, _, _ in alone})
@@ -229,6 +232,14 @@ class Replicas:
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    def _take_turns(self, family: Sequence[Asked]) -> None:
+        """Those of one family that one engine gets, by what they share with each other; each keeps its number in the
+        workload, by which those of several families are sent."""
+        if self._order == "families":
+            page_size = int(self._server.get("page_size") or 1)
+            for name, turn in turns_by_families(family, page_size=page_size).items():
+                self._turns[name] = replace(turn, number=self._turns[name].number)
+
     def _probe_of(self, worker: _Worker) -> EngineProbeConfig:
         start = self._probe.start + self.restarts
         return self._probe.model_copy(update={"start": start, "replica": worker.rank})
@@ -257,7 +268,7 @@ class Replicas:
         try:
             return await worker.place.call(method, *args)
         except Lost as e:
-            at_most = ready(worker.unanswered, self._turns)  # what was in flight it did not say
+            at_most = perhaps_in_flight(worker.unanswered, self._turns, self._each)  # it did not say
             return Told(died=True, fault=f"its process is gone ({e})", fix=_LOST, in_flight=at_most)
 
     def _turn(
@@ -366,6 +377,7 @@ class Replicas:
         for request in again:
             families.setdefault(self._family.get(asked_rid(request[0]), -1), []).append(request)
         for _, one in sorted(families.items(), reverse=True):
+            self._take_turns(one)  # whom they waited for may be durable, and is not in the next engine's cache
             self._queue.give_back(worker.rank, Family.of(one))
         return refused
 

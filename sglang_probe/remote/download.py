@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sglang_probe.errors import ProbeError, RunDirectoryError
 from sglang_probe.remote.copy import JOURNALS
-from sglang_probe.remote.target import Target
+from sglang_probe.remote.target import Target, shown
 from sglang_probe.run import journal, seal
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.manifest import MANIFEST
@@ -39,25 +39,36 @@ def download(target: Target, folder: Path, *, moved: Moved = lambda *_: None, pa
         raise RunDirectoryError(f"{folder} exists", fix="name another folder")
     sizes = _tried(lambda: target.sizes(), target.url, pause)
     runs = sorted(str(PurePosixPath(n).parent) for n in sizes if PurePosixPath(n).name == MANIFEST)
+    if strange := next((n for n in sizes if ".." in PurePosixPath(n).parts), None):
+        raise RunDirectoryError(f"{target.url} holds {strange}, which would be written outside of {folder}")
     if not runs:
         raise RunDirectoryError(
             f"{target.url} holds no run: there is no {MANIFEST}", fix="give the URL that it was uploaded to"
         )
     half = folder.with_name(f".{folder.name}.partial")
-    found = {}
+    _leave(half, set(sizes))  # it may be of another source
+    found, fetched = {}, set[str]()
     for place in runs:
         within = "" if place == "." else place
         mine = {str(PurePosixPath(n).relative_to(place)) for n in sizes if PurePosixPath(n).is_relative_to(place)}
-        found[within] = _fetch(target, within, mine, half / within, moved, pause)
+        found[within], named = _fetch(target, within, mine, half / within, moved, pause)
+        fetched |= {f"{within}/{n}" if within else n for n in named}
+    _leave(half, fetched)
     half.rename(folder)
     journal.sync_folder(folder.absolute().parent)
     return found
 
 
-def _fetch(target: Target, within: str, names: set[str], folder: Path, moved: Moved, pause: float) -> str:
+def _fetch(
+    target: Target, within: str, names: set[str], folder: Path, moved: Moved, pause: float
+) -> tuple[str, set[str]]:
+    """Returns the run's status, and the names of its files."""
     where = f"{target.url}/{within}".rstrip("/")
 
+    fetched = set[str]()
+
     def get(name: str) -> Path:
+        fetched.add(name)
         remote = f"{within}/{name}" if within else name
         _tried(
             lambda: journal.write_durably(folder / name, lambda p: target.fetch(remote, p)), f"{where}/{name}", pause
@@ -66,6 +77,8 @@ def _fetch(target: Target, within: str, names: set[str], folder: Path, moved: Mo
 
     try:
         manifest = json.loads(get(MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no object of JSON")
         closed = seal.closed(manifest)
         lists = sorted(n for n in names if JOURNALS.fullmatch(n))
         for name in lists:
@@ -91,7 +104,14 @@ def _fetch(target: Target, within: str, names: set[str], folder: Path, moved: Mo
                 fix="upload it again, or wait if it is being uploaded now",
             )
         moved(name, done, len(wanted))
-    return str(manifest.get("status"))
+    return str(manifest.get("status")), fetched | set(wanted)
+
+
+def _leave(folder: Path, names: set[str]) -> None:
+    """Delete every file in a folder but these."""
+    for file in list(folder.rglob("*")):
+        if not file.is_dir() and file.relative_to(folder).as_posix() not in names:
+            file.unlink()
 
 
 def _tried(get: Callable[[], T], what: str, pause: float) -> T:
@@ -101,8 +121,10 @@ def _tried(get: Callable[[], T], what: str, pause: float) -> T:
             return get()
         except FileNotFoundError as e:
             raise RunDirectoryError(f"{what} is missing", fix="upload the run again") from e
+        except ProbeError:
+            raise
         except Exception as e:  # of the driver's own kind
             if attempt == _TRIES - 1:
-                raise ProbeError(f"{what} cannot be read: {type(e).__name__}: {e}") from e
+                raise ProbeError(f"{what} cannot be read: {type(e).__name__}: {shown(str(e))}") from e
             time.sleep(pause * 2**attempt)
     raise AssertionError

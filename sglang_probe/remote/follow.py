@@ -11,11 +11,14 @@ from typing import Any
 
 from sglang_probe.errors import ProbeError
 from sglang_probe.remote.copy import RunCopy
-from sglang_probe.remote.target import Target
+from sglang_probe.remote.target import Target, shown
 from sglang_probe.run.manifest import MANIFEST
 
 _LOOK_SECONDS = 2.0
 _LONGEST_PAUSE = 60.0
+_WATCH_SECONDS = 0.2
+_STUCK = 10.0
+"""Seconds beyond its patience after which a driver that does not come back is left where it is."""
 _LINGER = 5.0
 """Seconds after the end that a run is waited for which nobody has closed: its engine may still be closing it."""
 
@@ -72,9 +75,39 @@ class Follower:
         self.state = State(target.url)
         self._copies: dict[str, RunCopy] = {}
         self._moved = clock()
+        self.stuck = False
+        """A driver did not come back; its thread still waits, and the process should end all the same."""
 
     def run(self, ended: threading.Event) -> State:
-        """Until everything is there after `ended` was set, or nothing has moved for the time of `patience`."""
+        """Until everything is there after `ended` was set, or nothing has moved for the time of `patience`.
+
+        A driver may hang for good, so that it works on a thread of its own, on which nobody waits for longer.
+        """
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._run(ended)
+            except BaseException as e:
+                failed.append(e)
+
+        thread, over = threading.Thread(target=work, name="sglang-probe-upload", daemon=True), None
+        thread.start()
+        while thread.is_alive():
+            thread.join(_WATCH_SECONDS)
+            if over is None and ended.is_set():
+                over = self._clock()
+            if over is not None and self._clock() - max(over, self._moved) > self._patience + _STUCK:
+                self.stuck = thread.is_alive()
+                break
+        if failed:
+            raise failed[0]
+        if self.stuck:
+            self.state.error = self.state.error or f"nothing has moved for {self._patience:.0f} s: the target hangs"
+        self._say()
+        return self.state
+
+    def _run(self, ended: threading.Event) -> None:
         over: float | None = None
         while self.state.refused is None:
             if over is None and ended.is_set():
@@ -87,8 +120,6 @@ class Follower:
                     self.state.done = whole
                     break
             self._wait(ended, over)
-        self._say()
-        return self.state
 
     def turn(self, *, closed_too: bool = True) -> bool:
         """Copy what is missing of every run. Returns whether all were closed, and are there whole. What goes wrong is
@@ -163,5 +194,5 @@ def told(state: State) -> dict[str, Any]:
 
 
 def _said(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
+    text = shown(str(error)).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}"[:300]

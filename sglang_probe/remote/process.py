@@ -25,7 +25,7 @@ from typing import Any
 from sglang_probe.errors import ProbeError
 from sglang_probe.remote.config import UploadConfig
 from sglang_probe.remote.follow import Follower, State, told
-from sglang_probe.remote.target import Target
+from sglang_probe.remote.target import Target, shown
 from sglang_probe.run.lock import Held, hold
 
 logger = logging.getLogger("sglang_probe")
@@ -59,7 +59,7 @@ class Uploading:
     def __init__(self, folder: Path, config: UploadConfig, *, single: bool, overwrite: bool = False) -> None:
         Target(config.to)
         self._state = Path(tempfile.mkdtemp(prefix="sglang-probe-")) / "upload.json"
-        self._last: dict[str, Any] = told(State(config.to))
+        self._last: dict[str, Any] = told(State(shown(config.to)))
         asked = {
             "folder": str(folder.resolve()),
             "to": config.to,
@@ -138,7 +138,7 @@ def main() -> None:
             half.replace(file)
 
     threading.Thread(target=read, name="sglang-probe-upload-end", daemon=True).start()
-    folder, state = Path(asked["folder"]), State(asked["to"])
+    stuck, folder, state = False, Path(asked["folder"]), State(shown(asked["to"]))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with hold_copy(folder, wait=float("inf")):
@@ -151,9 +151,12 @@ def main() -> None:
                 tell=tell,
             )
             state = follower.run(ended)
+            stuck = follower.stuck
     except (ProbeError, OSError) as e:
         state.refused = str(e)
     tell(state, now=True)
+    if stuck:
+        os._exit(1)  # threads of the driver's would be waited for
 
 
 if __name__ == "__main__":

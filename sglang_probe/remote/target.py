@@ -8,9 +8,11 @@ and renamed. Credentials and options are the driver's own: its environment varia
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,10 +22,22 @@ _SHOWN_WHEN_WHOLE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", 
 """Protocols of stores in which a file appears when all of it has arrived."""
 
 _TEMPORARY = ".part"
+_CHUNK = 1 << 22
+
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+_SIGNATURE = re.compile(r"(://[^\s?]*\?)[^\s)'\"]+")
+
+
+def shown(text: str) -> str:
+    """A URL, or a text that has some, without passwords and signatures: as it may be told to others."""
+    return _SIGNATURE.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
 class Target:
     """Where a copy goes to, or comes from.
+
+    Nothing is connected to before the first use: some drivers (FTP, SFTP, SMB) connect when they are made, and a target
+    that is down, or hangs, must not hold up who is to record.
 
     Args:
         url: of a folder, which need not exist.
@@ -33,33 +47,75 @@ class Target:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self._url = url if url.endswith("://") else url.rstrip("/")
+        self.url = shown(self._url)
+        """As it may be told to others."""
         try:
             import fsspec
         except ImportError as e:
-            raise ConfigError(f"{url} needs fsspec", fix="pip install 'sglang-probe[runs]'") from e
+            raise ConfigError(f"{self.url} needs fsspec", fix="pip install 'sglang-probe[runs]'") from e
         try:
-            self._fs: Any
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError, NotImplementedError) as e:  # the driver's own error names its package
-            raise ConfigError(f"{url} cannot be opened: {e}", fix="install the driver that it names") from e
+            for link in self._url.split("::"):
+                fsspec.get_filesystem_class(link.partition("://")[0] if "://" in link else "file")
+        except (ImportError, ValueError) as e:  # the driver's own error names its package
+            raise self._cannot(e) from e
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The file system, and the folder in it.
+
+        Raises:
+            ConfigError: the driver cannot make anything of the URL. Exception: of the driver's own kind: it is down.
+        """
+        import fsspec
+
+        try:
+            fs, root = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError, NotImplementedError) as e:
+            raise self._cannot(e) from e
+        return fs, str(root)
+
+    @cached_property
+    def _fs(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
+    @property
+    def _direct(self) -> bool:
         names = self._fs.protocol
-        self._direct = bool(_SHOWN_WHEN_WHOLE & {names, *(() if isinstance(names, str) else names)})
+        return bool(_SHOWN_WHEN_WHOLE & {names, *(() if isinstance(names, str) else names)})
+
+    def _cannot(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self.url} cannot be opened: {shown(str(error))}", fix="install the driver that it names")
 
     def put(self, file: Path, name: str, moved: Callable[[], None] = lambda: None) -> None:
         """Copy a file, or replace the one that is there.
 
         Args:
-            moved: told from time to time that it goes on, where the driver says so.
+            moved: told from time to time that it goes on; of a store, where its driver says so.
 
         Raises:
             Exception: of the driver's own kind: it did not arrive.
         """
+        self._written(name, file.stat().st_size, lambda path: self._put(file, path, moved))
+
+    def _put(self, file: Path, path: str, moved: Callable[[], None]) -> None:
         from fsspec.callbacks import Callback
 
-        hooks = {"moved": lambda *_args, **_more: moved()}
-        size = file.stat().st_size
-        self._written(name, size, lambda path: self._fs.put_file(str(file), path, callback=Callback(hooks=hooks)))
+        if self._direct:
+            hooks = {"moved": lambda *_args, **_more: moved()}
+            self._fs.put_file(str(file), path, callback=Callback(hooks=hooks))
+            return
+        with (
+            file.open("rb") as here,
+            self._fs.open(path, "wb") as there,
+        ):
+            while data := here.read(_CHUNK):
+                there.write(data)
+                moved()
 
     def put_bytes(self, data: bytes, name: str) -> None:
         """Write a small file; raises as `put`."""

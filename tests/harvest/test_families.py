@@ -14,11 +14,12 @@ from sglang_probe.harvest.families import (
     Family,
     FamilyQueue,
     families_of,
+    perhaps_in_flight,
     ready,
     turns_by_families,
     turns_of,
 )
-from sglang_probe.harvest.in_flight import Asked
+from sglang_probe.harvest.in_flight import Asked, Turn
 from sglang_probe.steer_ask import Steer
 
 
@@ -182,3 +183,9 @@ def test_whoever_is_waited_for_shares_most_and_is_the_first_to(words: list[str])
     for i, after in enumerate(_after(requests).values()):
         most = max((shared(i, j) for j in range(i)), default=0)
         assert after == (None if most < 32 else f"r{next(j for j in range(i) if shared(i, j) == most)}")
+
+
+def test_whoever_was_sent_at_a_first_token_may_have_been_in_flight() -> None:
+    turns = {"a": Turn(0), "b": Turn(1, "a", begun=True), "c": Turn(2, "b", begun=True), "d": Turn(3, "a")}
+    assert perhaps_in_flight(["a", "b", "c", "d"], turns, 16) == ["a", "b", "c"]
+    assert perhaps_in_flight(["a", "b", "c", "d"], turns, 1) == ["a", "b"]

@@ -20,7 +20,7 @@ from sglang_probe.harvest import prepare as preparing
 from sglang_probe.harvest.config import HarvestConfig
 from sglang_probe.harvest.death import RESUME, fault_of
 from sglang_probe.harvest.host import EngineHost
-from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal, Turn
+from sglang_probe.harvest.in_flight import Answer, Asked, InFlight, Refusal, RequestRefused, Turn
 from sglang_probe.harvest.job import Job, job_of
 from sglang_probe.harvest.places import Lost
 from sglang_probe.harvest.prepare import prepare
@@ -425,3 +425,49 @@ def test_a_first_token_is_enough_for_those_that_wait_for_it_alone() -> None:
     engine = asyncio.run(serve())
     assert engine.asked == ["a1", "b", "a2"]
     assert engine.begun["b"] is None, "nobody waits for it, so that it need not be told"
+
+
+def test_those_that_wait_for_a_request_that_is_refused_wait_for_their_first() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+            self.both: list[list[str]] = []
+
+        async def generate(self, rid: str, prompt_ids: Any, sampling_params: Any, begun: Any = None) -> Answer:
+            self.asked.append(rid)
+            await asyncio.sleep(0)
+            if rid in ("a0", "a1"):
+                raise RequestRefused(Refusal(rid, "too long"))
+            self.both.append(list(self.asked))
+            if begun is not None:
+                begun()
+            await asyncio.sleep(0)
+            return Answer(rid, [], 0)
+
+        def look(self) -> None:
+            pass
+
+    async def serve() -> tuple[Engine, list[Answer | Refusal]]:
+        engine, answers = Engine(), []
+        requests = InFlight(engine)
+        names = [f"a{i}" for i in range(5)]
+        requests.add([(rid, [1], {}) for rid in names], {n: Turn(int(n[1]), "a0", begun=True) for n in names[1:]})
+        while requests:
+            answers += await requests.answered(4)
+        return engine, answers
+
+    engine, answers = asyncio.run(asyncio.wait_for(serve(), 60))
+    assert sorted(a.rid for a in answers) == ["a0", "a1", "a2", "a3", "a4"]
+    assert engine.both[0] == ["a0", "a1", "a2"], "one after the other, until one is served"
+
+
+def test_requests_of_several_families_are_sent_by_their_number_in_the_workload() -> None:
+    replicas = Replicas("model", EngineProbeConfig(run=Path("run")), {}, 1, MadePlaces({}))
+    replicas._order = "families"
+    first = [(f"r{i}", [i % 2] * 40 + [i], {}) for i in range(6)]
+    replicas._turns = {rid: Turn(i) for i, (rid, _, _) in enumerate(first)}
+    replicas._take_turns(first[1::2])
+    assert replicas._turns["r5"] == Turn(5, "r1", begun=True)
+    replicas._take_turns(first[3::2])  # r1 is durable, and its engine is gone
+    assert replicas._turns["r5"] == Turn(5, "r3", begun=True)
+    assert replicas._turns["r3"] == Turn(3)

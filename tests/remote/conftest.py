@@ -74,6 +74,11 @@ class Faulty:
         self._wrong(path, Path(file).read_bytes())
         self._fs.put_file(file, path, **more)
 
+    def open(self, path: str, mode: str, **more: Any) -> Any:
+        """As `put_file`."""
+        self._wrong(path, b"some of it")
+        return self._fs.open(path, mode, **more)
+
     def pipe_file(self, path: str, data: bytes) -> None:
         """As `put_file`."""
         self._wrong(path, data)

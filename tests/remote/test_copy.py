@@ -144,6 +144,40 @@ def test_a_target_that_is_slow_is_waited_for_while_it_moves(recorded: Recorded) 
     assert finished(recorded.path, target, patience=10.0, clock=lambda: now[0]).done
 
 
+def test_a_driver_that_never_comes_back_is_given_up(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.close()
+    target, released = Target("memory://hangs/run"), threading.Event()
+
+    def hang(_write: int) -> bool:
+        released.wait()
+        return True
+
+    Faulty(target, hang)
+    monkeypatch.setattr("sglang_probe.remote.follow._STUCK", 0.0)
+    state = finished(recorded.path, target, patience=0.5)
+    released.set()
+    assert not state.done
+    assert "hangs" in str(state.error)
+
+
+def test_a_target_that_is_down_is_no_error_before_its_first_use() -> None:
+    down = Target("ftp://127.0.0.1:1/run")  # this driver connects when it is made
+    with pytest.raises(ConnectionRefusedError):
+        down.sizes()
+
+
+def test_no_password_is_told(recorded: Recorded) -> None:
+    recorded.close()
+    state = finished(recorded.path, Target("ftp://me:hunter2@127.0.0.1:1/run?sig=hunter2"), patience=0.1)
+    assert state.to == "ftp://me:***@127.0.0.1:1/run?***"
+    assert state.error is not None
+    assert "hunter2" not in repr(state)
+
+
+def test_the_top_of_a_store_is_no_folder_of_this_machine() -> None:
+    assert Target("memory://")._fs.protocol == "memory"
+
+
 def test_a_run_that_is_resumed_takes_its_copy_with_it(recorded: Recorded, url: str, seen: Target) -> None:
     recorded.close("incomplete")
     copying = follower(recorded.path, Target(url))
@@ -252,6 +286,37 @@ def test_a_download_refuses_a_file_that_was_changed(recorded: Recorded, url: str
     assert not (tmp_path / "back").exists()
     RunCopy(recorded.path, Target(url))._target.put(recorded.path / name, name)
     assert download(Target(url), tmp_path / "back")
+
+
+def test_what_an_interrupted_download_of_another_run_left_is_not_part_of_this_one(
+    recorded: Recorded, url: str, tmp_path: Path
+) -> None:
+    recorded.close()
+    finished(recorded.path, Target(url))
+    left = tmp_path / ".back.partial"
+    (left / "rows" / "hook_embed").mkdir(parents=True)
+    (left / "rows" / "hook_embed" / "shard-of-another.safetensors").write_text("another run's")
+    (left / "journal-dp1.jsonl").write_bytes((recorded.path / journal.NAME).read_bytes())
+    download(Target(url), tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(recorded.path)
+
+
+@pytest.mark.parametrize("text", ["[]", "17", "{"])
+def test_a_download_of_what_has_no_manifest_says_so(
+    recorded: Recorded, seen: Target, tmp_path: Path, text: str
+) -> None:
+    seen.put_bytes(text.encode(), MANIFEST)
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        download(seen, tmp_path / "back")
+
+
+def test_nothing_is_fetched_to_outside_of_the_folder(seen: Target, tmp_path: Path) -> None:
+    class Strange(Target):
+        def sizes(self, within: str = "") -> dict[str, int]:
+            return {MANIFEST: 2, "../../evil/manifest.json": 2}
+
+    with pytest.raises(RunDirectoryError, match="outside"):
+        download(Strange(seen.url), tmp_path / "back")
 
 
 def test_a_protocol_without_its_driver_is_refused_with_the_name_of_the_driver() -> None:
