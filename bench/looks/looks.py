@@ -27,7 +27,7 @@ def register() -> None:
         found = getattr(req, tree.MATCHED, None)
         if found is not None:
             limit = len(req.origin_input_ids) + len(req.output_ids) if max_prefix_len is None else max_prefix_len
-            out.write(f"{found[0][1]} {req.rid} {limit}\n")
+            out.write(f"{found[0][1]} {req.rid} {limit} asked\n")
 
     tree._matched = matched
 
@@ -40,6 +40,6 @@ def register() -> None:
         session = guard.session
         if session is not None and session.recorder is not None:
             _, order = session.recorder.asked()
-            out.write(f"{order} {req.rid} {len(req.origin_input_ids) + len(req.output_ids)}\n")
+            out.write(f"{order} {req.rid} {len(req.origin_input_ids) + len(req.output_ids)} touched\n")
 
     schedule_policy.touch_waiting_prefix = touched

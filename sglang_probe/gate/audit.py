@@ -230,7 +230,8 @@ class Auditor:
         self._rate, self._clock, self._sleep = tokens_per_minute / 60, clock, sleep
         self._least = LEAST.get((facts.dtype or "").removeprefix("torch."), LEAST["bfloat16"])
         self._pairs: list[float] = []  # differences of cold twins, ascending
-        self._fetch, self._floor, self._context = fetch, Floor(facts.dtype), facts.context
+        self._fetch, self._context = fetch, facts.context
+        self._floor = Floor(facts.dtype, facts.further.get("kv_cache_dtype"))
         self.without_rows = 0
         """Twins that were answered and whose rows were asked for in vain."""
         self._free_at, self._until = clock(), until

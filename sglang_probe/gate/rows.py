@@ -4,9 +4,16 @@ The distance of two rows of one position is `|a - b| / |b|`, b the computed one;
 point is the median of that over the positions that both have. It needs no logarithm of a probability to move: a wrong
 entry that changes no probability by more than rounding does may change rows by a thousand times what rounding does.
 
-The rule is the gate's, for each hook point by itself: past `T = max(FACTOR * max(Y, Y_i), LEAST_ROWS[dtype])` from
-*both* cold twins, Y_i the distance of the two cold twins from each other, and Y the largest of these so far, none
-counted for more than `SPREAD` times the middle one (`sglang_probe.gate.judge`). Numpy only.
+The rule is the gate's, for each hook point by itself: past `T = max(FACTOR_ROWS * max(Y, Y_i), least)` from *both* cold
+twins, Y_i the distance of the two cold twins from each other, and Y the largest of these so far, none counted for more
+than `SPREAD` times the middle one (`sglang_probe.gate.judge`). The factor is smaller than that of log-probabilities: a
+median over positions of lengths over the width varies little from request to request.
+
+`least` is there because a server may be exactly repeatable (Y = 0) and yet round differently at a border. Two
+computations of one row that round every number independently are about `u * sqrt(2 * (layer + 1)) / 2` apart, u the
+unit roundoff of the model's numbers: each layer adds two outputs to the residual stream, and each is rounded. `least`
+is twice that (in fp32 the rounding within sums counts for more: `SUMS`). `docs/evidence/gate.md` has what was measured.
+Numpy only.
 """
 
 from __future__ import annotations
@@ -19,11 +26,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sglang_probe.gate.judge import FACTOR, yardstick_of
+from sglang_probe.gate.judge import yardstick_of
 
 Array = np.ndarray[Any, Any]
-LEAST_ROWS = {"float32": 3e-5, "bfloat16": 0.06, "float16": 0.01}
-"""How far apart rows must be at least, as a share of their length: by the rounding of the model's numbers."""
+FACTOR_ROWS = 2.0
+"""How much further apart than computed twins a request must be."""
+ROUNDOFF = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8, "fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3}
+"""Unit roundoff, of the model's numbers or of coarser cached entries; of an unknown dtype bfloat16's."""
+SUMS = 3e-5
+"""Of a row's length: what sums in fp32 may differ by if they are added up in another order."""
 LEAST_POSITIONS = 8
 """Of one hook point, with rows in both."""
 MOST_POSITIONS = 64
@@ -79,10 +90,13 @@ class Floor:
 
     Args:
         dtype: of the model.
+        cached: dtype of cached entries, as SGLang names it: a prompt that is computed whole may not read what was
+            rounded to it.
     """
 
-    def __init__(self, dtype: str | None) -> None:
-        self._least = LEAST_ROWS.get((dtype or "").removeprefix("torch."), LEAST_ROWS["bfloat16"])
+    def __init__(self, dtype: str | None, cached: str | None = None) -> None:
+        unit = ROUNDOFF.get((dtype or "").removeprefix("torch."), ROUNDOFF["bfloat16"])
+        self._unit = max(unit, ROUNDOFF.get(cached or "", 0.0))
         self._pairs: dict[str, list[float]] = {}  # ascending
 
     def add(self, colds: Sequence[Rows]) -> None:
@@ -92,7 +106,8 @@ class Floor:
 
     def threshold(self, hook_point: str, own: float = 0.0) -> float:
         """T of a request whose own cold twins are so far apart."""
-        return max(FACTOR * max(yardstick_of(self._pairs[hook_point]), own), self._least)
+        least = max(self._unit * math.sqrt(max(2 * (_depth(hook_point)[0] + 1), 1)), SUMS)
+        return max(FACTOR_ROWS * max(yardstick_of(self._pairs[hook_point]), own), least)
 
     def moved(self, one: Rows, colds: Sequence[Rows]) -> Moved | None:
         """How far a request is from the nearer of its cold twins; None: there is nothing to compare."""

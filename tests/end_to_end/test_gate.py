@@ -14,6 +14,7 @@ import pytest
 
 from sglang_probe.engine.hooks.inventory import installed_version
 from sglang_probe.gate import audit
+from sglang_probe.gate.client import Client
 from sglang_probe.run import seal
 from sglang_probe.run.run import load_run
 from sglang_probe.verify.listen import AFTER, BEFORE, EVENTS, listen
@@ -26,6 +27,8 @@ pytestmark = [
     pytest.mark.skipif(installed_version() != "0.5.23", reason="what is planted patches the cache of that release"),
 ]
 PLUGIN = Path(__file__).parent.parent / "gate" / "plugin"
+FIRST = "blocks.0.hook_resid_post"
+"""Of the recorded hook points the first in which another position's entry can show."""
 SHORT = ["--cases", "7", "--new-tokens", "8", "--path", "branch"]
 
 
@@ -48,6 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, wrong_slots: Path, events_p
         tmp_path_factory.mktemp("gate"),
         *["--dtype", "float32", "--kv-events-config", json.dumps(publisher)],
         environment={"PLANTED_WRONG_SLOTS": str(wrong_slots), "PYTHONPATH": search},
+        probe={"hook_points": ["hook_embed", FIRST, "blocks.3.hook_resid_post"], "asks": ["rows"]},
         privacy="ids",
         segments={"min_seconds": 0.2},
         causes=True,
@@ -127,6 +131,45 @@ def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_p
     wrong = [line for line in lines if line["found"] == "wrong"]
     assert (code, len(wrong)) == (12, len(lines) - audit.WARM_UP + 1), lines
     assert {o for line in wrong for o in line["origins"]} == {f"asked-0 [0, {len(prefix)})"}
+    assert {line["rows"]["hook_point"] for line in wrong} == {FIRST}
+
+
+def test_rows_tell_that_a_request_was_answered_over_one_wrong_slot_though_what_is_cached_is_right(
+    server: LiveServer, wrong_slots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PROBE_GATE_KEY", KEY)
+    server.admin.post("/probe/flush")
+    prefix = [*range(1300, 1420)]
+    flipped = {f"by-rows-{audit.WARM_UP + 1}", f"by-rows-{audit.WARM_UP + 3}"}
+    for n in range(audit.WARM_UP + 5):
+        if (rid := f"by-rows-{n}") in flipped:
+            wrong_slots.write_text("1 1.0")
+        try:
+            server.generate([*prefix, *range(50 + 20 * n, 70 + 20 * n)], n=1, rid=rid)
+        finally:
+            wrong_slots.unlink(missing_ok=True)
+    client = Client(server.url)
+    facts = client.facts()
+    auditor = audit.Auditor(
+        client,
+        facts,
+        "cache_salt",
+        room=lambda: True,
+        tokens_per_minute=1e12,
+        fetch=client.rows if facts.rows else None,
+    )
+    told = [auditor.audit(c) for c in audit.candidates(load_run(server.flush()))]
+    wrong = {a.rid: a for a in told if a.found in audit.ALARMS}
+    assert set(wrong) == flipped, told
+    assert {a.found for a in told if a.rid not in flipped} == {"right", "too early"}
+    for one in wrong.values():
+        assert one.found == "was wrong"
+        assert one.moved <= one.threshold  # log-probabilities of what is cached say nothing of it
+        assert one.rows is not None
+        assert one.rows.hook_point == FIRST
+        assert set(one.rows.positions) <= set(range(len(prefix), len(prefix) + 20))
+        assert len(one.rows.positions) >= 10  # the distance of a hook point is the median of 20
+        assert one.origins == (f"by-rows-0 [0, {len(prefix)})",)
 
 
 def test_kv_events_and_metrics_testify_to_the_ledger_and_false_testimony_is_named(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.replay import HARDEST, attacked, looks_of
-from sglang_probe.harvest.simulate import simulated_tree
+from bench.replay import HARDEST, EvictionsCounted, attacked, looks_of
 from sglang_probe.run import schema
 from sglang_probe.studies.what_if.replay import as_recorded
 from tests.attack.plan import TIGHT
@@ -21,24 +20,10 @@ def test_given_every_time_that_the_tree_was_asked_a_replay_is_the_engine_to_the_
     requests = run.requests(interrupted=True)
     requests = requests[requests["prompt_ids"].notna() & (requests["prompt_len"] > 0)]
     assert requests["retractions"].sum() > 10
-    evicted = 0
-
-    def make() -> object:
-        tree = simulated_tree(int(str(TIGHT["max_total_tokens"])), 1, "lfu")
-        evict = tree._tree._evict  # type: ignore[attr-defined]
-
-        def counted(*args: object, **kwargs: object) -> object:
-            nonlocal evicted
-            result = evict(*args, **kwargs)
-            evicted += int(result.num_tokens_evicted)
-            return result
-
-        tree._tree._evict = counted  # type: ignore[attr-defined]
-        return tree
-
-    outcome = as_recorded(run, requests, make, looks_of(tmp_path / "looks.txt"))  # type: ignore[arg-type]
+    pool = EvictionsCounted(int(str(TIGHT["max_total_tokens"])), "lfu")
+    outcome = as_recorded(run, requests, pool.make, looks_of(tmp_path / "looks.txt"))
     events = run.tree()
     matched = events[(events["event"] == schema.MATCHED) & events["rid"].isin(requests["rid"])]
     engine = {(str(m.rid), int(m.attempt)): int(m.end) for m in matched.itertuples()}
     assert outcome.given == engine
-    assert evicted == events.loc[events["event"] == schema.EVICTED, "tokens"].sum()
+    assert pool.evicted == events.loc[events["event"] == schema.EVICTED, "tokens"].sum()
