@@ -120,7 +120,7 @@ def test_a_target_that_is_down_is_given_up_and_said(recorded: Recorded, url: str
     recorded.close()
     target = Target(url)
     faulty = Faulty(target, lambda _: True)
-    state = finished(recorded.path, target, patience=0.05)
+    state = finished(recorded.path, target, patience=2.5, clock=lambda: float(faulty.writes))  # a second a try
     assert not state.done
     assert state.error == "ConnectionError: the target went away"
     assert state.waiting == 5
