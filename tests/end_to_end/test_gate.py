@@ -103,6 +103,7 @@ def test_wrong_slots_are_wrong_reuse_and_the_request_that_they_came_from_is_name
     assert origins <= known
 
 
+@pytest.mark.slow
 def test_an_audit_finds_nothing_in_a_server_as_it_is_and_the_origin_of_what_is_planted(
     server: LiveServer, wrong_slots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def _record(folder: Path, **config: object) -> Run:
         return record_kept(prepared, folder / "run", [*evicted, *plain], kept=folder / "kept", host=host)
 
 
+@pytest.mark.slow
 @pytest.mark.reviewed("eviction")
 def test_kept_sets_by_lists_give_the_tokens_of_the_reference_platform(tmp_path: Path) -> None:
     chunks = {"chunked_prefill_size": 64, "enable_mixed_chunk": True}
