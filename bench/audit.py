@@ -1,7 +1,7 @@
 """What the online audit finds by rows and by log-probabilities, how often it is wrong, and what it costs a server.
 
     python bench/audit.py power [--dtype float32] [--right 240] [--each 40]
-    python bench/audit.py cost [--rounds 12]
+    python bench/audit.py cost [--rounds 4] [--requests 1920]
 
 `power` asks a real server of `probe-text` requests that reuse a prefix of their own, and audits every one of them: so
 many as they are, then so many for each size of what is spoiled. *Spoiled* is one cached entry of about 128, at all
@@ -41,8 +41,6 @@ PLUGIN = Path(__file__).parents[1] / "tests" / "gate" / "plugin"
 HOOK_POINTS = ["hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(4))]
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
 PREFIX, TAIL, NEW = 128, 24, 4
-ROUND = 240
-"""Requests of one round of `cost`."""
 
 
 def main() -> None:
@@ -51,7 +49,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--right", type=int, default=240)
     parser.add_argument("--each", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=1920, help="of a round of `cost`, a multiple of 24")
     parser.add_argument("--share", type=float, default=0.05)
     args = parser.parse_args()
     os.environ[KEY_VARIABLE] = KEY
@@ -63,7 +62,7 @@ def main() -> None:
             if args.what == "power":
                 _power(server, planted, args.dtype, args.right, args.each)
             else:
-                _cost(server, Path(folder), args.rounds, args.share)
+                _cost(server, Path(folder), args.rounds, args.requests, args.share)
         finally:
             server.kill()
 
@@ -156,7 +155,7 @@ def _tokens(rng: random.Random, n: int) -> list[int]:
     return [rng.randrange(10, 3000) for _ in range(n)]
 
 
-def _cost(server: LiveServer, folder: Path, rounds: int, share: float) -> None:
+def _cost(server: LiveServer, folder: Path, rounds: int, requests: int, share: float) -> None:
     """Rounds of the same traffic, with an audit beside it and without."""
     rng, order = random.Random(1), random.Random(2)
     found: dict[bool, list[tuple[float, float, int]]] = {False: [], True: []}
@@ -166,7 +165,7 @@ def _cost(server: LiveServer, folder: Path, rounds: int, share: float) -> None:
         for with_audit in order.sample([False, True], 2):
             server.admin.post("/probe/flush?cache=true&timeout=30")
             sidecar = _sidecar(server, folder / f"audit-{i}.jsonl", share) if with_audit else None
-            found[with_audit].append(_round(server, rng))
+            found[with_audit].append(_round(server, rng, requests))
             if sidecar is not None:
                 sidecar.terminate()
                 sidecar.wait(60)
@@ -179,7 +178,7 @@ def _cost(server: LiveServer, folder: Path, rounds: int, share: float) -> None:
         rows.append([name, f"{middle:.3f} ({low:.3f} to {high:.3f})"])
     plain, more = (sum(f[2] for f in found[k]) for k in (False, True))
     rows.append(["tokens that the server computed", f"{more / plain:.3f}"])
-    print(f"{rounds} pairs of {ROUND} requests, share {share:g}; audits: {dict(audited)}\n")
+    print(f"{rounds} pairs of {requests} requests, share {share:g}; audits: {dict(audited)}\n")
     print(markdown.table(["", "with the audit / without (median, middle half)"], rows))
 
 
@@ -191,19 +190,19 @@ def _sidecar(server: LiveServer, output: Path, share: float) -> subprocess.Popen
     return child
 
 
-def _round(server: LiveServer, rng: random.Random) -> tuple[float, float, int]:
+def _round(server: LiveServer, rng: random.Random, requests: int) -> tuple[float, float, int]:
     """Requests by second, by CPU second of the scheduler, and tokens that it computed meanwhile."""
     scheduler = next(p for p in psutil.Process(server.process.pid).children(recursive=True) if _schedules(p))
     before, cpu, began = server.status()["positions"], sum(scheduler.cpu_times()[:2]), time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(ROUND // 24):
+        for _ in range(requests // 24):
             prefix = _tokens(rng, PREFIX)
             list(
                 pool.map(lambda t, p=prefix: server.generate([*p, *t], n=NEW), [_tokens(rng, TAIL) for _ in range(24)])
             )  # type: ignore[misc]
     wall, cpu = time.perf_counter() - began, sum(scheduler.cpu_times()[:2]) - cpu
     after = server.status()["positions"]
-    return ROUND / wall, ROUND / cpu, sum(after[k] - before[k] for k in ("computed", "decode"))
+    return requests / wall, requests / cpu, sum(after[k] - before[k] for k in ("computed", "decode"))
 
 
 def _schedules(process: psutil.Process) -> bool:
