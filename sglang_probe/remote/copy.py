@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +26,6 @@ from sglang_probe.run import journal, seal
 from sglang_probe.run.files import REQUESTS_FILE
 from sglang_probe.run.manifest import MANIFEST
 
-JOURNALS = re.compile(r"journal(-dp\d+)?\.jsonl")
 _CARD = "README.md"
 _JOURNAL_EVERY = 8
 """Parts after which the journal of the copy is brought up to date, if there are many to be copied."""
@@ -62,6 +60,8 @@ class RunCopy:
         self._closed_there = False
         self._done: tuple[int, ...] = ()
         """Times of the lists with which everything was there."""
+        self._hashed: dict[str, tuple[tuple[int, int], str]] = {}
+        """Time, size and SHA-256 of what lies beside the parts: kept sets are large, and looked at again and again."""
 
     def turn(self, progress: Progress, *, closed_too: bool = True) -> bool:
         """Copy what is missing.
@@ -118,10 +118,17 @@ class RunCopy:
         """SHA-256 of what is neither part, list nor manifest. Of a run that is recorded, what a resumed one needs."""
         if closed and (self.run / seal.NAME).exists():
             named = seal.read(self.run)
-            return {n: d for n, d in named.items() if n != MANIFEST and not JOURNALS.fullmatch(n)}
+            return {n: d for n, d in named.items() if n != MANIFEST and not journal.is_journal(n)}
         left_out = set() if closed else {REQUESTS_FILE, _CARD}
-        names = [n for n in seal.ours(self.run) if n not in left_out and not JOURNALS.fullmatch(n)]
-        return {n: journal.sha256(self.run / n) for n in names}
+        names = [n for n in seal.ours(self.run) if n not in left_out and not journal.is_journal(n)]
+        return {n: self._sha256(n) for n in names}
+
+    def _sha256(self, name: str) -> str:
+        about = (self.run / name).stat()
+        state = (about.st_mtime_ns, about.st_size)
+        if name not in self._hashed or self._hashed[name][0] != state:
+            self._hashed[name] = (state, journal.sha256(self.run / name))
+        return self._hashed[name][1]
 
     def _tell(self, progress: Progress, parts: list[journal.Part], beside: dict[str, str]) -> None:
         wanted = {**beside, **{n: d for part in parts for n, d in part.files.items()}}
@@ -219,7 +226,7 @@ class RunCopy:
 def _parts_of(lists: dict[str, bytes]) -> list[journal.Part]:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in lists.items():
-            if JOURNALS.fullmatch(name):
+            if journal.is_journal(name):
                 (Path(folder) / name).write_bytes(data)
         return journal.read(Path(folder))
 
@@ -229,7 +236,7 @@ def _is_of_a_run(name: str) -> bool:
 
 
 def _is_list(name: str) -> bool:
-    return name in (MANIFEST, seal.NAME) or JOURNALS.fullmatch(name) is not None
+    return name in (MANIFEST, seal.NAME) or journal.is_journal(name)
 
 
 def _digest(data: bytes) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from sglang_probe.errors import ProbeError, RunDirectoryError
-from sglang_probe.remote.copy import JOURNALS
 from sglang_probe.remote.target import Target, shown
 from sglang_probe.run import journal, seal
 from sglang_probe.run.files import REQUESTS_FILE
@@ -67,20 +66,21 @@ def _fetch(
 
     fetched = set[str]()
 
-    def get(name: str) -> Path:
+    def get(name: str) -> str:
+        """Returns its SHA-256."""
         fetched.add(name)
         remote = f"{within}/{name}" if within else name
-        _tried(
+        return _tried(
             lambda: journal.write_durably(folder / name, lambda p: target.fetch(remote, p)), f"{where}/{name}", pause
         )
-        return folder / name
 
     try:
-        manifest = json.loads(get(MANIFEST).read_text(encoding="utf-8"))
+        get(MANIFEST)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
             raise ValueError("it is no object of JSON")
         closed = seal.closed(manifest)
-        lists = sorted(n for n in names if JOURNALS.fullmatch(n))
+        lists = sorted(n for n in names if journal.is_journal(n))
         for name in lists:
             get(name)
         wanted = {n: d for part in journal.read(folder) for n, d in part.files.items()}
@@ -96,9 +96,10 @@ def _fetch(
         file = folder / name
         if name not in names:
             raise RunDirectoryError(f"{where}/{name} is missing", fix="upload the run again")
-        if not file.exists() or journal.sha256(file) != digest:
-            get(name)
-        if journal.sha256(file) != digest:
+        held = journal.sha256(file) if file.exists() else None
+        if held != digest:
+            held = get(name)
+        if held != digest:
             raise RunDirectoryError(
                 f"{where}/{name} is not what was recorded: its SHA-256 is another",
                 fix="upload it again, or wait if it is being uploaded now",

@@ -23,6 +23,9 @@ NAME = "journal.jsonl"
 """The journal of data-parallel rank 0; rank n writes `journal-dp<n>.jsonl`."""
 
 
+NAMES = r"journal(-dp\d+)?\.jsonl"
+"""Of all ranks, as a regular expression."""
+
 _OF_A_RANK = re.compile(r"(?:journal-dp(\d+)\.jsonl|\.lock-dp(\d+))")
 
 
@@ -128,6 +131,11 @@ def lock(run: Path, dp_rank: int, *, wait: float = 10.0) -> Held:
 def name_of(dp_rank: int) -> str:
     """The journal of a data-parallel rank."""
     return NAME if dp_rank == 0 else f"journal-dp{dp_rank}.jsonl"
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file is a journal by its name."""
+    return re.fullmatch(NAMES, name) is not None
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> str:

@@ -29,7 +29,7 @@ FOLDERS = ("ledger", "rows", "telemetry")
 """Folders whose every file is named by the journal."""
 
 _OURS = re.compile(
-    r"journal(-dp\d+)?\.jsonl|requests\.parquet|embedding\.parquet|README\.md|probe\.yaml|kept.*\.safetensors"
+    rf"{journal.NAMES}|requests\.parquet|embedding\.parquet|README\.md|probe\.yaml|kept.*\.safetensors"
     r"|interventions\.json|fault\.txt|scores\.safetensors"
 )
 
