@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+from page import middle_half
+from served import scheduler_of, tokens
 
 from sglang_probe.gate.audit import WARM_UP, Audited, Auditor, Candidate, candidates, idle
 from sglang_probe.gate.client import KEY_VARIABLE, Client
@@ -134,13 +135,11 @@ def _candidates(server: LiveServer, rng: random.Random, n: int, planted: Path | 
     Args:
         planted: the reusing requests themselves get one wrong slot, and what is cached stays right.
     """
-    prefixes = [_tokens(rng, PREFIX) for _ in range(n)]
+    prefixes = [tokens(rng, PREFIX) for _ in range(n)]
     tag = f"{rng.getrandbits(32):08x}"
     with ThreadPoolExecutor(4) as pool:
-        list(
-            pool.map(lambda p: server.generate([*p[1], *_tokens(random.Random(p[0]), TAIL)], n=1), enumerate(prefixes))
-        )
-        tails = [_tokens(rng, TAIL) for _ in range(n)]
+        list(pool.map(lambda p: server.generate([*p[1], *tokens(random.Random(p[0]), TAIL)], n=1), enumerate(prefixes)))
+        tails = [tokens(rng, TAIL) for _ in range(n)]
         if planted is not None:
             planted.write_text("1 1.0")
         asked = [(f"{tag}-{i}", [*p, *t]) for i, (p, t) in enumerate(zip(prefixes, tails, strict=True))]
@@ -149,10 +148,6 @@ def _candidates(server: LiveServer, rng: random.Random, n: int, planted: Path | 
         planted.unlink()
     found = candidates(load_run(server.flush()))
     return [c for c in found if c.rid.startswith(tag)]
-
-
-def _tokens(rng: random.Random, n: int) -> list[int]:
-    return [rng.randrange(10, 3000) for _ in range(n)]
 
 
 def _cost(server: LiveServer, folder: Path, rounds: int, requests: int, share: float) -> None:
@@ -174,8 +169,7 @@ def _cost(server: LiveServer, folder: Path, rounds: int, requests: int, share: f
     rows = []
     for name, at in (("requests a second, by clock", 0), ("requests a CPU second of the server", 1)):
         ratios = [b[at] / a[at] for a, b in zip(found[False], found[True], strict=True)]
-        low, middle, high = np.percentile(ratios, [25, 50, 75])
-        rows.append([name, f"{middle:.3f} ({low:.3f} to {high:.3f})"])
+        rows.append([name, middle_half(ratios)])
     plain, more = (sum(f[2] for f in found[k]) for k in (False, True))
     rows.append(["tokens that the server computed", f"{more / plain:.3f}"])
     print(f"{rounds} pairs of {requests} requests, share {share:g}; audits: {dict(audited)}\n")
@@ -192,21 +186,15 @@ def _sidecar(server: LiveServer, output: Path, share: float) -> subprocess.Popen
 
 def _round(server: LiveServer, rng: random.Random, requests: int) -> tuple[float, float, int]:
     """Requests by second, by CPU second of the scheduler, and tokens that it computed meanwhile."""
-    scheduler = next(p for p in psutil.Process(server.process.pid).children(recursive=True) if _schedules(p))
+    scheduler = scheduler_of(server)
     before, cpu, began = server.status()["positions"], sum(scheduler.cpu_times()[:2]), time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         for _ in range(requests // 24):
-            prefix = _tokens(rng, PREFIX)
-            list(
-                pool.map(lambda t, p=prefix: server.generate([*p, *t], n=NEW), [_tokens(rng, TAIL) for _ in range(24)])
-            )  # type: ignore[misc]
+            prefix = tokens(rng, PREFIX)
+            list(pool.map(lambda t, p=prefix: server.generate([*p, *t], n=NEW), [tokens(rng, TAIL) for _ in range(24)]))  # type: ignore[misc]
     wall, cpu = time.perf_counter() - began, sum(scheduler.cpu_times()[:2]) - cpu
     after = server.status()["positions"]
     return requests / wall, requests / cpu, sum(after[k] - before[k] for k in ("computed", "decode"))
-
-
-def _schedules(process: psutil.Process) -> bool:
-    return "scheduler" in " ".join(process.cmdline())
 
 
 if __name__ == "__main__":

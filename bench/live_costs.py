@@ -21,8 +21,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import psutil
+from page import middle_half
+from served import scheduler_of, tokens
 
 from sglang_probe.engine.live.causes import COMMAND
 from sglang_probe.report import markdown
@@ -97,8 +98,7 @@ def _compare(
         told = []
         for at in (0, 1):
             ratios = [b[at] / a[at] for a, b in zip(found[base], found[name], strict=True)]
-            low, middle, high = np.percentile(ratios, [25, 50, 75])
-            told.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+            told.append(middle_half(ratios))
         rows.append([name, *told])
     print(f"{rounds} rounds of {FAMILIES * EACH} requests each, {os.cpu_count()} cores; against: {base}\n")
     print(markdown.table(["", "requests by clock", "requests a CPU second of the scheduler"], rows))
@@ -117,7 +117,7 @@ def _round(server: LiveServer, seed: int, meanwhile: Callable[[], None] | None =
     rng = random.Random(seed)
     server.admin.post("/probe/flush?cache=true&timeout=30")
     tree = psutil.Process(server.process.pid)
-    scheduler = next(p for p in tree.children(recursive=True) if "scheduler" in " ".join(p.cmdline()))
+    scheduler = scheduler_of(server)
     _settle(tree)
     beside = threading.Thread(target=meanwhile or (lambda: None))
     began, cpu = time.perf_counter(), sum(scheduler.cpu_times()[:2])
@@ -126,8 +126,8 @@ def _round(server: LiveServer, seed: int, meanwhile: Callable[[], None] | None =
             if i == FAMILIES // 2:
                 server.flush()
                 beside.start()
-            prefix = _tokens(rng, PREFIX)
-            prompts = [[*prefix, *_tokens(rng, TAIL)] for _ in range(EACH)]
+            prefix = tokens(rng, PREFIX)
+            prompts = [[*prefix, *tokens(rng, TAIL)] for _ in range(EACH)]
             list(pool.map(lambda prompt: server.generate(prompt, n=NEW), prompts))
     wall, cpu = time.perf_counter() - began, sum(scheduler.cpu_times()[:2]) - cpu
     beside.join()
@@ -145,10 +145,6 @@ def _command(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:
         return []
-
-
-def _tokens(rng: random.Random, n: int) -> list[int]:
-    return [rng.randrange(10, 3000) for _ in range(n)]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from page import middle_half
 
 from sglang_probe.engine.hooks import guard, tree
 from sglang_probe.engine.ledger.tree_events import TreeEvents
@@ -38,9 +39,8 @@ def main() -> None:
         slots = cache.take(length)
         cache.insert(ids[:length], slots, 0, 0, length, None)
         ratios, bare, hooked = _rounds(cache, ids, length, rounds)
-        low, middle, high = np.percentile(ratios, [25, 50, 75])
         told = [f"{length:,}", f"{1e6 * np.median(bare):.1f}", f"{1e6 * np.median(hooked):.1f}"]
-        rows.append([*told, f"{middle:.3f} ({low:.3f} to {high:.3f})"])
+        rows.append([*told, middle_half(ratios)])
     print(markdown.table(["cached tokens", "match, us", "match and hook, us", "ratio (middle half)"], rows))
 
 

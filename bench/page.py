@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from sglang_probe.studies.row_counts.products import cpu_name
 
@@ -26,3 +29,9 @@ def machine() -> str:
     """Date, processor and Python."""
     cores = f"{os.cpu_count()} cores of {cpu_name()}"
     return f"{datetime.now(UTC):%Y-%m-%d}, {cores}, no GPU, Python {platform.python_version()}"
+
+
+def middle_half(ratios: Sequence[float]) -> str:
+    """The median of ratios, and their quartiles."""
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
